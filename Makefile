@@ -1,0 +1,43 @@
+# Two commands on a new machine: `make run` and `make test`. Needs Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup run test lint types arrows tests ui clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"rankwise needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.12 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(STAMP)  ## create .venv and install
+
+run: setup  ## the main job: a rank sweep on real data
+	$(BIN)/rankwise run experiments/diamonds-rank.yaml
+
+test: setup lint types arrows tests  ## every check
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+arrows: setup
+	$(BIN)/lint-imports
+
+tests: setup
+	$(BIN)/python -m pytest
+
+ui: setup  ## the MLflow UI on the local store, on loopback
+	$(BIN)/rankwise ui
+
+clean:  ## remove the virtual environment and the tools' caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Rows to supervised tokens: chat template, loss mask, cache, sampler, collator, preflight."""

@@ -1,0 +1,1 @@
+"""Metrics, the evaluator, the comparison across ranks."""

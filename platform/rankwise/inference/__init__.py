@@ -1,0 +1,1 @@
+"""Generation with several adapters in one batch."""

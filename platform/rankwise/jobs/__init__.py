@@ -1,0 +1,1 @@
+"""The durable queue. The only user of SQLAlchemy."""

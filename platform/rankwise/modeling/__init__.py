@@ -1,0 +1,1 @@
+"""The quantized base, its fingerprint, adapters over it, their anatomy."""

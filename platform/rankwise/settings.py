@@ -1,0 +1,119 @@
+"""Paths, URIs and secrets. The only reader of the process's environment.
+
+| variable | meaning | default |
+|---|---|---|
+| `RANKWISE_HOME` | all local data: MLflow database and artifacts, queue, checkpoints, logs | `./mlruns` |
+| `RANKWISE_CACHE` | bases, quantized bases, tokens, wheels; can be thrown away | the user's cache directory |
+| `RANKWISE_DATABASE_URL` | the queue's database | SQLite in the home |
+| `RANKWISE_BASES` | directories with bases, for machines without a network, separated as in `PATH` | none |
+| `MLFLOW_TRACKING_URI` | the MLflow store | SQLite in the home |
+| `HF_HUB_OFFLINE` and other variables of Hugging Face and MLflow | as their documentation says | |
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from rankwise.exceptions import StorageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Where this process keeps its data. Paths are absolute; nothing is created by reading them."""
+
+    home: Path
+    cache: Path
+    tracking_uri: str
+    database_url: str
+    bases: tuple[Path, ...] = ()
+    offline: bool = False
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the environment (`os.environ` when none is given)."""
+        env = os.environ if environ is None else environ
+        home = Path(env.get("RANKWISE_HOME") or "mlruns").expanduser().absolute()
+        cache = env.get("RANKWISE_CACHE")
+        return cls(
+            home=home,
+            cache=Path(cache).expanduser().absolute() if cache else Path(platformdirs.user_cache_dir("rankwise")),
+            tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+            database_url=env.get("RANKWISE_DATABASE_URL") or f"sqlite:///{home / 'rankwise.db'}",
+            bases=tuple(
+                Path(part).expanduser().absolute() for part in env.get("RANKWISE_BASES", "").split(os.pathsep) if part
+            ),
+            offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
+        )
+
+    @property
+    def local_store(self) -> bool:
+        """Whether MLflow's store is the SQLite file in the home, so that artifacts lie there too."""
+        return self.tracking_uri == f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        """Where a local MLflow store keeps artifacts."""
+        return self.home / "artifacts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of running arms."""
+        return self.home / "checkpoints"
+
+    @property
+    def outbox(self) -> Path:
+        """Points and files that wait for the tracking server."""
+        return self.home / "outbox"
+
+
+@contextmanager
+def storage_errors(path: Path, doing: str) -> Iterator[None]:
+    """Translate a full disk, a read-only file system or a missing permission below `path` into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}:
+            raise
+        where = error.filename or path
+        advice = (
+            "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}
+            else "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+        )
+        raise StorageError(f"{doing}: cannot write {where}: {os.strerror(error.errno)}; {advice}") from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there: temporary name, fsync, rename.
+
+    Raises:
+        StorageError: The disk is full, or the directory is not writable.
+    """
+    with storage_errors(path, f"writing {path.name}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(path.parent)

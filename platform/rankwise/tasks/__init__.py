@@ -1,0 +1,1 @@
+"""One function per kind of job: where queue, tracking and machine learning meet."""

@@ -1,0 +1,1 @@
+"""The step loop that trains a pack of arms over one base."""

@@ -1,0 +1,1 @@
+"""Loops that claim jobs and execute them."""
