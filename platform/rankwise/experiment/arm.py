@@ -1,0 +1,239 @@
+"""One arm of a sweep: every setting resolved, and the hashes that name it.
+
+The spec hash covers what influences the trained adapter and nothing else:
+
+| part | in the hash |
+|---|---|
+| base, data | the digest of a file or directory (wherever it lies), or repository and commit on the hub |
+| evaluation rows | a split takes rows away from training, so rows and seed count; a source of its own does not |
+| quantization | data type and double quantization only where 4-bit is on |
+| lora | all; the order of target modules does not count |
+| training | all but `save_steps`, `logging_steps` and `eval_steps` |
+| seed, init_from | yes |
+| name, description, sweep, evaluation, register, tracking, base_model_config | no |
+
+With `register.checkpoint: best` the evaluations during training choose the result: then `eval_steps`, the primary
+metric, the evaluation rows and their limit are in the hash too (and the length of generation where it is generated
+text that chooses).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+from rankwise.experiment.hashing import digest, plain
+from rankwise.experiment.metric_names import GENERATED, METRIC_KEYS
+from rankwise.experiment.schema import (
+    DatasetSpec,
+    EvalSplit,
+    EvaluationSpec,
+    ExperimentSpec,
+    LoraSpec,
+    QuantizationSpec,
+    Section,
+    Seed,
+    Text,
+    TrainingSpec,
+)
+from rankwise.experiment.source import identity, is_pinned, parse_source
+
+# Raised when the meaning of a setting changes, so that old results are not taken for new ones.
+HASH_VERSION = 1
+_WITHOUT_EFFECT = {"save_steps", "logging_steps", "eval_steps"}
+
+
+class ArmSpec(Section):
+    """One configuration, with all numbers resolved. Plain data: it travels to workers as JSON."""
+
+    base_model: Text
+    base_model_revision: Text | None = None
+    quantization: QuantizationSpec
+    lora: LoraSpec
+    dataset: DatasetSpec
+    training: TrainingSpec
+    seed: Seed
+    init_from: Text | None = None
+    evaluation: EvaluationSpec
+    checkpoint: Literal["last", "best"] = "last"
+
+    @classmethod
+    def of(cls, spec: ExperimentSpec) -> ArmSpec:
+        """The arm that an experiment's own sections describe, without its sweep."""
+        return cls(
+            base_model=spec.base_model,
+            base_model_revision=spec.base_model_revision,
+            quantization=spec.quantization,
+            lora=spec.lora,
+            dataset=spec.dataset,
+            training=spec.training,
+            seed=spec.seed,
+            init_from=spec.init_from,
+            evaluation=spec.evaluation,
+            checkpoint=spec.checkpoint,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> ArmSpec:
+        """Read what `to_json` wrote."""
+        return cls.model_validate_json(text)
+
+    def to_json(self) -> str:
+        """The arm as JSON; `from_json` gives an equal arm with an equal hash."""
+        return self.model_dump_json()
+
+    @cached_property
+    def spec_hash(self) -> str:
+        """64 hex digits over what influences the trained adapter (see the module's table)."""
+        return digest(self._result())
+
+    @property
+    def short(self) -> str:
+        """The first 12 digits of the spec hash."""
+        return self.spec_hash[:12]
+
+    @property
+    def adapter_name(self) -> str:
+        """Name of the adapter inside a model: peft refuses names with dots."""
+        return f"arm-{self.short}"
+
+    @cached_property
+    def pack_key(self) -> str:
+        """Arms with the same key can be trained together: one base, one forward pass.
+
+        Gradient checkpointing is a switch of the whole model, hence a part of it.
+        """
+        return digest(
+            {
+                "base": self._base(),
+                "quantization": _quantization(self.quantization),
+                "init_from": self.init_from,
+                "gradient_checkpointing": self.training.gradient_checkpointing,
+            }
+        )
+
+    @cached_property
+    def provisional(self) -> bool:
+        """Whether the spec hash can still change, because a source or `init_from` is not pinned yet."""
+        pins = [(self.base_model, self.base_model_revision), (self.dataset.train, self.dataset.train_revision)]
+        if self.checkpoint == "best" and isinstance(self.dataset.eval, str):
+            pins.append((self.dataset.eval, self.dataset.eval_revision))
+        floating = self.init_from is not None and "@" in self.init_from
+        return floating or not all(is_pinned(parse_source(source), revision) for source, revision in pins)
+
+    @cached_property
+    def params(self) -> dict[str, int | float | str]:
+        """Flat settings under MLflow's names. Only what the spec hash covers: a linked or resumed run repeats them.
+
+        Settings that are not given are left out.
+        """
+        lora = self.lora
+        modules = lora.target_modules
+        values: dict[str, Any] = {
+            "base_model": self.base_model,
+            "base_model_revision": self.base_model_revision,
+            "init_from": self.init_from,
+            "seed": self.seed,
+            "lora.r": lora.r,
+            "lora.alpha": lora.lora_alpha,
+            "lora.dropout": lora.lora_dropout,
+            "lora.target_modules": modules if isinstance(modules, str) else ",".join(modules),
+            "lora.rslora": lora.use_rslora,
+            "dataset.train": self.dataset.train,
+            "dataset.train_revision": self.dataset.train_revision,
+            "dataset.limit.train": self.dataset.limit.train,
+            "dataset.chat_template": self.dataset.chat_template,
+        }
+        if isinstance(self.dataset.eval, EvalSplit):
+            values |= {"dataset.eval.rows": self.dataset.eval.rows, "dataset.eval.seed": self.dataset.eval.seed}
+        values |= {f"quantization.{key}": value for key, value in _quantization(self.quantization).items()}
+        values |= {f"training.{key}": value for key, value in self._training().items()}
+        if self.checkpoint == "best":
+            values |= {"register.checkpoint": "best", "training.eval_steps": self.training.eval_steps}
+        return {key: plain(value) for key, value in values.items() if value is not None}
+
+    def eval_hash(self) -> str:
+        """Hash of the evaluation of this arm's adapter: settings, evaluation rows, and the adapter's spec hash."""
+        return digest({"evaluated": self.spec_hash, **self._evaluation()})
+
+    def base_eval_hash(self) -> str:
+        """Hash of the same evaluation of the bare base: equal for all arms that share its rows and quantization."""
+        base = {"base": self._base(), "quantization": _quantization(self.quantization)}
+        return digest({"evaluated": base, **self._evaluation()})
+
+    def _base(self) -> dict[str, Any]:
+        return identity(parse_source(self.base_model), self.base_model_revision)
+
+    def _training(self) -> dict[str, Any]:
+        return self.training.model_dump(exclude=_WITHOUT_EFFECT)
+
+    def _texts(self) -> dict[str, Any]:
+        """How a row becomes tokens."""
+        data = self.dataset
+        template = data.chat_template
+        return {
+            "prompt": data.prompt,
+            "completion": data.completion,
+            "messages": data.messages,
+            "system": data.system,
+            # A template's file is what it says, not where it lies.
+            "chat_template": data.chat_template_revision or template,
+            "max_length": self.training.max_length,
+        }
+
+    def _train_rows(self) -> dict[str, Any]:
+        data = self.dataset
+        split = data.eval if isinstance(data.eval, EvalSplit) else None
+        return {
+            **identity(parse_source(data.train), data.train_revision),
+            "split": data.train_split,
+            "name": data.name,
+            "held_out": split.model_dump() if split else None,
+        }
+
+    def _eval_rows(self) -> dict[str, Any]:
+        data = self.dataset
+        if not isinstance(data.eval, str):
+            return {"of": self._train_rows(), "limit": data.limit.eval}
+        source = identity(parse_source(data.eval), data.eval_revision)
+        return {**source, "split": data.eval_split, "name": data.name, "limit": data.limit.eval}
+
+    def _result(self) -> dict[str, Any]:
+        result = {
+            "version": HASH_VERSION,
+            "base": self._base(),
+            "quantization": _quantization(self.quantization),
+            "lora": self.lora.model_dump(),
+            "rows": {**self._train_rows(), "limit": self.dataset.limit.train},
+            "texts": self._texts(),
+            "training": self._training(),
+            "seed": self.seed,
+            "init_from": self.init_from,
+        }
+        if self.checkpoint == "best":
+            key = self.evaluation.primary_metric
+            generated = any(key in METRIC_KEYS[metric] for metric in GENERATED)
+            result["chosen"] = {
+                "by": key,
+                "eval_steps": self.training.eval_steps,
+                "rows": self._eval_rows(),
+                "max_new_tokens": self.evaluation.max_new_tokens if generated else None,
+            }
+        return result
+
+    def _evaluation(self) -> dict[str, Any]:
+        metrics = sorted(set(self.evaluation.metrics))
+        generated = not GENERATED.isdisjoint(metrics)
+        return {
+            "version": HASH_VERSION,
+            "metrics": metrics,
+            "max_new_tokens": self.evaluation.max_new_tokens if generated else None,
+            "rows": self._eval_rows(),
+            "texts": self._texts(),
+        }
+
+
+def _quantization(spec: QuantizationSpec) -> dict[str, Any]:
+    """The settings of a quantization that have an effect."""
+    hidden = set() if spec.load_in_4bit else {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
+    return spec.model_dump(exclude=hidden)

