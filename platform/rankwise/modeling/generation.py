@@ -1,0 +1,243 @@
+"""Text generation for one left-padded batch: greedy or sampled, stop strings, one seed per row.
+
+Letters: B rows, T tokens of the longest prompt, V vocabulary.
+
+The base's own `generation_config` takes no part (many ship a temperature or a repetition penalty that would change
+results unseen): what decides is in `Decoding`. Sampling adds Gumbel noise to the logits and takes the largest, which
+draws from the softmax exactly (Gumbel 1954; Maddison et al. 2014, "A* sampling"); the noise comes from a generator of
+the row's own, on the CPU, so that a row draws the same tokens in any batch and on any device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from rankwise.exceptions import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: Most tokens to generate for a row, the end token included; at least 1.
+        temperature: 0 takes the likeliest token; above 0 divides the logits before sampling.
+        top_p: Sampling keeps the likeliest tokens that together have at least this probability; in (0, 1].
+        stop: Texts that end a row; neither they nor what follows them is in the row's text.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, all at once."""
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if not (0.0 <= self.temperature < float("inf")):
+            problems.append(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if not (0.0 < self.top_p <= 1.0):
+            problems.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if any(not text for text in self.stop):
+            problems.append("stop must not hold an empty text: it would end every row at once")
+        if problems:
+            raise ConfigError("; ".join(problems), tuple(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """One row's result.
+
+    Args:
+        text: The decoded tokens without special tokens, cut before the first stop text.
+        token_ids: The generated tokens, the end token included, padding not.
+        finish_reason: `stop` after an end token or a stop text, `length` after `max_new_tokens`.
+        prompt_tokens: Length of the prompt.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+
+
+def row_seed(seed: int, row: int | str) -> int:
+    """A row's own seed out of the call's seed and the row's index or id, as a non-negative 63-bit number."""
+    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_size`, longest first: little padding, and a lack of memory shows at once."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a row: the tokenizer's end token and those of the base's generation configuration."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
+    return tuple(sorted({int(end) for end in ends if end is not None}))
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    seeds: Sequence[int] | None = None,
+) -> list[Generated]:
+    """Continue every prompt; rows keep their order, so that a caller may route rows to adapters by position.
+
+    Args:
+        model: A causal language model with `generate`, in eval mode.
+        tokenizer: Decodes, and names the padding and end tokens.
+        prompts: Token ids of each row, at least one token each.
+        decoding: How tokens are chosen.
+        seeds: One per row, needed when `decoding.temperature` is above 0.
+
+    Raises:
+        ConfigError: A prompt is empty, does not fit the model's positions, or the seeds do not match the rows.
+    """
+    if not prompts:
+        return []
+    _check(model, prompts, decoding, seeds)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ConfigError("the tokenizer has neither a pad nor an end token, so rows of a batch cannot be padded")
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.int64)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=torch.int64)
+    device = model.get_input_embeddings().weight.device
+    ends = end_token_ids(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    processors = LogitsProcessorList()
+    if decoding.temperature > 0:
+        processors.append(_GumbelSampler(decoding, seeds or ()))
+    criteria = StoppingCriteriaList()
+    if decoding.stop:
+        criteria.append(_StopTexts(tokenizer, decoding.stop, width))
+    with torch.no_grad(), _own_configuration(model, config):
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+        )
+    rows = output[:, width:].tolist()
+    return [_finish(tokenizer, row, decoding, ends, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, seeds: Sequence[int] | None) -> None:
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ConfigError(f"row {index} has an empty prompt; a prompt needs at least one token")
+    longest = max(len(prompt) for prompt in prompts)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + decoding.max_new_tokens > positions:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens; with max_new_tokens={decoding.max_new_tokens} that is more than "
+            f"the {positions} positions of the base; shorten the prompt or ask for fewer tokens"
+        )
+    if decoding.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ConfigError(
+            f"sampling (temperature={decoding.temperature}) needs one seed per row, "
+            f"got {'none' if seeds is None else len(seeds)} for {len(prompts)} rows"
+        )
+
+
+def _finish(tokenizer: Any, row: list[int], decoding: Decoding, ends: tuple[int, ...], prompt_tokens: int) -> Generated:
+    """Cut a row of the batch after its end token or at its stop text; the rest of the row is padding."""
+    end = next((index for index, token in enumerate(row) if token in ends), None)
+    tokens = row if end is None else row[: end + 1]
+    reason: Literal["stop", "length"] = "length" if end is None else "stop"
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    cut = _first_stop(text, decoding.stop)
+    if cut is not None:
+        reason = "stop"
+        text = text[:cut]
+        tokens = _until_stop(tokenizer, tokens, decoding.stop)
+    return Generated(text=text, token_ids=tuple(tokens), finish_reason=reason, prompt_tokens=prompt_tokens)
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    found = [position for position in (text.find(one) for one in stop) if position >= 0]
+    return min(found, default=None)
+
+
+def _until_stop(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> list[int]:
+    """The tokens up to the one that completed a stop text: the row was padded from there on."""
+    for count in range(1, len(tokens) + 1):
+        if _first_stop(tokenizer.decode(tokens[:count], skip_special_tokens=True), stop) is not None:
+            return tokens[:count]
+    return tokens
+
+
+@contextmanager
+def _own_configuration(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Put `config` in the place of the base's: `generate` fills what is unset from there."""
+    kept = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]
+    """Turns the argmax of greedy decoding into a draw from softmax(logits / temperature), cut at `top_p`."""
+
+    def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
+        self.decoding = decoding
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Add each row's noise: scores (B, V) -> (B, V)."""
+        logits = scores.float() / self.decoding.temperature
+        if self.decoding.top_p < 1.0:
+            ordered, order = logits.sort(dim=-1, descending=True)
+            chances = ordered.softmax(dim=-1)
+            # A token stays while those before it do not reach top_p: the likeliest one always stays.
+            drop = (chances.cumsum(dim=-1) - chances) >= self.decoding.top_p
+            logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+        vocabulary = logits.shape[-1]
+        waiting = torch.stack([torch.empty(vocabulary).exponential_(generator=one) for one in self.generators])
+        return logits - waiting.log().to(logits.device)
+
+
+class _StopTexts(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row once its decoded continuation holds a stop text, however the text is split into tokens."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt_width: int) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Say for each row whether it is done: (B,) bool."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :], skip_special_tokens=True)
+        done = [_first_stop(text, self.stop) is not None for text in texts]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
