@@ -1,0 +1,225 @@
+"""Evaluate several adapters and the bare base over one loaded base, on the same examples, in mixed batches.
+
+Two passes over the rows (one row: one example under one adapter). The teacher-forced pass gives loss and token
+accuracy at the supervised positions; logits are taken where some row of the batch has one (`logits_to_keep`), by the
+model's own head, so that architectures which scale or cap logits give their own loss. The generating pass is done by
+a callable that the caller brings, and only if a metric needs it.
+
+A batch holds the same examples under every adapter: the base's products run once for all of them and no adapter's
+rows are padded to another's length. What a row gets does not depend on its neighbours, beyond rounding.
+
+Shapes: B rows of a batch, T tokens, P positions with logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from rankwise.data.collator import collate
+from rankwise.data.encoding import Encoded
+from rankwise.data.rows import Example
+from rankwise.evaluation.metrics import MetricValue, compute, find_metrics
+from rankwise.evaluation.observation import Observation
+from rankwise.experiment.schema import EvaluationSpec
+from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.forward import evaluating, forward_arguments, segments_of
+from rankwise.modeling.packed_lora import Routing, install
+
+# Rows of one forward, over all adapters. Past this, larger products gain nothing on a CPU and cost memory on a GPU.
+MAX_ROWS = 64
+# Numbers in one batch's logits, B * P * V: 512 MiB in fp32. Long answers over a large vocabulary get smaller batches.
+MAX_LOGITS = 2**27
+
+Progress = Callable[[str, int, int], None]
+"""Told the pass (`loss`, `generate`) and how many of its rows are done, of how many."""
+
+
+class Generated(Protocol):
+    """What the evaluator reads of a generation (`inference.generate.Generation` is one)."""
+
+    @property
+    def text(self) -> str: ...  # noqa: D102
+
+    @property
+    def finish_reason(self) -> str: ...  # noqa: D102
+
+
+Generator = Callable[[Sequence[Sequence[int]], Sequence[str | None]], Sequence[Generated]]
+"""Greedy answers in the order asked: token ids of the prompts, and the adapter of each (None: the bare base)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one adapter (None: the bare base) did on the evaluation examples."""
+
+    adapter: str | None
+    metrics: Mapping[str, MetricValue]
+    observations: tuple[Observation, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One example under one adapter; `example` is its index."""
+
+    example: int
+    adapter: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """Teacher-forced sums of one row over its supervised tokens."""
+
+    loss_sum: float
+    tokens: int
+    correct: int
+
+
+def evaluate(
+    base: LoadedBase,
+    adapters: Sequence[str | None],
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    spec: EvaluationSpec,
+    *,
+    generate: Generator | None = None,
+    progress: Progress | None = None,
+) -> dict[str | None, Evaluation]:
+    """Evaluate every adapter on every example.
+
+    Args:
+        base: The loaded base; the adapters are attached to its model.
+        adapters: Names, and None for the bare base.
+        examples: The evaluation examples.
+        encoded: Their tokens, in the same order.
+        spec: Metrics and batch size. `per_device_eval_batch_size` examples are taken at a time under all adapters, as
+            long as that is no more than `MAX_ROWS` rows.
+        generate: Greedy decoding; needed when a metric asks for generations.
+        progress: Called after each batch.
+
+    Raises:
+        ConfigError: A metric is not known.
+        ValueError: Examples and tokens do not belong together, or generations are needed and `generate` is None.
+    """
+    if [example.id for example in examples] != [each.id for each in encoded]:
+        raise ValueError(
+            f"examples and encoded rows must be the same in the same order; got {len(examples)} and {len(encoded)}"
+        )
+    metrics = find_metrics(spec.metrics)
+    needing = [each.name for each in metrics if each.needs_generation]
+    if needing and generate is None:
+        raise ValueError(f"metrics {', '.join(needing)} need generations: pass generate=")
+    distinct = list(dict.fromkeys(adapters))
+    rows = [_Row(example=index, adapter=adapter) for index in range(len(examples)) for adapter in distinct]
+    tokens = _teacher_forced(base, rows, encoded, spec.per_device_eval_batch_size * len(distinct), progress)
+    answers: dict[_Row, Generated] = {}
+    if needing and generate is not None:
+        texts = [example.prompt for example in examples]
+        prompts = base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        made = generate([prompts[row.example] for row in rows], [row.adapter for row in rows])
+        answers = dict(zip(rows, made, strict=True))
+    evaluations: dict[str | None, Evaluation] = {}
+    for adapter in distinct:
+        observations = tuple(
+            _observation(example, tokens[row], answers.get(row))
+            for index, example in enumerate(examples)
+            for row in [_Row(example=index, adapter=adapter)]
+        )
+        evaluations[adapter] = Evaluation(
+            adapter=adapter, metrics=compute(metrics, observations), observations=observations
+        )
+    return evaluations
+
+
+def _observation(example: Example, tokens: _Tokens, answer: Generated | None) -> Observation:
+    return Observation(
+        id=example.id,
+        prompt=example.prompt,
+        reference=example.completion,
+        columns=example.columns,
+        loss_sum=tokens.loss_sum,
+        tokens=tokens.tokens,
+        correct_tokens=tokens.correct,
+        prediction=None if answer is None else answer.text,
+        finish_reason=None if answer is None else answer.finish_reason,
+    )
+
+
+def _teacher_forced(
+    base: LoadedBase, rows: Sequence[_Row], encoded: Sequence[Encoded], wanted_rows: int, progress: Progress | None
+) -> dict[_Row, _Tokens]:
+    routing = install(base.model)
+    vocabulary = base.model.get_output_embeddings().weight.shape[0]
+    results: dict[_Row, _Tokens] = {}
+    with evaluating(base.model), torch.no_grad():
+        for batch in _batches(rows, encoded, min(wanted_rows, MAX_ROWS), vocabulary):
+            results.update(_forward(base, routing, batch, encoded))
+            if progress is not None:
+                progress("loss", len(results), len(rows))
+    return results
+
+
+def _batches(rows: Sequence[_Row], encoded: Sequence[Encoded], max_rows: int, vocabulary: int) -> Iterator[list[_Row]]:
+    """Batches of similar length, longest first, within the limits on rows and logits, each sorted by adapter."""
+
+    def length(row: _Row) -> int:
+        return len(encoded[row.example].input_ids)
+
+    batch: list[_Row] = []
+    positions: set[int] = set()
+    for row in sorted(
+        rows, key=lambda row: (-length(row), row.example)
+    ):  # stable: adapters of an example stay together
+        own = set(encoded[row.example].supervised.nonzero()[0].tolist())
+        logits = (len(batch) + 1) * len(positions | own) * vocabulary
+        if batch and (len(batch) == max_rows or logits > MAX_LOGITS):
+            yield sorted(batch, key=lambda each: each.adapter or "")
+            batch, positions = [], set()
+        batch.append(row)
+        positions |= own
+    if batch:
+        yield sorted(batch, key=lambda each: each.adapter or "")
+
+
+def _forward(
+    base: LoadedBase, routing: Routing, rows: Sequence[_Row], encoded: Sequence[Encoded]
+) -> dict[_Row, _Tokens]:
+    batch = collate([encoded[row.example] for row in rows], pad_token_id=_padding(base))
+    positions = batch.supervised.any(dim=0).nonzero().squeeze(1)  # (P,) of tokens to predict
+    if len(positions) == 0:
+        return {row: _Tokens(loss_sum=0.0, tokens=0, correct=0) for row in rows}
+    before = (positions - 1).to(base.device)
+    keep = {"logits_to_keep": before} if "logits_to_keep" in forward_arguments(base.model) else {}
+    with routing.segments(segments_of([row.adapter for row in rows], batch.input_ids.shape[1])):
+        logits = base.model(
+            input_ids=batch.input_ids.to(base.device),
+            attention_mask=batch.attention_mask.to(base.device),
+            use_cache=False,
+            **keep,
+        ).logits
+    if not keep:
+        logits = logits[:, before]
+    supervised = batch.supervised[:, positions].to(base.device)  # (B, P)
+    targets = batch.input_ids[:, positions].to(base.device)[supervised]  # (N,)
+    chosen = logits[supervised].float()  # (N, V)
+    losses = functional.cross_entropy(chosen, targets, reduction="none").double()
+    correct = chosen.argmax(dim=-1) == targets
+    row_of = supervised.nonzero()[:, 0]
+    zeros = torch.zeros(len(rows), dtype=torch.float64, device=base.device)
+    loss_sums = zeros.index_add(0, row_of, losses).tolist()
+    right = zeros.index_add(0, row_of, correct.double()).tolist()
+    counts = supervised.sum(dim=1).tolist()
+    return {
+        row: _Tokens(loss_sum=loss_sums[at], tokens=int(counts[at]), correct=int(right[at]))
+        for at, row in enumerate(rows)
+    }
+
+
+def _padding(base: LoadedBase) -> int:
+    """Any id does: padding is masked and never supervised."""
+    pad = base.tokenizer.pad_token_id
+    return int(pad) if pad is not None else 0

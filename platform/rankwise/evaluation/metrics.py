@@ -1,0 +1,274 @@
+"""Metrics: pure functions of one observation, registered by a decorator, summed up with their standard error.
+
+Every metric is a weighted mean over examples: a function gives each example's share (`Sample`: a total and a weight),
+and the value is the sum of the totals over the sum of the weights. That form is enough for means over tokens (weight
+= tokens) and over examples (weight = 1, or 0 for an example that does not count), keeps examples apart so that two
+models can be compared pair by pair, and gives each mean its standard error in the same way.
+
+Decisions:
+
+- Standard error: the linearised variance of a ratio with examples as clusters (Cochran, *Sampling Techniques*, 3rd
+  ed., section 6.4): tokens of one example are not independent, so they do not count as so many measurements. With
+  equal weights it is the usual s / sqrt(n). Fewer than two examples have none (None).
+- `n` is the number of examples with weight above 0.
+- No example to count: value None, stderr None, n 0. A mean that is not finite (the loss of a diverged adapter): value
+  None, stderr None, n > 0. NaN and infinity never leave this module: they are not JSON, and MLflow's charts break on
+  them.
+- `number`: a prediction without a number is left out of the mean absolute and relative error (there is no error to
+  take; `n` shows how many are behind the mean), counts as a miss in `eval.within_20_percent`, and is counted by
+  `eval.parse_failures`, which is a share. So a model cannot win by silence. An example whose reference has no number
+  counts nowhere; one whose reference is 0 has no relative error.
+
+Metrics of other packages: an entry point of the group `rankwise.metrics`, named like the metric, that points to the
+decorated function. It is loaded when a definition names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+
+import numpy as np
+
+from rankwise.evaluation.numbers import parse_number
+from rankwise.evaluation.observation import Observation
+from rankwise.exceptions import ConfigError
+
+ENTRY_POINT_GROUP = "rankwise.metrics"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricValue:
+    """A mean with its standard error and the number of examples behind it. None: not defined (see the module)."""
+
+    value: float | None
+    stderr: float | None
+    n: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The value as the `--json` outputs spell it."""
+        return {"value": self.value, "stderr": self.stderr, "n": self.n}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One example's share of a weighted mean."""
+
+    total: float
+    weight: float = 1.0
+
+    @property
+    def score(self) -> float | None:
+        """The example's own value: None where it does not count or is not finite."""
+        if self.weight == 0:
+            return None
+        value = self.total / self.weight
+        return value if math.isfinite(value) else None
+
+
+NOT_COUNTED = Sample(total=0.0, weight=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """A smooth function of a mean; its standard error follows by the delta method, |derivative| times the mean's."""
+
+    source: str
+    function: Callable[[float], float]
+    derivative: Callable[[float], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A registered metric.
+
+    Attributes:
+        name: What `evaluation.metrics` of a definition says.
+        function: Pure; gives a `Sample` for every key of `keys`, also for examples that do not count.
+        keys: The means that `function` gives, as MLflow keys.
+        greater_is_better: Those of all keys of which more is better.
+        needs_generation: Whether `Observation.prediction` is read.
+        derived: Further keys, each a smooth function of one of the means.
+    """
+
+    name: str
+    function: Callable[[Observation], Mapping[str, Sample]]
+    keys: tuple[str, ...]
+    greater_is_better: frozenset[str] = frozenset()
+    needs_generation: bool = False
+    derived: Mapping[str, Transform] = field(default_factory=dict)
+
+    def __call__(self, observation: Observation) -> Mapping[str, Sample]:
+        """Give one example's share of every mean."""
+        return self.function(observation)
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        """Keys of the means and of what is derived from them."""
+        return (*self.keys, *self.derived)
+
+
+_REGISTRY: dict[str, Metric] = {}
+
+
+def metric(
+    name: str,
+    *,
+    keys: Sequence[str],
+    greater_is_better: Iterable[str] = (),
+    needs_generation: bool = False,
+    derived: Mapping[str, Transform] | None = None,
+) -> Callable[[Callable[[Observation], Mapping[str, Sample]]], Metric]:
+    """Register a function as the metric `name`.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+
+    def register(function: Callable[[Observation], Mapping[str, Sample]]) -> Metric:
+        if name in _REGISTRY:
+            raise ConfigError(f"metric {name!r} is registered already, by {_REGISTRY[name].function.__module__}")
+        made = Metric(
+            name=name,
+            function=function,
+            keys=tuple(keys),
+            greater_is_better=frozenset(greater_is_better),
+            needs_generation=needs_generation,
+            derived=dict(derived or {}),
+        )
+        _REGISTRY[name] = made
+        return made
+
+    return register
+
+
+def find_metrics(names: Iterable[str]) -> list[Metric]:
+    """Return the metrics of these names, loading those of other packages.
+
+    Raises:
+        ConfigError: A name is not known, or an entry point does not hold a metric of its name.
+    """
+    return [_find(name) for name in names]
+
+
+def _find(name: str) -> Metric:
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    offered = entry_points(group=ENTRY_POINT_GROUP)
+    for point in offered:
+        if point.name == name:
+            loaded = point.load()
+            if not isinstance(loaded, Metric) or loaded.name != name:
+                raise ConfigError(
+                    f"entry point {point.value!r} of group {ENTRY_POINT_GROUP!r} is not the metric {name!r}; "
+                    f"decorate the function with @metric({name!r}, keys=[...])"
+                )
+            return loaded
+    known = sorted({*_REGISTRY, *(point.name for point in offered)})
+    raise ConfigError(f"evaluation.metrics: there is no metric {name!r}; there are {', '.join(known)}")
+
+
+def compute(metrics: Sequence[Metric], observations: Sequence[Observation]) -> dict[str, MetricValue]:
+    """Every key of every metric over these observations (none at all is allowed: each value is then None)."""
+    values: dict[str, MetricValue] = {}
+    for each in metrics:
+        samples = [each(observation) for observation in observations]
+        for key in each.keys:
+            values[key] = weighted_mean([sample[key] for sample in samples])
+        for key, transform in each.derived.items():
+            values[key] = _transformed(values[transform.source], transform)
+    return values
+
+
+def scores(metrics: Sequence[Metric], observation: Observation) -> dict[str, float | None]:
+    """One example's own value of every mean, for the table of predictions."""
+    return {key: sample.score for each in metrics for key, sample in each(observation).items()}
+
+
+def weighted_mean(samples: Sequence[Sample]) -> MetricValue:
+    """Sum of totals over sum of weights, with the standard error of a ratio (see the module)."""
+    counted = [sample for sample in samples if sample.weight > 0]
+    n = len(counted)
+    if n == 0:
+        return MetricValue(value=None, stderr=None, n=0)
+    totals = np.array([sample.total for sample in counted], dtype=np.float64)
+    weights = np.array([sample.weight for sample in counted], dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = float(totals.sum() / weights.sum())
+        if not math.isfinite(mean):
+            return MetricValue(value=None, stderr=None, n=n)
+        if n == 1:
+            return MetricValue(value=mean, stderr=None, n=n)
+        residuals = totals - mean * weights
+        stderr = float(np.sqrt(n / (n - 1) * np.sum(residuals**2)) / weights.sum())
+    return MetricValue(value=mean, stderr=stderr if math.isfinite(stderr) else None, n=n)
+
+
+def _transformed(source: MetricValue, transform: Transform) -> MetricValue:
+    if source.value is None:
+        return MetricValue(value=None, stderr=None, n=source.n)
+    try:
+        value = transform.function(source.value)
+        slope = abs(transform.derivative(source.value))
+    except OverflowError:  # exp of a loss above 709
+        return MetricValue(value=None, stderr=None, n=source.n)
+    stderr = None if source.stderr is None else slope * source.stderr
+    return MetricValue(value=value, stderr=stderr, n=source.n)
+
+
+@metric(
+    "loss",
+    keys=["eval.loss"],
+    derived={"eval.perplexity": Transform(source="eval.loss", function=math.exp, derivative=math.exp)},
+)
+def loss(observation: Observation) -> dict[str, Sample]:
+    """Mean negative log likelihood (nats) of a supervised token; perplexity is its exponential."""
+    return {"eval.loss": Sample(total=observation.loss_sum, weight=observation.tokens)}
+
+
+@metric("token_accuracy", keys=["eval.token_accuracy"], greater_is_better=["eval.token_accuracy"])
+def token_accuracy(observation: Observation) -> dict[str, Sample]:
+    """Share of supervised tokens that were the most likely ones, the reference before them given."""
+    return {"eval.token_accuracy": Sample(total=observation.correct_tokens, weight=observation.tokens)}
+
+
+@metric("exact_match", keys=["eval.exact_match"], greater_is_better=["eval.exact_match"], needs_generation=True)
+def exact_match(observation: Observation) -> dict[str, Sample]:
+    """Share of generations equal to the reference once white space is normalised."""
+    same = _prediction(observation).split() == observation.reference.split()
+    return {"eval.exact_match": Sample(total=float(same))}
+
+
+@metric(
+    "number",
+    keys=["eval.mean_absolute_error", "eval.mean_relative_error", "eval.within_20_percent", "eval.parse_failures"],
+    greater_is_better=["eval.within_20_percent"],
+    needs_generation=True,
+)
+def number(observation: Observation) -> dict[str, Sample]:
+    """Error of the number in the generation against the number in the reference, in the data's own unit."""
+    wanted = parse_number(observation.reference)
+    got = parse_number(_prediction(observation))
+    absolute = relative = within = failed = NOT_COUNTED
+    if wanted is not None:
+        failed = Sample(total=float(got is None))
+        within = Sample(total=0.0)
+        if got is not None:
+            error = abs(got - wanted)
+            absolute = Sample(total=error)
+            within = Sample(total=float(error <= 0.2 * abs(wanted)))
+            if wanted != 0:
+                relative = Sample(total=error / abs(wanted))
+    return {
+        "eval.mean_absolute_error": absolute,
+        "eval.mean_relative_error": relative,
+        "eval.within_20_percent": within,
+        "eval.parse_failures": failed,
+    }
+
+
+def _prediction(observation: Observation) -> str:
+    assert observation.prediction is not None, "a metric with needs_generation=True was given no generation"
+    return observation.prediction

@@ -1,0 +1,120 @@
+"""Decode many prompts at once, each under its own adapter, over one loaded base.
+
+Prompts are sorted by length and cut into batches, and within a batch by adapter, so that each adapter's rows are one
+slice (`modeling/packed_lora.py`); `modeling/generation.py` decodes a batch. Padding is on the left and masked,
+positions count from each prompt's own first token, and a sampled row draws from its own seed: what a row generates
+depends neither on its neighbours nor on the batch size, beyond the rounding of the matrix products (by which a greedy
+choice between two all but equal tokens can flip).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rankwise.exceptions import ConfigError
+from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.forward import evaluating, segments_of
+from rankwise.modeling.generation import Decoding, Generated, generate_batch, length_batches
+from rankwise.modeling.packed_lora import install
+
+Progress = Callable[[int, int], None]
+"""Told how many rows are done, of how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What to continue.
+
+    Attributes:
+        token_ids: Tokens of the rendered prompt.
+        adapter: The adapter to run it under; None is the bare base.
+        seed: Seed of this row's sampling; unused in greedy decoding.
+    """
+
+    token_ids: tuple[int, ...]
+    adapter: str | None = None
+    seed: int = 0
+
+
+def encode_prompts(base: LoadedBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of rendered prompts. The chat template has put all special tokens in already, so none are added."""
+    if not texts:
+        return []
+    return [tuple(ids) for ids in base.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def generate(
+    base: LoadedBase,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[Generated]:
+    """Continue every prompt under its own adapter.
+
+    Args:
+        base: The loaded base; the named adapters are attached to its model.
+        prompts: Any mixture of adapters and lengths.
+        decoding: How tokens are chosen and when to stop.
+        batch_size: Rows that are decoded together.
+        progress: Called after each batch.
+
+    Returns:
+        One generation per prompt, in the order of the prompts.
+
+    Raises:
+        ConfigError: A prompt cannot be continued (see `prompt_problem`), or `batch_size` is below 1.
+    """
+    for index, prompt in enumerate(prompts):
+        problem = prompt_problem(base, len(prompt.token_ids), decoding.max_new_tokens)
+        if problem:
+            raise ConfigError(f"prompt {index}: {problem}")
+    routing = install(base.model)
+    results: dict[int, Generated] = {}
+    with evaluating(base.model):
+        for batch in length_batches([len(prompt.token_ids) for prompt in prompts], batch_size):
+            order = sorted(batch, key=lambda index: prompts[index].adapter or "")
+            rows = [prompts[index] for index in order]
+            length = max(len(row.token_ids) for row in rows)
+            with routing.segments(segments_of([row.adapter for row in rows], length)):
+                made = generate_batch(
+                    base.model,
+                    base.tokenizer,
+                    [row.token_ids for row in rows],
+                    decoding,
+                    seeds=[row.seed for row in rows],
+                )
+            results.update(zip(order, made, strict=True))
+            if progress is not None:
+                progress(len(results), len(prompts))
+    return [results[index] for index in range(len(prompts))]
+
+
+def greedy(
+    base: LoadedBase, *, max_new_tokens: int, batch_size: int, progress: Progress | None = None
+) -> Callable[[Sequence[Sequence[int]], Sequence[str | None]], list[Generated]]:
+    """What `evaluation.evaluator.evaluate` takes: prompts' tokens and adapters in, greedy answers out, in order."""
+    decoding = Decoding(max_new_tokens=max_new_tokens)
+
+    def run(token_ids: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[Generated]:
+        prompts = [
+            Prompt(token_ids=tuple(ids), adapter=adapter) for ids, adapter in zip(token_ids, adapters, strict=True)
+        ]
+        return generate(base, prompts, decoding, batch_size=batch_size, progress=progress)
+
+    return run
+
+
+def prompt_problem(base: LoadedBase, prompt_tokens: int, max_new_tokens: int) -> str | None:
+    """Say why a prompt of this many tokens cannot be continued, or None when it can."""
+    if prompt_tokens == 0:
+        return "it has no tokens; there is nothing to continue"
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and limit < prompt_tokens + max_new_tokens:
+        return (
+            f"its {prompt_tokens} tokens and max_new_tokens {max_new_tokens} exceed the {limit} positions of the base; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    return None

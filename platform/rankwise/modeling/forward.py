@@ -1,0 +1,47 @@
+"""Run a base with the adapters of many rows: evaluation mode, the arguments of its forward, rows to segments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+from rankwise.modeling.packed_lora import Segment
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Hold a model in evaluation mode, and give it back as it was."""
+    # Left alone when it is in evaluation mode already: bitsandbytes may repack 4-bit weights on a change of mode.
+    was_training = bool(model.training)
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def forward_arguments(model: Any) -> frozenset[str]:
+    """Names that the base's own forward takes (a PeftModel's forward says nothing of them)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(inner.forward).parameters)
+
+
+def segments_of(adapters: Sequence[str | None], length: int) -> list[Segment]:
+    """One segment for each run of neighbouring rows with the same adapter, without dropout.
+
+    Args:
+        adapters: The adapter of each row; None is the bare base.
+        length: Padded length of the rows in tokens.
+    """
+    segments: list[Segment] = []
+    start = 0
+    for adapter, rows in groupby(adapters):
+        stop = start + sum(1 for _ in rows)
+        segments.append(Segment(adapter=adapter, start=start, stop=stop, dropout=None, length=length))
+        start = stop
+    return segments
