@@ -1,0 +1,167 @@
+"""The identity of a base: SHA-256 over its weights, configuration, tokenizer and chat template.
+
+All four go by content, so that a snapshot in a hub cache and its copy elsewhere agree.
+
+| part | over |
+|---|---|
+| weights | the SHA-256 of each safetensors file that transformers would load, sorted; their names do not count (each file names its own tensors) |
+| config | `config.json` as canonical JSON without `NOT_IDENTITY` at any depth, and the token ids of `generation_config.json`, which decide where generation stops |
+| tokenizer | the SHA-256 of the files in `TOKENIZER_FILES` that are there, by name; `tokenizer_config.json` as canonical JSON without its template and `NOT_TOKENIZER` |
+| chat_template | the texts of the templates by name, wherever they are kept: `chat_template.jinja`, `additional_chat_templates/`, `chat_template.json`, `tokenizer_config.json` |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.assets.digest import digests
+from rankwise.assets.layout import read_json
+from rankwise.assets.weights import weight_files
+from rankwise.exceptions import AssetError
+from rankwise.settings import Settings
+
+# Who wrote the file, where it lay, and how it is loaded: saving a base again changes these and not one logit.
+NOT_IDENTITY = frozenset(
+    {
+        "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "torch_dtype", "dtype",
+        "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+        "use_cache", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
+    }
+)  # fmt: skip
+GENERATION_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "added_tokens.json", "special_tokens_map.json",
+)  # fmt: skip
+NOT_TOKENIZER = frozenset(
+    {
+        "chat_template", "transformers_version", "name_or_path", "_commit_hash", "tokenizer_file", "is_local",
+        "local_files_only",
+    }
+)  # fmt: skip
+NO_TEMPLATE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """The four parts of a base's identity, each `sha256:` and 64 hex digits (`chat_template` may be `none`)."""
+
+    weights: str
+    config: str
+    tokenizer: str
+    chat_template: str
+
+    @property
+    def digest(self) -> str:
+        """One digest over the four parts."""
+        return _digest({"format": "rankwise-base", "version": 1, **asdict(self)})
+
+    def to_dict(self) -> dict[str, str]:
+        """The parts and the digest over them."""
+        return {**asdict(self), "digest": self.digest}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, str]) -> Fingerprint:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: A part is missing, or the recorded digest is not that of the parts.
+        """
+        missing = sorted(set(cls.__dataclass_fields__) - set(values))
+        if missing:
+            raise ValueError(f"a fingerprint needs {', '.join(cls.__dataclass_fields__)}; missing: {missing}")
+        fingerprint = cls(**{name: str(values[name]) for name in cls.__dataclass_fields__})
+        if values.get("digest", fingerprint.digest) != fingerprint.digest:
+            raise ValueError(f"the parts of the fingerprint give {fingerprint.digest}, recorded is {values['digest']}")
+        return fingerprint
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What differs, one line a part with both digests: `weights: sha256:... here, sha256:... there`."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{part}: {mine[part]} here, {theirs[part]} there" for part in mine if mine[part] != theirs[part]]
+
+
+def fingerprint_base(path: Path, settings: Settings, *, verify: bool = False) -> Fingerprint:
+    """Compute the fingerprint of a local base.
+
+    Args:
+        path: A directory in the Hugging Face format, with safetensors.
+        settings: Where digests of file contents are remembered, so that a content is hashed once on a machine.
+        verify: Read the weights anew, whatever is remembered.
+
+    Raises:
+        AssetError: The directory lacks a file of a base, or one cannot be parsed.
+    """
+    config = read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    tokens = read_json(generation) if generation.is_file() else {}
+    return Fingerprint(
+        weights=_digest(_weights(path, settings, verify)),
+        config=_digest(
+            {
+                "config": _without(config, NOT_IDENTITY),
+                "generation": {key: tokens[key] for key in GENERATION_TOKENS if tokens.get(key) is not None},
+            }
+        ),
+        tokenizer=_tokenizer_digest(path),
+        chat_template=_template_digest(path),
+    )
+
+
+def _weights(path: Path, settings: Settings, verify: bool) -> list[str]:
+    """Digests of the safetensors files that transformers would load, sorted."""
+    files = weight_files(path)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise AssetError(
+            f"{path} lacks {', '.join(missing) or 'safetensors weights'}; fetch the base again, or name one that has "
+            "them (other formats of weights are not read)"
+        )
+    return sorted(digests(files, settings, verify=verify).values())
+
+
+def _tokenizer_digest(path: Path) -> str:
+    parts: dict[str, Any] = {}
+    for name in TOKENIZER_FILES:
+        if (path / name).is_file():
+            with (path / name).open("rb") as file:
+                parts[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if (path / "tokenizer_config.json").is_file():
+        parts["tokenizer_config.json"] = _without(read_json(path / "tokenizer_config.json"), NOT_TOKENIZER)
+    if not parts:
+        raise AssetError(f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES[:3])}, ...)")
+    return _digest(parts)
+
+
+def _template_digest(path: Path) -> str:
+    """Later sources win over earlier ones, as they do in transformers."""
+    templates: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (path / name).is_file():
+            stored = read_json(path / name).get("chat_template")
+            if isinstance(stored, str):
+                templates["default"] = stored
+            elif isinstance(stored, list):
+                templates.update({str(entry["name"]): str(entry["template"]) for entry in stored})
+    if (path / "chat_template.jinja").is_file():
+        templates["default"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        templates[file.stem] = file.read_text(encoding="utf-8")
+    return _digest(templates) if templates else NO_TEMPLATE
+
+
+def _without(value: Any, keys: frozenset[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(entry, keys) for key, entry in value.items() if key not in keys}
+    if isinstance(value, list):
+        return [_without(entry, keys) for entry in value]
+    return value
+
+
+def _digest(value: Any) -> str:
+    content = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()

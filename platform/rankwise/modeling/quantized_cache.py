@@ -1,0 +1,222 @@
+"""Quantized bases on disk: quantized once, loaded as they are afterwards.
+
+An entry is a directory in the Hugging Face format (a pre-quantized model) named by the digest of its `CacheKey`, with
+`entry.json` beside the weights: the key in words and the SHA-256 of every file. It is written under a temporary name
+and renamed, so that an entry is whole or not there; one process writes it, others wait for it. What is not what was
+written is remade, with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rankwise.assets.digest import file_digest
+from rankwise.assets.entry import ensure_entry, remove_entry
+from rankwise.exceptions import AssetError
+from rankwise.experiment.schema import QuantizationSpec
+from rankwise.modeling.fingerprint import Fingerprint
+from rankwise.settings import Settings, write_atomically
+
+logger = logging.getLogger(__name__)
+
+ENTRY_NAME = "entry.json"
+_FORMAT = 1
+# The libraries that decide on the bits of a quantized weight or on the format it is saved in.
+LIBRARIES = ("torch", "transformers", "bitsandbytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKey:
+    """What decides on the bytes of a quantized base.
+
+    The tokenizer and the template of the base are no part of it: they do not touch a weight.
+    """
+
+    weights: str
+    config: str
+    quantization: dict[str, Any]
+    compute_dtype: str
+    module_dtype: str
+    device_type: str
+    libraries: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits, the name of the entry."""
+        content = json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def directory(self, settings: Settings) -> Path:
+        """Where the entry is, or would be."""
+        return cache_root(settings) / self.digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """One entry on disk."""
+
+    path: Path
+    key: CacheKey
+    source: str
+    revision: str
+    bytes: int
+
+
+def cache_root(settings: Settings) -> Path:
+    """The directory of all entries."""
+    return settings.cache / "quantized"
+
+
+def make_key(
+    fingerprint: Fingerprint,
+    quantization: QuantizationSpec,
+    *,
+    compute_dtype: str,
+    module_dtype: str,
+    device_type: str,
+) -> CacheKey:
+    """The key of a base quantized in one way on this machine's kind of device with the installed libraries."""
+    return CacheKey(
+        weights=fingerprint.weights,
+        config=fingerprint.config,
+        quantization=effective_quantization(quantization),
+        compute_dtype=compute_dtype,
+        module_dtype=module_dtype,
+        device_type=device_type,
+        libraries={name: version(name) for name in LIBRARIES},
+    )
+
+
+def effective_quantization(quantization: QuantizationSpec) -> dict[str, Any]:
+    """The settings that have an effect: those of NF4 say nothing of an 8-bit base."""
+    if quantization.load_in_4bit:
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quantization.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": quantization.bnb_4bit_use_double_quant,
+        }
+    return {"load_in_8bit": True} if quantization.load_in_8bit else {}
+
+
+def load_or_quantize(
+    key: CacheKey,
+    settings: Settings,
+    *,
+    source: str,
+    revision: str,
+    quantize: Callable[[], Any],
+    load: Callable[[Path], Any],
+) -> tuple[Any, bool]:
+    """Load the entry of `key`, or quantize and write it.
+
+    Args:
+        key: What decides on the bytes.
+        settings: Where the cache is.
+        source: Where the base came from, for listings.
+        revision: Its revision, for listings.
+        quantize: Makes the quantized model out of the base; called at most once, under the entry's lock.
+        load: Loads a pre-quantized model from a directory.
+
+    Returns:
+        The model, and whether it came from the cache.
+
+    Raises:
+        StorageError: The cache cannot be written.
+    """
+    directory = key.directory(settings)
+    problems = check_entry(directory, settings) if directory.is_dir() else []
+    if problems:
+        logger.warning("the quantized base in %s is damaged (%s); it is made anew", directory, "; ".join(problems))
+        # Another process that saw the same may have removed it already.
+        with suppress(FileNotFoundError):
+            remove_entry(directory, settings)
+    made = []
+
+    def build(temporary: Path) -> None:
+        model = quantize()
+        model.save_pretrained(temporary)
+        _describe(temporary, key, settings, source=source, revision=revision)
+        made.append(model)
+
+    ensure_entry(directory, settings, build, doing=f"caching {source} quantized")
+    return (made[0], False) if made else (load(directory), True)
+
+
+def check_entry(directory: Path, settings: Settings, *, verify: bool = False) -> list[str]:
+    """Compare an entry with what was written; an empty list means that it is whole.
+
+    Args:
+        directory: The entry.
+        settings: Where digests of file contents are remembered (a content is read once after it changed).
+        verify: Read every file anew, whatever is remembered.
+    """
+    try:
+        files = _read_entry(directory)["files"]
+        recorded = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
+    except AssetError as error:
+        return [str(error)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"{ENTRY_NAME}: {error!r}"]
+    found = {path.name for path in directory.iterdir()} - {ENTRY_NAME}
+    problems = [f"missing: {name}" for name in sorted(set(recorded) - found)]
+    problems += [f"surplus: {name}" for name in sorted(found - set(recorded))]
+    for name in sorted(found & set(recorded)):
+        size, digest = recorded[name]
+        path = directory / name
+        if path.stat().st_size != size:
+            problems.append(f"{name}: {path.stat().st_size} bytes, written were {size}")
+        elif file_digest(path, settings, verify=verify) != digest:
+            problems.append(f"{name}: its content changed")
+    return problems
+
+
+def list_entries(settings: Settings) -> list[CacheEntry]:
+    """All whole-named entries, oldest first; those whose `entry.json` cannot be read are left out."""
+    entries = []
+    root = cache_root(settings)
+    directories = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    for path in sorted(directories, key=lambda path: path.stat().st_mtime_ns):
+        if path.name.startswith("."):
+            continue
+        try:
+            document = _read_entry(path)
+            entries.append(
+                CacheEntry(
+                    path=path,
+                    key=CacheKey(**document["key"]),
+                    source=str(document["source"]),
+                    revision=str(document["revision"]),
+                    bytes=sum(int(file["bytes"]) for file in document["files"].values()),
+                )
+            )
+        except (AssetError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is no entry of the cache of quantized bases: %s", path, error)
+    return entries
+
+
+def _describe(temporary: Path, key: CacheKey, settings: Settings, *, source: str, revision: str) -> None:
+    """Write `entry.json`, when all other files are there."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path, settings)}
+        for path in sorted(temporary.iterdir())
+    }
+    document = {"format": _FORMAT, "key": asdict(key), "source": source, "revision": revision, "files": files}
+    write_atomically(temporary / ENTRY_NAME, json.dumps(document, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def _read_entry(directory: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((directory / ENTRY_NAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{ENTRY_NAME} cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise AssetError(f"{ENTRY_NAME} is not of format {_FORMAT}")
+    return document
