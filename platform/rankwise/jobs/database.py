@@ -1,0 +1,131 @@
+"""Connections and migrations of the queue's database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from filelock import FileLock
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from rankwise.exceptions import JobError
+from rankwise.settings import storage_errors
+
+BUSY_TIMEOUT_S = 60
+"""How long a SQLite writer waits for another one before it gives up."""
+
+
+def open_engine(url: str) -> Engine:
+    """An engine for the queue's database.
+
+    SQLite runs in WAL mode, and every writing transaction is `BEGIN IMMEDIATE`: with the default, deferred begin two
+    processes read the same rows and both claim them.
+
+    Raises:
+        JobError: The URL is not one of SQLite or PostgreSQL.
+    """
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise JobError(f"RANKWISE_DATABASE_URL: cannot read it as a database URL ({error})") from error
+    if backend == "postgresql":
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    if backend != "sqlite":
+        raise JobError(
+            f"RANKWISE_DATABASE_URL: the queue runs on sqlite or postgresql, not on {backend!r}; "
+            "leave it unset for a SQLite file in RANKWISE_HOME"
+        )
+    if parsed.database and parsed.database != ":memory:":
+        directory = Path(parsed.database).parent
+        with storage_errors(directory, "opening the queue's database"):
+            directory.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        # The driver's own BEGIN is switched off; `_begin` issues it.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        reading = connection.get_execution_options().get("rankwise_read_only", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+@contextmanager
+def database_errors(doing: str) -> Iterator[None]:
+    """Translate what the driver raises into a `JobError`."""
+    try:
+        yield
+    except DBAPIError as error:
+        raise JobError(
+            f"{doing}: the queue's database refused: {error.orig}; "
+            "see that it can be reached and written (RANKWISE_DATABASE_URL)"
+        ) from error
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory(str(Path(__file__).parent / "migrations"))
+
+
+def _configuration(engine: Engine) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["engine"] = engine
+    return config
+
+
+def current_revision(engine: Engine) -> str | None:
+    """The revision of the schema that the database has; None for an empty one."""
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def head_revision() -> str:
+    """The revision of the schema that this release needs."""
+    head = _scripts().get_current_head()
+    assert head is not None
+    return head
+
+
+def upgrade(engine: Engine, lock: Path) -> None:
+    """Bring the schema to this release's revision; one process at a time, the others wait.
+
+    Raises:
+        JobError: The database was written by a newer release, or cannot be reached.
+    """
+    with database_errors("migrating the queue"):
+        head = head_revision()
+        if current_revision(engine) == head:
+            return
+        with storage_errors(lock, "locking the queue's migrations"):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            revision = current_revision(engine)
+            known = {
+                script.revision
+                for script in ScriptDirectory(str(Path(__file__).parent / "migrations")).walk_revisions()
+            }
+            if revision is not None and revision not in known:
+                raise JobError(
+                    f"the queue's database has revision {revision!r}, which this release does not know "
+                    f"(it knows up to {head!r}): it was written by a newer rankwise; install that one"
+                )
+            if revision != head:
+                command.upgrade(_configuration(engine), "head")

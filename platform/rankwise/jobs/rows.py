@@ -1,0 +1,77 @@
+"""The tables. Migrations in `migrations/` create them; a test holds that both say the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint, false
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Table(DeclarativeBase):
+    """Root of the tables."""
+
+
+class JobRow(Table):
+    """One job."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        UniqueConstraint("kind", "spec_hash", name="uq_job_kind_spec_hash"),
+        # The order in which a claim looks for the first eligible job.
+        Index("ix_job_claim", "state", "priority", "id"),
+        Index("ix_job_pack", "state", "pack_key", "pack_id"),
+        Index("ix_job_experiment", "experiment", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    experiment: Mapped[str] = mapped_column(String(255))
+    spec_hash: Mapped[str] = mapped_column(String(64))
+    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    state: Mapped[str] = mapped_column(String(16))
+    pack_key: Mapped[str | None] = mapped_column(String(64))
+    pack_id: Mapped[str | None] = mapped_column(String(64))
+    token: Mapped[str | None] = mapped_column(String(64), unique=True)
+    priority: Mapped[int] = mapped_column(Integer, server_default="0")
+    not_before: Mapped[float] = mapped_column(Float, server_default="0")
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    failures: Mapped[int] = mapped_column(Integer, server_default="0")
+    preemptions: Mapped[int] = mapped_column(Integer, server_default="0")
+    lost: Mapped[int] = mapped_column(Integer, server_default="0")
+    cancel_requested: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float] = mapped_column(Float)
+    updated_at: Mapped[float] = mapped_column(Float)
+
+
+class DependencyRow(Table):
+    """`job_id` waits until `after_id` has succeeded."""
+
+    __tablename__ = "job_dependency"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    after_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+
+
+class AttemptRow(Table):
+    """One execution of a job."""
+
+    __tablename__ = "attempt"
+    __table_args__ = (Index("ix_attempt_job", "job_id"), Index("ix_attempt_open", "ended_at", "lease_until"))
+
+    token: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
+    number: Mapped[int] = mapped_column(Integer)
+    worker: Mapped[str] = mapped_column(String(255))
+    host: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[float] = mapped_column(Float)
+    lease_until: Mapped[float] = mapped_column(Float)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    progress_at: Mapped[float | None] = mapped_column(Float)
+    ended_at: Mapped[float | None] = mapped_column(Float)
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    error: Mapped[str | None] = mapped_column(Text)

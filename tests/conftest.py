@@ -1,0 +1,24 @@
+"""Every test gets its own home, no network, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+
+# Before any library is imported: they read these once.
+os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="rankwise-runtime-"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKWISE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RANKWISE_DATABASE_URL", "RANKWISE_BASES"):
+        monkeypatch.delenv(name, raising=False)

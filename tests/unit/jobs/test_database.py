@@ -1,0 +1,51 @@
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from rankwise.exceptions import JobError
+from rankwise.jobs import database
+from rankwise.jobs.rows import Table
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = database.open_engine(f"sqlite:///{tmp_path / 'q.db'}")
+    yield engine
+    engine.dispose()
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_code(engine, tmp_path):
+    database.upgrade(engine, tmp_path / "lock")
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+    assert database.current_revision(engine) == database.head_revision()
+
+
+def test_a_second_upgrade_changes_nothing(engine, tmp_path):
+    database.upgrade(engine, tmp_path / "lock")
+    database.upgrade(engine, tmp_path / "lock")
+    assert database.current_revision(engine) == database.head_revision()
+
+
+def test_a_database_of_a_newer_release_is_refused(engine, tmp_path):
+    database.upgrade(engine, tmp_path / "lock")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(JobError, match=r"revision '9999', which this release does not know .* newer rankwise"):
+        database.upgrade(engine, tmp_path / "lock")
+
+
+@pytest.mark.parametrize(("url", "message"), [
+    ("mysql+pymysql://h/d", r"runs on sqlite or postgresql, not on 'mysql'"),
+    ("nonsense", r"cannot read it as a database URL"),
+])  # fmt: skip
+def test_another_kind_of_database_is_refused(url, message):
+    with pytest.raises(JobError, match=message):
+        database.open_engine(url)
+
+
+def test_a_locked_database_waits_for_the_other_writer(engine, tmp_path):
+    database.upgrade(engine, tmp_path / "lock")
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 1000 * database.BUSY_TIMEOUT_S
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
