@@ -1,0 +1,140 @@
+"""The arithmetic of LoRA on slices of a batch, with its own backward.
+
+Letters: `B` rows, `T` tokens, `L` tokens of one arm's longest row (L <= T), `I` and `O` features in and out, `R` rank.
+
+    y[rows of arm i, :L_i]  +=  s_i * (drop_i(x[rows of arm i, :L_i]) A_i^T) B_i^T
+
+The sum is taken in place into the base layer's output, once for all arms, and one autograd node stands for all of
+them: a slice assignment per arm would copy the gradient of the whole batch per arm and layer. Of the dropout only its
+key is kept; the mask is drawn again in the backward pass. Nothing is masked by multiplication across arms (NaN * 0 is
+NaN): rows of other arms are never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rankwise.modeling.lora_random import DropoutKey, keep_mask, keep_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One arm's rows as one layer sees them.
+
+    Attributes:
+        start: First row.
+        stop: Row after the last.
+        length: Leading tokens that the arm's rows use (`L`); the rest is padding for longer rows of other arms.
+        scaling: `alpha / r`, or `alpha / sqrt(r)`.
+        p: Dropout probability; 0 for none.
+        key: The dropout's key; None for none.
+        module: Full name of the module.
+    """
+
+    start: int
+    stop: int
+    length: int
+    scaling: float
+    p: float
+    key: DropoutKey | None
+    module: str
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is drawn."""
+        return self.key is not None and self.p > 0.0
+
+    @property
+    def factor(self) -> float:
+        """Scaling of the product, with dropout's division by the share that is kept."""
+        return self.scaling / keep_share(self.p) if self.drops else self.scaling
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """The dropout mask of (b, L, I) for an input of (B, T, I)."""
+        assert self.key is not None
+        shape = (self.stop - self.start, self.length, x.shape[-1])
+        return keep_mask(shape, self.p, self.key, self.module, x.device)
+
+    def read(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The arm's part of (B, T, I) as (b * L, I), after dropout."""
+        part = x[self.start : self.stop, : self.length]
+        if mask is not None:
+            part = part * mask
+        return part.reshape(-1, x.shape[-1])
+
+    def add_product(self, y: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
+        """Add `factor * left @ right`, a (b * L, O), to the arm's part of y (B, T, O), in place."""
+        part = y[self.start : self.stop, : self.length]
+        if part.is_contiguous():
+            part.view(-1, y.shape[-1]).addmm_(left, right, alpha=factor)
+        else:
+            part.add_((left @ right).view(part.shape), alpha=factor)
+
+
+def add_lora(y: torch.Tensor, x: torch.Tensor, slices: list[Slice], matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Add the adapters' outputs to the base layer's.
+
+    Args:
+        y: Output of the base layer, (B, T, O); it is changed in place.
+        x: Input of the layer, (B, T, I).
+        slices: The arms' rows.
+        matrices: A (R, I) and B (O, R) of each slice in turn, in fp32 or the dtype of `x`.
+
+    Returns:
+        The sum, (B, T, O).
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or any(matrix.requires_grad for matrix in matrices)):
+        return _AddLora.apply(y, x, slices, *matrices)  # type: ignore[no-any-return]
+    for index, part in enumerate(slices):
+        _forward(y, x, part, matrices[2 * index], matrices[2 * index + 1])
+    return y
+
+
+def _forward(y: torch.Tensor, x: torch.Tensor, part: Slice, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    inner = part.read(x, part.mask(x) if part.drops else None) @ a.to(x.dtype).t()
+    part.add_product(y, inner.to(y.dtype), b.to(y.dtype).t(), part.factor)
+    return inner
+
+
+class _AddLora(torch.autograd.Function):
+    """`add_lora` where gradients are wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, slices: list[Slice], *matrices: torch.Tensor
+    ) -> torch.Tensor:
+        inners = [
+            _forward(y, x, part, matrices[2 * index], matrices[2 * index + 1]) for index, part in enumerate(slices)
+        ]
+        ctx.mark_dirty(y)
+        ctx.slices = slices
+        ctx.save_for_backward(x, *matrices, *inners)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0]
+        slices: list[Slice] = ctx.slices
+        x, *saved = ctx.saved_tensors
+        matrices, inners = saved[: 2 * len(slices)], saved[2 * len(slices) :]
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        grad_matrices: list[torch.Tensor | None] = []
+        for index, part in enumerate(slices):
+            a, b = matrices[2 * index], matrices[2 * index + 1]
+            mask = part.mask(x) if part.drops else None
+            grad_y = grad[part.start : part.stop, : part.length].reshape(-1, grad.shape[-1])
+            grad_inner = (grad_y @ b.to(grad_y.dtype)).mul_(part.factor).to(x.dtype)
+            needs_a, needs_b = ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
+            grad_matrices.append((grad_inner.t() @ part.read(x, mask)).to(a.dtype) if needs_a else None)
+            grad_matrices.append(
+                (grad_y.t() @ inners[index].to(grad_y.dtype)).mul_(part.factor).to(b.dtype) if needs_b else None
+            )
+            if grad_x is not None:
+                product = (grad_inner @ a.to(x.dtype)).view(part.stop - part.start, part.length, -1)
+                if mask is not None:
+                    product *= mask
+                grad_x[part.start : part.stop, : part.length] = product
+        return grad, grad_x, None, *grad_matrices

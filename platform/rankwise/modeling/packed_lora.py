@@ -1,0 +1,327 @@
+"""Many adapters over one base in one forward pass, each on its own rows.
+
+PEFT owns the parameters, the configuration and the files: `create_adapter` injects standard LoRA layers into the base.
+`install` replaces the forward of these layers and nothing else: rows of a batch are sorted by adapter, so that each
+adapter's rows are one contiguous slice; the base's linear layer runs once on all rows; each adapter's A, B, scaling and
+dropout run on its own slice. Which rows belong to whom is said by a `Routing`, a plain object that all layers hold:
+
+    routing = install(model)
+    with routing.segments([Segment(adapter="arm-1", start=0, stop=8), Segment(adapter=None, start=8, stop=12)]):
+        loss = f(model(input_ids))
+        loss.backward()          # inside: gradient checkpointing runs the layers again
+
+The routing is no context variable and no thread-local, since backward runs in other threads and must see the same rows.
+Rows without a segment, or with adapter None, get the bare base; outside `segments` every row does.
+
+NB: with routing installed peft's own notion of active adapters has no effect; `uninstall` gives peft's forward back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from rankwise.exceptions import ConfigError
+from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.schema import LoraSpec
+from rankwise.modeling.lora_function import Slice, add_lora
+from rankwise.modeling.lora_random import DropoutKey, uniform
+from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning
+
+__all__ = [
+    "DropoutKey",
+    "Routing",
+    "Segment",
+    "adapter_parameters",
+    "create_adapter",
+    "delete_adapter",
+    "install",
+    "uninstall",
+]
+
+logger = logging.getLogger(__name__)
+
+_ROUTING = "_rankwise_routing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Consecutive rows of a batch that go through one adapter.
+
+    Attributes:
+        adapter: The adapter's name; None for the bare base.
+        start: First row.
+        stop: Row after the last.
+        dropout: Key of the dropout masks; None for none, as in evaluation.
+        length: Tokens of the longest of these rows without padding on the right; None when all positions count, as with
+            padding on the left.
+    """
+
+    adapter: str | None
+    start: int
+    stop: int
+    dropout: DropoutKey | None = None
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse rows and lengths that cannot be."""
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a segment needs 0 <= start < stop, got rows {self.start} to {self.stop}")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"a segment's length must be at least 1, got {self.length}")
+
+
+class Routing:
+    """Which rows of the current batch go through which adapter. One object for all layers of a model.
+
+    It is not safe to run two forward passes over one model at once; running backward from another thread is.
+
+    Attributes:
+        current: The segments of the batch in work, in the order of rows; empty outside of `segments`.
+        trainable: Names of the adapters that ask for gradients.
+    """
+
+    def __init__(self) -> None:
+        """Start without rows and without trainable adapters."""
+        self.current: tuple[Segment, ...] = ()
+        self.trainable: set[str] = set()
+
+    @contextmanager
+    def segments(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Route the rows of all forward and backward passes inside the block.
+
+        Raises:
+            ValueError: Segments overlap or are not in the order of rows.
+        """
+        for before, after in pairwise(segments):
+            if after.start < before.stop:
+                raise ValueError(f"segments overlap or are out of order: {before} and {after}")
+        previous, self.current = self.current, tuple(segments)
+        try:
+            yield
+        finally:
+            self.current = previous
+
+    def adapter(self, name: str | None, rows: int) -> Any:
+        """A context in which all `rows` rows of a batch go through one adapter, without dropout."""
+        return self.segments([Segment(adapter=name, start=0, stop=rows)])
+
+
+class _PackedForward:
+    """The forward of one LoRA layer under a routing."""
+
+    def __init__(self, routing: Routing, layer: Any, module: str) -> None:
+        self.routing = routing
+        self.layer = layer
+        self.module = module
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y: torch.Tensor = self.layer.base_layer(x, *args, **kwargs)
+        segments = [segment for segment in self.routing.current if segment.adapter in self.layer.lora_A]
+        if not segments:
+            return y
+        if x.dim() != 3 or x.shape[0] < segments[-1].stop:
+            raise ConfigError(
+                f"module {self.module} is called with an input of shape {tuple(x.shape)}, so its rows cannot be told "
+                "apart; take it out of lora.target_modules (experts of a mixture are called like that)"
+            )
+        slices: list[Slice] = []
+        matrices: list[torch.Tensor] = []
+        for segment in segments:
+            name = str(segment.adapter)
+            if name in self.layer.lora_variant or self.layer.lora_bias[name]:
+                raise ConfigError(
+                    f"adapter {name} is not plain LoRA in module {self.module} (DoRA, aLoRA or a bias): it cannot "
+                    "share a batch with others"
+                )
+            dropout = self.layer.lora_dropout[name]
+            slices.append(
+                Slice(
+                    start=segment.start,
+                    stop=segment.stop,
+                    length=min(segment.length or x.shape[1], x.shape[1]),
+                    scaling=self.layer.scaling[name],
+                    p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+                    key=segment.dropout,
+                    module=self.module,
+                )
+            )
+            matrices += [self.layer.lora_A[name].weight, self.layer.lora_B[name].weight]
+        return add_lora(y, x, slices, matrices)
+
+
+def install(model: Any) -> Routing:
+    """Put all LoRA layers of a model under one routing; repeated calls return the same routing and cover new layers.
+
+    Args:
+        model: A transformers model with or without injected adapters, or a `PeftModel` around one.
+
+    Raises:
+        ConfigError: A LoRA layer is not a linear one.
+    """
+    model = _unwrap(model)
+    routing: Routing | None = getattr(model, _ROUTING, None)
+    if routing is None:
+        routing = Routing()
+        setattr(model, _ROUTING, routing)
+    for name, layer in _lora_layers(model):
+        if not isinstance(layer.__dict__.get("forward"), _PackedForward):
+            if len(layer.lora_embedding_A) or isinstance(layer.get_base_layer(), nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                raise ConfigError(
+                    f"module {name} is a {type(layer.get_base_layer()).__name__}: only adapters of linear layers can "
+                    "be trained and run together"
+                )
+            layer.forward = _PackedForward(routing, layer, name)
+    return routing
+
+
+def uninstall(model: Any) -> None:
+    """Give all LoRA layers peft's own forward back."""
+    model = _unwrap(model)
+    for _, layer in _lora_layers(model):
+        layer.__dict__.pop("forward", None)
+    model.__dict__.pop(_ROUTING, None)
+
+
+def create_adapter(model: Any, arm: ArmSpec) -> str:
+    """Inject an arm's adapter into a base with the arm's own start values, trainable, in fp32.
+
+    A is drawn from U(-1/sqrt(I), 1/sqrt(I)), which is peft's kaiming_uniform_ with a = sqrt(5), as a pure function of
+    the arm's seed and the module's full name; B is zero.
+
+    Args:
+        model: The base's model.
+        arm: Rank, alpha, dropout, targets and seed.
+
+    Returns:
+        The adapter's name, `arm-<short hash>`.
+
+    Raises:
+        ConfigError: The base has no such target modules, or the adapter is there already.
+    """
+    model = _unwrap(model)
+    name = arm.adapter_name
+    if name in getattr(model, "peft_config", {}):
+        raise ConfigError(f"the model has an adapter {name} already; two arms of a pack must differ")
+    config = LoraConfig(
+        r=arm.lora.r,
+        lora_alpha=arm.lora.lora_alpha,
+        lora_dropout=arm.lora.lora_dropout,
+        target_modules=_targets(model, arm.lora),
+        use_rslora=arm.lora.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    # peft draws its own start values, which are replaced below; the global generator is not to notice.
+    with torch.random.fork_rng(devices=[]), expected_warning(SEVERAL_ADAPTERS):
+        try:
+            inject_adapter_in_model(config, model, name)
+        except ValueError as error:
+            raise ConfigError(f"adapter {name} does not fit the base: {error}") from error
+    routing = install(model)
+    for module, layer in _lora_layers(model):
+        if name not in layer.lora_A:
+            continue
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        device = layer.get_base_layer().weight.device
+        start = uniform(tuple(a.weight.shape), 1.0 / math.sqrt(a.weight.shape[1]), arm.seed, module)
+        # New parameters: peft may have created them in the base's compute dtype.
+        a.weight = nn.Parameter(start.to(device))
+        b.weight = nn.Parameter(torch.zeros(b.weight.shape, dtype=torch.float32, device=device))
+    routing.trainable.add(name)
+    _settle_gradients(model, routing)
+    return name
+
+
+def delete_adapter(model: Any, name: str) -> None:
+    """Take an adapter out of a model; the others keep their weights and their gradients' switches."""
+    model = _unwrap(model)
+    routing = install(model)
+    for _, layer in _lora_layers(model):
+        if name in layer.lora_A:
+            # peft picks another active adapter and says so; activity has no meaning under a routing.
+            layer._active_adapter = []
+            layer.delete_adapter(name)
+    model.peft_config.pop(name)
+    routing.trainable.discard(name)
+    _settle_gradients(model, routing)
+
+
+def adapter_parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's matrices under the names that they have in a PEFT file.
+
+    Returns:
+        `base_model.model.<module>.lora_A.weight` (R, I) and `....lora_B.weight` (O, R), in the order of modules.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    for module, layer in _lora_layers(_unwrap(model)):
+        if name in layer.lora_A:
+            parameters[f"base_model.model.{module}.lora_A.weight"] = layer.lora_A[name].weight
+            parameters[f"base_model.model.{module}.lora_B.weight"] = layer.lora_B[name].weight
+    return parameters
+
+
+def _unwrap(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _lora_layers(model: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _settle_gradients(model: Any, routing: Routing) -> None:
+    """Let exactly the trainable adapters ask for gradients: peft freezes neighbours whenever one comes or goes."""
+    wanted: set[int] = set()
+    for name in routing.trainable:
+        wanted |= {id(parameter) for parameter in adapter_parameters(model, name).values()}
+    for parameter in model.parameters():
+        if parameter.requires_grad != (id(parameter) in wanted):
+            parameter.requires_grad_(id(parameter) in wanted)
+    asking = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert asking == wanted, "a living arm's parameter is not in the model, or is there twice"
+
+
+def _targets(model: Any, lora: LoraSpec) -> list[str]:
+    """Suffixes of the modules to adapt, sorted; checked against the base.
+
+    `all-linear` means what it means in peft: every linear layer but the output head.
+    """
+    linear = {name for name, module in model.named_modules() if _is_linear(module) and not _inside_lora(name)}
+    head = model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head}
+    if lora.target_modules == "all-linear":
+        suffixes = {name.rpartition(".")[2] for name in linear - heads}
+        if suffixes & {name.rpartition(".")[2] for name in heads}:
+            return sorted(linear - heads)
+        return sorted(suffixes)
+    problems = []
+    for target in lora.target_modules:
+        matches = {name for name in linear if name == target or name.endswith(f".{target}")}
+        if not matches:
+            problems.append(f"{target}: no linear layer has that name")
+        elif matches & heads:
+            problems.append(f"{target}: it is the output head, which is not quantized and not adapted")
+    if problems:
+        known = sorted({name.rpartition(".")[2] for name in linear - heads})
+        raise ConfigError(f"lora.target_modules do not fit the base: {'; '.join(problems)}; it has {', '.join(known)}")
+    return sorted(lora.target_modules)
+
+
+def _is_linear(module: Any) -> bool:
+    # bitsandbytes' layers are subclasses of nn.Linear; transformers' Conv1D (GPT-2) is a linear layer by another name.
+    layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def _inside_lora(name: str) -> bool:
+    return any(part in {"base_layer", "lora_A", "lora_B"} for part in name.split("."))
