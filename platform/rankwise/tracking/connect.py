@@ -1,0 +1,91 @@
+"""The way to an MLflow store: a database in the home that is made on the spot, or a server that must answer."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+
+import requests
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.environment_variables import MLFLOW_LOGGING_LEVEL, MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
+from mlflow.exceptions import MlflowException
+
+from rankwise.exceptions import TrackingError
+from rankwise.settings import Settings, storage_errors
+from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.redact import redact
+
+_PROBE_SECONDS = 10.0
+
+
+def connect(settings: Settings) -> MlflowClient:
+    """A client of the store that the settings name.
+
+    Raises:
+        TrackingError: The server cannot be reached, or the store belongs to another MLflow release.
+        StorageError: The home cannot be written.
+    """
+    _quieten()
+    client = MlflowClient(tracking_uri=settings.tracking_uri)
+    if settings.local_store:
+        _prepare(settings, client)
+    else:
+        _probe(settings.tracking_uri)
+        with tracking_errors(f"opening the MLflow store {redact(settings.tracking_uri)}"):
+            client.search_experiments(max_results=1)
+    return client
+
+
+def _quieten() -> None:
+    """Keep MLflow's links out of stdout, which is for results, and its notes about migrations out of stderr."""
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
+    if not MLFLOW_LOGGING_LEVEL.is_set():
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+
+
+def _prepare(settings: Settings, client: MlflowClient) -> None:
+    # Two processes on a fresh database race in MLflow's migrations, and one of them dies.
+    with storage_errors(settings.home, "opening the MLflow store"):
+        settings.home.mkdir(parents=True, exist_ok=True)
+        settings.artifacts.mkdir(exist_ok=True)
+        lock = FileLock(settings.home / ".mlflow.lock")
+        with lock, tracking_errors(f"opening {settings.home / 'mlflow.db'}"):
+            try:
+                client.search_experiments(max_results=1)
+            except MlflowException as error:
+                if "out-of-date database schema" not in str(error):
+                    raise
+                _upgrade(settings)
+                client.search_experiments(max_results=1)
+
+
+def _upgrade(settings: Settings) -> None:
+    """Bring the database of an older MLflow release up to date, after a copy."""
+    database = settings.home / "mlflow.db"
+    copy = database.with_name(f"mlflow.db.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.bak")
+    shutil.copy2(database, copy)
+    # -P: a module of the working directory must not stand in for one of MLflow's.
+    command = [sys.executable, "-P", "-m", "mlflow", "db", "upgrade", settings.tracking_uri]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise TrackingError(f"upgrading {database} failed, a copy from before is {copy}: {last}")
+
+
+def _probe(uri: str) -> None:
+    """Fail at once when nothing answers; MLflow's own requests retry a dead server for minutes."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        requests.get(uri.rstrip("/") + "/health", timeout=_PROBE_SECONDS)
+    except requests.exceptions.SSLError:
+        return  # Something answered; MLflow's request knows the certificate settings and judges.
+    except requests.RequestException as error:
+        raise TrackingError(
+            f"the MLflow server {redact(uri)} does not answer: {redact(str(error))[:300]}; start it, correct "
+            "MLFLOW_TRACKING_URI, or unset it to use the store in RANKWISE_HOME"
+        ) from error

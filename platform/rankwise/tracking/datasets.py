@@ -1,0 +1,58 @@
+"""Data sets as inputs of a run: name, digest, source, schema, size, and whether they trained or evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlflow.entities import Dataset, DatasetInput, InputTag
+
+from rankwise.tracking.redact import redact
+
+Context = Literal["train", "eval", "predict"]
+# MLflow's column holds 36 characters.
+_DIGEST_LENGTH = 36
+_CONTEXT = "mlflow.data.context"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecord:
+    """One data set.
+
+    Attributes:
+        name: As shown in the UI, such as the file's name.
+        digest: The caller's digest, `sha256:<64 hex>`; MLflow shows its first digits, a tag of the input holds all.
+        source: As written in the experiment file, with its pin where there is one.
+        source_type: `local`, `hugging_face` or `pypi`.
+        context: What the run does with it.
+        columns: Name to type, for the schema.
+        profile: Numbers such as rows and tokens.
+    """
+
+    name: str
+    digest: str
+    source: str
+    source_type: str
+    context: Context
+    columns: Mapping[str, str] = field(default_factory=dict)
+    profile: Mapping[str, Any] = field(default_factory=dict)
+
+    def entity(self) -> DatasetInput:
+        """MLflow's form of it."""
+        schema = {
+            "mlflow_colspec": [{"type": kind, "name": name, "required": True} for name, kind in self.columns.items()]
+        }
+        dataset = Dataset(
+            name=self.name[:500],
+            digest=self.digest.rpartition(":")[2][:_DIGEST_LENGTH],
+            source_type=self.source_type,
+            source=json.dumps({"uri": redact(self.source)}),
+            schema=json.dumps(schema) if self.columns else None,
+            profile=json.dumps(dict(self.profile)) if self.profile else None,
+        )
+        return DatasetInput(
+            dataset=dataset,
+            tags=[InputTag(key=_CONTEXT, value=self.context), InputTag(key="rankwise.digest", value=self.digest)],
+        )

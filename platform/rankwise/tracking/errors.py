@@ -1,0 +1,66 @@
+"""Errors of MLflow and of the network become a `TrackingError` at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import requests
+from mlflow.exceptions import MlflowException
+
+from rankwise.exceptions import TrackingError
+from rankwise.tracking.redact import redact
+
+_LONGEST = 600
+# The server understood the request and will never accept it. All else may pass: a restart, a lock, an expired token.
+_FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"})
+
+
+class UndeliverableError(TrackingError):
+    """Raised when something in an outbox can never be delivered."""
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether sending the same request again cannot succeed."""
+    if isinstance(error, UndeliverableError):
+        return True
+    return isinstance(error, MlflowException) and error.error_code in _FINAL
+
+
+def describe(error: BaseException) -> str:
+    """The cause in one redacted line, with advice where there is some."""
+    text = " ".join(redact(str(error)).split())
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + " ..."
+    lowered = text.lower()
+    if "out-of-date database schema" in lowered or "can't locate revision" in lowered:
+        advice = (
+            "another MLflow release made the store: back it up and run `mlflow db upgrade URI`, or install that release"
+        )
+    elif "401" in text or "403" in text or "permission_denied" in lowered or "unauthenticated" in lowered:
+        advice = (
+            "check MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN, and the server's --allowed-hosts"
+        )
+    elif isinstance(error, requests.RequestException) or "failed with exception" in lowered:
+        advice = "check MLFLOW_TRACKING_URI and that the server runs; unset it to use the store in RANKWISE_HOME"
+    elif "database is locked" in lowered:
+        advice = "another process holds the database; try again, or use a tracking server when many processes write"
+    else:
+        return text
+    return f"{text} ({advice})"
+
+
+@contextmanager
+def tracking_errors(doing: str) -> Iterator[None]:
+    """Translate what MLflow and the network raise.
+
+    Args:
+        doing: What was being done, for the message: "creating the experiment 'x'".
+
+    Raises:
+        TrackingError: In place of `MlflowException` and of every error of `requests`.
+    """
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        raise TrackingError(f"{doing}: {describe(error)}") from error

@@ -1,0 +1,275 @@
+"""Registered models: versions, tags, aliases, and what a model URI stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+from mlflow.exceptions import MlflowException
+
+from rankwise.exceptions import TrackingError
+from rankwise.tracking.errors import tracking_errors
+
+JOB = "rankwise.job"
+_PAGE = 1000
+_LOGGED_MODEL = re.compile(r"m-[0-9a-f]{32}")
+_FORMS = "`models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/m-ID` or `runs:/RUN_ID/NAME`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """A version of a registered model.
+
+    Attributes:
+        name: Of the registered model.
+        version: Its number.
+        run_id: The run that made it.
+        model_id: The LoggedModel behind it (`m-...`).
+        source: Where its files are.
+        status: MLflow's: READY when it can be loaded.
+        tags: Texts.
+        aliases: All that point to it.
+        created_ms: Milliseconds since 1970.
+    """
+
+    name: str
+    version: int
+    run_id: str | None
+    model_id: str | None
+    source: str
+    status: str
+    tags: Mapping[str, str]
+    aliases: tuple[str, ...]
+    created_ms: int
+
+    @property
+    def uri(self) -> str:
+        """`models:/NAME/VERSION`."""
+        return f"models:/{self.name}/{self.version}"
+
+    @classmethod
+    def of(cls, version: MlflowVersion) -> ModelVersion:
+        """Out of MLflow's entity."""
+        return cls(
+            name=version.name,
+            version=int(version.version),
+            run_id=version.run_id or None,
+            model_id=version.model_id or None,
+            source=version.source or "",
+            status=version.status,
+            tags=dict(version.tags),
+            aliases=tuple(version.aliases),
+            created_ms=version.creation_timestamp,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedModel:
+    """What a model URI stands for now.
+
+    Attributes:
+        uri: Fixed: an alias is resolved to its version.
+        source: Where the files are.
+        run_id: The run that made it, where known.
+        model_id: The LoggedModel, where there is one.
+        version: The version, for URIs of registered models.
+    """
+
+    uri: str
+    source: str
+    run_id: str | None
+    model_id: str | None
+    version: ModelVersion | None
+
+
+class Registry:
+    """The model registry of a store. Every method raises a `TrackingError` when the store refuses or is away."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        """`Store.registry` is one."""
+        self._client = client
+
+    def ensure_model(self, name: str, description: str | None = None) -> None:
+        """Create the registered model if it is not there."""
+        with tracking_errors(f"creating the registered model {name!r}"):
+            try:
+                self._client.create_registered_model(name, description=description)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+
+    def create_version(
+        self,
+        name: str,
+        source: str,
+        *,
+        run_id: str,
+        model_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        job: str | None = None,
+        description: str | None = None,
+    ) -> ModelVersion:
+        """Register files as a version, or return the version that this job has registered already.
+
+        MLflow has no compare-and-set: two processes that do this for one job at the same time make two versions.
+
+        Args:
+            name: Of the registered model, created if need be.
+            source: Where the files are.
+            run_id: The run that made it.
+            model_id: The LoggedModel.
+            tags: Set at creation.
+            job: The tag `rankwise.job`, by which a repetition finds what it did before.
+            description: Markdown.
+        """
+        if job is not None and (existing := self.find_by_tag(name, JOB, job)):
+            return existing[0]
+        self.ensure_model(name)
+        values = {**(tags or {}), **({} if job is None else {JOB: job})}
+        with tracking_errors(f"registering a version of {name!r}"):
+            version = self._client.create_model_version(
+                name, source, run_id, tags=values, description=description, model_id=model_id
+            )
+        return ModelVersion.of(version)
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All versions, oldest first; none when there is no such model."""
+        return self._search(f"name = '{_quoted(name)}'")
+
+    def get(self, name: str, version: int) -> ModelVersion:
+        """One version, with its aliases."""
+        with tracking_errors(f"reading models:/{name}/{version}"):
+            return ModelVersion.of(self._client.get_model_version(name, str(version)))
+
+    def find_by_tag(self, name: str, key: str, value: str) -> list[ModelVersion]:
+        """Versions with this tag, oldest first."""
+        return self._search(f"name = '{_quoted(name)}' AND tags.`{key}` = '{_quoted(value)}'")
+
+    def find_by_run(self, run_id: str) -> list[ModelVersion]:
+        """Versions that a run made, under any name, oldest first."""
+        return self._search(f"run_id = '{_quoted(run_id)}'")
+
+    def tag_version(self, name: str, version: int, tags: Mapping[str, str | int | float | None]) -> None:
+        """Set tags of a version; None is left out."""
+        with tracking_errors(f"tagging models:/{name}/{version}"):
+            for key, value in tags.items():
+                if value is not None:
+                    self._client.set_model_version_tag(name, str(version), key, str(value))
+
+    def describe_version(self, name: str, version: int, markdown: str) -> None:
+        """Set the description of a version."""
+        with tracking_errors(f"describing models:/{name}/{version}"):
+            self._client.update_model_version(name, str(version), description=markdown)
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point an alias to a version; it leaves the one that it pointed to."""
+        with tracking_errors(f"setting the alias {alias!r} of {name!r} to version {version}"):
+            self._client.set_registered_model_alias(name, alias, str(version))
+
+    def get_alias(self, name: str, alias: str) -> ModelVersion | None:
+        """The version that an alias points to; None when there is no such alias or model."""
+        with tracking_errors(f"reading models:/{name}@{alias}"):
+            try:
+                return ModelVersion.of(self._client.get_model_version_by_alias(name, alias))
+            except MlflowException as error:
+                # SQL stores say INVALID_PARAMETER_VALUE for a missing alias of an existing model.
+                if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                    return None
+                raise
+
+    def resolve(self, uri: str) -> ResolvedModel:
+        """What a URI stands for now.
+
+        Args:
+            uri: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/m-ID` or `runs:/RUN_ID/NAME`.
+
+        Raises:
+            TrackingError: It has another form, or names nothing that exists.
+        """
+        scheme, _, rest = uri.partition(":/")
+        if scheme == "runs" and (match := re.fullmatch(r"/?([^/]+)/(.+)", rest)):
+            return self._of_run(uri, match[1], match[2])
+        if scheme == "models":
+            rest = rest.lstrip("/")
+            if _LOGGED_MODEL.fullmatch(rest):
+                return self._of_logged_model(uri, rest)
+            if match := re.fullmatch(r"([^@/]+)@([\w-]+)", rest):
+                version = self.get_alias(match[1], match[2])
+                if version is None:
+                    raise TrackingError(f"{uri}: {self._alternatives(match[1])}")
+                return _of_version(version)
+            if match := re.fullmatch(r"([^@/]+)/([0-9]+)", rest):
+                try:
+                    return _of_version(self.get(match[1], int(match[2])))
+                except TrackingError as error:
+                    cause = error.__cause__
+                    if isinstance(cause, MlflowException) and cause.error_code == "RESOURCE_DOES_NOT_EXIST":
+                        raise TrackingError(f"{uri}: {self._alternatives(match[1])}") from error
+                    raise
+        raise TrackingError(f"{uri!r} is not a model URI; write {_FORMS}")
+
+    def _of_run(self, uri: str, run_id: str, name: str) -> ResolvedModel:
+        with tracking_errors(f"resolving {uri}"):
+            run = self._client.get_run(run_id)
+            models = self._client.search_logged_models(
+                [run.info.experiment_id],
+                filter_string=f"source_run_id = '{_quoted(run_id)}' AND name = '{_quoted(name)}'",
+                order_by=[{"field_name": "creation_timestamp", "ascending": False}],
+            )
+        if not models:
+            raise TrackingError(f"{uri}: run {run_id} has no logged model named {name!r}")
+        newest = models[0]
+        return ResolvedModel(
+            uri=f"models:/{newest.model_id}",
+            source=newest.artifact_location,
+            run_id=run_id,
+            model_id=newest.model_id,
+            version=None,
+        )
+
+    def _of_logged_model(self, uri: str, model_id: str) -> ResolvedModel:
+        with tracking_errors(f"resolving {uri}"):
+            model = self._client.get_logged_model(model_id)
+        return ResolvedModel(
+            uri=f"models:/{model_id}",
+            source=model.artifact_location,
+            run_id=model.source_run_id,
+            model_id=model_id,
+            version=None,
+        )
+
+    def _alternatives(self, name: str) -> str:
+        versions = self.versions(name)
+        if not versions:
+            return f"there is no registered model {name!r} with versions"
+        known = ", ".join(str(version.version) for version in versions[-20:])
+        with tracking_errors(f"reading the registered model {name!r}"):
+            aliases = ", ".join(sorted(self._client.get_registered_model(name).aliases)) or "none"
+        return f"no such version or alias; versions of {name!r}: {known}; aliases: {aliases}"
+
+    def _search(self, filters: str) -> list[ModelVersion]:
+        found: list[ModelVersion] = []
+        token: str | None = None
+        while True:
+            with tracking_errors("searching the model registry"):
+                page = self._client.search_model_versions(filters, max_results=_PAGE, page_token=token)
+            found += [ModelVersion.of(version) for version in page]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: (version.name, version.version))
+
+
+def _of_version(version: ModelVersion) -> ResolvedModel:
+    return ResolvedModel(
+        uri=version.uri, source=version.source, run_id=version.run_id, model_id=version.model_id, version=version
+    )
+
+
+def _quoted(value: str) -> str:
+    # MLflow's filter language has no escape for a quote.
+    if "'" in value:
+        raise TrackingError(f"names and tags to search for must not contain a quote, got {value!r}")
+    return value

@@ -1,0 +1,262 @@
+"""A run: what an arm, a sweep or an evaluation tells MLflow.
+
+Everything goes into the run's outbox and returns at once; the sender delivers it. There is no active run: several runs
+live side by side in one process, each known by its id.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import posixpath
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, SupportsFloat
+
+from rankwise.exceptions import RankwiseError, TrackingError
+from rankwise.tracking.datasets import DatasetRecord
+from rankwise.tracking.outbox import Outbox
+from rankwise.tracking.sender import Sender
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Scalar = str | int | float | bool | None
+
+KIND = "rankwise.kind"
+REASON = "rankwise.reason"
+SPEC_HASH = "rankwise.spec_hash"
+PARENT = "mlflow.parentRunId"
+NOTE = "mlflow.note.content"
+
+_KEY = re.compile(r"[/\w.\- :]{1,250}")
+_LONGEST_NOTE = 7900
+_LONGEST_REASON = 2000
+
+
+class Run:
+    """One MLflow run. Thread-safe. A context manager: ends FINISHED, KILLED on Ctrl-C, FAILED on any other error."""
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        experiment_id: str,
+        name: str,
+        started_ms: int,
+        outbox: Outbox,
+        sender: Sender,
+        known: frozenset[tuple[str, int]] = frozenset(),
+        on_end: Callable[[Run], None] | None = None,
+    ) -> None:
+        """Use `Store.start_run` or `Store.resume_run`.
+
+        Args:
+            run_id: MLflow's id.
+            experiment_id: Of the experiment.
+            name: As shown in the UI.
+            started_ms: When the run began, milliseconds since 1970.
+            outbox: Where records go.
+            sender: Who delivers them.
+            known: (key, step) pairs that an earlier attempt wrote: a step that is redone after an interruption is not
+                written twice.
+            on_end: Called before the run ends, perhaps more than once.
+        """
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+        self.name = name
+        self.started_ms = started_ms
+        self._outbox = outbox
+        self._sender = sender
+        self._known = known
+        self._on_end = on_end
+        self._keys: set[str] = set()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def metric(self, key: str, value: SupportsFloat, step: int, timestamp_ms: int | None = None) -> None:
+        """One point of a curve; see `metrics`."""
+        self.metrics({key: value}, step, timestamp_ms)
+
+    def metrics(self, values: Mapping[str, SupportsFloat], step: int, timestamp_ms: int | None = None) -> None:
+        """Points of several curves at one step.
+
+        Args:
+            values: Key to value; NaN and infinities are kept.
+            step: The step.
+            timestamp_ms: Milliseconds since 1970; now when left out.
+
+        Raises:
+            ValueError: A key has a character that MLflow does not take.
+            StorageError: The disk is full.
+        """
+        for key in values:
+            if key not in self._keys:
+                self._check_key(key)
+        points = {key: float(value) for key, value in values.items()}
+        if self._known:
+            points = {key: value for key, value in points.items() if (key, step) not in self._known}
+            if not points:
+                return
+        self._append({"m": points, "s": step, "t": timestamp_ms or time.time_ns() // 1_000_000})
+
+    def params(self, params: Mapping[str, Scalar]) -> None:
+        """Parameters: written once, the same value again is fine, another one is refused. None is left out."""
+        if values := _texts(params):
+            self._append({"params": values})
+
+    def tags(self, tags: Mapping[str, Scalar]) -> None:
+        """Tags; the last value counts. None is left out."""
+        if values := _texts(tags):
+            self._append({"tags": values})
+
+    def describe(self, markdown: str) -> None:
+        """The description that the UI shows at the head of the run."""
+        self.tags({NOTE: shorten(markdown)})
+
+    def input(self, dataset: DatasetRecord) -> None:
+        """A data set that the run reads."""
+        self._append({"input": asdict(dataset)})
+
+    def artifact(self, path: Path, artifact_path: str | None = None) -> None:
+        """A file, or a directory with everything in it. It may be changed or removed once this returns.
+
+        Args:
+            path: What to store.
+            artifact_path: The directory in the run; its root when left out.
+        """
+        files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+        for file in files:
+            inside = file.relative_to(path.parent).as_posix()
+            self._file(file, posixpath.join(artifact_path or "", inside))
+
+    def text(self, text: str, path: str) -> None:
+        """A text as the artifact `path`."""
+        self._file(text.encode(), path)
+
+    def json(self, value: Any, path: str) -> None:
+        """A value as JSON in the artifact `path`."""
+        self._file((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), path)
+
+    def table(self, rows: Sequence[Mapping[str, Any]], path: str) -> None:
+        """Rows as a table that the UI shows and `MlflowClient.load_table` reads; replaces an earlier one.
+
+        Args:
+            rows: Column to JSON value; a column that a row lacks is null.
+            path: Ends with `.json`.
+        """
+        if not path.endswith(".json"):
+            raise ValueError(f"a table's artifact path must end with .json, got {path!r}")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        data = [[_plain(row.get(column)) for column in columns] for row in rows]
+        self._file(json.dumps({"columns": columns, "data": data}, ensure_ascii=False).encode(), path, table=True)
+
+    def figure(self, figure: Any, path: str) -> None:
+        """A figure of matplotlib (`.png`, `.svg`, `.pdf`) or plotly (`.html`, which works offline)."""
+        if path.endswith(".html"):
+            self.text(figure.to_html(include_plotlyjs=True, full_html=True), path)
+            return
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.rpartition(".")[2], bbox_inches="tight")
+        self._file(buffer.getvalue(), path)
+
+    def restart(self) -> None:
+        """Say that the run is RUNNING again; `Store.resume_run` does it."""
+        self._append({"status": "RUNNING"})
+
+    def flush(self, timeout: float = 60.0) -> None:
+        """Wait until everything so far was delivered.
+
+        Raises:
+            TrackingError: It was not within `timeout` seconds.
+        """
+        if not self._ended and not self._sender.drain(self._outbox, timeout):
+            raise TrackingError(self._waiting(timeout))
+
+    def end(self, status: Status = "FINISHED", reason: str | None = None, timeout: float = 60.0) -> bool:
+        """End the run and wait until all of it was delivered. A second call does nothing.
+
+        Args:
+            status: MLflow's.
+            reason: Why it failed or was killed: the tag `rankwise.reason`.
+            timeout: Seconds to wait for the delivery.
+
+        Returns:
+            Whether all was delivered; if not, it waits in the outbox for `Store.sync`.
+
+        Raises:
+            TrackingError: MLflow refused records for good (they are kept beside the outbox).
+        """
+        if self._on_end is not None:
+            self._on_end(self)
+        with self._lock:
+            if self._ended:
+                return True
+            if reason is not None:
+                self._outbox.append({"tags": {REASON: shorten(reason, _LONGEST_REASON)}})
+            self._outbox.append({"end": status, "t": time.time_ns() // 1_000_000})
+            self._ended = True
+        delivered = self._sender.drain(self._outbox, timeout)
+        refusals = self._sender.remove(self._outbox)
+        if refusals:
+            raise TrackingError(
+                f"run {self.run_id}: MLflow refused {len(refusals)} records, kept in {self._outbox.refused}: "
+                f"{refusals[0]}"
+            )
+        return delivered
+
+    def __enter__(self) -> Run:
+        """The run itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the run as the block ended."""
+        if error is None:
+            self.end("FINISHED")
+        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self.end("KILLED", "interrupted", timeout=10.0)
+        else:
+            text = str(error) if isinstance(error, RankwiseError) else f"{type(error).__name__}: {error}"
+            self.end("FAILED", text)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with self._lock:
+            if self._ended:
+                raise RuntimeError(f"run {self.run_id} has ended, it takes no more records")
+            self._outbox.append(record)
+
+    def _file(self, content: bytes | Path, path: str, *, table: bool = False) -> None:
+        if posixpath.normpath(path) != path or path.startswith(("/", "..")):
+            raise ValueError(f"an artifact path is relative and plain (`dir/name.ext`), got {path!r}")
+        self._append({"file": self._outbox.spool(content, path), "to": path, "table": table})
+
+    def _check_key(self, key: str) -> None:
+        if not _KEY.fullmatch(key) or posixpath.normpath(key) != key or key.startswith(("/", "..")):
+            raise ValueError(
+                f"metric key {key!r}: MLflow takes up to 250 letters, digits and _ - . / : or spaces, as a plain path"
+            )
+        self._keys.add(key)
+
+    def _waiting(self, timeout: float) -> str:
+        cause = self._sender.outage or "the store is slow"
+        return f"run {self.run_id}: not delivered within {timeout:g} s, it waits in {self._outbox.path}: {cause}"
+
+
+def shorten(text: str, limit: int = _LONGEST_NOTE) -> str:
+    """Cut a text to what a tag holds, and say so."""
+    return text if len(text) <= limit else text[: limit - 20].rstrip() + " ... (shortened)"
+
+
+def _texts(values: Mapping[str, Scalar]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null in a table, as pandas writes it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

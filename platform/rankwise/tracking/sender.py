@@ -1,0 +1,200 @@
+"""The thread that delivers outboxes. Training appends and goes on; an outage only makes files grow."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from rankwise.exceptions import StorageError
+from rankwise.tracking.delivery import Batch, batches, deliver
+from rankwise.tracking.errors import describe, is_final
+from rankwise.tracking.outbox import Outbox
+
+_logger = logging.getLogger(__name__)
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 30.0
+# While somebody waits for a drain, a server that came back must be noticed within its time limit.
+_LONGEST_PAUSE_DRAINING = 2.0
+
+Deliver = Callable[[MlflowClient, str, Path, Batch], None]
+
+
+@dataclass(kw_only=True)
+class _Post:
+    """What the sender knows of one outbox."""
+
+    outbox: Outbox
+    refusals: list[str] = field(default_factory=list)
+
+
+class Sender:
+    """Sends what outboxes hold, in order, in batches, until it was accepted.
+
+    One daemon thread for all outboxes of a process, started with the first one. `add`, `drain` and `close` may be
+    called from any thread.
+    """
+
+    def __init__(self, client: MlflowClient, *, interval: float = 3.0, send: Deliver = deliver) -> None:
+        """Make a sender.
+
+        Args:
+            client: The client of the store.
+            interval: Seconds between two looks at the outboxes, so that points travel in batches.
+            send: What sends one batch.
+        """
+        self._client = client
+        self._interval = interval
+        self._send = send
+        self._posts: dict[Outbox, _Post] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._drains = 0
+        self._pause = 0.0
+        self._busy: Outbox | None = None
+        self._outage: str | None = None
+
+    @property
+    def outage(self) -> str | None:
+        """Why the last delivery failed; None while deliveries succeed."""
+        return self._outage
+
+    def add(self, outbox: Outbox) -> None:
+        """Deliver this outbox from now on; outboxes of one run are delivered in the order of their adding."""
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the sender is closed")
+            self._posts[outbox] = _Post(outbox=outbox)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="rankwise-sender", daemon=True)
+                self._thread.start()
+
+    def drain(self, outbox: Outbox, timeout: float) -> bool:
+        """Wait until everything that is in the outbox now was delivered or refused; False after `timeout` seconds."""
+        target = outbox.end
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            self._drains += 1
+            self._changed.notify_all()
+            try:
+                while outbox.offset < target:
+                    rest = deadline - time.monotonic()
+                    if rest <= 0:
+                        return False
+                    self._changed.wait(rest)
+            finally:
+                self._drains -= 1
+        return True
+
+    def remove(self, outbox: Outbox) -> list[str]:
+        """Stop delivering an outbox, close it, and return why lines of it were refused."""
+        with self._changed:
+            # A batch on its way is let finish, for a while: its offset would be lost otherwise.
+            self._changed.wait_for(lambda: self._busy is not outbox, timeout=5.0)
+            busy = self._busy is outbox
+            post = self._posts.pop(outbox)
+        if not busy:
+            outbox.close()
+        return post.refusals
+
+    def close(self, timeout: float) -> bool:
+        """Deliver what can be delivered within `timeout` seconds and end the thread; False if something is left."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            waiting = list(self._posts)
+        delivered = True
+        for outbox in waiting:
+            delivered &= self.drain(outbox, max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for outbox in waiting:
+            if outbox in self._posts:
+                self.remove(outbox)
+        return delivered
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                pause = self._pause or self._interval
+                if self._drains:
+                    pause = min(self._pause, _LONGEST_PAUSE_DRAINING)
+                if not self._closing and pause:
+                    before = self._drains
+                    self._changed.wait_for(lambda: self._closing or self._drains > before, timeout=pause)  # noqa: B023
+                if self._closing:
+                    return
+                posts = list(self._posts.values())
+            blocked: set[str] = set()
+            failed = False
+            for post in posts:
+                if post.outbox.run_id not in blocked and not self._empty(post):
+                    blocked.add(post.outbox.run_id)
+                    failed = True
+            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE) if failed else 0.0
+
+    def _empty(self, post: _Post) -> bool:
+        """Deliver one outbox as far as it goes; False when the store cannot take it now."""
+        outbox = post.outbox
+        with self._changed:
+            if outbox not in self._posts:
+                return True
+            self._busy = outbox
+        try:
+            for batch in batches(outbox.read()):
+                if not self._deliver(post, batch):
+                    return False
+        except StorageError as error:  # The disk is full: nothing can be remembered until there is room again.
+            self._report_outage(str(error))
+            return False
+        finally:
+            with self._changed:
+                self._busy = None
+                removed = outbox not in self._posts
+                self._changed.notify_all()
+            if removed:  # `remove` did not wait for this batch to its end.
+                outbox.close()
+        return True
+
+    def _deliver(self, post: _Post, batch: Batch) -> bool:
+        outbox = post.outbox
+        try:
+            if batch.kind == "?":
+                self._refuse(post, batch, f"{len(batch.entries)} damaged lines in {outbox.path}")
+            else:
+                self._send(self._client, outbox.run_id, outbox.files, batch)
+        except Exception as error:  # Artifact stores raise errors of their own libraries; nothing is lost by waiting.
+            if not is_final(error):
+                self._report_outage(describe(error))
+                outbox.sync()
+                return False
+            self._refuse(post, batch, describe(error))
+        else:
+            self._report_recovery()
+        outbox.commit(batch.end)
+        with self._changed:
+            self._changed.notify_all()
+        return True
+
+    def _refuse(self, post: _Post, batch: Batch, reason: str) -> None:
+        post.outbox.refuse(list(batch.entries))
+        post.refusals.append(reason)
+        _logger.error(
+            "run %s: MLflow refused a record, kept in %s: %s", post.outbox.run_id, post.outbox.refused, reason
+        )
+
+    def _report_outage(self, reason: str) -> None:
+        if self._outage is None:
+            _logger.warning("MLflow takes nothing at the moment, points wait in the outbox: %s", reason)
+        self._outage = reason
+
+    def _report_recovery(self) -> None:
+        if self._outage is not None:
+            _logger.warning("MLflow takes points again")
+            self._outage = None
