@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,16 +154,17 @@ def _unpacking(path: Path, progress: Progress) -> Iterator[None]:
     """Turn the bar that transformers always draws while it unpacks a GGUF into ours."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    with progress.task(f"converting {path.name}", None, unit="tensors") as advance:
-        theirs = reader.tqdm
-        reader.tqdm = lambda items, **_: _counted(items, advance)
-        try:
+    theirs = reader.tqdm
+    reader.tqdm = lambda items, **_: _counted(items, path, progress)
+    try:
+        with progress.task(f"converting {path.name}", None):
             yield
-        finally:
-            reader.tqdm = theirs
+    finally:
+        reader.tqdm = theirs
 
 
-def _counted(items: Any, advance: Advance) -> Iterator[Any]:
-    for item in items:
-        yield item
-        advance(1)
+def _counted(items: Sequence[Any], path: Path, progress: Progress) -> Iterator[Any]:
+    with progress.task(f"unpacking the tensors of {path.name}", len(items), unit="tensors") as advance:
+        for item in items:
+            yield item
+            advance(1)
