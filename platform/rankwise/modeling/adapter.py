@@ -8,6 +8,7 @@ A model is a transformers model with injected LoRA layers, or a `PeftModel`.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rankwise.modeling.adapter_config import CONFIG_NAME, read_adapter_config, w
 from rankwise.modeling.embeddings import check_indices, check_rows
 from rankwise.modeling.manifest import MANIFEST_NAME, check_manifest
 from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning
-from rankwise.modeling.skeleton import inject, skeleton
+from rankwise.modeling.skeleton import skeleton
 from rankwise.settings import write_atomically
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -156,7 +157,7 @@ def _check_shapes(base: Any, config: LoraConfig, tensors: dict[str, torch.Tensor
     """Compare with what the adapter's configuration gives on a model without weights, so that nothing is touched."""
     empty = skeleton(base.config)
     try:
-        inject(empty, config, "default")
+        inject_adapter_in_model(copy.deepcopy(config), empty, "default", low_cpu_mem_usage=True)
     except ValueError as error:
         raise BaseMismatchError(
             f"the adapter in {directory} does not fit {type(base).__name__} of {base.name_or_path}: {error}"

@@ -17,6 +17,7 @@ from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.dtype import default_device, resolve_dtype
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
+from rankwise.modeling.memory import model_bytes
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
 from rankwise.modeling.quiet import quiet_transformers
 from rankwise.settings import Settings
@@ -58,8 +59,8 @@ class LoadedBase:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all parameters and buffers as they are loaded, adapters included."""
-        return int(self.model.get_memory_footprint())
+        """Bytes of all parameters, buffers and quantization states as they are loaded, adapters included."""
+        return model_bytes(self.model)
 
 
 def load_base(

@@ -4,7 +4,7 @@ All four go by content, so that a snapshot in a hub cache and its copy elsewhere
 
 | part | over |
 |---|---|
-| weights | the SHA-256 of each safetensors file that transformers would load, sorted; their names do not count (each file names its own tensors) |
+| weights | the SHA-256 of each safetensors file that transformers would load, sorted; their names do not count (each file names its own tensors). Of a base converted from a GGUF, over its tensors: another release of the libraries may lay out the same numbers in another way |
 | config | `config.json` as canonical JSON without `NOT_IDENTITY` at any depth, and the token ids of `generation_config.json`, which decide where generation stops |
 | tokenizer | the SHA-256 of the files in `TOKENIZER_FILES` that are there, by name; `tokenizer_config.json` as canonical JSON without its template and `NOT_TOKENIZER` |
 | chat_template | the texts of the templates by name, wherever they are kept: `chat_template.jinja`, `additional_chat_templates/`, `chat_template.json`, `tokenizer_config.json` |
@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.assets.conversion import read_conversion
 from rankwise.assets.digest import digests
 from rankwise.assets.layout import read_json
-from rankwise.assets.weights import weight_files
+from rankwise.assets.weights import tensors_digest, weight_files
 from rankwise.exceptions import AssetError
-from rankwise.settings import Settings
+from rankwise.settings import Settings, write_atomically
 
 # Who wrote the file, where it lay, and how it is loaded: saving a base again changes these and not one logit.
 NOT_IDENTITY = frozenset(
@@ -113,7 +114,7 @@ def fingerprint_base(path: Path, settings: Settings, *, verify: bool = False) ->
 
 
 def _weights(path: Path, settings: Settings, verify: bool) -> list[str]:
-    """Digests of the safetensors files that transformers would load, sorted."""
+    """Digests of the safetensors files that transformers would load, sorted; of a converted base, of its tensors."""
     files = weight_files(path)
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
@@ -121,7 +122,18 @@ def _weights(path: Path, settings: Settings, verify: bool) -> list[str]:
             f"{path} lacks {', '.join(missing) or 'safetensors weights'}; fetch the base again, or name one that has "
             "them (other formats of weights are not read)"
         )
-    return sorted(digests(files, settings, verify=verify).values())
+    contents = sorted(digests(files, settings, verify=verify).values())
+    return contents if read_conversion(path) is None else [_tensors(path, contents, settings, verify)]
+
+
+def _tensors(path: Path, contents: list[str], settings: Settings, verify: bool) -> str:
+    """The digest of a converted base's tensors. The contents of the files decide it, so it is remembered by them."""
+    remembered = settings.cache / "tensor-digests" / _digest(contents).removeprefix("sha256:")
+    if remembered.is_file() and not verify:
+        return remembered.read_text(encoding="utf-8").strip()
+    digest = tensors_digest(path)
+    write_atomically(remembered, f"{digest}\n".encode())
+    return digest
 
 
 def _tokenizer_digest(path: Path) -> str:

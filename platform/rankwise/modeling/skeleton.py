@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.quiet import quiet_transformers
@@ -67,15 +66,15 @@ def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
     head = model.get_output_embeddings()
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
+        if isinstance(module, Conv1D):  # GPT-2's linear layer, whose weight is (in_features, out_features).
+            found[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
+            continue
         plain = isinstance(module, torch.nn.Linear) and module is not head and not _inside(name, found)
-        if plain or isinstance(module, LoraLayer):
+        # Told by its parts: importing peft takes longer than all that `plan` does with a skeleton.
+        adapted = hasattr(module, "base_layer") and hasattr(module, "lora_A") and hasattr(module, "in_features")
+        if plain or adapted:
             found[name] = (int(module.in_features), int(module.out_features))
     return found
-
-
-def inject(model: Any, config: LoraConfig, adapter_name: str) -> None:
-    """Put adapter layers without weights into a skeleton."""
-    inject_adapter_in_model(copy.deepcopy(config), model, adapter_name, low_cpu_mem_usage=True)
 
 
 def _inside(name: str, layers: Mapping[str, Any]) -> bool:
