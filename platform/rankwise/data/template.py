@@ -1,0 +1,181 @@
+"""Chat templates: the base's own, two built-in ones, or a Jinja file; and the tokens that end an assistant's turn.
+
+- `chatml`: a turn is `<|im_start|>ROLE`, a newline, the content, `<|im_end|>`, a newline. For a tokenizer that knows
+  both marks and stops at the second.
+- `plain`: prompt, newline, answer, the tokenizer's end token; no marks. For any tokenizer; the fewest tokens, so that
+  short prompts stay short.
+
+`plain` in full: an assistant's turn is its content and the end token, any other turn its content and a newline (a
+system turn without content is left out), nothing more. The newline between prompt and answer keeps the tokens of the
+prompt the same with and without the answer: tokenizers split after a newline, while a space would join the first word.
+Both begin with the tokenizer's first token (`bos_token`) where the tokenizer itself begins a text with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rankwise.exceptions import DatasetError
+
+BUILT_IN = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+        "+ '<|im_end|>' + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+        "{% elif message['content'] or message['role'] != 'system' %}{{ message['content'] + '\\n' }}{% endif %}"
+        "{% endfor %}"
+    ),
+}
+FILE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
+
+
+def apply_template(tokenizer: Any, chat_template: str | None) -> Any:
+    """Return a copy of the tokenizer whose `chat_template` is the one to use; the given tokenizer stays as it is.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        chat_template: None for the base's own, `chatml`, `plain`, the path of a Jinja file, or the text of a template
+            (what has `{{` or `{%` in it), as a resolved definition records it.
+
+    Raises:
+        DatasetError: The base has no template and none is given, the file cannot be read, the template is not valid
+            Jinja, or a built-in one does not fit the tokenizer.
+    """
+    result = copy.copy(tokenizer)
+    result.chat_template = template_text(tokenizer, chat_template)
+    return result
+
+
+def template_text(tokenizer: Any, chat_template: str | None) -> str:
+    """The text of the template that `apply_template` sets; same arguments and errors."""
+    if chat_template is None:
+        return _own(tokenizer)
+    if chat_template in BUILT_IN:
+        return _built_in(tokenizer, chat_template)
+    if "{{" in chat_template or "{%" in chat_template:
+        return _checked(tokenizer, chat_template, "dataset.chat_template")
+    path = Path(chat_template).expanduser()
+    if not path.suffix and not path.exists():
+        raise DatasetError(
+            f"dataset.chat_template: {chat_template!r} is neither built in nor a file; allowed are "
+            f"{', '.join(BUILT_IN)}, the path of a Jinja file, or null for the base's own template"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DatasetError(
+            f"dataset.chat_template: cannot read {path.absolute()}: {reason}; allowed are {', '.join(BUILT_IN)}, the "
+            "path of a Jinja file, or null for the base's own template"
+        ) from error
+    return _checked(tokenizer, text, f"dataset.chat_template: {path}")
+
+
+def _own(tokenizer: Any) -> str:
+    own = tokenizer.chat_template
+    if isinstance(own, dict):  # some bases carry several, of which transformers renders plain chats with this one
+        own = own.get("default")
+    if not own:
+        name = f" {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
+        raise DatasetError(
+            f"The base{name} has no chat template; set dataset.chat_template to plain (prompt, newline, answer, end "
+            "token), chatml (for a tokenizer that knows <|im_start|> and <|im_end|>), or the path of a Jinja file; it "
+            "is stored with the adapter"
+        )
+    return _checked(tokenizer, str(own), "the base's chat template")
+
+
+def _built_in(tokenizer: Any, name: str) -> str:
+    if tokenizer.eos_token is None:
+        raise DatasetError(
+            f"dataset.chat_template: {name} needs an end token, and the base's tokenizer has no eos_token; give a "
+            "Jinja file that ends an assistant's turn with a token of the generation configuration's eos_token_id"
+        )
+    if name == "chatml":
+        known = set(tokenizer.get_vocab())
+        absent = [mark for mark in ("<|im_start|>", "<|im_end|>") if mark not in known]
+        if absent or tokenizer.eos_token != "<|im_end|>":
+            why = f"it does not know {', '.join(absent)}" if absent else f"its end token is {tokenizer.eos_token!r}"
+            raise DatasetError(
+                f"dataset.chat_template: chatml does not fit this base's tokenizer: {why}, so generation would not "
+                "stop at <|im_end|>; use plain, or a Jinja file"
+            )
+    return ("{{ bos_token }}" if _begins_with_bos(tokenizer) else "") + BUILT_IN[name]
+
+
+def _begins_with_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _checked(tokenizer: Any, text: str, where: str) -> str:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=text, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise DatasetError(f"{where}: line {error.lineno}: not a valid Jinja template: {error.message}") from error
+    except (TemplateError, TypeError, ValueError, KeyError):
+        # It parses; what it refuses depends on the messages, and is reported with the rows that it refuses.
+        return text
+    return text
+
+
+def end_token_ids(tokenizer: Any, base: Path | None = None) -> frozenset[int]:
+    """The tokens that make generation stop: the tokenizer's `eos_token` and those of the generation configuration.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        base: The base's directory, whose `generation_config.json` (or else `config.json`) is read; without it only the
+            tokenizer counts.
+
+    Raises:
+        DatasetError: One of the files is not JSON, or its `eos_token_id` is not made of numbers.
+    """
+    found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    for name in () if base is None else ("generation_config.json", "config.json"):
+        assert base is not None
+        path = base / name
+        if not path.is_file():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found.update(int(each) for each in (value if isinstance(value, list) else [value]) if each is not None)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DatasetError(f"{path}: eos_token_id cannot be read: {error}") from error
+        break  # transformers takes the end tokens from config.json only where there is no generation configuration
+    return frozenset(found)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills a batch: `pad_token`, or else `eos_token`, or else 0. It is always masked out."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 (`sha256:...`) over what decides the tokens of a text: the tokenizer's model, rules and special tokens.
+
+    Raises:
+        DatasetError: The tokenizer is not one of the `tokenizers` library, whose state cannot be read as a text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DatasetError(
+            f"The base's tokenizer ({type(tokenizer).__name__}) is not a fast one; rankwise needs a base with a "
+            "tokenizer.json, or one that transformers can convert to it"
+        )
+    state = json.loads(backend.to_str())
+    # Calls with padding=True leave these behind; they do not change the tokens of a text.
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    text = json.dumps([state, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}], sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
