@@ -105,7 +105,7 @@ class Estimator:
     def __init__(self, config: Any) -> None:
         """Build the model without weights."""
         self._model = skeleton(read_config(config))
-        self._linear = linear_modules(self._model)
+        self.linear = linear_modules(self._model)
         self._parameters: int = sum(parameter.numel() for parameter in self._model.parameters())
         # Tables such as those of rotary embeddings, in the dtype that the architecture gives them.
         self._buffers: int = sum(buffer.numel() * buffer.element_size() for buffer in self._model.buffers())
@@ -123,7 +123,7 @@ class Estimator:
         """
         targets = tuple(
             TargetEstimate(module=name, lora_A=(lora.r, inputs), lora_B=(outputs, lora.r))
-            for name, (inputs, outputs) in match_targets(self._linear, lora.target_modules).items()
+            for name, (inputs, outputs) in match_targets(self.linear, lora.target_modules).items()
         )
         parameters = sum(target.parameters for target in targets)
         base = self.base(quantization, module_dtype=module_dtype)
@@ -152,7 +152,7 @@ class Estimator:
     def _bytes(self, quantization: QuantizationSpec, itemsize: int) -> int:
         if not (quantization.load_in_4bit or quantization.load_in_8bit):
             return itemsize * self._parameters
-        quantized = self._linear.values()
+        quantized = self.linear.values()
         rest: int = self._parameters - sum(inputs * outputs for inputs, outputs in quantized)
         return itemsize * rest + sum(
             quantized_linear_bytes(
