@@ -73,6 +73,11 @@ class Settings:
         return self.home / "outbox"
 
 
+def child_environment(changes: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a child process: this one's with changes, and defaults for what it does not set."""
+    return {**(defaults or {}), **os.environ, **changes}
+
+
 @contextmanager
 def storage_errors(path: Path, doing: str) -> Iterator[None]:
     """Translate a full disk, a read-only file system or a missing permission below `path` into a `StorageError`."""
