@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 from pydantic_core import PydanticCustomError
 
+from rankwise.experiment.emit import to_yaml
+from rankwise.experiment.hashing import plain
+
 Scalar = bool | int | float | str
 
 
@@ -295,7 +298,7 @@ class ExperimentSpec(Section):
 
     def document(self) -> dict[str, Any]:
         """The whole definition as plain data, defaults included, expressions as their text."""
-        data = self.model_dump(mode="json", by_alias=True)
+        data: dict[str, Any] = plain(self.model_dump(mode="json", by_alias=True))
         for path, text in self._expressions.items():
             *parents, leaf = path.split(".")
             section = data
@@ -303,6 +306,10 @@ class ExperimentSpec(Section):
                 section = section[parent]
             section[leaf] = text
         return data
+
+    def to_yaml(self) -> str:
+        """The whole definition as an experiment file, with which the same arms come out again."""
+        return to_yaml(self.document())
 
     def with_pins(
         self,

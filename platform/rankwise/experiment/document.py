@@ -1,0 +1,258 @@
+"""An experiment file as plain data, with the line of every key: YAML 1.2, read from ruamel.yaml's events.
+
+The core schema of YAML 1.2 is applied here, not by the library: `2e-3` is a float, `on`, `no`, `yes` and `1_000` are
+text. Duplicate keys, tags, several documents, and aliases that blow a small file up are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError, YAMLStreamError
+from ruamel.yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    Event,
+    MappingEndEvent,
+    MappingStartEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+)
+
+from rankwise.exceptions import ConfigError
+
+KeyPath = tuple[str | int, ...]
+MAX_BYTES = 2**20
+MAX_DEPTH = 20
+# A sweep of 1,000 arms written out has some 10,000 nodes; an alias bomb passes this in its fifth level.
+MAX_NODES = 100_000
+OVERRIDE = "--set"
+
+_NULL = re.compile(r"null|Null|NULL|~|")
+_TRUE = re.compile(r"true|True|TRUE")
+_FALSE = re.compile(r"false|False|FALSE")
+_INT = re.compile(r"[-+]?[0-9]+")
+_OCTAL = re.compile(r"0o[0-7]+")
+_HEX = re.compile(r"0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITE = re.compile(r"([-+]?)\.(inf|Inf|INF)")
+_NAN = re.compile(r"\.(nan|NaN|NAN)")
+
+
+def scalar(text: str) -> bool | int | float | str | None:
+    """Value of a plain (unquoted) scalar by the core schema of YAML 1.2."""
+    if _NULL.fullmatch(text):
+        return None
+    if _TRUE.fullmatch(text):
+        return True
+    if _FALSE.fullmatch(text):
+        return False
+    # Python refuses to print or read integers of more than 4,300 digits; nothing here needs more than 19.
+    if len(text) <= 100:
+        if _INT.fullmatch(text):
+            return int(text)
+        if _OCTAL.fullmatch(text):
+            return int(text[2:], 8)
+        if _HEX.fullmatch(text):
+            return int(text[2:], 16)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if found := _INFINITE.fullmatch(text):
+        return float(f"{found[1]}inf")
+    return float("nan") if _NAN.fullmatch(text) else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong: at which key, and what (which value, what is allowed)."""
+
+    path: KeyPath
+    text: str
+    line: int | None = None
+
+
+@dataclass(kw_only=True)
+class Document:
+    """Plain data and the line of every key and list item. Lines of overrides are None."""
+
+    filename: str
+    data: dict[str, Any] = field(default_factory=dict)
+    lines: dict[KeyPath, int | None] = field(default_factory=dict)
+
+    def line(self, path: KeyPath) -> int | None:
+        """Line of a key, or of the nearest key above it; None when an override set it."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.lines:
+                return self.lines[path[:length]]
+        return 1
+
+    def error(self, problems: Sequence[Problem]) -> ConfigError:
+        """The error that has these problems."""
+        texts = self.report(problems)
+        return ConfigError("\n".join(texts), texts)
+
+    def report(self, problems: Sequence[Problem]) -> tuple[str, ...]:
+        """The problems as lines of text, each once, in the order of the file."""
+
+        def place(problem: Problem) -> tuple[bool, int]:
+            line = problem.line or self.line(problem.path)
+            return line is None, line or 0
+
+        texts = []
+        for problem in sorted(problems, key=place):
+            line = problem.line or self.line(problem.path)
+            where = OVERRIDE if line is None else f"{self.filename}:{line}"
+            key = dotted(problem.path)
+            texts.append(f"{where}: {key}: {problem.text}" if key else f"{where}: {problem.text}")
+        return tuple(dict.fromkeys(texts))
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as text: `sweep.arms[0].lora.r`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def read_document(text: str, filename: str) -> tuple[Document, list[Problem]]:
+    """Read a file's text. With problems, the document holds what could be read."""
+    document = Document(filename=filename)
+    if len(text.encode()) > MAX_BYTES:
+        return document, [Problem(path=(), text=f"is larger than {MAX_BYTES:,} bytes: not an experiment file", line=1)]
+    value, problems = _Reader(document.lines).read(text)
+    if isinstance(value, dict):
+        document.data = value
+    elif not problems:
+        problems = [Problem(path=(), text="must be a mapping with the keys of an experiment", line=1)]
+    return document, problems
+
+
+def read_value(text: str) -> Any:
+    """The value of an override's text, as the file would read it.
+
+    Raises:
+        ValueError: It is not one YAML value.
+    """
+    value, problems = _Reader({}).read(text)
+    if problems:
+        raise ValueError(problems[0].text)
+    return value
+
+
+class _Stop(Exception):
+    """Reading cannot go on."""
+
+
+class _Reader:
+    """Builds data out of events. Aliases are replayed from the anchored value, and counted."""
+
+    def __init__(self, lines: dict[KeyPath, int | None]) -> None:
+        self.lines = lines
+        self.problems: list[Problem] = []
+        self.anchors: dict[str, tuple[Any, int]] = {}
+        self.nodes = 0
+
+    def read(self, text: str) -> tuple[Any, list[Problem]]:
+        value: Any = None
+        try:
+            events: Iterator[Event] = iter(YAML(typ="safe", pure=True).parse(text))
+            documents = 0
+            for event in events:
+                if isinstance(event, DocumentStartEvent):
+                    documents += 1
+                    if documents > 1:
+                        self._stop((), event, "starts a second document; a file holds one")
+                    value = self._value(next(events), events, (), 0)
+        except _Stop:
+            pass
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            what = " ".join(str(part) for part in (error.context, error.problem) if part)
+            self._add((), mark.line + 1 if mark else 1, f"is not YAML: {what}")
+        except (YAMLError, YAMLStreamError) as error:
+            self._add((), 1, f"is not YAML: {' '.join(str(error).split())}")
+        return value, self.problems
+
+    def _add(self, path: KeyPath, line: int, text: str) -> None:
+        self.problems.append(Problem(path=path, text=text, line=line))
+
+    def _stop(self, path: KeyPath, event: Event, text: str) -> None:
+        self._add(path, _line(event), text)
+        raise _Stop
+
+    def _count(self, nodes: int, path: KeyPath, event: Event) -> None:
+        self.nodes += nodes
+        if self.nodes > MAX_NODES:
+            self._stop(path, event, f"unfolds to more than {MAX_NODES:,} values")
+
+    def _value(self, event: Event, events: Iterator[Event], path: KeyPath, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            self._stop(path, event, f"is nested deeper than {MAX_DEPTH} levels")
+        if isinstance(event, AliasEvent):
+            if event.anchor not in self.anchors:
+                self._stop(path, event, f"the alias *{event.anchor} has no complete value before it")
+            value, nodes = self.anchors[event.anchor]
+            self._count(nodes, path, event)
+            return _copy(value)
+        self._count(1, path, event)
+        before = self.nodes
+        if isinstance(event, ScalarEvent):
+            self._refuse_tag(event, path)
+            value = scalar(event.value) if event.style is None else event.value
+        elif isinstance(event, MappingStartEvent):
+            self._refuse_tag(event, path)
+            value = self._mapping(events, path, depth)
+        else:
+            assert isinstance(event, SequenceStartEvent)
+            self._refuse_tag(event, path)
+            value = self._sequence(events, path, depth)
+        if event.anchor:
+            self.anchors[event.anchor] = (value, 1 + self.nodes - before)
+        return value
+
+    def _mapping(self, events: Iterator[Event], path: KeyPath, depth: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        first: dict[str, int] = {}
+        while not isinstance(event := next(events), MappingEndEvent):
+            key = self._value(event, events, path, depth + 1)
+            line = _line(event)
+            if not isinstance(key, str):
+                self._add(path, line, f"a key must be text, got {key!r}")
+                key = str(key)
+            here = (*path, key)
+            if key in first:
+                self._add(here, line, f"is given twice, first on line {first[key]}; remove one")
+                self._value(next(events), events, here, depth + 1)
+                continue
+            first[key] = line
+            self.lines[here] = line
+            values[key] = self._value(next(events), events, here, depth + 1)
+        return values
+
+    def _sequence(self, events: Iterator[Event], path: KeyPath, depth: int) -> list[Any]:
+        values: list[Any] = []
+        while not isinstance(event := next(events), SequenceEndEvent):
+            here = (*path, len(values))
+            self.lines[here] = _line(event)
+            values.append(self._value(event, events, here, depth + 1))
+        return values
+
+    def _refuse_tag(self, event: Any, path: KeyPath) -> None:
+        if event.tag is not None and not (isinstance(event, ScalarEvent) and event.tag == "!"):
+            self._add(path, _line(event), f"has the tag {event.tag}; tags are not allowed")
+
+
+def _line(event: Event) -> int:
+    return int(event.start_mark.line) + 1
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value

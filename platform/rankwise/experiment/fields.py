@@ -1,0 +1,228 @@
+"""The schema's fields by their dotted path: what each allows, in words, and which may be swept.
+
+Everything here is read from the one description in `schema`, so that messages, the editor's schema and the checks
+cannot say different things.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from rankwise.experiment.document import KeyPath, dotted
+from rankwise.experiment.schema import ExperimentSpec
+
+Node = dict[str, Any]
+
+# Where a regular expression is no help to a reader.
+_WORDS = {
+    "name": "text of letters, digits, spaces, '.', '_' and '-' (at most 120)",
+    "init_from": "models:/NAME/VERSION or models:/NAME@ALIAS",
+    "register.name": "text without '/' and ':' (at most 256)",
+    "register.alias": "text of letters, digits, '_' and '-' (at most 255)",
+    "dataset.chat_template_revision": "'sha256:' and 64 hex digits",
+    "lora.target_modules": "a list of module names, or all-linear",
+    "dataset.eval": "a source (a file, org/name, pypi:...), or {split_from: train, rows: N, seed: S}, or null",
+    "training.warmup_steps": "a whole number of steps, or a share of all steps of at least 0 and less than 1",
+    "seed": "a whole number of at least 0 and less than 2**63",
+    "dataset.eval.seed": "a whole number of at least 0 and less than 2**63",
+}
+# What people coming from other tools write.
+_SYNONYMS = {
+    "alpha": "lora_alpha", "dropout": "lora_dropout", "rank": "r", "modules": "target_modules", "rslora": "use_rslora",
+    "lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs",
+    "steps": "max_steps", "scheduler": "lr_scheduler_type", "max_seq_length": "max_length", "model": "base_model",
+    "base": "base_model", "revision": "base_model_revision", "data": "dataset", "template": "chat_template",
+}  # fmt: skip
+_NOT_SWEPT = {"training.save_steps", "training.logging_steps", "training.eval_steps"}
+
+
+def inlined(node: Any, definitions: Mapping[str, Node]) -> Any:
+    """A JSON Schema without references: editors and the look-ups here need no resolver."""
+    if isinstance(node, list):
+        return [inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    rest = {key: inlined(value, definitions) for key, value in node.items() if key not in {"$ref", "$defs", "title"}}
+    # A property may be called "title" as well; none is, and pydantic's titles only repeat the names.
+    if "$ref" not in node:
+        return rest
+    return {**inlined(definitions[node["$ref"].removeprefix("#/$defs/")], definitions), **rest}
+
+
+@cache
+def schema() -> Node:
+    """The JSON Schema of an experiment file whose expressions are evaluated already."""
+    raw = ExperimentSpec.model_json_schema()
+    node: Node = inlined(raw, raw["$defs"])
+    return node
+
+
+def options(node: Node) -> list[Node]:
+    """The alternatives of a node; itself when there are none."""
+    parts = node.get("anyOf") or node.get("oneOf")
+    return [leaf for part in parts for leaf in options(part)] if parts else [node]
+
+
+def keys(node: Node) -> dict[str, Node]:
+    """The keys of a section; empty for anything else."""
+    for option in options(node):
+        if "properties" in option:
+            properties: dict[str, Node] = option["properties"]
+            return properties
+    return {}
+
+
+def node_at(path: KeyPath) -> Node | None:
+    """The schema's node of a key path; None for a key that does not exist."""
+    node: Node | None = schema()
+    for part in path:
+        assert node is not None
+        if isinstance(part, int):
+            node = next((option["items"] for option in options(node) if "items" in option), None)
+        else:
+            node = keys(node).get(part)
+        if node is None:
+            return None
+    return node
+
+
+@cache
+def leaves() -> Mapping[str, Node]:
+    """Every field that is no section, by dotted path. `dataset.eval` is both: text, or a section."""
+    found: dict[str, Node] = {}
+
+    def walk(node: Node, path: KeyPath) -> None:
+        for key, child in keys(node).items():
+            here = (*path, key)
+            if not keys(child) or any(option.get("type") == "string" for option in options(child)):
+                found[dotted(here)] = child
+            walk(child, here)
+
+    walk(schema(), ())
+    return MappingProxyType(found)
+
+
+@cache
+def numbers() -> Mapping[str, str]:
+    """Fields that hold a number, where an expression may stand: dotted path to "integer" or "number"."""
+    kinds = {
+        path: option["type"]
+        for path, node in leaves().items()
+        for option in options(node)
+        if option.get("type") in {"integer", "number"}
+    }
+    return MappingProxyType(kinds)
+
+
+@cache
+def sweepable() -> tuple[str, ...]:
+    """Fields that may differ between arms: those that change what an arm learns, from the same rows and base."""
+    sections = ("lora.", "training.", "quantization.")
+    return tuple(
+        path
+        for path in leaves()
+        if (path.startswith(sections) or path in {"seed", "dataset.limit.train"}) and path not in _NOT_SWEPT
+    )
+
+
+def get(data: Any, path: KeyPath) -> Any:
+    """The value of a key path in plain data, or the schema's default.
+
+    Raises:
+        KeyError: The key is required and missing, or something above it is not a mapping.
+    """
+    value, node = data, schema()
+    for part in path:
+        if not isinstance(value, dict):
+            raise KeyError(dotted(path))
+        node = keys(node)[str(part)]
+        if part in value:
+            value = value[part]
+        elif "default" in node:
+            value = node["default"]
+        else:
+            raise KeyError(dotted(path))
+    return value
+
+
+def allowed(path: KeyPath) -> str:
+    """What a key may hold, in words, as in "must be ..."."""
+    node = node_at(path)
+    if node is None:
+        return "something else"
+    return _WORDS.get(dotted(path)) or _describe(node)
+
+
+def unknown_key(path: KeyPath) -> str:
+    """The message for a key that does not exist, with the nearest one and those that do."""
+    *parent, name = path
+    node = node_at(tuple(parent))
+    known = keys(node) if node else {}
+    return f"is not a key here{did_you_mean(str(name), known, elsewhere=leaves())}; allowed: {', '.join(known)}"
+
+
+def did_you_mean(name: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """`; did you mean 'x'?` for a near miss, or an empty text."""
+    names = list(known)
+    if _SYNONYMS.get(name) in names:
+        return f"; did you mean {_SYNONYMS[name]!r}?"
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
+        return f"; did you mean {near[0]!r}?"
+    wanted = _SYNONYMS.get(name, name)
+    homes = [path for path in elsewhere if path.rpartition(".")[2] == wanted]
+    return f"; did you mean {' or '.join(homes)}?" if homes else ""
+
+
+def show(value: Any) -> str:
+    """A value as a message shows it: texts in quotes, the rest as in YAML, shortened."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
+def _describe(node: Node) -> str:
+    texts = [_describe_one(option) for option in options(node)]
+    return ", or ".join(dict.fromkeys(texts))
+
+
+def _describe_one(node: Node) -> str:
+    if "enum" in node:
+        return _join([str(value) for value in node["enum"]])
+    if "const" in node:
+        return str(node["const"])
+    match node.get("type"):
+        case "integer":
+            return _bounded("a whole number", node)
+        case "number":
+            return _bounded("a number", node)
+        case "boolean":
+            return "true or false"
+        case "string":
+            return "text that is not empty" if node.get("minLength") else "text"
+        case "null":
+            return "null"
+        case "array":
+            few = " (at least one)" if node.get("minItems") else ""
+            return f"a list{few}, each {_describe(node['items'])}" if node.get("items") else f"a list{few}"
+    if names := keys(node):
+        return f"a mapping with the keys {', '.join(names)}"
+    return "a mapping"
+
+
+def _bounded(what: str, node: Node) -> str:
+    bounds = []
+    if "minimum" in node:
+        bounds.append(f"of at least {node['minimum']}")
+    if "exclusiveMinimum" in node:
+        bounds.append(f"greater than {node['exclusiveMinimum']}")
+    if "exclusiveMaximum" in node:
+        bounds.append(f"less than {node['exclusiveMaximum']}")
+    return " ".join([what, " and ".join(bounds)]) if bounds else what
+
+
+def _join(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

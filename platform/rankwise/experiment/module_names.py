@@ -1,0 +1,101 @@
+"""Names that `lora.target_modules` may hold: from a local base's weight files, else from a shipped list by model type.
+
+Only headers are read (a safetensors file begins with the length and the JSON of its table of contents); no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# Embeddings and output layers: no LoRA targets here, since an adapter there is tied to the vocabulary.
+NOT_TARGETS = frozenset(
+    {
+        "lm_head", "embed_tokens", "embed_in", "embed_out", "embed_positions", "wte", "wpe", "word_embeddings",
+        "tok_embeddings", "output", "score", "shared",
+    }
+)  # fmt: skip
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NEOX = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_GPT2 = ("c_attn", "c_proj", "c_fc")
+LINEAR_MODULES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2",
+            "granite", "olmo", "olmo2", "olmo3", "smollm3", "stablelm", "ministral", "exaone4",
+        ),
+        _LLAMA,
+    ),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "gpt_neox": _NEOX,
+    "bloom": _NEOX,
+    "falcon": _NEOX,
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"),
+    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+    "starcoder2": ("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+}  # fmt: skip
+_MAX_HEADER = 100 * 2**20
+
+
+@lru_cache(maxsize=32)
+def known_modules(base: Path | None, config: Path | None) -> tuple[tuple[str, ...], str] | None:
+    """Module names of a base and where they are known from; None when nothing here says.
+
+    Args:
+        base: A local directory with safetensors and config.json, if there is one.
+        config: The config.json named by `base_model_config`, if any.
+
+    Raises:
+        ValueError: A file that is there cannot be read.
+    """
+    if base is not None and (names := _from_weights(base)):
+        return names, f"the weights in {base}"
+    for path in (config, base / "config.json" if base else None):
+        if path is not None and path.is_file():
+            model_type = read_config(path).get("model_type")
+            if model_type in LINEAR_MODULES:
+                return LINEAR_MODULES[model_type], f"the model type {model_type}"
+    return None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A base's config.json.
+
+    Raises:
+        ValueError: It cannot be read, or is not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return config
+
+
+def _from_weights(base: Path) -> tuple[str, ...]:
+    """Last parts of the names of modules whose weight has two axes, without embeddings and output layers."""
+    names: dict[str, None] = {}
+    for file in sorted(base.glob("*.safetensors")):
+        for tensor, entry in _header(file).items():
+            module, _, leaf = tensor.rpartition(".")
+            if leaf == "weight" and len(entry.get("shape", ())) == 2:
+                names[module.rpartition(".")[2]] = None
+    return tuple(name for name in names if name not in NOT_TARGETS)
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= _MAX_HEADER:
+                raise ValueError(f"{file} is not a safetensors file")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the header of {file} cannot be read: {error}") from error
+    return {name: entry for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)}

@@ -1,0 +1,164 @@
+"""A sweep's points, as the file gives them: which fields each arm overrides, and with what."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankwise.experiment.document import KeyPath, Problem
+from rankwise.experiment.expressions import Expression, ExpressionError
+from rankwise.experiment.fields import did_you_mean, leaves, show, sweepable
+from rankwise.experiment.hashing import plain
+from rankwise.experiment.resolve import find_field
+
+MAX_POINTS = 10_000
+"""Points of a grid, before `where`."""
+MAX_ARMS = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The overrides of one arm, by dotted field path, and the key path where each value stands in the file."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, KeyPath] = field(default_factory=dict)
+    home: KeyPath = ("sweep",)
+    fixed: frozenset[str] = frozenset()
+    """Axes with one value, which tell nothing apart."""
+
+    @property
+    def label(self) -> str:
+        """`lora.r=8, seed=0`."""
+        told = {path: value for path, value in self.values.items() if path not in self.fixed}
+        return ", ".join(f"{path}={_bare(value)}" for path, value in told.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """What a sweep section says, with its problems."""
+
+    points: tuple[Point, ...] = (Point(),)
+    where: Expression | None = None
+    problems: tuple[Problem, ...] = ()
+
+
+def read_points(sweep: Any) -> Points:
+    """Read the raw `sweep` section. Wrong types of the section itself are the schema's to report."""
+    if not isinstance(sweep, dict):
+        return Points()
+    problems: list[Problem] = []
+    where = _condition(sweep.get("where"), problems)
+    parameters, arms = sweep.get("parameters", {}), sweep.get("arms", [])
+    if parameters and arms:
+        text = "stands beside parameters; give a grid (parameters) or a list (arms)"
+        problems.append(Problem(path=("sweep", "arms"), text=text))
+    axes = _axes(parameters, problems) if isinstance(parameters, dict) else {}
+    listed = _arms(arms, problems) if isinstance(arms, list) else []
+    points = tuple(listed) or _grid(axes, problems)
+    return Points(points=points, where=where, problems=tuple(problems))
+
+
+def _condition(text: Any, problems: list[Problem]) -> Expression | None:
+    if not isinstance(text, str) or not text:
+        return None
+    try:
+        expression = Expression.parse(text, condition=True)
+        for name in expression.names:
+            find_field(name, "")
+    except ExpressionError as error:
+        problems.append(
+            Problem(path=("sweep", "where"), text=f"must be a condition over fields, got {show(text)}: {error}")
+        )
+        return None
+    return expression
+
+
+def _axes(parameters: dict[str, Any], problems: list[Problem]) -> dict[str, list[Any]]:
+    axes = {}
+    for path, values in parameters.items():
+        place: KeyPath = ("sweep", "parameters", path)
+        if trouble := _not_swept(path):
+            problems.append(Problem(path=place, text=trouble))
+        elif not isinstance(values, list):
+            problems.append(
+                Problem(
+                    path=place, text=f"must be a list of values, got {show(values)}; did you mean [{_bare(values)}]?"
+                )
+            )
+        elif not values:
+            problems.append(Problem(path=place, text="must have at least one value, got []"))
+        else:
+            problems.extend(
+                Problem(path=(*place, index), text=f"{show(value)} is listed twice; remove one")
+                for index, value in enumerate(values)
+                if any(_same(path, value, other) for other in values[:index])
+            )
+            axes[path] = values
+    return axes
+
+
+def _grid(axes: dict[str, list[Any]], problems: list[Problem]) -> tuple[Point, ...]:
+    size = 1
+    for values in axes.values():
+        size *= len(values)
+    if size > MAX_POINTS:
+        text = f"make a grid of {size:,} points; at most {MAX_POINTS:,} are allowed"
+        problems.append(Problem(path=("sweep", "parameters"), text=text))
+        return (Point(),)
+    home: KeyPath = ("sweep", "parameters") if axes else ("sweep",)
+    return tuple(
+        Point(
+            values={path: axes[path][index] for path, index in zip(axes, indices, strict=True)},
+            places={path: ("sweep", "parameters", path, index) for path, index in zip(axes, indices, strict=True)},
+            home=home,
+            fixed=frozenset(path for path, values in axes.items() if len(values) == 1),
+        )
+        for indices in itertools.product(*(range(len(values)) for values in axes.values()))
+    )
+
+
+def _arms(arms: list[Any], problems: list[Problem]) -> list[Point]:
+    points = []
+    if len(arms) > MAX_ARMS:
+        problems.append(
+            Problem(path=("sweep", "arms"), text=f"has {len(arms):,} arms; at most {MAX_ARMS:,} are allowed")
+        )
+        return []
+    for index, values in enumerate(arms):
+        home: KeyPath = ("sweep", "arms", index)
+        if not isinstance(values, dict):
+            continue
+        wrong = {path: trouble for path in values if (trouble := _not_swept(path))}
+        problems.extend(Problem(path=(*home, path), text=trouble) for path, trouble in wrong.items())
+        good = {path: value for path, value in values.items() if path not in wrong}
+        points.append(Point(values=good, places={path: (*home, path) for path in good}, home=home))
+    return points
+
+
+def _not_swept(path: str) -> str | None:
+    """Why a key is no axis, or None when it is one."""
+    fields = sweepable()
+    if path in fields:
+        return None
+    if path in leaves():
+        return f"cannot differ between arms; allowed: {', '.join(_groups())}"
+    homes = [known for known in fields if known.rpartition(".")[2] == path]
+    hint = f"; did you mean {' or '.join(map(repr, homes))}?" if homes else did_you_mean(path, fields)
+    return f"is not a field that can be swept{hint}; allowed: {', '.join(_groups())}"
+
+
+def _groups() -> tuple[str, ...]:
+    return ("lora.*", "training.*", "quantization.*", "dataset.limit.train", "seed")
+
+
+def _bare(value: Any) -> str:
+    return value if isinstance(value, str) else show(value)
+
+
+def _same(path: str, one: Any, other: Any) -> bool:
+    if isinstance(one, bool) != isinstance(other, bool):
+        return False
+    if path == "lora.target_modules" and isinstance(one, list) and isinstance(other, list):
+        return sorted(map(str, one)) == sorted(map(str, other))
+    return bool(plain(one) == plain(other))

@@ -1,0 +1,326 @@
+"""What involves several fields, or the disk: combinations that cannot work, sources, pins, module names.
+
+A rule reads fields through a `View`. One that needs a field which is wrong itself is skipped, so that every rule that
+can speak does, whatever else is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from rankwise.experiment.document import KeyPath, Problem
+from rankwise.experiment.fields import did_you_mean, get, show
+from rankwise.experiment.metric_names import keys_of
+from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
+from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
+
+BUILT_IN_TEMPLATES = ("chatml", "plain")
+
+
+class Unusable(Exception):
+    """A field that a rule needs is missing or wrong, which is reported elsewhere."""
+
+
+class View:
+    """The fields of one definition with defaults; access to a wrong one raises `Unusable`."""
+
+    def __init__(self, data: dict[str, Any], wrong: Collection[KeyPath] = ()) -> None:
+        self._data = data
+        self._wrong = wrong
+
+    def __getitem__(self, path: str) -> Any:
+        key = tuple(path.split("."))
+        if any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in self._wrong):
+            raise Unusable
+        try:
+            return get(self._data, key)
+        except KeyError as error:
+            raise Unusable from error
+
+
+Rule = Callable[[View], Iterator[Problem]]
+_RULES: list[Rule] = []
+
+
+def find_problems(view: View) -> list[Problem]:
+    """Everything that the rules find."""
+    problems: list[Problem] = []
+    for rule in _RULES:
+        try:
+            problems.extend(rule(view))
+        except Unusable:
+            continue
+    return problems
+
+
+def _rule(function: Rule) -> Rule:
+    _RULES.append(function)
+    return function
+
+
+def _at(path: str, text: str) -> Problem:
+    return Problem(path=tuple(path.split(".")), text=text)
+
+
+@_rule
+def _one_quantization(view: View) -> Iterator[Problem]:
+    if view["quantization.load_in_4bit"] and view["quantization.load_in_8bit"]:
+        yield _at("quantization.load_in_8bit", "is true while load_in_4bit is true too (its default); set one to false")
+
+
+@_rule
+def _steps_or_epochs(view: View) -> Iterator[Problem]:
+    steps, epochs = view["training.max_steps"], view["training.num_train_epochs"]
+    if steps is None and epochs is None:
+        yield _at("training", "needs max_steps or num_train_epochs, has neither")
+    elif steps is not None and epochs is not None:
+        text = f"is {show(epochs)} while max_steps is {show(steps)}; give one of the two"
+        yield _at("training.num_train_epochs", text)
+
+
+@_rule
+def _warmup_within_steps(view: View) -> Iterator[Problem]:
+    steps, warmup = view["training.max_steps"], view["training.warmup_steps"]
+    if steps is not None and warmup > steps:
+        text = f"must be at most max_steps ({show(steps)}), got {show(warmup)}; a value below 1 is a share of all steps"
+        yield _at("training.warmup_steps", text)
+
+
+@_rule
+def _best_needs_evaluations(view: View) -> Iterator[Problem]:
+    register = view["register"]
+    if register is None or view["register.checkpoint"] != "best":
+        return
+    every, steps = view["training.eval_steps"], view["training.max_steps"]
+    if view["dataset.eval"] is None:
+        yield _at("register.checkpoint", "is best, which needs evaluation rows: give dataset.eval")
+    if every is None:
+        yield _at("register.checkpoint", "is best, which needs evaluations during training: give training.eval_steps")
+    elif steps is not None and every > steps:
+        yield _at("training.eval_steps", f"must be at most max_steps ({show(steps)}), got {show(every)}")
+
+
+@_rule
+def _alias_is_free(view: View) -> Iterator[Problem]:
+    if view["register"] is None or (alias := view["register.alias"]) is None:
+        return
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        yield _at(
+            "register.alias", f"must not be latest or v1, v2, ...: MLflow keeps these to itself, got {show(alias)}"
+        )
+    if view["dataset.eval"] is None:
+        yield _at("register.alias", "goes to the best arm, which needs evaluation rows: give dataset.eval")
+
+
+@_rule
+def _primary_metric_is_produced(view: View) -> Iterator[Problem]:
+    key, produced = view["evaluation.primary_metric"], keys_of(view["evaluation.metrics"])
+    if key not in produced:
+        text = f"must be a key that evaluation.metrics produce ({', '.join(produced)}), got {show(key)}"
+        yield _at("evaluation.primary_metric", text + did_you_mean(key, produced))
+
+
+@_rule
+def _metrics_are_different(view: View) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, metric in enumerate(view["evaluation.metrics"]):
+        if metric in seen:
+            yield Problem(path=("evaluation", "metrics", index), text=f"{show(metric)} is listed twice; remove one")
+        seen.add(metric)
+
+
+@_rule
+def _rows_become_text(view: View) -> Iterator[Problem]:
+    messages, prompt, completion = view["dataset.messages"], view["dataset.prompt"], view["dataset.completion"]
+    if messages is not None:
+        for key, value in (("prompt", prompt), ("completion", completion)):
+            if value is not None:
+                yield _at(
+                    f"dataset.{key}", f"stands beside messages ({show(messages)}); give messages, or both templates"
+                )
+    elif prompt is None and completion is None:
+        yield _at("dataset", "needs messages (a column), or prompt and completion (templates over columns)")
+    elif completion is None:
+        yield _at("dataset.completion", "is missing; prompt needs it")
+    elif prompt is None:
+        yield _at("dataset.prompt", "is missing; completion needs it")
+
+
+@_rule
+def _prompt_is_a_template(view: View) -> Iterator[Problem]:
+    yield from _template("dataset.prompt", view["dataset.prompt"])
+
+
+@_rule
+def _completion_is_a_template(view: View) -> Iterator[Problem]:
+    yield from _template("dataset.completion", view["dataset.completion"])
+
+
+def _template(path: str, text: str | None) -> Iterator[Problem]:
+    """The syntax only: which columns there are is known once the data is read."""
+    try:
+        fields = list(string.Formatter().parse(text or ""))
+    except ValueError as error:
+        yield _at(path, f"is not a template ({error}), got {show(text)}; a brace that is meant is written twice")
+        return
+    for _, name, spec, conversion in fields:
+        if name is not None and (not name or name.isdigit() or conversion or "{" in (spec or "")):
+            yield _at(path, f"must have fields such as {{column}} or {{column:.2f}} only, got {show(text)}")
+            return
+
+
+@_rule
+def _chat_template_is_there(view: View) -> Iterator[Problem]:
+    template = view["dataset.chat_template"]
+    pin = view["dataset.chat_template_revision"]
+    if template is None or template in BUILT_IN_TEMPLATES:
+        if pin is not None:
+            yield _at("dataset.chat_template_revision", "is the pin of a template's file, but chat_template names none")
+        return
+    path = Path(template)
+    if not path.is_file():
+        hint = did_you_mean(path.name, BUILT_IN_TEMPLATES)
+        text = f"must be chatml, plain, or a Jinja file; there is no file {template}{hint}"
+        yield _at("dataset.chat_template", text)
+    elif (actual := file_pin(path)) != pin and pin is not None:
+        text = f"{template} is not what its pin says: it has {actual}; remove the pin or restore the file"
+        yield _at("dataset.chat_template_revision", text)
+
+
+def file_pin(path: Path) -> str:
+    """The pin of a small file."""
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _source(path: str, text: str) -> tuple[Source | None, list[Problem]]:
+    try:
+        return parse_source(text), []
+    except ValueError as error:
+        return None, [_at(path, str(error))]
+
+
+def _pin(path: str, source: Source | None, revision: str | None) -> Iterator[Problem]:
+    if source is None or revision is None:
+        return
+    try:
+        check_revision(source, revision)
+    except ValueError as error:
+        yield _at(path, str(error))
+
+
+@_rule
+def _base_is_a_source(view: View) -> Iterator[Problem]:
+    text = view["base_model"]
+    source, problems = _source("base_model", text)
+    yield from problems
+    yield from _pin("base_model_revision", source, view["base_model_revision"])
+    if isinstance(source, PypiSource) and not source.member.lower().endswith(".gguf"):
+        yield _at("base_model", f"must name a .gguf file of the wheel, got {show(source.member)}")
+    if isinstance(source, LocalSource):
+        path = Path(source.path).expanduser()
+        if path.is_file() and path.suffix.lower() != ".gguf":
+            yield _at("base_model", f"must be a directory or a .gguf file, got the file {show(text)}")
+        elif path.is_dir() and not (path / "config.json").is_file():
+            yield _at("base_model", f"must be a directory with a model's config.json, {show(text)} has none")
+        elif not path.exists() and view["base_model_config"] is None:
+            yield _at(
+                "base_model", f"there is no file or directory {text}; base_model_config allows to plan without it"
+            )
+
+
+@_rule
+def _base_config_is_there(view: View) -> Iterator[Problem]:
+    config = view["base_model_config"]
+    if config is None:
+        return
+    if not Path(config).is_file():
+        yield _at("base_model_config", f"must be a config.json; there is no file {config}")
+        return
+    try:
+        content = read_config(Path(config))
+    except ValueError as error:
+        yield _at("base_model_config", str(error))
+        return
+    if "model_type" not in content:
+        yield _at("base_model_config", f"must be a model's config.json; {config} has no model_type")
+
+
+@_rule
+def _training_rows_have_a_source(view: View) -> Iterator[Problem]:
+    yield from _data("dataset.train", view["dataset.train"], view["dataset.train_revision"])
+
+
+@_rule
+def _evaluation_rows_have_a_source(view: View) -> Iterator[Problem]:
+    source, revision = view["dataset.eval"], view["dataset.eval_revision"]
+    if isinstance(source, str):
+        yield from _data("dataset.eval", source, revision)
+    elif revision is not None:
+        what = "is null" if source is None else "is split from train, which has its own pin"
+        yield _at("dataset.eval_revision", f"has no source to pin: dataset.eval {what}; remove it")
+
+
+def _data(path: str, text: str, revision: str | None) -> Iterator[Problem]:
+    source, problems = _source(path, text)
+    yield from problems
+    yield from _pin(f"{path}_revision", source, revision)
+    if text.lower().endswith(".gguf"):
+        yield _at(path, f"must be a table of rows, got the model file {show(text)}")
+    elif isinstance(source, LocalSource) and not Path(source.path).expanduser().exists():
+        yield _at(path, f"there is no file or directory {text}")
+
+
+@_rule
+def _configuration_name_is_for_the_hub(view: View) -> Iterator[Problem]:
+    if view["dataset.name"] is None:
+        return
+    sources = [view["dataset.train"], view["dataset.eval"]]
+    kinds = [_source("dataset.train", text)[0] for text in sources if isinstance(text, str)]
+    if all(kind is not None and not isinstance(kind, HubSource) for kind in kinds):
+        yield _at("dataset.name", f"is a configuration of a hub data set, got {show(view['dataset.name'])} for a file")
+
+
+@_rule
+def _targets_are_linear_modules(view: View) -> Iterator[Problem]:
+    modules = view["lora.target_modules"]
+    if isinstance(modules, str):
+        return
+    usable = []
+    for name in modules:
+        if name.rpartition(".")[2] in NOT_TARGETS:
+            text = (
+                f"must not have embeddings or the output layer, got {show(name)}; take linear layers inside the blocks"
+            )
+            yield _at("lora.target_modules", text)
+        else:
+            usable.append(name)
+    yield from _known_targets(view, usable)
+
+
+def _known_targets(view: View, names: list[str]) -> Iterator[Problem]:
+    source, _ = _source("base_model", view["base_model"])
+    config = view["base_model_config"]
+    base = Path(source.path).expanduser() if isinstance(source, LocalSource) else None
+    try:
+        known = known_modules(base if base and base.is_dir() else None, Path(config) if config else None)
+    except ValueError as error:
+        # A wrong base_model_config has been reported by its own rule.
+        if config is None:
+            yield _at("base_model", str(error))
+        return
+    if known is None:
+        return
+    modules, origin = known
+    for name in names:
+        # peft matches whole last parts of a module's name, so self_attn.q_proj means q_proj.
+        last = name.rpartition(".")[2]
+        if last not in modules:
+            text = (
+                f"has the unknown module {show(name)}{did_you_mean(last, modules)}; {origin} has {', '.join(modules)}"
+            )
+            yield _at("lora.target_modules", text)
