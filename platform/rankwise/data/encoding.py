@@ -48,6 +48,8 @@ class EncodedSet(Sequence[Encoded]):
     """Rows left out because not even their first answer fits into the length limit."""
     unended: tuple[str, ...] = ()
     """Rows with an answer that the template does not end with an end token."""
+    longest: int = 0
+    """Tokens of the longest row before the length limit."""
 
     @classmethod
     def of(
@@ -57,17 +59,19 @@ class EncodedSet(Sequence[Encoded]):
         cut: tuple[str, ...] = (),
         dropped: tuple[str, ...] = (),
         unended: tuple[str, ...] = (),
+        longest: int = 0,
     ) -> EncodedSet:
-        """Gather rows."""
-        kept = list(rows)
+        """Gather rows; without `longest` no row was longer than it is now."""
+        gathered = list(rows)
         return cls(
-            ids=tuple(row.id for row in kept),
-            offsets=np.cumsum([0, *(len(row.input_ids) for row in kept)], dtype=np.int64),
-            input_ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in kept)]).astype(np.int32),
-            supervised=np.concatenate([np.empty(0, np.bool_), *(row.supervised for row in kept)]).astype(np.bool_),
+            ids=tuple(row.id for row in gathered),
+            offsets=np.cumsum([0, *(len(row.input_ids) for row in gathered)], dtype=np.int64),
+            input_ids=np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in gathered)]).astype(np.int32),
+            supervised=np.concatenate([np.empty(0, np.bool_), *(row.supervised for row in gathered)]).astype(np.bool_),
             cut=cut,
             dropped=dropped,
             unended=unended,
+            longest=max([longest, *(len(row.input_ids) for row in gathered)]),
         )
 
     def __len__(self) -> int:
@@ -108,7 +112,7 @@ class EncodedSet(Sequence[Encoded]):
     @cached_property
     def digest(self) -> str:
         """SHA-256 (`sha256:...`) over ids, tokens, masks and what was cut, dropped or unended."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.longest).encode())
         for names in (self.ids, self.cut, self.dropped, self.unended):
             digest.update(f"{len(names)}\x00".encode())
             for name in names:
@@ -151,3 +155,9 @@ def encode(
     cache = TokenCache(settings.cache / "tokens")
     key = cache.key(examples, renderer, max_length)
     return cache.get(key, lambda: mask_examples(examples, renderer, max_length, progress))
+
+
+def kept(examples: Sequence[Example], encoded: EncodedSet) -> list[Example]:
+    """The examples that are in `encoded`, in its order: those that the length limit did not drop."""
+    ids = set(encoded.ids)
+    return [example for example in examples if example.id in ids]

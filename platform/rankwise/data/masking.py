@@ -71,7 +71,13 @@ def mask_examples(
             advance(len(block))
     if found.breaks:
         raise DatasetError(_explain(found.breaks, len(examples), renderer))
-    return EncodedSet.of(found.rows, cut=tuple(found.cut), dropped=tuple(found.dropped), unended=tuple(found.unended))
+    return EncodedSet.of(
+        found.rows,
+        cut=tuple(found.cut),
+        dropped=tuple(found.dropped),
+        unended=tuple(found.unended),
+        longest=found.longest,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ class _Found:
     cut: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     unended: list[str] = field(default_factory=list)
+    longest: int = 0
 
     def add(self, row_id: str, masked: _Masked | _Break, max_length: int | None) -> None:
         """Sort a row in, within the length limit."""
@@ -101,6 +108,7 @@ class _Found:
         if not masked.ended:
             self.unended.append(row_id)
         tokens = masked.tokens
+        self.longest = max(self.longest, len(tokens))
         fitting = [span for span in masked.spans if max_length is None or span[1] <= max_length]
         if not fitting:
             self.dropped.append(row_id)

@@ -87,7 +87,7 @@ def to_bytes(encoded: EncodedSet) -> bytes:
         {
             "rankwise.format": str(FORMAT),
             "rankwise.digest": encoded.digest,
-            "rankwise.lost": json.dumps([encoded.cut, encoded.dropped, encoded.unended]),
+            "rankwise.lost": json.dumps([encoded.cut, encoded.dropped, encoded.unended, encoded.longest]),
         }
     )
     buffer = io.BytesIO()
@@ -106,7 +106,8 @@ def read(path: Path) -> EncodedSet:
         with pa.ipc.open_file(path.read_bytes()) as reader:
             table = reader.read_all().combine_chunks()
         metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
-        cut, dropped, unended = (tuple(names) for names in json.loads(metadata["rankwise.lost"]))
+        *lost, longest = json.loads(metadata["rankwise.lost"])
+        cut, dropped, unended = (tuple(names) for names in lost)
         lists = _single(table, "input_ids")
         encoded = EncodedSet(
             ids=tuple(table.column("id").to_pylist()),
@@ -116,6 +117,7 @@ def read(path: Path) -> EncodedSet:
             cut=cut,
             dropped=dropped,
             unended=unended,
+            longest=longest,
         )
         digest = encoded.digest
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as error:
