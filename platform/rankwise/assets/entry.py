@@ -92,7 +92,8 @@ def fsync_tree(path: Path) -> None:
         for name in names:
             file = Path(folder) / name
             # safetensors writes 0600, which makes a shared cache useless to all others.
-            file.chmod(mode)
+            if file.stat().st_mode & 0o777 != mode:
+                file.chmod(mode)
             descriptor = os.open(file, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

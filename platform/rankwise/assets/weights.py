@@ -104,7 +104,7 @@ def tensors_digest(path: Path, *, progress: Progress = SILENT) -> str:
     sha256 = hashlib.sha256()
     entries = tensors(path)
     total = sum(entry.stop - entry.start for entry in entries)
-    with progress.task(f"hashing converted tensors", total) as advance:
+    with progress.task("hashing converted tensors", total) as advance:
         for entry in entries:
             # A line of JSON cannot be confused with another name's line, whatever the name holds.
             sha256.update(json.dumps([entry.name, entry.dtype, list(entry.shape)]).encode() + b"\n")
