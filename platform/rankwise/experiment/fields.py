@@ -207,7 +207,7 @@ def _describe_one(node: Node) -> str:
             return "null"
         case "array":
             few = " (at least one)" if node.get("minItems") else ""
-            return f"a list{few}, each {_describe(node['items'])}" if node.get("items") else f"a list{few}"
+            return f"a list{few}, each of them {_describe(node['items'])}" if node.get("items") else f"a list{few}"
     if names := keys(node):
         return f"a mapping with the keys {', '.join(names)}"
     return "a mapping"

@@ -153,6 +153,8 @@ def _groups() -> tuple[str, ...]:
 
 
 def _bare(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_bare, value))
     return value if isinstance(value, str) else show(value)
 
 

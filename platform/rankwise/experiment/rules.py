@@ -42,6 +42,16 @@ class View:
         except KeyError as error:
             raise Unusable from error
 
+    def given(self, path: str) -> bool:
+        """Whether a section or field is there at all; what is inside may be wrong."""
+        key = tuple(path.split("."))
+        if any(key[: len(bad)] == bad for bad in self._wrong):
+            raise Unusable
+        try:
+            return get(self._data, key) is not None
+        except KeyError as error:
+            raise Unusable from error
+
 
 Rule = Callable[[View], Iterator[Problem]]
 _RULES: list[Rule] = []
@@ -93,11 +103,10 @@ def _warmup_within_steps(view: View) -> Iterator[Problem]:
 
 @_rule
 def _best_needs_evaluations(view: View) -> Iterator[Problem]:
-    register = view["register"]
-    if register is None or view["register.checkpoint"] != "best":
+    if not view.given("register") or view["register.checkpoint"] != "best":
         return
     every, steps = view["training.eval_steps"], view["training.max_steps"]
-    if view["dataset.eval"] is None:
+    if not view.given("dataset.eval"):
         yield _at("register.checkpoint", "is best, which needs evaluation rows: give dataset.eval")
     if every is None:
         yield _at("register.checkpoint", "is best, which needs evaluations during training: give training.eval_steps")
@@ -107,13 +116,13 @@ def _best_needs_evaluations(view: View) -> Iterator[Problem]:
 
 @_rule
 def _alias_is_free(view: View) -> Iterator[Problem]:
-    if view["register"] is None or (alias := view["register.alias"]) is None:
+    if not view.given("register") or (alias := view["register.alias"]) is None:
         return
     if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
         yield _at(
             "register.alias", f"must not be latest or v1, v2, ...: MLflow keeps these to itself, got {show(alias)}"
         )
-    if view["dataset.eval"] is None:
+    if not view.given("dataset.eval"):
         yield _at("register.alias", "goes to the best arm, which needs evaluation rows: give dataset.eval")
 
 

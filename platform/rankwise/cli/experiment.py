@@ -1,0 +1,115 @@
+"""`validate`, `plan`, `schema`: what a definition says, before anything is fetched or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.table import Table
+
+from rankwise.cli.output import note, print_json, print_table, size
+from rankwise.experiment.editor_schema import editor_schema
+from rankwise.experiment.loader import load_experiment
+from rankwise.experiment.plan import Plan, count_rows, make_plan
+from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.source import LocalSource, parse_source
+from rankwise.experiment.sweep import expand
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def definition(command: Command) -> Command:
+    """The argument FILE and the option --set, which every command on a definition has."""
+    option = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key, such as training.max_steps=5; may be given several times.",
+    )
+    return click.argument("file", type=click.Path(path_type=Path))(option(command))
+
+
+@click.command()
+@definition
+def validate(file: Path, overrides: tuple[str, ...]) -> None:
+    """Check the experiment FILE and say what it holds; every problem is reported at once."""
+    spec = load_experiment(file, overrides)
+    count = len(expand(spec))
+    click.echo(f"{file}: valid: {spec.name}, {count} {'arm' if count == 1 else 'arms'}")
+
+
+@click.command()
+@definition
+@click.option("--estimates/--no-estimates", default=True, help="Sizes from the base's configuration (some seconds).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool) -> None:
+    """Show the arms of the experiment FILE, their hashes, and what they will take."""
+    spec = load_experiment(file, overrides)
+    made = make_plan(spec, count_rows(spec.dataset.train))
+    if estimates:
+        config = base_config(spec)
+        if config is None:
+            note(f"No estimates: the configuration of {spec.base_model} is not here; give base_model_config.")
+        else:
+            made = _with_estimates(made, config)
+    if as_json:
+        print_json(made.to_json())
+        return
+    print_table(_table(made))
+    if made.provisional:
+        note("Hashes are provisional: the base or the data has no pin yet; the first run resolves and records it.")
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of experiment files, for editors."""
+    print_json(editor_schema())
+
+
+def base_config(spec: ExperimentSpec) -> Path | None:
+    """The config.json of a definition's base that is on this machine, without fetching anything."""
+    if spec.base_model_config is not None:
+        return Path(spec.base_model_config)
+    source = parse_source(spec.base_model)
+    if isinstance(source, LocalSource):
+        config = Path(source.path).expanduser() / "config.json"
+        return config if config.is_file() else None
+    return None
+
+
+def _with_estimates(made: Plan, config: Path) -> Plan:
+    # Late: this imports torch, and takes a second or two.
+    from rankwise.modeling.estimate import Estimator
+
+    estimator = Estimator(config)
+    return made.with_estimates(
+        {
+            planned.arm.spec_hash: estimator.arm(planned.arm.lora, planned.arm.quantization).to_dict()
+            for planned in made.arms
+        }
+    )
+
+
+def _table(made: Plan) -> Table:
+    table = Table(title=f"{made.experiment}: {len(made.arms)} {'arm' if len(made.arms) == 1 else 'arms'}")
+    table.add_column("spec hash", no_wrap=True)
+    table.add_column("arm")
+    columns = ["steps", "tokens (at most)", "parameters", "adapter, fp32", "memory"]
+    for name in columns:
+        table.add_column(name, justify="right")
+    for planned in made.arms:
+        table.add_row(
+            planned.arm.short, planned.label or "-", *_cells(planned.steps, planned.tokens, planned.estimates)
+        )
+    return table
+
+
+def _cells(steps: int | None, tokens: int | None, estimates: Any) -> Iterator[str]:
+    yield "?" if steps is None else f"{steps:,}"
+    yield "?" if tokens is None else f"{tokens:,}"
+    yield f"{estimates['adapter_parameters']:,}" if estimates else "?"
+    yield size(estimates["adapter_bytes_fp32"]) if estimates else "?"
+    yield size(estimates["memory_bytes"]) if estimates else "?"

@@ -1,0 +1,37 @@
+"""What commands print: results on stdout, text for people on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """A result for programs, on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(table: Table) -> None:
+    """A result for people, on stdout. Into a file or a pipe it is as wide as its content, so that nothing is cut."""
+    width = None if sys.stdout.isatty() else max(80, Console(width=10_000).measure(table).maximum)
+    Console(file=sys.stdout, width=width, highlight=False).print(table)
+
+
+def note(text: str) -> None:
+    """A remark for people, on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def size(count: int) -> str:
+    """Bytes for people, in decimal units: `109.05 MB`."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"

@@ -1,0 +1,63 @@
+"""The JSON Schema of an experiment file for editors: as the checks have it, plus expressions and the sweep's fields."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from rankwise.experiment.document import dotted
+from rankwise.experiment.fields import Node, keys, node_at, numbers, options, schema, sweepable
+from rankwise.experiment.resolve import as_path
+
+_EXPRESSION: Node = {
+    "type": "string",
+    "minLength": 1,
+    "description": "An expression over other fields, such as 2*r or max_steps // 10.",
+}
+
+
+def editor_schema() -> Node:
+    """The whole schema, draft 7 and without references, which every editor understands."""
+    root = copy.deepcopy(schema())
+    for path in numbers():
+        if path != "version":
+            _replace(root, path, _with_expression(_at(root, path)))
+    sweep = keys(root["properties"]["sweep"])
+    fields = {path: _field(path) for path in sweepable()}
+    sweep["parameters"] |= {
+        "properties": {path: {"type": "array", "minItems": 1, "items": node} for path, node in fields.items()},
+        "additionalProperties": False,
+    }
+    sweep["arms"]["items"] = {"type": "object", "properties": fields, "additionalProperties": False}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "rankwise experiment", **root}
+
+
+def _field(path: str) -> Node:
+    """A field's node for the sweep, without a default: what is not overridden stays as it is."""
+    node = node_at(as_path(path))
+    assert node is not None, dotted(as_path(path))
+    plain = {key: value for key, value in copy.deepcopy(node).items() if key != "default"}
+    return _with_expression(plain) if path in numbers() else plain
+
+
+def _with_expression(node: Node) -> Node:
+    """The same node, which also takes an expression's text. Keywords that describe stay outside of the alternatives."""
+    outside: Node = {key: node[key] for key in ("description", "default") if key in node}
+    inside = [{key: value for key, value in option.items() if key not in outside} for option in options(node)]
+    return {**outside, "anyOf": [*inside, copy.deepcopy(_EXPRESSION)]}
+
+
+def _parent(root: Node, path: str) -> dict[str, Any]:
+    node = root
+    for part in as_path(path)[:-1]:
+        node = keys(node)[str(part)]
+    return keys(node)
+
+
+def _at(root: Node, path: str) -> Node:
+    node: Node = _parent(root, path)[path.rpartition(".")[2]]
+    return node
+
+
+def _replace(root: Node, path: str, node: Node) -> None:
+    _parent(root, path)[path.rpartition(".")[2]] = node
