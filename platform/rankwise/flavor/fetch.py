@@ -1,0 +1,240 @@
+"""From a model URI to a checked directory: nothing but `MLmodel` and the manifest is parsed before all files are.
+
+| URI | what it names |
+|---|---|
+| `models:/NAME@ALIAS`, `models:/NAME/VERSION` | a version of a registered model |
+| `models:/m-...` | a LoggedModel |
+| `runs:/RUN_ID/NAME` | the newest LoggedModel of that name that the run has put out |
+| a path, `file:...` | a directory as `save_model` writes it, read in place |
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import yaml  # type: ignore[import-untyped]
+from mlflow import MlflowClient
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
+from rankwise.flavor.metadata import (
+    ADAPTER_DIRECTORY,
+    FLAVOR_NAME,
+    MANIFEST_TAG,
+    SECTION_TAG,
+    AdapterMetadata,
+    section_digest,
+)
+from rankwise.flavor.package import check_tokenizer_files
+from rankwise.modeling.manifest import check_manifest
+from rankwise.tracking.errors import tracking_errors
+
+logger = logging.getLogger(__name__)
+
+_VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
+_ALIAS = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
+_MODEL_ID = re.compile(r"models:/(?P<id>m-[0-9a-f]+)")
+_RUN = re.compile(r"runs:/(?P<run>[0-9a-f]+)/(?P<name>.+)")
+_FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., runs:/RUN_ID/NAME, or a directory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Which stored model a directory is.
+
+    Attributes:
+        uri: The resolved URI, an alias replaced by its version; a path for a directory.
+        location: Where the artifacts are.
+        name: Of the registered model, or None.
+        version: Of the registered model, or None.
+        model_id: Of the LoggedModel, or None.
+        run_id: The run that made it, or None.
+        tags: Of the LoggedModel and the version, the version's winning.
+    """
+
+    uri: str
+    location: str
+    name: str | None = None
+    version: str | None = None
+    model_id: str | None = None
+    run_id: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A checked model directory.
+
+    Attributes:
+        directory: Its root.
+        adapter: The PEFT directory in it.
+        metadata: What it says of itself.
+        origin: Which stored model it is.
+    """
+
+    directory: Path
+    adapter: Path
+    metadata: AdapterMetadata
+    origin: Origin
+
+
+def resolve_uri(uri: str | Path, tracking_uri: str | None = None) -> Origin:
+    """Find out which stored model a URI names now, without fetching it.
+
+    Raises:
+        ConfigError: The URI has none of the known forms.
+        AssetError: There is no such directory, or the run has no such model.
+        TrackingError: MLflow cannot be reached, or has no such model.
+    """
+    text = str(uri).rstrip("/")
+    with tracking_errors(f"looking up {text}"):
+        if found := _VERSION.fullmatch(text):
+            return _of_version(found["name"], found["version"], tracking_uri)
+        if found := _ALIAS.fullmatch(text):
+            client = MlflowClient(tracking_uri=tracking_uri)
+            version = client.get_model_version_by_alias(found["name"], found["alias"]).version
+            return _of_version(found["name"], str(version), tracking_uri)
+        if found := _MODEL_ID.fullmatch(text):
+            return _of_logged_model(found["id"], text, tracking_uri)
+        if found := _RUN.fullmatch(text):
+            return _of_run(found["run"], found["name"], tracking_uri)
+    if "://" in text or text.startswith(("models:", "runs:")):
+        if not text.startswith("file:"):
+            raise ConfigError(f"a model is named by {_FORMS}; got {text!r}")
+        text = unquote(urlparse(text).path)
+    path = Path(text.removeprefix("file:")).expanduser().absolute()
+    if not path.is_dir():
+        raise AssetError(f"there is no directory {path}; a model is named by {_FORMS}")
+    return Origin(uri=str(path), location=str(path))
+
+
+@contextmanager
+def fetch(uri: str | Path, tracking_uri: str | None = None) -> Iterator[Fetched]:
+    """Make a model's files available, checked, inside the block; a download is removed after it.
+
+    Raises:
+        AdapterIntegrityError: A file is not what was stored. No other file has been parsed then.
+        ConfigError: The URI has none of the known forms, or it is no model of this flavor.
+        TrackingError: MLflow cannot be reached, or has no such model.
+    """
+    origin = resolve_uri(uri, tracking_uri)
+    if Path(origin.location).is_dir():
+        # Files of a local store are read where they lie.
+        yield check(Path(origin.location), origin)
+        return
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
+        with tracking_errors(f"fetching {origin.uri}"):
+            repository = get_artifact_repository(origin.location, tracking_uri=tracking_uri)
+            directory = Path(repository.download_artifacts("", dst_path=scratch))
+        yield check(directory, origin)
+
+
+def check(directory: Path, origin: Origin) -> Fetched:
+    """Check a model directory against its manifest, and both against the digests in the tags.
+
+    Raises:
+        AdapterIntegrityError: Something is not what was stored.
+        ConfigError: It is no model of this flavor, or of a newer release.
+    """
+    mlmodel = read_mlmodel(directory)
+    flavors = mlmodel.get("flavors")
+    if not isinstance(flavors, dict) or FLAVOR_NAME not in flavors:
+        raise ConfigError(
+            f"{origin.uri} is no model of the flavor {FLAVOR_NAME} (it has {sorted(flavors or {})}); PEFT directories "
+            "and models of mlflow.transformers are adopted with `rankwise import`"
+        )
+    _check_tag(origin, SECTION_TAG, section_digest(mlmodel), "the MLmodel file")
+    metadata = AdapterMetadata.from_section(flavors[FLAVOR_NAME], origin.uri)
+    _check_tag(origin, MANIFEST_TAG, metadata.manifest, "the manifest")
+    check_manifest(directory, digest=metadata.manifest)
+    if (flavors.get("python_function") or {}).get("code"):
+        raise AdapterIntegrityError(f"{origin.uri} asks for code out of the model to be imported; it is refused")
+    adapter = directory / ADAPTER_DIRECTORY
+    check_tokenizer_files(adapter)
+    return Fetched(directory=directory, adapter=adapter, metadata=metadata, origin=origin)
+
+
+def read_mlmodel(directory: Path) -> dict[str, Any]:
+    """The content of a model's `MLmodel`, which is not checked yet.
+
+    Raises:
+        ConfigError: There is none.
+        AdapterIntegrityError: It is no YAML mapping.
+    """
+    path = directory / "MLmodel"
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{directory} has no MLmodel file, so it is no stored model; a PEFT directory is adopted with "
+            "`rankwise import`"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AdapterIntegrityError(f"{path} cannot be read: {error}; fetch the model again") from error
+    if not isinstance(document, dict):
+        raise AdapterIntegrityError(f"{path} is not what was stored: no mapping; fetch the model again")
+    return document
+
+
+def _check_tag(origin: Origin, tag: str, actual: str, what: str) -> None:
+    if origin.model_id is None and origin.version is None:
+        return  # A directory has no tags: its files are checked against its own manifest.
+    expected = origin.tags.get(tag)
+    if expected is None:
+        logger.warning("%s has no tag %s, so %s is only checked against the files beside it", origin.uri, tag, what)
+    elif expected != actual:
+        raise AdapterIntegrityError(
+            f"{what} of {origin.uri} is not what was stored: the tag {tag} says {expected}, found {actual}; take "
+            "another version, or restore the artifacts"
+        )
+
+
+def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
+    client = MlflowClient(tracking_uri=tracking_uri)
+    found = client.get_model_version(name, version)
+    model_id = getattr(found, "model_id", None) or None
+    tags = dict(client.get_logged_model(model_id).tags) if model_id else {}
+    return Origin(
+        uri=f"models:/{name}/{version}",
+        location=_local(client.get_model_version_download_uri(name, version)),
+        name=name,
+        version=str(version),
+        model_id=model_id,
+        run_id=found.run_id or None,
+        tags={**tags, **found.tags},
+    )
+
+
+def _of_logged_model(model_id: str, uri: str, tracking_uri: str | None) -> Origin:
+    found = MlflowClient(tracking_uri=tracking_uri).get_logged_model(model_id)
+    return Origin(
+        uri=uri,
+        location=_local(found.artifact_location),
+        model_id=model_id,
+        run_id=found.source_run_id or None,
+        tags=dict(found.tags),
+    )
+
+
+def _of_run(run_id: str, name: str, tracking_uri: str | None) -> Origin:
+    client = MlflowClient(tracking_uri=tracking_uri)
+    outputs = client.get_run(run_id).outputs
+    models = [client.get_logged_model(output.model_id) for output in (outputs.model_outputs if outputs else [])]
+    matching = [model for model in models if model.name == name]
+    if not matching:
+        raise AssetError(f"run {run_id} has put out no model {name!r}; it has {sorted({m.name for m in models})}")
+    newest = max(matching, key=lambda model: model.creation_timestamp)
+    return _of_logged_model(newest.model_id, f"models:/{newest.model_id}", tracking_uri)
+
+
+def _local(location: str) -> str:
+    """A path for artifacts on this machine, the URI for others."""
+    return unquote(urlparse(location).path) if location.startswith("file:") else location

@@ -1,0 +1,134 @@
+"""The forms of input that a stored adapter answers; each becomes a list of conversations, one per answer.
+
+| form | answers |
+|---|---|
+| a text | one |
+| a list, tuple, Series or array of texts | one each |
+| a message `{"role", "content"}` | one |
+| one chat: a list of messages | one |
+| a list, tuple, Series or array of chats (`{"messages": [...]}` or lists of messages) | one each |
+| a dict with `messages` (one chat or a list of chats) or `prompt` (a text or a list of texts) | as many |
+| a dict or list of such dicts | one each |
+| a table with the column `messages` or `prompt`, or with one column only | one a row |
+
+A text is the user's turn of a chat, after the system prompt that was recorded, if there is one. A message has a `role`
+and a `content`, both texts; a chat has at least one. Anything else is a `ConfigError` that names the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rankwise.data.renderer import Message
+from rankwise.exceptions import ConfigError
+
+_FORMS = (
+    "a text, a list of texts, a chat (a list of {'role', 'content'}), a list of chats, a dict with 'messages' or "
+    "'prompt', an array, or a table with a column 'messages' or 'prompt' or with a single column"
+)
+Chat = list[Message]
+
+
+def read_input(data: Any, system: str | None = None) -> list[Chat]:
+    """Turn any form of the table above into conversations.
+
+    Args:
+        data: The input.
+        system: A system prompt to put before bare texts.
+
+    Raises:
+        ConfigError: It has none of the forms; the message names the row and what it is.
+    """
+    if isinstance(data, pd.DataFrame):
+        data = _column(data)
+    if isinstance(data, pd.Series):
+        data = data.tolist()
+    if isinstance(data, np.ndarray):
+        data = _flat(data)
+    if isinstance(data, Mapping) and not _is_message(data):
+        data = _member(data)
+        if isinstance(data, np.ndarray):
+            data = _flat(data)
+    if isinstance(data, str) or _is_message(data):
+        return [_chat(data, system, "the input")]
+    if isinstance(data, list | tuple):
+        if data and all(_is_message(entry) for entry in data):
+            return [_chat(list(data), system, "the input")]
+        return [_chat(entry, system, f"row {index}") for index, entry in enumerate(data)]
+    raise ConfigError(f"the input must be {_FORMS}; got {type(data).__name__}")
+
+
+def _column(table: pd.DataFrame) -> list[Any]:
+    for name in ("messages", "prompt"):
+        if name in table.columns:
+            return list(table[name])
+    if len(table.columns) == 1:
+        return list(table.iloc[:, 0])
+    if set(table.columns) == {"role", "content"}:
+        # A chat that went through a table on its way (MLflow turns a list of dicts into one).
+        return [{"messages": table.to_dict(orient="records")}]
+    raise ConfigError(
+        "a table needs a column 'messages' or 'prompt', or a single column; it has "
+        f"{', '.join(map(str, table.columns)) or 'none'}"
+    )
+
+
+def _flat(array: np.ndarray) -> Any:
+    if array.ndim == 0:
+        return array.item()
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ConfigError(f"an array must have one dimension, or one column; got the shape {array.shape}")
+    return array.tolist()
+
+
+def _member(data: Mapping[str, Any]) -> Any:
+    named = [name for name in ("messages", "prompt") if name in data]
+    if len(named) != 1 or len(data) != 1:
+        raise ConfigError(
+            f"a dict must have the key 'messages' or 'prompt' and no other; got {', '.join(map(str, data)) or 'none'}; "
+            "parameters such as max_new_tokens go into params"
+        )
+    return data[named[0]]
+
+
+def _chat(entry: Any, system: str | None, where: str) -> Chat:
+    if isinstance(entry, Mapping) and not _is_message(entry):
+        entry = _member(entry)
+        if isinstance(entry, list | tuple) and entry and not all(_is_message(one) for one in entry):
+            raise ConfigError(f"{where}: a dict inside a list must hold one text or one chat, got {_kind(entry)}")
+    if isinstance(entry, np.ndarray):
+        entry = _flat(entry)
+    if isinstance(entry, str):
+        if not entry:
+            raise ConfigError(f"{where}: the text is empty")
+        turn: Message = {"role": "user", "content": entry}
+        return [{"role": "system", "content": system}, turn] if system is not None else [turn]
+    messages = [entry] if _is_message(entry) else entry
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ConfigError(f"{where}: must be a text or a chat, got {_kind(entry)}; allowed are: {_FORMS}")
+    chat: Chat = []
+    for turn_index, message in enumerate(messages):
+        if not _is_message(message):
+            raise ConfigError(
+                f"{where}: message {turn_index} must have 'role' and 'content', both texts; got {_kind(message)}"
+            )
+        chat.append({"role": message["role"], "content": message["content"]})
+    return chat
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(str, value)) or '(none)'}"
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    return type(value).__name__
