@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from rankwise.assets.progress import SILENT, Progress
 from rankwise.data.collator import collate
 from rankwise.data.encoding import Encoded
 from rankwise.data.rows import Example
@@ -34,9 +35,6 @@ from rankwise.modeling.packed_lora import Routing, install
 MAX_ROWS = 64
 # Numbers in one batch's logits, B * P * V: 512 MiB in fp32. Long answers over a large vocabulary get smaller batches.
 MAX_LOGITS = 2**27
-
-Progress = Callable[[str, int, int], None]
-"""Told the pass (`loss`, `generate`) and how many of its rows are done, of how many."""
 
 
 class Generated(Protocol):
@@ -79,6 +77,9 @@ class _Tokens:
     correct: int
 
 
+NO_TOKENS = _Tokens(loss_sum=0.0, tokens=0, correct=0)
+
+
 def evaluate(
     base: LoadedBase,
     adapters: Sequence[str | None],
@@ -95,19 +96,23 @@ def evaluate(
         base: The loaded base; the adapters are attached to its model.
         adapters: Names, and None for the bare base.
         examples: The evaluation examples.
-        encoded: Their tokens, in the same order.
+        encoded: Their tokens, in any order. An example that has none (it did not fit into the length limit) counts for
+            the generated metrics only, which the metrics' `n` shows.
         spec: Metrics and batch size. `per_device_eval_batch_size` examples are taken at a time under all adapters, as
             long as that is no more than `MAX_ROWS` rows.
         generate: Greedy decoding; needed when a metric asks for generations.
-        progress: Called after each batch.
+        progress: Told of rows of the teacher-forced pass as they are done.
 
     Raises:
         ConfigError: A metric is not known.
-        ValueError: Examples and tokens do not belong together, or generations are needed and `generate` is None.
+        ValueError: There are tokens of another example, an adapter is not attached to the base, or generations are
+            needed and `generate` is None.
     """
-    if [example.id for example in examples] != [each.id for each in encoded]:
+    by_id = {each.id: each for each in encoded}
+    foreign = by_id.keys() - {example.id for example in examples}
+    if foreign:
         raise ValueError(
-            f"examples and encoded rows must be the same in the same order; got {len(examples)} and {len(encoded)}"
+            f"{len(foreign)} encoded rows belong to none of the {len(examples)} examples, {min(foreign)} first"
         )
     metrics = find_metrics(spec.metrics)
     needing = [each.name for each in metrics if each.needs_generation]
@@ -115,17 +120,19 @@ def evaluate(
         raise ValueError(f"metrics {', '.join(needing)} need generations: pass generate=")
     distinct = list(dict.fromkeys(adapters))
     rows = [_Row(example=index, adapter=adapter) for index in range(len(examples)) for adapter in distinct]
-    tokens = _teacher_forced(base, rows, encoded, spec.per_device_eval_batch_size * len(distinct), progress)
+    known = [row for row in rows if examples[row.example].id in by_id]
+    tokens_of = {index: by_id[example.id] for index, example in enumerate(examples) if example.id in by_id}
+    tokens = _teacher_forced(base, known, tokens_of, spec.per_device_eval_batch_size * len(distinct), progress)
     answers: dict[_Row, Generated] = {}
     if needing and generate is not None:
         texts = [example.prompt for example in examples]
-        prompts = base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        prompts = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         made = generate([prompts[row.example] for row in rows], [row.adapter for row in rows])
         answers = dict(zip(rows, made, strict=True))
     evaluations: dict[str | None, Evaluation] = {}
     for adapter in distinct:
         observations = tuple(
-            _observation(example, tokens[row], answers.get(row))
+            _observation(example, tokens.get(row, NO_TOKENS), answers.get(row))
             for index, example in enumerate(examples)
             for row in [_Row(example=index, adapter=adapter)]
         )
@@ -150,20 +157,22 @@ def _observation(example: Example, tokens: _Tokens, answer: Generated | None) ->
 
 
 def _teacher_forced(
-    base: LoadedBase, rows: Sequence[_Row], encoded: Sequence[Encoded], wanted_rows: int, progress: Progress | None
+    base: LoadedBase, rows: Sequence[_Row], encoded: Mapping[int, Encoded], wanted_rows: int, progress: Progress | None
 ) -> dict[_Row, _Tokens]:
     routing = install(base.model)
     vocabulary = base.model.get_output_embeddings().weight.shape[0]
     results: dict[_Row, _Tokens] = {}
-    with evaluating(base.model), torch.no_grad():
+    shown = (progress or SILENT).task("evaluate", len(rows), "rows")
+    with evaluating(base.model), torch.no_grad(), shown as advance:
         for batch in _batches(rows, encoded, min(wanted_rows, MAX_ROWS), vocabulary):
             results.update(_forward(base, routing, batch, encoded))
-            if progress is not None:
-                progress("loss", len(results), len(rows))
+            advance(len(batch))
     return results
 
 
-def _batches(rows: Sequence[_Row], encoded: Sequence[Encoded], max_rows: int, vocabulary: int) -> Iterator[list[_Row]]:
+def _batches(
+    rows: Sequence[_Row], encoded: Mapping[int, Encoded], max_rows: int, vocabulary: int
+) -> Iterator[list[_Row]]:
     """Batches of similar length, longest first, within the limits on rows and logits, each sorted by adapter."""
 
     def length(row: _Row) -> int:
@@ -186,15 +195,15 @@ def _batches(rows: Sequence[_Row], encoded: Sequence[Encoded], max_rows: int, vo
 
 
 def _forward(
-    base: LoadedBase, routing: Routing, rows: Sequence[_Row], encoded: Sequence[Encoded]
+    base: LoadedBase, routing: Routing, rows: Sequence[_Row], encoded: Mapping[int, Encoded]
 ) -> dict[_Row, _Tokens]:
     batch = collate([encoded[row.example] for row in rows], pad_token_id=_padding(base))
     positions = batch.supervised.any(dim=0).nonzero().squeeze(1)  # (P,) of tokens to predict
     if len(positions) == 0:
-        return {row: _Tokens(loss_sum=0.0, tokens=0, correct=0) for row in rows}
+        return dict.fromkeys(rows, NO_TOKENS)
     before = (positions - 1).to(base.device)
     keep = {"logits_to_keep": before} if "logits_to_keep" in forward_arguments(base.model) else {}
-    with routing.segments(segments_of([row.adapter for row in rows], batch.input_ids.shape[1])):
+    with routing.segments(segments_of(base.model, [row.adapter for row in rows], batch.lengths)):
         logits = base.model(
             input_ids=batch.input_ids.to(base.device),
             attention_mask=batch.attention_mask.to(base.device),

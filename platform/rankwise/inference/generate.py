@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rankwise.assets.progress import SILENT, Progress
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.forward import evaluating, segments_of
 from rankwise.modeling.generation import Decoding, Generated, generate_batch, length_batches
 from rankwise.modeling.packed_lora import install
-
-Progress = Callable[[int, int], None]
-"""Told how many rows are done, of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ def encode_prompts(base: LoadedBase, texts: Sequence[str]) -> list[tuple[int, ..
     """Token ids of rendered prompts. The chat template has put all special tokens in already, so none are added."""
     if not texts:
         return []
-    return [tuple(ids) for ids in base.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return [tuple(ids) for ids in base.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def generate(
@@ -59,13 +57,14 @@ def generate(
         prompts: Any mixture of adapters and lengths.
         decoding: How tokens are chosen and when to stop.
         batch_size: Rows that are decoded together.
-        progress: Called after each batch.
+        progress: Told of rows as they are done.
 
     Returns:
         One generation per prompt, in the order of the prompts.
 
     Raises:
         ConfigError: A prompt cannot be continued (see `prompt_problem`), or `batch_size` is below 1.
+        ValueError: An adapter is not attached to the base.
     """
     for index, prompt in enumerate(prompts):
         problem = prompt_problem(base, len(prompt.token_ids), decoding.max_new_tokens)
@@ -73,12 +72,11 @@ def generate(
             raise ConfigError(f"prompt {index}: {problem}")
     routing = install(base.model)
     results: dict[int, Generated] = {}
-    with evaluating(base.model):
+    with evaluating(base.model), (progress or SILENT).task("generate", len(prompts), "rows") as advance:
         for batch in length_batches([len(prompt.token_ids) for prompt in prompts], batch_size):
             order = sorted(batch, key=lambda index: prompts[index].adapter or "")
             rows = [prompts[index] for index in order]
-            length = max(len(row.token_ids) for row in rows)
-            with routing.segments(segments_of([row.adapter for row in rows], length)):
+            with routing.segments(segments_of(base.model, [row.adapter for row in rows])):
                 made = generate_batch(
                     base.model,
                     base.tokenizer,
@@ -87,8 +85,7 @@ def generate(
                     seeds=[row.seed for row in rows],
                 )
             results.update(zip(order, made, strict=True))
-            if progress is not None:
-                progress(len(results), len(prompts))
+            advance(len(order))
     return [results[index] for index in range(len(prompts))]
 
 

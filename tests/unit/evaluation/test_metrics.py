@@ -26,9 +26,7 @@ ONE = Observation(id="0", prompt="p", reference="Price is $100", loss_sum=4.0, t
 
 
 def observed(*predictions: str, reference: str = "Price is $100") -> list[Observation]:
-    return [
-        replace(ONE, id=str(index), prediction=text, reference=reference) for index, text in enumerate(predictions)
-    ]
+    return [replace(ONE, id=str(index), prediction=text, reference=reference) for index, text in enumerate(predictions)]
 
 
 @pytest.fixture
@@ -165,7 +163,7 @@ def test_an_unknown_metric_is_refused_with_the_names_there_are():
 
 
 def test_a_name_registered_twice_is_refused(registry):
-    with pytest.raises(ConfigError, match="metric 'loss' is registered already, by rankwise.evaluation.metrics"):
+    with pytest.raises(ConfigError, match="metric 'loss' is registered already, by rankwise"):
         metric("loss", keys=["eval.loss"])(lambda observation: {})
 
 

@@ -1,0 +1,197 @@
+"""The arms of an experiment side by side: configurations ranked by the mean over their seeds, and the best arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from rankwise.evaluation.metrics import MetricValue
+from rankwise.evaluation.summary import SeedMean, over_seeds
+
+Param = int | float | str | bool
+
+RANK = "lora.r"
+ALPHA = "lora.alpha"
+SEED = "seed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRecord:
+    """One arm as the tracking store has it.
+
+    Attributes:
+        spec_hash: The arm.
+        run_id: Its MLflow run.
+        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING, SCHEDULED.
+        reason: Why it failed or was killed.
+        params: Under MLflow's names, numbers as numbers.
+        model_uri: `models:/NAME/VERSION`; None when it is not registered.
+        adapter_parameters: Trainable parameters.
+        adapter_bytes: Size of the adapter's weights file.
+        metrics: Evaluation results; empty before the evaluation.
+        seconds: Time of training.
+        peak_memory_bytes: Of the training process.
+    """
+
+    spec_hash: str
+    run_id: str
+    status: str
+    reason: str | None = None
+    params: Mapping[str, Param]
+    model_uri: str | None = None
+    adapter_parameters: int | None = None
+    adapter_bytes: int | None = None
+    metrics: Mapping[str, MetricValue]
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """The arm as `compare --json` has it."""
+        return {
+            "spec_hash": self.spec_hash,
+            "run_id": self.run_id,
+            "status": self.status,
+            "reason": self.reason,
+            "params": dict(self.params),
+            "model_uri": self.model_uri,
+            "adapter": {"parameters": self.adapter_parameters, "bytes": self.adapter_bytes},
+            "metrics": {key: metric.to_json() for key, metric in self.metrics.items()},
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """Arms that differ in nothing but the seed."""
+
+    arms: tuple[ArmRecord, ...]
+
+    @property
+    def params(self) -> Mapping[str, Param]:
+        """What the arms share, the seed left out."""
+        return {key: value for key, value in self.arms[0].params.items() if key != SEED}
+
+    @property
+    def finished(self) -> tuple[ArmRecord, ...]:
+        """The arms that count."""
+        return tuple(arm for arm in self.arms if arm.status == "FINISHED")
+
+    def metric(self, key: str) -> SeedMean | None:
+        """Mean over the seeds that finished; None when none has a value."""
+        return over_seeds([arm.metrics[key] for arm in self.finished if key in arm.metrics])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All arms of an experiment, sorted by rank, then by the other settings, then by seed."""
+
+    experiment: str
+    primary_metric: str
+    greater_is_better: bool
+    base: Mapping[str, MetricValue]
+    arms: tuple[ArmRecord, ...]
+
+    @cached_property
+    def configurations(self) -> tuple[Configuration, ...]:
+        """Arms grouped by all settings but the seed, in the order of the arms."""
+        groups: dict[frozenset[tuple[str, Param]], list[ArmRecord]] = {}
+        for arm in self.arms:
+            settings = frozenset((key, value) for key, value in arm.params.items() if key != SEED)
+            groups.setdefault(settings, []).append(arm)
+        return tuple(Configuration(arms=tuple(arms)) for arms in groups.values())
+
+    @cached_property
+    def ranking(self) -> tuple[Configuration, ...]:
+        """Configurations with a value of the primary metric, best mean first; equal ones by fewer parameters."""
+
+        def order(configuration: Configuration) -> tuple[float, int]:
+            summary = configuration.metric(self.primary_metric)
+            assert summary is not None
+            parameters = configuration.arms[0].adapter_parameters
+            return (-summary.value if self.greater_is_better else summary.value, parameters or 0)
+
+        return tuple(sorted((each for each in self.configurations if each.metric(self.primary_metric)), key=order))
+
+    @cached_property
+    def best(self) -> ArmRecord | None:
+        """The best arm of the best configuration; None while no arm has finished with a value."""
+        if not self.ranking:
+            return None
+
+        def order(arm: ArmRecord) -> float:
+            value = arm.metrics[self.primary_metric].value
+            assert value is not None
+            return -value if self.greater_is_better else value
+
+        return min((arm for arm in self.ranking[0].finished if _has_value(arm, self.primary_metric)), key=order)
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Settings that differ between arms, without rank, alpha and seed."""
+        keys = dict.fromkeys(key for arm in self.arms for key in arm.params)
+        return tuple(
+            key
+            for key in keys
+            if key not in {RANK, ALPHA, SEED} and len({arm.params.get(key) for arm in self.arms}) > 1
+        )
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of all metrics, in the order of the base's, then of the arms'."""
+        sources = [self.base, *(arm.metrics for arm in self.arms)]
+        return tuple(dict.fromkeys(key for metrics in sources for key in metrics))
+
+    def to_json(self) -> dict[str, object]:
+        """The dictionary that `compare --json` prints."""
+        return {
+            "experiment": self.experiment,
+            "primary_metric": {"name": self.primary_metric, "greater_is_better": self.greater_is_better},
+            "base": {"metrics": {key: metric.to_json() for key, metric in self.base.items()}},
+            "arms": [arm.to_json() for arm in self.arms],
+            "best": self.best.spec_hash if self.best else None,
+        }
+
+
+def compare(
+    experiment: str,
+    arms: Sequence[ArmRecord],
+    *,
+    primary_metric: str,
+    greater_is_better: bool,
+    base: Mapping[str, MetricValue] | None = None,
+) -> Comparison:
+    """Put arms side by side.
+
+    Args:
+        experiment: Its name.
+        arms: One record per spec hash, in any order.
+        primary_metric: The key that decides, such as `eval.loss`.
+        greater_is_better: Its direction.
+        base: The bare base's results on the same examples; None or empty while there are none.
+    """
+    return Comparison(
+        experiment=experiment,
+        primary_metric=primary_metric,
+        greater_is_better=greater_is_better,
+        base=dict(base or {}),
+        arms=tuple(sorted(arms, key=_order)),
+    )
+
+
+def _has_value(arm: ArmRecord, key: str) -> bool:
+    return key in arm.metrics and arm.metrics[key].value is not None
+
+
+def _order(arm: ArmRecord) -> tuple[object, ...]:
+    first = [_sortable(arm.params.get(key)) for key in (RANK, ALPHA)]
+    rest = [(key, _sortable(value)) for key, value in sorted(arm.params.items()) if key not in {RANK, ALPHA, SEED}]
+    return (*first, tuple(rest), _sortable(arm.params.get(SEED)), arm.spec_hash)
+
+
+def _sortable(value: Param | None) -> tuple[int, float, str]:
+    """Numbers by size, then texts, then what is missing."""
+    if isinstance(value, int | float):
+        return (0, float(value), "")
+    return (1, 0.0, value) if isinstance(value, str) else (2, 0.0, "")

@@ -1,0 +1,130 @@
+"""Mixed batches against the model's own logits, one adapter and one row at a time, through peft's own forward."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.adapted import attach, load_tiny
+
+from rankwise.exceptions import ConfigError
+from rankwise.inference.generate import Prompt, encode_prompts, generate, greedy, prompt_problem
+from rankwise.modeling.generation import Decoding, end_token_ids
+from rankwise.modeling.packed_lora import install, uninstall
+
+TEXTS = ["How much is this diamond?", "carat 0.23", "0 1 2 3 4 5 6 7 8 9 10 20", "Price is $326 user", "E"]
+ADAPTERS = ["b", None, "a", "a", "b"]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox", "llama-4bit"])
+def base(request, tmp_path_factory):
+    architecture, _, bits = request.param.partition("-")
+    loaded = load_tiny(tmp_path_factory.mktemp("base"), architecture, load_in_4bit=bits == "4bit")
+    attach(loaded.model, "a", r=4, seed=1)
+    attach(loaded.model, "b", r=2, seed=2)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def prompts(base):
+    return [
+        Prompt(token_ids=ids, adapter=adapter, seed=index)
+        for index, (ids, adapter) in enumerate(zip(encode_prompts(base, TEXTS), ADAPTERS, strict=True))
+    ]
+
+
+def alone(base, prompt, count):
+    """A plain loop over peft's own forward, without cache, padding, batch or routing."""
+    from peft.tuners.lora import LoraLayer
+
+    uninstall(base.model)
+    layers = [module for module in base.model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(prompt.adapter is not None)
+        if prompt.adapter is not None:
+            layer.set_adapter(prompt.adapter)
+    tokens = list(prompt.token_ids)
+    ends = end_token_ids(base.model, base.tokenizer)
+    with torch.no_grad():
+        while len(tokens) - len(prompt.token_ids) < count:
+            tokens.append(int(base.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] in ends:
+                break
+    base.model.requires_grad_(False)
+    for layer in layers:
+        layer.enable_adapters(True)
+    install(base.model)
+    return tuple(tokens[len(prompt.token_ids) :])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_greedy_text_in_mixed_batches_of_any_size_equals_each_row_alone_under_its_adapter(base, prompts, batch_size):
+    made = generate(base, prompts, Decoding(max_new_tokens=6), batch_size=batch_size)
+    assert [row.token_ids for row in made] == [alone(base, prompt, 6) for prompt in prompts]
+
+
+def test_every_adapter_and_the_bare_base_say_something_of_their_own(base, prompts):
+    same = [replace(prompts[0], adapter=adapter) for adapter in ["a", "b", None]]
+    assert len({row.token_ids for row in generate(base, same, Decoding(max_new_tokens=6))}) == 3
+
+
+def test_a_sampled_row_depends_on_its_own_seed_only(base, prompts):
+    decoding = Decoding(max_new_tokens=6, temperature=0.7, top_p=0.95)
+    together = generate(base, prompts, decoding, batch_size=5)
+    turned = generate(base, list(reversed(prompts)), decoding, batch_size=2)
+    assert [row.token_ids for row in together] == [row.token_ids for row in reversed(turned)]
+    other = generate(base, [replace(prompt, seed=prompt.seed + 100) for prompt in prompts], decoding)
+    assert [row.token_ids for row in together] != [row.token_ids for row in other]
+
+
+def test_results_say_how_long_prompt_and_answer_were_and_why_they_ended(base, prompts):
+    (first, *_) = generate(base, prompts, Decoding(max_new_tokens=3))
+    ends = end_token_ids(base.model, base.tokenizer)
+    assert first.prompt_tokens == len(prompts[0].token_ids)
+    assert len(first.token_ids) <= 3
+    assert first.finish_reason == ("stop" if first.token_ids[-1] in ends else "length")
+
+
+def test_progress_counts_rows(base, prompts):
+    seen = []
+
+    class Counting:
+        @contextmanager
+        def task(self, description, total, unit="B"):
+            seen.append((description, total, unit))
+            yield seen.append
+
+    run = greedy(base, max_new_tokens=1, batch_size=2, progress=Counting())
+    made = run([prompt.token_ids for prompt in prompts], ADAPTERS)
+    assert seen == [("generate", 5, "rows"), 2, 2, 1]
+    assert [row.prompt_tokens for row in made] == [len(prompt.token_ids) for prompt in prompts]
+
+
+def test_no_prompts_give_no_generations(base):
+    assert generate(base, [], Decoding(max_new_tokens=1)) == []
+    assert encode_prompts(base, []) == []
+
+
+def test_a_model_found_in_training_mode_is_evaluated_and_given_back_so(base, prompts):
+    expected = generate(base, prompts, Decoding(max_new_tokens=4))
+    base.model.train()
+    try:
+        assert generate(base, prompts, Decoding(max_new_tokens=4)) == expected
+        assert base.model.training
+    finally:
+        base.model.eval()
+
+
+def test_an_adapter_that_is_not_attached_is_refused_and_not_taken_for_the_base(base, prompts):
+    with pytest.raises(ValueError, match="the model has no adapter c; it has a, b"):
+        generate(base, [replace(prompts[0], adapter="c")], Decoding(max_new_tokens=1))
+
+
+def test_prompts_that_cannot_be_continued_are_refused_by_their_place(base, prompts):
+    with pytest.raises(ConfigError, match="prompt 1: it has no tokens"):
+        generate(base, [prompts[0], Prompt(token_ids=())], Decoding(max_new_tokens=1))
+    with pytest.raises(ConfigError, match="prompt 0: its 510 tokens and max_new_tokens 3 exceed the 512 positions"):
+        generate(base, [Prompt(token_ids=(5,) * 510)], Decoding(max_new_tokens=3))
+    assert prompt_problem(base, 509, 3) is None
