@@ -14,6 +14,7 @@ and one to get it back, in any process, without a network:
 from __future__ import annotations
 
 from rankwise.flavor.bases import Override
+from rankwise.flavor.download import download_adapter
 from rankwise.flavor.fetch import Origin
 from rankwise.flavor.loading import LoadedAdapter, load_model, load_models
 from rankwise.flavor.metadata import FLAVOR_NAME, AdapterMetadata, BaseFacts
@@ -28,6 +29,7 @@ __all__ = [
     "Origin",
     "Override",
     "_load_pyfunc",
+    "download_adapter",
     "load_model",
     "load_models",
     "log_adapter",
