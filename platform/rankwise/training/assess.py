@@ -1,0 +1,94 @@
+"""Evaluation of arms during training: loss and token accuracy on their evaluation rows, in mixed batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from rankwise.data.collator import collate
+from rankwise.data.encoding import Encoded
+from rankwise.modeling.packed_lora import Routing, Segment
+from rankwise.modeling.supervised import SupervisedLogits
+from rankwise.training.living import LivingArm
+
+METRICS = ("eval.loss", "eval.perplexity", "eval.token_accuracy")
+"""What is computed here."""
+MAX_ROWS = 64
+
+
+class Assessor:
+    """Computes the metrics of `METRICS`."""
+
+    def __init__(self, model: Any, routing: Routing, logits: SupervisedLogits, pad_token_id: int) -> None:
+        """Share the stepper's way to logits."""
+        self._routing = routing
+        self._logits = logits
+        self._pad_token_id = pad_token_id
+        self._device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def assess(self, arms: Sequence[LivingArm]) -> dict[str, dict[str, float]]:
+        """Evaluate arms with their current weights, without dropout.
+
+        Returns:
+            For each spec hash the metrics over all supervised tokens of its evaluation rows.
+        """
+        work: list[tuple[int, Encoded]] = []
+        for index, arm in enumerate(arms):
+            work += [(index, row) for row in arm.task.evaluation or ()]
+        # Rows of similar length together, longest first; arms of one batch share the base's products.
+        work.sort(key=lambda each: -len(each[1].input_ids))
+        size = max(arm.task.spec.evaluation.per_device_eval_batch_size for arm in arms) * len(arms)
+        size = min(size, MAX_ROWS)
+        sums: list[list[float]] = [[0.0, 0.0, 0.0] for _ in arms]
+        for start in range(0, len(work), size):
+            for index, loss, correct, tokens in self._pass(
+                arms, sorted(work[start : start + size], key=lambda each: each[0])
+            ):
+                sums[index][0] += loss
+                sums[index][1] += correct
+                sums[index][2] += tokens
+        metrics = {}
+        for arm, (total, right, count) in zip(arms, sums, strict=True):
+            mean = total / max(1.0, count)
+            metrics[arm.spec_hash] = {
+                "eval.loss": mean,
+                "eval.perplexity": math.exp(mean) if mean < 700 else math.inf,
+                "eval.token_accuracy": right / max(1.0, count),
+            }
+        return metrics
+
+    def _pass(
+        self, arms: Sequence[LivingArm], work: Sequence[tuple[int, Encoded]]
+    ) -> list[tuple[int, float, int, int]]:
+        batch = collate([row for _, row in work], self._pad_token_id)
+        owners = torch.tensor([index for index, _ in work])
+        segments = []
+        for index in sorted(set(owners.tolist())):
+            rows = (owners == index).nonzero().flatten().tolist()
+            segments.append(Segment(adapter=arms[index].name, start=rows[0], stop=rows[-1] + 1))
+        row_of, token = batch.supervised.nonzero(as_tuple=True)
+        targets = batch.input_ids[row_of, token].to(self._device)
+        with self._routing.segments(segments):
+            logits = self._logits(
+                batch.input_ids.to(self._device),
+                batch.attention_mask.to(self._device),
+                row_of.to(self._device),
+                (token - 1).to(self._device),
+            )
+        losses = functional.cross_entropy(logits, targets, reduction="none").double().cpu()
+        correct = (logits.argmax(dim=-1) == targets).cpu()
+        owner_of = owners[row_of]
+        return [
+            (
+                int(index),
+                float(losses[owner_of == index].sum()),
+                int(correct[owner_of == index].sum()),
+                int((owner_of == index).sum()),
+            )
+            for index in sorted(set(owners.tolist()))
+        ]

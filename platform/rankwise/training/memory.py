@@ -1,0 +1,34 @@
+"""The largest memory seen."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+
+class PeakMemory:
+    """Largest memory of this process since the start of the watch.
+
+    On CUDA the allocator knows its peak. On a CPU the kernel's own high-water mark covers the whole life of the
+    process, which trains one arm after another; so the resident set is read after each forward and backward pass, where
+    it is largest.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin to watch."""
+        self._device = device
+        self._process = psutil.Process()
+        self._peak = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.sample()
+
+    def sample(self) -> None:
+        """Look at the memory of now."""
+        if self._device.type != "cuda":
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    @property
+    def bytes(self) -> int:
+        """The largest so far."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else self._peak

@@ -1,0 +1,266 @@
+"""Train a pack: one arm or many over one base, each as if alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rankwise.exceptions import ConfigError
+from rankwise.experiment.metric_names import GREATER_IS_BETTER
+from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.packed_lora import delete_adapter, install
+from rankwise.training.assess import METRICS, Assessor
+from rankwise.training.checkpoint import Checkpoints
+from rankwise.training.living import LivingArm
+from rankwise.training.memory import PeakMemory
+from rankwise.training.mode import training_mode
+from rankwise.training.step import Nonfinite, Stepper
+from rankwise.training.values import ArmOutcome, ArmTask, PackObserver, StepRecord
+
+__all__ = ["ArmOutcome", "ArmTask", "PackObserver", "StepRecord", "train_pack"]
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[Sequence[str]], Mapping[str, Mapping[str, float]]]
+"""Given names of adapters in the base's model, the metrics of each under its name."""
+
+
+def train_pack(
+    base: LoadedBase,
+    tasks: Sequence[ArmTask],
+    *,
+    directory: Path,
+    observer: PackObserver | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    evaluate: Evaluate | None = None,
+) -> dict[str, ArmOutcome]:
+    """Train arms together, from their newest checkpoints if there are any.
+
+    One pack step is one optimizer step of every arm that is still in the pack. An arm leaves when its steps are done or
+    when its loss or gradient is not finite; the others go on, untouched. The base's model is as before when this
+    returns or raises.
+
+    Args:
+        base: The loaded base, without adapters of these arms.
+        tasks: The arms. They must share base and quantization (`ArmSpec.pack_key`).
+        directory: Root of checkpoints and results; may be shared by all packs of a home.
+        observer: Told of steps, evaluations, checkpoints and ends.
+        should_stop: Asked before each pack step; when it says True all arms are saved and end as `stopped`.
+        evaluate: Replaces the evaluation at `eval_steps`, for primary metrics that need generation; the default
+            computes loss, perplexity and token accuracy over the supervised tokens.
+
+    Returns:
+        The outcome of every arm, by spec hash. Arms whose results are in `directory` already are not trained again if
+        all arms of the same pack are there.
+
+    Raises:
+        ConfigError: Arms do not differ, have no rows, do not fit the base, or ask for evaluations they have no rows
+            or no metric for.
+        JobError: Out of memory with a single arm.
+        StorageError: A checkpoint cannot be written.
+    """
+    _check(tasks, evaluate)
+    observer = observer or PackObserver()
+    checkpoints = Checkpoints(directory, [task.spec.spec_hash for task in tasks], base)
+    known = checkpoints.outcomes()
+    if len(known) == len(tasks):
+        for outcome in known.values():
+            observer.on_end(outcome)
+        return known
+    checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
+    with training_mode(base.model, gradient_checkpointing=checkpointing):
+        pack = _Pack(base, tasks, checkpoints, observer, evaluate)
+        try:
+            return pack.run(should_stop)
+        finally:
+            pack.close()
+
+
+def _check(tasks: Sequence[ArmTask], evaluate: Evaluate | None) -> None:
+    problems = []
+    if not tasks:
+        problems.append("a pack needs at least one arm")
+    if len({task.spec.spec_hash for task in tasks}) < len(tasks):
+        problems.append("two arms of the pack are the same; each may be given once")
+    if len({task.spec.pack_key for task in tasks}) > 1:
+        problems.append("the arms of the pack do not share base, quantization and gradient checkpointing")
+    for task in tasks:
+        spec = task.spec
+        if spec.training.eval_steps is not None and not task.evaluation:
+            problems.append(f"arm {spec.short}: training.eval_steps is set, but there are no evaluation rows")
+        primary = spec.evaluation.primary_metric
+        if spec.checkpoint == "best" and evaluate is None and primary not in METRICS:
+            problems.append(
+                f"arm {spec.short}: the best checkpoint by {primary} needs an evaluation that generates; "
+                f"without one the primary metric must be one of {', '.join(METRICS)}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems), tuple(problems))
+
+
+class _Pack:
+    """The loop and what it needs."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        tasks: Sequence[ArmTask],
+        checkpoints: Checkpoints,
+        observer: PackObserver,
+        evaluate: Evaluate | None,
+    ) -> None:
+        self._base = base
+        self._checkpoints = checkpoints
+        self._observer = observer
+        self._evaluate = evaluate
+        self._memory = PeakMemory(base.device)
+        self._arms: list[LivingArm] = []
+        self._outcomes: dict[str, ArmOutcome] = {}
+        self._pack_step = 0
+        pad = base.tokenizer.pad_token_id
+        # Any token pads as well as another: padding is neither attended to nor supervised.
+        self._pad_token_id = 0 if pad is None else int(pad)
+        try:
+            self._begin(tasks)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the adapters out of the base."""
+        for arm in self._arms:
+            delete_adapter(self._base.model, arm.name)
+        self._arms = []
+
+    def run(self, should_stop: Callable[[], bool]) -> dict[str, ArmOutcome]:
+        """Step until no arm is left or a stop is asked for."""
+        stepper = Stepper(self._base.model, install(self._base.model), self._pad_token_id, self._memory)
+        assessor = Assessor(self._base.model, install(self._base.model), stepper.logits, self._pad_token_id)
+        self._leave_done()
+        while self._arms:
+            if should_stop():
+                return self._stop()
+            self._pack_step += 1
+            for spec_hash, result in stepper.step(self._arms).items():
+                if isinstance(result, StepRecord):
+                    self._observer.on_step(spec_hash, result)
+                else:
+                    self._fail(next(arm for arm in self._arms if arm.spec_hash == spec_hash), result)
+            self._assess(assessor)
+            self._leave_done()
+            if self._arms and self._pack_step % min(arm.task.spec.training.save_steps for arm in self._arms) == 0:
+                self._save()
+        self._checkpoints.drop_generations()
+        return self._outcomes
+
+    def _begin(self, tasks: Sequence[ArmTask]) -> None:
+        generation = self._checkpoints.newest()
+        if generation is not None:
+            self._pack_step = generation.pack_step
+            self._outcomes.update(generation.ended)
+        for task in tasks:
+            spec_hash = task.spec.spec_hash
+            if spec_hash in self._outcomes:
+                continue
+            arm = LivingArm(task, self._base.model)
+            self._arms.append(arm)
+            state = (
+                generation.states[spec_hash]
+                if generation is not None
+                else self._checkpoints.newest_elsewhere(spec_hash)
+            )
+            if state is not None:
+                state.restore(arm)
+                logger.info("arm %s goes on from step %d of %d", task.spec.short, arm.step, arm.total_steps)
+            self._observer.on_start(spec_hash, arm.step, arm.total_steps)
+
+    def _save(self) -> None:
+        for arm in list(self._arms):
+            self._is_sound(arm)
+        directory = self._checkpoints.save(self._pack_step, self._arms, self._outcomes)
+        self._observer.on_checkpoint(self._pack_step, directory)
+
+    def _stop(self) -> dict[str, ArmOutcome]:
+        self._save()
+        for arm in self._arms:
+            outcome = self._outcome(arm, "stopped", f"stopped on request after step {arm.step} of {arm.total_steps}")
+            self._outcomes[arm.spec_hash] = outcome
+            self._observer.on_end(outcome)
+        return self._outcomes
+
+    def _assess(self, assessor: Assessor) -> None:
+        due = [arm for arm in self._arms if _is_due(arm)]
+        if not due:
+            return
+        if self._evaluate is None:
+            found: Mapping[str, Mapping[str, float]] = assessor.assess(due)
+        else:
+            by_name = self._evaluate([arm.name for arm in due])
+            found = {arm.spec_hash: by_name[arm.name] for arm in due}
+        for arm in due:
+            metrics = dict(found[arm.spec_hash])
+            arm.metrics.update(metrics)
+            self._observer.on_evaluation(arm.spec_hash, arm.step, metrics)
+            primary = arm.task.spec.evaluation.primary_metric
+            if primary in metrics and _is_better(metrics[primary], arm, primary):
+                self._checkpoints.save_best(arm, metrics[primary])
+
+    def _leave_done(self) -> None:
+        for arm in [arm for arm in self._arms if arm.done]:
+            if self._is_sound(arm):
+                self._leave(arm, self._outcome(arm, "finished", None))
+
+    def _is_sound(self, arm: LivingArm) -> bool:
+        """Whether an arm's weights may be stored; if not it leaves, before anything takes them for good ones."""
+        if arm.is_finite():
+            return True
+        ids = tuple(row.id for rows in arm.window(arm.step - 1) for row in rows)
+        self._fail(arm, Nonfinite(what="weights", step=arm.step, number=math.nan, example_ids=ids))
+        return False
+
+    def _fail(self, arm: LivingArm, problem: Nonfinite) -> None:
+        shown = ", ".join(problem.example_ids[:5]) + (" ..." if len(problem.example_ids) > 5 else "")
+        reason = f"nonfinite_{problem.what}: {problem.number} at step {problem.step}, rows {shown}"
+        logger.warning("arm %s stops: %s", arm.task.spec.short, reason)
+        self._leave(arm, self._outcome(arm, "nonfinite", reason, problem.example_ids))
+
+    def _leave(self, arm: LivingArm, outcome: ArmOutcome) -> None:
+        outcome = self._checkpoints.finish(arm, outcome)
+        self._arms.remove(arm)
+        delete_adapter(self._base.model, arm.name)
+        self._outcomes[arm.spec_hash] = outcome
+        self._observer.on_end(outcome)
+
+    def _outcome(
+        self, arm: LivingArm, status: str, reason: str | None, example_ids: tuple[str, ...] = ()
+    ) -> ArmOutcome:
+        best = arm.best
+        return ArmOutcome(
+            spec_hash=arm.spec_hash,
+            status=status,  # type: ignore[arg-type]
+            steps=arm.step,
+            adapter=None,
+            reason=reason,
+            metrics=dict(arm.metrics),
+            seconds=arm.seconds,
+            peak_memory_bytes=self._memory.bytes,
+            best=best.directory if best else None,
+            best_step=best.step if best else None,
+            best_value=best.value if best else None,
+            example_ids=example_ids,
+        )
+
+
+def _is_due(arm: LivingArm) -> bool:
+    every = arm.task.spec.training.eval_steps
+    return every is not None and (arm.step % every == 0 or arm.done)
+
+
+def _is_better(value: float, arm: LivingArm, primary: str) -> bool:
+    if value != value:
+        return False
+    if arm.best is None:
+        return True
+    return value > arm.best.value if primary in GREATER_IS_BETTER else value < arm.best.value

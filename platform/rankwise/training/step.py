@@ -1,0 +1,214 @@
+"""One optimizer step of every living arm of a pack.
+
+The arms' micro-batches of one rank (the first of each arm, the second, ...) go through the base together, rows sorted
+by arm; an arm with fewer micro-batches sits out. The loss of an arm is the sum over its supervised tokens divided by
+their number in its whole accumulation, as transformers does with `num_items_in_batch`; the losses of all arms are added
+and backpropagated once. Each arm's matrices get the gradient that they get alone, since no row of another arm reads
+them.
+
+A step is a pure function of the arms' states until the optimizers run. So when memory runs out, gradients are dropped
+and the step is made again with the pack in more parts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+
+from rankwise.data.collator import collate
+from rankwise.data.encoding import Encoded
+from rankwise.exceptions import JobError
+from rankwise.modeling.packed_lora import Routing, Segment
+from rankwise.modeling.supervised import SupervisedLogits
+from rankwise.training.living import LivingArm
+from rankwise.training.memory import PeakMemory
+from rankwise.training.values import StepRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nonfinite:
+    """Why an arm's step was not made.
+
+    Attributes:
+        what: `loss`, `gradient` or `weights`.
+        step: The step that failed, counted from 1.
+        number: The loss or the norm.
+        example_ids: Rows with a non-finite loss, or all rows of the step where only the gradient is not finite.
+    """
+
+    what: Literal["loss", "gradient", "weights"]
+    step: int
+    number: float
+    example_ids: tuple[str, ...]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Work:
+    """What one arm has in a step."""
+
+    arm: LivingArm
+    window: list[list[Encoded]]
+    supervised: int
+    losses: list[tuple[list[Encoded], torch.Tensor, torch.Tensor]]
+    """For each micro-batch its rows, the row of each supervised token, and their losses."""
+    seconds: float = 0.0
+
+
+class Stepper:
+    """Makes steps over one base.
+
+    Attributes:
+        parts: Into how many forward passes the arms of a micro-step are split; it grows when memory runs out.
+    """
+
+    def __init__(self, model: Any, routing: Routing, pad_token_id: int, memory: PeakMemory) -> None:
+        """Check how the model computes logits."""
+        self._model = model
+        self._routing = routing
+        self.logits = SupervisedLogits(model)
+        self._pad_token_id = pad_token_id
+        self._device = next(model.parameters()).device
+        self._memory = memory
+        self.parts = 1
+
+    def step(self, arms: Sequence[LivingArm]) -> dict[str, StepRecord | Nonfinite]:
+        """Make one optimizer step of each arm.
+
+        Returns:
+            For each spec hash the record of its step; or why it was not made, in which case the arm is as before.
+
+        Raises:
+            JobError: Out of memory with a single arm.
+        """
+        while True:
+            try:
+                return self._step(arms)
+            except torch.OutOfMemoryError as error:
+                for arm in arms:
+                    arm.forget_gradient()
+                if self.parts >= len(arms):
+                    raise JobError(
+                        f"out of memory with one arm at a time on {self._device}: lower "
+                        "training.per_device_train_batch_size (and raise gradient_accumulation_steps) or "
+                        f"training.max_length, or set training.gradient_checkpointing: {error}"
+                    ) from error
+            # Outside of the handler: the traceback holds on to the tensors of the failed pass.
+            torch.cuda.empty_cache()
+            self.parts = min(2 * self.parts, len(arms))
+            logger.warning("out of memory: %d arms go through the base in %d parts from now on", len(arms), self.parts)
+
+    def _step(self, arms: Sequence[LivingArm]) -> dict[str, StepRecord | Nonfinite]:
+        works = []
+        for arm in arms:
+            window = arm.window()
+            supervised = sum(int(row.supervised.sum()) for rows in window for row in rows)
+            works.append(_Work(arm=arm, window=window, supervised=supervised, losses=[]))
+        for micro_step in range(max(len(work.window) for work in works)):
+            present = [work for work in works if micro_step < len(work.window)]
+            for part in _split(present, self.parts):
+                self._pass(part, micro_step)
+        began = time.perf_counter()
+        losses = [
+            torch.stack([part.sum() for _, _, part in work.losses]).sum() / max(1, work.supervised) for work in works
+        ]
+        norms = [work.arm.grad_norm() for work in works]
+        # The one wait for the device in a step.
+        numbers = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
+        results: dict[str, StepRecord | Nonfinite] = {}
+        for work, loss, grad_norm, norm in zip(works, numbers[0], numbers[1], norms, strict=True):
+            arm = work.arm
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                arm.forget_gradient()
+                results[arm.spec_hash] = _nonfinite(work, loss, grad_norm)
+                continue
+            learning_rate = arm.learning_rate
+            arm.update(norm)
+            tokens = sum(len(row.input_ids) for rows in work.window for row in rows)
+            seconds = work.seconds + (time.perf_counter() - began)
+            began = time.perf_counter()
+            arm.seconds += seconds
+            arm.tokens += tokens
+            arm.metrics["train.loss"] = loss
+            arm.metrics["train.tokens_per_second"] = arm.tokens / arm.seconds
+            results[arm.spec_hash] = StepRecord(
+                step=arm.step,
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                tokens=tokens,
+                supervised_tokens=work.supervised,
+                seconds=seconds,
+            )
+        return results
+
+    def _pass(self, works: Sequence[_Work], micro_step: int) -> None:
+        """One forward and backward pass over a micro-batch of each of these arms."""
+        began = time.perf_counter()
+        rows: list[Encoded] = []
+        segments: list[Segment] = []
+        shares: list[int] = []
+        for work in works:
+            own = work.window[micro_step]
+            segments.append(
+                Segment(
+                    adapter=work.arm.name,
+                    start=len(rows),
+                    stop=len(rows) + len(own),
+                    dropout=work.arm.dropout(micro_step),
+                    length=max(len(row.input_ids) for row in own),
+                )
+            )
+            shares.append(len(own) * max(len(row.input_ids) for row in own))
+            rows += own
+        batch = collate(rows, self._pad_token_id)
+        row_of, token = batch.supervised.nonzero(as_tuple=True)
+        targets = batch.input_ids[row_of, token]
+        counts = [int(batch.supervised[each.start : each.stop].sum()) for each in segments]
+        with self._routing.segments(segments):
+            logits = self.logits(
+                batch.input_ids.to(self._device),
+                batch.attention_mask.to(self._device),
+                row_of.to(self._device),
+                (token - 1).to(self._device),
+            )
+            losses = functional.cross_entropy(logits, targets.to(self._device), reduction="none")
+            parts = torch.split(losses, counts)
+            total = torch.stack(
+                [part.sum() / max(1, work.supervised) for work, part in zip(works, parts, strict=True)]
+            ).sum()
+            self._memory.sample()
+            total.backward()  # type: ignore[no-untyped-call]
+        self._memory.sample()
+        elapsed = time.perf_counter() - began
+        places = torch.split(row_of, counts)
+        for work, segment, part, place, share in zip(works, segments, parts, places, shares, strict=True):
+            work.losses.append((work.window[micro_step], place - segment.start, part.detach()))
+            work.seconds += elapsed * share / sum(shares)
+
+
+def _split(works: list[_Work], parts: int) -> Iterator[list[_Work]]:
+    size = math.ceil(len(works) / parts)
+    for start in range(0, len(works), size):
+        yield works[start : start + size]
+
+
+def _nonfinite(work: _Work, loss: float, grad_norm: float) -> Nonfinite:
+    bad: list[str] = []
+    for rows, place, losses in work.losses:
+        bad += [rows[index].id for index in sorted(set(place[~torch.isfinite(losses).cpu()].tolist()))]
+    everything = [row.id for rows in work.window for row in rows]
+    return Nonfinite(
+        what="gradient" if math.isfinite(loss) else "loss",
+        step=work.arm.step + 1,
+        number=grad_norm if math.isfinite(loss) else loss,
+        example_ids=tuple(dict.fromkeys(bad or everything)),
+    )
