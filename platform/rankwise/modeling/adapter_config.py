@@ -63,6 +63,8 @@ def write_adapter_config(
         StorageError: The directory cannot be written.
     """
     values = {key: _plain(value) for key, value in config.to_dict().items()}
+    # Readers such as `AutoPeftModelForCausalLM` choose the class by it; injected adapters have none.
+    values["task_type"] = values["task_type"] or "CAUSAL_LM"
     values.update(base_model_name_or_path=base_source, revision=base_revision, inference_mode=True, auto_mapping=None)
     content = json.dumps(values, indent=2, sort_keys=True, default=str).encode() + b"\n"
     write_atomically(directory / CONFIG_NAME, content)
