@@ -1,14 +1,14 @@
 """Evaluate several adapters and the bare base over one loaded base, on the same examples, in mixed batches.
 
 Two passes over the rows (one row: one example under one adapter). The teacher-forced pass gives loss and token
-accuracy at the supervised positions; logits are taken where some row of the batch has one (`logits_to_keep`), by the
-model's own head, so that architectures which scale or cap logits give their own loss. The generating pass is done by
-a callable that the caller brings, and only if a metric needs it.
+accuracy at the supervised positions, whose logits alone are computed where the base allows it
+(`modeling/supervised.py`). The generating pass is done by a callable that the caller brings, and only if a metric
+needs it.
 
 A batch holds the same examples under every adapter: the base's products run once for all of them and no adapter's
 rows are padded to another's length. What a row gets does not depend on its neighbours, beyond rounding.
 
-Shapes: B rows of a batch, T tokens, P positions with logits, V vocabulary.
+Shapes: B rows of a batch, T tokens, S supervised tokens of all rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from rankwise.evaluation.metrics import MetricValue, compute, find_metrics
 from rankwise.evaluation.observation import Observation
 from rankwise.experiment.schema import EvaluationSpec
 from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.forward import evaluating, forward_arguments, segments_of
+from rankwise.modeling.forward import evaluating, segments_of
 from rankwise.modeling.packed_lora import Routing, install
+from rankwise.modeling.supervised import SupervisedLogits
 
 # Rows of one forward, over all adapters. Past this, larger products gain nothing on a CPU and cost memory on a GPU.
 MAX_ROWS = 64
-# Numbers in one batch's logits, B * P * V: 512 MiB in fp32. Long answers over a large vocabulary get smaller batches.
+# Numbers in one batch's logits, S * V: 512 MiB in fp32. Long answers over a large vocabulary get smaller batches.
 MAX_LOGITS = 2**27
 
 
@@ -160,72 +161,76 @@ def _teacher_forced(
     base: LoadedBase, rows: Sequence[_Row], encoded: Mapping[int, Encoded], wanted_rows: int, progress: Progress | None
 ) -> dict[_Row, _Tokens]:
     routing = install(base.model)
-    vocabulary = base.model.get_output_embeddings().weight.shape[0]
     results: dict[_Row, _Tokens] = {}
     shown = (progress or SILENT).task("evaluate", len(rows), "rows")
     with evaluating(base.model), torch.no_grad(), shown as advance:
-        for batch in _batches(rows, encoded, min(wanted_rows, MAX_ROWS), vocabulary):
-            results.update(_forward(base, routing, batch, encoded))
+        logits_of = SupervisedLogits(base.model)
+        for batch in _batches(rows, encoded, min(wanted_rows, MAX_ROWS), _logits_per_token(base), logits_of.direct):
+            results.update(_forward(base, routing, logits_of, batch, encoded))
             advance(len(batch))
     return results
 
 
 def _batches(
-    rows: Sequence[_Row], encoded: Mapping[int, Encoded], max_rows: int, vocabulary: int
+    rows: Sequence[_Row], encoded: Mapping[int, Encoded], max_rows: int, vocabulary: int, direct: bool
 ) -> Iterator[list[_Row]]:
-    """Batches of similar length, longest first, within the limits on rows and logits, each sorted by adapter."""
+    """Batches of similar length, longest first, within the limits on rows and logits, each sorted by adapter.
+
+    `direct`: whether logits are computed for supervised tokens only, else for all tokens and padding too.
+    """
 
     def length(row: _Row) -> int:
         return len(encoded[row.example].input_ids)
 
     batch: list[_Row] = []
-    positions: set[int] = set()
+    tokens = 0
     for row in sorted(
         rows, key=lambda row: (-length(row), row.example)
     ):  # stable: adapters of an example stay together
-        own = set(encoded[row.example].supervised.nonzero()[0].tolist())
-        logits = (len(batch) + 1) * len(positions | own) * vocabulary
-        if batch and (len(batch) == max_rows or logits > MAX_LOGITS):
+        own = int(encoded[row.example].supervised.sum()) if direct else length(batch[0] if batch else row)
+        if batch and (len(batch) == max_rows or (tokens + own) * vocabulary > MAX_LOGITS):
             yield sorted(batch, key=lambda each: each.adapter or "")
-            batch, positions = [], set()
+            batch, tokens = [], 0
         batch.append(row)
-        positions |= own
+        tokens += own
     if batch:
         yield sorted(batch, key=lambda each: each.adapter or "")
 
 
 def _forward(
-    base: LoadedBase, routing: Routing, rows: Sequence[_Row], encoded: Mapping[int, Encoded]
+    base: LoadedBase,
+    routing: Routing,
+    logits_of: SupervisedLogits,
+    rows: Sequence[_Row],
+    encoded: Mapping[int, Encoded],
 ) -> dict[_Row, _Tokens]:
     batch = collate([encoded[row.example] for row in rows], pad_token_id=_padding(base))
-    positions = batch.supervised.any(dim=0).nonzero().squeeze(1)  # (P,) of tokens to predict
-    if len(positions) == 0:
+    row_of, position = batch.supervised.nonzero(as_tuple=True)  # (S,) each
+    if len(row_of) == 0:
         return dict.fromkeys(rows, NO_TOKENS)
-    before = (positions - 1).to(base.device)
-    keep = {"logits_to_keep": before} if "logits_to_keep" in forward_arguments(base.model) else {}
+    targets = batch.input_ids[row_of, position].to(base.device)
+    row_of = row_of.to(base.device)
     with routing.segments(segments_of(base.model, [row.adapter for row in rows], batch.lengths)):
-        logits = base.model(
-            input_ids=batch.input_ids.to(base.device),
-            attention_mask=batch.attention_mask.to(base.device),
-            use_cache=False,
-            **keep,
-        ).logits
-    if not keep:
-        logits = logits[:, before]
-    supervised = batch.supervised[:, positions].to(base.device)  # (B, P)
-    targets = batch.input_ids[:, positions].to(base.device)[supervised]  # (N,)
-    chosen = logits[supervised].float()  # (N, V)
-    losses = functional.cross_entropy(chosen, targets, reduction="none").double()
-    correct = chosen.argmax(dim=-1) == targets
-    row_of = supervised.nonzero()[:, 0]
+        logits = logits_of(
+            batch.input_ids.to(base.device),
+            batch.attention_mask.to(base.device),
+            row_of,
+            position.to(base.device) - 1,
+        )
+    losses = functional.cross_entropy(logits, targets, reduction="none").double()
+    correct = logits.argmax(dim=-1) == targets
     zeros = torch.zeros(len(rows), dtype=torch.float64, device=base.device)
     loss_sums = zeros.index_add(0, row_of, losses).tolist()
     right = zeros.index_add(0, row_of, correct.double()).tolist()
-    counts = supervised.sum(dim=1).tolist()
+    counts = batch.supervised.sum(dim=1).tolist()
     return {
         row: _Tokens(loss_sum=loss_sums[at], tokens=int(counts[at]), correct=int(right[at]))
         for at, row in enumerate(rows)
     }
+
+
+def _logits_per_token(base: LoadedBase) -> int:
+    return int(base.model.get_output_embeddings().weight.shape[0])
 
 
 def _padding(base: LoadedBase) -> int:

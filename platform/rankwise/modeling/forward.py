@@ -1,8 +1,7 @@
-"""Run a base with the adapters of many rows: evaluation mode, the arguments of its forward, rows to segments."""
+"""Run a base with the adapters of many rows: evaluation mode, rows to segments."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -23,12 +22,6 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         if was_training:
             model.train()
-
-
-def forward_arguments(model: Any) -> frozenset[str]:
-    """Names that the base's own forward takes (a PeftModel's forward says nothing of them)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(inner.forward).parameters)
 
 
 def segments_of(model: Any, adapters: Sequence[str | None], lengths: Sequence[int] | None = None) -> list[Segment]:

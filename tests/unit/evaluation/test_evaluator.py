@@ -18,6 +18,7 @@ from rankwise.evaluation.evaluator import evaluate
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.experiment.schema import EvaluationSpec
 from rankwise.modeling.packed_lora import install, uninstall
+from rankwise.modeling.supervised import SupervisedLogits
 
 ADAPTERS = ["a", None, "b"]
 ROWS = [
@@ -114,7 +115,7 @@ def test_limits_on_memory_change_the_batches_and_not_the_result(base, examples, 
     sizes = []
     forward = module._forward
     monkeypatch.setattr(module, name, limit)
-    monkeypatch.setattr(module, "_forward", lambda *args: sizes.append(len(args[2])) or forward(*args))
+    monkeypatch.setattr(module, "_forward", lambda *args: sizes.append(len(args[3])) or forward(*args))
     bound = evaluate(base, ADAPTERS, examples, encoded, SPEC)
     assert sizes == [1] * len(ADAPTERS) * len(examples)
     for adapter in ADAPTERS:
@@ -123,9 +124,9 @@ def test_limits_on_memory_change_the_batches_and_not_the_result(base, examples, 
         )
 
 
-def test_a_base_whose_forward_keeps_all_logits_gives_the_same_loss(base, examples, encoded, monkeypatch):
+def test_a_base_that_needs_all_logits_computed_gives_the_same_loss(base, examples, encoded, monkeypatch):
     expected = evaluate(base, ADAPTERS, examples, encoded, SPEC)
-    monkeypatch.setattr(module, "forward_arguments", lambda model: frozenset())
+    monkeypatch.setattr(SupervisedLogits, "_is_direct", lambda self: False)
     got = evaluate(base, ADAPTERS, examples, encoded, SPEC)
     for adapter in ADAPTERS:
         value = expected[adapter].metrics["eval.loss"].value

@@ -1,0 +1,171 @@
+"""The comparison for the terminal: arms by rank, the bare base below, the best one marked, failures with reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.evaluation.compare import ALPHA, RANK, ArmRecord, Comparison, Configuration
+from rankwise.evaluation.labels import (
+    NONE,
+    SECONDARY,
+    format_bytes,
+    format_count,
+    format_param,
+    format_seconds,
+    format_value,
+    title,
+    with_error,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """A heading and the cells under it; `leading` columns name the row and are repeated when the table is split."""
+
+    heading: str
+    cells: tuple[Text, ...]
+    leading: bool = False
+
+
+def comparison_view(comparison: Comparison, console: Console) -> RenderableType:
+    """The table, in two parts where the console is too narrow for one, with notes on what is not in it."""
+    columns = _columns(comparison)
+    whole = _table(columns, len(comparison.configurations))
+    parts: list[RenderableType] = [whole]
+    if Measurement.get(console, console.options.update(width=10_000), whole).maximum > console.width:
+        leading = [column for column in columns if column.leading]
+        rest = [column for column in columns if not column.leading]
+        results = [column for column in rest if column.heading not in _COST]
+        costs = [column for column in rest if column.heading in _COST]
+        parts = [_table([*leading, *each], len(comparison.configurations)) for each in (results, costs)]
+    return Group(Text(_headline(comparison), style="bold"), *parts, *_notes(comparison))
+
+
+_COST = ("parameters", "size", "time", "peak memory")
+
+
+def _columns(comparison: Comparison) -> list[_Column]:
+    configurations = comparison.configurations
+    places = {id(configuration): place for place, configuration in enumerate(comparison.ranking, start=1)}
+    best = comparison.best
+
+    def column(heading: str, values: Sequence[str], base: str = "", *, leading: bool = False) -> _Column:
+        cells = [
+            Text(value, style=_style(configuration, best))
+            for value, configuration in zip(values, configurations, strict=True)
+        ]
+        return _Column(heading=heading, cells=(*cells, Text(base)), leading=leading)
+
+    def of_first(key: str) -> list[str]:
+        return [format_param(each.params.get(key)) for each in configurations]
+
+    columns = [
+        column("#", [_place(each, places.get(id(each)), best) for each in configurations], leading=True),
+        column("r", of_first(RANK), "base", leading=True),
+        column("alpha", of_first(ALPHA), leading=True),
+        *(column(axis.rpartition(".")[2], of_first(axis), leading=True) for axis in comparison.axes),
+    ]
+    if any(len(each.arms) > 1 for each in configurations):
+        columns.append(column("seeds", [_seeds(each) for each in configurations]))
+    columns += [
+        column("parameters", [format_count(_largest(each, "adapter_parameters")) for each in configurations], NONE),
+        column("size", [format_bytes(_largest(each, "adapter_bytes")) for each in configurations], NONE),
+    ]
+    for key in comparison.keys:
+        if key in SECONDARY and key != comparison.primary_metric:
+            continue
+        columns.append(column(title(key), [_mean(each, key) for each in configurations], _of_base(comparison, key)))
+    if any(len(each.arms) > 1 for each in configurations):
+        key = comparison.primary_metric
+        columns.append(column(f"spread of {title(key)}", [_spread(each, key) for each in configurations]))
+    columns += [
+        column("time", [format_seconds(_largest(each, "seconds")) for each in configurations]),
+        column("peak memory", [format_bytes(_largest(each, "peak_memory_bytes")) for each in configurations]),
+    ]
+    return columns
+
+
+def _table(columns: Sequence[_Column], configurations: int) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column.heading), justify="right", overflow="fold", no_wrap=column.leading)
+    for row in range(configurations + 1):
+        table.add_row(*(column.cells[row] for column in columns), style="dim" if row == configurations else None)
+    return table
+
+
+def _headline(comparison: Comparison) -> str:
+    key = comparison.primary_metric
+    better = "greater" if comparison.greater_is_better else "smaller"
+    head = f"{comparison.experiment}: {title(key)} on the evaluation rows, {better} is better"
+    if comparison.best is None:
+        return f"{head}; no arm has a result yet"
+    metric, rank = comparison.best.metrics[key], format_param(comparison.best.params.get(RANK))
+    return f"{head}; best: r = {rank} with {with_error(key, metric.value, metric.stderr)}"
+
+
+def _notes(comparison: Comparison) -> list[Text]:
+    notes = [
+        Text(
+            "★ the best arm; # place by the mean over seeds; ± one standard error over the evaluation rows "
+            "(and over seeds where there are several). More metrics: --json.",
+            style="dim",
+        )
+    ]
+    best = comparison.best
+    if best is not None:
+        where = f" is {best.model_uri}" if best.model_uri else " is not registered"
+        notes.append(Text(f"The best arm {best.spec_hash[:12]} (run {best.run_id}){where}", style="dim"))
+    if not comparison.base:
+        notes.append(Text("The bare base has not been evaluated yet.", style="yellow"))
+    for arm in comparison.arms:
+        if arm.status != "FINISHED":
+            told = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {arm.status}"
+            notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="red"))
+    return notes
+
+
+def _place(configuration: Configuration, place: int | None, best: ArmRecord | None) -> str:
+    if place is not None:
+        return f"★ {place}" if best in configuration.arms else str(place)
+    statuses = dict.fromkeys(arm.status.lower() for arm in configuration.arms)
+    return "/".join(statuses) if set(statuses) != {"finished"} else NONE
+
+
+def _style(configuration: Configuration, best: ArmRecord | None) -> str:
+    if best is not None and best in configuration.arms:
+        return "bold green"
+    return "" if configuration.finished else "red"
+
+
+def _seeds(configuration: Configuration) -> str:
+    done, wanted = len(configuration.finished), len(configuration.arms)
+    return str(done) if done == wanted else f"{done} of {wanted}"
+
+
+def _mean(configuration: Configuration, key: str) -> str:
+    summary = configuration.metric(key)
+    if summary is None:
+        return NONE
+    return with_error(key, summary.value, summary.stderr)
+
+
+def _spread(configuration: Configuration, key: str) -> str:
+    summary = configuration.metric(key)
+    return format_value(key, summary.spread)[0] if summary is not None else NONE
+
+
+def _of_base(comparison: Comparison, key: str) -> str:
+    metric = comparison.base.get(key)
+    return NONE if metric is None else with_error(key, metric.value, metric.stderr)
+
+
+def _largest(configuration: Configuration, field: str) -> int | None:
+    values = [value for arm in configuration.arms if (value := getattr(arm, field)) is not None]
+    return max(values, default=None)
