@@ -113,10 +113,10 @@ def check_column(column: str, available: Iterable[str], key: str) -> None:
     near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
     by_case = [name for name in names if name.lower() == column.lower()]
     base = column.replace("[", ".").split(".")[0]
-    if by_case or near:
-        hint = f"; did you mean {(by_case or near)[0]!r}?"
-    elif base != column and base in names:
+    if base != column and base in names:
         hint = f"; attributes and indices of {base!r} cannot be used, only whole columns."
+    elif by_case or near:
+        hint = f"; did you mean {(by_case or near)[0]!r}?"
     else:
         hint = "."
     raise DatasetError(f"{key}: unknown column {column!r}{hint} Available columns: {', '.join(names) or 'none'}")

@@ -77,7 +77,7 @@ def preflight(
     Args:
         examples: The rows.
         train: Their training side, encoded.
-        evaluation: Their evaluation side, encoded; None where there is none.
+        evaluation: Their evaluation side, encoded; None, or empty without examples, where the definition has none.
         renderer: The renderer that encoded them.
         max_length: The length limit, for messages.
         vocab_size: Rows of the base's embedding; None where it is not known.
@@ -86,7 +86,7 @@ def preflight(
     warnings = [*_reading_warnings(examples), *_renderer_warnings(renderer)]
     counts: dict[str, int] = {}
     sides = [("train", examples.train, train)]
-    if evaluation is not None:
+    if evaluation is not None and (examples.eval or len(evaluation)):
         sides.append(("eval", examples.eval, evaluation))
     for side, rows, encoded in sides:
         counts |= _counts(side, encoded)
@@ -167,8 +167,8 @@ def _length_errors(
         return
     yield _finding(
         "no_rows",
-        f"{side}: none of the {len(rows):,} rows fits into training.max_length={max_length} with its answer (the longest "
-        f"has {encoded.longest:,} tokens); raise it, or shorten the prompt",
+        f"{side}: none of the {len(rows):,} rows fits into training.max_length={max_length} with its answer (the "
+        f"longest has {encoded.longest:,} tokens); raise it, or shorten the prompt",
         encoded.dropped,
     )
 
@@ -196,8 +196,8 @@ def _mask_errors(side: str, encoded: EncodedSet) -> Iterator[Finding]:
         yield _finding(
             "no_end",
             f"{side}: the chat template does not end the assistant's turn with an end token in "
-            f"{len(encoded.unended):,} rows, so that a model trained on them would not stop; give a dataset.chat_template that writes eos_token "
-            "after the answer",
+            f"{len(encoded.unended):,} rows, so that a model trained on them would not stop; give a "
+            "dataset.chat_template that writes eos_token after the answer",
             encoded.unended,
         )
     if not len(encoded):

@@ -44,18 +44,29 @@ class Renderer:
     end_token_ids: frozenset[int]
 
     @classmethod
-    def create(cls, tokenizer: Any, chat_template: str | None = None, *, base: Path | None = None) -> Renderer:
+    def create(
+        cls,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        *,
+        base: Path | None = None,
+        template_revision: str | None = None,
+    ) -> Renderer:
         """Make a renderer.
 
         Args:
             tokenizer: The base's tokenizer; it stays as it is.
             chat_template: As `dataset.chat_template`: None for the base's own, `chatml`, `plain`, a Jinja file.
             base: The base's directory, whose generation configuration may name more end tokens.
+            template_revision: As `dataset.chat_template_revision`: the pin of a Jinja file.
 
         Raises:
             DatasetError: See `apply_template` and `end_token_ids`.
         """
-        return cls(tokenizer=apply_template(tokenizer, chat_template), end_token_ids=end_token_ids(tokenizer, base))
+        return cls(
+            tokenizer=apply_template(tokenizer, chat_template, template_revision),
+            end_token_ids=end_token_ids(tokenizer, base),
+        )
 
     @property
     def template(self) -> str:

@@ -36,24 +36,25 @@ BUILT_IN = {
 FILE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
-def apply_template(tokenizer: Any, chat_template: str | None) -> Any:
+def apply_template(tokenizer: Any, chat_template: str | None, revision: str | None = None) -> Any:
     """Return a copy of the tokenizer whose `chat_template` is the one to use; the given tokenizer stays as it is.
 
     Args:
         tokenizer: A transformers tokenizer.
         chat_template: None for the base's own, `chatml`, `plain`, the path of a Jinja file, or the text of a template
             (what has `{{` or `{%` in it), as a resolved definition records it.
+        revision: The pin of a file, `sha256:...`; None to take it as it is.
 
     Raises:
-        DatasetError: The base has no template and none is given, the file cannot be read, the template is not valid
-            Jinja, or a built-in one does not fit the tokenizer.
+        DatasetError: The base has no template and none is given, the file cannot be read or is not what its pin says,
+            the template is not valid Jinja, or a built-in one does not fit the tokenizer.
     """
     result = copy.copy(tokenizer)
-    result.chat_template = template_text(tokenizer, chat_template)
+    result.chat_template = template_text(tokenizer, chat_template, revision)
     return result
 
 
-def template_text(tokenizer: Any, chat_template: str | None) -> str:
+def template_text(tokenizer: Any, chat_template: str | None, revision: str | None = None) -> str:
     """The text of the template that `apply_template` sets; same arguments and errors."""
     if chat_template is None:
         return _own(tokenizer)
@@ -68,13 +69,20 @@ def template_text(tokenizer: Any, chat_template: str | None) -> str:
             f"{', '.join(BUILT_IN)}, the path of a Jinja file, or null for the base's own template"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DatasetError(
             f"dataset.chat_template: cannot read {path.absolute()}: {reason}; allowed are {', '.join(BUILT_IN)}, the "
             "path of a Jinja file, or null for the base's own template"
         ) from error
+    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    if revision not in {None, digest}:
+        raise DatasetError(
+            f"dataset.chat_template: {path.absolute()} is {digest}, but chat_template_revision says {revision}; bring "
+            "back the file that was there, or set the revision anew"
+        )
     return _checked(tokenizer, text, f"dataset.chat_template: {path}")
 
 

@@ -60,11 +60,11 @@ class TokenCache:
         try:
             if path.exists():
                 try:
-                    return read(path)
+                    return read(path, key)
                 except CorruptEntryError as error:
                     logger.warning("Tokens are made anew: %s", error)
             made = make()
-            write_atomically(path, to_bytes(made))
+            write_atomically(path, to_bytes(made, key))
             return made
         finally:
             lock.release()
@@ -74,8 +74,8 @@ class CorruptEntryError(Exception):
     """Raised when a file is not the set of tokens that was stored in it."""
 
 
-def to_bytes(encoded: EncodedSet) -> bytes:
-    """An Arrow file with the columns id, input_ids and supervised; the digest and what was cut are its metadata."""
+def to_bytes(encoded: EncodedSet, key: str) -> bytes:
+    """An Arrow file with the columns id, input_ids and supervised; key, digest and what was cut are its metadata."""
     offsets = pa.array(encoded.offsets, pa.int64())
     table = pa.table(
         {
@@ -85,7 +85,7 @@ def to_bytes(encoded: EncodedSet) -> bytes:
         }
     ).replace_schema_metadata(
         {
-            "rankwise.format": str(FORMAT),
+            "rankwise.key": key,
             "rankwise.digest": encoded.digest,
             "rankwise.lost": json.dumps([encoded.cut, encoded.dropped, encoded.unended, encoded.longest]),
         }
@@ -96,8 +96,8 @@ def to_bytes(encoded: EncodedSet) -> bytes:
     return buffer.getvalue()
 
 
-def read(path: Path) -> EncodedSet:
-    """Read an entry and check its digest.
+def read(path: Path, key: str) -> EncodedSet:
+    """Read an entry and check that it is the one of `key`, with the digest that was stored.
 
     Raises:
         CorruptEntryError: It is not an entry, or not the one that was stored.
@@ -120,10 +120,11 @@ def read(path: Path) -> EncodedSet:
             longest=longest,
         )
         digest = encoded.digest
+        stored = metadata["rankwise.key"], metadata["rankwise.digest"]
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as error:
         raise CorruptEntryError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if digest != metadata["rankwise.digest"]:
-        raise CorruptEntryError(f"{path} has the digest {digest}, stored was {metadata['rankwise.digest']}")
+    if stored != (key, digest):
+        raise CorruptEntryError(f"{path} has the digest {digest}, stored was {stored[1]} for the key {stored[0]}")
     return encoded
 
 
