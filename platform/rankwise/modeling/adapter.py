@@ -143,9 +143,13 @@ def load_adapter(model: Any, directory: Path, adapter_name: str) -> LoraConfig:
     places = adapter_tensors(model, adapter_name)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            places[name].copy_(tensor)
-            if isinstance(places[name], torch.nn.Parameter):
-                places[name].requires_grad_(False)
+            place = places[name]
+            if isinstance(place, torch.nn.Parameter):
+                # peft has made it in the base's compute dtype; copying into that would round what is stored.
+                place.data = tensor.to(place.device)
+                place.requires_grad_(False)
+            else:
+                place.copy_(tensor)
     return _configs(model)[adapter_name]
 
 

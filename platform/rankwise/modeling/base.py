@@ -15,7 +15,7 @@ from rankwise.assets.base import ResolvedBase
 from rankwise.assets.layout import read_json
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.dtype import default_device, resolve_dtype
+from rankwise.modeling.dtype import DTYPES, default_device, resolve_dtype
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.memory import model_bytes
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
@@ -69,6 +69,7 @@ def load_base(
     settings: Settings,
     *,
     device: str | None = None,
+    module_dtype: str | None = None,
     progress: bool = False,
 ) -> LoadedBase:
     """Load a base with its tokenizer, without a network, code of the base or pickles.
@@ -78,6 +79,8 @@ def load_base(
         quantization: How to quantize it; with neither 4 nor 8 bit it is loaded in the resolved dtype.
         settings: Where the caches are.
         device: `cpu`, `cuda`, `cuda:1`, ...; the first GPU, else the CPU, when left out.
+        module_dtype: What the modules that are not quantized are loaded in (`float32`, ...); the compute dtype when
+            left out.
         progress: Show the progress bars of transformers.
 
     Raises:
@@ -95,6 +98,7 @@ def load_base(
             f"{'4' if quantization.load_in_4bit else '8'} bit; name the full-precision base, or set load_in_4bit: false"
         )
     dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype)
+    loaded = dtype.dtype if module_dtype is None else DTYPES[module_dtype]
     logger.info("base %s on %s computes in %s", resolved.source, target, dtype.reason)
     fingerprint = fingerprint_base(resolved.path, settings)
     with quiet_transformers(progress=progress):
@@ -104,7 +108,7 @@ def load_base(
                 fingerprint,
                 quantization,
                 compute_dtype=dtype.name,
-                module_dtype=dtype.name,
+                module_dtype=str(loaded).removeprefix("torch."),
                 device_type=target.type,
             )
             model, from_cache = load_or_quantize(
@@ -112,11 +116,11 @@ def load_base(
                 settings,
                 source=resolved.source,
                 revision=resolved.revision,
-                quantize=lambda: _load_model(resolved.path, dtype.dtype, target, bnb_config(quantization, dtype.dtype)),
-                load=lambda path: _load_model(path, dtype.dtype, target, None),
+                quantize=lambda: _load_model(resolved.path, loaded, target, bnb_config(quantization, dtype.dtype)),
+                load=lambda path: _load_model(path, loaded, target, None),
             )
         else:
-            model, from_cache = _load_model(resolved.path, dtype.dtype, target, None), False
+            model, from_cache = _load_model(resolved.path, loaded, target, None), False
     # peft and transformers take the name of the base from here; the cache's entry is not its name.
     model.config._name_or_path = model.name_or_path = str(resolved.path)
     model.eval()
@@ -130,7 +134,7 @@ def load_base(
         fingerprint=fingerprint,
         quantization=quantization,
         compute_dtype=dtype.dtype,
-        module_dtype=dtype.dtype,
+        module_dtype=loaded,
         device=target,
         dtype_reason=dtype.reason,
         from_cache=from_cache,

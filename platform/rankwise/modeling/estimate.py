@@ -212,7 +212,7 @@ def match_targets(linear: Mapping[str, tuple[int, int]], targets: Iterable[str] 
             near = difflib.get_close_matches(name, known, n=1)
             problems.append(
                 f"lora.target_modules: the base has no linear layer {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                + (f"; did you mean {near[0]!r}?" if near else ".")
                 + f" It has {', '.join(known)}"
             )
         raise ConfigError("\n".join(problems), tuple(problems))

@@ -5,6 +5,8 @@ import pytest
 import torch
 from helpers.bases import inject, logits, resolved, settings_in
 from helpers.tiny import make_base
+from safetensors.torch import load_file, save_file
+
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.adapter import (
@@ -16,7 +18,6 @@ from rankwise.modeling.adapter import (
 )
 from rankwise.modeling.base import load_base
 from rankwise.modeling.manifest import write_manifest
-from safetensors.torch import load_file, save_file
 
 SHAPES = {
     "llama": [

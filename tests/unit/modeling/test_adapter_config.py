@@ -2,6 +2,7 @@ import json
 
 import pytest
 from peft import LoraConfig
+
 from rankwise.exceptions import AdapterIntegrityError
 from rankwise.modeling.adapter_config import read_adapter_config, write_adapter_config
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.bases import logits, resolved, settings_in
 from helpers.tiny import make_base
+
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.base import load_base

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from rankwise.modeling.dtype import default_device, resolve_dtype
 
 CPU = torch.device("cpu")

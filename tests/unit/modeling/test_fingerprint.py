@@ -4,6 +4,7 @@ import shutil
 import pytest
 from helpers.bases import settings_in
 from helpers.tiny import CHATML, make_base
+
 from rankwise.exceptions import AssetError
 from rankwise.modeling.fingerprint import NO_TEMPLATE, Fingerprint, fingerprint_base
 

@@ -3,6 +3,7 @@ import random
 import shutil
 
 import pytest
+
 from rankwise.exceptions import AdapterIntegrityError
 from rankwise.modeling.manifest import MANIFEST_NAME, check_manifest, write_manifest
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.bases import logits, resolved, settings_in
 from helpers.tiny import make_base
+
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling import quantized_cache
 from rankwise.modeling.base import load_base
