@@ -19,8 +19,9 @@ text that chooses).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rankwise.experiment.hashing import digest, plain
 from rankwise.experiment.metric_names import GENERATED, METRIC_KEYS
@@ -77,6 +78,13 @@ class ArmSpec(Section):
     def from_json(cls, text: str) -> ArmSpec:
         """Read what `to_json` wrote."""
         return cls.model_validate_json(text)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A checked copy with some fields changed. Pydantic's own would keep the remembered hash of the original."""
+        del deep  # Everything inside is immutable.
+        return type(self).model_validate(
+            {name: getattr(self, name) for name in type(self).model_fields} | dict(update or {})
+        )
 
     def to_json(self) -> str:
         """The arm as JSON; `from_json` gives an equal arm with an equal hash."""

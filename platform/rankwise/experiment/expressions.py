@@ -155,7 +155,7 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:
             value = _evaluate(operand, values)
             if isinstance(op, ast.Not):
                 return not value
-            return _number(-value if isinstance(op, ast.USub) else value)
+            return -_number(value) if isinstance(op, ast.USub) else _number(value)
         case ast.Call(func=ast.Name(id=function), args=arguments):
             return _FUNCTIONS[function](*(_number(_evaluate(argument, values)) for argument in arguments))
         case ast.BoolOp(op=op, values=parts):

@@ -20,6 +20,14 @@ class Unresolved(Exception):
     """A field that an expression needs is wrong itself; that is reported where it is wrong."""
 
 
+class _Circle(ExpressionError):
+    """Expressions that need each other."""
+
+    def __init__(self, members: list[str]) -> None:
+        super().__init__(f"it depends on itself: {' -> '.join([*members, members[0]])}")
+        self.members = members
+
+
 @dataclass(kw_only=True)
 class Resolution:
     """Data with numbers in place of expressions, and what could not be resolved."""
@@ -120,8 +128,7 @@ class _Resolver:
             return value
         if path not in self.values:
             if path in self.stack:
-                circle = " -> ".join([*self.stack[self.stack.index(path) :], path])
-                raise ExpressionError(f"it depends on itself: {circle}")
+                raise _Circle(self.stack[self.stack.index(path) :])
             self.stack.append(path)
             try:
                 self.values[path] = self._evaluate(path)
@@ -144,9 +151,14 @@ class _Resolver:
         path = find_field(name, section)
         try:
             return self.value(path)
+        except _Circle as error:
+            # Each member of a circle reports it; what only needs a member does not.
+            if self.stack[-1] in error.members:
+                raise
+            raise Unresolved from None
         except ExpressionError:
-            # Its own problem is reported at its own place; a circle is a problem of each of its members.
-            if path in self.texts and path not in self.stack:
+            # The other expression's problem is reported at its own place.
+            if path in self.texts:
                 raise Unresolved from None
             raise
 
