@@ -1,0 +1,128 @@
+"""Arms out of a real MLflow store."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from rankwise.cli.compare import compare as command
+from rankwise.evaluation.gather import PRIMARY_METRIC, gather, typed_params
+from rankwise.evaluation.metrics import MetricValue
+from rankwise.evaluation.summary import to_tracking
+from rankwise.exceptions import ConfigError
+from rankwise.settings import Settings
+from rankwise.tracking.store import Store
+
+LOSS = {"eval.loss": MetricValue(value=0.7, stderr=0.02, n=200)}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("store")
+    settings = Settings.load({"RANKWISE_HOME": str(home)})
+    with Store.open(settings, interval=0.1) as store:
+        experiment = store.experiment("diamonds-rank")
+        parent = store.start_run(experiment, "sweep", kind="sweep", tags={PRIMARY_METRIC: "eval.within_20_percent"},
+                                 system_metrics=False)  # fmt: skip
+
+        def train(spec_hash, r, status, metrics=None, reason=None, **tags):
+            run = store.start_run(
+                experiment, f"r={r}", parent=parent.run_id, kind="train", spec_hash=spec_hash, system_metrics=False,
+                params={"lora.r": r, "lora.alpha": 2 * r, "lora.rslora": False, "training.learning_rate": 2e-3,
+                        "seed": 0, "base_model": "org/base"},
+                tags=tags,
+            )  # fmt: skip
+            run.metrics({"adapter.parameters": 57600 * r, "adapter.bytes": 230400 * r, "train.seconds": 12.5,
+                         "train.peak_memory_bytes": 123456789, "train.loss": 3.0}, 5)  # fmt: skip
+            if metrics:
+                run.metrics(to_tracking(metrics), 5)
+            run.end(status, reason)
+            return run.run_id
+
+        ids = {
+            "first": train("a" * 64, 2, "FAILED", reason="out of memory"),
+            "again": train("a" * 64, 2, "FINISHED", LOSS, **{"rankwise.model_uri": "models:/pricer/1"}),
+            "broken": train("b" * 64, 4, "KILLED", reason="interrupted"),
+        }
+        base = store.start_run(experiment, "base", parent=parent.run_id, kind="base", system_metrics=False)
+        base.metrics(to_tracking({"eval.loss": MetricValue(value=3.1, stderr=0.1, n=200)}), 0)
+        base.end("FINISHED")
+        parent.end("FINISHED")
+        store.experiment("empty")
+    return settings, ids
+
+
+@pytest.fixture
+def store(home):
+    with Store.open(home[0]) as store:
+        yield store
+
+
+def test_arms_come_with_numbers_model_cost_and_the_run_that_decides(store, home):
+    comparison = gather(store, "diamonds-rank")
+    first, second = comparison.arms
+    assert first.run_id == home[1]["again"]
+    assert first.status == "FINISHED"
+    assert first.params == {
+        "lora.r": 2, "lora.alpha": 4, "lora.rslora": False, "training.learning_rate": 0.002, "seed": 0,
+        "base_model": "org/base",
+    }  # fmt: skip
+    assert first.metrics == LOSS
+    assert first.model_uri == "models:/pricer/1"
+    assert (first.adapter_parameters, first.adapter_bytes) == (115200, 460800)
+    assert (first.seconds, first.peak_memory_bytes) == (12.5, 123456789)
+    assert (second.status, second.reason, second.metrics) == ("KILLED", "interrupted", {})
+    assert comparison.base["eval.loss"].value == 3.1
+
+
+def test_the_primary_metric_and_its_direction_come_from_the_sweep(store):
+    comparison = gather(store, "diamonds-rank")
+    assert comparison.primary_metric == "eval.within_20_percent"
+    assert comparison.greater_is_better
+
+
+def test_an_experiment_that_does_not_exist_or_is_empty_is_told(store):
+    with pytest.raises(ConfigError, match="there is no MLflow experiment 'nope' in sqlite:"):
+        gather(store, "nope")
+    with pytest.raises(ConfigError, match="experiment 'empty' has no arms yet"):
+        gather(store, "empty")
+
+
+def test_the_command_prints_json_and_a_table_on_stdout(home, monkeypatch):
+    monkeypatch.setenv("RANKWISE_HOME", str(home[0].home))
+    result = CliRunner().invoke(command, ["diamonds-rank", "--json"], catch_exceptions=False)
+    printed = json.loads(result.stdout)
+    assert printed["experiment"] == "diamonds-rank"
+    assert [arm["params"]["lora.r"] for arm in printed["arms"]] == [2, 4]
+    assert printed["arms"][1]["status"] == "KILLED"
+    table = CliRunner().invoke(command, ["diamonds-rank"], catch_exceptions=False)
+    assert "KILLED: interrupted" in table.stdout
+    assert "0.700 ±0.020" in table.stdout
+
+
+def test_texts_of_digits_stay_texts_and_numbers_become_numbers():
+    assert typed_params(
+        {
+            "lora.r": "8",
+            "lora.dropout": "0.05",
+            "lora.rslora": "True",
+            "lora.target_modules": "q_proj,v_proj",
+            "training.learning_rate": "2e-05",
+            "base_model_revision": "1" * 40,
+            "dataset.train": "1e5",
+            "training.lr_scheduler_type": "cosine",
+            "note": "nan",
+        }
+    ) == {
+        "lora.r": 8,
+        "lora.dropout": 0.05,
+        "lora.rslora": True,
+        "lora.target_modules": "q_proj,v_proj",
+        "training.learning_rate": 2e-05,
+        "base_model_revision": "1" * 40,
+        "dataset.train": "1e5",
+        "training.lr_scheduler_type": "cosine",
+        "note": "nan",
+    }

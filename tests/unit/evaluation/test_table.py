@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from helpers.comparisons import arm, ranks, seeds_and_rates
+from rich.console import Console
+
+from rankwise.evaluation.compare import Comparison, compare
+from rankwise.evaluation.table import comparison_view
+
+
+def printed(comparison: Comparison, width: int = 200) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(comparison_view(comparison, console))
+    return console.file.getvalue().splitlines()
+
+
+def row(lines: list[str], *starts: str) -> str:
+    return next(line for line in lines if line.split()[: len(starts)] == list(starts))
+
+
+def test_each_rank_has_a_row_with_size_cost_and_metrics_and_their_errors():
+    lines = printed(ranks())
+    assert lines[0] == "diamonds-rank: loss on the evaluation rows, smaller is better; best: r = 8 with 0.710 ±0.020"
+    assert row(lines, "3", "2").split() == [
+        "3", "2", "4", "115k", "461", "kB", "0.930", "±0.020", "71.4", "%", "±1.0", "2.0", "%", "±1.0", "1,930", "±150",
+        "17.0", "%", "±2.6", "0.0", "%", "±0.0", "1m17s", "1.23", "GB",
+    ]  # fmt: skip
+
+
+def test_the_best_row_is_marked_and_named_with_its_model():
+    lines = printed(ranks())
+    assert row(lines, "★", "1", "8")
+    assert any("(run run008000) is models:/pricer/8" in line for line in lines)
+
+
+def test_the_bare_base_has_its_row():
+    assert "3.100 ±0.050" in row(printed(ranks()), "base")
+    assert any("bare base has not been evaluated" in line for line in printed(ranks(base=None)))
+
+
+def test_a_failed_arm_is_shown_as_such_with_its_reason():
+    lines = printed(ranks())
+    assert row(lines, "failed", "16", "32")
+    assert any(line.startswith("r = 16, arm ") and line.endswith("FAILED: CUDA out of memory") for line in lines)
+
+
+def test_a_narrow_terminal_gets_two_tables_and_loses_nothing():
+    lines = printed(ranks(), width=100)
+    assert all(len(line) <= 100 for line in lines)
+    assert len([line for line in lines if line.split()[:2] == ["★", "1"]]) == 2
+    text = " ".join(" ".join(lines).split())
+    for wanted in ("1,710 ±150", "461k", "1m23s", "1.23 GB", "17.0 % ±2.6"):
+        assert wanted in text
+
+
+def test_several_seeds_are_one_row_with_their_number_and_spread():
+    lines = printed(seeds_and_rates(), width=220)
+    best = row(lines, "★", "1", "16", "32", "0.002", "3")
+    assert "0.030" in best
+    some = [arm(2, 0.5, seed=0), arm(2, None, seed=1, status="KILLED", reason="interrupted")]
+    lines = printed(compare("x", some, primary_metric="eval.loss", greater_is_better=False))
+    assert "1 of 2" in row(lines, "★", "1", "2")
+
+
+def test_an_experiment_without_results_says_so():
+    arms = [arm(2, None, status="RUNNING"), replace(arm(4, None), model_uri=None)]
+    lines = printed(compare("x", arms, primary_metric="eval.loss", greater_is_better=False))
+    assert lines[0].endswith("no arm has a result yet")
+    assert row(lines, "running", "2")
+
+
+def test_square_brackets_are_no_markup():
+    arms = [replace(arm(2, None, status="FAILED"), reason="bad [bold]shape[/] [1, 2]")]
+    lines = printed(compare("[red]x", arms, primary_metric="eval.loss", greater_is_better=False))
+    assert lines[0].startswith("[red]x: ")
+    assert any("bad [bold]shape[/] [1, 2]" in line for line in lines)
