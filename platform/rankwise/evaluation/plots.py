@@ -129,7 +129,7 @@ def rank_plot(comparison: Comparison) -> Any:
             figure.add_trace(_base_line(panel, ranks(comparison), first=index == 0), **place)
             figure.add_hrect(y0=value - error, y1=value + error, fillcolor=BASE_COLOUR, opacity=0.15, **place)
         figure.update_xaxes(type="log", tickvals=ranks(comparison), title_text="LoRA rank r", **place)
-        figure.update_yaxes(tickformat=".0%" if panel.share else None, **place)
+        figure.update_yaxes(tickformat="~%" if panel.share else None, **place)
     missing = failures(comparison)
     figure.update_layout(
         title=escape(_headline(comparison)) + (f"<br><sup>{escape(missing)}</sup>" if missing else ""),
@@ -142,7 +142,9 @@ def rank_plot(comparison: Comparison) -> Any:
 
 def to_html(figure: Any) -> str:
     """The figure as one page with everything in it: it opens from a disk, without a network."""
-    return str(figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False}))
+    # plotly 7 has a button that sends the data to its maker's cloud, on by default.
+    config = {"displaylogo": False, "showSendToCloud": False}
+    return str(figure.to_html(include_plotlyjs=True, full_html=True, config=config))
 
 
 def _trace(panel: Panel, series: Series, colour: str, *, first: bool) -> Any:

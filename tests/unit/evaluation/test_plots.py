@@ -71,6 +71,7 @@ def test_the_page_holds_everything_that_it_needs():
     assert "plotly.js v" in page
     outside = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](?:https?:)?//[^\"']+", page)
     assert outside == []
+    assert '"showSendToCloud": false' in page
 
 
 def test_the_page_shows_settings_and_model_of_a_point_and_escapes_names():
