@@ -161,12 +161,16 @@ def test_loading_leaves_neighbours_trainable_and_the_random_numbers_alone(bases,
     assert not any(value for name, value in after.items() if name not in before)
 
 
-def test_an_adapter_of_half_precision_is_read_exactly(bases, adapter):
-    rewrite(adapter, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
-    model = bases().model
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_an_adapter_keeps_the_dtype_it_was_stored_in(bases, adapter, base, stored):
+    rewrite(adapter, lambda tensors: tensors.update({k: v.to(stored) for k, v in tensors.items()}))
+    model = bases(bnb_4bit_compute_dtype=base).model
     load_adapter(model, adapter, "x")
-    stored = load_file(adapter / WEIGHTS_NAME)
-    assert all(torch.equal(tensor, stored[name].float()) for name, tensor in adapter_tensors(model, "x").items())
+    tensors = load_file(adapter / WEIGHTS_NAME)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in adapter_tensors(model, "x").items())
+    assert {tensor.dtype for tensor in adapter_tensors(model, "x").values()} == {stored}
+    assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize(

@@ -135,5 +135,5 @@ def test_code_of_the_base_is_never_run(base, settings):
 
 def test_a_broken_tokenizer_is_an_error_of_the_asset(base, settings):
     (base / "tokenizer.json").write_text("{")
-    with pytest.raises(AssetError, match="the tokenizer of .* cannot be loaded"):
+    with pytest.raises(AssetError, match=r"the tokenizer of .* cannot be loaded"):
         load_base(resolved(base), PLAIN, settings, device="cpu")

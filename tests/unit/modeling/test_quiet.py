@@ -6,16 +6,21 @@ from transformers.utils import logging as transformers_logging
 from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning, quiet_transformers
 
 
+def _quiet_then_fail():
+    with quiet_transformers():
+        assert transformers_logging.get_verbosity() == transformers_logging.ERROR
+        assert not transformers_logging.is_progress_bar_enabled()
+        raise KeyError
+
+
 @pytest.mark.parametrize("bars", [True, False])
 def test_the_former_state_comes_back_even_after_an_error(bars):
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     try:
         transformers_logging.set_verbosity_info()
         (transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar)()
-        with pytest.raises(KeyError), quiet_transformers():
-            assert transformers_logging.get_verbosity() == transformers_logging.ERROR
-            assert not transformers_logging.is_progress_bar_enabled()
-            raise KeyError
+        with pytest.raises(KeyError):
+            _quiet_then_fail()
         assert transformers_logging.get_verbosity() == transformers_logging.INFO
         assert transformers_logging.is_progress_bar_enabled() is bars
     finally:
@@ -39,6 +44,6 @@ def test_peft_still_says_what_is_ignored(tmp_path):
 
     model = load_base(resolved(make_base(tmp_path / "b")), QuantizationSpec(), settings_in(tmp_path)).model
     inject(model, "one")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="Already found") as caught:
         inject(model, "two")
     assert [str(warning.message) for warning in caught] == [SEVERAL_ADAPTERS]
