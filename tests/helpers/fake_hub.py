@@ -102,5 +102,5 @@ def entry(file: str, content: bytes) -> dict:
     git = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
     facts = {"type": "file", "path": file, "size": len(content), "oid": git}
     if file.endswith((".safetensors", ".bin")):
-        facts["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+        facts["lfs"] = {"oid": sha256(content), "sha256": sha256(content), "size": len(content), "pointerSize": 134}
     return facts

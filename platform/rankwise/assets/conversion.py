@@ -120,9 +120,12 @@ def _convert(path: Path, digest: str, folder: Path, progress: Progress) -> None:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-        except (ValueError, KeyError, NotImplementedError, RuntimeError, ImportError, OSError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Fed with broken bytes, the parser raises whatever it meets: struct.error, KeyError, UnicodeDecodeError.
             raise AssetError(
-                f"transformers {importlib.metadata.version('transformers')} cannot read {path}: {error}. "
+                f"transformers {importlib.metadata.version('transformers')} cannot read {path}: {error!r}. "
                 "Name a base in safetensors, or a GGUF of an architecture that it knows"
             ) from error
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -154,6 +157,7 @@ def _unpacking(path: Path, progress: Progress) -> Iterator[None]:
     """Turn the bar that transformers always draws while it unpacks a GGUF into ours."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
+    # The name is bound there by `from tqdm.auto import tqdm`, with no switch to turn the bar off.
     theirs = reader.tqdm
     reader.tqdm = lambda items, **_: _counted(items, path, progress)
     try:

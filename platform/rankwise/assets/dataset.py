@@ -238,6 +238,7 @@ def _snapshot(repo: str, commit: str, settings: Settings) -> Path | None:
 @contextmanager
 def _data_errors(resolved: ResolvedData) -> Iterator[None]:
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from pyarrow import ArrowException
 
     named = f"{resolved.source} at {resolved.revision}"
     try:
@@ -251,8 +252,9 @@ def _data_errors(resolved: ResolvedData) -> Iterator[None]:
         raise AssetError(f"cannot read {named}: {cause}") from error
     except DatasetNotFoundError as error:
         raise AssetError(f"the hub has no data set {named}, or you may not see it: {error}") from error
-    except (FileNotFoundError, ImportError) as error:
-        # No file of a known format in a directory; a format or a compression whose library is not installed.
+    except (ArrowException, FileNotFoundError, ImportError) as error:
+        # Other bytes than the suffix says; no file of a known format in a directory; a format or a compression whose
+        # library is not installed.
         raise AssetError(f"cannot read {named}: {error}") from error
     except ConnectionError as error:
         raise unreachable(resolved.source, resolved.revision, str(error)) from error

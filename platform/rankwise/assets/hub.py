@@ -20,9 +20,9 @@ from rankwise.assets.layout import (
     refuse_without_safetensors,
 )
 from rankwise.assets.progress import SILENT, Advance, Progress
-from rankwise.exceptions import AssetError, ConfigError
+from rankwise.exceptions import AssetError, ConfigError, StorageError
 from rankwise.experiment.source import HubSource, is_pinned
-from rankwise.settings import Settings, storage_errors
+from rankwise.settings import Settings, storage_errors, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def resolve_commit(repo: str, revision: str | None, settings: Settings, repo_typ
         return remembered
     if found is None:
         raise AssetError(f"{repo}: the hub gave no commit for {wanted!r}; name one of 40 hex digits")
+    if found != remembered:
+        _remember_reference(repo, wanted, repo_type, str(found))
     return str(found)
 
 
@@ -77,7 +79,7 @@ def fetch_base(repo: str, commit: str, settings: Settings, progress: Progress = 
 
     with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
         # Of all calls this one fails at once where there is no hub; the others try for half a minute.
-        siblings = HfApi().repo_info(repo, revision=commit, repo_type="model", files_metadata=True).siblings or []
+        siblings = HfApi().model_info(repo, revision=commit, files_metadata=True).siblings or []
         sizes = {file.rfilename: file.size or 0 for file in siblings if "/" not in file.rfilename}
         if not any(name.endswith(".safetensors") for name in sizes):
             refuse_without_safetensors(f"{repo} at {commit}", list(sizes))
@@ -210,16 +212,31 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "no details")
 
 
-def _cached_reference(repo: str, revision: str, repo_type: RepoType) -> str | None:
+def _reference(repo: str, revision: str, repo_type: RepoType) -> Path:
+    """The file in Hugging Face's cache that keeps the commit of a branch or tag."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=repo_type)
-    reference = folder / "refs" / revision
+    return folder / "refs" / revision
+
+
+def _cached_reference(repo: str, revision: str, repo_type: RepoType) -> str | None:
+    reference = _reference(repo, revision, repo_type)
     if not reference.is_file():
         return None
     commit = reference.read_text(encoding="utf-8").strip()
     return commit if is_pinned(HubSource(repo), commit) else None
+
+
+def _remember_reference(repo: str, revision: str, repo_type: RepoType, commit: str) -> None:
+    # Downloads go by commit, for which the client keeps no reference; without one, nothing would be found offline.
+    reference = _reference(repo, revision, repo_type)
+    try:
+        write_atomically(reference, commit.encode())
+    except StorageError as error:
+        # A cache that many share is often read-only, and serves all the same.
+        logger.warning("%r of %s is not remembered for work offline: %s", revision, repo, error)
 
 
 def _forwarding(advance: Advance) -> type:

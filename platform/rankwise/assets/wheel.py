@@ -124,6 +124,11 @@ def _explain(requirement: str, output: str) -> str:
             "the package index does not answer: check the network, or point pip at a mirror or a directory of wheels "
             "(PIP_INDEX_URL, PIP_FIND_LINKS); what is in the cache already needs no network"
         )
+    elif any("from versions: none" in line for line in lines):
+        advice = (
+            "no index that pip knows has a wheel of it for this Python: check the spelling, and that pip reaches an "
+            "index or a directory of wheels (PIP_INDEX_URL, PIP_FIND_LINKS)"
+        )
     else:
         advice = f"see what `{Path(sys.executable).name} -m pip download --no-deps {requirement}` says"
     return f"cannot fetch {requirement} with pip: {'; '.join(dict.fromkeys(said))}\n{advice}"

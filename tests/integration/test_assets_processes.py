@@ -1,0 +1,62 @@
+"""Several processes, and some that die, at one cache."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers.gguf_file import make_gguf
+
+from rankwise.assets.base import resolve_base
+from rankwise.settings import Settings
+
+RESOLVE = """
+import sys, torch
+torch.set_num_threads(1)
+from rankwise.assets import conversion
+from rankwise.assets.base import resolve_base
+from rankwise.settings import Settings
+
+convert = conversion._convert
+def announce(path, digest, folder, progress):
+    print("converting", flush=True)
+    convert(path, digest, folder, progress)
+    if len(sys.argv) > 2:
+        print("written", flush=True)
+        sys.stdin.read()
+conversion._convert = announce
+resolve_base(sys.argv[1], None, Settings.load())
+"""
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    return make_gguf(tmp_path / "tiny.gguf")
+
+
+def start(*arguments):
+    command = [sys.executable, "-c", RESOLVE, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_convert_a_gguf_once(gguf):
+    processes = [start(gguf) for _ in range(2)]
+    said = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(said) == ["", "converting\n"]
+
+
+def test_a_conversion_that_was_killed_before_it_was_whole_is_made_anew(gguf):
+    settings = Settings.load()
+    process = start(gguf, "wait")
+    assert [process.stdout.readline() for _ in range(2)] == ["converting\n", "written\n"]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    (left,) = (settings.cache / "bases").iterdir()
+    assert left.name.startswith(".")
+    started = time.time()
+    base = resolve_base(str(gguf), None, settings)
+    assert [path.name for path in (settings.cache / "bases").iterdir()] == [base.path.name]
+    assert (base.path / "model.safetensors").stat().st_mtime > started - 1
