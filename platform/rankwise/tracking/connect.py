@@ -30,14 +30,11 @@ def connect(settings: Settings) -> MlflowClient:
         StorageError: The home cannot be written.
     """
     _quieten()
-    client = MlflowClient(tracking_uri=settings.tracking_uri)
     if settings.local_store:
-        _prepare(settings, client)
-    else:
-        _probe(settings.tracking_uri)
-        with tracking_errors(f"opening the MLflow store {redact(settings.tracking_uri)}"):
-            client.search_experiments(max_results=1)
-    return client
+        return _prepare(settings)
+    _probe(settings.tracking_uri)
+    with tracking_errors(f"opening the MLflow store {redact(settings.tracking_uri)}"):
+        return _client(settings)
 
 
 def _quieten() -> None:
@@ -47,20 +44,27 @@ def _quieten() -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
-def _prepare(settings: Settings, client: MlflowClient) -> None:
-    # Two processes on a fresh database race in MLflow's migrations, and one of them dies.
+def _client(settings: Settings) -> MlflowClient:
+    # Making the client of a database already runs the migrations; the search proves that it answers.
+    client = MlflowClient(tracking_uri=settings.tracking_uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def _prepare(settings: Settings) -> MlflowClient:
     with storage_errors(settings.home, "opening the MLflow store"):
         settings.home.mkdir(parents=True, exist_ok=True)
         settings.artifacts.mkdir(exist_ok=True)
+        # Two processes on a fresh database race in MLflow's migrations, and one of them dies.
         lock = FileLock(settings.home / ".mlflow.lock")
         with lock, tracking_errors(f"opening {settings.home / 'mlflow.db'}"):
             try:
-                client.search_experiments(max_results=1)
+                return _client(settings)
             except MlflowException as error:
                 if "out-of-date database schema" not in str(error):
                     raise
-                _upgrade(settings)
-                client.search_experiments(max_results=1)
+            _upgrade(settings)
+            return _client(settings)
 
 
 def _upgrade(settings: Settings) -> None:

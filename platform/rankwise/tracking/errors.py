@@ -58,9 +58,16 @@ def tracking_errors(doing: str) -> Iterator[None]:
         doing: What was being done, for the message: "creating the experiment 'x'".
 
     Raises:
-        TrackingError: In place of `MlflowException` and of every error of `requests`.
+        TrackingError: In place of `MlflowException` and of every error of `requests` and of the store's database.
     """
     try:
         yield
-    except (MlflowException, requests.RequestException) as error:
+    except Exception as error:
+        if not isinstance(error, (MlflowException, requests.RequestException)) and not _of_the_database(error):
+            raise
         raise TrackingError(f"{doing}: {describe(error)}") from error
+
+
+def _of_the_database(error: BaseException) -> bool:
+    # By name, since the queue's store is the only user of SQLAlchemy; MLflow lets its errors through while connecting.
+    return type(error).__module__.partition(".")[0] == "sqlalchemy"

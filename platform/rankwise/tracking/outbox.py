@@ -63,6 +63,7 @@ class Outbox:
         self.tracking_uri: str = header["tracking_uri"]
         self._descriptor = descriptor
         self._lock = threading.Lock()
+        self.closed = False
         self._size = os.fstat(descriptor).st_size
         self._offset = max(start, self._stored_offset())
         self._end = self._size if self._offset >= self._size else self._last_newline()
@@ -224,6 +225,7 @@ class Outbox:
         else:
             self.sync()
         os.close(self._descriptor)
+        self.closed = True
 
     def _stored_offset(self) -> int:
         try:

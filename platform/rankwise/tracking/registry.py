@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from rankwise.tracking.errors import tracking_errors
 JOB = "rankwise.job"
 _PAGE = 1000
 _LOGGED_MODEL = re.compile(r"m-[0-9a-f]{32}")
+_LOGGED_SOURCE = re.compile(r"models:/(m-[0-9a-f]{32})")
+_VERSIONS = "mlflow.modelVersions"
 _FORMS = "`models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/m-ID` or `runs:/RUN_ID/NAME`"
 
 
@@ -28,7 +31,7 @@ class ModelVersion:
         version: Its number.
         run_id: The run that made it.
         model_id: The LoggedModel behind it (`m-...`).
-        source: Where its files are.
+        source: What was registered; `models:/m-...` for a LoggedModel.
         status: MLflow's: READY when it can be loaded.
         tags: Texts.
         aliases: All that point to it.
@@ -57,7 +60,9 @@ class ModelVersion:
             name=version.name,
             version=int(version.version),
             run_id=version.run_id or None,
-            model_id=version.model_id or None,
+            # SQL stores keep it in the source only.
+            model_id=version.model_id
+            or (match[1] if (match := _LOGGED_SOURCE.fullmatch(version.source or "")) else None),
             source=version.source or "",
             status=version.status,
             tags=dict(version.tags),
@@ -72,7 +77,7 @@ class ResolvedModel:
 
     Attributes:
         uri: Fixed: an alias is resolved to its version.
-        source: Where the files are.
+        source: Where the files are, or the `models:/m-...` that was registered.
         run_id: The run that made it, where known.
         model_id: The LoggedModel, where there is one.
         version: The version, for URIs of registered models.
@@ -104,23 +109,21 @@ class Registry:
     def create_version(
         self,
         name: str,
-        source: str,
+        model_id: str,
         *,
-        run_id: str,
-        model_id: str | None = None,
+        run_id: str | None = None,
         tags: Mapping[str, str] | None = None,
         job: str | None = None,
         description: str | None = None,
     ) -> ModelVersion:
-        """Register files as a version, or return the version that this job has registered already.
+        """Register a LoggedModel as a version, or return the version that this job has registered already.
 
         MLflow has no compare-and-set: two processes that do this for one job at the same time make two versions.
 
         Args:
             name: Of the registered model, created if need be.
-            source: Where the files are.
-            run_id: The run that made it.
-            model_id: The LoggedModel.
+            model_id: The LoggedModel (`m-...`); it is told of its version, so that the UI links both.
+            run_id: The run that made it; the LoggedModel's own when left out.
             tags: Set at creation.
             job: The tag `rankwise.job`, by which a repetition finds what it did before.
             description: Markdown.
@@ -131,8 +134,12 @@ class Registry:
         values = {**(tags or {}), **({} if job is None else {JOB: job})}
         with tracking_errors(f"registering a version of {name!r}"):
             version = self._client.create_model_version(
-                name, source, run_id, tags=values, description=description, model_id=model_id
+                name, f"models:/{model_id}", run_id, tags=values, description=description, model_id=model_id
             )
+            model = self._client.get_logged_model(model_id)
+            links = json.loads(model.tags.get(_VERSIONS, "[]"))
+            links.append({"name": name, "version": int(version.version)})
+            self._client.set_logged_model_tags(model_id, {_VERSIONS: json.dumps(links)})
         return ModelVersion.of(version)
 
     def versions(self, name: str) -> list[ModelVersion]:

@@ -50,6 +50,7 @@ class Run:
         started_ms: int,
         outbox: Outbox,
         sender: Sender,
+        params: Mapping[str, str] | None = None,
         known: frozenset[tuple[str, int]] = frozenset(),
         on_end: Callable[[Run], None] | None = None,
     ) -> None:
@@ -62,6 +63,7 @@ class Run:
             started_ms: When the run began, milliseconds since 1970.
             outbox: Where records go.
             sender: Who delivers them.
+            params: What earlier attempts wrote.
             known: (key, step) pairs that an earlier attempt wrote: a step that is redone after an interruption is not
                 written twice.
             on_end: Called before the run ends, perhaps more than once.
@@ -72,6 +74,7 @@ class Run:
         self.started_ms = started_ms
         self._outbox = outbox
         self._sender = sender
+        self._params = dict(params or {})
         self._known = known
         self._on_end = on_end
         self._keys: set[str] = set()
@@ -105,9 +108,21 @@ class Run:
         self._append({"m": points, "s": step, "t": timestamp_ms or time.time_ns() // 1_000_000})
 
     def params(self, params: Mapping[str, Scalar]) -> None:
-        """Parameters: written once, the same value again is fine, another one is refused. None is left out."""
-        if values := _texts(params):
-            self._append({"params": values})
+        """Parameters, which are written once: the same value again is fine. None is left out.
+
+        Raises:
+            ValueError: A parameter has another value already.
+        """
+        values = _texts(params)
+        for key, value in values.items():
+            if (before := self._params.get(key, value)) != value:
+                raise ValueError(
+                    f"param {key!r} of run {self.run_id} is {before!r} and cannot become {value!r}: MLflow writes "
+                    "params once; what may change from one attempt to the next is a tag"
+                )
+        if new := {key: value for key, value in values.items() if key not in self._params}:
+            self._append({"params": new})
+            self._params |= new
 
     def tags(self, tags: Mapping[str, Scalar]) -> None:
         """Tags; the last value counts. None is left out."""

@@ -21,6 +21,8 @@ _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 # While somebody waits for a drain, a server that came back must be noticed within its time limit.
 _LONGEST_PAUSE_DRAINING = 2.0
+# How long `remove` waits for a request under way; MLflow's client retries a dead server for minutes.
+_HANGING_SECONDS = 5.0
 
 Deliver = Callable[[MlflowClient, str, Path, Batch], None]
 
@@ -96,7 +98,7 @@ class Sender:
         """Stop delivering an outbox, close it, and return why lines of it were refused."""
         with self._changed:
             # A batch on its way is let finish, for a while: its offset would be lost otherwise.
-            self._changed.wait_for(lambda: self._busy is not outbox, timeout=5.0)
+            self._changed.wait_for(lambda: self._busy is not outbox, timeout=_HANGING_SECONDS)
             busy = self._busy is outbox
             post = self._posts.pop(outbox)
         if not busy:

@@ -165,7 +165,7 @@ class Store:
                 tags={key: str(value) for key, value in merged.items() if value is not None},
                 run_name=name,
             )
-        run = self._open_run(created.info.run_id, experiment_id, name, started, frozenset(), system_metrics)
+        run = self._open_run(created.info.run_id, experiment_id, name, started, system_metrics)
         run.params(params or {})
         return run
 
@@ -193,7 +193,9 @@ class Store:
         keys = [key for key in record.metrics if not key.startswith(PREFIX)]
         curves = metric_histories(self.client, [run_id], keys)[run_id]
         known = frozenset((key, point.step) for key, points in curves.items() for point in points)
-        run = self._open_run(run_id, record.experiment_id, record.name, record.started_ms, known, system_metrics)
+        run = self._open_run(
+            run_id, record.experiment_id, record.name, record.started_ms, system_metrics, known, record.params
+        )
         run.restart()
         return run
 
@@ -245,8 +247,9 @@ class Store:
         experiment_id: str,
         name: str,
         started_ms: int,
-        known: frozenset[tuple[str, int]],
         system_metrics: bool,
+        known: frozenset[tuple[str, int]] = frozenset(),
+        params: Mapping[str, str] | None = None,
     ) -> Run:
         outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri)
         self._sender.add(outbox)
@@ -257,6 +260,7 @@ class Store:
             started_ms=started_ms,
             outbox=outbox,
             sender=self._sender,
+            params=params,
             known=known,
             on_end=self._forget,
         )

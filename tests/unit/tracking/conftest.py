@@ -1,0 +1,24 @@
+"""A store on a copied database, closed at the end; deliveries are quick."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.local_store import prepared_home
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return prepared_home(tmp_path / "home")
+
+
+@pytest.fixture
+def store(settings):
+    from rankwise.tracking.store import Store
+
+    with Store.open(settings, interval=0.1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def experiment(store):
+    return store.experiment("diamonds")

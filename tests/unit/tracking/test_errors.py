@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+
+from rankwise.exceptions import TrackingError
+from rankwise.tracking.errors import UndeliverableError, is_final, tracking_errors
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MlflowException("no such run"), r"^reading: no such run$"),
+        (requests.ConnectionError("refused"), r"^reading: refused \(check MLFLOW_TRACKING_URI"),
+        (MlflowException("API request to x failed with exception y"), "check MLFLOW_TRACKING_URI"),
+        (MlflowException("failed with error code 401"), "check MLFLOW_TRACKING_USERNAME"),
+        (MlflowException("Detected out-of-date database schema (found a)"), "mlflow db upgrade"),
+        (MlflowException("database is locked"), "another process holds the database"),
+        (MlflowException("https://u:p@host is away"), r"https://\[redacted\]@host"),
+        (MlflowException("x" * 5000), r"x \.\.\.$"),
+    ],
+)
+def test_errors_of_mlflow_and_the_network_become_one_line_with_advice(error, message):
+    with pytest.raises(TrackingError, match=message) as caught, tracking_errors("reading"):
+        raise error
+    assert caught.value.__cause__ is error
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_bug_keeps_its_type():
+    with pytest.raises(ZeroDivisionError), tracking_errors("reading"):
+        raise ZeroDivisionError
+
+
+def test_only_a_refusal_is_final():
+    assert is_final(MlflowException("bad", INVALID_PARAMETER_VALUE))
+    assert is_final(UndeliverableError("gone"))
+    assert not is_final(MlflowException("later", TEMPORARILY_UNAVAILABLE))
+    assert not is_final(OSError("network"))

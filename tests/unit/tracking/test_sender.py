@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+
+from rankwise.tracking import sender as module
+from rankwise.tracking.outbox import Outbox
+from rankwise.tracking.sender import Sender
+
+
+class Server:
+    """Stands for MLflow: takes batches, or fails as it is told."""
+
+    def __init__(self):
+        self.steps = []
+        self.error = None
+        self.calls = 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, client, run_id, files, batch):
+        self.calls += 1
+        self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        self.steps += [(run_id, entry.record["s"]) for entry in batch.entries]
+
+
+@pytest.fixture
+def server():
+    return Server()
+
+
+@pytest.fixture
+def sender(server):
+    made = Sender(None, interval=0.05, send=server)
+    yield made
+    server.error = None
+    server.gate.set()
+    made.close(5)
+
+
+def make(tmp_path, sender, run_id="r1"):
+    outbox = Outbox.create(tmp_path, run_id, "x")
+    sender.add(outbox)
+    return outbox
+
+
+def put(outbox, steps):
+    for step in steps:
+        outbox.append({"m": {"loss": 1.0}, "s": step, "t": step})
+
+
+def test_points_travel_in_batches_and_in_order(tmp_path, sender, server):
+    sender._interval = 60  # Only a drain starts a delivery.
+    outbox = make(tmp_path, sender)
+    time.sleep(0.2)
+    put(outbox, range(500))
+    assert sender.drain(outbox, 10)
+    assert server.steps == [("r1", step) for step in range(500)]
+    assert server.calls <= 2
+    assert sender.remove(outbox) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_outage_keeps_everything_and_the_end_of_it_delivers_all(tmp_path, sender, server, caplog):
+    server.error = MlflowException("away", TEMPORARILY_UNAVAILABLE)
+    outbox = make(tmp_path, sender)
+    put(outbox, range(10))
+    began = time.monotonic()
+    assert not sender.drain(outbox, 0.3)
+    assert time.monotonic() - began < 2
+    assert "away" in sender.outage
+    put(outbox, range(10, 20))
+    server.error = None
+    assert sender.drain(outbox, 10)
+    assert server.steps == [("r1", step) for step in range(20)]
+    assert sender.outage is None
+    assert [record.message for record in caplog.records] == [
+        "MLflow takes nothing at the moment, points wait in the outbox: away",
+        "MLflow takes points again",
+    ]
+
+
+@pytest.mark.parametrize("error", [OSError("network"), KeyError("an artifact store's own error"), TimeoutError()])
+def test_errors_of_any_library_are_waited_out(tmp_path, sender, server, error):
+    server.error = error
+    outbox = make(tmp_path, sender)
+    put(outbox, [0])
+    assert not sender.drain(outbox, 0.2)
+    server.error = None
+    assert sender.drain(outbox, 10)
+
+
+def test_a_final_refusal_is_kept_reported_and_does_not_block_the_rest(tmp_path, sender, server):
+    outbox = make(tmp_path, sender)
+    server.error = MlflowException("bad value", INVALID_PARAMETER_VALUE)
+    put(outbox, [0])
+    assert sender.drain(outbox, 10)
+    server.error = None
+    put(outbox, [1])
+    assert sender.drain(outbox, 10)
+    assert server.steps == [("r1", 1)]
+    assert sender.remove(outbox) == ["bad value"]
+    assert '"s":0' in outbox.refused.read_text()
+
+
+def test_a_damaged_line_is_set_aside(tmp_path, sender, server):
+    outbox = make(tmp_path, sender)
+    outbox.append({"unheard": 1})
+    put(outbox, [1])
+    assert sender.drain(outbox, 10)
+    assert server.steps == [("r1", 1)]
+    (refusal,) = sender.remove(outbox)
+    assert "1 damaged lines" in refusal
+
+
+def test_several_runs_are_delivered_side_by_side(tmp_path, sender, server):
+    outboxes = [make(tmp_path, sender, f"r{number}") for number in range(4)]
+    for outbox in outboxes:
+        put(outbox, range(3))
+    assert all(sender.drain(outbox, 10) for outbox in outboxes)
+    assert sorted(server.steps) == [(f"r{number}", step) for number in range(4) for step in range(3)]
+
+
+def test_what_is_left_at_the_close_stays_in_the_file(tmp_path, server):
+    sender = Sender(None, interval=0.05, send=server)
+    server.error = MlflowException("away", TEMPORARILY_UNAVAILABLE)
+    outbox = make(tmp_path, sender)
+    put(outbox, range(3))
+    assert not sender.close(0.2)
+    adopted = Outbox.adopt(outbox.path)
+    assert [entry.record["s"] for entry in adopted.read()] == [0, 1, 2]
+    adopted.close()
+
+
+def test_an_outbox_that_is_removed_while_a_request_hangs_is_closed_by_its_end(tmp_path, sender, server, monkeypatch):
+    server.gate.clear()
+    outbox = make(tmp_path, sender)
+    put(outbox, [0])
+    while not server.calls:
+        time.sleep(0.01)
+    monkeypatch.setattr(module, "_HANGING_SECONDS", 0.1)
+    sender.remove(outbox)
+    assert outbox.path.exists()
+    server.gate.set()
+    deadline = time.monotonic() + 10
+    while outbox.path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_does_not_end_the_thread(tmp_path, sender, server, monkeypatch):
+    from rankwise.exceptions import StorageError
+
+    outbox = make(tmp_path, sender)
+    commit, failures = outbox.commit, []
+
+    def full_once(offset):
+        if not failures:
+            failures.append(offset)
+            raise StorageError("disk full")
+        commit(offset)
+
+    monkeypatch.setattr(outbox, "commit", full_once)
+    put(outbox, [0])
+    assert sender.drain(outbox, 10)
+    assert server.steps == [("r1", 0), ("r1", 0)]  # Sent twice: MLflow keeps one row of it.
