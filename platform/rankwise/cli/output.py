@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,6 +21,12 @@ def print_table(table: Table) -> None:
     """A result for people, on stdout. Into a file or a pipe it is as wide as its content, so that nothing is cut."""
     width = None if sys.stdout.isatty() else max(80, Console(width=10_000).measure(table).maximum)
     Console(file=sys.stdout, width=width, highlight=False).print(table)
+
+
+def show(draw: Callable[[Console], Any]) -> None:
+    """A result that fits itself to the console, on stdout; a file or a pipe is taken for a wide one."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(draw(console))
 
 
 def note(text: str) -> None:

@@ -91,6 +91,9 @@ def _validate(resolution: Resolution) -> tuple[ExperimentSpec | None, list[Probl
         details = error.errors(include_url=False, include_context=False)
         problems = [_translate(detail, resolution) for detail in details]
         reported = {problem.path for problem in resolution.problems} | {as_path(path) for path in resolution.skipped}
+        wrong = {dotted(problem.path) for problem in problems}
+        # With r = 0, an alpha of 2*r is wrong too, but not by itself.
+        reported |= {as_path(path) for path, needs in resolution.needs.items() if needs & wrong}
         return None, [*resolution.problems, *(problem for problem in problems if problem.path not in reported)]
     return spec, list(resolution.problems)
 
@@ -223,6 +226,7 @@ def _duplicates(arms: list[ArmSpec], points: list[Point]) -> list[Problem]:
     problems = []
     for arm, point in zip(arms, points, strict=True):
         if (other := first.setdefault(arm.spec_hash, point)) is not point:
-            text = f"the arms ({other.label}) and ({point.label}) are the same: equal in all that influences the result"
+            one, two = (label or "no override" for label in (other.label, point.label))
+            text = f"({one}) and ({two}) are the same arm: equal in all that influences the result"
             problems.append(Problem(path=point.home, text=f"{text}; remove one, or exclude it with where"))
     return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,11 +90,11 @@ def _axes(parameters: dict[str, Any], problems: list[Problem]) -> dict[str, list
         elif not values:
             problems.append(Problem(path=place, text="must have at least one value, got []"))
         else:
-            problems.extend(
-                Problem(path=(*place, index), text=f"{show(value)} is listed twice; remove one")
-                for index, value in enumerate(values)
-                if any(_same(path, value, other) for other in values[:index])
-            )
+            seen: set[str] = set()
+            for index, value in enumerate(values):
+                if (spelling := _spelling(path, value)) in seen:
+                    problems.append(Problem(path=(*place, index), text=f"{show(value)} is listed twice; remove one"))
+                seen.add(spelling)
             axes[path] = values
     return axes
 
@@ -143,8 +144,7 @@ def _not_swept(path: str) -> str | None:
         return None
     if path in leaves():
         return f"cannot differ between arms; allowed: {', '.join(_groups())}"
-    homes = [known for known in fields if known.rpartition(".")[2] == path]
-    hint = f"; did you mean {' or '.join(map(repr, homes))}?" if homes else did_you_mean(path, fields)
+    hint = did_you_mean(path, fields, elsewhere=fields)
     return f"is not a field that can be swept{hint}; allowed: {', '.join(_groups())}"
 
 
@@ -158,9 +158,8 @@ def _bare(value: Any) -> str:
     return value if isinstance(value, str) else show(value)
 
 
-def _same(path: str, one: Any, other: Any) -> bool:
-    if isinstance(one, bool) != isinstance(other, bool):
-        return False
-    if path == "lora.target_modules" and isinstance(one, list) and isinstance(other, list):
-        return sorted(map(str, one)) == sorted(map(str, other))
-    return bool(plain(one) == plain(other))
+def _spelling(path: str, value: Any) -> str:
+    """One text for each setting: 16 and 16.0, and modules in any order, are the same."""
+    if path == "lora.target_modules" and isinstance(value, list):
+        value = sorted(map(str, value))
+    return json.dumps(plain(value), sort_keys=True)

@@ -37,6 +37,8 @@ class Resolution:
     problems: list[Problem] = field(default_factory=list)
     skipped: set[str] = field(default_factory=set)
     """Fields whose expression has a problem, or needs a field that has one."""
+    needs: dict[str, set[str]] = field(default_factory=dict)
+    """Fields that each expression needs, directly or through other expressions."""
 
 
 def resolve(data: Mapping[str, Any]) -> Resolution:
@@ -56,6 +58,7 @@ def resolve(data: Mapping[str, Any]) -> Resolution:
             result.skipped.add(path)
         else:
             result.expressions[path] = text
+            result.needs[path] = resolver.needs[path]
             section = result.data
             for part in key[:-1]:
                 section = section[part]
@@ -118,6 +121,7 @@ class _Resolver:
         self.data = data
         self.values: dict[str, Any] = {}
         self.stack: list[str] = []
+        self.needs: dict[str, set[str]] = {}
         self.texts = {path: text for path in numbers() if isinstance(text := _peek(data, path), str)}
 
     def value(self, path: str) -> Any:
@@ -142,6 +146,7 @@ class _Resolver:
             raise ExpressionError("a number is written without quotes")
         expression = Expression.parse(text)
         section = path.rpartition(".")[0]
+        self.needs[path] = set()
         result = expression.evaluate({name: self._operand(name, section) for name in expression.names})
         if isinstance(result, float) and result.is_integer() and numbers()[path] == "integer":
             return int(result)
@@ -150,7 +155,7 @@ class _Resolver:
     def _operand(self, name: str, section: str) -> Any:
         path = find_field(name, section)
         try:
-            return self.value(path)
+            value = self.value(path)
         except _Circle as error:
             # Each member of a circle reports it; what only needs a member does not.
             if self.stack[-1] in error.members:
@@ -161,6 +166,8 @@ class _Resolver:
             if path in self.texts:
                 raise Unresolved from None
             raise
+        self.needs[self.stack[-1]] |= {path, *self.needs.get(path, ())}
+        return value
 
 
 def _peek(data: Mapping[str, Any], path: str) -> Any:

@@ -97,7 +97,7 @@ def _steps_or_epochs(view: View) -> Iterator[Problem]:
 def _warmup_within_steps(view: View) -> Iterator[Problem]:
     steps, warmup = view["training.max_steps"], view["training.warmup_steps"]
     if steps is not None and warmup > steps:
-        text = f"must be at most max_steps ({show(steps)}), got {show(warmup)}; a value below 1 is a share of all steps"
+        text = f"must be at most max_steps ({show(steps)}), got {show(warmup)}; below 1 it is a share of all steps"
         yield _at("training.warmup_steps", text)
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.experiment.document import read_document
@@ -23,6 +23,7 @@ def read(text: str):
     return document.data
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=4))
 def test_whatever_is_written_reads_back_the_same(data):
     try:

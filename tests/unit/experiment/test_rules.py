@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+from helpers.definitions import parse
+
+from rankwise.experiment.rules import View, find_problems
+
+
+def data():
+    return copy.deepcopy(parse().document())
+
+
+def messages(document, wrong=()):
+    return [f"{'.'.join(map(str, problem.path))}: {problem.text}" for problem in find_problems(View(document, wrong))]
+
+
+def test_a_good_definition_has_no_problems():
+    document = data()
+    document["lora"]["lora_alpha"] = 16
+    assert messages(document) == []
+
+
+def test_every_rule_speaks_although_others_have_something_to_say():
+    document = data()
+    document["quantization"]["load_in_8bit"] = True
+    document["training"]["num_train_epochs"] = 2
+    document["dataset"]["completion"] = None
+    document["evaluation"]["primary_metric"] = "eval.los"
+    document["lora"]["target_modules"] = ["lm_head"]
+    assert {message.split(":")[0] for message in messages(document)} == {
+        "quantization.load_in_8bit", "training.num_train_epochs", "dataset.completion", "evaluation.primary_metric",
+        "lora.target_modules",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [("training", "max_steps"), ("training",), ("training", "num_train_epochs", 3)])
+def test_a_rule_that_needs_a_wrong_field_is_silent(wrong):
+    document = data()
+    document["training"]["num_train_epochs"] = 2
+    assert messages(document, [wrong]) == []
+
+
+def test_a_section_that_is_there_is_there_although_something_in_it_is_wrong():
+    document = data()
+    document["register"] = {"alias": "latest"}
+    (message,) = messages(document, [("register", "name")])
+    assert message.startswith("register.alias: must not be latest or v1, v2, ...")
+
+
+def test_a_dotted_target_is_judged_by_its_last_part(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "llama"}')
+    document = data()
+    document["base_model_config"] = str(config)
+    document["lora"]["target_modules"] = ["self_attn.q_proj", "mlp.q_proy"]
+    assert messages(document) == [
+        "lora.target_modules: has the unknown module 'mlp.q_proy'; did you mean 'q_proj'?; the model type llama has "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    ]
+
+
+def test_without_a_base_at_hand_module_names_are_left_to_the_plan_and_the_preflight():
+    document = data()
+    document["lora"]["target_modules"] = ["anything"]
+    assert messages(document) == []
+
+
+def test_a_local_base_that_cannot_be_read_is_a_problem_of_the_base(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    document = data() | {"base_model": str(tmp_path), "base_model_revision": None}
+    (message,) = messages(document)
+    assert message.startswith(f"base_model: the header of {tmp_path}/model.safetensors cannot be read: ")
+
+
+def test_a_base_that_is_not_there_yet_can_be_planned_with_a_configuration(tmp_path):
+    document = data() | {"base_model": "/nowhere/base", "base_model_revision": None}
+    assert messages(document) == [
+        "base_model: there is no file or directory /nowhere/base; base_model_config allows to plan without it"
+    ]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert messages(document | {"base_model_config": str(tmp_path / "config.json")}) == []
