@@ -1,0 +1,135 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+from helpers.bases import inject, resolved, settings_in
+from helpers.tiny import make_base
+
+from rankwise.cli.inspect import inspect
+from rankwise.exceptions import AdapterIntegrityError, AssetError
+from rankwise.experiment.schema import QuantizationSpec
+from rankwise.modeling.adapter import WEIGHTS_NAME, save_adapter
+from rankwise.modeling.base import load_base
+
+LLAMA_3_1_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("bases") / "llama", layers=3)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("saved")
+    model = load_base(resolved(base), QuantizationSpec(), settings_in(root), device="cpu").model
+    save_adapter(inject(model), "arm-1", root / "adapter", base_source=str(base), base_revision=None)
+    return root / "adapter"
+
+
+def run(*arguments):
+    return CliRunner().invoke(inspect, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_a_plan_over_llama_3_1_8b_gives_the_numbers_of_the_issue(tmp_path):
+    config = tmp_path / "llama.json"
+    config.write_text(json.dumps(LLAMA_3_1_8B))
+    result = run("--base", config, "--r", 32, "--target-modules", "q_proj,k_proj,v_proj,o_proj", "--json")
+    document = json.loads(result.stdout)
+    assert document["adapter"]["parameters"] == 27_262_976
+    assert document["adapter"]["bytes"] == 109_051_904
+    assert document["adapter"]["layers"][31] == {"layer": 31, "parameters": 851_968}
+    assert document["base"]["parameters"] == 8_030_261_248
+    assert document["base"]["bytes_fp32"] == 32_121_044_992
+    assert document["base"]["bytes_quantized"] == pytest.approx(5.70e9, abs=0.005e9)
+    assert result.stderr == ""
+
+
+def test_a_plan_is_shown_with_identical_layers_folded(tmp_path):
+    config = tmp_path / "llama.json"
+    config.write_text(json.dumps(LLAMA_3_1_8B))
+    result = run("--base", config, "--r", 32, "--target-modules", "q_proj,k_proj,v_proj,o_proj")
+    assert "27,262,976 parameters, 109.05 MB" in result.stdout
+    assert "layers 0 to 31: 32 alike, 851,968 parameters each" in result.stdout
+    assert result.stdout.count("self_attn.k_proj") == 1
+    assert "Linear4bit 4096 -> 1024" in result.stdout
+    assert "lora_A      32 x 4096" in result.stdout
+    assert "lora_B      1024 x 32" in result.stdout
+    assert "32.12 GB" in result.stdout
+    assert "5.70 GB" in result.stdout
+
+
+def test_a_directory_is_taken_apart_over_its_recorded_base_with_measured_memory(adapter, base):
+    document = json.loads(run(adapter, "--json").stdout)
+    assert document["adapter"]["parameters"] == 3 * 896
+    assert document["memory"]["measured"]
+    assert document["memory"]["base_and_adapter"] - document["memory"]["base"] == 4 * 3 * 896
+    assert all(check["ok"] for check in document["checks"])
+    assert len(document["checks"]) == 5
+
+
+def test_measured_memory_is_what_is_estimated(adapter):
+    measured, estimated = (
+        json.loads(run(adapter, "--json", flag).stdout)["memory"] for flag in ("--measure", "--no-measure")
+    )
+    assert {**measured, "measured": False} == estimated
+
+
+def test_the_tree_shows_deltas_and_checks(adapter):
+    text = run(adapter, "--no-measure").stdout
+    assert "layers 0 to 2: 3 alike, 896 parameters each" in text
+    assert "effective rank" in text
+    assert "ok        bytes: header and tensors = file" in text
+    assert "DISAGREE" not in text
+
+
+def test_a_base_that_is_not_at_hand_is_said_and_the_rest_shown(adapter, tmp_path, base):
+    import shutil
+
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/nowhere"}))
+    result = run(moved, "--json")
+    assert json.loads(result.stdout)["base"] is None
+    assert "the base is not at hand" in result.stderr
+    assert json.loads(run(moved, "--json", "--base", base / "config.json").stdout)["base"]["parameters"] > 0
+
+
+def test_a_page_with_plots_is_written(adapter, tmp_path):
+    result = run(adapter, "--no-measure", "--html", tmp_path / "page.html")
+    assert "page with plots" in result.stderr
+    assert "Plotly" in (tmp_path / "page.html").read_text()
+
+
+def test_a_damaged_adapter_is_refused(adapter, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    (copy / WEIGHTS_NAME).write_bytes((copy / WEIGHTS_NAME).read_bytes()[:-1])
+    with pytest.raises(AdapterIntegrityError, match="not a readable safetensors file"):
+        run(copy, "--no-measure")
+
+
+def test_a_model_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(AssetError, match="there is no directory"):
+        run(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "missing: ['--base', '--r', '--target-modules']"),
+        (("--base", "x", "--r", "4"), "missing: ['--target-modules']"),
+        (("model", "--r", "4"), "give only one"),
+        (("--base", "x", "--r", "0", "--target-modules", "q"), "Invalid value for '--r'"),
+        (("--base", "x", "--r", "2", "--target-modules", ","), "names no module"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_says_what_is_missing(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
