@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from helpers.tiny import make_base
 from rankwise.assets.base import ResolvedBase
 from rankwise.data.encoding import Encoded
 from rankwise.experiment.arm import ArmSpec
@@ -15,12 +17,12 @@ from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
 from rankwise.training.values import ArmOutcome, PackObserver, StepRecord
 
-from helpers.tiny import make_base
-
 UNQUANTIZED = {"load_in_4bit": False}
 
 
-def load_tiny(tmp: Path, architecture: Any = "llama", quantization: dict[str, Any] | None = None, **sizes: int) -> LoadedBase:
+def load_tiny(
+    tmp: Path, architecture: Any = "llama", quantization: dict[str, Any] | None = None, **sizes: int
+) -> LoadedBase:
     """A tiny base in fp32, in NF4 with double quantization unless told otherwise."""
     path = make_base(tmp / f"base-{architecture}", architecture, **sizes)
     settings = Settings.load({"RANKWISE_HOME": str(tmp / "home"), "RANKWISE_CACHE": str(tmp / "cache")})
@@ -44,7 +46,12 @@ def make_arm(
         "name": "test",
         "base_model": "./base",
         "base_model_revision": "sha256:" + "0" * 64,
-        "dataset": {"train": "./rows.jsonl", "train_revision": "sha256:" + "1" * 64, "prompt": "{p}", "completion": "{c}"},
+        "dataset": {
+            "train": "./rows.jsonl",
+            "train_revision": "sha256:" + "1" * 64,
+            "prompt": "{p}",
+            "completion": "{c}",
+        },
         "seed": seed,
         "quantization": {"bnb_4bit_compute_dtype": "float32", **(quantization or {})},
         "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **(lora or {})},
@@ -61,14 +68,16 @@ def make_arm(
     return ArmSpec.of(ExperimentSpec.model_validate(document))
 
 
-def make_rows(count: int = 12, *, seed: int = 0, shortest: int = 5, longest: int = 14, vocabulary: int = 300) -> list[Encoded]:
+def make_rows(
+    count: int = 12, *, seed: int = 0, shortest: int = 5, longest: int = 14, vocabulary: int = 300
+) -> list[Encoded]:
     """Rows of random tokens with one to four supervised tokens at the end."""
     draw = np.random.default_rng(seed)
     rows = []
     for index in range(count):
         length = int(draw.integers(shortest, longest + 1))
         supervised = np.zeros(length, dtype=bool)
-        supervised[-int(draw.integers(1, 5)) :] = True
+        supervised[-int(draw.integers(1, min(5, length))) :] = True
         tokens = draw.integers(4, vocabulary, size=length).astype(np.int32)
         rows.append(Encoded(id=f"row-{index}", input_ids=tokens, supervised=supervised))
     return rows

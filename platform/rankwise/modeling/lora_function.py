@@ -87,7 +87,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, slices: list[Slice], matrices: li
         The sum, (B, T, O).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(matrix.requires_grad for matrix in matrices)):
-        return _AddLora.apply(y, x, slices, *matrices)  # type: ignore[no-any-return]
+        return _AddLora.apply(y, x, slices, *matrices)  # type: ignore[no-any-return, no-untyped-call]
     for index, part in enumerate(slices):
         _forward(y, x, part, matrices[2 * index], matrices[2 * index + 1])
     return y

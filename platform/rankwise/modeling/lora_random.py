@@ -98,5 +98,5 @@ def keep_mask(
         drawn = torch.randint(0, _STEPS, shape, generator=generator, device=device, dtype=torch.int32)
         return drawn >= _threshold(p)
     count = int(np.prod(shape))
-    drawn = _words(number, (count + 3) // 4).view("<u2")[:count]
-    return torch.from_numpy(drawn >= np.uint16(_threshold(p))).reshape(shape).to(device)
+    words = _words(number, (count + 3) // 4).view("<u2")[:count]
+    return torch.from_numpy(words >= np.uint16(_threshold(p))).reshape(shape).to(device)

@@ -5,6 +5,7 @@
                                                       optimizer.safetensors
                                                       state.json
                                                       best/           a PEFT directory, where there is a best
+    DIRECTORY/<composition>/aside/arm-<short>/  as in a generation: an arm that was told to leave the pack
     DIRECTORY/<composition>/final/arm-<short>/outcome.json, manifest.json, adapter/, best/
 
 A composition is the set of arms that were started together. One rename publishes all of its arms at one pack step; two
@@ -136,13 +137,17 @@ class Checkpoints:
                 )
         return None
 
-    def newest_elsewhere(self, spec_hash: str) -> ArmState | None:
-        """The newest state of one arm in any other composition."""
-        found: list[ArmState] = []
-        for path in self._root.glob(f"*/step-*/{_arm_name(spec_hash)}"):
-            if path.parent.parent != self.directory and _checked(path.parent) is not None:
-                found.append(_state(path))
-        return max(found, key=lambda state: state.step, default=None)
+    def newest_of(self, spec_hash: str) -> ArmState | None:
+        """The newest state of one arm in any composition."""
+        name = _arm_name(spec_hash)
+        found = [path for path in self._root.glob(f"*/step-*/{name}") if _checked(path.parent) is not None]
+        found += [path for path in self._root.glob(f"*/aside/{name}") if _checked(path, "state.json") is not None]
+        return max(map(_state, found), key=lambda state: state.step, default=None)
+
+    def put_aside(self, arm: LivingArm) -> None:
+        """Write the state of an arm that leaves the pack unfinished."""
+        with whole_directory(self.directory / "aside" / _arm_name(arm.spec_hash)) as temporary:
+            self._save_arm(arm, temporary)
 
     def save_best(self, arm: LivingArm, value: float) -> None:
         """Write the adapter of an arm as its best so far; the next generation takes a copy."""
@@ -197,7 +202,6 @@ class Checkpoints:
         return None if generation is None else generation.states.get(spec_hash)
 
     def _save_arm(self, arm: LivingArm, directory: Path) -> None:
-        directory.mkdir()
         self._save_adapter(arm, directory / "adapter")
         save_file(arm.optimizer_tensors(), directory / "optimizer.safetensors")
         best = None

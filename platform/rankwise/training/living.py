@@ -16,7 +16,7 @@ from rankwise.data.sampler import Sampler
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.adapter import read_adapter
 from rankwise.modeling.lora_random import DropoutKey
-from rankwise.modeling.packed_lora import adapter_parameters, create_adapter
+from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter
 from rankwise.training.schedule import Schedule
 from rankwise.training.values import ArmTask
 
@@ -59,8 +59,12 @@ class LivingArm:
         self.name = create_adapter(model, task.spec)
         self.parameters = adapter_parameters(model, self.name)
         if task.init_adapter is not None:
-            _, tensors = read_adapter(task.init_adapter)
-            self.load(tensors, str(task.init_adapter))
+            try:
+                _, tensors = read_adapter(task.init_adapter)
+                self.load(tensors, str(task.init_adapter))
+            except BaseException:
+                delete_adapter(model, self.name)
+                raise
         # fp32, fused on CPU and CUDA: what transformers' Trainer uses.
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),

@@ -34,6 +34,7 @@ def train_pack(
     directory: Path,
     observer: PackObserver | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    should_leave: Callable[[str], bool] = lambda spec_hash: False,
     evaluate: Evaluate | None = None,
 ) -> dict[str, ArmOutcome]:
     """Train arms together, from their newest checkpoints if there are any.
@@ -48,6 +49,7 @@ def train_pack(
         directory: Root of checkpoints and results; may be shared by all packs of a home.
         observer: Told of steps, evaluations, checkpoints and ends.
         should_stop: Asked before each pack step; when it says True all arms are saved and end as `stopped`.
+        should_leave: The same for a single arm, by spec hash: it ends as `stopped`, the others go on.
         evaluate: Replaces the evaluation at `eval_steps`, for primary metrics that need generation; the default
             computes loss, perplexity and token accuracy over the supervised tokens.
 
@@ -73,7 +75,7 @@ def train_pack(
     with training_mode(base.model, gradient_checkpointing=checkpointing):
         pack = _Pack(base, tasks, checkpoints, observer, evaluate)
         try:
-            return pack.run(should_stop)
+            return pack.run(should_stop, should_leave)
         finally:
             pack.close()
 
@@ -134,14 +136,20 @@ class _Pack:
             delete_adapter(self._base.model, arm.name)
         self._arms = []
 
-    def run(self, should_stop: Callable[[], bool]) -> dict[str, ArmOutcome]:
+    def run(self, should_stop: Callable[[], bool], should_leave: Callable[[str], bool]) -> dict[str, ArmOutcome]:
         """Step until no arm is left or a stop is asked for."""
         stepper = Stepper(self._base.model, install(self._base.model), self._pad_token_id, self._memory)
         assessor = Assessor(self._base.model, install(self._base.model), stepper.logits, self._pad_token_id)
         self._leave_done()
         while self._arms:
-            if should_stop():
-                return self._stop()
+            leaving = [arm for arm in self._arms if should_leave(arm.spec_hash)]
+            if should_stop() or len(leaving) == len(self._arms):
+                self._stop()
+                return self._outcomes
+            for arm in leaving:
+                if self._is_sound(arm):
+                    self._checkpoints.put_aside(arm)
+                    self._part_with(arm, self._stopped(arm))
             self._pack_step += 1
             for spec_hash, result in stepper.step(self._arms).items():
                 if isinstance(result, StepRecord):
@@ -152,25 +160,25 @@ class _Pack:
             self._leave_done()
             if self._arms and self._pack_step % min(arm.task.spec.training.save_steps for arm in self._arms) == 0:
                 self._save()
-        self._checkpoints.drop_generations()
+        if all(outcome.status != "stopped" for outcome in self._outcomes.values()):
+            self._checkpoints.drop_generations()
         return self._outcomes
 
     def _begin(self, tasks: Sequence[ArmTask]) -> None:
         generation = self._checkpoints.newest()
         if generation is not None:
             self._pack_step = generation.pack_step
-            self._outcomes.update(generation.ended)
+            ended = generation.ended.items()
+            self._outcomes.update({each: outcome for each, outcome in ended if outcome.status != "stopped"})
         for task in tasks:
             spec_hash = task.spec.spec_hash
             if spec_hash in self._outcomes:
                 continue
             arm = LivingArm(task, self._base.model)
             self._arms.append(arm)
-            state = (
-                generation.states[spec_hash]
-                if generation is not None
-                else self._checkpoints.newest_elsewhere(spec_hash)
-            )
+            state = None if generation is None else generation.states.get(spec_hash)
+            if generation is None or spec_hash in generation.ended:
+                state = self._checkpoints.newest_of(spec_hash)
             if state is not None:
                 state.restore(arm)
                 logger.info("arm %s goes on from step %d of %d", task.spec.short, arm.step, arm.total_steps)
@@ -182,13 +190,13 @@ class _Pack:
         directory = self._checkpoints.save(self._pack_step, self._arms, self._outcomes)
         self._observer.on_checkpoint(self._pack_step, directory)
 
-    def _stop(self) -> dict[str, ArmOutcome]:
+    def _stop(self) -> None:
         self._save()
-        for arm in self._arms:
-            outcome = self._outcome(arm, "stopped", f"stopped on request after step {arm.step} of {arm.total_steps}")
-            self._outcomes[arm.spec_hash] = outcome
-            self._observer.on_end(outcome)
-        return self._outcomes
+        for arm in list(self._arms):
+            self._part_with(arm, self._stopped(arm))
+
+    def _stopped(self, arm: LivingArm) -> ArmOutcome:
+        return self._outcome(arm, "stopped", f"stopped on request after step {arm.step} of {arm.total_steps}")
 
     def _assess(self, assessor: Assessor) -> None:
         due = [arm for arm in self._arms if _is_due(arm)]
@@ -227,7 +235,9 @@ class _Pack:
         self._leave(arm, self._outcome(arm, "nonfinite", reason, problem.example_ids))
 
     def _leave(self, arm: LivingArm, outcome: ArmOutcome) -> None:
-        outcome = self._checkpoints.finish(arm, outcome)
+        self._part_with(arm, self._checkpoints.finish(arm, outcome))
+
+    def _part_with(self, arm: LivingArm, outcome: ArmOutcome) -> None:
         self._arms.remove(arm)
         delete_adapter(self._base.model, arm.name)
         self._outcomes[arm.spec_hash] = outcome

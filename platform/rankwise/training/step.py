@@ -170,6 +170,7 @@ class Stepper:
             shares.append(len(own) * max(len(row.input_ids) for row in own))
             rows += own
         batch = collate(rows, self._pad_token_id)
+        assert not batch.supervised[:, 0].any(), "nothing predicts the first token of a row"
         row_of, token = batch.supervised.nonzero(as_tuple=True)
         targets = batch.input_ids[row_of, token]
         counts = [int(batch.supervised[each.start : each.stop].sum()) for each in segments]

@@ -1,0 +1,58 @@
+"""Directories are whole or not there."""
+
+import errno
+
+import pytest
+
+from rankwise.exceptions import StorageError
+from rankwise.modeling.manifest import check_manifest
+from rankwise.training.files import remove, sweep, whole_directory
+
+
+def fill(directory, text="one"):
+    (directory / "inner").mkdir()
+    (directory / "inner" / "file.txt").write_text(text)
+
+
+def test_a_finished_directory_has_a_manifest_over_its_files(tmp_path):
+    with whole_directory(tmp_path / "a" / "result") as temporary:
+        fill(temporary)
+    check_manifest(tmp_path / "a" / "result")
+    assert (tmp_path / "a" / "result" / "inner" / "file.txt").read_text() == "one"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["result"]
+
+
+def test_an_error_leaves_nothing_behind_and_the_former_directory_in_place(tmp_path):
+    with whole_directory(tmp_path / "result") as temporary:
+        fill(temporary)
+    with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "result") as temporary:
+        (temporary / "missing" / "file.txt").write_text("two")
+    assert (tmp_path / "result" / "inner" / "file.txt").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_former_directory_is_replaced(tmp_path):
+    for text in ("one", "two"):
+        with whole_directory(tmp_path / "result") as temporary:
+            fill(temporary, text)
+    assert (tmp_path / "result" / "inner" / "file.txt").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path):
+    with (
+        pytest.raises(StorageError, match=r"writing result: cannot write .*free some space"),
+        whole_directory(tmp_path / "result"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    (tmp_path / ".tmp-step-1-99").mkdir()
+    fill(tmp_path / ".tmp-step-1-99")
+    (tmp_path / "step-1").mkdir()
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    remove(tmp_path / "step-1")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,54 @@
+"""The state of the model while it trains."""
+
+import pytest
+import torch
+from helpers.packs import load_tiny
+from torch import nn
+
+from rankwise.exceptions import ConfigError
+from rankwise.training.mode import training_mode
+
+
+def test_only_quantized_layers_are_in_training_mode_and_come_back(base):
+    with training_mode(base.model, gradient_checkpointing=True):
+        training = {type(module).__name__ for module in base.model.modules() if module.training}
+        assert training == {"Linear4bit"}
+        assert all("forward" in layer.__dict__ for layer in base.model.model.layers)
+    assert not any(module.training for module in base.model.modules())
+    assert not any("forward" in layer.__dict__ for layer in base.model.model.layers)
+
+
+def test_checkpointed_blocks_are_run_again_in_backward_and_not_without_gradients(base):
+    calls = []
+    layer = base.model.model.layers[1]
+    hook = layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.randint(4, 300, (2, 5))
+    try:
+        with training_mode(base.model, gradient_checkpointing=True):
+            embedded = base.model.model.embed_tokens(ids).requires_grad_()
+            loss = base.model(inputs_embeds=embedded, use_cache=False).logits.sum()
+            assert len(calls) == 1
+            loss.backward()
+            assert len(calls) == 2
+            with torch.no_grad():
+                base.model(input_ids=ids)
+            assert len(calls) == 3
+    finally:
+        hook.remove()
+
+
+def test_an_architecture_without_blocks_is_refused():
+    with (
+        pytest.raises(ConfigError, match="gradient_checkpointing: Linear has no blocks"),
+        training_mode(nn.Linear(2, 2), gradient_checkpointing=True),
+    ):
+        pass
+
+
+def test_the_bases_own_dropout_stays_off(tmp_path, caplog):
+    model = load_tiny(tmp_path, "gpt_neox").model
+    model.gpt_neox.emb_dropout.p = 0.5
+    ids = torch.randint(4, 300, (2, 5))
+    with caplog.at_level("INFO"), torch.no_grad(), training_mode(model, gradient_checkpointing=False):
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert "the base's own dropout is off" in caplog.text
