@@ -33,6 +33,7 @@ def facts_of(base: LoadedBase) -> BaseFacts:
         fingerprint=base.fingerprint,
         quantization=base.quantization,
         compute_dtype=_name(base.compute_dtype),
+        load_dtype=_name(_load_dtype(base.model) or base.module_dtype),
         module_dtype=_name(base.module_dtype),
         device_type=base.device.type,
     )
@@ -71,6 +72,7 @@ def describe_base(
             fingerprint=fingerprint_base(resolved.path, settings),
             quantization=quantization,
             compute_dtype=_name(compute or module.dtype),
+            load_dtype=_name(_load_dtype(plain) or module.dtype),
             module_dtype=_name(module.dtype),
             device_type=module.device.type,
         ),
@@ -79,7 +81,7 @@ def describe_base(
 
 
 def quantization_of(model: Any) -> tuple[QuantizationSpec, torch.dtype | None]:
-    """How a transformers model is quantized, and what its quantized layers compute in (None where it is not).
+    """How a transformers model is quantized, and what its 4-bit layers compute in (None without any).
 
     Raises:
         ConfigError: It is quantized by something else than bitsandbytes.
@@ -92,7 +94,7 @@ def quantization_of(model: Any) -> tuple[QuantizationSpec, torch.dtype | None]:
     if "bitsandbytes" not in method and not method.startswith("bnb"):
         raise ConfigError(f"the base is quantized by {method}; the flavor records bitsandbytes' 4 and 8 bit, and none")
     if values.get("load_in_8bit"):
-        return QuantizationSpec(load_in_4bit=False, load_in_8bit=True), torch.float16
+        return QuantizationSpec(load_in_4bit=False, load_in_8bit=True), None
     compute = getattr(torch, str(values.get("bnb_4bit_compute_dtype")).removeprefix("torch."))
     return (
         QuantizationSpec(
@@ -151,6 +153,16 @@ def _check_embedding(plain: Any, resolved: ResolvedBase) -> None:
                 f"base {resolved.source} is not the base of the model in memory: tensor {name} differs in "
                 f"{path}; say which base it was loaded from (base=...)"
             )
+
+
+def _load_dtype(model: Any) -> torch.dtype | None:
+    """The dtype that 4-bit weights were quantized from, and come back in; None without any."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            dtype: torch.dtype = state.dtype
+            return dtype
+    return None
 
 
 def _name(dtype: torch.dtype) -> Any:

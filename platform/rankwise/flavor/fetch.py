@@ -200,7 +200,9 @@ def _check_tag(origin: Origin, tag: str, actual: str, what: str) -> None:
 def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
     client = MlflowClient(tracking_uri=tracking_uri)
     found = client.get_model_version(name, version)
-    model_id = getattr(found, "model_id", None) or None
+    # MLflow's SQL store leaves the version's model_id empty; the source names the LoggedModel.
+    named = _MODEL_ID.fullmatch(found.source or "")
+    model_id = found.model_id or (named["id"] if named else None)
     tags = dict(client.get_logged_model(model_id).tags) if model_id else {}
     return Origin(
         uri=f"models:/{name}/{version}",

@@ -6,11 +6,12 @@ import logging
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer
 
 from rankwise.assets.base import ResolvedBase
@@ -21,7 +22,7 @@ from rankwise.flavor.fetch import Fetched, Origin, check, fetch
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.modeling.adapter import load_adapter
 from rankwise.modeling.base import LoadedBase, load_base
-from rankwise.modeling.dtype import default_device
+from rankwise.modeling.dtype import DTYPES, default_device
 from rankwise.modeling.packed_lora import uninstall
 from rankwise.modeling.quiet import quiet_transformers
 from rankwise.settings import Settings
@@ -116,7 +117,10 @@ def load_models(
     base: LoadedBase | None = None,
     tracking_uri: str | None = None,
 ) -> list[LoadedAdapter]:
-    """Load several stored adapters over one base in memory; the first is active. Arguments are those of `load_model`.
+    """Load several stored adapters over one base in memory. Arguments are those of `load_model`.
+
+    The first is active; over a `base` that is in memory already nothing changes in what is active (see
+    `LoadedAdapter.activate`, and `modeling.packed_lora` for batches whose rows go through different adapters).
 
     Raises:
         RankwiseError: As `load_model`; adapters of different bases or quantizations are refused, with both named.
@@ -128,11 +132,15 @@ def load_models(
     chosen = settings or Settings.load()
     with ExitStack() as stack:
         fetched = [stack.enter_context(fetch(uri, tracking_uri)) for uri in uris]
+        fresh = base is None
         if base is None:
             _check_alike(fetched, allow=allow_base_mismatch)
             base = _load_base(fetched[0], base_model, quantization, chosen, device, allow=allow_base_mismatch)
         overrides = [_compare(one, base, allow=allow_base_mismatch) for one in fetched]
-        return [_attach(one, base, found) for one, found in zip(fetched, overrides, strict=True)]
+        loaded = [_attach(one, base, found) for one, found in zip(fetched, overrides, strict=True)]
+        if fresh:
+            loaded[0].activate()
+        return loaded
 
 
 def load_directory(
@@ -153,13 +161,14 @@ def load_directory(
 def activate(model: Any, adapter_name: str) -> None:
     """Give a model peft's own forward, through one adapter; nothing asks for a gradient that did not before."""
     uninstall(model)
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    asking = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():
-        if hasattr(module, "set_adapter") and hasattr(module, "active_adapters") and module is not model:
+        if isinstance(module, BaseTunerLayer):
+            # A layer that has no such adapter is the bare base then.
             module.set_adapter(adapter_name)
-    model.requires_grad_(False)
-    for parameter in asking:
-        parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad != (id(parameter) in asking):
+            parameter.requires_grad_(id(parameter) in asking)
 
 
 def _load_base(
@@ -178,9 +187,22 @@ def _load_base(
     if quantization is None or quantization.bnb_4bit_compute_dtype == "auto":
         target = torch.device(device) if device is not None else default_device()
         # The same dtype on the same type of device gives the same bits; another device decides anew.
-        dtype = facts.compute_dtype if target.type == facts.device_type else "auto"
-        spec = spec.model_copy(update={"bnb_4bit_compute_dtype": dtype})
+        if target.type == facts.device_type:
+            exact = spec.model_copy(update={"bnb_4bit_compute_dtype": facts.compute_dtype})
+            base = load_base(resolved, exact, settings, device=device, module_dtype=facts.load_dtype)
+            return _cast_modules(base, facts.module_dtype)
     return load_base(resolved, spec, settings, device=device)
+
+
+def _cast_modules(base: LoadedBase, dtype: str) -> LoadedBase:
+    """Cast what is not quantized, as peft's `prepare_model_for_kbit_training` does after a base was loaded."""
+    wanted = DTYPES[dtype]
+    if base.module_dtype == wanted:
+        return base
+    for parameter in base.model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(wanted)
+    return replace(base, module_dtype=wanted)
 
 
 def _check_alike(fetched: Sequence[Fetched], *, allow: bool) -> None:

@@ -35,7 +35,9 @@ class BaseFacts:
         fingerprint: The identity of its content.
         quantization: As it was asked for.
         compute_dtype: What quantized layers computed in: `float32`, `bfloat16`, `float16`.
-        module_dtype: The dtype of the modules that are not quantized.
+        load_dtype: What it was loaded in; of quantized layers, what their weights come back in.
+        module_dtype: The dtype of the modules that are not quantized: as `load_dtype`, or what they were cast to
+            (peft's `prepare_model_for_kbit_training` casts them to float32).
         device_type: `cpu`, `cuda`, ...
     """
 
@@ -44,6 +46,7 @@ class BaseFacts:
     fingerprint: Fingerprint
     quantization: QuantizationSpec
     compute_dtype: str
+    load_dtype: str
     module_dtype: str
     device_type: str
 
@@ -87,6 +90,7 @@ class AdapterMetadata:
                 "fingerprint": base.fingerprint.to_dict(),
                 "quantization": base.quantization.model_dump(mode="json"),
                 "compute_dtype": base.compute_dtype,
+                "load_dtype": base.load_dtype,
                 "module_dtype": base.module_dtype,
                 "device_type": base.device_type,
             },
@@ -132,6 +136,7 @@ class AdapterMetadata:
                     fingerprint=Fingerprint.from_dict(base["fingerprint"]),
                     quantization=QuantizationSpec.model_validate(base["quantization"]),
                     compute_dtype=str(base["compute_dtype"]),
+                    load_dtype=str(base["load_dtype"]),
                     module_dtype=str(base["module_dtype"]),
                     device_type=str(base["device_type"]),
                 ),

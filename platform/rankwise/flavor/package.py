@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from mlflow import pyfunc
 from mlflow.models import Model, ModelSignature
 from mlflow.models.utils import _save_example
 from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
@@ -38,8 +37,16 @@ from rankwise.flavor.signature import EXAMPLE, make_signature
 from rankwise.modeling.adapter import WEIGHTS_NAME, read_adapter
 from rankwise.modeling.adapter_config import CONFIG_NAME, write_adapter_config
 from rankwise.modeling.manifest import write_manifest
-from rankwise.modeling.quiet import quiet_transformers
+from rankwise.modeling.quiet import expected_warning, quiet_transformers
 from rankwise.settings import storage_errors
+
+# mlflow.pyfunc says this of a class of its own whenever it is imported.
+_ON_IMPORT = (
+    "\x1b[1;33mAny type hint is inferred as AnyType, and MLflow doesn't validate the data for this type. Please use a "
+    "more specific type hint to enable data validation.\x1b[0m"
+)
+with expected_warning(_ON_IMPORT):
+    from mlflow.pyfunc import add_to_model
 
 # What `predict` may be given at load in place of what is recorded. MLflow ignores keys that are not here.
 MODEL_CONFIG: dict[str, Any] = {"base_model": None, "device": None, "allow_base_mismatch": False}
@@ -127,7 +134,7 @@ def build(
         stored = replace(stored, manifest=write_manifest(directory))
     description.signature = signature if signature is not None else make_signature()
     description.add_flavor(FLAVOR_NAME, **stored.to_section())
-    pyfunc.add_to_model(
+    add_to_model(
         description,
         loader_module="rankwise.flavor",
         conda_env="conda.yaml",

@@ -1,0 +1,84 @@
+"""Every form of the table, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rankwise.exceptions import ConfigError
+from rankwise.flavor.inputs import read_input
+
+A = [{"role": "user", "content": "a"}]
+B = [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]
+
+
+def text(value):
+    return [{"role": "user", "content": value}]
+
+
+@pytest.mark.parametrize(
+    ("data", "chats"),
+    [
+        ("a", [A]),
+        (["a", "b"], [A, text("b")]),
+        (("a",), [A]),
+        ([], []),
+        (A[0], [A]),
+        (A, [A]),
+        (B, [B]),
+        ([A, B], [A, B]),
+        ([{"messages": A}, {"messages": B}], [A, B]),
+        ([{"prompt": "a"}, "b"], [A, text("b")]),
+        ({"messages": B}, [B]),
+        ({"messages": [A, B]}, [A, B]),
+        ({"prompt": "a"}, [A]),
+        ({"prompt": ["a", "b"]}, [A, text("b")]),
+        ({"prompt": np.array(["a", "b"])}, [A, text("b")]),
+        (np.array("a"), [A]),
+        (np.array(["a", "b"]), [A, text("b")]),
+        (np.array([["a"], ["b"]], dtype=object), [A, text("b")]),
+        (np.array(A, dtype=object), [A]),
+        (pd.Series(["a", "b"]), [A, text("b")]),
+        (pd.DataFrame({"prompt": ["a", "b"], "price": [1, 2]}), [A, text("b")]),
+        (pd.DataFrame({"messages": [A, B]}), [A, B]),
+        (pd.DataFrame({"anything": ["a", "b"]}), [A, text("b")]),
+        (pd.DataFrame({0: ["a"]}), [A]),
+        (pd.DataFrame(B), [B]),
+    ],
+)
+def test_every_form_becomes_conversations(data, chats):
+    assert read_input(data) == chats
+
+
+def test_a_recorded_system_prompt_comes_before_texts_and_not_into_chats():
+    assert read_input(["a", B], "be brief") == [[{"role": "system", "content": "be brief"}, A[0]], B]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (7, "got int"),
+        (None, "got NoneType"),
+        (["a", 7], "row 1: must be a text or a chat, got int"),
+        (["a", float("nan")], "row 1: must be a text or a chat, got float"),
+        (["a", ""], "row 1: the text is empty"),
+        (["a", []], "row 1: must be a text or a chat, got an empty list"),
+        (
+            [[{"role": "user"}]],
+            r"row 0: message 0 must have 'role' and 'content', both texts; got a dict with the keys",
+        ),
+        ([[*A, "b"]], "row 0: message 1 must have 'role' and 'content', both texts; got str"),
+        ({"text": "a"}, "must have the key 'messages' or 'prompt' and no other; got text"),
+        ({"prompt": "a", "temperature": 1}, "parameters such as max_new_tokens go into params"),
+        ([{"messages": [A, B]}], "row 0: a dict inside a list must hold one text or one chat"),
+        (np.zeros((2, 3)), r"one dimension, or one column; got the shape \(2, 3\)"),
+        (
+            pd.DataFrame({"a": ["x"], "b": ["y"]}),
+            "needs a column 'messages' or 'prompt', or a single column; it has a, b",
+        ),
+    ],
+)
+def test_anything_else_is_refused_with_the_row_and_what_it_is(data, message):
+    with pytest.raises(ConfigError, match=message):
+        read_input(data)
