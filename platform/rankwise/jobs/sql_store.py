@@ -83,18 +83,25 @@ class SqlJobStore:
                         [{**row, "created_at": now(), "updated_at": now(), "not_before": 0.0} for row in rows]
                     )
                 )
-                if again:
-                    for kind in {job.kind for job in part}:
-                        hashes = [job.spec_hash for job in part if job.kind == kind]
-                        connection.execute(
-                            update(JobRow)
-                            .where(
-                                JobRow.kind == str(kind),
-                                JobRow.spec_hash.in_(hashes),
-                                JobRow.state.in_([str(JobState.FAILED), str(JobState.CANCELLED)]),
-                            )
-                            .values(**_queued(), failures=0, lost=0, error=None, cancel_requested=False, pack_id=None)
+                for job in part if again else ():
+                    connection.execute(
+                        update(JobRow)
+                        .where(
+                            JobRow.kind == str(job.kind),
+                            JobRow.spec_hash == job.spec_hash,
+                            JobRow.state.in_([str(JobState.FAILED), str(JobState.CANCELLED)]),
                         )
+                        .values(
+                            **_queued(),
+                            spec=job.spec,
+                            experiment=job.experiment,
+                            failures=0,
+                            lost=0,
+                            error=None,
+                            cancel_requested=False,
+                            pack_id=None,
+                        )
+                    )
             stored = self._by_hash(connection, jobs)
             ordered = [stored[job.kind, job.spec_hash] for job in jobs]
             after = [

@@ -24,7 +24,7 @@ class JobStore(Protocol):
 
         Args:
             jobs: What to add. `after` holds ids of jobs that must have succeeded first.
-            again: Put a failed or cancelled job back into the queue with its counts at zero.
+            again: Put a failed or cancelled job back into the queue, with the spec given and its counts at zero.
 
         Returns:
             The jobs as they now stand, in the order given.

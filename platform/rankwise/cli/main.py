@@ -1,0 +1,82 @@
+"""The command `rankwise`: groups its subcommands, and turns errors into messages and exit codes.
+
+Exit codes: 0 ok, 1 a job failed or was refused, 2 usage or configuration, 3 environment, 130 interrupted. Human text
+goes to stderr, results to stdout. Subcommands are imported when they are called, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from rankwise import __version__
+from rankwise.exceptions import RankwiseError
+
+INTERRUPTED = 130
+_COMMANDS = {
+    "validate": ("rankwise.cli.experiment:validate", "Check an experiment file."),
+    "plan": ("rankwise.cli.experiment:plan", "Show the arms of an experiment, their hashes and what they cost."),
+    "schema": ("rankwise.cli.experiment:schema", "Print the JSON Schema of experiment files."),
+    "run": ("rankwise.cli.run:run", "Train, register, evaluate and compare all arms of an experiment."),
+    "compare": ("rankwise.cli.compare:compare", "Compare the arms of an experiment across ranks."),
+    "jobs": ("rankwise.cli.jobs:jobs", "List, show and cancel jobs."),
+    "inspect": ("rankwise.cli.inspect:inspect", "Show the anatomy of an adapter over its base."),
+    "pull": ("rankwise.cli.registry:pull", "Fetch a registered adapter as a plain PEFT directory."),
+    "bases": ("rankwise.cli.bases:bases", "List, add, verify and prune bases on this machine."),
+    "ui": ("rankwise.cli.ui:ui", "Open the MLflow UI on the store of this project."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a subcommand when it is needed."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module, _, attribute = _COMMANDS[name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="rankwise")
+def cli() -> None:
+    """Which LoRA rank does the job? QLoRA sweeps over one 4-bit base, tracked and registered with MLflow."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="rankwise", standalone_mode=False
+        )
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except RankwiseError as error:
+        click.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has gone; Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

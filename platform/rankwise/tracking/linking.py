@@ -1,0 +1,56 @@
+"""Results of a run as results of the LoggedModel that it made, so that the Models tab shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from rankwise.tracking.errors import tracking_errors
+
+
+def link_metrics(
+    client: MlflowClient,
+    run_id: str,
+    model_id: str,
+    keys: Collection[str],
+    step: int,
+    *,
+    dataset_name: str | None = None,
+    dataset_digest: str | None = None,
+) -> None:
+    """Give a LoggedModel the points that a run has at `step`.
+
+    The points keep their own times: MLflow takes one with another time for a second point of the curve.
+
+    Args:
+        client: Of the store.
+        run_id: The run; what it buffers must have been delivered.
+        model_id: The LoggedModel.
+        keys: Which metrics; those that the run does not have at `step` are passed over.
+        step: Of the run.
+        dataset_name: What was evaluated on.
+        dataset_digest: Its digest.
+
+    Raises:
+        TrackingError: The store cannot be reached or refuses.
+    """
+    with tracking_errors(f"linking results to {model_id}"):
+        points = [
+            Metric(
+                key=point.key,
+                value=point.value,
+                timestamp=point.timestamp,
+                step=point.step,
+                run_id=run_id,
+                model_id=model_id,
+                dataset_name=dataset_name,
+                dataset_digest=dataset_digest,
+            )
+            for key in keys
+            for point in client.get_metric_history(run_id, key)
+            if point.step == step and point.model_id is None
+        ]
+        if points:
+            client.log_batch(run_id, metrics=points)
