@@ -19,6 +19,8 @@ _BLOCK = 4 << 20
 # A write in the same tick of the file system's clock leaves ctime as it is: what is younger is not remembered.
 _CLOCK_TICK_NS = 50_000_000
 _THREADS = 4
+# Below this a bar comes and goes within half a second on any disk.
+_WORTH_A_BAR = 256 << 20
 
 
 def file_digest(path: Path, settings: Settings, *, verify: bool = False, progress: Progress = SILENT) -> str:
@@ -119,7 +121,8 @@ def visible_files(path: Path) -> list[Path]:
 def _read(path: Path, size: int, progress: Progress) -> str:
     sha256 = hashlib.sha256()
     buffer = memoryview(bytearray(min(_BLOCK, max(size, 1))))
-    with path.open("rb", buffering=0) as file, progress.task(f"hashing {path.name}", size) as advance:
+    shown = progress if size >= _WORTH_A_BAR else SILENT
+    with path.open("rb", buffering=0) as file, shown.task(f"hashing {path.name}", size) as advance:
         while count := file.readinto(buffer):
             sha256.update(buffer[:count])
             advance(count)

@@ -7,10 +7,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from rankwise.settings import Settings, fsync_directory, storage_errors
 
@@ -71,6 +71,24 @@ def remove_entry(entry: Path, settings: Settings) -> int:
         return size
 
 
+def remove_leftovers(root: Path, settings: Settings) -> int:
+    """Remove what processes that died left half-built below `root`, and return the bytes it held.
+
+    What another process is building now is left alone.
+
+    Raises:
+        StorageError: It cannot be removed.
+    """
+    freed = 0
+    for temporary in sorted(root.glob(".*.tmp")):
+        entry = root / temporary.name.removeprefix(".").removesuffix(".tmp")
+        with storage_errors(temporary, "removing leftovers"), suppress(Timeout), _lock(entry, settings).acquire(0):
+            if temporary.is_dir():
+                freed += tree_size(temporary)
+                shutil.rmtree(temporary)
+    return freed
+
+
 def tree_size(path: Path) -> int:
     """The bytes of all files below a directory; a link counts as what it points to."""
     return sum(
@@ -104,11 +122,7 @@ def fsync_tree(path: Path) -> None:
 
 @contextmanager
 def _locked(entry: Path, settings: Settings, doing: str) -> Iterator[None]:
-    # The locks lie apart: a lock file inside or beside the entries would be one more thing that listings must know.
-    name = hashlib.sha256(str(entry).encode()).hexdigest()[:32]
-    path = settings.cache / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock = _lock(entry, settings)
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
@@ -118,3 +132,11 @@ def _locked(entry: Path, settings: Settings, doing: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _lock(entry: Path, settings: Settings) -> BaseFileLock:
+    # The locks lie apart: a lock file inside or beside the entries would be one more thing that listings must know.
+    name = hashlib.sha256(str(entry).encode()).hexdigest()[:32]
+    path = settings.cache / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)

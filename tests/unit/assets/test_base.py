@@ -3,6 +3,7 @@ import shutil
 import pytest
 from helpers.tiny import make_base
 
+from rankwise.assets import digest
 from rankwise.assets.base import local_bases, resolve_base
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.settings import Settings
@@ -82,7 +83,11 @@ def test_a_directory_without_weights_is_refused(settings, tmp_path):
         resolve_base(str(tmp_path), None, settings)
 
 
-def test_hashing_tells_how_far_it_is(base, settings, recorder):
+def test_hashing_tells_how_far_it_is_if_it_takes_long(base, settings, recorder, monkeypatch):
+    resolve_base(str(base), None, settings, recorder)
+    assert recorder.done == {}
+    monkeypatch.setattr(digest, "_WORTH_A_BAR", 0)
+    shutil.rmtree(settings.cache)
     resolve_base(str(base), None, settings, recorder)
     size = (base / "model.safetensors").stat().st_size
     assert recorder.done["hashing model.safetensors"] == (size, size, "B")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.assets import entry as entries
-from rankwise.assets.entry import ensure_entry, remove_entry, tree_size
+from rankwise.assets.entry import ensure_entry, remove_entry, remove_leftovers, tree_size
 from rankwise.exceptions import AssetError, StorageError
 from rankwise.settings import Settings
 
@@ -153,3 +153,16 @@ def test_removing_an_entry_tells_its_size(settings, path):
     assert remove_entry(path, settings) == len("content")
     assert not path.exists()
     assert no_traces(settings)
+
+
+def test_leftovers_are_removed_but_not_those_of_a_process_that_lives(settings, path):
+    process = subprocess.Popen([sys.executable, "-c", BUILDER, "60"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "building\n"
+    (path.parent / ".y.tmp").mkdir()
+    (path.parent / ".y.tmp" / "half").write_text("half")
+    assert remove_leftovers(path.parent, settings) == 4
+    assert [left.name for left in path.parent.iterdir()] == [".x.tmp"]
+    process.kill()
+    process.communicate()
+    remove_leftovers(path.parent, settings)
+    assert list(path.parent.iterdir()) == []

