@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,7 +76,7 @@ def base_config(spec: ExperimentSpec) -> Path | None:
         return Path(spec.base_model_config)
     source = parse_source(spec.base_model)
     if isinstance(source, LocalSource):
-        config = Path(source.path).expanduser() / "config.json"
+        config = Path(os.path.expanduser(source.path)) / "config.json"
         return config if config.is_file() else None
     return None
 

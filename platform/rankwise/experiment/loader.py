@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +125,19 @@ def _make_paths_absolute(document: Document, directory: Path) -> None:
         if path[-1] == "chat_template" and text in BUILT_IN_TEMPLATES:
             continue
         if path[-1] in {"base_model_config", "chat_template"} or _is_path(text, home):
-            section[path[-1]] = text = str((home / Path(text).expanduser()).absolute())
-        if path[-1] == "chat_template" and Path(text).is_file():
-            # The hash covers what the template says, so a changed file is another arm.
-            section.setdefault("chat_template_revision", file_pin(Path(text)))
+            section[path[-1]] = text = os.path.abspath(home / os.path.expanduser(text))
+        if path[-1] == "chat_template" and os.path.isfile(text):
+            # The hash covers what the template says, so a changed file is another arm. A file that cannot be read is
+            # reported with the other problems.
+            with suppress(OSError):
+                section.setdefault("chat_template_revision", file_pin(text))
 
 
 def _is_path(text: str, home: Path) -> bool:
+    if text.startswith("pypi:"):
+        return False
     try:
-        return isinstance(parse_source(text), LocalSource) or (not text.startswith("pypi:") and (home / text).exists())
+        local = isinstance(parse_source(text), LocalSource)
     except ValueError:
-        return (home / text).exists()
+        local = False
+    return local or os.path.exists(home / text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,19 +120,31 @@ def training_rows(arm: ArmSpec, rows: int | None) -> int | None:
 
 
 def count_rows(source: str) -> int | None:
-    """Rows of a local JSONL, CSV or TSV file that is small enough to count at once; None for anything else."""
+    """Rows of a local JSONL, CSV or TSV file that is small enough to count at once; None for anything else.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no such table.
+    """
     parsed = parse_source(source)
     if not isinstance(parsed, LocalSource):
         return None
-    path = Path(parsed.path).expanduser()
+    path = Path(os.path.expanduser(parsed.path))
     suffix = path.suffix.lower()
     if suffix not in {".jsonl", ".ndjson", ".csv", ".tsv"} or not path.is_file():
         return None
     if path.stat().st_size > MAX_COUNTED_BYTES:
         return None
+    try:
+        return _count_lines(path, suffix)
+    except (OSError, csv.Error) as error:
+        raise ConfigError(f"dataset.train: the rows of {path} cannot be counted: {error}") from error
+
+
+def _count_lines(path: Path, suffix: str) -> int:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         if suffix in {".jsonl", ".ndjson"}:
             return sum(1 for line in file if line.strip())
-        # A quoted cell may hold line breaks, so lines are not rows.
+        # A quoted cell may hold line breaks, so lines are not rows; and it may be longer than the module's 128 KiB.
+        csv.field_size_limit(MAX_COUNTED_BYTES)
         rows = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
         return max(0, sum(1 for row in rows if row) - 1)

@@ -7,6 +7,7 @@ can speak does, whatever else is wrong.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import string
 from collections.abc import Callable, Collection, Iterator
@@ -191,19 +192,28 @@ def _chat_template_is_there(view: View) -> Iterator[Problem]:
         if pin is not None:
             yield _at("dataset.chat_template_revision", "is the pin of a template's file, but chat_template names none")
         return
-    path = Path(template)
-    if not path.is_file():
-        hint = did_you_mean(path.name, BUILT_IN_TEMPLATES)
+    if not os.path.isfile(template):
+        hint = did_you_mean(os.path.basename(template), BUILT_IN_TEMPLATES)
         text = f"must be chatml, plain, or a Jinja file; there is no file {template}{hint}"
         yield _at("dataset.chat_template", text)
-    elif (actual := file_pin(path)) != pin and pin is not None:
+        return
+    try:
+        actual = file_pin(template)
+    except OSError as error:
+        yield _at("dataset.chat_template", f"{template} cannot be read: {error.strerror}")
+        return
+    if pin is not None and actual != pin:
         text = f"{template} is not what its pin says: it has {actual}; remove the pin or restore the file"
         yield _at("dataset.chat_template_revision", text)
 
 
-def file_pin(path: Path) -> str:
-    """The pin of a small file."""
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+def file_pin(path: str) -> str:
+    """The pin of a small file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 
 
 def _source(path: str, text: str) -> tuple[Source | None, list[Problem]]:
@@ -231,12 +241,12 @@ def _base_is_a_source(view: View) -> Iterator[Problem]:
     if isinstance(source, PypiSource) and not source.member.lower().endswith(".gguf"):
         yield _at("base_model", f"must name a .gguf file of the wheel, got {show(source.member)}")
     if isinstance(source, LocalSource):
-        path = Path(source.path).expanduser()
-        if path.is_file() and path.suffix.lower() != ".gguf":
+        path = os.path.expanduser(source.path)
+        if os.path.isfile(path) and not path.lower().endswith(".gguf"):
             yield _at("base_model", f"must be a directory or a .gguf file, got the file {show(text)}")
-        elif path.is_dir() and not (path / "config.json").is_file():
+        elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             yield _at("base_model", f"must be a directory with a model's config.json, {show(text)} has none")
-        elif not path.exists() and view["base_model_config"] is None:
+        elif not os.path.exists(path) and view["base_model_config"] is None:
             yield _at(
                 "base_model", f"there is no file or directory {text}; base_model_config allows to plan without it"
             )
@@ -247,7 +257,7 @@ def _base_config_is_there(view: View) -> Iterator[Problem]:
     config = view["base_model_config"]
     if config is None:
         return
-    if not Path(config).is_file():
+    if not os.path.isfile(config):
         yield _at("base_model_config", f"must be a config.json; there is no file {config}")
         return
     try:
@@ -280,7 +290,7 @@ def _data(path: str, text: str, revision: str | None) -> Iterator[Problem]:
     yield from _pin(f"{path}_revision", source, revision)
     if text.lower().endswith(".gguf"):
         yield _at(path, f"must be a table of rows, got the model file {show(text)}")
-    elif isinstance(source, LocalSource) and not Path(source.path).expanduser().exists():
+    elif isinstance(source, LocalSource) and not os.path.exists(os.path.expanduser(source.path)):
         yield _at(path, f"there is no file or directory {text}")
 
 
@@ -314,9 +324,9 @@ def _targets_are_linear_modules(view: View) -> Iterator[Problem]:
 def _known_targets(view: View, names: list[str]) -> Iterator[Problem]:
     source, _ = _source("base_model", view["base_model"])
     config = view["base_model_config"]
-    base = Path(source.path).expanduser() if isinstance(source, LocalSource) else None
+    base = Path(os.path.expanduser(source.path)) if isinstance(source, LocalSource) else None
     try:
-        known = known_modules(base if base and base.is_dir() else None, Path(config) if config else None)
+        known = known_modules(base if base and os.path.isdir(base) else None, Path(config) if config else None)
     except ValueError as error:
         # A wrong base_model_config has been reported by its own rule.
         if config is None:

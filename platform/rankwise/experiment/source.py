@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def parse_source(text: str) -> Source:
         if member.startswith("/") or ".." in member.split("/"):
             raise ValueError(f"the member of a wheel must be a relative path without '..', got {member!r}")
         return PypiSource(found["distribution"], found["version"], member)
-    if text.startswith((".", "/", "~")) or text.lower().endswith(DATA_SUFFIXES) or (text and Path(text).exists()):
+    if text.startswith((".", "/", "~")) or text.lower().endswith(DATA_SUFFIXES) or os.path.exists(text):
         return LocalSource(text)
     if _HUB.fullmatch(text) and "--" not in text and ".." not in text:
         return HubSource(text)

@@ -150,6 +150,14 @@ def test_a_template_s_file_is_pinned_when_it_is_read(tmp_path):
     assert parse(("dataset:\n", "dataset:\n  chat_template: chatml\n")).dataset.chat_template_revision is None
 
 
+@pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "x" * 5000, '"a\\0b"', "/" + "y/" * 3000, "'~'", "'./'"])
+@pytest.mark.parametrize("key", ["base_model: org/base", "  train: org/rows", "dataset:\n"])
+def test_strange_paths_are_problems_and_never_crash(key, text, tmp_path):
+    new = f"dataset:\n  chat_template: {text}\n" if key == "dataset:\n" else f"{key.partition(':')[0]}: {text}"
+    with pytest.raises(ConfigError):
+        parse((key, new), directory=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

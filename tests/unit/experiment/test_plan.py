@@ -79,6 +79,11 @@ def test_rows_of_small_local_tables_are_counted(name, text, rows, tmp_path):
     assert count_rows(str(tmp_path / name)) == rows
 
 
+def test_long_cells_are_counted_too(tmp_path):
+    (tmp_path / "a.csv").write_text("x\n" + "y" * 200_000)
+    assert count_rows(str(tmp_path / "a.csv")) == 1
+
+
 def test_rows_of_large_tables_and_of_other_sources_are_not_counted(tmp_path):
     with (tmp_path / "large.csv").open("wb") as file:
         file.truncate(MAX_COUNTED_BYTES + 1)
