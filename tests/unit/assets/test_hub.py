@@ -1,19 +1,23 @@
 """What needs no hub: a snapshot in Hugging Face's cache, made here file by file. With a hub: tests/integration."""
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from helpers.tiny import make_base
 
+from rankwise.assets import hub
 from rankwise.assets.base import resolve_base
 from rankwise.assets.hub import check_blobs, resolve_commit
 from rankwise.assets.weights import INDEX
-from rankwise.exceptions import AssetError
+from rankwise.exceptions import AssetError, StorageError
 from rankwise.settings import Settings
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -116,3 +120,35 @@ def test_a_cached_configuration_with_code_is_refused(snapshot, offline):
     (snapshot / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
     with pytest.raises(AssetError, match="'auto_map': it asks for Python code"):
         resolve_base("org/tiny", COMMIT, offline)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_a_download_is_explained(snapshot, offline, monkeypatch, number):
+    import huggingface_hub
+
+    cached = huggingface_hub.snapshot_download
+
+    def download(*arguments, local_files_only=False, **options):
+        if local_files_only:
+            return cached(*arguments, local_files_only=True, **options)
+        raise OSError(number, os.strerror(number), "/hub/blobs/x.incomplete")
+
+    siblings = [SimpleNamespace(rfilename="model.safetensors", size=1)]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(StorageError, match=r"downloading org/other: cannot write /hub/blobs/x\.incomplete: ") as caught:
+        resolve_base("org/other", COMMIT, replace(offline, offline=False))
+    assert caught.value.exit_code == 3
+
+
+def test_a_shared_cache_that_is_read_only_still_serves_a_branch(snapshot, offline, monkeypatch, caplog):
+    import huggingface_hub
+
+    def refuse(path, content):
+        raise StorageError(f"cannot write {path}")
+
+    monkeypatch.setattr(hub, "write_atomically", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
+    with caplog.at_level(logging.WARNING, "rankwise"):
+        assert resolve_base("org/tiny", "v1", replace(offline, offline=False)).revision == COMMIT
+    assert "'v1' of org/tiny is not remembered for work offline" in caplog.text
