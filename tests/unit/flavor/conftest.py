@@ -1,6 +1,16 @@
 import mlflow
 import pytest
+import torch
 from helpers.flavored import make_world
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Layers of 64 columns are slower on two threads than on one, and very slow beside another test process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,175 @@
+"""The logits before logging and after loading by alias in another process: difference 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from helpers.bases import inject, logits
+from helpers.local_store import prepared_home
+from helpers.tiny import make_base
+from safetensors.torch import save_file
+
+import rankwise.flavor as flavor
+from rankwise.assets.base import resolve_base
+from rankwise.experiment.schema import QuantizationSpec
+from rankwise.modeling.base import load_base
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+CASES = {
+    "llama-r4-attention": ("llama", {}, {"r": 4, "target_modules": ATTENTION}),
+    "llama-r16-all-linear": ("llama", {}, {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "llama-r8-rslora": ("llama", {}, {"r": 8, "lora_alpha": 32, "use_rslora": True, "target_modules": ["q_proj"]}),
+    "llama-r4-patterns": (
+        "llama",
+        {},
+        {"r": 4, "target_modules": ATTENTION, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
+    "llama-fp4-single": (
+        "llama",
+        {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+        {"r": 2, "target_modules": ["down_proj"]},
+    ),
+    "llama-bfloat16": ("llama", {"bnb_4bit_compute_dtype": "bfloat16"}, {"r": 4, "target_modules": ATTENTION}),
+    "llama-plain": ("llama", {"load_in_4bit": False}, {"r": 4, "target_modules": ATTENTION}),
+    "llama-token-rows": (
+        "llama",
+        {},
+        {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [300, 301]},
+    ),
+    "qwen2-r4": ("qwen2", {}, {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj"]}),
+    "gpt_neox-r4": ("gpt_neox", {}, {"r": 4, "target_modules": ["query_key_value", "dense_4h_to_h"]}),
+}
+CHILD = """
+import json, sys
+import torch
+from safetensors.torch import load_file
+import mlflow
+import rankwise.flavor as flavor
+torch.set_num_threads(1)
+mlflow.set_tracking_uri(sys.argv[1])
+tokens = torch.arange(4, 28).reshape(2, 12)
+wanted = load_file(sys.argv[2])
+found = {}
+for name in wanted:
+    loaded = flavor.load_model(f"models:/{name}@champion")
+    with torch.no_grad():
+        got = loaded.model(input_ids=tokens).logits
+    found[name] = {
+        "difference": float((got - wanted[name]).abs().max()),
+        "dtype": str(got.dtype),
+        "overrides": [str(override) for override in loaded.overrides],
+        "template": loaded.tokenizer.chat_template,
+        "tokens": loaded.tokenizer("a <|price|> b")["input_ids"],
+    }
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    before = mlflow.get_tracking_uri()
+    settings = prepared_home(tmp_path / "home")
+    mlflow.set_tracking_uri(settings.tracking_uri)
+    yield settings
+    mlflow.set_tracking_uri(before)
+
+
+def register(name, info):
+    mlflow.MlflowClient().set_registered_model_alias(name, "champion", info.registered_model_version)
+
+
+def load_elsewhere(settings, wanted: dict[str, torch.Tensor], tmp_path: Path):
+    """Load every model by its alias in a new process without a network; what it found, by name."""
+    save_file(wanted, str(tmp_path / "wanted.safetensors"))
+    environment = {
+        **os.environ,
+        "RANKWISE_HOME": str(settings.home),
+        "RANKWISE_CACHE": str(settings.cache),
+        "HF_HUB_OFFLINE": "1",
+        # Whatever tries to reach a network fails at once.
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, settings.tracking_uri, str(tmp_path / "wanted.safetensors")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_logits_are_the_same_to_the_bit_in_a_new_process(settings, tmp_path):
+    wanted = {}
+    for name, (architecture, quantization, lora) in CASES.items():
+        path = tmp_path / "bases" / architecture
+        if not path.exists():
+            make_base(path, architecture)
+        base = load_base(
+            resolve_base(str(path), None, settings), QuantizationSpec(**quantization), settings, device="cpu"
+        )
+        bare = logits(base.model)
+        inject(base.model, "x", seed=len(wanted), **lora)
+        base.tokenizer.chat_template = f"{name}: {{{{ messages[0]['content'] }}}}"
+        base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|price|>"]})
+        register(name, flavor.log_model(base.model, base.tokenizer, base=base, registered_model_name=name))
+        wanted[name] = logits(base.model)
+        assert not torch.equal(bare, wanted[name])
+    found = load_elsewhere(settings, wanted, tmp_path)
+    assert {name: entry["difference"] for name, entry in found.items()} == dict.fromkeys(CASES, 0.0)
+    assert {name: entry["overrides"] for name, entry in found.items()} == {name: [] for name in CASES}
+    assert all(entry["template"].startswith(f"{name}: ") for name, entry in found.items())
+    assert len({tuple(entry["tokens"]) for entry in found.values()}) == 1
+    assert found["llama-bfloat16"]["dtype"] == "torch.bfloat16"
+
+
+def test_scripts_that_know_nothing_of_rankwise_s_loader_round_trip_too(settings, tmp_path):
+    """Four usual ways to prepare a QLoRA model, the tutorials' `prepare_model_for_kbit_training` among them."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    path = make_base(tmp_path / "bases" / "mine", seed=7)
+    ways = {
+        "kbit": (torch.bfloat16, torch.bfloat16, True),
+        "kbit-compute-fp32": (torch.bfloat16, torch.float32, True),
+        "default-compute": (torch.bfloat16, torch.float32, False),
+        "all-bf16": (torch.bfloat16, torch.bfloat16, False),
+    }
+    wanted = {}
+    for name, (dtype, compute, prepare) in ways.items():
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
+        if prepare:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.1)
+        model.eval()
+        with mlflow.start_run():
+            info = flavor.log_model(model, AutoTokenizer.from_pretrained(path), registered_model_name=name)
+        register(name, info)
+        wanted[name] = logits(model).contiguous()
+    found = load_elsewhere(settings, wanted, tmp_path)
+    assert {name: (entry["difference"], entry["overrides"]) for name, entry in found.items()} == {
+        name: (0.0, []) for name in ways
+    }
