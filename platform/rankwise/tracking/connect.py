@@ -32,9 +32,30 @@ def connect(settings: Settings) -> MlflowClient:
     _quieten()
     if settings.local_store:
         return _prepare(settings)
-    _probe(settings.tracking_uri)
+    if reason := unreachable(settings.tracking_uri):
+        raise TrackingError(
+            f"the MLflow server {redact(settings.tracking_uri)} does not answer: {reason}; start it, correct "
+            "MLFLOW_TRACKING_URI, or unset it to use the store in RANKWISE_HOME"
+        )
     with tracking_errors(f"opening the MLflow store {redact(settings.tracking_uri)}"):
         return _client(settings)
+
+
+def unreachable(uri: str) -> str | None:
+    """Why a server does not answer now; None when it does, and for databases.
+
+    MLflow's own requests retry a dead server for two minutes, which is too late for a person and for the sender.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return None
+    try:
+        answer = requests.get(uri.rstrip("/") + "/health", timeout=_PROBE_SECONDS)
+    except requests.exceptions.SSLError:
+        return None  # Something answered; MLflow's request knows the certificate settings and judges.
+    except requests.RequestException as error:
+        return redact(str(error))[:300]
+    # A proxy answers for a server that is down with 502 to 504; a server without this path is up all the same.
+    return f"HTTP status {answer.status_code}" if answer.status_code in {502, 503, 504} else None
 
 
 def _quieten() -> None:
@@ -78,18 +99,3 @@ def _upgrade(settings: Settings) -> None:
     if done.returncode != 0:
         last = done.stderr.strip().rpartition("\n")[2]
         raise TrackingError(f"upgrading {database} failed, a copy from before is {copy}: {last}")
-
-
-def _probe(uri: str) -> None:
-    """Fail at once when nothing answers; MLflow's own requests retry a dead server for minutes."""
-    if not uri.startswith(("http://", "https://")):
-        return
-    try:
-        requests.get(uri.rstrip("/") + "/health", timeout=_PROBE_SECONDS)
-    except requests.exceptions.SSLError:
-        return  # Something answered; MLflow's request knows the certificate settings and judges.
-    except requests.RequestException as error:
-        raise TrackingError(
-            f"the MLflow server {redact(uri)} does not answer: {redact(str(error))[:300]}; start it, correct "
-            "MLFLOW_TRACKING_URI, or unset it to use the store in RANKWISE_HOME"
-        ) from error

@@ -42,17 +42,27 @@ class Sender:
     called from any thread.
     """
 
-    def __init__(self, client: MlflowClient, *, interval: float = 3.0, send: Deliver = deliver) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        *,
+        interval: float = 3.0,
+        send: Deliver = deliver,
+        unreachable: Callable[[], str | None] = lambda: None,
+    ) -> None:
         """Make a sender.
 
         Args:
             client: The client of the store.
             interval: Seconds between two looks at the outboxes, so that points travel in batches.
             send: What sends one batch.
+            unreachable: Says in a moment why the store does not answer, or None: a request of MLflow's client to a dead
+                server is retried for minutes, in which nobody would notice that it came back.
         """
         self._client = client
         self._interval = interval
         self._send = send
+        self._unreachable = unreachable
         self._posts: dict[Outbox, _Post] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -133,13 +143,20 @@ class Sender:
                 if self._closing:
                     return
                 posts = list(self._posts.values())
-            blocked: set[str] = set()
-            failed = False
-            for post in posts:
-                if post.outbox.run_id not in blocked and not self._empty(post):
-                    blocked.add(post.outbox.run_id)
-                    failed = True
+            failed = not self._round([post for post in posts if post.outbox.pending])
             self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE) if failed else 0.0
+
+    def _round(self, posts: list[_Post]) -> bool:
+        """Deliver each outbox as far as it goes; False when the store did not take something."""
+        if posts and (reason := self._unreachable()):
+            self._report_outage(reason)
+            return False
+        blocked: set[str] = set()
+        for post in posts:
+            # What a run said later must not overtake what it said before.
+            if post.outbox.run_id not in blocked and not self._empty(post):
+                blocked.add(post.outbox.run_id)
+        return not blocked
 
     def _empty(self, post: _Post) -> bool:
         """Deliver one outbox as far as it goes; False when the store cannot take it now."""

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
-from rankwise.tracking.connect import connect
+from rankwise.tracking.connect import connect, unreachable
 from rankwise.tracking.errors import tracking_errors
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import RunRecord, get_run, metric_histories, search_runs
@@ -63,7 +63,7 @@ class Store:
         self.settings = settings
         self.client = client
         self.registry = Registry(client)
-        self._sender = Sender(client, interval=interval)
+        self._sender = Sender(client, interval=interval, unreachable=lambda: unreachable(settings.tracking_uri))
         self._monitor = SystemMonitor()
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 from helpers.local_store import prepared_home
 
@@ -19,6 +21,15 @@ def store(settings):
         yield opened
 
 
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory):
+    """One store for the tests of a module that each stay within an experiment of their own: opening one takes long."""
+    from rankwise.tracking.store import Store
+
+    with Store.open(prepared_home(tmp_path_factory.mktemp("home")), interval=0.1) as opened:
+        yield opened
+
+
 @pytest.fixture
 def experiment(store):
-    return store.experiment("diamonds")
+    return store.experiment(f"diamonds-{uuid.uuid4().hex[:8]}")

@@ -7,6 +7,11 @@ from rankwise.tracking import query
 from rankwise.tracking.query import by_spec_hash, metric_histories, search_runs
 
 
+@pytest.fixture
+def store(shared_store):
+    return shared_store
+
+
 def start(store, experiment, name, **more):
     return store.start_run(experiment, name, system_metrics=False, **more)
 

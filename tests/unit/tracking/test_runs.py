@@ -15,6 +15,11 @@ from rankwise.tracking.query import get_run
 mpl.use("Agg")
 
 
+@pytest.fixture
+def store(shared_store):
+    return shared_store
+
+
 def start(store, experiment, **more):
     return store.start_run(experiment, "r=4", system_metrics=False, **more)
 
@@ -221,10 +226,10 @@ def test_a_block_that_is_left_by_an_error_ends_the_run_accordingly(store, experi
     assert (record.status, record.reason) == (status, reason)
 
 
-def test_nothing_is_left_in_the_outbox_after_the_end(store, experiment, settings):
+def test_nothing_is_left_in_the_outbox_after_the_end(store, experiment):
     with start(store, experiment) as run:
         run.text("x", "a.txt")
-    assert list(settings.outbox.iterdir()) == []
+    assert list(store.settings.outbox.glob(f"{run.run_id}*")) == []
 
 
 def test_runs_live_side_by_side_without_an_active_run(store, experiment):

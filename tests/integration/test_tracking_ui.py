@@ -1,0 +1,37 @@
+"""`rankwise ui` as a process: the address on stdout, Ctrl-C, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import requests
+from helpers.local_store import prepared_home
+
+
+def test_the_ui_serves_this_machine_only_and_ends_cleanly(tmp_path):
+    settings = prepared_home(tmp_path / "home")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rankwise.cli.main", "ui", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RANKWISE_HOME": str(settings.home)},
+    )
+    url = process.stdout.readline().strip()
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert url.startswith("http://127.0.0.1:")
+    assert "<title>" in requests.get(url, timeout=30).text
+    assert requests.get(url, headers={"Host": "10.attacker.example"}, timeout=30).status_code == 403
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.strip().endswith("MLflow's UI has ended.")
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children
+    assert alive == []
