@@ -232,6 +232,7 @@ def create_adapter(model: Any, arm: ArmSpec) -> str:
     for module, layer in _lora_layers(model):
         if name not in layer.lora_A:
             continue
+        layer.eval()  # peft leaves new layers in training mode, with its dropout on for peft's own forward
         a, b = layer.lora_A[name], layer.lora_B[name]
         device = layer.get_base_layer().weight.device
         start = uniform(tuple(a.weight.shape), 1.0 / math.sqrt(a.weight.shape[1]), arm.seed, module)

@@ -10,6 +10,7 @@ from pathlib import Path
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.metric_names import GREATER_IS_BETTER
 from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.packed_lora import delete_adapter, install
 from rankwise.training.assess import METRICS, Assessor
 from rankwise.training.checkpoint import Checkpoints
@@ -72,7 +73,7 @@ def train_pack(
             observer.on_end(outcome)
         return known
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
-    with training_mode(base.model, gradient_checkpointing=checkpointing):
+    with training_mode(base.model, gradient_checkpointing=checkpointing), keep_dequantized(base.model):
         pack = _Pack(base, tasks, checkpoints, observer, evaluate)
         try:
             return pack.run(should_stop, should_leave)

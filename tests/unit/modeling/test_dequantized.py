@@ -1,0 +1,83 @@
+"""Dequantized weights change the time, and not a bit of the results."""
+
+import pytest
+import torch
+from helpers.packs import load_tiny, make_arm
+
+from rankwise.modeling import dequantized
+from rankwise.modeling.dequantized import free_memory, keep_dequantized
+from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter, install
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_tiny(tmp_path_factory.mktemp("dequantized")).model
+
+
+def is_kept(model):
+    layers = [
+        module
+        for module in model.modules()
+        if type(module).__name__ == "Linear4bit" and "bitsandbytes" in type(module).__module__
+    ]
+    assert len(layers) == 14
+    return all("forward" in layer.__dict__ for layer in layers)
+
+
+def forward_and_backward(model):
+    ids = torch.arange(4, 20).view(2, 8)
+    name = create_adapter(model, make_arm(lora={"target_modules": "all-linear"}))
+    try:
+        with install(model).adapter(name, 2):
+            logits = model(input_ids=ids).logits
+            logits.logsumexp(-1).sum().backward()
+        return [logits.detach(), *[each.grad for each in adapter_parameters(model, name).values()]]
+    finally:
+        delete_adapter(model, name)
+
+
+def test_logits_and_gradients_are_the_same_to_the_bit(model):
+    before = forward_and_backward(model)
+    with keep_dequantized(model) as kept:
+        assert kept
+        inside = forward_and_backward(model)
+    after = forward_and_backward(model)
+    for one, two, three in zip(before, inside, after, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_blocks_can_be_nested_and_the_outermost_ends_it(model):
+    with keep_dequantized(model):
+        with keep_dequantized(model) as kept:
+            assert kept
+        assert is_kept(model)
+    assert not is_kept(model)
+
+
+def test_too_little_memory_leaves_the_model_alone(model, caplog, monkeypatch):
+    monkeypatch.setattr(dequantized, "free_memory", lambda: 1 << 20)
+    with caplog.at_level("INFO"), keep_dequantized(model, memory_share=0.001) as kept:
+        assert not kept
+        assert not is_kept(model)
+    assert "dequantized in each pass" in caplog.text
+
+
+def test_a_model_without_4_bit_layers_is_left_alone(tmp_path):
+    plain = load_tiny(tmp_path, quantization={"load_in_4bit": False}).model
+    with keep_dequantized(plain) as kept:
+        assert not kept
+
+
+def test_an_error_inside_gives_the_layers_back(model):
+    with pytest.raises(KeyError), keep_dequantized(model):
+        raise KeyError
+    assert not is_kept(model)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max\n", None), ("1048576\n", 1048576 - 1000)])
+def test_a_control_groups_limit_counts(tmp_path, monkeypatch, limit, expected):
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(dequantized, "_CGROUP", tmp_path)
+    assert free_memory() == expected if expected is not None else free_memory() > 1 << 20
