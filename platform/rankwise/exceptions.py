@@ -73,5 +73,11 @@ class JobError(RankwiseError, RuntimeError):
     """Raised when a job failed, or when the queue refuses a request."""
 
 
+class JobStoreError(JobError):
+    """Raised when the queue's database cannot be reached or written, or has another schema."""
+
+    exit_code = 3
+
+
 class GateError(RankwiseError, RuntimeError):
     """Raised when a promotion is refused."""

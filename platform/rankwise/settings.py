@@ -23,6 +23,19 @@ import platformdirs
 
 from rankwise.exceptions import StorageError
 
+_FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
+_FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_A_FILE = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_STORAGE_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _FORBIDDEN,
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.ENOTDIR: _A_FILE,
+    errno.EEXIST: _A_FILE,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -73,6 +86,19 @@ class Settings:
         return self.home / "outbox"
 
 
+def set_process_defaults() -> None:
+    """Defaults of other libraries for this process and its children, where the environment does not say otherwise.
+
+    Nothing is told to anybody about what a user does, and tokenizers start no threads of their own before a fork.
+    """
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 def child_environment(changes: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment for a child process: this one's with changes, and defaults for what it does not set."""
     return {**(defaults or {}), **os.environ, **changes}
@@ -80,18 +106,14 @@ def child_environment(changes: Mapping[str, str], defaults: Mapping[str, str] | 
 
 @contextmanager
 def storage_errors(path: Path, doing: str) -> Iterator[None]:
-    """Translate a full disk, a read-only file system or a missing permission below `path` into a `StorageError`."""
+    """Translate a full disk, a missing permission or a file in the way below `path` into a `StorageError`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}:
+        advice = _STORAGE_ADVICE.get(error.errno or 0)
+        if advice is None:
             raise
         where = error.filename or path
-        advice = (
-            "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}
-            else "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
-        )
         raise StorageError(f"{doing}: cannot write {where}: {os.strerror(error.errno)}; {advice}") from error
 
 

@@ -15,6 +15,7 @@ import click
 
 from rankwise import __version__
 from rankwise.exceptions import RankwiseError
+from rankwise.settings import set_process_defaults
 
 INTERRUPTED = 130
 _COMMANDS = {
@@ -58,6 +59,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    set_process_defaults()
     try:
         code = cli.main(
             args=None if arguments is None else list(arguments), prog_name="rankwise", standalone_mode=False

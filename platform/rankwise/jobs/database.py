@@ -16,7 +16,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from rankwise.exceptions import JobError
+from rankwise.exceptions import JobStoreError
 from rankwise.settings import storage_errors
 
 BUSY_TIMEOUT_S = 60
@@ -30,17 +30,17 @@ def open_engine(url: str) -> Engine:
     processes read the same rows and both claim them.
 
     Raises:
-        JobError: The URL is not one of SQLite or PostgreSQL.
+        JobStoreError: The URL is not one of SQLite or PostgreSQL.
     """
     try:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, NoSuchModuleError) as error:
-        raise JobError(f"RANKWISE_DATABASE_URL: cannot read it as a database URL ({error})") from error
+        raise JobStoreError(f"RANKWISE_DATABASE_URL: cannot read it as a database URL ({error})") from error
     if backend == "postgresql":
         return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
     if backend != "sqlite":
-        raise JobError(
+        raise JobStoreError(
             f"RANKWISE_DATABASE_URL: the queue runs on sqlite or postgresql, not on {backend!r}; "
             "leave it unset for a SQLite file in RANKWISE_HOME"
         )
@@ -70,11 +70,11 @@ def open_engine(url: str) -> Engine:
 
 @contextmanager
 def database_errors(doing: str) -> Iterator[None]:
-    """Translate what the driver raises into a `JobError`."""
+    """Translate what the driver raises into a `JobStoreError`."""
     try:
         yield
     except DBAPIError as error:
-        raise JobError(
+        raise JobStoreError(
             f"{doing}: the queue's database refused: {error.orig}; "
             "see that it can be reached and written (RANKWISE_DATABASE_URL)"
         ) from error
@@ -108,7 +108,7 @@ def upgrade(engine: Engine, lock: Path) -> None:
     """Bring the schema to this release's revision; one process at a time, the others wait.
 
     Raises:
-        JobError: The database was written by a newer release, or cannot be reached.
+        JobStoreError: The database was written by a newer release, or cannot be reached.
     """
     with database_errors("migrating the queue"):
         head = head_revision()
@@ -123,7 +123,7 @@ def upgrade(engine: Engine, lock: Path) -> None:
                 for script in ScriptDirectory(str(Path(__file__).parent / "migrations")).walk_revisions()
             }
             if revision is not None and revision not in known:
-                raise JobError(
+                raise JobStoreError(
                     f"the queue's database has revision {revision!r}, which this release does not know "
                     f"(it knows up to {head!r}): it was written by a newer rankwise; install that one"
                 )

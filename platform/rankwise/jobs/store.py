@@ -16,7 +16,7 @@ class JobStore(Protocol):
     is lost: publish nothing of it. All times are the database's.
 
     Raises:
-        JobError: The database cannot be reached, is locked for too long, or has another schema.
+        JobStoreError: The database cannot be reached, is locked for too long, or has another schema.
     """
 
     def submit(self, jobs: Sequence[NewJob], *, again: bool = False) -> list[Job]:

@@ -73,6 +73,8 @@ def run_experiment(context: Context, spec: ExperimentSpec, *, max_arms: int, com
         DatasetError: The rows do not fit the definition.
         AssetError: Base or rows cannot be had.
     """
+    for problem in context.store.sync().problems:
+        context.voice.warn(f"an earlier run left something that cannot be delivered: {problem}")
     pinned = pin(spec, context.settings, context.voice, context.store.registry)
     labelled = labelled_arms(pinned)
     arms = [arm for _, arm in labelled]

@@ -2,7 +2,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from rankwise.exceptions import JobError
+from rankwise.exceptions import JobStoreError
 from rankwise.jobs import database
 from rankwise.jobs.rows import Table
 
@@ -31,7 +31,7 @@ def test_a_database_of_a_newer_release_is_refused(engine, tmp_path):
     database.upgrade(engine, tmp_path / "lock")
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(JobError, match=r"revision '9999', which this release does not know .* newer rankwise"):
+    with pytest.raises(JobStoreError, match=r"revision '9999', which this release does not know .* newer rankwise"):
         database.upgrade(engine, tmp_path / "lock")
 
 
@@ -40,7 +40,7 @@ def test_a_database_of_a_newer_release_is_refused(engine, tmp_path):
     ("nonsense", r"cannot read it as a database URL"),
 ])  # fmt: skip
 def test_another_kind_of_database_is_refused(url, message):
-    with pytest.raises(JobError, match=message):
+    with pytest.raises(JobStoreError, match=message):
         database.open_engine(url)
 
 

@@ -1,0 +1,85 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from rankwise.exceptions import StorageError
+from rankwise.settings import Settings, set_process_defaults, storage_errors, write_atomically
+
+
+def test_everything_lies_in_mlruns_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.load({})
+    assert settings.home == tmp_path / "mlruns"
+    assert settings.tracking_uri == f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}"
+    assert settings.database_url == f"sqlite:///{tmp_path / 'mlruns' / 'rankwise.db'}"
+    assert settings.local_store
+    assert not settings.offline
+    assert list(tmp_path.iterdir()) == [], "reading the settings creates nothing"
+
+
+def test_variables_move_the_stores(tmp_path):
+    settings = Settings.load(
+        {
+            "RANKWISE_HOME": str(tmp_path / "home"),
+            "RANKWISE_CACHE": str(tmp_path / "cache"),
+            "RANKWISE_DATABASE_URL": "postgresql://h/d",
+            "RANKWISE_BASES": f"{tmp_path / 'a'}{os.pathsep}{tmp_path / 'b'}",
+            "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
+    assert settings.home == tmp_path / "home"
+    assert settings.cache == tmp_path / "cache"
+    assert settings.database_url == "postgresql://h/d"
+    assert settings.bases == (tmp_path / "a", tmp_path / "b")
+    assert settings.tracking_uri == "http://127.0.0.1:5000"
+    assert not settings.local_store
+    assert settings.offline
+    assert settings.outbox == tmp_path / "home" / "outbox"
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "make it writable"),
+        (errno.EACCES, "make it writable"),
+        (errno.ENOTDIR, "a file is where a directory must be"),
+    ],
+)
+def test_what_a_person_can_mend_about_the_disk_is_said(number, advice):
+    with (
+        pytest.raises(StorageError, match=rf"^saving: cannot write /x/y: .*; {advice}") as caught,
+        storage_errors(Path("/x"), "saving"),
+    ):
+        raise OSError(number, os.strerror(number), "/x/y")
+    assert caught.value.exit_code == 3
+
+
+def test_other_errors_of_the_system_stay_what_they_are():
+    with pytest.raises(FileNotFoundError), storage_errors(Path("/x"), "saving"):
+        raise FileNotFoundError(errno.ENOENT, "gone", "/x/y")
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    target = tmp_path / "deep" / "file"
+    write_atomically(target, b"first")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="free some space"):
+        write_atomically(target, b"second")
+    assert target.read_bytes() == b"first"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_defaults_do_not_override_what_a_person_has_set(monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    set_process_defaults()
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
