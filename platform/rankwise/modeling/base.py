@@ -19,7 +19,7 @@ from rankwise.modeling.dtype import DTYPES, default_device, resolve_dtype
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.memory import model_bytes
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
-from rankwise.modeling.quiet import quiet_transformers
+from rankwise.modeling.quiet import quiet_transformers, say_casts_once
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ def load_base(
     loaded = dtype.dtype if module_dtype is None else DTYPES[module_dtype]
     logger.info("base %s on %s computes in %s", resolved.source, target, dtype.reason)
     fingerprint = fingerprint_base(resolved.path, settings)
+    if quantization.load_in_8bit:
+        say_casts_once()
     with quiet_transformers(progress=progress):
         tokenizer = _load_tokenizer(resolved.path)
         if quantized:

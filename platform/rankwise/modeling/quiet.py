@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,34 @@ SEVERAL_ADAPTERS = (
     "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
     "Make sure to know what you are doing!"
 )
+# bitsandbytes says this at every forward of every 8-bit layer whose input is not float16.
+_CAST_LOGGER = "bitsandbytes.autograd._functions"
+_CAST = "MatMul8bitLt: inputs will be cast from %s to float16 during quantization"
+
+
+class _Once(logging.Filter):
+    """Lets a message through once in a process."""
+
+    def __init__(self, message: str) -> None:
+        """Watch for one message, as it is before its arguments are filled in."""
+        super().__init__()
+        self._message, self._said = message, False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to say it."""
+        if record.msg != self._message:
+            return True
+        said, self._said = self._said, True
+        return not said
+
+
+_once = _Once(_CAST)
+
+
+def say_casts_once() -> None:
+    """Let bitsandbytes say once, not thousands of times, that 8-bit layers cast their input."""
+    # Adding the same filter again has no effect.
+    logging.getLogger(_CAST_LOGGER).addFilter(_once)
 
 
 @contextmanager
