@@ -93,7 +93,7 @@ def register(name, info):
     mlflow.MlflowClient().set_registered_model_alias(name, "champion", info.registered_model_version)
 
 
-def load_elsewhere(settings, wanted: dict[str, torch.Tensor], tmp_path: Path):
+def load_elsewhere(settings, wanted: dict[str, torch.Tensor], tmp_path: Path, **more: str):
     """Load every model by its alias in a new process without a network; what it found, by name."""
     save_file(wanted, str(tmp_path / "wanted.safetensors"))
     environment = {
@@ -104,6 +104,7 @@ def load_elsewhere(settings, wanted: dict[str, torch.Tensor], tmp_path: Path):
         # Whatever tries to reach a network fails at once.
         "HTTP_PROXY": "http://127.0.0.1:9",
         "HTTPS_PROXY": "http://127.0.0.1:9",
+        **more,
     }
     done = subprocess.run(
         [sys.executable, "-c", CHILD, settings.tracking_uri, str(tmp_path / "wanted.safetensors")],
@@ -173,3 +174,32 @@ def test_scripts_that_know_nothing_of_rankwise_s_loader_round_trip_too(settings,
     assert {name: (entry["difference"], entry["overrides"]) for name, entry in found.items()} == {
         name: (0.0, []) for name in ways
     }
+
+
+def test_a_base_out_of_a_hub_cache_is_recorded_and_found_by_its_commit(settings, tmp_path, monkeypatch):
+    """The cache as huggingface_hub lays it out; `main` has moved on to another commit since."""
+    from huggingface_hub import constants
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    commit, newer = "a1" * 20, "b2" * 20
+    repository = tmp_path / "hub" / "models--org--tiny"
+    for seed, name in enumerate((commit, newer)):
+        make_base(repository / "snapshots" / name, seed=seed)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(newer)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = AutoModelForCausalLM.from_pretrained(
+        "org/tiny", revision=commit, cache_dir=tmp_path / "hub", local_files_only=True, dtype=torch.float32
+    )
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights=False)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(
+        "org/tiny", revision=commit, cache_dir=tmp_path / "hub", local_files_only=True
+    )
+    info = flavor.log_model(model, tokenizer, registered_model_name="of-the-hub", settings=settings)
+    register("of-the-hub", info)
+    tags = mlflow.MlflowClient().get_model_version("of-the-hub", "1").tags
+    assert (tags["base.model"], tags["base.revision"]) == ("org/tiny", commit)
+    wanted = {"of-the-hub": logits(model).contiguous()}
+    found = load_elsewhere(settings, wanted, tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
+    assert found["of-the-hub"]["difference"] == 0.0

@@ -1,7 +1,7 @@
 """What a peft model in memory says of its base: where it came from and how it is quantized.
 
-The model knows the path or hub id that it was loaded from, the commit of a hub snapshot, its quantization and its
-dtypes. It cannot prove that the named source is what is in memory, so its embedding is compared with the file's.
+The model knows the path or hub id that it was loaded from, its quantization and its dtypes. It cannot prove that the
+named source is what is in memory, so its tensors are compared with the files'.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from rankwise.assets.base import ResolvedBase, resolve_base
-from rankwise.assets.weights import weight_files
-from rankwise.exceptions import BaseMismatchError, ConfigError
+from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
+from rankwise.flavor.memory import check_same, commit_in_memory, load_dtype
 from rankwise.flavor.metadata import BaseFacts
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.fingerprint import fingerprint_base
@@ -33,7 +32,7 @@ def facts_of(base: LoadedBase) -> BaseFacts:
         fingerprint=base.fingerprint,
         quantization=base.quantization,
         compute_dtype=_name(base.compute_dtype),
-        load_dtype=_name(_load_dtype(base.model) or base.module_dtype),
+        load_dtype=_name(load_dtype(base.model) or base.module_dtype),
         module_dtype=_name(base.module_dtype),
         device_type=base.device.type,
     )
@@ -62,7 +61,7 @@ def describe_base(
     resolved = (
         base if isinstance(base, ResolvedBase) else _resolve(plain, model, adapter_name, base, base_revision, settings)
     )
-    _check_embedding(plain, resolved)
+    check_same(plain, resolved.path, resolved.source)
     quantization, compute = quantization_of(plain)
     module = plain.get_input_embeddings().weight
     return (
@@ -72,7 +71,7 @@ def describe_base(
             fingerprint=fingerprint_base(resolved.path, settings),
             quantization=quantization,
             compute_dtype=_name(compute or module.dtype),
-            load_dtype=_name(_load_dtype(plain) or module.dtype),
+            load_dtype=_name(load_dtype(plain) or module.dtype),
             module_dtype=_name(module.dtype),
             device_type=module.device.type,
         ),
@@ -119,50 +118,8 @@ def _resolve(
         raise ConfigError(f"base: {error}; say where the base came from: base='org/name' or a directory") from error
     if isinstance(source, HubSource):
         # The commit that is in memory, not the hub's newest one.
-        revision = revision or getattr(plain.config, "_commit_hash", None) or config.revision
-        if revision is None:
-            raise ConfigError(
-                f"the base {named} is a hub repository and its commit is not known; say "
-                "base_revision='...' (the 40 hex digits that were trained on)"
-            )
+        revision = revision or config.revision or commit_in_memory(plain, source.repo)
     return resolve_base(str(named), revision, settings)
-
-
-def _check_embedding(plain: Any, resolved: ResolvedBase) -> None:
-    """Compare the input embedding in memory with the base's file: the cheapest part that tells two bases apart."""
-    weight = plain.get_input_embeddings().weight.detach()
-    name = next(
-        (
-            name
-            for name, parameter in plain.named_parameters(remove_duplicate=False)
-            if parameter is plain.get_input_embeddings().weight
-        ),
-        None,
-    )
-    for path in weight_files(resolved.path):
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            if name not in file.keys():  # noqa: SIM118
-                continue
-            stored = file.get_slice(name)
-            rows = min(stored.get_shape()[0], weight.shape[0])
-            if stored.get_shape()[1:] == list(weight.shape[1:]) and torch.equal(
-                stored[:rows].to(weight.dtype), weight[:rows].cpu()
-            ):
-                return
-            raise BaseMismatchError(
-                f"base {resolved.source} is not the base of the model in memory: tensor {name} differs in "
-                f"{path}; say which base it was loaded from (base=...)"
-            )
-
-
-def _load_dtype(model: Any) -> torch.dtype | None:
-    """The dtype that 4-bit weights were quantized from, and come back in; None without any."""
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            dtype: torch.dtype = state.dtype
-            return dtype
-    return None
 
 
 def _name(dtype: torch.dtype) -> Any:

@@ -8,11 +8,14 @@
 | one chat: a list of messages | one |
 | a list, tuple, Series or array of chats (`{"messages": [...]}` or lists of messages) | one each |
 | a dict with `messages` (one chat or a list of chats) or `prompt` (a text or a list of texts) | as many |
-| a dict or list of such dicts | one each |
+| a list of such dicts with one chat or one text | one each |
 | a table with the column `messages` or `prompt`, or with one column only | one a row |
 
 A text is the user's turn of a chat, after the system prompt that was recorded, if there is one. A message has a `role`
 and a `content`, both texts; a chat has at least one. Anything else is a `ConfigError` that names the row.
+
+Over HTTP, chats of different lengths go as `{"inputs": [{"messages": [...]}, ...]}` or as a table: MLflow's server
+makes an array of a bare list of them, and refuses it.
 """
 
 from __future__ import annotations
@@ -47,12 +50,9 @@ def read_input(data: Any, system: str | None = None) -> list[Chat]:
         data = _column(data)
     if isinstance(data, pd.Series):
         data = data.tolist()
-    if isinstance(data, np.ndarray):
-        data = _flat(data)
+    data = _plain(data)
     if isinstance(data, Mapping) and not _is_message(data):
         data = _member(data)
-        if isinstance(data, np.ndarray):
-            data = _flat(data)
     if isinstance(data, str) or _is_message(data):
         return [_chat(data, system, "the input")]
     if isinstance(data, list | tuple):
@@ -77,9 +77,24 @@ def _column(table: pd.DataFrame) -> list[Any]:
     )
 
 
+def _plain(value: Any) -> Any:
+    """Arrays as lists and their elements as Python's own, at any depth: MLflow's server puts arrays everywhere."""
+    if isinstance(value, np.ndarray):
+        return _plain(_flat(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
 def _flat(array: np.ndarray) -> Any:
     if array.ndim == 0:
         return array.item()
+    if array.ndim == 2 and array.size and all(_is_message(entry) for entry in array.flat):
+        return array.tolist()  # Chats of equal length, a row each.
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -102,8 +117,6 @@ def _chat(entry: Any, system: str | None, where: str) -> Chat:
         entry = _member(entry)
         if isinstance(entry, list | tuple) and entry and not all(_is_message(one) for one in entry):
             raise ConfigError(f"{where}: a dict inside a list must hold one text or one chat, got {_kind(entry)}")
-    if isinstance(entry, np.ndarray):
-        entry = _flat(entry)
     if isinstance(entry, str):
         if not entry:
             raise ConfigError(f"{where}: the text is empty")

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import mlflow
+import pytest
+from click.testing import CliRunner
+from helpers.flavored import make_world
+
+import rankwise.flavor as flavor
+from rankwise.cli.registry import pull
+from rankwise.exceptions import AssetError, TrackingError
+from rankwise.modeling.manifest import check_manifest
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    world = make_world(tmp_path_factory.mktemp("pull"))
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(world.settings.tracking_uri)
+    flavor.log_adapter(world.adapter, world.load_base(), registered_model_name="pulled")
+    mlflow.MlflowClient().set_registered_model_alias("pulled", "champion", "1")
+    mlflow.set_tracking_uri(before)
+    return world
+
+
+@pytest.fixture(autouse=True)
+def _home(world, monkeypatch):
+    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
+
+
+def test_pull_puts_the_files_at_the_root_and_prints_the_directory(tmp_path):
+    target = tmp_path / "a" / "b"
+    result = CliRunner().invoke(pull, ["models:/pulled@champion", str(target)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.stdout == f"{target}\n"
+    assert (target / "adapter_config.json").is_file()
+    assert (target / "adapter_model.safetensors").is_file()
+    check_manifest(target)
+
+
+def test_pull_of_what_is_not_there_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(TrackingError, match="models:/pulled@nobody"):
+        CliRunner().invoke(pull, ["models:/pulled@nobody", str(tmp_path / "x")], catch_exceptions=False)
+    with pytest.raises(AssetError, match="there is no directory"):
+        CliRunner().invoke(pull, [str(tmp_path / "no"), str(tmp_path / "x")], catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == []
