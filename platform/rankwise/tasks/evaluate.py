@@ -125,9 +125,11 @@ class _Stoppable:
 def _publish(context: Context, subject: _Subject, table: Rows, evaluation: Evaluation) -> None:
     work, trained = subject.work, subject.trained
     values = to_tracking(evaluation.metrics)
+    # The arm's last step, also where an earlier state was registered: MLflow shows the value of the highest step, and
+    # evaluations during training have the same keys.
     step = int(trained["steps"]) if trained is not None else 0
     if trained is not None:
-        run = context.store.resume_run(run_of_arm(context, work), system_metrics=False)
+        run = context.store.resume_run(run_of_arm(context, work), system_metrics=False, repeats=False)
     elif subject.job.mlflow_run_id is not None:
         run = context.store.resume_run(subject.job.mlflow_run_id, system_metrics=False)
     else:

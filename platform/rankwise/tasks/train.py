@@ -174,8 +174,8 @@ def _finish(context: Context, heart: Heartbeat, base: LoadedBase, arm: _Arm, out
         "train.peak_memory_bytes": float(outcome.peak_memory_bytes),
     }
     arm.run.metrics(summary, outcome.steps)
-    context.queue.uploading(arm.token, {"steps": steps})
-    result = _publish(context, base, arm, adapter, steps)
+    context.queue.uploading(arm.token, {"steps": outcome.steps})
+    result = {**_publish(context, base, arm, adapter, steps), "steps": outcome.steps}
     delivered = arm.run.end("FINISHED")
     if not context.queue.finish(arm.token, Outcome.SUCCEEDED, result=result):
         raise JobError(f"job {arm.job.id} was taken over by another worker after it had been registered")
@@ -210,7 +210,7 @@ def _publish(context: Context, base: LoadedBase, arm: _Arm, adapter: Path, steps
         model_id = info.model_id
         uri = f"models:/{name}/{info.registered_model_version}" if name is not None else f"models:/{model_id}"
     arm.run.tags({"rankwise.model_uri": uri})
-    return {"model_uri": uri, "model_id": model_id, "run_id": arm.run.run_id, "steps": steps}
+    return {"model_uri": uri, "model_id": model_id, "run_id": arm.run.run_id, "adapter_step": steps}
 
 
 def _give_up(

@@ -22,7 +22,7 @@ def link_metrics(
 ) -> None:
     """Give a LoggedModel the points that a run has at `step`.
 
-    The points keep their own times: MLflow takes one with another time for a second point of the curve.
+    Of several at `step` the last one counts. Points keep their own times: MLflow takes one with another time for a second point of the curve.
 
     Args:
         client: Of the store.
@@ -37,20 +37,23 @@ def link_metrics(
         TrackingError: The store cannot be reached or refuses.
     """
     with tracking_errors(f"linking results to {model_id}"):
-        points = [
-            Metric(
-                key=point.key,
-                value=point.value,
-                timestamp=point.timestamp,
-                step=point.step,
-                run_id=run_id,
-                model_id=model_id,
-                dataset_name=dataset_name,
-                dataset_digest=dataset_digest,
+        points = []
+        for key in keys:
+            there = [point for point in client.get_metric_history(run_id, key) if point.step == step]
+            if not there:
+                continue
+            last = max(there, key=lambda point: point.timestamp)
+            points.append(
+                Metric(
+                    key=key,
+                    value=last.value,
+                    timestamp=last.timestamp,
+                    step=step,
+                    run_id=run_id,
+                    model_id=model_id,
+                    dataset_name=dataset_name,
+                    dataset_digest=dataset_digest,
+                )
             )
-            for key in keys
-            for point in client.get_metric_history(run_id, key)
-            if point.step == step and point.model_id is None
-        ]
         if points:
             client.log_batch(run_id, metrics=points)

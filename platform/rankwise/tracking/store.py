@@ -169,7 +169,9 @@ class Store:
         run.params(params or {})
         return run
 
-    def resume_run(self, run_id: str, *, system_metrics: bool = True, timeout: float = 60.0) -> Run:
+    def resume_run(
+        self, run_id: str, *, system_metrics: bool = True, repeats: bool = True, timeout: float = 60.0
+    ) -> Run:
         """Go on with a run that was interrupted: it is RUNNING again.
 
         What an earlier process left in its outbox is delivered first, and points that are there already are not
@@ -178,6 +180,8 @@ class Store:
         Args:
             run_id: The run.
             system_metrics: As in `start_run`.
+            repeats: Whether steps may be done again, whose points are then dropped. False writes every point: of two
+                at one step the later one counts.
             timeout: Seconds for the delivery of what was left.
 
         Raises:
@@ -190,7 +194,7 @@ class Store:
         if report.waiting:
             raise TrackingError(f"resuming run {run_id}: {self._sender.outage or 'the store is slow'}")
         record = get_run(self.client, run_id)
-        keys = [key for key in record.metrics if not key.startswith(PREFIX)]
+        keys = [key for key in record.metrics if not key.startswith(PREFIX)] if repeats else []
         curves = metric_histories(self.client, [run_id], keys)[run_id]
         known = frozenset((key, point.step) for key, points in curves.items() for point in points)
         run = self._open_run(
