@@ -12,7 +12,8 @@ CHATML = (
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 CORPUS = [
     "How much is this diamond? carat 0.23, cut Ideal, color E, clarity SI2",
-    "Price is $326", "user system assistant You are a helpful assistant.",
+    "Price is $326",
+    "user system assistant You are a helpful assistant.",
     "0 1 2 3 4 5 6 7 8 9 10 20 50 100 500 1000",
 ]
 
@@ -26,12 +27,17 @@ def make_tokenizer(chat_template: str | None = CHATML):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|pad|>",
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
     )
     fast.chat_template = chat_template
     return fast
@@ -54,9 +60,14 @@ def make_base(
 
     tokenizer = make_tokenizer(chat_template)
     common = {
-        "vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "intermediate_size": 2 * hidden_size, "max_position_embeddings": 512,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden_size,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     classes = {

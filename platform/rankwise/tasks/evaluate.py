@@ -19,7 +19,7 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
 from rankwise.tasks.heartbeat import Heartbeat
-from rankwise.tasks.link import run_of_arm
+from rankwise.tasks.link import EVAL_HASH, run_of_arm
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
 from rankwise.tasks.rows import Rows, RowsCache
@@ -150,7 +150,7 @@ def _publish(context: Context, subject: _Subject, table: Rows, evaluation: Evalu
         context.queue.set_run(subject.token, run.run_id)
         run.input(table.inputs[-1])
     run.metrics(values, step)
-    run.tags({"rankwise.eval_hash": subject.job.spec_hash})
+    run.tags({EVAL_HASH: subject.job.spec_hash})
     names = list(work.arm.evaluation.metrics)
     run.table(prediction_rows(evaluation, names, log_examples=work.log_examples), "predictions.json")
     run.flush()
@@ -158,7 +158,8 @@ def _publish(context: Context, subject: _Subject, table: Rows, evaluation: Evalu
         _link(context, run.run_id, trained, values, step, table)
     run.end("FINISHED")
     metrics = {key: metric.to_json() for key, metric in evaluation.metrics.items()}
-    result = {"metrics": metrics, "run_id": run.run_id, "model_uri": None if trained is None else trained["model_uri"]}
+    model_uri = None if trained is None else trained["model_uri"]
+    result = {"metrics": metrics, "run_id": run.run_id, "model_uri": model_uri, "step": step}
     context.queue.finish(subject.token, Outcome.SUCCEEDED, result=result)
 
 

@@ -23,7 +23,7 @@ from rankwise.tasks.check import check_rows
 from rankwise.tasks.context import Context
 from rankwise.tasks.evaluate import evaluate_claimed
 from rankwise.tasks.heartbeat import LEASE_S
-from rankwise.tasks.link import link_run
+from rankwise.tasks.link import link_done
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources, pin
 from rankwise.tasks.report import publish_report
@@ -193,9 +193,7 @@ def _submit(
     after = [each.evaluate_job(after=(train.id,)) for each, train in zip(works, trains, strict=True)]
     bare = {arm.base_eval_hash(): work(arm, "base alone", bare=True).evaluate_job() for _, arm in labelled}
     evaluations = context.queue.submit([*bare.values(), *after], again=True)
-    for train, each in zip(trains, works, strict=True):
-        if train.state is JobState.SUCCEEDED and train.experiment != spec.name:
-            link_run(context, train, each)
+    link_done(context, list(zip(works, trains, strict=True)), evaluations)
     return [*trains, *evaluations]
 
 

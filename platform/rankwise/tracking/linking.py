@@ -22,7 +22,8 @@ def link_metrics(
 ) -> None:
     """Give a LoggedModel the points that a run has at `step`.
 
-    Of several at `step` the last one counts. Points keep their own times: MLflow takes one with another time for a second point of the curve.
+    Of several at `step` the last one counts. Points keep their own times: MLflow takes one with another time for a
+    second point of the curve.
 
     Args:
         client: Of the store.
