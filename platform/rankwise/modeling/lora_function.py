@@ -5,9 +5,10 @@ Letters: `B` rows, `T` tokens, `L` tokens of one arm's longest row (L <= T), `I`
     y[rows of arm i, :L_i]  +=  s_i * (drop_i(x[rows of arm i, :L_i]) A_i^T) B_i^T
 
 The sum is taken in place into the base layer's output, once for all arms, and one autograd node stands for all of
-them: a slice assignment per arm would copy the gradient of the whole batch per arm and layer. Of the dropout only its
-key is kept; the mask is drawn again in the backward pass. Nothing is masked by multiplication across arms (NaN * 0 is
-NaN): rows of other arms are never read.
+them: a slice assignment per arm would copy the gradient of the whole batch per arm and layer. Of the input after
+dropout nothing is kept: on a GPU the mask is drawn again in the backward pass; on a CPU, where a draw costs more than a
+byte an element, the mask stays. Nothing is masked by multiplication across arms (NaN * 0 is NaN): rows of other arms
+are never read.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class Slice:
         """Scaling of the product, with dropout's division by the share that is kept."""
         return self.scaling / keep_share(self.p) if self.drops else self.scaling
 
-    def mask(self, x: torch.Tensor) -> torch.Tensor:
-        """The dropout mask of (b, L, I) for an input of (B, T, I)."""
-        assert self.key is not None
+    def mask(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The dropout mask of (b, L, I) for an input of (B, T, I); None without dropout."""
+        if self.key is None or self.p == 0.0:
+            return None
         shape = (self.stop - self.start, self.length, x.shape[-1])
         return keep_mask(shape, self.p, self.key, self.module, x.device)
 
@@ -89,12 +91,14 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, slices: list[Slice], matrices: li
     if torch.is_grad_enabled() and (x.requires_grad or any(matrix.requires_grad for matrix in matrices)):
         return _AddLora.apply(y, x, slices, *matrices)  # type: ignore[no-any-return, no-untyped-call]
     for index, part in enumerate(slices):
-        _forward(y, x, part, matrices[2 * index], matrices[2 * index + 1])
+        _forward(y, x, part, part.mask(x), matrices[2 * index], matrices[2 * index + 1])
     return y
 
 
-def _forward(y: torch.Tensor, x: torch.Tensor, part: Slice, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    inner = part.read(x, part.mask(x) if part.drops else None) @ a.to(x.dtype).t()
+def _forward(
+    y: torch.Tensor, x: torch.Tensor, part: Slice, mask: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    inner = part.read(x, mask) @ a.to(x.dtype).t()
     part.add_product(y, inner.to(y.dtype), b.to(y.dtype).t(), part.factor)
     return inner
 
@@ -106,11 +110,14 @@ class _AddLora(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, x: torch.Tensor, slices: list[Slice], *matrices: torch.Tensor
     ) -> torch.Tensor:
+        masks = [part.mask(x) for part in slices]
         inners = [
-            _forward(y, x, part, matrices[2 * index], matrices[2 * index + 1]) for index, part in enumerate(slices)
+            _forward(y, x, part, mask, matrices[2 * index], matrices[2 * index + 1])
+            for index, (part, mask) in enumerate(zip(slices, masks, strict=True))
         ]
         ctx.mark_dirty(y)
         ctx.slices = slices
+        ctx.masks = masks if x.device.type == "cpu" else None
         ctx.save_for_backward(x, *matrices, *inners)
         return y
 
@@ -124,7 +131,7 @@ class _AddLora(torch.autograd.Function):
         grad_matrices: list[torch.Tensor | None] = []
         for index, part in enumerate(slices):
             a, b = matrices[2 * index], matrices[2 * index + 1]
-            mask = part.mask(x) if part.drops else None
+            mask = part.mask(x) if ctx.masks is None else ctx.masks[index]
             grad_y = grad[part.start : part.stop, : part.length].reshape(-1, grad.shape[-1])
             grad_inner = (grad_y @ b.to(grad_y.dtype)).mul_(part.factor).to(x.dtype)
             needs_a, needs_b = ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]

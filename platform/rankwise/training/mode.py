@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def training_mode(model: Any, *, gradient_checkpointing: bool) -> Iterator[None]:
-    """Prepare a model for training adapters, and give it back as it was.
+    """Prepare a model for training adapters, and give it back in evaluation mode.
 
     The model stays in evaluation mode: dropout of the base itself would draw from the global generator, so that an arm
     would depend on its neighbours. bitsandbytes' layers alone are switched to training: in evaluation mode they may
