@@ -9,13 +9,15 @@ from typing import Any
 
 import rankwise.flavor as flavor
 from rankwise.assets.progress import Advance
-from rankwise.evaluation.evaluator import Evaluation, evaluate
+from rankwise.evaluation.evaluator import MAX_ROWS, Evaluation, evaluate
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import JobError, RankwiseError
 from rankwise.inference.generate import greedy
 from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.packed_lora import delete_adapter
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
 from rankwise.tasks.heartbeat import Heartbeat
@@ -56,7 +58,12 @@ def evaluate_claimed(context: Context, jobs: Sequence[Job], bases: BaseHolder, r
             base = bases.get(sources.base, arm.quantization)
             table = rows.get(arm, sources, base.tokenizer)
             names = _attach(context, base, subjects)
-            results = _evaluate(context, base, table, [names[subject.job.id] for subject in subjects], arm.evaluation)
+            try:
+                adapters = [names[subject.job.id] for subject in subjects]
+                results = _evaluate(context, base, table, adapters, arm.evaluation)
+            finally:
+                for name in filter(None, names.values()):
+                    delete_adapter(base.model, name)
             for subject in subjects:
                 if heart.holds(subject.token) and context.queue.holds(subject.token):
                     _publish(context, subject, table, results[names[subject.job.id]])
@@ -99,9 +106,10 @@ def _evaluate(
 ) -> dict[str | None, Evaluation]:
     examples, encoded = table.evaluated
     progress = _Stoppable(context)
-    batch = spec.per_device_eval_batch_size * len(set(adapters))
+    batch = min(MAX_ROWS, spec.per_device_eval_batch_size * len(set(adapters)))
     answers = greedy(base, max_new_tokens=spec.max_new_tokens, batch_size=batch, progress=progress)
-    return evaluate(base, adapters, examples, encoded, spec, generate=answers, progress=progress)
+    with keep_dequantized(base.model):
+        return evaluate(base, adapters, examples, encoded, spec, generate=answers, progress=progress)
 
 
 class _Stoppable:

@@ -162,6 +162,8 @@ def _open_parent(
     )
     run.text(spec.to_yaml(), "experiment.yaml")
     run.json(provenance.to_dict(), "provenance.json")
+    if provenance.git.diff:
+        run.text(provenance.git.diff, "uncommitted.diff")
     return run
 
 
