@@ -8,6 +8,17 @@ them.
 
 A step is a pure function of the arms' states until the optimizers run. So when memory runs out, gradients are dropped
 and the step is made again with the pack in more parts.
+
+Measured on one core (AVX2, CPU seconds of a step, SmolLM2-135M in NF4, r 8 on q, k, v, o, dropout 0.05, rows of 45
+tokens, the machine otherwise in use, so take ratios):
+
+| step | plain peft loop | packs of one, 4-bit weights | packs of one, weights kept | 8 arms, weights kept |
+|---|---|---|---|---|
+| 8 rows an arm | 5.1 | 3.5 | 3.2 | |
+| 1 row an arm | 1.1 to 1.5 | 1.0 | 0.62 | 0.51 an arm |
+
+Of the 3.2 seconds 72 % are the base's matrix products, at 60 to 100 % of what MKL reaches on these shapes alone; the
+adapters take 15 %, dropout a third of that. oneDNN's packed weights are not in this build of torch.
 """
 
 from __future__ import annotations
