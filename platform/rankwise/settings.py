@@ -97,7 +97,6 @@ def set_process_defaults() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "passive",
         "OMP_WAIT_POLICY": "PASSIVE",
     }.items():
         os.environ.setdefault(name, value)
@@ -114,11 +113,11 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _STORAGE_ADVICE.get(error.errno or 0)
-        if advice is None:
+        number = error.errno or 0
+        if number not in _STORAGE_ADVICE:
             raise
         where = error.filename or path
-        raise StorageError(f"{doing}: cannot write {where}: {os.strerror(error.errno)}; {advice}") from error
+        raise StorageError(f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}") from error
 
 
 def fsync_directory(path: Path) -> None:

@@ -16,7 +16,7 @@ import rankwise.flavor
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A project whose sweep has run; the tests of this module read it."""
-    project = make_project(tmp_path_factory.mktemp("run"))
+    project = make_project(tmp_path_factory.mktemp("run"), fresh=True)
     comparison = json.loads(project.succeed("run", "tiny.yaml", "--json"))
     return project, comparison
 

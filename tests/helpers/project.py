@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.local_store import prepared_home
 from helpers.tiny import make_base
 
 DEFINITION = """\
@@ -83,10 +84,13 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     return path
 
 
-def make_project(directory: Path) -> Project:
-    """Write a base, 80 rows and `tiny.yaml`."""
+def make_project(directory: Path, *, fresh: bool = False) -> Project:
+    """Write a base, 80 rows and `tiny.yaml`; unless `fresh`, the MLflow database is there already."""
     directory.mkdir(parents=True, exist_ok=True)
     make_base(directory / "base")
     write_rows(directory / "rows.jsonl", sums(80))
     (directory / "tiny.yaml").write_text(DEFINITION.format(base="./base", rows="./rows.jsonl"))
-    return Project(directory)
+    project = Project(directory)
+    if not fresh:
+        prepared_home(project.home)
+    return project

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -200,3 +201,7 @@ def _attach(model: Any, config: LoraConfig, adapter_name: str) -> None:
     for name, parameter in model.named_parameters():
         if name in trainable:
             parameter.requires_grad_(trainable[name])
+    # peft leaves new layers in training mode, with dropout on, whatever the model's own mode is.
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            module.train(model.training)

@@ -22,6 +22,7 @@ from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
 from rankwise.tasks.heartbeat import Heartbeat
 from rankwise.tasks.link import EVAL_HASH, run_of_arm
+from rankwise.tasks.outcomes import outcome_of
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
 from rankwise.tasks.rows import Rows, RowsCache
@@ -70,11 +71,9 @@ def evaluate_claimed(context: Context, jobs: Sequence[Job], bases: BaseHolder, r
                 heart.release(subject.token)
         except BaseException as error:
             text = str(error) if isinstance(error, RankwiseError) else f"{type(error).__name__}: {error}"
-            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
             for token in tokens.values():
                 if heart.holds(token):
-                    outcome = Outcome.PREEMPTED if stopped else Outcome.FAILED
-                    context.queue.finish(token, outcome, error=None if stopped else text)
+                    context.queue.finish(token, outcome_of(error), error=text)
             raise
 
 

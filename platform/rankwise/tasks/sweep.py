@@ -17,13 +17,14 @@ from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.hashing import digest
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.sweep import labelled_arms
-from rankwise.jobs.job import Job, JobKind, JobState
+from rankwise.jobs.job import Job, JobKind, JobState, Outcome
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.check import check_rows
 from rankwise.tasks.context import Context
 from rankwise.tasks.evaluate import evaluate_claimed
 from rankwise.tasks.heartbeat import LEASE_S
 from rankwise.tasks.link import link_done
+from rankwise.tasks.outcomes import outcome_of
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources, pin
 from rankwise.tasks.report import publish_report
@@ -234,10 +235,16 @@ def _hopeless(context: Context, job: Job) -> bool:
 
 
 def _execute(context: Context, execute: Callable[..., None], claimed: list[Job], *arguments: Any) -> None:
-    """Do one claim; an error has been noted in its jobs, and the others go on."""
+    """Do one claim; an error has been noted in its jobs, and the others go on, unless it will meet them too.
+
+    Raises:
+        RankwiseError: The environment is at fault: a full disk, a store that does not answer.
+    """
     try:
         execute(context, claimed, *arguments)
     except RankwiseError as error:
+        if outcome_of(error) is Outcome.PREEMPTED:
+            raise
         context.voice.fail(str(error))
     except Exception:
         # A bug keeps its traceback; it is not the other arms' fault.

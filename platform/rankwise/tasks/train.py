@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
 from rankwise.tasks.curves import Curves
 from rankwise.tasks.heartbeat import LEASE_S, Heartbeat
+from rankwise.tasks.outcomes import outcome_of
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
 from rankwise.tasks.rows import Rows, RowsCache
@@ -27,6 +27,7 @@ from rankwise.tracking.descriptions import arm_note
 from rankwise.tracking.provenance import Provenance, collect
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.runs import Run
+from rankwise.training.checkpoint import remove_composition
 from rankwise.training.pack import train_pack
 from rankwise.training.values import ArmOutcome, ArmTask
 
@@ -56,7 +57,6 @@ def train_claimed(context: Context, jobs: Sequence[Job], bases: BaseHolder, rows
         Exception: A bug; the jobs are noted as failed first.
     """
     tokens = {job.id: job.token for job in jobs if job.token is not None}
-    directory = context.settings.checkpoints / f"pack-{jobs[0].pack_id}"
     arms: list[_Arm] = []
     with Heartbeat(context.queue, list(tokens.values())) as heart:
         try:
@@ -68,7 +68,7 @@ def train_claimed(context: Context, jobs: Sequence[Job], bases: BaseHolder, rows
             for job, work, table in zip(jobs, works, tables, strict=True):
                 run = _open_run(context, job, work, table, base, provenance)
                 arms.append(_Arm(job=job, token=tokens[job.id], work=work, rows=table, run=run))
-            outcomes = _train(context, heart, base, arms, directory)
+            outcomes = _train(context, heart, base, arms)
             for arm in arms:
                 _finish(context, heart, base, arm, outcomes[arm.work.arm.spec_hash])
                 heart.release(arm.token)
@@ -76,7 +76,7 @@ def train_claimed(context: Context, jobs: Sequence[Job], bases: BaseHolder, rows
             _give_up(context, heart, tokens, arms, error)
             raise
     if all(outcome.status == "finished" for outcome in outcomes.values()):
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_composition(context.settings.checkpoints, list(outcomes))
 
 
 def _open_run(context: Context, job: Job, work: Work, rows: Rows, base: LoadedBase, provenance: Provenance) -> Run:
@@ -115,9 +115,7 @@ def _open_run(context: Context, job: Job, work: Work, rows: Rows, base: LoadedBa
     return run
 
 
-def _train(
-    context: Context, heart: Heartbeat, base: LoadedBase, arms: Sequence[_Arm], directory: Path
-) -> dict[str, ArmOutcome]:
+def _train(context: Context, heart: Heartbeat, base: LoadedBase, arms: Sequence[_Arm]) -> dict[str, ArmOutcome]:
     tasks = []
     for arm in arms:
         spec = arm.work.arm
@@ -132,14 +130,22 @@ def _train(
     steps = max(arm.work.arm.training.optimizer_steps(len(arm.rows.train)) for arm in arms)
     names = ", ".join(arm.work.run_name for arm in arms)
 
-    def should_stop() -> bool:
-        # A pack ends as a whole when nobody in it may go on; single arms that were lost publish nothing at the end.
-        going = [arm for arm in arms if heart.holds(arm.token) and not heart.cancelled(arm.token)]
-        return context.stop.is_set() or not going
+    tokens = {arm.work.arm.spec_hash: arm.token for arm in arms}
+
+    def should_leave(spec_hash: str) -> bool:
+        token = tokens[spec_hash]
+        return not heart.holds(token) or heart.cancelled(token)
 
     with context.voice.noted(f"training {names}", steps, "steps") as (advance, note):
         curves = Curves({arm.work.arm.spec_hash: (arm.run, arm.work.arm) for arm in arms}, advance, note)
-        return train_pack(base, tasks, directory=directory, observer=curves, should_stop=should_stop)
+        return train_pack(
+            base,
+            tasks,
+            directory=context.settings.checkpoints,
+            observer=curves,
+            should_stop=context.stop.is_set,
+            should_leave=should_leave,
+        )
 
 
 def _initial_adapter(context: Context, arm: ArmSpec) -> Path | None:
@@ -219,10 +225,7 @@ def _give_up(
     """End what the error has cut off: the queue first, since it is the truth."""
     interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
     text = str(error) if isinstance(error, RankwiseError) else f"{type(error).__name__}: {error}"
-    if interrupted:
-        outcome = Outcome.PREEMPTED
-    else:
-        outcome = Outcome.FATAL if isinstance(error, RankwiseError) and error.exit_code == 2 else Outcome.FAILED
+    outcome = outcome_of(error)
     for token in tokens.values():
         if heart.holds(token):
             context.queue.finish(token, outcome, error=None if interrupted else text)

@@ -90,8 +90,7 @@ class Checkpoints:
         """Remove what was left half-written."""
         self._root = directory
         self._base = base
-        text = "\n".join(sorted(spec_hashes))
-        self.directory = directory / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.directory = _composition(directory, spec_hashes)
         self._final = self.directory / "final"
         sweep(self.directory)
         sweep(self._final)
@@ -229,6 +228,23 @@ class Checkpoints:
             base_source=self._base.source,
             base_revision=self._base.revision,
         )
+
+
+def remove_composition(directory: Path, spec_hashes: Sequence[str]) -> None:
+    """Remove checkpoints and results of arms that were started together, once all of it is published.
+
+    Args:
+        directory: Root, as given to `train_pack`.
+        spec_hashes: The arms.
+    """
+    composition = _composition(directory, spec_hashes)
+    if composition.exists():
+        remove(composition)
+
+
+def _composition(directory: Path, spec_hashes: Sequence[str]) -> Path:
+    text = "\n".join(sorted(spec_hashes))
+    return directory / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _arm_name(spec_hash: str) -> str:
