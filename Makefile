@@ -34,7 +34,7 @@ arrows: setup
 	$(BIN)/lint-imports
 
 tests: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 ui: setup  ## the MLflow UI on the local store, on loopback
 	$(BIN)/rankwise ui
