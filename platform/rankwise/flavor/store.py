@@ -15,7 +15,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import ModelInfo
@@ -30,6 +30,7 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.embeddings import check_rows, embedding_rows
 from rankwise.settings import Settings
 from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.linking import link_metrics
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # The Models tab finds the versions of a LoggedModel by it.
 
@@ -269,31 +270,12 @@ def _upload(
         client.log_model_artifacts(logged.model_id, str(package.directory))
         if run_id is not None:
             client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=step)])
-            _link_metrics(client, run_id, logged.model_id, metrics, step)
+            link_metrics(client, run_id, logged.model_id, list(metrics), step)
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     logged = client.finalize_logged_model(logged.model_id, "READY")
     return description.get_model_info(logged)
-
-
-def _link_metrics(client: MlflowClient, run_id: str, model_id: str, metrics: Mapping[str, float], step: int) -> None:
-    """Give the LoggedModel the run's points of `step`, under their own times: with new times they were new points."""
-    points = [
-        Metric(
-            key=point.key,
-            value=point.value,
-            timestamp=point.timestamp,
-            step=point.step,
-            run_id=run_id,
-            model_id=model_id,
-        )
-        for key in metrics
-        for point in client.get_metric_history(run_id, key)
-        if point.step == step and point.model_id is None
-    ]
-    if points:
-        client.log_batch(run_id, metrics=points)
 
 
 def _register(
