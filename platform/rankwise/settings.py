@@ -117,7 +117,9 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
         if number not in _STORAGE_ADVICE:
             raise
         where = error.filename or path
-        raise StorageError(f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}") from error
+        raise StorageError(
+            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}"
+        ) from error
 
 
 def fsync_directory(path: Path) -> None:

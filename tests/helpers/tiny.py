@@ -55,8 +55,14 @@ def make_base(
 ) -> Path:
     """Write a random base in the Hugging Face directory format (bf16 safetensors) and return its path."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     tokenizer = make_tokenizer(chat_template)
     common = {
