@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests ui clean
+.PHONY: help setup run test lint types arrows tests faults ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -35,6 +35,9 @@ arrows: setup
 
 tests: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+faults: setup  ## the slow proofs under injected faults
+	$(BIN)/python -m pytest -m faults
 
 ui: setup  ## the MLflow UI on the local store, on loopback
 	$(BIN)/rankwise ui

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUNS = 20
 TESTS = Path(__file__).parents[1]
 
@@ -18,6 +20,7 @@ def results(directory):
     }
 
 
+@pytest.mark.faults
 def test_packs_killed_at_random_moments_give_the_same_bytes(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
