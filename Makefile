@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests faults ui clean
+.PHONY: help setup run test lint types arrows tests faults proofs ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -38,6 +38,9 @@ tests: setup
 
 faults: setup  ## the slow proofs under injected faults
 	$(BIN)/python -m pytest -m faults
+
+proofs: setup  ## other slow proofs: a real base, a fresh environment
+	$(BIN)/python -m pytest -m proof
 
 ui: setup  ## the MLflow UI on the local store, on loopback
 	$(BIN)/rankwise ui
