@@ -5,7 +5,7 @@
                                                       optimizer.safetensors
                                                       state.json
                                                       best/           a PEFT directory, where there is a best
-    DIRECTORY/<composition>/aside/arm-<short>/  as in a generation: an arm that was told to leave the pack
+    DIRECTORY/<composition>/aside/arm-<short>/step-00000020/  as in a generation: an arm that left the pack unfinished
     DIRECTORY/<composition>/final/arm-<short>/outcome.json, manifest.json, adapter/, best/
 
 A composition is the set of arms that were started together. One rename publishes all of its arms at one pack step; two
@@ -64,6 +64,7 @@ class ArmState:
         arm.seconds = state["seconds"]
         arm.tokens = state["tokens"]
         arm.metrics = dict(state["metrics"])
+        arm.evaluated = state.get("evaluated", 0)  # not in what the first releases wrote
         best = state["best"]
         arm.best = None if best is None else Best(directory=self.directory / "best", **best)
 
@@ -94,6 +95,8 @@ class Checkpoints:
         self._final = self.directory / "final"
         sweep(self.directory)
         sweep(self._final)
+        for spec_hash in spec_hashes:
+            sweep(self._aside(spec_hash))
 
     def save(self, pack_step: int, arms: Sequence[LivingArm], ended: Mapping[str, ArmOutcome]) -> Path:
         """Write a generation, and remove those before the last two.
@@ -140,13 +143,23 @@ class Checkpoints:
         """The newest state of one arm in any composition."""
         name = _arm_name(spec_hash)
         found = [path for path in self._root.glob(f"*/step-*/{name}") if _checked(path.parent) is not None]
-        found += [path for path in self._root.glob(f"*/aside/{name}") if _checked(path, "state.json") is not None]
+        aside = self._root.glob(f"*/aside/{name}/step-*")
+        found += [path for path in aside if _checked(path, "state.json") is not None]
         return max(map(_state, found), key=lambda state: state.step, default=None)
 
     def put_aside(self, arm: LivingArm) -> None:
-        """Write the state of an arm that leaves the pack unfinished."""
-        with whole_directory(self.directory / "aside" / _arm_name(arm.spec_hash)) as temporary:
-            self._save_arm(arm, temporary)
+        """Write the state of an arm that leaves the pack unfinished, in place of what was put aside of it before."""
+        directory = self._aside(arm.spec_hash)
+        path = directory / _step_name(arm.step)
+        # A state that is there already is not replaced: between its removal and the rename there would be none.
+        if not path.exists() or _checked(path, "state.json") != _document(arm):
+            with whole_directory(path) as temporary:
+                self._save_arm(arm, temporary)
+        if arm.best is not None:
+            arm.best = replace(arm.best, directory=path / "best")
+        for old in _steps(directory):
+            if old != path:
+                remove(old)
 
     def save_best(self, arm: LivingArm, value: float) -> None:
         """Write the adapter of an arm as its best so far; the next generation takes a copy."""
@@ -196,6 +209,9 @@ class Checkpoints:
         if (self.directory / "best").exists():
             remove(self.directory / "best")
 
+    def _aside(self, spec_hash: str) -> Path:
+        return self.directory / "aside" / _arm_name(spec_hash)
+
     def _last_state(self, spec_hash: str) -> ArmState | None:
         generation = self.newest()
         return None if generation is None else generation.states.get(spec_hash)
@@ -203,22 +219,9 @@ class Checkpoints:
     def _save_arm(self, arm: LivingArm, directory: Path) -> None:
         self._save_adapter(arm, directory / "adapter")
         save_file(arm.optimizer_tensors(), directory / "optimizer.safetensors")
-        best = None
         if arm.best is not None:
             copy_directory(arm.best.directory, directory / "best")
-            best = {"step": arm.best.step, "value": arm.best.value}
-        state = {
-            "version": FORMAT_VERSION,
-            "spec_hash": arm.spec_hash,
-            "step": arm.step,
-            "micro_step": arm.step * arm.accumulation,
-            "seconds": arm.seconds,
-            "tokens": arm.tokens,
-            "metrics": arm.metrics,
-            "best": best,
-            "torch": torch.__version__,
-        }
-        (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (directory / "state.json").write_text(json.dumps(_document(arm), indent=1), encoding="utf-8")
 
     def _save_adapter(self, arm: LivingArm, directory: Path) -> None:
         save_adapter(
@@ -277,6 +280,22 @@ def _checked(path: Path, name: str = "pack.json") -> dict[str, Any] | None:
 def _state(directory: Path) -> ArmState:
     state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     return ArmState(directory=directory, step=int(state["step"]))
+
+
+def _document(arm: LivingArm) -> dict[str, Any]:
+    """What of an arm's state is no tensor."""
+    return {
+        "version": FORMAT_VERSION,
+        "spec_hash": arm.spec_hash,
+        "step": arm.step,
+        "micro_step": arm.step * arm.accumulation,
+        "seconds": arm.seconds,
+        "tokens": arm.tokens,
+        "metrics": arm.metrics,
+        "evaluated": arm.evaluated,
+        "best": None if arm.best is None else {"step": arm.best.step, "value": arm.best.value},
+        "torch": torch.__version__,
+    }
 
 
 def _outcome_json(outcome: ArmOutcome, directory: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class LivingArm:
         seconds: Share of wall time so far.
         tokens: Tokens trained on so far.
         metrics: The last numbers.
+        evaluated: The step of the last evaluation; 0 before the first.
         best: The best evaluated state.
     """
 
@@ -79,6 +80,7 @@ class LivingArm:
         self.seconds = 0.0
         self.tokens = 0
         self.metrics: dict[str, float] = {}
+        self.evaluated = 0
         self.best: Best | None = None
 
     @property
@@ -95,6 +97,17 @@ class LivingArm:
     def done(self) -> bool:
         """Whether all optimizer steps are made."""
         return self.step >= self.total_steps
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the arm is to leave the pack here, unfinished."""
+        return self.task.stop_at is not None and self.step >= self.task.stop_at and not self.done
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the arm is to be evaluated after the step that it has made."""
+        every = self.task.spec.training.eval_steps
+        return self.pauses or (every is not None and (self.step % every == 0 or self.done))
 
     @property
     def learning_rate(self) -> float:

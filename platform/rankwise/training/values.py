@@ -20,12 +20,24 @@ class ArmTask:
         train: Its training rows.
         evaluation: Rows for evaluation during training; needed where `training.eval_steps` is set.
         init_adapter: A PEFT directory to start from in place of fresh values.
+        stop_at: After so many of its optimizer steps the arm is evaluated, saved aside and leaves the pack as `paused`;
+            a later pack with a larger `stop_at` or None goes on from there. The learning rate's schedule is that of all
+            steps. None, or all steps and more: it trains to its end.
+
+    Raises:
+        ValueError: `stop_at` is below 1.
     """
 
     spec: ArmSpec
     train: Sequence[Encoded]
     evaluation: Sequence[Encoded] | None = None
     init_adapter: Path | None = None
+    stop_at: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a pause before the first step."""
+        if self.stop_at is not None and self.stop_at < 1:
+            raise ValueError(f"stop_at must be at least 1 or None, got {self.stop_at}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +69,12 @@ class ArmOutcome:
 
     Attributes:
         spec_hash: Which arm.
-        status: `finished`: all steps done. `nonfinite`: a loss or gradient was not finite. `stopped`: asked to stop; a
-            checkpoint is there to go on from.
+        status: `finished`: all steps done. `nonfinite`: a loss or gradient was not finite. `paused`: its `stop_at` was
+            reached; `metrics` has the evaluation there. `stopped`: asked to stop. For both of the last a checkpoint is
+            there to go on from.
         steps: Optimizer steps done.
         adapter: PEFT directory of the result: the last state of a finished arm, the last good checkpoint of one that
-            became non-finite (None if there was none yet), None for a stopped one.
+            became non-finite (None if there was none yet), None for a paused or stopped one.
         reason: Why it is not finished, in words; None for a finished arm.
         metrics: Last `train.loss`, `train.tokens_per_second`, and of the last evaluation `eval.loss` etc.
         seconds: Sum of the steps' shares of wall time, over all attempts that the checkpoints remember.
@@ -74,7 +87,7 @@ class ArmOutcome:
     """
 
     spec_hash: str
-    status: Literal["finished", "nonfinite", "stopped"]
+    status: Literal["finished", "nonfinite", "paused", "stopped"]
     steps: int
     adapter: Path | None
     reason: str | None
