@@ -6,6 +6,8 @@ import os
 import tempfile
 
 import pytest
+from helpers.fault_table import print_rows
+from helpers import warm
 
 # Before any library is imported: they read these once.
 os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="rankwise-runtime-"))
@@ -18,9 +20,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
+def pytest_configure(config):
+    # The process that leads; xdist's workers find the server through the environment.
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(warm.start())
+
+
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKWISE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RANKWISE_DATABASE_URL", "RANKWISE_BASES"):
         monkeypatch.delenv(name, raising=False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    print_rows(terminalreporter.write_line)
