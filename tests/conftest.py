@@ -6,8 +6,8 @@ import os
 import tempfile
 
 import pytest
-from helpers.fault_table import print_rows
 from helpers import warm
+from helpers.fault_table import print_rows
 
 # Before any library is imported: they read these once.
 os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="rankwise-runtime-"))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers import warm
 from helpers.local_store import prepared_home
 from helpers.tiny import make_base
 
@@ -53,13 +54,18 @@ class Project:
         return {**kept, **own, **(extra or {})}
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "rankwise", *arguments]
+        return [warm.python(), "-m", "rankwise", *arguments]
 
     def run(
-        self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300
+        self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300, cold: bool = False
     ) -> subprocess.CompletedProcess[str]:
+        """Run a command; `cold` in a new interpreter, otherwise where the libraries are imported already."""
+        if not cold and not any(name.startswith(warm.READ_AT_IMPORT) for name in env or {}):
+            return warm.run(
+                ["-m", "rankwise", *arguments], cwd=self.directory, env=self.environment(env), timeout=timeout
+            )
         return subprocess.run(
-            self.command(*arguments),
+            [sys.executable, "-m", "rankwise", *arguments],
             cwd=self.directory,
             env=self.environment(env),
             capture_output=True,

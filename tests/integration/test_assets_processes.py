@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from helpers import warm
 from helpers.gguf_file import make_gguf
 
 from rankwise.assets.base import resolve_base
@@ -37,7 +37,7 @@ def gguf(tmp_path):
 
 
 def start(*arguments):
-    command = [sys.executable, "-c", RESOLVE, *map(str, arguments)]
+    command = [warm.python(), "-c", RESOLVE, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

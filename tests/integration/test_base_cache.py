@@ -4,15 +4,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from helpers import warm
 from helpers.tiny import make_base
 
 # Prints whether the base came from the cache, and a digest over its weights and logits.
 LOAD = """
-import hashlib, json, sys
+import hashlib, json, sys, warnings
+warnings.simplefilter("error", FutureWarning)
 from pathlib import Path
 import torch
 from rankwise.assets.base import ResolvedBase
@@ -52,7 +53,7 @@ def start(tmp_path):
 
     def start(*, slow="", how=""):
         process = subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", "-c", LOAD, base, tmp_path / "ready", slow, how],
+            [warm.python(), "-c", LOAD, str(base), str(tmp_path / "ready"), slow, how],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "RANKWISE_CACHE": str(tmp_path / "cache")},

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 
+from helpers import warm
+
 
 def test_the_flavor_pulls_in_no_queue_no_command_line_and_no_training():
     code = "import json, sys, rankwise.flavor; print(json.dumps([n for n in sys.modules if n.startswith('rankwise.')]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([warm.python(), "-c", code], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout))
     assert loaded.isdisjoint(
         {f"rankwise.{name}" for name in ("jobs", "cli", "tasks", "worker", "training", "evaluation", "inference")}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
+from helpers import warm
 from helpers.bases import inject, logits
 from helpers.local_store import prepared_home
 from helpers.tiny import make_base
@@ -107,7 +107,7 @@ def load_elsewhere(settings, wanted: dict[str, torch.Tensor], tmp_path: Path, **
         **more,
     }
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, settings.tracking_uri, str(tmp_path / "wanted.safetensors")],
+        [warm.python(), "-c", CHILD, settings.tracking_uri, str(tmp_path / "wanted.safetensors")],
         env=environment,
         capture_output=True,
         text=True,

@@ -6,12 +6,12 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from helpers import warm
 from helpers.local_store import prepared_home
 
 from rankwise.exceptions import TrackingError
@@ -73,7 +73,7 @@ def test_points_of_a_living_and_of_a_killed_writer_survive_an_outage_once_each(t
         experiment = store.experiment("diamonds")
         run = store.start_run(experiment, "r=4", params={f"p{i}": i for i in range(150)}, system_metrics=False)
         writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(store.settings.home), url],
+            [warm.python(), "-c", WRITER, str(store.settings.home), url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -116,7 +116,7 @@ def test_points_of_a_living_and_of_a_killed_writer_survive_an_outage_once_each(t
 
 
 def test_processes_that_start_on_one_empty_home_all_get_the_store(tmp_path):
-    command = [sys.executable, "-c", STARTER, str(tmp_path / "home")]
+    command = [warm.python(), "-c", STARTER, str(tmp_path / "home")]
     started = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
         for _ in range(2)
