@@ -43,6 +43,15 @@ CASES = {
         {},
         {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [300, 301]},
     ),
+    "llama-resized": (
+        "llama",
+        {},
+        {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [7, 320, 321], "lm_head": [320, 321]},
+        },
+    ),
     "qwen2-r4": ("qwen2", {}, {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj"]}),
     "gpt_neox-r4": ("gpt_neox", {}, {"r": 4, "target_modules": ["query_key_value", "dense_4h_to_h"]}),
 }
@@ -54,11 +63,12 @@ import mlflow
 import rankwise.flavor as flavor
 torch.set_num_threads(1)
 mlflow.set_tracking_uri(sys.argv[1])
-tokens = torch.arange(4, 28).reshape(2, 12)
 wanted = load_file(sys.argv[2])
 found = {}
 for name in wanted:
     loaded = flavor.load_model(f"models:/{name}@champion")
+    tokens = torch.arange(4, 28).reshape(2, 12)
+    tokens[0, -1] = wanted[name].shape[-1] - 1
     with torch.no_grad():
         got = loaded.model(input_ids=tokens).logits
     found[name] = {
@@ -127,6 +137,8 @@ def test_logits_are_the_same_to_the_bit_in_a_new_process(settings, tmp_path):
         base = load_base(
             resolve_base(str(path), None, settings), QuantizationSpec(**quantization), settings, device="cpu"
         )
+        if name == "llama-resized":
+            base.model.resize_token_embeddings(322, mean_resizing=False)
         bare = logits(base.model)
         inject(base.model, "x", seed=len(wanted), **lora)
         base.tokenizer.chat_template = f"{name}: {{{{ messages[0]['content'] }}}}"
@@ -143,7 +155,7 @@ def test_logits_are_the_same_to_the_bit_in_a_new_process(settings, tmp_path):
 
 
 def test_scripts_that_know_nothing_of_rankwise_s_loader_round_trip_too(settings, tmp_path):
-    """Four usual ways to prepare a QLoRA model, the tutorials' `prepare_model_for_kbit_training` among them."""
+    """Usual ways to prepare a QLoRA model: `prepare_model_for_kbit_training`, a resized embedding, and more."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -152,6 +164,7 @@ def test_scripts_that_know_nothing_of_rankwise_s_loader_round_trip_too(settings,
         "kbit": (torch.bfloat16, torch.bfloat16, True),
         "kbit-compute-fp32": (torch.bfloat16, torch.float32, True),
         "default-compute": (torch.bfloat16, torch.float32, False),
+        "resized": (torch.bfloat16, torch.float32, False),
         "all-bf16": (torch.bfloat16, torch.bfloat16, False),
     }
     wanted = {}
@@ -160,14 +173,19 @@ def test_scripts_that_know_nothing_of_rankwise_s_loader_round_trip_too(settings,
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
         if prepare:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, task_type="CAUSAL_LM"))
+        tokenizer, rows = AutoTokenizer.from_pretrained(path), None
+        if name == "resized":
+            model.resize_token_embeddings(322, mean_resizing=False)
+            rows = {"embed_tokens": [320, 321], "lm_head": [320, 321]}
+        lora = LoraConfig(r=4, target_modules=ATTENTION, task_type="CAUSAL_LM", trainable_token_indices=rows)
+        model = get_peft_model(model, lora)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                if "lora_B" in key:
+                if "lora_B" in key or "tokens_delta" in key:
                     parameter.normal_(std=0.1)
         model.eval()
         with mlflow.start_run():
-            info = flavor.log_model(model, AutoTokenizer.from_pretrained(path), registered_model_name=name)
+            info = flavor.log_model(model, tokenizer, registered_model_name=name)
         register(name, info)
         wanted[name] = logits(model).contiguous()
     found = load_elsewhere(settings, wanted, tmp_path)

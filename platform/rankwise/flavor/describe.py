@@ -18,6 +18,7 @@ from rankwise.experiment.source import HubSource, parse_source
 from rankwise.flavor.memory import check_same, commit_in_memory, load_dtype
 from rankwise.flavor.metadata import BaseFacts
 from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.embeddings import plain_module
 from rankwise.modeling.fingerprint import fingerprint_base
 from rankwise.settings import Settings
 
@@ -63,7 +64,7 @@ def describe_base(
     )
     check_same(plain, resolved.path, resolved.source)
     quantization, compute = quantization_of(plain)
-    module = plain.get_input_embeddings().weight
+    module = plain_module(plain.get_input_embeddings()).weight
     return (
         BaseFacts(
             source=resolved.source,

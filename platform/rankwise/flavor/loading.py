@@ -21,8 +21,10 @@ from rankwise.flavor.bases import Override, check_base, check_quantization, desc
 from rankwise.flavor.fetch import Fetched, Origin, check, fetch
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.modeling.adapter import load_adapter
+from rankwise.modeling.adapter_config import read_adapter_config
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.modeling.dtype import DTYPES, default_device
+from rankwise.modeling.embeddings import add_rows, base_rows, embedding_rows, rows_needed
 from rankwise.modeling.packed_lora import uninstall
 from rankwise.modeling.quiet import quiet_transformers
 from rankwise.settings import Settings
@@ -184,14 +186,28 @@ def _load_base(
     spec = quantization or facts.quantization
     check_quantization(facts, spec, uri, allow=allow)
     resolved = find_base(facts, uri, settings, base_model=base_model, allow_base_mismatch=allow)
-    if quantization is None or quantization.bnb_4bit_compute_dtype == "auto":
-        target = torch.device(device) if device is not None else default_device()
-        # The same dtype on the same type of device gives the same bits; another device decides anew.
-        if target.type == facts.device_type:
-            exact = spec.model_copy(update={"bnb_4bit_compute_dtype": facts.compute_dtype})
-            base = load_base(resolved, exact, settings, device=device, module_dtype=facts.load_dtype)
-            return _cast_modules(base, facts.module_dtype)
-    return load_base(resolved, spec, settings, device=device)
+    base = _load_as_recorded(resolved, spec, facts, settings, device, keep=quantization is not None)
+    add_rows(base.model, read_adapter_config(first.adapter))
+    return base
+
+
+def _load_as_recorded(
+    resolved: ResolvedBase,
+    spec: QuantizationSpec,
+    facts: BaseFacts,
+    settings: Settings,
+    device: str | None,
+    *,
+    keep: bool,
+) -> LoadedBase:
+    """Load a base in the recorded dtypes, but for another device, or where `keep` and `spec` names one itself."""
+    target = torch.device(device) if device is not None else default_device()
+    # The same dtype on the same type of device gives the same bits; another device decides anew.
+    if (keep and spec.bnb_4bit_compute_dtype != "auto") or target.type != facts.device_type:
+        return load_base(resolved, spec, settings, device=device)
+    exact = spec.model_copy(update={"bnb_4bit_compute_dtype": facts.compute_dtype})
+    base = load_base(resolved, exact, settings, device=device, module_dtype=facts.load_dtype)
+    return _cast_modules(base, facts.module_dtype)
 
 
 def _cast_modules(base: LoadedBase, dtype: str) -> LoadedBase:
@@ -228,11 +244,28 @@ def _compare(one: Fetched, base: LoadedBase, *, allow: bool) -> tuple[Override, 
     facts, uri = one.metadata.base, one.origin.uri
     found = check_base(facts, base.fingerprint, base, uri, allow=allow)
     found += check_quantization(facts, base.quantization, uri, allow=allow)
+    _check_rows(one, base)
     found += _dtypes(facts, base)
     for override in found:
         if override.what.endswith("dtype"):
             logger.info("%s: %s (logged on %s, loaded on %s)", uri, override, facts.device_type, base.device.type)
     return tuple(found)
+
+
+def _check_rows(one: Fetched, base: LoadedBase) -> None:
+    """Refuse a base in memory whose embedding has been resized for another adapter, or was not for this one.
+
+    Rows that one adapter brings would be tokens of zeros to its neighbours, and those could be the likeliest.
+    """
+    recorded = base_rows(base.path)
+    present = embedding_rows(base.model)
+    needed = present if recorded is None else rows_needed(read_adapter_config(one.adapter), recorded)
+    if needed != present:
+        raise BaseMismatchError(
+            f"{one.origin.uri} was trained with {needed} rows in the embedding, the base in memory has {present} (its "
+            f"files have {recorded}): adapters that bring rows for new tokens lie over a base of their own. Load it "
+            "apart (load_model, without base=)"
+        )
 
 
 def _dtypes(facts: BaseFacts, base: LoadedBase) -> list[Override]:

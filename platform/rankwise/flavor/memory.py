@@ -16,6 +16,10 @@ from safetensors import safe_open
 
 from rankwise.assets.weights import weight_files
 from rankwise.exceptions import BaseMismatchError, ConfigError
+from rankwise.modeling.embeddings import plain_module
+
+# What peft puts into the names of a base's parameters.
+_WRAPPERS = (".token_adapter", ".base_layer", ".original_module")
 
 
 def load_dtype(model: Any) -> torch.dtype | None:
@@ -84,7 +88,9 @@ def commit_in_memory(model: Any, repo: str) -> str:
 
 
 def _compared(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    embedding = model.get_input_embeddings().weight
+    embedding = plain_module(model.get_input_embeddings()).weight
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is embedding or (parameter.dim() == 1 and parameter.is_floating_point()):
+            for part in _WRAPPERS:
+                name = name.replace(part, "")
             yield name, parameter

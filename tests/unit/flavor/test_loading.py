@@ -70,6 +70,25 @@ def test_a_model_that_lies_over_the_base_already_is_not_attached_twice(world, th
     assert torch.equal(logits(base.model), wanted[0])
 
 
+def test_an_adapter_that_brings_rows_lies_over_a_base_of_its_own(world, tmp_path, three):
+    base = world.load_base()
+    base.model.resize_token_embeddings(322, mean_resizing=False)
+    inject(base.model, "x", trainable_token_indices={"embed_tokens": [320, 321], "lm_head": [320, 321]})
+    base.tokenizer.add_tokens([f"<|more-{index}|>" for index in range(322 - len(base.tokenizer))])
+    flavor.save_model(base.model, tmp_path / "resized", base.tokenizer, base=base)
+    wanted = logits(base.model)
+    assert wanted.shape[-1] == 322
+    state = torch.get_rng_state()
+    loaded = flavor.load_model(tmp_path / "resized", settings=world.settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(loaded.model), wanted)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    with pytest.raises(BaseMismatchError, match="trained with 322 rows in the embedding, the base in memory has 320"):
+        flavor.load_models([three[0][0], tmp_path / "resized"], settings=world.settings)
+    with pytest.raises(BaseMismatchError, match="trained with 320 rows in the embedding, the base in memory has 322"):
+        flavor.load_model(three[0][0], base=loaded.base, settings=world.settings)
+
+
 def test_a_loaded_model_trains_nothing_by_itself(world):
     loaded = flavor.load_model(world.saved, settings=world.settings)
     assert not loaded.model.training
