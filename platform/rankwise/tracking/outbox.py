@@ -1,8 +1,9 @@
 """The outbox: what a run wants to tell MLflow, in a file, until it was told.
 
-One file per run and attempt, `<run id>.<8 hex digits>.jsonl`: a header line, then one JSON record a line, only ever
-appended. A point is written with its first timestamp, so that sending it twice adds nothing: MLflow keeps one row per
-(key, timestamp, step, value). Beside it lie `*.offset` (how much was delivered) and `*.files/` (artifacts under way).
+One file per run and attempt, `<run id>.<8 hex digits>.jsonl`: a header line (whose attempt it is, whether steps may be
+done again), then one JSON record a line, only ever appended. A point is written with its first timestamp, so that
+sending it twice adds nothing: MLflow keeps one row per (key, timestamp, step, value). Beside it lie `*.offset` (how
+much was delivered) and `*.files/` (artifacts under way).
 
 | record | meaning |
 |---|---|
@@ -34,7 +35,9 @@ from rankwise.exceptions import TrackingError
 from rankwise.settings import storage_errors
 from rankwise.tracking.redact import redact
 
-FORMAT = 1
+FORMAT = 2
+# Format 1 knew neither attempts nor redone steps: its points had been compared with the store before they were written.
+_READABLE = (1, 2)
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -54,13 +57,24 @@ class Entry:
 
 
 class Outbox:
-    """One file of records. Appending is thread-safe; one thread at a time reads and commits."""
+    """One file of records. Appending is thread-safe; one thread at a time reads and commits.
+
+    Attributes:
+        path: The file.
+        run_id: MLflow's.
+        tracking_uri: The store that it is for, redacted.
+        attempt: Which attempt at its job wrote it, if any.
+        once: Whether a point is left out where the run has one of that key and step already.
+        closed: Whether the file was let go of.
+    """
 
     def __init__(self, path: Path, descriptor: int, header: Mapping[str, Any], start: int) -> None:
         """Use `create` or `adopt`."""
         self.path = path
         self.run_id: str = header["run_id"]
         self.tracking_uri: str = header["tracking_uri"]
+        self.attempt: int | None = header.get("attempt")
+        self.once: bool = header.get("once", False)
         self._descriptor = descriptor
         self._lock = threading.Lock()
         self.closed = False
@@ -69,8 +83,10 @@ class Outbox:
         self._end = self._size if self._offset >= self._size else self._last_newline()
 
     @classmethod
-    def create(cls, directory: Path, run_id: str, tracking_uri: str) -> Outbox:
-        """Start a file for one attempt at a run.
+    def create(
+        cls, directory: Path, run_id: str, tracking_uri: str, *, attempt: int | None = None, once: bool = False
+    ) -> Outbox:
+        """Start a file for one attempt at a run; see the attributes.
 
         Raises:
             StorageError: The disk is full, or the directory is not writable.
@@ -80,6 +96,8 @@ class Outbox:
             "rankwise_outbox": FORMAT,
             "run_id": run_id,
             "tracking_uri": redact(tracking_uri),
+            "attempt": attempt,
+            "once": once,
             "created": time.time_ns() // 1_000_000,
         }
         line = _encode(header).encode() + b"\n"
@@ -259,9 +277,9 @@ def _header(path: Path, line: bytes) -> Mapping[str, Any]:
     header = _parse(line)
     if header is None or "rankwise_outbox" not in header:
         raise TrackingError(f"{path} is not an outbox file: its first line has no 'rankwise_outbox'; move it away")
-    if header["rankwise_outbox"] != FORMAT:
+    if header["rankwise_outbox"] not in _READABLE:
         raise TrackingError(
-            f"{path} has outbox format {header['rankwise_outbox']}, this release reads {FORMAT}: "
-            "send it with the release that wrote it, or upgrade rankwise"
+            f"{path} has outbox format {header['rankwise_outbox']}, this release reads "
+            f"{' and '.join(map(str, _READABLE))}: send it with the release that wrote it (`rankwise sync`)"
         )
     return header

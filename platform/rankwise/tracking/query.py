@@ -92,6 +92,7 @@ def search_runs(
     kind: str | None = None,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
+    status: str | None = None,
 ) -> list[RunRecord]:
     """All runs of an experiment that fit, oldest first.
 
@@ -101,6 +102,7 @@ def search_runs(
         kind: Only runs of this kind.
         parent: Only children of this run.
         tags: Only runs with these tags.
+        status: Only runs of this status.
 
     Raises:
         TrackingError: The store cannot be reached.
@@ -110,7 +112,10 @@ def search_runs(
         wanted[KIND] = kind
     if parent is not None:
         wanted[PARENT] = parent
-    filters = " AND ".join(f"tags.`{key}` = '{_quoted(value)}'" for key, value in wanted.items())
+    conditions = [f"tags.`{key}` = '{_quoted(value)}'" for key, value in wanted.items()]
+    if status is not None:
+        conditions.append(f"attributes.status = '{_quoted(status)}'")
+    filters = " AND ".join(conditions)
     found: list[RunRecord] = []
     token: str | None = None
     while True:

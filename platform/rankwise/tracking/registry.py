@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
@@ -93,9 +93,13 @@ class ResolvedModel:
 class Registry:
     """The model registry of a store. Every method raises a `TrackingError` when the store refuses or is away."""
 
-    def __init__(self, client: MlflowClient) -> None:
-        """`Store.registry` is one."""
-        self._client = client
+    def __init__(self, client: Callable[[], MlflowClient]) -> None:
+        """`Store.registry` is one; `client` is asked when the store is needed for the first time."""
+        self._make = client
+
+    @property
+    def _client(self) -> MlflowClient:
+        return self._make()
 
     def ensure_model(self, name: str, description: str | None = None) -> None:
         """Create the registered model if it is not there."""

@@ -39,46 +39,43 @@ _LONGEST_REASON = 2000
 
 
 class Run:
-    """One MLflow run. Thread-safe. A context manager: ends FINISHED, KILLED on Ctrl-C, FAILED on any other error."""
+    """One MLflow run. Thread-safe. A context manager: ends FINISHED, KILLED on Ctrl-C, FAILED on any other error.
+
+    Nothing here needs the store to answer, but for the waiting of `flush`, `drain`, `end` and `leave`.
+
+    Attributes:
+        run_id: MLflow's id.
+        started_ms: What the steps of system metrics count from.
+        refusals: After the end, why MLflow refused records for good.
+    """
 
     def __init__(
         self,
         *,
         run_id: str,
-        experiment_id: str,
-        name: str,
         started_ms: int,
         outbox: Outbox,
         sender: Sender,
-        params: Mapping[str, str] | None = None,
-        known: frozenset[tuple[str, int]] = frozenset(),
         on_end: Callable[[Run], None] | None = None,
     ) -> None:
         """Use `Store.start_run` or `Store.resume_run`.
 
         Args:
             run_id: MLflow's id.
-            experiment_id: Of the experiment.
-            name: As shown in the UI.
-            started_ms: When the run began, milliseconds since 1970.
+            started_ms: What the steps of system metrics count from, milliseconds since 1970.
             outbox: Where records go.
             sender: Who delivers them.
-            params: What earlier attempts wrote.
-            known: (key, step) pairs that an earlier attempt wrote: a step that is redone after an interruption is not
-                written twice.
             on_end: Called before the run ends, perhaps more than once.
         """
         self.run_id = run_id
-        self.experiment_id = experiment_id
-        self.name = name
         self.started_ms = started_ms
         self._outbox = outbox
         self._sender = sender
-        self._params = dict(params or {})
-        self._known = known
+        self._params: dict[str, str] = {}
         self._on_end = on_end
         self._keys: set[str] = set()
         self._ended = False
+        self.refusals: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
     def metric(self, key: str, value: SupportsFloat, step: int, timestamp_ms: int | None = None) -> None:
@@ -101,17 +98,13 @@ class Run:
             if key not in self._keys:
                 self._check_key(key)
         points = {key: float(value) for key, value in values.items()}
-        if self._known:
-            points = {key: value for key, value in points.items() if (key, step) not in self._known}
-            if not points:
-                return
         self._append({"m": points, "s": step, "t": timestamp_ms or time.time_ns() // 1_000_000})
 
     def params(self, params: Mapping[str, Scalar]) -> None:
         """Parameters, which are written once: the same value again is fine. None is left out.
 
         Raises:
-            ValueError: A parameter has another value already.
+            ValueError: This process has written another value.
         """
         values = _texts(params)
         for key, value in values.items():
@@ -189,11 +182,17 @@ class Run:
         Raises:
             TrackingError: It was not within `timeout` seconds.
         """
-        if not self._ended and not self._sender.drain(self._outbox, timeout):
+        if not self.drain(timeout):
             raise TrackingError(self._waiting(timeout))
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until everything so far was delivered; False after `timeout` seconds, or when the fence has fallen."""
+        return self._ended or self._sender.drain(self._outbox, timeout)
 
     def end(self, status: Status = "FINISHED", reason: str | None = None, timeout: float = 60.0) -> bool:
         """End the run and wait until all of it was delivered. A second call does nothing.
+
+        What MLflow refused for good is kept beside the outbox and was logged as an error; training is not at fault.
 
         Args:
             status: MLflow's.
@@ -202,26 +201,27 @@ class Run:
 
         Returns:
             Whether all was delivered; if not, it waits in the outbox for `Store.sync`.
-
-        Raises:
-            TrackingError: MLflow refused records for good (they are kept beside the outbox).
         """
+        last: list[Mapping[str, Any]] = [{"end": status, "t": time.time_ns() // 1_000_000}]
+        if reason is not None:
+            last.insert(0, {"tags": {REASON: shorten(reason, _LONGEST_REASON)}})
+        return self._close(last, timeout)
+
+    def leave(self, timeout: float = 60.0) -> bool:
+        """Let go of the run and leave its state as it is; otherwise as `end`."""
+        return self._close([], timeout)
+
+    def _close(self, last: Sequence[Mapping[str, Any]], timeout: float) -> bool:
         if self._on_end is not None:
             self._on_end(self)
         with self._lock:
             if self._ended:
                 return True
-            if reason is not None:
-                self._outbox.append({"tags": {REASON: shorten(reason, _LONGEST_REASON)}})
-            self._outbox.append({"end": status, "t": time.time_ns() // 1_000_000})
+            for record in last:
+                self._outbox.append(record)
             self._ended = True
         delivered = self._sender.drain(self._outbox, timeout)
-        refusals = self._sender.remove(self._outbox)
-        if refusals:
-            raise TrackingError(
-                f"run {self.run_id}: MLflow refused {len(refusals)} records, kept in {self._outbox.refused}: "
-                f"{refusals[0]}"
-            )
+        self.refusals = tuple(self._sender.remove(self._outbox))
         return delivered
 
     def __enter__(self) -> Run:

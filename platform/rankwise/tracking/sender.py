@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from rankwise.exceptions import StorageError
+from rankwise.exceptions import RankwiseError, TrackingError
 from rankwise.tracking.delivery import Batch, batches, deliver
 from rankwise.tracking.errors import describe, is_final
 from rankwise.tracking.outbox import Outbox
@@ -25,13 +25,23 @@ _LONGEST_PAUSE_DRAINING = 2.0
 _HANGING_SECONDS = 5.0
 
 Deliver = Callable[[MlflowClient, str, Path, Batch], None]
+Missing = Callable[[MlflowClient, Batch], Batch | None]
+Fence = Callable[[], bool]
 
 
 @dataclass(kw_only=True)
 class _Post:
-    """What the sender knows of one outbox."""
+    """What the sender knows of one outbox.
+
+    `missing` reduces a batch to what the run has not; `fence` says whether its writer may still speak for the run;
+    `left` that its writer is gone, so that it is closed as soon as it is empty.
+    """
 
     outbox: Outbox
+    missing: Missing | None = None
+    fence: Fence | None = None
+    left: bool = False
+    fenced: bool = False
     refusals: list[str] = field(default_factory=list)
 
 
@@ -44,7 +54,7 @@ class Sender:
 
     def __init__(
         self,
-        client: MlflowClient,
+        client: Callable[[], MlflowClient],
         *,
         interval: float = 3.0,
         send: Deliver = deliver,
@@ -53,7 +63,7 @@ class Sender:
         """Make a sender.
 
         Args:
-            client: The client of the store.
+            client: Gives the client of the store; may raise a `TrackingError` as long as the store does not answer.
             interval: Seconds between two looks at the outboxes, so that points travel in batches.
             send: What sends one batch.
             unreachable: Says in a moment why the store does not answer, or None: a request of MLflow's client to a dead
@@ -77,18 +87,32 @@ class Sender:
         """Why the last delivery failed; None while deliveries succeed."""
         return self._outage
 
-    def add(self, outbox: Outbox) -> None:
-        """Deliver this outbox from now on; outboxes of one run are delivered in the order of their adding."""
+    def add(
+        self, outbox: Outbox, *, missing: Missing | None = None, fence: Fence | None = None, left: bool = False
+    ) -> None:
+        """Deliver this outbox from now on; outboxes of one run are delivered in the order of their adding.
+
+        Args:
+            outbox: The file.
+            missing: Reduces a batch to what the run has not (`replay.Replay.missing`).
+            fence: Asked before each request whether the writer may still speak for the run. Once it answers no,
+                nothing of the outbox is delivered any more; the file stays for a later `sync`.
+            left: Whether its writer is gone: nobody will call `remove`.
+        """
         with self._changed:
             if self._closing:
                 raise RuntimeError("the sender is closed")
-            self._posts[outbox] = _Post(outbox=outbox)
+            self._posts[outbox] = _Post(outbox=outbox, missing=missing, fence=fence, left=left)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="rankwise-sender", daemon=True)
                 self._thread.start()
 
     def drain(self, outbox: Outbox, timeout: float) -> bool:
-        """Wait until everything that is in the outbox now was delivered or refused; False after `timeout` seconds."""
+        """Wait until everything that is in the outbox now was delivered or refused.
+
+        Returns:
+            False after `timeout` seconds, and when the fence has fallen.
+        """
         target = outbox.end
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -96,8 +120,9 @@ class Sender:
             self._changed.notify_all()
             try:
                 while outbox.offset < target:
+                    post = self._posts.get(outbox)
                     rest = deadline - time.monotonic()
-                    if rest <= 0:
+                    if rest <= 0 or post is None or post.fenced:
                         return False
                     self._changed.wait(rest)
             finally:
@@ -110,7 +135,9 @@ class Sender:
             # A batch on its way is let finish, for a while: its offset would be lost otherwise.
             self._changed.wait_for(lambda: self._busy is not outbox, timeout=_HANGING_SECONDS)
             busy = self._busy is outbox
-            post = self._posts.pop(outbox)
+            post = self._posts.pop(outbox, None)
+        if post is None:  # One that was left, delivered meanwhile.
+            return []
         if not busy:
             outbox.close()
         return post.refusals
@@ -154,8 +181,12 @@ class Sender:
         blocked: set[str] = set()
         for post in posts:
             # What a run said later must not overtake what it said before.
-            if post.outbox.run_id not in blocked and not self._empty(post):
+            if post.outbox.run_id in blocked or post.fenced:
+                continue
+            if not self._empty(post):
                 blocked.add(post.outbox.run_id)
+            elif post.left and not post.outbox.pending:
+                self.remove(post.outbox)
         return not blocked
 
     def _empty(self, post: _Post) -> bool:
@@ -167,9 +198,12 @@ class Sender:
             self._busy = outbox
         try:
             for batch in batches(outbox.read()):
+                if not self._may_speak(post):
+                    return True
                 if not self._deliver(post, batch):
                     return False
-        except StorageError as error:  # The disk is full: nothing can be remembered until there is room again.
+        except RankwiseError as error:
+            # A full disk: nothing can be remembered until there is room again. Or nobody can say who may speak.
             self._report_outage(str(error))
             return False
         finally:
@@ -181,13 +215,33 @@ class Sender:
                 outbox.close()
         return True
 
+    def _may_speak(self, post: _Post) -> bool:
+        try:
+            if post.fence is None or post.fence():
+                return True
+        except Exception as error:
+            raise TrackingError(f"nobody can say who may write to run {post.outbox.run_id}: {error}") from error
+        _logger.warning(
+            "run %s: this attempt may not write any more, another one may have taken over; what it had to say waits "
+            "in %s",
+            post.outbox.run_id,
+            post.outbox.path,
+        )
+        with self._changed:
+            post.fenced = True
+            self._changed.notify_all()
+        return False
+
     def _deliver(self, post: _Post, batch: Batch) -> bool:
         outbox = post.outbox
         try:
             if batch.kind == "?":
                 self._refuse(post, batch, f"{len(batch.entries)} damaged lines in {outbox.path}")
             else:
-                self._send(self._client, outbox.run_id, outbox.files, batch)
+                client = self._client()
+                wanted = batch if post.missing is None else post.missing(client, batch)
+                if wanted is not None:
+                    self._send(client, outbox.run_id, outbox.files, wanted)
         except Exception as error:  # Artifact stores raise errors of their own libraries; nothing is lost by waiting.
             if not is_final(error):
                 self._report_outage(describe(error))

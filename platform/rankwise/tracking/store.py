@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -18,14 +17,15 @@ from mlflow.exceptions import MlflowException
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
 from rankwise.tracking.connect import connect, unreachable
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.errors import is_final, tracking_errors
+from rankwise.tracking.leftovers import SyncReport, find_left
 from rankwise.tracking.outbox import Outbox
-from rankwise.tracking.query import RunRecord, get_run, metric_histories, search_runs
-from rankwise.tracking.redact import redact
-from rankwise.tracking.registry import Registry
+from rankwise.tracking.query import RunRecord, search_runs
+from rankwise.tracking.registry import JOB, Registry
+from rankwise.tracking.replay import ATTEMPT, Replay
 from rankwise.tracking.runs import KIND, NOTE, PARENT, SPEC_HASH, Run, Scalar, shorten
 from rankwise.tracking.sender import Sender
-from rankwise.tracking.system_metrics import PREFIX, SystemMonitor
+from rankwise.tracking.system_metrics import SystemMonitor
 
 if TYPE_CHECKING:
     from rankwise.experiment.schema import ExperimentSpec
@@ -34,43 +34,35 @@ Kind = Literal["sweep", "train", "evaluate", "base", "predict"]
 _FOREIGN = re.compile(r"[^\w.-]")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SyncReport:
-    """What `Store.sync` did with outboxes that earlier processes left.
-
-    Attributes:
-        delivered: Run ids of which all was delivered.
-        waiting: Run ids of which something still waits.
-        problems: Refused records and files that are not for this store, one line each.
-    """
-
-    delivered: tuple[str, ...]
-    waiting: tuple[str, ...]
-    problems: tuple[str, ...]
-
-
 class Store:
     """A connection to MLflow. One per process; thread-safe; close it, or use it as a context manager.
 
+    A server is contacted when something is asked of it for the first time: `resume_run` and everything that a run
+    takes work while it is away.
+
     Attributes:
         settings: As given.
-        client: MLflow's client, for what has no method here (flavor).
         registry: The model registry.
     """
 
-    def __init__(self, settings: Settings, client: MlflowClient, *, interval: float = 3.0) -> None:
+    def __init__(self, settings: Settings, *, interval: float = 3.0) -> None:
         """Use `open`."""
         self.settings = settings
-        self.client = client
-        self.registry = Registry(client)
-        self._sender = Sender(client, interval=interval, unreachable=lambda: unreachable(settings.tracking_uri))
+        self.registry = Registry(lambda: self.client)
+        self._connected: MlflowClient | None = None
+        self._connecting = threading.Lock()
+        self._sender = Sender(
+            lambda: self.client, interval=interval, unreachable=lambda: unreachable(settings.tracking_uri)
+        )
         self._monitor = SystemMonitor()
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, settings: Settings, *, interval: float = 3.0) -> Store:
-        """Connect; a store in the home is created or brought up to date first, under a lock.
+        """Open the store.
+
+        One in the home is created or brought up to date, under a lock; a server is not contacted yet.
 
         MLflow's own current store (`mlflow.set_tracking_uri`) is set to it, since the flavor API of MLflow uses that.
 
@@ -79,12 +71,26 @@ class Store:
             interval: Seconds between two deliveries of buffered points.
 
         Raises:
-            TrackingError: The server cannot be reached, or the store belongs to another MLflow release.
+            TrackingError: The store in the home belongs to another MLflow release.
             StorageError: The home cannot be written.
         """
-        client = connect(settings)
+        store = cls(settings, interval=interval)
+        if settings.local_store:
+            store._connected = connect(settings)
         mlflow.set_tracking_uri(settings.tracking_uri)
-        return cls(settings, client, interval=interval)
+        return store
+
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's client, for what has no method here (flavor).
+
+        Raises:
+            TrackingError: The server does not answer; asking again later tries again.
+        """
+        with self._connecting:
+            if self._connected is None:
+                self._connected = connect(self.settings)
+            return self._connected
 
     def experiment(self, name: str, spec: ExperimentSpec | None = None) -> str:
         """The id of the experiment of that name, created if need be.
@@ -132,6 +138,7 @@ class Store:
         description: str | None = None,
         kind: Kind | None = None,
         spec_hash: str | None = None,
+        status: Literal["RUNNING", "SCHEDULED"] = "RUNNING",
         system_metrics: bool = True,
     ) -> Run:
         """Create a run.
@@ -141,10 +148,12 @@ class Store:
             name: As shown in the UI.
             parent: The run id of the parent.
             params: Written once; None is left out.
-            tags: None is left out. `mlflow.user` and `mlflow.source.*` come from `Provenance.tags`.
+            tags: Set in the moment of creation. None is left out. `mlflow.user` and `mlflow.source.*` come from
+                `Provenance.tags`, `rankwise.job` (`registry.JOB`) names the job.
             description: Markdown.
             kind: What the run does: the tag `rankwise.kind`.
             spec_hash: The arm: the tag `rankwise.spec_hash`.
+            status: SCHEDULED for what somebody else will do (`resume_run`): `leave` it. No system metrics then.
             system_metrics: Whether the monitor of the process writes its samples to this run.
 
         Raises:
@@ -165,43 +174,76 @@ class Store:
                 tags={key: str(value) for key, value in merged.items() if value is not None},
                 run_name=name,
             )
-        run = self._open_run(created.info.run_id, experiment_id, name, started, system_metrics)
+            run_id = str(created.info.run_id)
+            if status != "RUNNING":  # MLflow creates every run as RUNNING.
+                self.client.update_run(run_id, status=status)
+        outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, once=True)
+        # The process that makes a run knows that it has nothing yet.
+        self._sender.add(outbox)
+        run = self._open_run(outbox, started, system_metrics and status == "RUNNING")
         run.params(params or {})
         return run
 
     def resume_run(
-        self, run_id: str, *, system_metrics: bool = True, repeats: bool = True, timeout: float = 60.0
+        self,
+        run_id: str,
+        *,
+        system_metrics: bool = True,
+        repeats: bool = True,
+        restart: bool = True,
+        attempt: int | None = None,
+        fence: Callable[[], bool] | None = None,
+        started_ms: int | None = None,
     ) -> Run:
-        """Go on with a run that was interrupted: it is RUNNING again.
+        """Go on with a run that was scheduled or interrupted. The store need not answer now.
 
-        What an earlier process left in its outbox is delivered first, and points that are there already are not
-        written again by steps that are redone.
+        What an earlier process on this machine left in its outbox is delivered first, and points that are there by
+        then are not written again by steps that are redone.
 
         Args:
-            run_id: The run.
+            run_id: The run. One that does not exist is found out by the first delivery, which is refused.
             system_metrics: As in `start_run`.
             repeats: Whether steps may be done again, whose points are then dropped. False writes every point: of two
                 at one step the later one counts.
-            timeout: Seconds for the delivery of what was left.
+            restart: Whether the run is RUNNING from now on. False leaves its state alone: `leave` it then.
+            attempt: The number of this attempt at the run's job: the tag `rankwise.attempt`. What an earlier attempt
+                left and somebody delivers later then changes neither the state nor the tags of the later one.
+            fence: Whether this process may still speak for the run: asked before every request, in another thread. An
+                error means that nobody knows now. After a no nothing more is delivered.
+            started_ms: What the steps of system metrics count from, milliseconds since 1970; now when left out. The
+                same in every attempt keeps their steps apart.
 
         Raises:
-            TrackingError: There is no such run, the store cannot be reached, or this process has the run open.
+            TrackingError: This process has the run open.
+            StorageError: The disk is full, or the home is not writable.
         """
         with self._lock:
             if run_id in self._runs:
                 raise TrackingError(f"run {run_id} is open in this process already")
-        report = self.sync(timeout, run_id=run_id)
-        if report.waiting:
-            raise TrackingError(f"resuming run {run_id}: {self._sender.outage or 'the store is slow'}")
-        record = get_run(self.client, run_id)
-        keys = [key for key in record.metrics if not key.startswith(PREFIX)] if repeats else []
-        curves = metric_histories(self.client, [run_id], keys)[run_id]
-        known = frozenset((key, point.step) for key, points in curves.items() for point in points)
-        run = self._open_run(
-            run_id, record.experiment_id, record.name, record.started_ms, system_metrics, known, record.params
-        )
-        run.restart()
+        for left in find_left(self.settings, run_id).outboxes:
+            self._sender.add(left, missing=Replay(left).missing, fence=fence, left=True)
+        outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, attempt=attempt, once=repeats)
+        self._sender.add(outbox, missing=Replay(outbox).missing, fence=fence)
+        run = self._open_run(outbox, started_ms or time.time_ns() // 1_000_000, system_metrics)
+        if restart:
+            run.restart()
+        if attempt is not None:
+            run.tags({ATTEMPT: attempt})
         return run
+
+    def find_scheduled(self, experiment_id: str) -> dict[int, str]:
+        """Runs that nobody has begun, by the number of their job (the tag `rankwise.job`).
+
+        Of two runs of one job the first counts.
+
+        Raises:
+            TrackingError: The server cannot be reached.
+        """
+        found: dict[int, str] = {}
+        for run in search_runs(self.client, experiment_id, status="SCHEDULED"):
+            if (job := run.tags.get(JOB, "")).isdecimal():
+                found.setdefault(int(job), run.run_id)
+        return found
 
     def runs(self, experiment_id: str, *, kind: Kind | None = None, parent: str | None = None) -> list[RunRecord]:
         """All runs of an experiment that fit, oldest first (see `query.search_runs`)."""
@@ -215,16 +257,40 @@ class Store:
             run_id: Only what belongs to this run.
         """
         deadline = time.monotonic() + timeout
-        adopted, problems = self._adopt(run_id)
-        for outbox in adopted:
-            self._sender.add(outbox)
+        left = find_left(self.settings, run_id)
+        problems = list(left.problems)
         delivered: list[str] = []
-        waiting: list[str] = []
+        waiting = {outbox.run_id: "" for outbox in left.outboxes}
+        adopted: list[Outbox] = []
+        away = unreachable(self.settings.tracking_uri) if left.outboxes else None
+        for outbox in left.outboxes:
+            replay = Replay(outbox)
+            if reason := away or self._not_now(replay):
+                waiting[outbox.run_id] = reason
+                outbox.close()
+            else:
+                self._sender.add(outbox, missing=replay.missing)
+                adopted.append(outbox)
         for outbox in adopted:
             done = self._sender.drain(outbox, max(0.0, deadline - time.monotonic()))
             problems += [f"run {outbox.run_id}: {refusal}" for refusal in self._sender.remove(outbox)]
-            (delivered if done else waiting).append(outbox.run_id)
-        return SyncReport(delivered=tuple(delivered), waiting=tuple(waiting), problems=tuple(problems))
+            if done:
+                delivered.append(outbox.run_id)
+            else:
+                waiting[outbox.run_id] = self._sender.outage or "the store is slow"
+        return SyncReport(
+            delivered=tuple(delivered),
+            waiting={run_id: reason for run_id, reason in waiting.items() if reason},
+            problems=tuple(problems),
+        )
+
+    def _not_now(self, replay: Replay) -> str | None:
+        """Why an outbox must wait: a later attempt is at work on its run."""
+        try:
+            return "a later attempt is at work on this run" if replay.overtaken(self.client) else None
+        except TrackingError as error:
+            # A run that is gone is for the sender, which puts aside what is refused.
+            return None if is_final(error.__cause__ or error) else str(error)
 
     def close(self, timeout: float = 30.0) -> bool:
         """Deliver what is buffered and stop the threads; runs that were not ended stay RUNNING.
@@ -245,31 +311,10 @@ class Store:
         """Close it, quickly when an error or Ctrl-C is under way."""
         self.close(timeout=30.0 if error is None else 5.0)
 
-    def _open_run(
-        self,
-        run_id: str,
-        experiment_id: str,
-        name: str,
-        started_ms: int,
-        system_metrics: bool,
-        known: frozenset[tuple[str, int]] = frozenset(),
-        params: Mapping[str, str] | None = None,
-    ) -> Run:
-        outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri)
-        self._sender.add(outbox)
-        run = Run(
-            run_id=run_id,
-            experiment_id=experiment_id,
-            name=name,
-            started_ms=started_ms,
-            outbox=outbox,
-            sender=self._sender,
-            params=params,
-            known=known,
-            on_end=self._forget,
-        )
+    def _open_run(self, outbox: Outbox, started_ms: int, system_metrics: bool) -> Run:
+        run = Run(run_id=outbox.run_id, started_ms=started_ms, outbox=outbox, sender=self._sender, on_end=self._forget)
         with self._lock:
-            self._runs[run_id] = run
+            self._runs[run.run_id] = run
         if system_metrics:
             self._monitor.attach(run)
         return run
@@ -278,26 +323,6 @@ class Store:
         self._monitor.detach(run)
         with self._lock:
             self._runs.pop(run.run_id, None)
-
-    def _adopt(self, run_id: str | None) -> tuple[list[Outbox], list[str]]:
-        """Outboxes without a living writer, oldest first, and why others were passed over."""
-        adopted: list[Outbox] = []
-        problems: list[str] = []
-        found = self.settings.outbox.glob(f"{run_id or '*'}.*.jsonl")
-        for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name)):
-            try:
-                outbox = Outbox.adopt(path)
-            except TrackingError as error:
-                problems.append(str(error))
-                continue
-            if outbox is None:
-                continue
-            if outbox.tracking_uri != redact(self.settings.tracking_uri):
-                problems.append(f"{path} is for the store {outbox.tracking_uri}: set MLFLOW_TRACKING_URI to it")
-                outbox.close()
-                continue
-            adopted.append(outbox)
-        return adopted, problems
 
     def _artifact_location(self, name: str) -> str | None:
         """A local store keeps artifacts in the home; a server decides for itself."""

@@ -64,7 +64,7 @@ def test_a_record_is_in_the_file_as_soon_as_append_returns(outbox):
 
 def test_the_header_names_format_and_run_and_no_password(outbox):
     header = json.loads(outbox.path.read_text().splitlines()[0])
-    assert header["rankwise_outbox"] == 1
+    assert header["rankwise_outbox"] == 2
     assert header["run_id"] == "r1"
     assert "pa55" not in outbox.path.read_text()
 
@@ -149,9 +149,19 @@ def test_a_spooled_file_is_a_copy(outbox, tmp_path):
 
 def test_a_newer_format_is_refused_with_advice(tmp_path):
     path = tmp_path / "r1.aaaaaaaa.jsonl"
-    path.write_text('{"rankwise_outbox":2,"run_id":"r1","tracking_uri":"x"}\n')
-    with pytest.raises(TrackingError, match=r"has outbox format 2, this release reads 1: .* upgrade rankwise"):
+    path.write_text('{"rankwise_outbox":3,"run_id":"r1","tracking_uri":"x"}\n')
+    with pytest.raises(TrackingError, match=r"has outbox format 3, this release reads 1 and 2: send it with the rel"):
         Outbox.adopt(path)
+
+
+def test_what_the_first_release_wrote_is_read(tmp_path):
+    path = tmp_path / "r1.aaaaaaaa.jsonl"
+    header = '{"rankwise_outbox":1,"run_id":"r1","tracking_uri":"x","created":1}\n'
+    path.write_text(header + '{"m":{"loss":1.0},"s":3,"t":5}\n')
+    outbox = Outbox.adopt(path)
+    assert [entry.record["s"] for entry in outbox.read()] == [3]
+    assert (outbox.attempt, outbox.once) == (None, False)
+    outbox.close()
 
 
 def test_another_file_is_refused(tmp_path):

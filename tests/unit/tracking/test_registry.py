@@ -15,7 +15,7 @@ def run(store, experiment):
 
 
 def logged(store, run):
-    model = store.client.create_logged_model(run.experiment_id, "adapter", run.run_id)
+    model = store.client.create_logged_model(store.client.get_run(run.run_id).info.experiment_id, "adapter", run.run_id)
     return store.client.finalize_logged_model(model.model_id, "READY").model_id
 
 

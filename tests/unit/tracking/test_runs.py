@@ -94,17 +94,17 @@ def test_a_param_keeps_its_value(store, experiment):
     with pytest.raises(ValueError, match=r"param 'lora.r' of run .* is '4' and cannot become '8'"):
         run.params({"lora.r": 8})
     run.end()
-    with pytest.raises(ValueError, match="cannot become"):
-        store.resume_run(run.run_id, system_metrics=False).params({"lora.r": 16})
 
 
-def test_what_mlflow_refuses_is_reported_at_the_end_and_the_rest_arrives(store, experiment):
+def test_what_mlflow_refuses_is_kept_and_the_rest_arrives(store, experiment):
     run = start(store, experiment)
     store.client.log_param(run.run_id, "lora.r", 4)
     run.params({"lora.r": 8})
     run.metric("train.loss", 1.0, 0)
-    with pytest.raises(TrackingError, match=r"refused 1 records, kept in .*refused: .*lora\.r"):
-        run.end()
+    assert run.end()
+    (refusal,) = run.refusals
+    assert "lora.r" in refusal
+    assert '"lora.r":"8"' in run._outbox.refused.read_text()
     record = get_run(store.client, run.run_id)
     assert record.status == "FINISHED"
     assert record.metrics == {"train.loss": 1.0}
@@ -262,3 +262,21 @@ def test_logging_a_step_costs_microseconds(store, experiment):
         rounds.append((time.perf_counter() - began) / 200)
     run.end()
     assert min(rounds) < 50e-6
+
+
+def test_what_is_left_alone_keeps_its_state(store, experiment):
+    run = start(store, experiment, status="SCHEDULED", params={"lora.r": 4})
+    assert run.leave()
+    record = get_run(store.client, run.run_id)
+    assert (record.status, record.params) == ("SCHEDULED", {"lora.r": "4"})
+    with pytest.raises(RuntimeError, match="has ended"):
+        run.metric("train.loss", 1.0, 0)
+
+
+def test_a_drain_says_whether_all_was_delivered(store, experiment):
+    run = start(store, experiment)
+    run.metric("train.loss", 1.0, 0)
+    assert run.drain(10)
+    assert history(store, run, "train.loss") == [(0, 1.0)]
+    run.end()
+    assert run.drain(0)

@@ -7,6 +7,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
+from rankwise.exceptions import TrackingError
 from rankwise.tracking import sender as module
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.sender import Sender
@@ -37,7 +38,7 @@ def server():
 
 @pytest.fixture
 def sender(server):
-    made = Sender(None, interval=0.05, send=server)
+    made = Sender(lambda: None, interval=0.05, send=server)
     yield made
     server.error = None
     server.gate.set()
@@ -128,7 +129,7 @@ def test_several_runs_are_delivered_side_by_side(tmp_path, sender, server):
 
 
 def test_what_is_left_at_the_close_stays_in_the_file(tmp_path, server):
-    sender = Sender(None, interval=0.05, send=server)
+    sender = Sender(lambda: None, interval=0.05, send=server)
     server.error = MlflowException("away", TEMPORARILY_UNAVAILABLE)
     outbox = make(tmp_path, sender)
     put(outbox, range(3))
@@ -170,3 +171,66 @@ def test_a_full_disk_does_not_end_the_thread(tmp_path, sender, server, monkeypat
     put(outbox, [0])
     assert sender.drain(outbox, 10)
     assert server.steps == [("r1", 0), ("r1", 0)]  # Sent twice: MLflow keeps one row of it.
+
+
+def test_nothing_is_sent_for_a_writer_that_may_not_speak_any_more(tmp_path, sender, server, caplog):
+    allowed = [True]
+    outbox = Outbox.create(tmp_path, "r1", "x")
+    sender.add(outbox, fence=lambda: allowed[0])
+    put(outbox, [0])
+    assert sender.drain(outbox, 10)
+    allowed[0] = False
+    put(outbox, [1])
+    assert not sender.drain(outbox, 10)
+    assert server.steps == [("r1", 0)]
+    assert sender.remove(outbox) == []
+    assert [entry.record["s"] for entry in Outbox.adopt(outbox.path).read()] == [1]
+    assert "another one may have taken over" in caplog.text
+
+
+def test_nothing_is_sent_while_nobody_knows_who_may_speak(tmp_path, sender, server):
+    answers = [ConnectionError("the queue is away")]
+
+    def fence():
+        if answers:
+            raise answers[0]
+        return True
+
+    outbox = Outbox.create(tmp_path, "r1", "x")
+    sender.add(outbox, fence=fence)
+    put(outbox, [0])
+    assert not sender.drain(outbox, 0.3)
+    assert "nobody can say who may write to run r1: the queue is away" in sender.outage
+    answers.clear()
+    assert sender.drain(outbox, 10)
+    assert server.steps == [("r1", 0)]
+
+
+def test_an_outbox_that_was_left_goes_first_and_is_closed_when_it_is_empty(tmp_path, sender, server):
+    left = Outbox.create(tmp_path, "r1", "x")
+    put(left, [0, 1])
+    left.close()
+    sender._interval = 60
+    sender.add(Outbox.adopt(left.path), left=True)
+    outbox = make(tmp_path, sender)
+    put(outbox, [2])
+    assert sender.drain(outbox, 10)
+    assert server.steps == [("r1", 0), ("r1", 1), ("r1", 2)]
+    assert not left.path.exists()
+
+
+def test_a_store_that_cannot_be_opened_is_an_outage(tmp_path, server):
+    clients = [TrackingError("the MLflow server does not answer")]
+
+    def client():
+        if clients:
+            raise clients[0]
+
+    sender = Sender(client, interval=0.05, send=server)
+    outbox = make(tmp_path, sender)
+    put(outbox, [0])
+    assert not sender.drain(outbox, 0.3)
+    assert sender.outage == "the MLflow server does not answer"
+    clients.clear()
+    assert sender.drain(outbox, 10)
+    assert sender.close(5)

@@ -9,6 +9,7 @@ from helpers.local_store import local_settings
 
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.settings import Settings
+from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import get_run
 from rankwise.tracking.store import Store
@@ -108,6 +109,7 @@ def test_a_resumed_run_gets_what_was_left_and_no_point_twice(store, experiment):
         store._runs.clear()
     abandon(run)
     resumed = store.resume_run(run.run_id, system_metrics=False)
+    assert resumed.drain(10)
     assert get_run(store.client, run.run_id).metrics == {"train.loss": 3.0}
     for step in range(4, 10):  # From the checkpoint at step 4: 4 to 7 are done again.
         resumed.metrics({"train.loss": 10 - step + 1e-7}, step)
@@ -134,9 +136,76 @@ def test_an_open_run_is_not_opened_twice(store, experiment):
     run.end()
 
 
-def test_resuming_a_run_that_does_not_exist_is_an_error(store):
-    with pytest.raises(TrackingError, match="reading run nosuchrun"):
-        store.resume_run("nosuchrun")
+def test_a_run_that_does_not_exist_is_found_out_by_the_delivery(store):
+    resumed = store.resume_run("nosuchrun", system_metrics=False)
+    resumed.metric("train.loss", 1.0, 0)
+    assert resumed.end()
+    assert "nosuchrun" in resumed.refusals[0]
+    assert '"train.loss"' in resumed._outbox.refused.read_text()
+
+
+def test_scheduled_runs_are_found_by_their_jobs(store, experiment):
+    def schedule(job, **more):
+        run = store.start_run(experiment, "r=4", tags={"rankwise.job": job}, status="SCHEDULED", **more)
+        assert run.leave()
+        return run.run_id
+
+    first, second = schedule(7), schedule(8, kind="train")
+    begun = store.resume_run(second, system_metrics=False)
+    assert store.find_scheduled(experiment) | {8: second} == {7: first, 8: second}
+    begun.flush()
+    assert store.find_scheduled(experiment) == {7: first}
+    begun.end()
+
+
+def test_a_run_can_be_written_to_without_touching_its_state(store, experiment):
+    run = store.start_run(experiment, "r=4", system_metrics=False)
+    run.end("KILLED", "interrupted")
+    again = store.resume_run(run.run_id, system_metrics=False, restart=False)
+    again.metric("eval.loss", 1.0, 3)
+    again.leave()
+    record = get_run(store.client, run.run_id)
+    assert (record.status, record.metrics) == ("KILLED", {"eval.loss": 1.0})
+
+
+def leave_behind(store, run, steps):
+    """Points that are in the outbox when the writer dies."""
+    run.flush()
+    store._sender._interval = 60
+    for step in steps:
+        run.metric("train.loss", 10 - step, step)
+    with store._lock:
+        store._runs.pop(run.run_id)
+    abandon(run)
+    store._sender._interval = 0.1
+
+
+def test_what_an_earlier_attempt_left_changes_nothing_that_a_later_one_said(store, experiment, settings):
+    run = store.start_run(experiment, "r=4", status="SCHEDULED")
+    run.leave()
+    first = store.resume_run(run.run_id, system_metrics=False, attempt=1)
+    for step in range(3):
+        first.metric("train.loss", 10 - step, step)
+    leave_behind(store, first, range(3, 6))
+    hidden = settings.home / "elsewhere"  # The first attempt's machine is not this one.
+    hidden.mkdir()
+    for path in list(settings.outbox.iterdir()):
+        path.rename(hidden / path.name)
+    second = store.resume_run(run.run_id, system_metrics=False, attempt=2)
+    second.tags({"rankwise.host": "b"})
+    for step in range(4, 8):  # From the checkpoint at step 4.
+        second.metric("train.loss", 10 - step, step)
+    second.text("second", "a.txt")
+    second.flush()
+    for path in list(hidden.iterdir()):
+        path.rename(settings.outbox / path.name)
+    assert store.sync(10).waiting == {run.run_id: "a later attempt is at work on this run"}
+    second.end()
+    assert store.sync(10).delivered == (run.run_id,)
+    record = get_run(store.client, run.run_id)
+    assert [step for step, _ in sorted(points(store, run.run_id))] == list(range(8))
+    assert (record.status, record.tags["rankwise.attempt"], record.tags["rankwise.host"]) == ("FINISHED", "2", "b")
+    assert list(settings.outbox.iterdir()) == []
 
 
 def test_sync_delivers_what_a_dead_process_left_and_leaves_living_ones_alone(store, experiment, settings):
@@ -148,7 +217,8 @@ def test_sync_delivers_what_a_dead_process_left_and_leaves_living_ones_alone(sto
     living = store.start_run(experiment, "living", system_metrics=False)
     report = store.sync(10)
     assert report.delivered == (dead.run_id,)
-    assert report.waiting == report.problems == ()
+    assert report.waiting == {}
+    assert report.problems == ()
     assert get_run(store.client, dead.run_id).status == "FINISHED"
     assert points(store, dead.run_id) == [(0, 1.0)]
     living.end()
@@ -160,7 +230,8 @@ def test_sync_does_not_send_to_another_store_than_the_one_it_was_meant_for(store
     outbox.append({"tags": {"a": "b"}})
     outbox.close()
     report = store.sync(5)
-    assert report.delivered == report.waiting == ()
+    assert report.delivered == ()
+    assert report.waiting == {}
     assert "is for the store http://elsewhere.example" in report.problems[0]
     assert outbox.path.exists()
 
@@ -187,12 +258,36 @@ def test_nothing_is_written_to_stdout(store, experiment, capsys):
     assert captured.err == ""
 
 
-def test_a_server_that_is_not_there_is_an_error_within_seconds(tmp_path):
+def test_a_run_goes_on_without_the_server_and_asking_it_something_is_an_error_within_seconds(tmp_path):
     settings = Settings.load({"RANKWISE_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "http://ann:pw@127.0.0.1:9"})
     began = time.monotonic()
-    with pytest.raises(TrackingError, match=r"the MLflow server http://\[redacted\]@127.0.0.1:9 does not answer"):
-        Store.open(settings)
+    with Store.open(settings, interval=0.05) as store:
+        run = store.resume_run("r1", system_metrics=False, attempt=1)
+        run.metrics({"train.loss": 1.0}, 0)
+        run.params({"lora.r": 4})
+        run.json({}, "a.json")
+        run.input(DatasetRecord(name="d", digest="sha256:aa", source="x", source_type="local", context="train"))
+        assert not run.drain(0.3)
+        assert not run.end(timeout=0.1)
+        with pytest.raises(TrackingError, match=r"the MLflow server http://\[redacted\]@127.0.0.1:9 does not answer"):
+            store.find_experiment("diamonds")
+        report = store.sync(1)
+        assert list(report.waiting) == ["r1"]
+        assert "refused" in report.waiting["r1"]
     assert time.monotonic() - began < 5
+    (path,) = settings.outbox.glob("r1.*.jsonl")
+    left = Outbox.adopt(path)
+    assert [next(iter(entry.record)) for entry in left.read()] == [
+        "status",
+        "tags",
+        "m",
+        "params",
+        "file",
+        "input",
+        "end",
+    ]
+    assert (left.attempt, left.once) == (1, True)
+    left.close()
 
 
 def test_a_home_that_cannot_be_made_is_an_error_with_its_path(tmp_path):
