@@ -111,7 +111,7 @@ class JobStoreContract:
     def test_a_heartbeat_keeps_a_lease_alive(self, store):
         store.submit([new("a")])
         (job,) = store.claim(WORKER, lease=-1)
-        assert store.beat([job.token], lease=60, progress={"step": 3}).held == {job.token}
+        assert store.beat([job.token], lease=60, progress={job.token: {"step": 3}}).held == {job.token}
         assert store.reclaim() == []
 
     def test_jobs_of_dead_processes_on_this_host_come_back_at_once(self, store):
@@ -149,6 +149,211 @@ class JobStoreContract:
         assert (waiting.state, waiting.result, waiting.mlflow_run_id) == (JobState.UPLOADING, {"loss": 1.5}, "run")
         assert store.finish(job.token, Outcome.SUCCEEDED)
         assert store.get(job.id).result == {"loss": 1.5}
+
+    def test_a_job_given_back_unstarted_leaves_its_pack_and_counts_nothing(self, store):
+        store.submit([new("a"), new("b")])
+        kept, left = store.claim(WORKER, lease=60, max_arms=2)
+        assert store.finish(left.token, Outcome.RETURNED)
+        after = store.get(left.id)
+        assert (after.state, after.pack_id, after.token) == (JobState.QUEUED, None, None)
+        assert (after.failures, after.preemptions, after.lost) == (0, 0, 0)
+        (again,) = store.claim(OTHER, lease=60, max_arms=9)
+        assert again.id == left.id
+        assert again.pack_id != kept.pack_id
+
+    def test_a_paused_job_is_held_until_it_is_settled(self, store):
+        store.submit([new("a"), new("b"), new("c")])
+        evaluations = store.submit([
+            new(name, kind=JobKind.EVALUATE, after=(job.id,))
+            for name, job in store.find(JobKind.TRAIN, ["a", "b"]).items()
+        ])  # fmt: skip
+        first, second, third = store.claim(WORKER, lease=60, max_arms=3)
+        for job in (first, second):
+            assert store.finish(job.token, Outcome.PAUSED, result={"rung": 1})
+        waiting = store.get(first.id)
+        assert (waiting.state, waiting.held, waiting.pack_id) == (JobState.QUEUED, True, None)
+        assert (waiting.result, waiting.preemptions, waiting.failures) == ({"rung": 1}, 0, 0)
+        assert store.claim(OTHER, lease=60, max_arms=9) == []
+        changed = store.settle([first.id, third.id], {second.id: "pruned at rung 1: loss 2.1 > 1.9"})
+        assert [(job.id, job.state, job.held, job.error) for job in changed] == [
+            (first.id, JobState.QUEUED, False, None),
+            (second.id, JobState.CANCELLED, False, "pruned at rung 1: loss 2.1 > 1.9"),
+        ]
+        assert store.settle([second.id], {first.id: "too late", third.id: "it runs"}) == []
+        assert store.get(evaluations[0].id).state is JobState.QUEUED
+        assert store.get(evaluations[1].id).state is JobState.CANCELLED
+        (again,) = store.claim(OTHER, lease=60, max_arms=9)
+        assert (again.id, again.result) == (first.id, {"rung": 1})
+
+    def test_a_job_cannot_be_promoted_and_pruned_at_once(self, store):
+        with pytest.raises(ValueError, match=r"jobs \[1\] are to be promoted and pruned at once"):
+            store.settle([1, 2], {1: "worse"})
+
+    @pytest.mark.parametrize(
+        ("outcome", "ending"), [(Outcome.FATAL, "failed"), (Outcome.CANCELLED, "was cancelled")], ids=str
+    )
+    def test_what_waits_for_a_job_that_ends_badly_is_cancelled_with_it(self, store, outcome, ending):
+        (train,) = store.submit([new("abcdef0123456789")])
+        (evaluate,) = store.submit([new("e", kind=JobKind.EVALUATE, after=(train.id,))])
+        (predict,) = store.submit([new("p", kind=JobKind.PREDICT, after=(evaluate.id,))])
+        (claimed,) = store.claim(WORKER, lease=60)
+        store.finish(claimed.token, outcome, error="why")
+        after = store.get(evaluate.id)
+        assert (after.state, after.cancelled_by) == (JobState.CANCELLED, train.id)
+        assert after.error == f"job {train.id} (train abcdef012345) {ending}"
+        last = store.get(predict.id)
+        assert (last.state, last.error) == (JobState.CANCELLED, f"job {evaluate.id} (evaluate e) was cancelled")
+
+    def test_what_waits_for_a_cancelled_or_poisonous_job_is_cancelled_too(self, store):
+        first, second = store.submit([new("a"), new("b", pack_key="q")])
+        waiting = store.submit([
+            new("a", kind=JobKind.EVALUATE, after=(first.id,)), new("b", kind=JobKind.EVALUATE, after=(second.id,))
+        ])  # fmt: skip
+        store.cancel([first.id])
+        assert store.get(waiting[0].id).state is JobState.CANCELLED
+        for _ in range(10):
+            store.claim(WORKER, lease=-1)
+            store.reclaim()
+        assert store.get(second.id).state is JobState.FAILED
+        assert store.get(waiting[1].id).error == f"job {second.id} (train b) failed"
+
+    def test_what_is_submitted_after_a_failed_job_is_cancelled_at_once(self, store):
+        store.submit([new("a")])
+        (train,) = store.claim(WORKER, lease=60)
+        store.finish(train.token, Outcome.FATAL, error="wrong")
+        (evaluate,) = store.submit([new("a", kind=JobKind.EVALUATE, after=(train.id,))])
+        assert (evaluate.state, evaluate.error) == (JobState.CANCELLED, f"job {train.id} (train a) failed")
+
+    def test_a_job_under_way_gets_nothing_to_wait_for(self, store):
+        first, second = store.submit([new("a"), new("b", pack_key="q")])
+        (running,) = store.claim(WORKER, lease=60)
+        store.submit([new("a", after=(second.id,))])
+        store.cancel([second.id])
+        store.finish(running.token, Outcome.PREEMPTED)
+        assert store.claim(WORKER, lease=60)[0].id == first.id
+
+    def test_retrying_brings_back_what_was_cancelled_because_of_it(self, store):
+        (train,) = store.submit([new("a")])
+        (evaluate,) = store.submit([new("a", kind=JobKind.EVALUATE, after=(train.id,))])
+        (predict,) = store.submit([new("a", kind=JobKind.PREDICT, after=(evaluate.id,))])
+        (running,) = store.claim(WORKER, lease=60)
+        store.finish(running.token, Outcome.FATAL, error="wrong")
+        alone, _ = store.retry([evaluate.id])
+        assert (alone.state, alone.error) == (JobState.CANCELLED, f"job {train.id} (train a) failed")
+        back = store.retry([train.id])
+        assert [job.id for job in back] == [train.id, evaluate.id, predict.id]
+        assert all(
+            (job.state, job.failures, job.error, job.cancelled_by) == (JobState.QUEUED, 0, None, None) for job in back
+        )
+        assert store.claim(WORKER, lease=60)[0].id == train.id
+        assert store.claim(OTHER, lease=60) == []
+
+    def test_retrying_leaves_alone_what_a_person_cancelled_and_what_is_not_ended(self, store):
+        (train,) = store.submit([new("a")])
+        (evaluate,) = store.submit([new("a", kind=JobKind.EVALUATE, after=(train.id,))])
+        store.cancel([evaluate.id])
+        store.cancel([train.id])
+        assert [job.state for job in store.retry([train.id])] == [JobState.QUEUED]
+        assert store.get(evaluate.id).state is JobState.CANCELLED
+        (running,) = store.claim(WORKER, lease=60)
+        assert [job.state for job in store.retry([running.id])] == [JobState.RUNNING]
+
+    @pytest.mark.parametrize("outcome", [Outcome.PREEMPTED, Outcome.RETURNED, Outcome.PAUSED, Outcome.FAILED], ids=str)
+    def test_a_job_asked_to_stop_does_not_go_back_to_the_queue(self, store, outcome):
+        store.submit([new("a")])
+        (running,) = store.claim(WORKER, lease=60)
+        store.cancel([running.id])
+        store.finish(running.token, outcome)
+        after = store.get(running.id)
+        assert (after.state, after.held) == (JobState.CANCELLED, False)
+
+    def test_a_job_may_be_given_back_for_later(self, store):
+        store.submit([new("a")])
+        (running,) = store.claim(WORKER, lease=60)
+        store.finish(running.token, Outcome.PREEMPTED, wait=30.0)
+        after = store.get(running.id)
+        assert after.not_before - after.updated_at == pytest.approx(30, abs=0.05)
+        assert store.claim(WORKER, lease=60) == []
+
+    def test_saying_an_outcome_once_more_is_heard_once(self, store):
+        store.submit([new("a")])
+        (running,) = store.claim(WORKER, lease=60)
+        assert store.finish(running.token, Outcome.FAILED, error="crash")
+        assert store.finish(running.token, Outcome.FAILED, error="crash")
+        assert not store.finish(running.token, Outcome.SUCCEEDED)
+        assert store.get(running.id).failures == 1
+        assert not store.finish("no such token", Outcome.FAILED)
+
+    def test_progress_is_noted_for_each_job_and_kept_work_forgives_lost_workers(self, store):
+        store.submit([new("a"), new("b")])
+        for _ in range(2):
+            store.claim(WORKER, lease=-1, max_arms=2)
+            store.reclaim()
+        first, second = store.claim(WORKER, lease=60, max_arms=2)
+        progress = {first.token: {"step": 21, "checkpoint": 20}, second.token: {"step": 3}, "not mine": {"step": 9}}
+        store.beat([first.token, second.token], lease=60, progress=progress)
+        assert [(job.lost, job.checkpoint) for job in store.jobs()] == [(0, 20), (2, 0)]
+        assert [attempt.progress for attempt in store.open_attempts()] == [{"step": 21, "checkpoint": 20}, {"step": 3}]
+        store.reclaim(host=WORKER.host)
+        (again, _) = store.claim(WORKER, lease=60, max_arms=2)
+        store.beat([again.token], lease=60, progress={again.token: {"checkpoint": 20}})
+        assert store.get(again.id).lost == 1, "the same checkpoint once more is no news"
+        store.beat([again.token], lease=60, progress={again.token: {"checkpoint": 40}})
+        assert store.get(again.id).lost == 0
+
+    def test_attempts_tell_who_did_what(self, store):
+        store.submit([new("a")])
+        (job,) = store.claim(WORKER, lease=-1)
+        store.reclaim()
+        (job,) = store.claim(OTHER, lease=60)
+        store.finish(job.token, Outcome.FAILED, error="crash")
+        lost, failed = store.attempts(job.id)
+        assert [(each.number, each.worker, each.host, each.pid) for each in (lost, failed)] == [
+            (1, "w1", "here", 1),
+            (2, "w2", "there", 2),
+        ]
+        assert [(each.outcome, each.error) for each in (lost, failed)] == [
+            (Outcome.LOST, None),
+            (Outcome.FAILED, "crash"),
+        ]
+        assert failed.token == job.token
+        assert failed.started_at <= failed.ended_at
+        assert store.open_attempts() == []
+        assert store.recent(JobKind.TRAIN) == []
+
+    def test_a_run_is_assigned_once(self, store):
+        (job,) = store.submit([new("a")])
+        assert store.assign_run(job.id, "first")
+        assert not store.assign_run(job.id, "second")
+        assert store.get(job.id).mlflow_run_id == "first"
+
+    def test_workers_announce_themselves_and_retire(self, store):
+        store.announce(WORKER, {"device": "cpu"})
+        store.announce(OTHER, {"device": "cuda"})
+        store.announce(WORKER, {"device": "cpu", "pack": 4})
+        first, _ = store.workers()
+        assert (first.name, first.host, first.pid, first.info) == ("w1", "here", 1, {"device": "cpu", "pack": 4})
+        assert 0 <= first.silent < 5
+        assert first.started_at <= first.seen_at
+        store.retire(OTHER)
+        assert [each.name for each in store.workers()] == ["w1"]
+
+    def test_jobs_are_found_by_id_and_kind(self, store):
+        jobs = store.submit([new("a"), new("b"), new("a", kind=JobKind.EVALUATE)])
+        assert [job.id for job in store.jobs(ids=[jobs[2].id, jobs[0].id])] == [jobs[0].id, jobs[2].id]
+        assert [job.id for job in store.jobs(ids=[job.id for job in jobs], kinds=[JobKind.EVALUATE])] == [jobs[2].id]
+        assert store.jobs(ids=[]) == []
+        assert len(store.jobs(limit=2)) == 2
+        depth = store.depth()
+        assert (depth[JobKind.TRAIN, JobState.QUEUED], depth[JobKind.EVALUATE, JobState.QUEUED]) == (2, 1)
+        assert store.depth("another")[JobKind.TRAIN, JobState.QUEUED] == 0
+
+    def test_thousands_of_ids_can_be_named_at_once(self, store):
+        many = range(1, 70_000)
+        (job,) = store.submit([new("a")])
+        assert [each.id for each in store.jobs(ids=many)] == [job.id]
+        assert store.claim(WORKER, lease=60, among=many)[0].id == job.id
+        assert store.cancel(many)[0].cancel_requested
 
     def test_jobs_are_listed_in_pages(self, store):
         store.submit([new(str(number)) for number in range(5)] + [new("z", experiment="f")])

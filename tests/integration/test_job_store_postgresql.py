@@ -18,11 +18,10 @@ def url(tmp_path_factory):
 class TestPostgresql(JobStoreContract):
     @pytest.fixture
     def store(self, url, tmp_path):
+        store = SqlJobStore(url, lock=tmp_path / "lock", limits=Limits(backoff=0.1))
         engine = open_engine(url)
         with engine.begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
+            connection.execute(text("TRUNCATE job, job_dependency, attempt, worker RESTART IDENTITY"))
         engine.dispose()
-        store = SqlJobStore(url, lock=tmp_path / "lock", limits=Limits(backoff=0.1))
         yield store
         store.close()

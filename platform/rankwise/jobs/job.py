@@ -51,10 +51,19 @@ class Outcome(StrEnum):
     FATAL = "fatal"
     """Trying again cannot help (a user's error, a non-finite loss); the job fails at once."""
     PREEMPTED = "preempted"
-    """Asked to stop; the job goes back to the queue and no failure is counted."""
+    """Asked to stop; the job goes back to the queue, to be claimed again with its pack, and no failure is counted."""
+    RETURNED = "returned"
+    """Given back before it was started (it does not fit beside its mates): leaves the pack, and nothing is counted."""
+    PAUSED = "paused"
+    """At a rung: goes back to the queue, out of its pack, and is held there until `settle` says how it goes on."""
     CANCELLED = "cancelled"
     LOST = "lost"
     """The lease ran out, or the worker's process is gone."""
+
+
+def title(job_id: int, kind: str, spec_hash: str) -> str:
+    """What messages call a job."""
+    return f"job {job_id} ({kind} {spec_hash[:12]})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +99,22 @@ class Job:
     preemptions: int = 0
     lost: int = 0
     cancel_requested: bool = False
+    held: bool = False
+    """Queued, and not to be claimed before `settle` or a person decides."""
+    checkpoint: int = 0
+    """The newest step that any attempt has reported as kept."""
+    cancelled_by: int | None = None
+    """The job whose bad end cancelled this one, which waited for it."""
     mlflow_run_id: str | None = None
     result: dict[str, Any] | None = None
     error: str | None = None
     created_at: float = 0.0
     updated_at: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """What messages call the job: `job 7 (train 0123456789ab)`."""
+        return title(self.id, self.kind, self.spec_hash)
 
     @property
     def ended(self) -> bool:
@@ -117,12 +137,61 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One execution of a job by one worker. Times are seconds since the epoch by the database's clock."""
+
+    token: str
+    job_id: int
+    number: int
+    worker: str
+    host: str
+    pid: int
+    started_at: float
+    lease_until: float
+    progress: dict[str, Any] | None = None
+    progress_at: float | None = None
+    ended_at: float | None = None
+    outcome: Outcome | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One attempt of `rankwise jobs show`. The token is a secret of its worker and stays out."""
+        return {
+            "number": self.number,
+            "worker": self.worker,
+            "host": self.host,
+            "pid": self.pid,
+            "started_at": self.started_at,
+            "lease_until": self.lease_until,
+            "progress": self.progress,
+            "progress_at": self.progress_at,
+            "ended_at": self.ended_at,
+            "outcome": None if self.outcome is None else str(self.outcome),
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Worker:
     """Who claims: a name, and where its process is, so that a dead one on the same host can be told."""
 
     name: str
     host: str
     pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInfo:
+    """A worker that has announced itself."""
+
+    name: str
+    host: str
+    pid: int
+    started_at: float
+    seen_at: float
+    silent: float
+    """Seconds since it was heard of last, by the database's clock."""
+    info: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

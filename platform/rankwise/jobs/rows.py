@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint, false
+from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint, false, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -18,10 +18,13 @@ class JobRow(Table):
     __tablename__ = "job"
     __table_args__ = (
         UniqueConstraint("kind", "spec_hash", name="uq_job_kind_spec_hash"),
-        # The order in which a claim looks for the first eligible job.
-        Index("ix_job_claim", "state", "priority", "id"),
-        Index("ix_job_pack", "state", "pack_key", "pack_id"),
+        # The order in which a claim looks for the first eligible job, and then for its mates: both read the rows they
+        # take and no others, however long the queue is.
+        Index("ix_job_claim", "state", "held", text("priority DESC"), "id"),
+        Index("ix_job_pack", "state", "pack_key", "pack_id", text("priority DESC"), "id"),
         Index("ix_job_experiment", "experiment", "id"),
+        # Counts and pages by state read this index alone, not the rows with their specs.
+        Index("ix_job_state", "state", "kind", "id"),
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
@@ -40,6 +43,9 @@ class JobRow(Table):
     preemptions: Mapped[int] = mapped_column(Integer, server_default="0")
     lost: Mapped[int] = mapped_column(Integer, server_default="0")
     cancel_requested: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    held: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    checkpoint: Mapped[int] = mapped_column(Integer, server_default="0")
+    cancelled_by: Mapped[int | None] = mapped_column(Integer)
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     error: Mapped[str | None] = mapped_column(Text)
@@ -51,6 +57,8 @@ class DependencyRow(Table):
     """`job_id` waits until `after_id` has succeeded."""
 
     __tablename__ = "job_dependency"
+    # The primary key finds what a job waits for; this one, who waits for it.
+    __table_args__ = (Index("ix_dependency_after", "after_id", "job_id"),)
 
     job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
     after_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
@@ -75,3 +83,16 @@ class AttemptRow(Table):
     ended_at: Mapped[float | None] = mapped_column(Float)
     outcome: Mapped[str | None] = mapped_column(String(16))
     error: Mapped[str | None] = mapped_column(Text)
+
+
+class WorkerRow(Table):
+    """A worker that has announced itself and not retired."""
+
+    __tablename__ = "worker"
+
+    name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[float] = mapped_column(Float)
+    seen_at: Mapped[float] = mapped_column(Float)
+    info: Mapped[dict[str, Any]] = mapped_column(JSON)

@@ -1,0 +1,239 @@
+"""The life of a claimed job. Every function runs inside one writing transaction.
+
+An attempt that has not ended and the token of its job belong together: whoever ends the one takes away the other. Rows
+are locked in one order, the attempt before its job and jobs by id, so that two transitions of one job wait for each
+other and do not deadlock.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, case, exists, insert, or_, select, update
+
+from rankwise.jobs.clock import new_token, now
+from rankwise.jobs.dependencies import cancel_dependents
+from rankwise.jobs.job import Beat, Job, JobKind, JobState, Limits, Outcome, Worker
+from rankwise.jobs.mapping import BADLY_ENDED, HELD_STATES, as_job, holding, job_columns, queued
+from rankwise.jobs.rows import AttemptRow, DependencyRow, JobRow
+from rankwise.jobs.sets import one_of
+
+
+def claim(
+    connection: Connection,
+    worker: Worker,
+    *,
+    lease: float,
+    max_arms: int,
+    kinds: Collection[JobKind] | None,
+    among: Collection[int] | None,
+) -> list[Job]:
+    """See `JobStore.claim`."""
+    eligible = _eligible(kinds, among)
+    first = select(JobRow.id, JobRow.pack_key, JobRow.pack_id).where(eligible)
+    first = first.order_by(JobRow.priority.desc(), JobRow.id).limit(1).with_for_update(skip_locked=True)
+    head = connection.execute(first).one_or_none()
+    if head is None:
+        return []
+    chosen = [head.id]
+    if head.pack_key is not None and max_arms > 1:
+        mates = select(JobRow.id).where(
+            eligible,
+            JobRow.id != head.id,
+            JobRow.pack_key == head.pack_key,
+            # A pack that was cut off is claimed again as the same arms, so that they share one step.
+            JobRow.pack_id.is_(None) if head.pack_id is None else JobRow.pack_id == head.pack_id,
+        )
+        mates = mates.order_by(JobRow.priority.desc(), JobRow.id).limit(max_arms - 1)
+        chosen += connection.scalars(mates.with_for_update(skip_locked=True)).all()
+    taken = connection.execute(
+        update(JobRow)
+        .where(JobRow.id.in_(chosen), JobRow.state == str(JobState.QUEUED))
+        .values(
+            state=str(JobState.RUNNING),
+            token=new_token(),
+            pack_id=head.pack_id or uuid.uuid4().hex,
+            attempts=JobRow.attempts + 1,
+            updated_at=now(),
+        )
+        .returning(*job_columns().selected_columns)
+    ).all()
+    jobs = sorted((as_job(row) for row in taken), key=lambda job: chosen.index(job.id))
+    for job in jobs:
+        connection.execute(
+            insert(AttemptRow).values(
+                token=job.token,
+                job_id=job.id,
+                number=job.attempts,
+                worker=worker.name,
+                host=worker.host,
+                pid=worker.pid,
+                started_at=now(),
+                lease_until=now() + lease,
+            )
+        )
+    return jobs
+
+
+def _eligible(kinds: Collection[JobKind] | None, among: Collection[int] | None) -> ColumnElement[bool]:
+    earlier = JobRow.__table__.alias("earlier")
+    waits = exists().where(
+        DependencyRow.job_id == JobRow.id,
+        DependencyRow.after_id == earlier.c.id,
+        earlier.c.state != str(JobState.SUCCEEDED),
+    )
+    conditions: list[ColumnElement[bool]] = [
+        JobRow.state == str(JobState.QUEUED),
+        JobRow.held.is_(False),
+        JobRow.not_before <= now(),
+        ~waits,
+    ]
+    if kinds is not None:
+        conditions.append(JobRow.kind.in_([str(kind) for kind in kinds]))
+    if among is not None:
+        conditions.append(one_of(JobRow.id, among))
+    return and_(*conditions)
+
+
+def beat(
+    connection: Connection, tokens: Collection[str], *, lease: float, progress: Mapping[str, Mapping[str, Any]]
+) -> Beat:
+    """See `JobStore.beat`."""
+    held = frozenset(
+        connection.scalars(
+            update(AttemptRow)
+            .where(AttemptRow.token.in_(sorted(tokens)), AttemptRow.ended_at.is_(None))
+            .values(lease_until=now() + lease)
+            .returning(AttemptRow.token)
+        )
+    )
+    for token in sorted(held & progress.keys()):
+        noted = dict(progress[token])
+        connection.execute(
+            update(AttemptRow).where(AttemptRow.token == token).values(progress=noted, progress_at=now())
+        )
+        kept = noted.get("checkpoint")
+        if isinstance(kept, int):
+            # Work that has been kept shows that the job is no poison, whatever became of its workers.
+            connection.execute(
+                update(JobRow)
+                .where(*holding(token), JobRow.checkpoint < kept)
+                .values(checkpoint=kept, lost=0, updated_at=now())
+            )
+    asked = select(JobRow.token).where(JobRow.token.in_(sorted(held)), JobRow.cancel_requested)
+    return Beat(held=held, cancelled=frozenset(token for token in connection.scalars(asked) if token is not None))
+
+
+def finish(
+    connection: Connection,
+    token: str,
+    outcome: Outcome,
+    limits: Limits,
+    *,
+    result: Mapping[str, Any] | None,
+    error: str | None,
+    wait: float,
+) -> bool:
+    """See `JobStore.finish`."""
+    if outcome is Outcome.LOST:
+        raise ValueError("only `reclaim` says that an attempt is lost")
+    if not _end_attempts(connection, [token], outcome, error):
+        # The answer to an earlier call may have got lost with the connection: it counts, and so does what it said.
+        said = select(AttemptRow.outcome).where(AttemptRow.token == token)
+        return connection.scalar(said) == str(outcome)
+    failures = connection.scalars(select(JobRow.failures).where(*holding(token))).one()
+    values = _after(outcome, failures, limits, wait)
+    if result is not None:
+        values["result"] = dict(result)
+    if error is not None or outcome is Outcome.SUCCEEDED:
+        values["error"] = error
+    changed = connection.execute(
+        update(JobRow).where(*holding(token)).values(**values, updated_at=now()).returning(JobRow.id, JobRow.state)
+    ).one()
+    if changed.state in BADLY_ENDED:
+        cancel_dependents(connection, [changed.id])
+    return True
+
+
+def _after(outcome: Outcome, failures: int, limits: Limits, wait: float) -> dict[str, Any]:
+    """What a job becomes when an attempt ended so."""
+    ended = {"token": None}
+    if outcome is Outcome.SUCCEEDED:
+        return {**ended, "state": str(JobState.SUCCEEDED)}
+    if outcome is Outcome.FATAL:
+        return {**ended, "state": str(JobState.FAILED), "failures": failures + 1}
+    if outcome is Outcome.CANCELLED:
+        return {**ended, "state": str(JobState.CANCELLED)}
+    # Whatever goes back to the queue goes no further when a person wants it stopped.
+    back = case((JobRow.cancel_requested, str(JobState.CANCELLED)), else_=str(JobState.QUEUED))
+    if outcome is Outcome.PREEMPTED:
+        return queued(state=back, preemptions=JobRow.preemptions + 1, not_before=now() + wait)
+    if outcome is Outcome.RETURNED:
+        return queued(state=back, pack_id=None, not_before=now() + wait)
+    if outcome is Outcome.PAUSED:
+        return queued(state=back, pack_id=None, held=~JobRow.cancel_requested)
+    failures += 1
+    if failures >= limits.failures:
+        return {**ended, "state": str(JobState.FAILED), "failures": failures}
+    return queued(state=back, failures=failures, not_before=now() + max(wait, limits.wait_after(failures)))
+
+
+def reclaim(connection: Connection, limits: Limits, *, host: str | None, alive: Collection[int]) -> list[Job]:
+    """See `JobStore.reclaim`."""
+    gone: ColumnElement[bool] = AttemptRow.lease_until < now()
+    if host is not None:
+        gone = or_(gone, and_(AttemptRow.host == host, ~one_of(AttemptRow.pid, alive)))
+    # One that beats or finishes at this moment has its row locked, and is not gone.
+    stale = select(AttemptRow.token).where(AttemptRow.ended_at.is_(None), gone).with_for_update(skip_locked=True)
+    tokens = connection.scalars(stale).all()
+    if not tokens:
+        return []
+    _end_attempts(connection, tokens, Outcome.LOST, None)
+    poison = JobRow.lost + 1 >= limits.lost
+    returned = connection.execute(
+        update(JobRow)
+        .where(JobRow.token.in_(tokens), JobRow.state.in_(HELD_STATES))
+        .values(
+            state=case(
+                (JobRow.cancel_requested, str(JobState.CANCELLED)),
+                (poison, str(JobState.FAILED)),
+                else_=str(JobState.QUEUED),
+            ),
+            error=case((poison, f"the worker was lost {limits.lost} times while it held this job"), else_=JobRow.error),
+            lost=JobRow.lost + 1,
+            token=None,
+            updated_at=now(),
+        )
+        .returning(*job_columns().selected_columns)
+    ).all()
+    jobs = [as_job(row) for row in returned]
+    cancel_dependents(connection, [job.id for job in jobs if job.state in BADLY_ENDED])
+    return sorted(jobs, key=lambda job: job.id)
+
+
+def _end_attempts(connection: Connection, tokens: Collection[str], outcome: Outcome, error: str | None) -> int:
+    """End open attempts; how many there were."""
+    ended = connection.execute(
+        update(AttemptRow)
+        .where(AttemptRow.token.in_(tokens), AttemptRow.ended_at.is_(None))
+        .values(ended_at=now(), outcome=str(outcome), error=error)
+    )
+    return ended.rowcount
+
+
+def change(connection: Connection, token: str, **values: Any) -> bool:
+    """Change the job that a token speaks for; whether it does."""
+    changed = connection.execute(update(JobRow).where(*holding(token)).values(**values, updated_at=now()))
+    return changed.rowcount == 1
+
+
+def assign_run(connection: Connection, job_id: int, run_id: str) -> bool:
+    """See `JobStore.assign_run`."""
+    changed = connection.execute(
+        update(JobRow)
+        .where(JobRow.id == job_id, JobRow.mlflow_run_id.is_(None))
+        .values(mlflow_run_id=run_id, updated_at=now())
+    )
+    return changed.rowcount == 1
