@@ -98,6 +98,27 @@ def fetch_base(repo: str, commit: str, settings: Settings, progress: Progress = 
     return path
 
 
+def fetch_config(repo: str, commit: str, settings: Settings) -> Path:
+    """The `config.json` of a base in Hugging Face's cache, downloaded alone if it is not there.
+
+    Raises:
+        AssetError: The hub cannot be reached, or the repository has no such file.
+        StorageError: The cache cannot be written.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, "config.json", revision=commit)
+    if isinstance(cached, str):
+        return Path(cached)
+    if settings.offline:
+        raise unreachable(repo, commit)
+    with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
+        try:
+            return Path(hf_hub_download(repo, "config.json", revision=commit))
+        except errors.EntryNotFoundError as error:
+            raise AssetError(f"{repo} has no config.json at {commit}, so it is no base") from error
+
+
 def check_reachable(repo: str, commit: str, repo_type: RepoType) -> None:
     """Ask the hub for a commit, once.
 

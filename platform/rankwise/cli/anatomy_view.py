@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -11,76 +11,91 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from rankwise.cli.output import size
+
 if TYPE_CHECKING:
     from rankwise.modeling.anatomy import Anatomy, Target
 
 _WORST = 8
+_BLOCKS = "▁▂▃▄▅▆▇█"
+# More layers than this make a line that no terminal shows whole.
+_LONGEST = 100
 
 
-def render(anatomy: Anatomy, title: str, base_layer: str) -> RenderableType:
-    """Everything there is to see.
+def render(anatomy: Anatomy, title: str, over: str, base_layer: str) -> RenderableType:
+    """Everything there is to see; what disagrees comes first.
 
     Args:
         anatomy: What was found.
         title: What it was found in.
+        over: The base, in words.
         base_layer: The class of the adapted layers in the base, `Linear4bit` for a 4-bit one.
     """
-    parts: list[RenderableType] = [_tree(anatomy, title, base_layer), "", _sizes(anatomy)]
-    flagged = [target for target in anatomy.targets if target.flags]
-    if flagged:
-        parts += ["", *_flags(flagged, len(anatomy.targets))]
+    parts: list[RenderableType] = []
+    if anatomy.disagreements:
+        parts += [Text(f"DISAGREE  {check.text}", style="bold red") for check in anatomy.disagreements] + [Text()]
+    parts += [_tree(anatomy, title, over, base_layer), "", _sizes(anatomy)]
+    if anatomy.base is not None:
+        parts.append(Text("quantized: linear layers quantized, the rest in 16 bit; here: as it is loaded", style="dim"))
+    remarks = [*_flags(anatomy), *_rank_use(anatomy)]
+    if remarks:
+        parts += ["", *remarks]
     if anatomy.checks:
         parts += ["", *_checks(anatomy)]
     return Group(*parts)
 
 
-def gigabytes(count: int) -> str:
-    """Bytes in decimal units, as disks and the papers count."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} B"
-
-
-def _tree(anatomy: Anatomy, title: str, base_layer: str) -> Tree:
-    from rankwise.modeling.estimate import layer_of
+def _tree(anatomy: Anatomy, title: str, over: str, base_layer: str) -> Tree:
+    from rankwise.modeling.anatomy_tree import fold
 
     share = f", {anatomy.share_of_base:.3%} of the base" if anatomy.share_of_base is not None else ""
     tree = Tree(
-        Text.assemble((title, "bold"), f"  {anatomy.parameters:,} parameters, {gigabytes(anatomy.bytes)}{share}")
+        Text.assemble(
+            (title, "bold"),
+            f"  {anatomy.parameters:,} parameters, {size(anatomy.bytes)}{share}",
+            (f"\n{over}" if over else "", "dim"),
+        )
     )
-    layers = [(layer, tuple(targets)) for layer, targets in groupby(anatomy.targets, lambda t: layer_of(t.module))]
-    for _, same in groupby(layers, lambda entry: tuple(_shape(target) for target in entry[1])):
-        folded = list(same)
-        first, last = folded[0][0], folded[-1][0]
-        each = sum(target.parameters for target in folded[0][1])
-        if len(folded) > 1:
-            label = f"layers {first} to {last}: {len(folded)} alike, {each:,} parameters each"
-        else:
-            label = f"{'outside of layers' if first is None else f'layer {first}'}: {each:,} parameters"
-        branch = tree.add(Text(label, style="cyan"))
-        for column in zip(*(targets for _, targets in folded), strict=True):
-            _module(branch, column, base_layer)
+    for block in fold(anatomy):
+        branch = tree.add(Text(block.label, style="cyan"))
+        for alike in block.modules:
+            _module(branch, alike, base_layer)
+    if anatomy.beside:
+        tree.add(Text(f"beside the targets: stored rows, {anatomy.beside:,} parameters", style="cyan"))
     return tree
 
 
 def _module(branch: Tree, alike: Sequence[Target], base_layer: str) -> None:
     """One module of one layer, or of many alike."""
+    from rankwise.modeling.anatomy_tree import kind_of, span
+
     target = alike[0]
     (r, inputs), (outputs, _) = target.lora_A, target.lora_B
-    node = branch.add(Text.assemble((_suffix(target.module), "bold"), f"  {target.parameters:,} parameters"))
+    node = branch.add(Text.assemble((kind_of(target.module), "bold"), f"  {target.parameters:,} parameters"))
     node.add(f"base_layer  {base_layer} {inputs} -> {outputs}")
     node.add(f"lora_A      {r} x {inputs}")
     node.add(f"lora_B      {outputs} x {r}")
     node.add(f"dropout     {target.dropout:g}    scaling {target.scaling:g}")
-    if target.delta_norm is not None:
-        norms = [t.delta_norm for t in alike if t.delta_norm is not None]
-        ranks = [t.effective_rank for t in alike if t.effective_rank is not None]
-        kept = [t.rank_99 for t in alike if t.rank_99 is not None]
+    norms = [one.delta_norm for one in alike if one.delta_norm is not None]
+    ranks = [one.effective_rank for one in alike if one.effective_rank is not None]
+    kept = [one.rank_99 for one in alike if one.rank_99 is not None]
+    if norms and ranks and kept:
         node.add(
-            f"delta       norm {_span(norms)}    effective rank {_span(ranks)} of {r}    "
-            f"99 % of its energy in rank {_span(kept)}"
+            f"delta       norm {span(norms)}{_sparks(norms)}\n"
+            f"            effective rank {span(ranks)} of {r}{_sparks(ranks)}\n"
+            f"            99 % of its energy in rank {span(kept)}"
         )
+
+
+def _sparks(values: Sequence[float]) -> str:
+    """One block a layer, as high as its value over the largest one; a cross for what is not finite."""
+    if not 1 < len(values) <= _LONGEST:
+        return ""
+    top = max((value for value in values if math.isfinite(value)), default=0.0)
+    return "  " + "".join(
+        "x" if not math.isfinite(value) else _BLOCKS[round((len(_BLOCKS) - 1) * value / top) if top else 0]
+        for value in values
+    )
 
 
 def _sizes(anatomy: Anatomy) -> Table:
@@ -95,71 +110,51 @@ def _sizes(anatomy: Anatomy) -> Table:
         table.add_row(
             "base",
             f"{base.parameters:,}",
-            gigabytes(base.bytes_fp32),
-            gigabytes(base.bytes_bf16),
-            gigabytes(base.bytes_quantized),
-            gigabytes(anatomy.memory.base),
+            size(base.bytes_fp32),
+            size(base.bytes_bf16),
+            size(base.bytes_quantized),
+            size(anatomy.memory.base),
         )
         both = base.parameters + anatomy.parameters
         table.add_row(
             "base + adapter",
             f"{both:,}",
-            gigabytes(4 * both),
-            gigabytes(2 * both),
-            gigabytes(base.bytes_quantized + 2 * anatomy.parameters),
-            gigabytes(anatomy.memory.base_and_adapter),
+            size(4 * both),
+            size(2 * both),
+            size(base.bytes_quantized + 2 * anatomy.parameters),
+            size(anatomy.memory.base_and_adapter),
         )
     table.add_row(
         "adapter",
         f"{anatomy.parameters:,}",
-        gigabytes(4 * anatomy.parameters),
-        gigabytes(2 * anatomy.parameters),
+        size(4 * anatomy.parameters),
+        size(2 * anatomy.parameters),
         "",
-        gigabytes(anatomy.bytes),
+        size(anatomy.bytes),
     )
     return table
 
 
-def _flags(flagged: Sequence[Target], total: int) -> list[RenderableType]:
-    meaning = {
-        "untrained": "B is zero: nothing was learned",
-        "dead": "the delta is below 1 % of the median one",
-        "nonfinite": "NaN or infinity in the factors",
-    }
+def _flags(anatomy: Anatomy) -> list[RenderableType]:
+    from rankwise.modeling.anatomy import FLAGS
+
     lines: list[RenderableType] = []
-    for flag, why in meaning.items():
-        names = [target.module for target in flagged if flag in target.flags]
-        if names:
-            shown = ", ".join(names[:_WORST]) + (f" and {len(names) - _WORST} more" if len(names) > _WORST else "")
-            lines.append(Text(f"{flag}: {len(names)} of {total} modules ({why}): {shown}", style="yellow"))
+    for flag, names in anatomy.flagged.items():
+        shown = ", ".join(names[:_WORST]) + (f" and {len(names) - _WORST} more" if len(names) > _WORST else "")
+        total = len(anatomy.targets)
+        lines.append(Text(f"{flag}: {len(names)} of {total} modules ({FLAGS[flag]}): {shown}", style="yellow"))
     return lines
+
+
+def _rank_use(anatomy: Anatomy) -> list[RenderableType]:
+    use = anatomy.rank_use
+    return [] if use is None else [Text(use.text, style="bold")]
 
 
 def _checks(anatomy: Anatomy) -> list[RenderableType]:
-    lines: list[RenderableType] = []
-    for check in anatomy.checks:
-        if check.ok:
-            lines.append(Text(f"ok        {check.name}: {check.actual:,}", style="green"))
-        else:
-            lines.append(
-                Text(f"DISAGREE  {check.name}: expected {check.expected:,}, found {check.actual:,}", style="bold red")
-            )
-    return lines
-
-
-def _shape(target: Target) -> tuple[object, ...]:
-    return _suffix(target.module), target.lora_A, target.lora_B, target.scaling, target.dropout, target.parameters
-
-
-def _suffix(module: str) -> str:
-    """The name within its layer: `self_attn.q_proj` for `model.layers.3.self_attn.q_proj`."""
-    parts = module.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] + 1 :]) if numbers else module
-
-
-def _span(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low} to {high}"
+    return [
+        Text(f"ok        {check.text}", style="green")
+        if check.ok
+        else Text(f"DISAGREE  {check.text}", style="bold red")
+        for check in anatomy.checks
+    ]

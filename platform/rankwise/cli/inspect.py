@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 from rich.console import Console
 
-from rankwise.exceptions import AssetError, ConfigError
+from rankwise.cli.inspect_source import locate
+from rankwise.cli.output import print_json
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.settings import Settings, write_atomically
 
@@ -30,7 +27,15 @@ _QUANTIZATIONS = {
 }
 # Of files and pipes, where rich would assume 80 columns and break names apart.
 _WIDTH = 140
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class _View(NamedTuple):
+    """What is shown: the anatomy, its title, what it lies over, and how that is quantized."""
+
+    anatomy: Anatomy
+    title: str
+    over: str
+    quantization: QuantizationSpec
 
 
 @click.command()
@@ -60,10 +65,10 @@ def inspect(
 ) -> None:
     """Take an adapter apart: modules, parameters, bytes, norm and effective rank of each delta, memory.
 
-    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, a run's id, or a PEFT directory. Without it an adapter is
-    planned: --base, --r and --target-modules say which; no weight is read.
+    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, a run (its id, or runs:/ID), or a PEFT directory. Without it an
+    adapter is planned: --base, --r and --target-modules say which; no weight is read.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     settings = Settings.load()
     spec = _QUANTIZATIONS[quantization] if quantization else None
     planned = {"--r": r, "--target-modules": target_modules}
@@ -78,8 +83,7 @@ def inspect(
         assert target_modules is not None
         lora = _lora(r, target_modules, lora_alpha, lora_dropout, use_rslora)
         with console.status("building the model without weights"):
-            anatomy, title = _plan(base, lora, spec or QuantizationSpec(), settings), f"planned: r={r} over {base}"
-        used = spec or QuantizationSpec()
+            view = _plan(base, lora, spec or QuantizationSpec(), settings)
     else:
         given = [name for name, value in planned.items() if value is not None]
         if given:
@@ -87,27 +91,27 @@ def inspect(
                 f"{', '.join(given)} plan an adapter, and MODEL names one that exists; give only one"
             )
         with console.status(f"inspecting {model}") as status:
-            anatomy, used = _stored(model, base, spec, settings, measure, lambda text: status.update(text), console)
-        title = model
+            view = _stored(model, base, spec, settings, measure, status.update, console)
     if html is not None:
         from rankwise.modeling.anatomy_page import make_page
 
-        write_atomically(html.absolute(), make_page(anatomy, title).encode())
-        console.print(f"page with plots: {html}", highlight=False)
-    _show(anatomy, title, used, as_json)
-
-
-def _show(anatomy: Anatomy, title: str, quantization: QuantizationSpec, as_json: bool) -> None:
+        write_atomically(html.absolute(), make_page(view.anatomy, view.title, view.over).encode())
+        console.print(f"page with plots: {html}")
     if as_json:
-        click.echo(json.dumps(anatomy.to_dict(), indent=2))
-        return
+        print_json(view.anatomy.to_dict())
+    else:
+        _show(view)
+
+
+def _show(view: _View) -> None:
     from rankwise.cli.anatomy_view import render
 
-    layer = "Linear4bit" if quantization.load_in_4bit else "Linear8bitLt" if quantization.load_in_8bit else "Linear"
+    spec = view.quantization
+    layer = "Linear4bit" if spec.load_in_4bit else "Linear8bitLt" if spec.load_in_8bit else "Linear"
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
-    console.print(render(anatomy, title, layer if anatomy.base else "Linear"))
+    console.print(render(view.anatomy, view.title, view.over, layer if view.anatomy.base else "Linear"))
 
 
 def _lora(r: int, targets: str, alpha: float | None, dropout: float, use_rslora: bool) -> LoraSpec:
@@ -123,15 +127,12 @@ def _lora(r: int, targets: str, alpha: float | None, dropout: float, use_rslora:
     )
 
 
-def _plan(base: str, lora: LoraSpec, quantization: QuantizationSpec, settings: Settings) -> Anatomy:
-    from rankwise.modeling.anatomy import plan_anatomy
+def _plan(base: str, lora: LoraSpec, quantization: QuantizationSpec, settings: Settings) -> _View:
+    from rankwise.assets.config import find_config
+    from rankwise.modeling.anatomy_reader import plan_anatomy
 
-    path = Path(base).expanduser()
-    if path.suffix != ".json" and not (path / "config.json").is_file():
-        from rankwise.assets.base import resolve_base
-
-        path = resolve_base(base, None, settings).path
-    return plan_anatomy(path, lora, quantization)
+    anatomy = plan_anatomy(find_config(base, settings), lora, quantization)
+    return _View(anatomy, f"planned: r={lora.r}", f"over {base}", quantization)
 
 
 def _stored(
@@ -140,83 +141,18 @@ def _stored(
     quantization: QuantizationSpec | None,
     settings: Settings,
     measure: bool,
-    say: Any,
+    say: Callable[[str], None],
     console: Console,
-) -> tuple[Anatomy, QuantizationSpec]:
-    """The anatomy of a stored adapter, and the quantization of the base that it was looked at over."""
-    from rankwise.modeling.anatomy import adapter_anatomy
+) -> _View:
+    from rankwise.modeling.anatomy_reader import adapter_anatomy
 
-    with _located(model, base, settings, console) as (directory, resolved, config, recorded):
-        used = quantization or recorded
-        measured = None
-        if measure and resolved is not None:
-            say(f"loading {resolved.source}")
-            measured = _measure(directory, resolved, used, settings)
-        anatomy = adapter_anatomy(directory, base_config=config, quantization=used, measured=measured)
-        return anatomy, used
-
-
-@contextmanager
-def _located(
-    model: str, base: str | None, settings: Settings, console: Console
-) -> Iterator[tuple[Path, ResolvedBase | None, Path | None, QuantizationSpec]]:
-    """The PEFT directory, the base if it is on this machine, its configuration, and the recorded quantization."""
-    path = Path(model.removeprefix("file:")).expanduser()
-    if (path / "adapter_config.json").is_file():
-        from rankwise.modeling.adapter_config import read_adapter_config
-
-        config = read_adapter_config(path)
-        name, revision = base or config.base_model_name_or_path, None if base else config.revision
-        resolved, found = _find(name, revision, settings, console)
-        yield path, resolved, found, QuantizationSpec()
-        return
-    from rankwise.flavor.fetch import fetch
-
-    uri = f"runs:/{model}/adapter" if _RUN_ID.fullmatch(model) else model
-    with fetch(uri, settings.tracking_uri) as fetched:
-        facts = fetched.metadata.base
-        if base is not None:
-            resolved, found = _find(base, None, settings, console)
-        else:
-            from rankwise.flavor.bases import find_base
-
-            try:
-                # A look at an adapter is no reason to fetch gigabytes.
-                resolved = find_base(facts, uri, dataclasses.replace(settings, offline=True))
-                found = resolved.path / "config.json"
-            except AssetError as error:
-                resolved = found = None
-                _without_base(error, console)
-        yield fetched.adapter, resolved, found, facts.quantization
-
-
-def _find(
-    name: str | None, revision: str | None, settings: Settings, console: Console
-) -> tuple[ResolvedBase | None, Path | None]:
-    """The base that a name stands for; a configuration file stands for itself alone."""
-    from rankwise.assets.base import resolve_base
-
-    if name is None:
-        _without_base(AssetError("its configuration names none"), console)
-        return None, None
-    path = Path(name).expanduser()
-    if path.suffix == ".json" or ((path / "config.json").is_file() and not any(path.glob("*.safetensors"))):
-        return None, path
-    try:
-        resolved = resolve_base(name, revision, dataclasses.replace(settings, offline=True))
-    except (AssetError, ConfigError) as error:
-        _without_base(error, console)
-        return None, None
-    return resolved, resolved.path / "config.json"
-
-
-def _without_base(error: Exception, console: Console) -> None:
-    console.print(
-        f"the base is not at hand, so shapes are not compared with it and there is no memory: {error}\n"
-        "name it with --base (a config.json is enough)",
-        style="yellow",
-        highlight=False,
-    )
+    with locate(model, base, settings, lambda text: console.print(text, style="yellow", markup=False)) as found:
+        used = quantization or found.quantization
+        anatomy = adapter_anatomy(found.directory, base_config=found.config, quantization=used)
+        if measure and found.base is not None:
+            say(f"loading {found.base.source}")
+            anatomy = anatomy.with_memory(*_measure(found.directory, found.base, used, settings))
+        return _View(anatomy, found.name, found.over, used)
 
 
 def _measure(

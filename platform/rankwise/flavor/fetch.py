@@ -5,6 +5,7 @@
 | `models:/NAME@ALIAS`, `models:/NAME/VERSION` | a version of a registered model |
 | `models:/m-...` | a LoggedModel |
 | `runs:/RUN_ID/NAME` | the newest LoggedModel of that name that the run has put out |
+| `runs:/RUN_ID` | the same, of the only name that the run's LoggedModels have |
 | a path, `file:...` | a directory as `save_model` writes it, read in place |
 """
 
@@ -42,8 +43,8 @@ logger = logging.getLogger(__name__)
 _VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
 _ALIAS = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 _MODEL_ID = re.compile(r"models:/(?P<id>m-[0-9a-f]+)")
-_RUN = re.compile(r"runs:/(?P<run>[0-9a-f]+)/(?P<name>.+)")
-_FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., runs:/RUN_ID/NAME, or a directory"
+_RUN = re.compile(r"runs:/(?P<run>[0-9a-f]+)(?:/(?P<name>.+))?")
+_FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., runs:/RUN_ID/NAME, runs:/RUN_ID, or a directory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +227,17 @@ def _of_logged_model(model_id: str, uri: str, tracking_uri: str | None) -> Origi
     )
 
 
-def _of_run(run_id: str, name: str, tracking_uri: str | None) -> Origin:
+def _of_run(run_id: str, name: str | None, tracking_uri: str | None) -> Origin:
     client = MlflowClient(tracking_uri=tracking_uri)
     outputs = client.get_run(run_id).outputs
     models = [client.get_logged_model(output.model_id) for output in (outputs.model_outputs if outputs else [])]
-    matching = [model for model in models if model.name == name]
+    names = sorted({model.name for model in models})
+    matching = [model for model in models if name in (None, model.name)]
     if not matching:
-        raise AssetError(f"run {run_id} has put out no model {name!r}; it has {sorted({m.name for m in models})}")
+        wanted = "model" if name is None else f"model {name!r}"
+        raise AssetError(f"run {run_id} has put out no {wanted}; it has {names}")
+    if name is None and len(names) > 1:
+        raise AssetError(f"run {run_id} has put out models of several names; say which: runs:/{run_id}/{names[0]}")
     newest = max(matching, key=lambda model: model.creation_timestamp)
     return _of_logged_model(newest.model_id, f"models:/{newest.model_id}", tracking_uri)
 

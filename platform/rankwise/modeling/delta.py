@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-_ENERGY = 0.99
+from rankwise.modeling.anatomy_rank import rank_of_energy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,14 @@ class Delta:
             effective dimensionality"); between 1 and r, 0 of a delta that is zero.
         stable_rank: norm^2 / max(s)^2 (Rudelson and Vershynin 2007); 0 of a delta that is zero.
         rank_99: The smallest rank that keeps 99 % of norm^2; 0 of a delta that is zero.
+        singular_values: s itself, largest first; empty of a delta that is not finite.
     """
 
     norm: float
     effective_rank: float
     stable_rank: float
     rank_99: int
+    singular_values: tuple[float, ...] = ()
 
 
 def singular_values(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -51,15 +53,16 @@ def measure_delta(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) ->
         return Delta(norm=float("nan"), effective_rank=0.0, stable_rank=0.0, rank_99=0)
     values = singular_values(lora_A, lora_B, scaling)
     total, largest = float(values.sum()), float(values.max()) if values.numel() else 0.0
+    singular = tuple(values.tolist())
     if largest == 0.0:
-        return Delta(norm=0.0, effective_rank=0.0, stable_rank=0.0, rank_99=0)
+        return Delta(norm=0.0, effective_rank=0.0, stable_rank=0.0, rank_99=0, singular_values=singular)
     shares = values / total
     energy = (values / largest) ** 2
-    kept = energy.cumsum(0) / energy.sum()
     return Delta(
         norm=float(torch.linalg.vector_norm(values)),
         # xlogy takes 0 log 0 as 0.
         effective_rank=float(torch.exp(-torch.special.xlogy(shares, shares).sum())),
         stable_rank=float(energy.sum()),
-        rank_99=int((kept < _ENERGY).sum()) + 1,
+        rank_99=rank_of_energy(energy.tolist()),
+        singular_values=singular,
     )

@@ -1,12 +1,17 @@
 import json
+import shutil
 
+import mlflow
 import pytest
 from click.testing import CliRunner
 from helpers.bases import inject, resolved, settings_in
+from helpers.local_store import prepared_home
 from helpers.tiny import make_base
 
+import rankwise.flavor as flavor
+from rankwise.assets.base import resolve_base
 from rankwise.cli.inspect import inspect
-from rankwise.exceptions import AdapterIntegrityError, AssetError
+from rankwise.exceptions import AdapterIntegrityError, AssetError, TrackingError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.adapter import WEIGHTS_NAME, save_adapter
 from rankwise.modeling.base import load_base
@@ -28,6 +33,42 @@ def adapter(base, tmp_path_factory):
     model = load_base(resolved(base), QuantizationSpec(), settings_in(root), device="cpu").model
     save_adapter(inject(model), "arm-1", root / "adapter", base_source=str(base), base_revision=None)
     return root / "adapter"
+
+
+@pytest.fixture(scope="module")
+def registered(base, tmp_path_factory):
+    """An adapter that a run has logged and registered as `tiny`, and what names it in each form."""
+    root = tmp_path_factory.mktemp("registered")
+    settings = prepared_home(root / "home")
+    loaded = load_base(resolve_base(str(base), None, settings), QuantizationSpec(), settings, device="cpu")
+    inject(loaded.model, "x")
+    client = mlflow.MlflowClient(tracking_uri=settings.tracking_uri)
+    run_id = client.create_run("0").info.run_id
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(settings.tracking_uri)
+    info = flavor.log_model(
+        loaded.model, loaded.tokenizer, base=loaded, registered_model_name="tiny", run_id=run_id, settings=settings
+    )
+    mlflow.set_tracking_uri(before)
+    client.set_registered_model_alias("tiny", "best", "1")
+    flavor.save_model(loaded.model, root / "saved", loaded.tokenizer, base=loaded, settings=settings)
+    forms = {
+        "alias": "models:/tiny@best",
+        "version": "models:/tiny/1",
+        "logged model": f"models:/{info.model_id}",
+        "run": f"runs:/{run_id}",
+        "run and name": f"runs:/{run_id}/adapter",
+        "run id": run_id,
+        "saved": str(root / "saved"),
+    }
+    return settings, forms, client
+
+
+@pytest.fixture
+def forms(registered, monkeypatch):
+    monkeypatch.setenv("RANKWISE_HOME", str(registered[0].home))
+    monkeypatch.setenv("RANKWISE_CACHE", str(registered[0].cache))
+    return registered[1]
 
 
 def run(*arguments):
@@ -86,9 +127,45 @@ def test_the_tree_shows_deltas_and_checks(adapter):
     assert "DISAGREE" not in text
 
 
-def test_a_base_that_is_not_at_hand_is_said_and_the_rest_shown(adapter, tmp_path, base):
-    import shutil
+@pytest.mark.parametrize(
+    "form", ["alias", "version", "logged model", "run", "run and name", "run id", "saved"], ids=lambda form: form
+)
+def test_every_form_of_a_name_takes_the_same_adapter_apart(forms, form):
+    document = json.loads(run(forms[form], "--no-measure", "--json").stdout)
+    assert (document["adapter"]["parameters"], len(document["adapter"]["targets"])) == (3 * 896, 6)
+    assert document["base"]["parameters"] > 0
+    assert [check["ok"] for check in document["checks"]] == [True] * 5
 
+
+def test_a_registered_model_is_shown_with_its_version_its_base_and_measured_memory(forms, base):
+    result = run(forms["alias"])
+    text = " ".join(result.stdout.split())
+    assert "models:/tiny@best (models:/tiny/1) 2,688 parameters" in text
+    assert f"trained over {base} at" in text
+    assert "4 bit nf4 with double quantization" in text
+    assert "here, measured" in text
+    assert result.stderr == ""
+
+
+def test_a_run_without_a_model_and_a_name_that_is_not_there_say_so(forms, registered):
+    empty = registered[2].create_run("0").info.run_id
+    with pytest.raises(AssetError, match=f"run {empty} has put out no model; it has"):
+        run(empty)
+    with pytest.raises(AssetError, match=r"no model 'other'; it has \['adapter'\]"):
+        run(f"{forms['run']}/other")
+    with pytest.raises(TrackingError, match="models:/tiny@nothing"):
+        run("models:/tiny@nothing")
+
+
+def test_another_quantization_of_the_base_can_be_asked_for(forms):
+    memory = {
+        name: json.loads(run(forms["alias"], "--no-measure", "--json", "--quantization", name).stdout)["memory"]["base"]
+        for name in ("nf4", "int8", "none")
+    }
+    assert memory["nf4"] < memory["int8"] < memory["none"]
+
+
+def test_a_base_that_is_not_at_hand_is_said_and_the_rest_shown(adapter, tmp_path, base):
     moved = shutil.copytree(adapter, tmp_path / "moved")
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/nowhere"}))
@@ -101,12 +178,12 @@ def test_a_base_that_is_not_at_hand_is_said_and_the_rest_shown(adapter, tmp_path
 def test_a_page_with_plots_is_written(adapter, tmp_path):
     result = run(adapter, "--no-measure", "--html", tmp_path / "page.html")
     assert "page with plots" in result.stderr
-    assert "Plotly" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert f"<h1>{adapter}</h1>" in page
+    assert "Norm of the delta" in page
 
 
 def test_a_damaged_adapter_is_refused(adapter, tmp_path):
-    import shutil
-
     copy = shutil.copytree(adapter, tmp_path / "copy")
     (copy / WEIGHTS_NAME).write_bytes((copy / WEIGHTS_NAME).read_bytes()[:-1])
     with pytest.raises(AdapterIntegrityError, match="not a readable safetensors file"):

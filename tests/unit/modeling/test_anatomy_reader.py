@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.modeling.adapter import WEIGHTS_NAME, save_adapter
-from rankwise.modeling.anatomy import adapter_anatomy, plan_anatomy
-from rankwise.modeling.anatomy_page import make_page
+from rankwise.modeling.anatomy_reader import adapter_anatomy, plan_anatomy
 from rankwise.modeling.base import load_base
 from rankwise.modeling.manifest import write_manifest
 
@@ -162,7 +161,7 @@ def test_memory_is_that_of_the_loaded_dtype_or_what_was_measured(adapter, base):
     estimated = adapter_anatomy(adapter, base_config=base, module_dtype="bfloat16").memory
     assert not estimated.measured
     assert estimated.base_and_adapter - estimated.base == adapter_anatomy(adapter).bytes
-    measured = adapter_anatomy(adapter, base_config=base, measured=(5, 7)).memory
+    measured = adapter_anatomy(adapter, base_config=base).with_memory(5, 7).memory
     assert (measured.base, measured.base_and_adapter, measured.measured) == (5, 7, True)
 
 
@@ -174,6 +173,8 @@ def test_the_json_has_the_form_that_others_build_on(adapter, base):
     target = document["adapter"]["targets"][0]
     assert {"module", "lora_A", "lora_B", "parameters", "delta_norm", "effective_rank"} <= set(target)
     assert (target["lora_A"], target["lora_B"]) == ([4, 64], [64, 4])
+    assert "singular_values" not in target
+    assert document["adapter"]["rank_use"]["r"] == 4
     assert set(document["base"]) == {"parameters", "bytes_fp32", "bytes_bf16", "bytes_quantized"}
     assert {"base", "base_and_adapter"} <= set(document["memory"])
     assert set(document["checks"][0]) == {"name", "expected", "actual", "ok"}
@@ -207,21 +208,6 @@ def test_a_changed_file_is_refused_where_there_is_a_manifest(adapter):
     rewrite(adapter, lambda tensors: tensors[FACTOR.format(0, "q_proj", "A")].add_(1))
     with pytest.raises(AdapterIntegrityError, match=r"files of .* are not what was stored"):
         adapter_anatomy(adapter)
-
-
-def test_the_page_needs_no_network_and_escapes_what_it_shows(adapter, base):
-    page = make_page(adapter_anatomy(adapter, base_config=base), "<script>alert(1)</script>")
-    assert "<script>alert(1)" not in page
-    assert "src=" not in page.split("</script>")[-1]
-    assert '<script src="http' not in page
-    assert page.count("model.layers.11.self_attn.v_proj") == 1
-    assert "Effective rank of the delta" in page
-
-
-def test_the_page_of_a_plan_has_no_plots(base):
-    lora = LoraSpec(r=8, lora_alpha=4, target_modules=("q_proj",))
-    page = make_page(plan_anatomy(base, lora, QuantizationSpec()), "plan")
-    assert len(page) < 20_000
 
 
 def test_torch_is_not_asked_for_the_full_delta(adapter, monkeypatch):

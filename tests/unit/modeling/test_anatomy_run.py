@@ -1,0 +1,41 @@
+import pytest
+from helpers.bases import inject, resolved, settings_in
+from helpers.tiny import make_base
+
+from rankwise.experiment.schema import QuantizationSpec
+from rankwise.modeling.adapter import save_adapter
+from rankwise.modeling.anatomy_run import trained_anatomy, trained_page
+from rankwise.modeling.base import load_base
+from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base in memory with the adapters of two arms in it, one of them saved; and what the base took alone."""
+    root = tmp_path_factory.mktemp("trained")
+    base = load_base(resolved(make_base(root / "base")), QuantizationSpec(), settings_in(root), device="cpu")
+    alone = base.memory_bytes
+    inject(base.model, "arm-1", r=8)
+    with expected_warning(SEVERAL_ADAPTERS):
+        inject(base.model, "arm-2", r=2, seed=1)
+    save_adapter(base.model, "arm-2", root / "adapter", base_source="org/tiny", base_revision="a" * 40)
+    return base, root / "adapter", alone
+
+
+def test_memory_is_that_of_the_base_in_memory_without_the_other_arms(trained):
+    base, adapter, alone = trained
+    anatomy = trained_anatomy(adapter, base)
+    assert anatomy.parameters == 2 * 2 * (128 + 96)
+    assert anatomy.memory.measured
+    assert anatomy.memory.base == alone
+    assert anatomy.memory.base_and_adapter == alone + 4 * anatomy.parameters
+    assert anatomy.disagreements == ()
+    assert len(anatomy.checks) == 5
+
+
+def test_the_page_names_the_arm_and_its_base(trained):
+    base, adapter, _ = trained
+    page = trained_page(adapter, base, "arm r=2")
+    assert "<h1>arm r=2</h1>" in page
+    assert f"over org/tiny at {'a' * 40}" in page
+    assert "r = 2 is used" in page
