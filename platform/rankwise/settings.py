@@ -7,6 +7,7 @@
 | `RANKWISE_DATABASE_URL` | the queue's database | SQLite in the home |
 | `RANKWISE_BASES` | directories with bases, for machines without a network, separated as in `PATH` | none |
 | `MLFLOW_TRACKING_URI` | the MLflow store | SQLite in the home |
+| `RANKWISE_LOG_LEVEL` | the lowest level of logs on stderr: DEBUG, INFO, WARNING or ERROR | WARNING |
 | `HF_HUB_OFFLINE` and other variables of Hugging Face and MLflow | as their documentation says | |
 """
 
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import platformdirs
 
-from rankwise.exceptions import StorageError
+from rankwise.exceptions import ConfigError, StorageError
 
 _FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
 _FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
 _A_FILE = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _STORAGE_ADVICE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -47,10 +49,15 @@ class Settings:
     database_url: str
     bases: tuple[Path, ...] = ()
     offline: bool = False
+    log_level: str = "WARNING"
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the environment (`os.environ` when none is given)."""
+        """Read the environment (`os.environ` when none is given).
+
+        Raises:
+            ConfigError: A variable has a value that it cannot have.
+        """
         env = os.environ if environ is None else environ
         home = Path(env.get("RANKWISE_HOME") or "mlruns").expanduser().absolute()
         cache = env.get("RANKWISE_CACHE")
@@ -63,6 +70,7 @@ class Settings:
                 Path(part).expanduser().absolute() for part in env.get("RANKWISE_BASES", "").split(os.pathsep) if part
             ),
             offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
+            log_level=_level(env.get("RANKWISE_LOG_LEVEL") or "WARNING"),
         )
 
     @property
@@ -84,6 +92,17 @@ class Settings:
     def outbox(self) -> Path:
         """Points and files that wait for the tracking server."""
         return self.home / "outbox"
+
+
+def set_log_level(level: str) -> None:
+    """Set `RANKWISE_LOG_LEVEL` for this process and its children."""
+    os.environ["RANKWISE_LOG_LEVEL"] = _level(level)
+
+
+def _level(text: str) -> str:
+    if text.upper() not in _LEVELS:
+        raise ConfigError(f"RANKWISE_LOG_LEVEL must be one of {', '.join(_LEVELS)}, got {text!r}")
+    return text.upper()
 
 
 def set_process_defaults() -> None:

@@ -15,7 +15,8 @@ import click
 
 from rankwise import __version__
 from rankwise.exceptions import RankwiseError
-from rankwise.settings import set_process_defaults
+from rankwise.logs import configure
+from rankwise.settings import Settings, set_log_level, set_process_defaults
 
 INTERRUPTED = 130
 _COMMANDS = {
@@ -27,6 +28,7 @@ _COMMANDS = {
     "jobs": ("rankwise.cli.jobs:jobs", "List, show and cancel jobs."),
     "inspect": ("rankwise.cli.inspect:inspect", "Show the anatomy of an adapter over its base."),
     "pull": ("rankwise.cli.registry:pull", "Fetch a registered adapter as a plain PEFT directory."),
+    "export": ("rankwise.cli.export:export", "Merge a registered adapter into its base, as a model of its own."),
     "bases": ("rankwise.cli.bases:bases", "List, add, verify and prune bases on this machine."),
     "ui": ("rankwise.cli.ui:ui", "Open the MLflow UI on the store of this project."),
 }
@@ -53,8 +55,12 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="rankwise")
-def cli() -> None:
+@click.option("-v", "--verbose", count=True, help="Log more on stderr: -v INFO, -vv DEBUG (RANKWISE_LOG_LEVEL).")
+def cli(verbose: int) -> None:
     """Which LoRA rank does the job? QLoRA sweeps over one 4-bit base, tracked and registered with MLflow."""
+    if verbose:
+        set_log_level("INFO" if verbose == 1 else "DEBUG")
+    configure(Settings.load().log_level)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

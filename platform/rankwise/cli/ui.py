@@ -21,8 +21,8 @@ def ui(port: int, host: str) -> None:
     the store. MLFLOW_SERVER_ALLOWED_HOSTS names the host names that browsers may use.
     """
     # Late: MLflow takes seconds to import.
+    from rankwise.redact import redact
     from rankwise.tracking.connect import connect
-    from rankwise.tracking.redact import redact
     from rankwise.tracking.server import is_remote, serve
 
     settings = Settings.load()

@@ -11,8 +11,8 @@ from rankwise.evaluation.compare import ArmRecord, Comparison, Param, compare
 from rankwise.evaluation.summary import from_tracking
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.metric_names import greater_is_better
+from rankwise.redact import redact
 from rankwise.tracking.query import RunRecord, by_spec_hash
-from rankwise.tracking.redact import redact
 
 if TYPE_CHECKING:
     from rankwise.tracking.store import Store

@@ -15,9 +15,9 @@ from mlflow.environment_variables import MLFLOW_LOGGING_LEVEL, MLFLOW_SUPPRESS_P
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
+from rankwise.redact import redact
 from rankwise.settings import Settings, storage_errors
 from rankwise.tracking.errors import tracking_errors
-from rankwise.tracking.redact import redact
 
 _PROBE_SECONDS = 10.0
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
-from rankwise.tracking.redact import redact
+from rankwise.redact import redact
 
 Context = Literal["train", "eval", "predict"]
 # MLflow's column holds 36 characters.

@@ -9,7 +9,7 @@ import requests
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.redact import redact
+from rankwise.redact import redact
 
 _LONGEST = 600
 # The server understood the request and will never accept it. All else may pass: a restart, a lock, an expired token.

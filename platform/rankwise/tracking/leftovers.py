@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.exceptions import TrackingError
+from rankwise.redact import redact
 from rankwise.settings import Settings
 from rankwise.tracking.outbox import Outbox
-from rankwise.tracking.redact import redact
 
 
 @dataclass(frozen=True, kw_only=True)

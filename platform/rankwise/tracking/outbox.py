@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.exceptions import TrackingError
+from rankwise.redact import redact
 from rankwise.settings import storage_errors
-from rankwise.tracking.redact import redact
 
 FORMAT = 2
 # Format 1 knew neither attempts nor redone steps: its points had been compared with the store before they were written.

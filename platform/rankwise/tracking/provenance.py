@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from rankwise import __version__
-from rankwise.tracking.redact import redact
+from rankwise.redact import redact
 
 LIBRARIES = (
     "torch",

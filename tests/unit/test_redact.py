@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.tracking.redact import REDACTED, redact
+from rankwise.redact import REDACTED, redact
 
 
 @pytest.mark.parametrize(
