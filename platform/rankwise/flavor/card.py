@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rankwise.experiment.source import HubSource, parse_source
 from rankwise.flavor.metadata import AdapterMetadata
@@ -68,6 +69,56 @@ adapter.model, adapter.tokenizer
 `PeftModel.from_pretrained(base, DIRECTORY)` loads the files too, over any base it is given, unchecked.
 
 Written with {versions}.
+"""
+
+
+def merged_card(metadata: AdapterMetadata, uri: str, record: Mapping[str, Any]) -> str:
+    """Markdown for a merged model: what was merged into what, and how far it agrees with the registered model."""
+    base, agreement = metadata.base, record["agreement"]
+    front = f"base_model: {base.source}\n" if _is_hub(base.source) else ""
+    return f"""---
+{front}library_name: transformers
+tags:
+- lora
+- merged
+- rankwise
+---
+
+# Merged model
+
+The adapter {uri} merged into {record["merged_into_text"]} (`{record["merged_into"]}`, {record["reason"]}), stored in
+{record["dtype"]}.
+
+| | |
+|---|---|
+| base | {base.source} |
+| revision | {base.revision} |
+| fingerprint | {base.fingerprint.digest} |
+| trained over | {record["base"]["quantization"]} |
+| r | {metadata.lora.get("r")} |
+| adapter's manifest | {record["manifest"]} |
+
+## Agreement with the registered model
+
+Measured along the registered model's greedy answers to {agreement["prompts"]} prompts ({agreement["prompts_from"]}),
+{agreement["tokens"]} tokens, in {agreement["computed_in"]} on {agreement["device"]}.
+
+| | |
+|---|---|
+| equal greedy tokens | {agreement["equal_greedy_tokens"]:.2%} |
+| equal greedy answers | {agreement["equal_greedy_answers"]:.2%} |
+| largest difference of a logit | {agreement["max_logit_difference"]:.4g} |
+| KL divergence, mean | {agreement["mean_kl"]:.4g} nats |
+| KL divergence, largest | {agreement["max_kl"]:.4g} nats |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+```
+
+Written with rankwise {record["rankwise"]}.
 """
 
 

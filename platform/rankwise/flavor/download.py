@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-from rankwise.exceptions import AdapterIntegrityError, StorageError
-from rankwise.flavor.fetch import Fetched, fetch
+from rankwise.flavor.fetch import fetch
+from rankwise.flavor.place import check_target, placed
 from rankwise.modeling.adapter import read_adapter
-from rankwise.modeling.manifest import MANIFEST_NAME, check_manifest, write_manifest
-from rankwise.settings import fsync_directory, storage_errors
 
 
 def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | None = None) -> Path:
@@ -33,47 +30,9 @@ def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | No
         TrackingError: MLflow cannot be reached, or has no such model.
     """
     target = directory.expanduser().absolute()
-    _check_target(target)
+    check_target(target)
     with fetch(uri, tracking_uri) as fetched:
         read_adapter(fetched.adapter)
-        return _place(fetched, target)
-
-
-def _place(fetched: Fetched, target: Path) -> Path:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with storage_errors(target, f"storing {fetched.origin.uri}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            shutil.copytree(fetched.adapter, temporary)
-            manifest = write_manifest(temporary)
-            if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
-                return target
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            _check_target(target)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
-            fsync_directory(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with placed(target, f"storing {fetched.origin.uri}") as temporary:
+            shutil.copytree(fetched.adapter, temporary, dirs_exist_ok=True)
     return target
-
-
-def _check_target(target: Path) -> None:
-    """Refuse to overwrite anything but an earlier download that nobody has changed."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise StorageError(f"{target} is a file; name a directory")
-    if not any(target.iterdir()):
-        return
-    try:
-        check_manifest(target)
-    except AdapterIntegrityError as error:
-        raise StorageError(
-            f"{target} is not empty, and not an earlier download that is unchanged; name another directory"
-        ) from error

@@ -1,0 +1,70 @@
+"""Puts a directory in its place whole, or not at all, and never over anything that a person may have made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rankwise.exceptions import AdapterIntegrityError, StorageError
+from rankwise.modeling.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from rankwise.settings import fsync_directory, storage_errors
+
+
+def check_target(target: Path) -> None:
+    """Refuse to overwrite anything but an earlier output that nobody has changed.
+
+    Raises:
+        StorageError: The target is a file, or a directory with something else in it.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StorageError(f"{target} is a file; name a directory")
+    if not any(target.iterdir()):
+        return
+    try:
+        check_manifest(target)
+    except AdapterIntegrityError as error:
+        raise StorageError(
+            f"{target} is not empty, and not an earlier download that is unchanged; name another directory"
+        ) from error
+
+
+@contextmanager
+def placed(target: Path, doing: str) -> Iterator[Path]:
+    """A temporary directory beside `target` to fill; at the end of the block it gets a manifest and takes its place.
+
+    An earlier output that is unchanged is replaced; one of the same content stays. After an error nothing is left.
+
+    Args:
+        target: An absolute path; its parents are made.
+        doing: What is being done, for messages.
+
+    Raises:
+        StorageError: The target holds something else, or the disk is full or not writable.
+    """
+    check_target(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with storage_errors(target, doing):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            manifest = write_manifest(temporary)
+            if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
+                return
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            check_target(target)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            fsync_directory(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
