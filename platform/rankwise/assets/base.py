@@ -68,9 +68,19 @@ def local_bases(settings: Settings) -> Iterator[Path]:
 
     Nothing is checked but that a config.json is there: who searches compares fingerprints.
     """
-    for root in (*settings.bases, settings.cache / "bases"):
-        below = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
-        yield from (path for path in (root, *below) if (path / "config.json").is_file())
+    yield from listed_bases(settings)
+    yield from _with_config(settings.cache / "bases")
+
+
+def listed_bases(settings: Settings) -> Iterator[Path]:
+    """Of `local_bases`, those that `RANKWISE_BASES` leads to."""
+    for root in settings.bases:
+        yield from _with_config(root)
+
+
+def _with_config(root: Path) -> Iterator[Path]:
+    below = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
+    yield from (path for path in (root, *below) if (path / "config.json").is_file())
 
 
 def _from_hub(source: HubSource, revision: str | None, settings: Settings, progress: Progress) -> ResolvedBase:

@@ -58,6 +58,16 @@ def file_digest(path: Path, settings: Settings, *, verify: bool = False, progres
     return f"sha256:{sha256}"
 
 
+def remembered_digest(path: Path, settings: Settings) -> str | None:
+    """The digest that was remembered for a file in its present state, without reading it; None if there is none.
+
+    Raises:
+        AssetError: The memo is damaged.
+    """
+    found = DigestMemo(settings.cache / "digests.sqlite3").recall(path.stat())
+    return None if found is None else f"sha256:{found}"
+
+
 def digests(
     files: Iterable[Path], settings: Settings, *, verify: bool = False, progress: Progress = SILENT
 ) -> dict[Path, str]:

@@ -1,4 +1,4 @@
-"""`rankwise bases`: what this machine's cache holds of bases, quantized and not."""
+"""`rankwise bases`: the bases on this machine, quantized and not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from rankwise.assets.elsewhere import Elsewhere, check_elsewhere, list_elsewhere
 from rankwise.assets.entry import remove_entry, remove_leftovers
-from rankwise.assets.inventory import add_base, check_cached, list_cached
+from rankwise.assets.inventory import Cached, add_base, check_cached, list_cached
 from rankwise.assets.progress import Progress
 from rankwise.cli.output import note, print_json, print_table, size
 from rankwise.cli.progress import Bars
@@ -25,19 +26,21 @@ from rankwise.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """An entry of either cache, as the subcommands need it. `check` gives what is wrong with it, or None."""
+    """A base, as the subcommands need it. `check` gives what is wrong with it, or None; `own` may be pruned."""
 
+    name: str
     kind: str
     path: Path
     source: str
-    revision: str
+    revision: str | None
     bytes: int
-    outdated: bool
     check: Callable[[Progress], str | None]
+    own: bool = True
+    outdated: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "name": self.path.name,
+            "name": self.name,
             "kind": self.kind,
             "source": self.source,
             "revision": self.revision,
@@ -54,7 +57,7 @@ def bases() -> None:
 @bases.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_bases(as_json: bool) -> None:
-    """List files out of wheels, converted and added bases, and quantized bases."""
+    """List files out of wheels, converted, added and quantized bases, and those of the hub's cache and RANKWISE_BASES."""
     settings = Settings.load()
     rows = _rows(settings)
     if as_json:
@@ -64,9 +67,10 @@ def list_bases(as_json: bool) -> None:
     for column in ("name", "kind", "size", "source", "revision"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for row in rows:
-        table.add_row(row.path.name, row.kind, size(row.bytes), row.source, row.revision[:19])
+        table.add_row(row.name, row.kind, size(row.bytes), row.source, (row.revision or "-")[:19])
     print_table(table)
-    note(f"{size(sum(row.bytes for row in rows))} in {settings.cache}; bases of the hub are in Hugging Face's cache")
+    own, other = (sum(row.bytes for row in rows if row.own is mine) for mine in (True, False))
+    note(f"{size(own)} in {settings.cache}" + (f", {size(other)} elsewhere (never pruned)" if other else ""))
 
 
 @bases.command()
@@ -88,17 +92,24 @@ def add(base_model: str, revision: str | None, as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(names: tuple[str, ...], as_json: bool) -> None:
-    """Read all entries, or those NAMED, anew and compare them with what was stored."""
+    """Read all bases, or those NAMED, anew and compare them with what was stored.
+
+    Of the hub's cache, with what the names of its blobs claim; of RANKWISE_BASES, with what was read before.
+    """
     with _bars() as bars:
         results = [(row, row.check(bars)) for row in _chosen(_rows(Settings.load()), names)]
     if as_json:
         print_json([{**row.to_json(), "ok": problem is None, "problem": problem} for row, problem in results])
     else:
         for row, problem in results:
-            click.echo(f"{row.path.name}: {problem or 'ok'}")
-    damaged = [row.path.name for row, problem in results if problem]
+            click.echo(f"{row.name}: {problem or 'ok'}")
+    damaged = [(row, problem) for row, problem in results if problem]
     if damaged:
-        raise AssetError(f"damaged: {', '.join(damaged)}; `rankwise bases prune NAME` removes them")
+        others = [str(row.path) for row, _ in damaged if not row.own]
+        raise AssetError(
+            f"damaged: {', '.join(row.name for row, _ in damaged)}; `rankwise bases prune NAME` removes what is in the "
+            "cache" + (f", remove or restore yourself: {', '.join(others)}" if others else "")
+        )
 
 
 @bases.command()
@@ -112,13 +123,13 @@ def prune(names: tuple[str, ...], everything: bool, dry_run: bool) -> None:
     that may be gone, and is removed by its name only.
     """
     settings = Settings.load()
-    rows = _rows(settings)
+    rows = [row for row in _rows(settings) if row.own]
     remade = [row for row in rows if row.kind != "added"]
     doomed = remade if everything else _chosen(rows, names) if names else [row for row in rows if row.outdated]
     freed = 0
     for row in doomed:
         freed += row.bytes if dry_run else remove_entry(row.path, settings)
-        click.echo(row.path.name)
+        click.echo(row.name)
     if not dry_run:
         roots = (settings.cache / "pypi", settings.cache / "bases", cache_root(settings))
         freed += sum(remove_leftovers(root, settings) for root in roots)
@@ -126,33 +137,48 @@ def prune(names: tuple[str, ...], everything: bool, dry_run: bool) -> None:
 
 
 def _rows(settings: Settings) -> list[_Row]:
-    plain = [
-        _Row(
-            kind=cached.kind,
-            path=cached.path,
-            source=cached.source,
-            revision=cached.revision,
-            bytes=cached.bytes,
-            outdated=False,
-            check=lambda bars, cached=cached: check_cached(cached, settings, bars),  # type: ignore[misc]
-        )
-        for cached in list_cached(settings)
+    return [
+        *(_cached(cached, settings) for cached in list_cached(settings)),
+        *(_quantized(entry, settings) for entry in list_entries(settings)),
+        *(_elsewhere(base, settings) for base in list_elsewhere(settings)),
     ]
-    return plain + [_quantized(entry, settings) for entry in list_entries(settings)]
+
+
+def _cached(cached: Cached, settings: Settings) -> _Row:
+    return _Row(
+        name=cached.path.name,
+        kind=cached.kind,
+        path=cached.path,
+        source=cached.source,
+        revision=cached.revision,
+        bytes=cached.bytes,
+        check=lambda bars: check_cached(cached, settings, bars),
+    )
 
 
 def _quantized(entry: CacheEntry, settings: Settings) -> _Row:
-    def check(_: Progress) -> str | None:
-        return "; ".join(check_entry(entry.path, settings, verify=True)) or None
-
     return _Row(
+        name=entry.path.name,
         kind="quantized",
         path=entry.path,
         source=entry.source,
         revision=entry.revision,
         bytes=entry.bytes,
+        check=lambda _: "; ".join(check_entry(entry.path, settings, verify=True)) or None,
         outdated=any(version(name) != made_with for name, made_with in entry.key.libraries.items()),
-        check=check,
+    )
+
+
+def _elsewhere(base: Elsewhere, settings: Settings) -> _Row:
+    return _Row(
+        name=f"{base.source}@{base.revision}" if base.kind == "hub" else base.source,
+        kind=base.kind,
+        path=base.path,
+        source=base.source,
+        revision=base.revision,
+        bytes=base.bytes,
+        check=lambda bars: check_elsewhere(base, settings, bars),
+        own=False,
     )
 
 

@@ -18,7 +18,7 @@ from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError, Quan
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import LocalSource, parse_source
 from rankwise.flavor.metadata import BaseFacts
-from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
+from rankwise.modeling.fingerprint import Fingerprint, differing_part, fingerprint_base
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -82,15 +82,16 @@ def find_base(
         tried.append(f"{facts.source}: {error}")
     for path in local_bases(settings):
         try:
-            fingerprint = fingerprint_base(path, settings)
+            # Many bases may lie there: gigabytes are hashed only of one that agrees in everything else.
+            difference = differing_part(path, facts.fingerprint, settings)
         except AssetError as error:
             tried.append(f"{path}: {error}")
             continue
-        if fingerprint == facts.fingerprint:
+        if difference is None:
             logger.info("base of %s: %s, found by its fingerprint", uri, path)
             digest = directory_digest(path, settings, files=base_files(path))
             return ResolvedBase(source=str(path), revision=digest, path=path, pinned=False)
-        tried.append(f"{path}: another fingerprint, {fingerprint.digest}")
+        tried.append(f"{path}: another base, {difference}")
     if other is not None:
         check_base(facts, fingerprint_base(other.path, settings), other, uri, allow=False)
     listed = "\n  ".join(tried)

@@ -97,20 +97,46 @@ def fingerprint_base(path: Path, settings: Settings, *, verify: bool = False) ->
     Raises:
         AssetError: The directory lacks a file of a base, or one cannot be parsed.
     """
+    parts = _cheap_parts(path)
+    return Fingerprint(weights=_digest(_weights(path, settings, verify)), **parts)
+
+
+def differing_part(path: Path, expected: Fingerprint, settings: Settings) -> str | None:
+    """In what a local base is not the expected one, or None; weights are read only where all else agrees.
+
+    Args:
+        path: As in `fingerprint_base`.
+        expected: The fingerprint to compare with.
+        settings: As in `fingerprint_base`.
+
+    Returns:
+        The first part that differs, with its digest: `config sha256:...`.
+
+    Raises:
+        AssetError: As in `fingerprint_base`.
+    """
+    for part, digest in _cheap_parts(path).items():
+        if digest != getattr(expected, part):
+            return f"{part} {digest}"
+    weights = _digest(_weights(path, settings, verify=False))
+    return None if weights == expected.weights else f"weights {weights}"
+
+
+def _cheap_parts(path: Path) -> dict[str, str]:
+    """The digests of all parts but the weights: some megabytes at most."""
     config = read_json(path / "config.json")
     generation = path / "generation_config.json"
     tokens = read_json(generation) if generation.is_file() else {}
-    return Fingerprint(
-        weights=_digest(_weights(path, settings, verify)),
-        config=_digest(
+    return {
+        "config": _digest(
             {
                 "config": _without(config, NOT_IDENTITY),
                 "generation": {key: tokens[key] for key in GENERATION_TOKENS if tokens.get(key) is not None},
             }
         ),
-        tokenizer=_tokenizer_digest(path),
-        chat_template=_template_digest(path),
-    )
+        "tokenizer": _tokenizer_digest(path),
+        "chat_template": _template_digest(path),
+    }
 
 
 def _weights(path: Path, settings: Settings, verify: bool) -> list[str]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers.tiny import make_base
+from huggingface_hub import constants
 
 from rankwise.assets.base import resolve_base
 from rankwise.cli.main import main
@@ -16,6 +18,11 @@ from rankwise.settings import Settings
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def _empty_hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def run(capsys, *arguments):
@@ -93,3 +100,20 @@ def test_an_unknown_name_is_a_usage_error(capsys, command):
     _, err, code = run(capsys, command, "nothing")
     assert "no entry is named nothing; `rankwise bases list` shows the names" in err
     assert code == 2
+
+
+def test_bases_elsewhere_are_listed_and_verified_and_never_pruned(capsys, base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "shelf" / "one")
+    monkeypatch.setenv("RANKWISE_BASES", str(tmp_path / "shelf"))
+    name = str(tmp_path / "shelf" / "one")
+    (entry,) = listed(capsys)
+    assert (entry["name"], entry["kind"], entry["revision"]) == (name, "listed", None)
+    out, err, _ = run(capsys, "list")
+    assert name in out
+    assert "elsewhere (never pruned)" in err
+    assert run(capsys, "verify")[::2] == (f"{name}: ok\n", 0)
+    assert run(capsys, "prune", "--all")[0] == ""
+    _, err, code = run(capsys, "prune", name)
+    assert "no entry is named" in err
+    assert code == 2
+    assert (tmp_path / "shelf" / "one" / "config.json").is_file()

@@ -6,7 +6,7 @@ from helpers.bases import settings_in
 from helpers.tiny import CHATML, make_base
 
 from rankwise.exceptions import AssetError
-from rankwise.modeling.fingerprint import NO_TEMPLATE, Fingerprint, fingerprint_base
+from rankwise.modeling.fingerprint import NO_TEMPLATE, Fingerprint, differing_part, fingerprint_base
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,22 @@ def test_a_base_converted_from_a_gguf_goes_by_its_tensors(base, settings):
     tensors[name] = tensors[name] + 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     assert changed(before, fingerprint_base(base, settings)) == ["weights"]
+
+
+def test_a_base_that_differs_in_its_configuration_is_told_without_reading_weights(base, settings):
+    expected = fingerprint_base(base, settings)
+    assert differing_part(base, expected, settings) is None
+    edit(base / "config.json", rms_norm_eps=1e-3)
+    (base / "model.safetensors").write_bytes(b"of this not one byte counts")
+    part, digest = differing_part(base, expected, settings).split()
+    assert (part, digest.startswith("sha256:")) == ("config", True)
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer", "chat_template", "weights"])
+def test_the_part_that_differs_is_named_with_its_digest(base, settings, part):
+    found = fingerprint_base(base, settings)
+    expected = Fingerprint(**{**found.__dict__, part: "sha256:" + "0" * 64})
+    assert differing_part(base, expected, settings) == f"{part} {getattr(found, part)}"
 
 
 def test_the_digest_covers_every_part():
