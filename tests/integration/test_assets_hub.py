@@ -35,6 +35,14 @@ settings = Settings.load()
 data = resolve_data(sys.argv[1], sys.argv[2] or None, settings)
 print(json.dumps({"revision": data.revision, "rows": load_table(data, settings).to_list()}))
 """
+CONFIG = """
+import json, sys
+from rankwise.assets.config import find_config
+from rankwise.settings import Settings
+
+path = find_config(sys.argv[1], Settings.load())
+print(json.dumps({"model_type": json.loads(path.read_text())["model_type"]}))
+"""
 # What a person sees: the message and the exit code.
 MAIN = """
 import sys
@@ -180,3 +188,16 @@ def test_a_loading_script_of_the_hub_is_never_run(hub, tmp_path):
     assert done.returncode in {2, 3}
     assert "org/rows" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_plan_fetches_the_configuration_alone_and_once(hub, base, tmp_path, monkeypatch):
+    hub.add("org/tiny", base)
+    assert answer(CONFIG, "org/tiny") == {"model_type": "llama"}
+    assert files_of(hub.requests) == ["config.json"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert answer(CONFIG, "org/tiny") == {"model_type": "llama"}
+    hub.add("org/empty", tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    done = run(CONFIG, "org/empty")
+    assert "org/empty has no config.json at" in done.stderr
+    assert done.returncode == 3

