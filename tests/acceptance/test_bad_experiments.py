@@ -312,6 +312,115 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
         "19: training.warmup_steps: must be at most max_steps (4), got 5; below 1 it is a share of all steps (in the arm "
         "training.max_steps=4)",
     ),
+    # Searches.
+    "a misspelt method": (
+        (GRID, f"{GRID}\n  method: ranom"),
+        "23: sweep.method: must be grid, random or tpe, got 'ranom'; did you mean 'random'?",
+    ),
+    "a range in a grid": (
+        (GRID, "    lora.r: {int: [2, 64]}"),
+        '22: sweep.parameters.lora.r: is a range, got {"int": [2, 64]}; a grid needs a list of values, a range needs '
+        "method: random or tpe",
+    ),
+    "a search without the number of arms": (
+        (GRID, f"{GRID}\n  method: random"),
+        "20: sweep.trials: is missing; method random needs the number of arms",
+    ),
+    "a number of arms for a grid": (
+        (GRID, f"{GRID}\n  trials: 4"),
+        "23: sweep.trials: belongs to method random or tpe, got 4 with method grid; remove it",
+    ),
+    "rounds without results": (
+        (GRID, f"{GRID}\n  method: random\n  trials: 2\n  round_size: 1"),
+        "25: sweep.round_size: belongs to method tpe, got 1 with method random; remove it",
+    ),
+    "a search in nothing": (
+        (f"  parameters:\n{GRID}", "  method: random\n  trials: 4"),
+        "21: sweep.method: is random, which needs parameters to draw from",
+    ),
+    "a search in a list": (
+        (f"  parameters:\n{GRID}", "  method: tpe\n  trials: 4\n  arms: [{seed: 1}]"),
+        "23: sweep.arms: is a list, which method tpe does not draw from; give parameters, or method: grid",
+    ),
+    "more arms than there are": (
+        (GRID, f"{GRID}\n  method: random\n  trials: 3"),
+        "24: sweep.trials: must be at most the 2 points that the parameters make, got 3",
+    ),
+    "more arms than where admits": (
+        (GRID, "    lora.r: {int: [1, 9]}\n  method: random\n  trials: 4\n  where: r > 6"),
+        "24: sweep.trials: asks for 4 arms, but only 3 that differ were found; ask for fewer, or widen the ranges or where",
+    ),
+    "a search that where leaves nothing of": (
+        (GRID, "    lora.r: {int: [1, 9]}\n  method: random\n  trials: 4\n  where: r > 9"),
+        "25: sweep.where: leaves none of the 1,000 points that were tried, got 'r > 9'",
+    ),
+    "a misspelt range": (
+        (GRID, "    training.learning_rate: {loguniform: [1e-4, 1e-2]}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.training.learning_rate.loguniform: is no kind of range; did you mean 'log_uniform'?; allowed: "
+        "uniform, log_uniform, int, choice",
+    ),
+    "two ranges in one": (
+        (GRID, "    lora.r: {int: [2, 64], choice: [8]}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.lora.r: must have one of uniform, log_uniform, int, choice, has int and choice",
+    ),
+    "a range that is neither": (
+        (GRID, "    lora.r: 8\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.lora.r: must be a list of values, or {uniform: [low, high]}, {log_uniform: [low, high]}, "
+        "{int: [low, high], log: true} or {choice: [...]}, got 8",
+    ),
+    "a range upside down": (
+        (GRID, "    lora.r: {int: [64, 2]}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.lora.r.int: must be [low, high] with low less than high, got [64, 2]",
+    ),
+    "a range with three ends": (
+        (GRID, "    lora.lora_dropout: {uniform: [0, 0.1, 0.2]}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.lora.lora_dropout.uniform: must be [low, high], two numbers, got [0, 0.1, 0.2]",
+    ),
+    "a logarithm of nothing": (
+        (GRID, "    training.learning_rate: {log_uniform: [0, 0.1]}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.training.learning_rate.log_uniform: must have a low end greater than 0 to be drawn by order of "
+        "magnitude, got [0, 0.1]",
+    ),
+    "fractions of a rank": (
+        (GRID, "    lora.r: {log_uniform: [2, 64]}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.lora.r.log_uniform: draws fractions, but lora.r is a whole number; did you mean {int: [low, "
+        "high], log: true}?",
+    ),
+    "a range of modules": (
+        (GRID, "    lora.target_modules: {uniform: [0, 1]}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.lora.target_modules.uniform: holds no number, so it has no range from low to high; give a list "
+        "of values, not uniform",
+    ),
+    "a range beyond what the field allows": (
+        (GRID, "    lora.lora_dropout: {uniform: [0, 1.5]}\n  method: tpe\n  trials: 4"),
+        "22: sweep.parameters.lora.lora_dropout.uniform[1]: must be a number of at least 0 and less than 1, got 1.5",
+    ),
+    "a logarithm where there is none": (
+        (GRID, "    training.learning_rate: {uniform: [1e-4, 1e-2], log: true}\n  method: random\n  trials: 4"),
+        "22: sweep.parameters.training.learning_rate.log: belongs to int, not to uniform; take log_uniform",
+    ),
+    # Early stopping.
+    "rungs behind the end": (
+        (GRID, f"{GRID}\n  early_stopping: {{min_steps: 20}}"),
+        "23: sweep.early_stopping.min_steps: must be less than max_steps (20), or no arm meets a rung, got 20",
+    ),
+    "rungs without steps": (
+        (GRID, f"{GRID}\n  early_stopping: {{eta: 4}}"),
+        "23: sweep.early_stopping.min_steps: is missing; must be a whole number of at least 1",
+    ),
+    "an eta of 1": (
+        (GRID, f"{GRID}\n  early_stopping: {{min_steps: 4, eta: 1}}"),
+        "23: sweep.early_stopping.eta: must be a whole number of at least 2, got 1",
+    ),
+    "a metric that needs generated text": (
+        (GRID, f"{GRID}\n  early_stopping: {{min_steps: 4, metric: eval_loss}}"),
+        "23: sweep.early_stopping.metric: must be eval.loss, eval.perplexity or eval.token_accuracy, got 'eval_loss'; did you "
+        "mean 'eval.loss'?",
+    ),
+    "another way to stop early": (
+        (GRID, f"{GRID}\n  early_stopping: {{method: hyperband, min_steps: 4}}"),
+        "23: sweep.early_stopping.method: must be successive_halving, got 'hyperband'",
+    ),
     # Expressions.
     "an expression with a misspelt name": (
         ("2*r", "2*lora_dropuot"),
@@ -370,6 +479,27 @@ def write(tmp_path, monkeypatch):
 def test_a_wrong_file_gets_its_message_and_no_other(what, write, capsys):
     change, message = WRONG[what]
     (line,) = refused(capsys, "validate", write(changed(change)))
+    assert line.removeprefix("error: ") == f"bad.yaml:{message}"
+
+
+NO_ROWS = ((SPLIT, "  eval: null"), ("  alias: best\n", ""))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (
+            "  method: tpe\n  trials: 2",
+            "23: sweep.method: is tpe, which proposes arms from results on evaluation rows: give dataset.eval",
+        ),
+        (
+            "  early_stopping: {min_steps: 4}",
+            "23: sweep.early_stopping: compares arms on evaluation rows: give dataset.eval",
+        ),
+    ],
+)
+def test_what_compares_arms_needs_evaluation_rows(sweep, message, write, capsys):
+    (line,) = refused(capsys, "validate", write(changed(*NO_ROWS, (GRID, f"{GRID}\n{sweep}"))))
     assert line.removeprefix("error: ") == f"bad.yaml:{message}"
 
 

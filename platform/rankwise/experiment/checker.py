@@ -7,25 +7,23 @@ without a sweep is one point without overrides.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
-
 from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.candidates import Candidate, Candidates, ConditionError
 from rankwise.experiment.document import Document, KeyPath, Problem, dotted
-from rankwise.experiment.expressions import ExpressionError
-from rankwise.experiment.fields import allowed, did_you_mean, keys, node_at, options, show, unknown_key
-from rankwise.experiment.points import MAX_ARMS, Point, Points, read_points
-from rankwise.experiment.resolve import Resolution, Unresolved, as_path, evaluate_condition, resolve
+from rankwise.experiment.fields import show
+from rankwise.experiment.point import Point
+from rankwise.experiment.points import MAX_ARMS, Points, read_points
+from rankwise.experiment.resolve import as_path, resolve
 from rankwise.experiment.rules import View, find_problems
 from rankwise.experiment.schema import ExperimentSpec
-
-# Branches of the union dataset.eval, which pydantic puts into an error's place.
-_TAGS = {"source", "split"}
+from rankwise.experiment.search import MAX_REJECTED
+from rankwise.experiment.space import Space
+from rankwise.experiment.sweep_rules import rung_problems, sweep_problems
+from rankwise.experiment.validation import overlay, validate
 
 
 @dataclass(kw_only=True)
@@ -39,27 +37,37 @@ class Checked:
 
 
 def check(document: Document) -> Checked:
-    """Check a whole definition."""
-    sweep = read_points(document.data.get("sweep"))
+    """Check a whole definition. Of a search in rounds, the arms are those of the first round."""
+    sweep = read_sweep(document)
     data = _with_first_point(document.data, sweep.points[0] if sweep.points else Point())
     resolution = resolve(data)
-    spec, problems = _validate(resolution)
+    spec, problems = validate(resolution)
     problems = [*problems, *sweep.problems]
-    if spec is None or problems:
-        wrong = [problem.path for problem in problems] + [as_path(path) for path in resolution.skipped]
+    wrong = [problem.path for problem in problems] + [as_path(path) for path in resolution.skipped]
+    across = sweep_problems(View(resolution.data, wrong))
+    if spec is None or problems or across:
         problems.extend(find_problems(View(resolution.data, wrong)))
         problems.extend(_check_values(data, sweep.points, [problem.path for problem in problems]))
-        return Checked(problems=problems)
+        return Checked(problems=[*problems, *across])
+    # A range's ends may be drawn by no arm of the first round, and must be good all the same.
+    if sweep.space is not None and (values := _check_values(data, sweep.points, [])):
+        return Checked(problems=values)
     spec._expressions = resolution.expressions
     checked = _check_arms(data, sweep)
     checked.spec = spec
+    checked.problems.extend(rung_problems(spec.sweep.early_stopping, checked.arms))
     return checked
+
+
+def read_sweep(document: Document) -> Points:
+    """The points of a document's sweep."""
+    return read_points(document.data.get("sweep"), document.data.get("seed", 0))
 
 
 def _with_first_point(data: dict[str, Any], first: Point) -> dict[str, Any]:
     """A field that only the sweep gives takes its first value, so that the definition is complete."""
     missing = {path: value for path, value in first.values.items() if not _given(data, path)}
-    return _overlay(data, missing) if missing else data
+    return overlay(data, missing) if missing else data
 
 
 def _given(data: Any, path: str) -> bool:
@@ -72,65 +80,6 @@ def _given(data: Any, path: str) -> bool:
     return True
 
 
-def _overlay(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    result = copy.deepcopy(data)
-    for path, value in values.items():
-        *parents, leaf = path.split(".")
-        section = result
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[leaf] = copy.deepcopy(value)
-    return result
-
-
-def _validate(resolution: Resolution) -> tuple[ExperimentSpec | None, list[Problem]]:
-    """Check every field by itself."""
-    try:
-        spec = ExperimentSpec.model_validate(resolution.data)
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False)
-        problems = [_translate(detail, resolution) for detail in details]
-        reported = {problem.path for problem in resolution.problems} | {as_path(path) for path in resolution.skipped}
-        wrong = {dotted(problem.path) for problem in problems}
-        # With r = 0, an alpha of 2*r is wrong too, but not by itself.
-        reported |= {as_path(path) for path, needs in resolution.needs.items() if needs & wrong}
-        return None, [*resolution.problems, *(problem for problem in problems if problem.path not in reported)]
-    return spec, list(resolution.problems)
-
-
-def _translate(error: ErrorDetails, resolution: Resolution) -> Problem:
-    path = tuple(part for part in error["loc"])
-    if path[:2] == ("dataset", "eval") and path[2:3] and path[2] in _TAGS:
-        path = (*path[:2], *path[3:])
-    if path and path[-1] == "[key]":
-        return Problem(path=path[:-1], text="has a key that is not text")
-    if error["type"] == "extra_forbidden":
-        return Problem(path=path, text=unknown_key(path))
-    if error["type"] == "missing":
-        return Problem(path=path, text=f"is missing; must be {allowed(path)}")
-    value = error["input"]
-    text = f"must be {allowed(path)}, got {show(value)}"
-    if source := resolution.expressions.get(dotted(path)):
-        text += f" from {source!r}"
-    return Problem(path=path, text=text + _hint(path, value))
-
-
-def _hint(path: KeyPath, value: Any) -> str:
-    node = node_at(path)
-    if node is None or not isinstance(value, str):
-        return ""
-    choices = [str(choice) for option in options(node) for choice in option.get("enum", [])]
-    if choices:
-        return did_you_mean(value, choices)
-    if any(option.get("type") == "boolean" for option in options(node)):
-        truth = {"yes": "true", "on": "true", "no": "false", "off": "false", "true": "true", "false": "false"}
-        meant = truth.get(value.lower())
-        return f"; did you mean {meant}? (in YAML 1.2 {value} is text)" if meant else ""
-    if any(option.get("type") == "array" for option in options(node)) and not keys(node):
-        return f"; did you mean [{value}]?" if "," not in value else ""
-    return ""
-
-
 def _check_values(data: dict[str, Any], points: Iterable[Point], wrong: list[KeyPath]) -> list[Problem]:
     """Each value of a sweep by itself, where the base definition is not good enough to make arms of."""
     problems: dict[KeyPath, Problem] = {}
@@ -139,8 +88,8 @@ def _check_values(data: dict[str, Any], points: Iterable[Point], wrong: list[Key
             place = point.places[path]
             if place in problems or place in wrong or not _given_mapping(data, path):
                 continue
-            resolution = resolve(_overlay(data, {path: value}))
-            _, found = _validate(resolution)
+            resolution = resolve(overlay(data, {path: value}))
+            _, found = validate(resolution)
             key = as_path(path)
             for problem in found:
                 if problem.path[: len(key)] == key:
@@ -166,39 +115,47 @@ class _Found:
 
 
 def _check_arms(data: dict[str, Any], sweep: Points) -> Checked:
-    base = {key: value for key, value in data.items() if key != "sweep"}
-    found: dict[tuple[KeyPath, str], _Found] = {}
-    arms: list[ArmSpec] = []
-    kept: list[Point] = []
-    met = 0
-    for point in sweep.points:
-        resolution = resolve(_overlay(base, point.values))
-        try:
-            if sweep.where is not None and not evaluate_condition(sweep.where, resolution.data):
-                continue
-        except ExpressionError as error:
-            text = f"must be a condition over fields, got {show(sweep.where.text if sweep.where else '')}: {error}"
-            return Checked(problems=[Problem(path=("sweep", "where"), text=text)])
-        except Unresolved:
-            pass  # The point has a wrong value, which is reported just below.
-        met += 1
-        if met > MAX_ARMS:
-            text = f"has more than {MAX_ARMS:,} arms; leave out values, or narrow it with where"
-            return Checked(problems=[Problem(path=("sweep",), text=text)])
-        spec, problems = _validate(resolution)
-        for problem in problems or find_problems(View(resolution.data)):
-            place = _place(problem.path, point)
-            entry = found.setdefault((place, problem.text), _Found(problem=Problem(path=place, text=problem.text)))
-            entry.labels.append(point.label)
-        if spec is not None and not problems:
-            arms.append(ArmSpec.of(spec))
-            kept.append(point)
-    if met == 0:
-        text = f"leaves none of the {len(sweep.points)} arms, got {show(sweep.where.text if sweep.where else '')}"
+    candidates = Candidates(data, sweep.where)
+    try:
+        if sweep.space is None:
+            met = candidates.of_all(sweep.points, MAX_ARMS + 1)
+        else:
+            met, _ = candidates.of_round(sweep.space, 0)
+    except ConditionError as error:
+        return Checked(problems=[error.problem])
+    if len(met) > MAX_ARMS:
+        text = f"has more than {MAX_ARMS:,} arms; leave out values, or narrow it with where"
+        return Checked(problems=[Problem(path=("sweep",), text=text)])
+    if not met:
+        tried = f"{len(sweep.points)} arms" if sweep.space is None else f"{MAX_REJECTED:,} points that were tried"
+        text = f"leaves none of the {tried}, got {show(sweep.where.text if sweep.where else '')}"
         return Checked(problems=[Problem(path=("sweep", "where"), text=text)])
-    if found:
-        return Checked(problems=[_named(entry, met) for entry in found.values()])
-    return Checked(arms=tuple(arms), points=tuple(kept), problems=_duplicates(arms, kept))
+    if found := _problems(met):
+        return Checked(problems=found)
+    arms = [candidate.arm for candidate in met if candidate.arm is not None]
+    points = [candidate.point for candidate in met]
+    problems = _duplicates(arms, points) if sweep.space is None else _missing(sweep.space, len(met))
+    return Checked(arms=tuple(arms), points=tuple(points), problems=problems)
+
+
+def _problems(candidates: Sequence[Candidate]) -> list[Problem]:
+    """What is wrong with arms, each problem once, with the arms that have it."""
+    found: dict[tuple[KeyPath, str], _Found] = {}
+    for candidate in candidates:
+        for problem in candidate.problems:
+            place = _place(problem.path, candidate.point)
+            entry = found.setdefault((place, problem.text), _Found(problem=Problem(path=place, text=problem.text)))
+            entry.labels.append(candidate.point.label)
+    return [_named(entry, len(candidates)) for entry in found.values()]
+
+
+def _missing(space: Space, found: int) -> list[Problem]:
+    """Whether the first round of a search is smaller than it should be."""
+    wanted = space.rounds[0]
+    if found == wanted:
+        return []
+    text = f"asks for {space.trials:,} arms, but only {found:,} that differ were found"
+    return [Problem(path=("sweep", "trials"), text=f"{text}; ask for fewer, or widen the ranges or where")]
 
 
 def _place(path: KeyPath, point: Point) -> KeyPath:

@@ -25,11 +25,37 @@ def editor_schema() -> Node:
     sweep = keys(root["properties"]["sweep"])
     fields = {path: _field(path) for path in sweepable()}
     sweep["parameters"] |= {
-        "properties": {path: {"type": "array", "minItems": 1, "items": node} for path, node in fields.items()},
+        "properties": {path: _axis(path, node) for path, node in fields.items()},
         "additionalProperties": False,
     }
     sweep["arms"]["items"] = {"type": "object", "properties": fields, "additionalProperties": False}
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "rankwise experiment", **root}
+
+
+def _axis(path: str, field: Node) -> Node:
+    """A field's node among the sweep's parameters: a list of values, or a range of a search."""
+    values = {"type": "array", "minItems": 1, "items": field}
+    forms = [values, _range("choice", values)]
+    if kind := numbers().get(path):
+        forms.append(_range("int", _ends("integer"), log={"type": "boolean", "default": False}))
+        if kind == "number":
+            forms += [_range("uniform", _ends("number")), _range("log_uniform", _ends("number"))]
+    return {"anyOf": forms}
+
+
+def _range(kind: str, values: Node, **more: Node) -> Node:
+    properties = {kind: values, **more}
+    return {"type": "object", "properties": properties, "required": [kind], "additionalProperties": False}
+
+
+def _ends(kind: str) -> Node:
+    return {
+        "type": "array",
+        "items": {"type": kind},
+        "minItems": 2,
+        "maxItems": 2,
+        "description": "[low, high], both included.",
+    }
 
 
 def _field(path: str) -> Node:

@@ -109,12 +109,15 @@ def leaves() -> Mapping[str, Node]:
 
 @cache
 def numbers() -> Mapping[str, str]:
-    """Fields that hold a number, where an expression may stand: dotted path to "integer" or "number"."""
+    """Fields that hold a number, where an expression may stand: dotted path to "integer" or "number".
+
+    Those of the sweep are none: they say which arms there are, before any of them has values.
+    """
     kinds = {
         path: option["type"]
         for path, node in leaves().items()
         for option in options(node)
-        if option.get("type") in {"integer", "number"}
+        if option.get("type") in {"integer", "number"} and not path.startswith("sweep.")
     }
     return MappingProxyType(kinds)
 

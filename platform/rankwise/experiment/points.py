@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rankwise.experiment.document import KeyPath, Problem
 from rankwise.experiment.expressions import Expression, ExpressionError
 from rankwise.experiment.fields import did_you_mean, leaves, show, sweepable
 from rankwise.experiment.hashing import plain
+from rankwise.experiment.point import Point, bare
+from rankwise.experiment.ranges import Axis, read_axis
 from rankwise.experiment.resolve import find_field
+from rankwise.experiment.space import SEARCHES, Space, read_space, sample_points
 
 MAX_POINTS = 10_000
 """Points of a grid, before `where`."""
@@ -19,33 +22,29 @@ MAX_ARMS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """The overrides of one arm, by dotted field path, and the key path where each value stands in the file."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, KeyPath] = field(default_factory=dict)
-    home: KeyPath = ("sweep",)
-    fixed: frozenset[str] = frozenset()
-    """Axes with one value, which tell nothing apart."""
-
-    @property
-    def label(self) -> str:
-        """`lora.r=8, seed=0`."""
-        told = {path: value for path, value in self.values.items() if path not in self.fixed}
-        return ", ".join(f"{path}={_bare(value)}" for path, value in told.items())
-
-
-@dataclass(frozen=True, kw_only=True)
 class Points:
-    """What a sweep section says, with its problems."""
+    """What a sweep section says, with its problems.
+
+    Attributes:
+        points: The arms of a grid or list; of a search, points that have every choice and both ends of every range.
+        where: The condition on arms.
+        space: Of a search: what its points are drawn from.
+        problems: Everything that is wrong.
+    """
 
     points: tuple[Point, ...] = (Point(),)
     where: Expression | None = None
+    space: Space | None = None
     problems: tuple[Problem, ...] = ()
 
 
-def read_points(sweep: Any) -> Points:
-    """Read the raw `sweep` section. Wrong types of the section itself are the schema's to report."""
+def read_points(sweep: Any, seed: Any = 0) -> Points:
+    """Read the raw `sweep` section. Wrong types of the section itself are the schema's to report.
+
+    Args:
+        sweep: The section.
+        seed: The definition's own seed, for a search without one.
+    """
     if not isinstance(sweep, dict):
         return Points()
     problems: list[Problem] = []
@@ -54,9 +53,13 @@ def read_points(sweep: Any) -> Points:
     if parameters and arms:
         text = "stands beside parameters; give a grid (parameters) or a list (arms)"
         problems.append(Problem(path=("sweep", "arms"), text=text))
-    axes = _axes(parameters, problems) if isinstance(parameters, dict) else {}
+    searches = sweep.get("method", "grid") in SEARCHES
+    axes = _axes(parameters, searches, problems) if isinstance(parameters, dict) else []
+    space = read_space(sweep, axes, seed, problems)
+    if searches:
+        return Points(points=sample_points(axes), where=where, space=space, problems=tuple(problems))
     listed = _arms(arms, problems) if isinstance(arms, list) else []
-    points = tuple(listed) or _grid(axes, problems)
+    points = tuple(listed) or _grid({axis.path: list(axis.choices) for axis in axes}, problems)
     return Points(points=points, where=where, problems=tuple(problems))
 
 
@@ -75,28 +78,36 @@ def _condition(text: Any, problems: list[Problem]) -> Expression | None:
     return expression
 
 
-def _axes(parameters: dict[str, Any], problems: list[Problem]) -> dict[str, list[Any]]:
-    axes = {}
+def _axes(parameters: dict[str, Any], searches: bool, problems: list[Problem]) -> list[Axis]:
+    axes = []
     for path, values in parameters.items():
         place: KeyPath = ("sweep", "parameters", path)
         if trouble := _not_swept(path):
             problems.append(Problem(path=place, text=trouble))
-        elif not isinstance(values, list):
-            problems.append(
-                Problem(
-                    path=place, text=f"must be a list of values, got {show(values)}; did you mean [{_bare(values)}]?"
-                )
-            )
-        elif not values:
-            problems.append(Problem(path=place, text="must have at least one value, got []"))
-        else:
-            seen: set[str] = set()
-            for index, value in enumerate(values):
-                if (spelling := _spelling(path, value)) in seen:
-                    problems.append(Problem(path=(*place, index), text=f"{show(value)} is listed twice; remove one"))
-                seen.add(spelling)
-            axes[path] = values
+        elif isinstance(values, dict) and not searches:
+            text = f"is a range, got {show(values)}; a grid needs a list of values, a range needs method: random or tpe"
+            problems.append(Problem(path=place, text=text))
+        elif not isinstance(values, list) and not searches:
+            text = f"must be a list of values, got {show(values)}; did you mean [{bare(values)}]?"
+            problems.append(Problem(path=place, text=text))
+        elif (axis := read_axis(path, values, problems)) is not None and _check_choices(axis, problems):
+            axes.append(axis)
     return axes
+
+
+def _check_choices(axis: Axis, problems: list[Problem]) -> bool:
+    """Whether a list has values; one that is there twice is reported."""
+    if axis.kind != "choice":
+        return True
+    if not axis.choices:
+        problems.append(Problem(path=axis.place, text="must have at least one value, got []"))
+        return False
+    seen: set[str] = set()
+    for index, value in enumerate(axis.choices):
+        if (spelling := _spelling(axis.path, value)) in seen:
+            problems.append(Problem(path=(*axis.place, index), text=f"{show(value)} is listed twice; remove one"))
+        seen.add(spelling)
+    return True
 
 
 def _grid(axes: dict[str, list[Any]], problems: list[Problem]) -> tuple[Point, ...]:
@@ -150,12 +161,6 @@ def _not_swept(path: str) -> str | None:
 
 def _groups() -> tuple[str, ...]:
     return ("lora.*", "training.*", "quantization.*", "dataset.limit.train", "seed")
-
-
-def _bare(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(_bare, value))
-    return value if isinstance(value, str) else show(value)
 
 
 def _spelling(path: str, value: Any) -> str:

@@ -198,17 +198,41 @@ class TrainingSpec(Section):
         return math.ceil(self.warmup_steps * steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
 
-class SweepSpec(Section):
-    """The arms: a grid over fields, or a list of overrides."""
+class EarlyStoppingSpec(Section):
+    """Successive halving: arms are evaluated at rungs, and only the best share of them goes on."""
 
-    method: Literal["grid"] = "grid"
-    """How arms are chosen."""
+    method: Literal["successive_halving"] = "successive_halving"
+    """How it is decided which arms go on."""
+    metric: Literal["eval.loss", "eval.perplexity", "eval.token_accuracy"] = "eval.loss"
+    """What is compared at a rung: a metric that needs no generated text. The rungs are evaluated without
+    training.eval_steps too, which adds points between them."""
+    min_steps: Count
+    """Optimizer steps before the first rung; every further one is eta times as far, while it is before an arm's end."""
+    eta: Annotated[int, Field(ge=2)] = 4
+    """Of so many arms one goes on."""
+
+
+class SweepSpec(Section):
+    """The arms: a grid over fields, a list of overrides, or a search over ranges."""
+
+    method: Literal["grid", "random", "tpe"] = "grid"
+    """How arms are chosen: all points of a grid, points drawn at random, or rounds of points that a tree-structured
+    Parzen estimator proposes from the results of the rounds before."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Field path (lora.r, training.learning_rate, seed, ...) to the list of its values."""
+    """Field path (lora.r, training.learning_rate, seed, ...) to the list of its values, or in a search to a range:
+    {uniform: [0, 0.1]}, {log_uniform: [1e-4, 1e-2]}, {int: [2, 64], log: true}, {choice: [...]}."""
     where: Text | None = None
     """Condition over fields that an arm must meet, such as "lora.r <= 16 and lora_alpha >= r"."""
     arms: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = ()
     """Arms as overrides of fields, in place of parameters."""
+    trials: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Arms of a search (random, tpe)."""
+    round_size: Count | None = None
+    """Arms that tpe proposes together, the first of them at random; null: 8. A round waits for the one before it."""
+    seed: Seed | None = None
+    """Seed of a search; null: the definition's own seed."""
+    early_stopping: EarlyStoppingSpec | None = None
+    """Whether arms that do badly are stopped before their end; null: all are trained to their end."""
 
 
 class EvaluationSpec(Section):

@@ -36,8 +36,8 @@ def test_the_sweep_knows_its_fields():
     sweep = editor_schema()["properties"]["sweep"]["properties"]
     assert set(sweep["parameters"]["properties"]) == set(sweepable())
     assert sweep["parameters"]["additionalProperties"] is False
-    assert kinds(sweep["parameters"]["properties"]["lora.r"]["items"]) == {"integer", "string"}
-    assert "default" not in sweep["parameters"]["properties"]["seed"]["items"]
+    assert kinds(sweep["parameters"]["properties"]["lora.r"]["anyOf"][0]["items"]) == {"integer", "string"}
+    assert "default" not in sweep["parameters"]["properties"]["seed"]["anyOf"][0]["items"]
     assert set(sweep["arms"]["items"]["properties"]) == set(sweepable())
 
 
@@ -60,3 +60,14 @@ def test_unknown_keys_are_refused_in_every_section():
                 check(child)
 
     check(editor_schema())
+
+
+def test_ranges_are_offered_where_they_have_a_meaning():
+    parameters = editor_schema()["properties"]["sweep"]["properties"]["parameters"]["properties"]
+
+    def ranges(path):
+        return [next(iter(form["properties"])) for form in parameters[path]["anyOf"] if form["type"] == "object"]
+
+    assert ranges("lora.r") == ["choice", "int"]
+    assert ranges("training.learning_rate") == ["choice", "int", "uniform", "log_uniform"]
+    assert ranges("lora.target_modules") == ["choice"]

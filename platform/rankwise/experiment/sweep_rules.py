@@ -1,0 +1,45 @@
+"""What a sweep section needs of the rest of the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.document import Problem
+from rankwise.experiment.fields import show
+from rankwise.experiment.rules import Unusable, View
+from rankwise.experiment.schema import EarlyStoppingSpec
+
+
+def sweep_problems(view: View) -> list[Problem]:
+    """Everything that is wrong; a rule whose field is wrong itself is skipped."""
+    problems: list[Problem] = []
+    rules: tuple[Callable[[View], Iterator[Problem]], ...] = (_results_need_rows, _rungs_need_rows)
+    for rule in rules:
+        try:
+            problems.extend(rule(view))
+        except Unusable:
+            continue
+    return problems
+
+
+def _results_need_rows(view: View) -> Iterator[Problem]:
+    if view["sweep.method"] == "tpe" and not view.given("dataset.eval"):
+        text = "is tpe, which proposes arms from results on evaluation rows: give dataset.eval"
+        yield Problem(path=("sweep", "method"), text=text)
+
+
+def _rungs_need_rows(view: View) -> Iterator[Problem]:
+    if view.given("sweep.early_stopping") and not view.given("dataset.eval"):
+        text = "compares arms on evaluation rows: give dataset.eval"
+        yield Problem(path=("sweep", "early_stopping"), text=text)
+
+
+def rung_problems(stopping: EarlyStoppingSpec | None, arms: Sequence[ArmSpec]) -> list[Problem]:
+    """Whether any arm meets a rung. With epochs that is not known before the rows are."""
+    steps = [arm.training.max_steps for arm in arms]
+    known = [count for count in steps if count is not None]
+    if stopping is None or not known or len(known) < len(steps) or stopping.min_steps < max(known):
+        return []
+    text = f"must be less than max_steps ({show(max(known))}), or no arm meets a rung, got {show(stopping.min_steps)}"
+    return [Problem(path=("sweep", "early_stopping", "min_steps"), text=text)]

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankwise.experiment.halving import Competitor, Standing, budget, decide, next_rung, rungs
+from rankwise.experiment.schema import EarlyStoppingSpec
+
+STOPPING = EarlyStoppingSpec(min_steps=4, eta=4)
+
+
+def at(rung: int, *values: float | None, standing: Standing = Standing.PAUSED) -> list[Competitor]:
+    return [
+        Competitor(spec_hash=f"{rung}{number:02d}", standing=standing, rung=rung, value=value)
+        for number, value in enumerate(values)
+    ]
+
+
+def test_rungs_are_eta_times_as_far_each_and_the_end_is_none():
+    assert rungs(STOPPING, 100) == (4, 16, 64)
+    assert rungs(STOPPING, 64) == (4, 16)
+    assert rungs(STOPPING, 4) == ()
+
+
+def test_the_next_rung_is_the_first_ahead():
+    assert next_rung(STOPPING, 100, 0) == (0, 4)
+    assert next_rung(STOPPING, 100, 4) == (1, 16)
+    assert next_rung(STOPPING, 100, 5) == (1, 16)
+    assert next_rung(STOPPING, 100, 64) is None
+
+
+def test_one_of_eta_goes_on_and_the_others_are_told_why():
+    decision = decide(STOPPING, at(1, *(2 - number / 100 for number in range(16))))
+    assert decision.promote == ("115", "114", "113", "112")
+    assert len(decision.prune) == 12
+    assert decision.prune["107"] == "pruned at step 16: eval.loss 1.93 is not among the best 4 of 16"
+
+
+def test_a_greater_accuracy_is_better():
+    stopping = EarlyStoppingSpec(min_steps=4, eta=2, metric="eval.token_accuracy")
+    assert decide(stopping, at(0, 0.1, 0.4, 0.2, 0.3)).promote == ("001", "003")
+
+
+def test_nothing_is_decided_before_every_living_arm_has_come():
+    assert decide(STOPPING, [*at(0, 1.0, 2.0), Competitor(spec_hash="f", standing=Standing.RUNNING)]) is None
+    assert decide(STOPPING, [Competitor(spec_hash="f", standing=Standing.FINISHED)]) is None
+    assert decide(STOPPING, []) is None
+
+
+def test_arms_that_have_ended_hold_nobody_up():
+    ended = [Competitor(spec_hash=name, standing=Standing(name)) for name in ("finished", "failed", "pruned")]
+    assert decide(STOPPING, [*at(0, 1.0, 2.0), *ended]).promote == ("000",)
+
+
+def test_a_failure_frees_a_place_for_nobody_and_takes_none():
+    """8 of 8 arms reach the rung, or 6 and 2 fail on the way: 2 go on either way."""
+    failed = at(-1, None, None, standing=Standing.FAILED)
+    assert decide(STOPPING, [*at(0, 6, 5, 4, 3, 2, 1), *failed]).promote == ("005", "004")
+    # Those that failed before an earlier rung do not count any more.
+    assert len(decide(STOPPING, [*at(1, 6, 5, 4, 3), *failed]).promote) == 1
+
+
+def test_what_is_not_a_number_never_goes_on():
+    decision = decide(STOPPING, at(0, math.nan, math.inf, None, -math.inf))
+    assert decision.promote == ()
+    assert set(decision.prune.values()) == {"pruned at step 4: eval.loss is not a finite number"}
+    assert decide(STOPPING, at(0, math.nan, 3.0)).promote == ("001",)
+
+
+def test_equal_arms_are_told_apart_by_their_hash():
+    assert decide(STOPPING, at(0, 1.0, 1.0, 1.0, 1.0)).promote == ("000",)
+
+
+def test_arms_at_a_further_rung_wait_for_those_before():
+    decision = decide(STOPPING, [*at(1, 1.0), *at(0, 3.0, 2.0)])
+    assert decision.rung == 0
+    assert decision.promote == ("001",)
+    assert decision.prune.keys() == {"000"}
+
+
+values = st.lists(st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.none()), min_size=1, max_size=40)
+
+
+@given(values=values, eta=st.integers(2, 6), metric=st.sampled_from(["eval.loss", "eval.token_accuracy"]))
+def test_every_arm_gets_one_answer_and_the_best_ones_the_good_one(values, eta, metric):
+    stopping = EarlyStoppingSpec(min_steps=3, eta=eta, metric=metric)
+    arms = at(0, *values)
+    decision = decide(stopping, arms)
+    assert sorted([*decision.promote, *decision.prune]) == sorted(arm.spec_hash for arm in arms)
+    finite = {arm.spec_hash: arm.value for arm in arms if arm.value is not None and math.isfinite(arm.value)}
+    assert len(decision.promote) == min(len(finite), max(1, len(arms) // eta))
+    sign = 1 if metric == "eval.loss" else -1
+    worst = max((sign * finite[name] for name in decision.promote), default=-math.inf)
+    assert all(sign * finite[name] >= worst for name in decision.prune if name in finite)
+    assert decide(stopping, list(reversed(arms))) == decision
+
+
+@given(count=st.integers(1, 40), eta=st.integers(2, 5), total=st.integers(1, 300), min_steps=st.integers(1, 50))
+def test_played_to_the_end_a_sweep_takes_the_steps_that_were_planned(count, eta, total, min_steps):
+    stopping = EarlyStoppingSpec(min_steps=min_steps, eta=eta)
+    planned = budget(stopping, [total] * count)
+    alive, steps, done = [f"{number:03d}" for number in range(count)], 0, 0
+    for rung, step in enumerate(rungs(stopping, total)):
+        steps += len(alive) * (step - done)
+        assert (planned.rungs[rung].step, planned.rungs[rung].arms) == (step, len(alive))
+        arms = [
+            Competitor(spec_hash=name, standing=Standing.PAUSED, rung=rung, value=float(int(name) * 37 % 97))
+            for name in alive
+        ]
+        alive, done = list(decide(stopping, arms).promote), step
+        assert len(alive) == planned.rungs[rung].kept
+    steps += len(alive) * (total - done)
+    assert planned.expected == steps
+    assert planned.upper == count * total
+    assert steps <= planned.upper
+
+
+def test_sixteen_arms_with_eta_4_take_a_sixth_of_the_steps():
+    planned = budget(STOPPING, [64] * 16)
+    assert [(rung.step, rung.arms, rung.kept) for rung in planned.rungs] == [(4, 16, 4), (16, 4, 1)]
+    assert (planned.expected, planned.upper) == (160, 1024)
+
+
+def test_arms_of_different_lengths_share_the_chance_to_go_on():
+    planned = budget(STOPPING, [2, 8, 8, 8, 8])
+    assert planned.rungs[0].arms == 4
+    assert planned.expected == 2 + 4 * 4 + 4
+    assert budget(STOPPING, []).expected == 0
