@@ -16,7 +16,7 @@ from rankwise.experiment.loader import load_experiment
 from rankwise.experiment.plan import Plan, count_rows, make_plan
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.source import LocalSource, parse_source
-from rankwise.experiment.sweep import expand
+from rankwise.experiment.sweep import expand, is_search, planned_rounds
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -38,8 +38,9 @@ def definition(command: Command) -> Command:
 def validate(file: Path, overrides: tuple[str, ...]) -> None:
     """Check the experiment FILE and say what it holds; every problem is reported at once."""
     spec = load_experiment(file, overrides)
-    count = len(expand(spec))
-    click.echo(f"{file}: valid: {spec.name}, {count} {'arm' if count == 1 else 'arms'}")
+    count = sum(planned_rounds(spec)) or len(expand(spec))
+    rounds = f" in {len(planned_rounds(spec))} rounds ({spec.sweep.method})" if is_search(spec) else ""
+    click.echo(f"{file}: valid: {spec.name}, {count} {'arm' if count == 1 else 'arms'}{rounds}")
 
 
 @click.command()
@@ -95,7 +96,8 @@ def _with_estimates(made: Plan, config: Path) -> Plan:
 
 
 def _table(made: Plan) -> Table:
-    table = Table(title=f"{made.experiment}: {len(made.arms)} {'arm' if len(made.arms) == 1 else 'arms'}")
+    title = f"{made.experiment}: {made.trials} {'arm' if made.trials == 1 else 'arms'}"
+    table = Table(title=title, caption="\n".join(_captions(made)) or None)
     table.add_column("spec hash", no_wrap=True)
     table.add_column("arm")
     columns = ["steps", "tokens (at most)", "parameters", "adapter, fp32", "memory"]
@@ -106,6 +108,21 @@ def _table(made: Plan) -> Table:
             planned.arm.short, planned.label or "-", *_cells(planned.steps, planned.tokens, planned.estimates)
         )
     return table
+
+
+def _captions(made: Plan) -> Iterator[str]:
+    """What is not known yet, and what early stopping is to save."""
+    if (proposed := made.trials - len(made.arms)) > 0:
+        yield f"The other {proposed:,} arms are proposed from results ({made.method}, {len(made.rounds)} rounds)."
+    stopping = made.stopping
+    if stopping is None:
+        return
+    if stopping.budget is None:
+        yield f"Successive halving by {stopping.metric}; its steps are known once the rows are."
+        return
+    rungs = ", ".join(f"{rung.kept:,} of {rung.arms:,} go on at step {rung.step:,}" for rung in stopping.budget.rungs)
+    steps = f"{stopping.budget.expected:,} steps are expected, {stopping.budget.upper:,} without it"
+    yield f"Successive halving by {stopping.metric}: {rungs}; {steps}."
 
 
 def _cells(steps: int | None, tokens: int | None, estimates: Any) -> Iterator[str]:

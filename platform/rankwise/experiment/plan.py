@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.schema import EvalSplit, ExperimentSpec
+from rankwise.experiment.halving import Budget, PlannedRung, budget
+from rankwise.experiment.schema import EarlyStoppingSpec, EvalSplit, ExperimentSpec
 from rankwise.experiment.source import LocalSource, parse_source
-from rankwise.experiment.sweep import labelled_arms
+from rankwise.experiment.sweep import labelled_arms, planned_rounds
 
 # A plan answers at once; above this size, counting rows would take longer than a second.
 MAX_COUNTED_BYTES = 64 * 2**20
@@ -49,11 +50,49 @@ class PlannedArm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedStopping:
+    """What successive halving is to save.
+
+    Attributes:
+        metric: What is compared.
+        eta: Of so many arms one goes on.
+        budget: Rungs and steps; None while epochs are given and the number of rows is not known.
+    """
+
+    metric: str
+    eta: int
+    budget: Budget | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `plan --json` gives it."""
+        rungs = [] if self.budget is None else [asdict(rung) for rung in self.budget.rungs]
+        expected, upper = (None, None) if self.budget is None else (self.budget.expected, self.budget.upper)
+        steps = {"expected": expected, "upper": upper}
+        return {"metric": self.metric, "eta": self.eta, "rungs": rungs, "steps": steps}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The arms of an experiment."""
+    """The arms of an experiment.
+
+    Attributes:
+        experiment: Its name.
+        arms: Those that are known; of a search in rounds, those of the first.
+        method: How arms are chosen.
+        rounds: Arms of each round of a search; empty for a grid or list.
+        stopping: Early stopping, where there is any.
+    """
 
     experiment: str
     arms: tuple[PlannedArm, ...]
+    method: str = "grid"
+    rounds: tuple[int, ...] = ()
+    stopping: PlannedStopping | None = None
+
+    @property
+    def trials(self) -> int:
+        """All arms, also those that results are to propose."""
+        return sum(self.rounds) or len(self.arms)
 
     @property
     def provisional(self) -> bool:
@@ -67,11 +106,16 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as `plan --json` gives it."""
-        return {
+        data: dict[str, Any] = {
             "experiment": self.experiment,
             "provisional": self.provisional,
             "arms": [arm.to_json() for arm in self.arms],
         }
+        if self.rounds:
+            data["search"] = {"method": self.method, "trials": self.trials, "rounds": list(self.rounds)}
+        if self.stopping is not None:
+            data["early_stopping"] = self.stopping.to_json()
+        return data
 
 
 def make_plan(spec: ExperimentSpec, rows: int | None = None) -> Plan:
@@ -84,10 +128,37 @@ def make_plan(spec: ExperimentSpec, rows: int | None = None) -> Plan:
     Raises:
         ConfigError: The evaluation split leaves no row for training.
     """
+    arms = tuple(_plan_arm(label, arm, rows) for label, arm in labelled_arms(spec))
+    rounds = planned_rounds(spec)
+    stopping = spec.sweep.early_stopping
     return Plan(
         experiment=spec.name,
-        arms=tuple(_plan_arm(label, arm, rows) for label, arm in labelled_arms(spec)),
+        arms=arms,
+        method=spec.sweep.method,
+        rounds=rounds,
+        stopping=None if stopping is None else _plan_stopping(stopping, arms, rounds or (len(arms),)),
     )
+
+
+def _plan_stopping(
+    stopping: EarlyStoppingSpec, arms: tuple[PlannedArm, ...], rounds: tuple[int, ...]
+) -> PlannedStopping:
+    """Arms are compared within their round; those that are not known yet are taken to be as long as those that are."""
+    totals = [arm.steps for arm in arms if arm.steps is not None]
+    if len(totals) < len(arms):
+        return PlannedStopping(metric=stopping.metric, eta=stopping.eta, budget=None)
+    parts = [budget(stopping, [totals[index % len(totals)] for index in range(size)]) for size in rounds]
+    rungs = tuple(
+        PlannedRung(
+            step=rung.step,
+            arms=sum(part.rungs[index].arms for part in parts if index < len(part.rungs)),
+            kept=sum(part.rungs[index].kept for part in parts if index < len(part.rungs)),
+        )
+        for index, rung in enumerate(max(parts, key=lambda part: len(part.rungs)).rungs)
+    )
+    expected, upper = sum(part.expected for part in parts), sum(part.upper for part in parts)
+    whole = Budget(rungs=rungs, expected=expected, upper=upper)
+    return PlannedStopping(metric=stopping.metric, eta=stopping.eta, budget=whole)
 
 
 def _plan_arm(label: str, arm: ArmSpec, rows: int | None) -> PlannedArm:

@@ -99,9 +99,9 @@ def ask(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed = int(digest({"seed": space.seed, "round": number})[:8], 16)
     guided = number > 0
-    study = _study(optuna, space, told, greater_is_better, seed if guided else None)
+    study = _study(space, told, greater_is_better, seed if guided else None)
     at_random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    distributions = {axis.path: _distribution(optuna, axis) for axis in space.axes}
+    distributions = {axis.path: _distribution(axis) for axis in space.axes}
     seen = {_spelling(each.point) for each in told}
     points: list[Point] = []
     rejected = in_vain = 0
@@ -124,20 +124,18 @@ def ask(
     return Asked(points=tuple(points), rejected=rejected)
 
 
-def _study(
-    optuna: Any, space: Space, told: Sequence[Told], greater_is_better: bool, seed: int | None
-) -> optuna.study.Study:
+def _study(space: Space, told: Sequence[Told], greater_is_better: bool, seed: int | None) -> optuna.study.Study:
     """A study in memory that knows what was told."""
+    import optuna
+
     sampler = optuna.samplers.TPESampler(n_startup_trials=1, seed=seed)
-    study: optuna.study.Study = optuna.create_study(
-        sampler=sampler, direction="maximize" if greater_is_better else "minimize"
-    )
+    study = optuna.create_study(sampler=sampler, direction="maximize" if greater_is_better else "minimize")
     states = {
         TrialState.COMPLETE: optuna.trial.TrialState.COMPLETE,
         TrialState.PRUNED: optuna.trial.TrialState.PRUNED,
         TrialState.UNKNOWN: optuna.trial.TrialState.FAIL,
     }
-    distributions = {axis.path: _distribution(optuna, axis) for axis in space.axes}
+    distributions = {axis.path: _distribution(axis) for axis in space.axes}
     for each in told:
         at_step = {} if each.step is None or each.at_step is None else {each.step: each.at_step}
         study.add_trial(
@@ -152,8 +150,9 @@ def _study(
     return study
 
 
-def _distribution(optuna: Any, axis: Axis) -> Any:
-    kinds = optuna.distributions
+def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
+    from optuna import distributions as kinds
+
     if axis.kind == "choice":
         return kinds.CategoricalDistribution([_encoded(axis, value) for value in axis.choices])
     if axis.kind == "int":

@@ -88,6 +88,12 @@ def require_known_arms(spec: ExperimentSpec) -> None:
         )
 
 
+def planned_rounds(spec: ExperimentSpec) -> tuple[int, ...]:
+    """How many arms each round of a search is to have: one number for random, () where nothing is drawn."""
+    space = read_sweep(Document(filename=spec.name, data=spec.document())).space
+    return () if space is None else space.rounds
+
+
 def rounds(spec: ExperimentSpec, results: Mapping[str, ArmResult]) -> tuple[Round, ...]:
     """The rounds of a search as far as results go: those that have ended, and the next one.
 

@@ -122,3 +122,14 @@ def test_answers_come_at_once_and_without_the_machine_learning_libraries(command
     assert result.stdout.splitlines()[-1] == "[]"
     # Processor time, since other tests may keep the processor from this one. It takes 0.4 s.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_search_with_early_stopping_says_what_is_known(tmp_path):
+    file = tmp_path / "search.yaml"
+    search = "  method: tpe\n  trials: 12\n  early_stopping: {min_steps: 5}\n  parameters:\n    lora.r: {int: [2, 64]}"
+    file.write_text(changed(("  parameters:\n    lora.r: [4, 8]", search)))
+    assert run(validate, file).stdout == f"{file}: valid: small, 12 arms in 2 rounds (tpe)\n"
+    shown = " ".join(run(plan, file, "--no-estimates").stdout.split())
+    assert "small: 12 arms" in shown
+    assert "The other 4 arms are proposed from results (tpe, 2 rounds)." in shown
+    assert "Successive halving by eval.loss: 3 of 12 go on at step 5; 105 steps are expected, 240 without it." in shown

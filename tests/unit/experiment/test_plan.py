@@ -91,3 +91,38 @@ def test_rows_of_large_tables_and_of_other_sources_are_not_counted(tmp_path):
     assert count_rows("org/rows") is None
     assert count_rows("pypi:a==1#b.csv") is None
     assert count_rows(str(tmp_path / "missing.csv")) is None
+
+
+GRID = "  parameters:\n    lora.r: [4, 8]"
+RANGE = "  trials: 10\n  parameters:\n    lora.r: {int: [2, 64], log: true}\n  method: "
+
+
+def test_a_random_search_is_known_as_a_whole():
+    plan = make_plan(parse((GRID, f"{RANGE}random")))
+    assert len(plan.arms) == plan.trials == 10
+    assert plan.to_json()["search"] == {"method": "random", "trials": 10, "rounds": [10]}
+    assert "early_stopping" not in plan.to_json()
+
+
+def test_of_a_search_by_results_the_first_round_is_known():
+    plan = make_plan(parse((GRID, f"{RANGE}tpe\n  round_size: 4")))
+    assert (len(plan.arms), plan.trials) == (4, 10)
+    assert plan.to_json()["search"]["rounds"] == [4, 4, 2]
+
+
+def test_a_plan_says_what_early_stopping_saves():
+    stopping = "  early_stopping: {min_steps: 5, eta: 2, metric: eval.loss}"
+    plan = make_plan(parse((GRID, f"    lora.r: [1, 2, 3, 4, 5, 6, 7, 8]\n{stopping}".join(["  parameters:\n", ""]))))
+    assert plan.to_json()["early_stopping"] == {
+        "metric": "eval.loss",
+        "eta": 2,
+        "rungs": [{"step": 5, "arms": 8, "kept": 4}, {"step": 10, "arms": 4, "kept": 2}],
+        "steps": {"expected": 8 * 5 + 4 * 5 + 2 * 10, "upper": 160},
+    }
+    # Arms of a search in rounds are compared within their round.
+    rounds = make_plan(parse((GRID, f"{RANGE}tpe\n  round_size: 4\n{stopping}")))
+    assert rounds.to_json()["early_stopping"]["rungs"] == [
+        {"step": 5, "arms": 10, "kept": 5}, {"step": 10, "arms": 5, "kept": 3},
+    ]  # fmt: skip
+    unknown = make_plan(parse(EPOCHS, (GRID, f"{GRID}\n{stopping}")))
+    assert unknown.to_json()["early_stopping"]["steps"] == {"expected": None, "upper": None}
