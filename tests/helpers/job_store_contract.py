@@ -66,7 +66,9 @@ class JobStoreContract:
         (evaluate,) = store.submit([new("a", kind=JobKind.EVALUATE, after=(train.id,))])
         (claimed,) = store.claim(WORKER, lease=60, max_arms=9)
         assert store.claim(OTHER, lease=60) == []
+        assert [job.id for job in store.waits_for(evaluate.id)] == [train.id]
         store.finish(claimed.token, Outcome.SUCCEEDED)
+        assert store.waits_for(evaluate.id) == []
         assert store.claim(OTHER, lease=60)[0].id == evaluate.id
 
     def test_a_preempted_pack_is_claimed_again_as_the_same_arms(self, store):
@@ -174,6 +176,7 @@ class JobStoreContract:
         assert (waiting.state, waiting.held, waiting.pack_id) == (JobState.QUEUED, True, None)
         assert (waiting.result, waiting.preemptions, waiting.failures) == ({"rung": 1}, 0, 0)
         assert store.claim(OTHER, lease=60, max_arms=9) == []
+        assert (store.held(), store.held("e"), store.held("another")) == (2, 2, 0)
         changed = store.settle([first.id, third.id], {second.id: "pruned at rung 1: loss 2.1 > 1.9"})
         assert [(job.id, job.state, job.held, job.error) for job in changed] == [
             (first.id, JobState.QUEUED, False, None),

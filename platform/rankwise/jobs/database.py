@@ -93,7 +93,7 @@ def _configuration(engine: Engine) -> Config:
 
 def current_revision(engine: Engine) -> str | None:
     """The revision of the schema that the database has; None for an empty one."""
-    with engine.connect() as connection:
+    with database_errors("reading the revision of the queue"), engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 
@@ -104,8 +104,16 @@ def head_revision() -> str:
     return head
 
 
+def known_revisions() -> frozenset[str]:
+    """The revisions that this release can bring to its own."""
+    return frozenset(script.revision for script in _scripts().walk_revisions())
+
+
 def upgrade(engine: Engine, lock: Path) -> None:
     """Bring the schema to this release's revision; one process at a time, the others wait.
+
+    The file lets the processes of one home wait for each other. Those of several homes over one PostgreSQL are kept
+    apart by a lock that the migration takes there.
 
     Raises:
         JobStoreError: The database was written by a newer release, or cannot be reached.
@@ -118,11 +126,7 @@ def upgrade(engine: Engine, lock: Path) -> None:
             lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             revision = current_revision(engine)
-            known = {
-                script.revision
-                for script in ScriptDirectory(str(Path(__file__).parent / "migrations")).walk_revisions()
-            }
-            if revision is not None and revision not in known:
+            if revision is not None and revision not in known_revisions():
                 raise JobStoreError(
                     f"the queue's database has revision {revision!r}, which this release does not know "
                     f"(it knows up to {head!r}): it was written by a newer rankwise; install that one"

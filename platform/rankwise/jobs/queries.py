@@ -7,9 +7,10 @@ from collections.abc import Collection
 from sqlalchemy import Connection, func, select
 
 from rankwise.exceptions import JobError
+from rankwise.jobs.clock import now
 from rankwise.jobs.job import Attempt, Job, JobKind, JobState, Outcome
 from rankwise.jobs.mapping import PART, as_attempt, as_job, attempt_columns, holding, job_columns
-from rankwise.jobs.rows import AttemptRow, JobRow
+from rankwise.jobs.rows import AttemptRow, DependencyRow, JobRow
 from rankwise.jobs.sets import one_of
 
 PAGE = 1000
@@ -74,6 +75,26 @@ def depth(connection: Connection, experiment: str | None) -> dict[tuple[JobKind,
         query = query.where(JobRow.experiment == experiment)
     found = {(JobKind(kind), JobState(state)): count for kind, state, count in connection.execute(query)}
     return {(kind, state): found.get((kind, state), 0) for kind in JobKind for state in JobState}
+
+
+def held(connection: Connection, experiment: str | None) -> int:
+    """See `JobStore.held`."""
+    query = select(func.count()).select_from(JobRow).where(JobRow.state == str(JobState.QUEUED), JobRow.held)
+    if experiment is not None:
+        query = query.where(JobRow.experiment == experiment)
+    return connection.scalar(query) or 0
+
+
+def waits_for(connection: Connection, job_id: int) -> list[Job]:
+    """See `JobStore.waits_for`."""
+    query = job_columns().join(DependencyRow, DependencyRow.after_id == JobRow.id)
+    rows = connection.execute(query.where(DependencyRow.job_id == job_id).order_by(JobRow.id))
+    return [job for job in map(as_job, rows) if job.state is not JobState.SUCCEEDED]
+
+
+def time(connection: Connection) -> float:
+    """See `JobStore.time`."""
+    return connection.scalars(select(now())).one()
 
 
 def attempts(connection: Connection, job_id: int) -> list[Attempt]:

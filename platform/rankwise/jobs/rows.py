@@ -68,7 +68,11 @@ class AttemptRow(Table):
     """One execution of a job."""
 
     __tablename__ = "attempt"
-    __table_args__ = (Index("ix_attempt_job", "job_id"), Index("ix_attempt_open", "ended_at", "lease_until"))
+    __table_args__ = (
+        Index("ix_attempt_job", "job_id"),
+        Index("ix_attempt_open", "ended_at", "lease_until"),
+        Index("ix_attempt_recent", "outcome", "ended_at"),
+    )
 
     token: Mapped[str] = mapped_column(String(64), primary_key=True)
     job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))

@@ -191,6 +191,18 @@ class SqlJobStore:
         """See `JobStore.depth`."""
         return self._read("counting jobs", lambda connection: queries.depth(connection, experiment))
 
+    def held(self, experiment: str | None = None) -> int:
+        """See `JobStore.held`."""
+        return self._read("counting jobs", lambda connection: queries.held(connection, experiment))
+
+    def waits_for(self, job_id: int) -> list[Job]:
+        """See `JobStore.waits_for`."""
+        return self._read("reading jobs", lambda connection: queries.waits_for(connection, job_id))
+
+    def time(self) -> float:
+        """See `JobStore.time`."""
+        return self._read("reading the clock", queries.time)
+
     def attempts(self, job_id: int) -> list[Attempt]:
         """See `JobStore.attempts`."""
         return self._read("reading attempts", lambda connection: queries.attempts(connection, job_id))

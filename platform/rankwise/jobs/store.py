@@ -153,6 +153,15 @@ class JobStore(Protocol):
     def depth(self, experiment: str | None = None) -> dict[tuple[JobKind, JobState], int]:
         """How many jobs there are of each kind in each state."""
 
+    def held(self, experiment: str | None = None) -> int:
+        """How many queued jobs are held until `settle`."""
+
+    def waits_for(self, job_id: int) -> list[Job]:
+        """The jobs that must succeed before this one may be claimed, so far as they have not."""
+
+    def time(self) -> float:
+        """Seconds since the epoch, by the database's clock."""
+
     def attempts(self, job_id: int) -> list[Attempt]:
         """All attempts of a job, the first one first."""
 

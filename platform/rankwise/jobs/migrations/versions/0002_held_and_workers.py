@@ -32,6 +32,7 @@ def upgrade() -> None:
     op.create_index("ix_job_claim", "job", ["state", "held", sa.text("priority DESC"), "id"])
     op.create_index("ix_job_pack", "job", ["state", "pack_key", "pack_id", sa.text("priority DESC"), "id"])
     op.create_index("ix_job_state", "job", ["state", "kind", "id"])
+    op.create_index("ix_attempt_recent", "attempt", ["outcome", "ended_at"])
     op.create_index("ix_dependency_after", "job_dependency", ["after_id", "job_id"])
     op.create_table(
         "worker",
@@ -59,6 +60,7 @@ def downgrade() -> None:
     """Undo."""
     op.drop_table("worker")
     op.drop_index("ix_dependency_after", "job_dependency")
+    op.drop_index("ix_attempt_recent", "attempt")
     op.drop_index("ix_job_state", "job")
     op.drop_index("ix_job_pack", "job")
     op.drop_index("ix_job_claim", "job")
