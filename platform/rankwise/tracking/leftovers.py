@@ -65,3 +65,12 @@ def _age(path: Path) -> int:
         return path.stat().st_mtime_ns
     except FileNotFoundError:  # Delivered by its writer in this moment.
         return 0
+
+
+def refused_records(settings: Settings) -> tuple[str, ...]:
+    """Files of records that MLflow has refused for good, one line each."""
+    lines = []
+    for path in sorted(settings.outbox.glob("*.refused")):
+        count = path.read_bytes().count(b"\n")
+        lines.append(f"{path} has {count} records that MLflow refused for good; remove it once you have looked at it")
+    return tuple(lines)

@@ -129,10 +129,10 @@ class Registry:
             model_id: The LoggedModel (`m-...`); it is told of its version, so that the UI links both.
             run_id: The run that made it; the LoggedModel's own when left out.
             tags: Set at creation.
-            job: The tag `rankwise.job`, by which a repetition finds what it did before.
+            job: The tag `rankwise.job`, by which, with the run, a repetition finds what it did before.
             description: Markdown.
         """
-        if job is not None and (existing := self.find_by_tag(name, JOB, job)):
+        if job is not None and (existing := self.of_job(name, job, run_id)):
             return existing[0]
         self.ensure_model(name)
         values = {**(tags or {}), **({} if job is None else {JOB: job})}
@@ -158,6 +158,19 @@ class Registry:
     def find_by_tag(self, name: str, key: str, value: str) -> list[ModelVersion]:
         """Versions with this tag, oldest first."""
         return self._search(f"name = '{_quoted(name)}' AND tags.`{key}` = '{_quoted(value)}'")
+
+    def of_job(self, name: str, job: int | str, run_id: str | None) -> list[ModelVersion]:
+        """Versions that a job has registered under its run, oldest first.
+
+        The numbers of jobs begin anew with every queue, and several queues may share one MLflow: the run tells them
+        apart. None takes any run.
+        """
+        found = self.find_by_tag(name, JOB, str(job))
+        return [version for version in found if run_id is None or version.run_id == run_id]
+
+    def search(self) -> list[ModelVersion]:
+        """All versions of all registered models."""
+        return self._search("")
 
     def find_by_run(self, run_id: str) -> list[ModelVersion]:
         """Versions that a run made, under any name, oldest first."""

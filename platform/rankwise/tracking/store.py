@@ -245,6 +245,11 @@ class Store:
                 found.setdefault(int(job), run.run_id)
         return found
 
+    def is_open(self, run_id: str) -> bool:
+        """Whether this process writes to the run."""
+        with self._lock:
+            return run_id in self._runs
+
     def runs(self, experiment_id: str, *, kind: Kind | None = None, parent: str | None = None) -> list[RunRecord]:
         """All runs of an experiment that fit, oldest first (see `query.search_runs`)."""
         return search_runs(self.client, experiment_id, kind=kind, parent=parent)

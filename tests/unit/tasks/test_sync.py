@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+from helpers.local_store import prepared_home
+
+from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
+from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.settings import Settings
+from rankwise.tasks.sync import every_job, synchronize
+from rankwise.tracking.outbox import Outbox
+from rankwise.tracking.query import get_run
+from rankwise.tracking.registry import JOB
+from rankwise.tracking.store import Store
+
+WORKER = Worker(name="w", host="here", pid=os.getpid())
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return prepared_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def store(settings):
+    with Store.open(settings, interval=0.05) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def experiment(store):
+    return store.experiment("diamonds")
+
+
+@pytest.fixture
+def queue(tmp_path):
+    made = SqlJobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sync(store, queue, settings):
+    return lambda: synchronize(store, queue, settings, timeout=20)
+
+
+def submit(store, queue, experiment, name="a", kind=JobKind.TRAIN):
+    """A claimed job with a run."""
+    spec = {"experiment_id": experiment, "bare": False}
+    (job,) = queue.submit([NewJob(kind=kind, experiment="e", spec_hash=name, spec=spec)])
+    run = store.start_run(experiment, name, tags={JOB: job.id}, status="SCHEDULED")
+    run.leave()
+    assert queue.assign_run(job.id, run.run_id)
+    (claimed,) = queue.claim(WORKER, lease=60)
+    return claimed, run.run_id
+
+
+def register(store, job, run_id, name="pricer"):
+    experiment = get_run(store.client, run_id).experiment_id
+    model = store.client.create_logged_model(experiment, "adapter", run_id, tags={JOB: str(job.id)})
+    store.client.finalize_logged_model(model.model_id, "READY")
+    store.registry.ensure_model(name)
+    return store.client.create_model_version(
+        name, f"models:/{model.model_id}", run_id, tags={JOB: str(job.id)}, model_id=model.model_id
+    ).version
+
+
+def succeed(queue, job, version, name="pricer"):
+    queue.finish(job.token, Outcome.SUCCEEDED, result={"model_uri": f"models:/{name}/{version}"})
+
+
+def versions(store, name="pricer"):
+    return {version.version for version in store.registry.versions(name)}
+
+
+def test_a_second_version_of_a_succeeded_job_is_removed_and_its_result_stays(store, queue, experiment, sync):
+    job, run_id = submit(store, queue, experiment)
+    first, second, third = (register(store, job, run_id) for _ in range(3))
+    succeed(queue, job, second)
+    assert sync().removed == (f"models:/pricer/{first}", f"models:/pricer/{third}")
+    assert {first, third}.isdisjoint(versions(store))
+    assert second in versions(store)
+    assert sync().complete
+
+
+def test_versions_of_other_queues_of_unfinished_jobs_and_of_people_are_not_touched(store, queue, experiment, sync):
+    job, run_id = submit(store, queue, experiment)
+    elsewhere = store.start_run(experiment, "elsewhere", system_metrics=False)
+    elsewhere.end()
+    own = register(store, job, run_id)
+    # Another queue has a job of that number too, with a run of its own.
+    others = [register(store, job, elsewhere.run_id) for _ in range(2)]
+    succeed(queue, job, own)
+    running, running_run = submit(store, queue, experiment, "b")
+    unfinished = [register(store, running, running_run) for _ in range(2)]
+    plain = store.client.create_model_version("pricer", "file:/somewhere", elsewhere.run_id).version
+    assert sync().removed == ()
+    assert {own, *others, *unfinished, plain} <= versions(store)
+
+
+def test_a_duplicate_that_an_alias_points_to_is_kept_and_told_of(store, queue, experiment, sync):
+    job, run_id = submit(store, queue, experiment)
+    first, second = (register(store, job, run_id, "aliased") for _ in range(2))
+    succeed(queue, job, second, "aliased")
+    store.registry.set_alias("aliased", "champion", int(first))
+    synced = sync()
+    assert not synced.complete
+    (reason,) = synced.kept.values()
+    assert "the alias champion points here: move the alias" in reason
+    assert versions(store, "aliased") == {first, second}
+    store.registry.set_alias("aliased", "champion", int(second))
+    assert sync().removed == (f"models:/aliased/{first}",)
+
+
+def test_runs_of_jobs_that_have_ended_get_their_state(store, queue, experiment, sync):
+    cancelled, cancelled_run = submit(store, queue, experiment, "a")
+    failed, failed_run = submit(store, queue, experiment, "b")
+    done, done_run = submit(store, queue, experiment, "c")
+    _, running_run = submit(store, queue, experiment, "d")
+    queue.finish(cancelled.token, Outcome.CANCELLED)
+    queue.finish(failed.token, Outcome.FATAL, error="the loss of step 3 is not finite")
+    succeed(queue, done, 1)
+    assert dict(sync().ended) == {cancelled_run: "KILLED", failed_run: "FAILED", done_run: "FINISHED"}
+    assert get_run(store.client, failed_run).reason == "the loss of step 3 is not finite"
+    assert get_run(store.client, running_run).status == "SCHEDULED"
+    assert sync().ended == {}
+
+
+def test_what_waits_and_what_was_refused_is_told(store, queue, settings, sync):
+    outbox = Outbox.create(settings.outbox, "nosuchrun", settings.tracking_uri)
+    outbox.append({"tags": {"a": "b"}})
+    outbox.close()
+    synced = sync()
+    assert not synced.complete
+    assert synced.outbox.delivered == ("nosuchrun",)
+    assert "nosuchrun" in synced.outbox.problems[0]
+    (refused,) = synced.refused
+    assert "has 1 records that MLflow refused for good" in refused
+    assert synced.to_json()["refused"] == [refused]
+    outbox.refused.unlink()
+    assert sync().complete
+
+
+def test_a_server_that_is_away_does_not_hide_what_waits(queue, tmp_path):
+    settings = Settings.load({"RANKWISE_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    outbox = Outbox.create(settings.outbox, "r1", settings.tracking_uri)
+    outbox.append({"tags": {"a": "b"}})
+    outbox.close()
+    with Store.open(settings) as store:
+        synced = synchronize(store, queue, settings, timeout=1)
+    assert list(synced.outbox.waiting) == ["r1"]
+    assert "does not answer" in synced.error
+
+
+def test_all_jobs_are_read_page_by_page(queue, monkeypatch):
+    monkeypatch.setattr("rankwise.tasks.sync._PAGE", 3)
+    queue.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=str(n), spec={}) for n in range(7)])
+    assert [job.spec_hash for job in every_job(queue)] == list("0123456")
