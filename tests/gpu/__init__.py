@@ -1,0 +1,1 @@
+"""What needs a CUDA GPU: checks (`pytest -m gpu`) and the benchmark on one (`python -m gpu`)."""
