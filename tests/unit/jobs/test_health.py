@@ -1,0 +1,74 @@
+import sqlite3
+
+import pytest
+
+from rankwise.exceptions import JobStoreError
+from rankwise.jobs import health
+from rankwise.jobs.job import JobKind, NewJob, Worker
+from rankwise.jobs.sql_store import SqlJobStore
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "q.db"
+    store = SqlJobStore(f"sqlite:///{path}", lock=tmp_path / "lock")
+    store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=name, spec={}) for name in "abc"])
+    store.claim(Worker(name="w", host="h", pid=1), lease=60)
+    store.close()
+    return path
+
+
+def problems(path):
+    return health.check(f"sqlite:///{path}").problems
+
+
+def edit(path, statement):
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement)
+    connection.close()
+
+
+def test_a_queue_in_order_has_no_problems(path):
+    found = health.check(f"sqlite:///{path}")
+    assert found.problems == ()
+    assert (found.jobs, found.revision) == (3, found.head)
+
+
+def test_a_queue_that_is_not_there_is_said_and_not_made(tmp_path):
+    with pytest.raises(JobStoreError, match=r"there is no queue at .*q\.db: `rankwise db upgrade` makes one"):
+        problems(tmp_path / "q.db")
+    assert not (tmp_path / "q.db").exists()
+
+
+@pytest.mark.parametrize(("statement", "problem"), [
+    ("UPDATE attempt SET ended_at = 1", "1 jobs are held by nobody"),
+    ("UPDATE job SET state = 'queued'", "1 jobs that nobody holds have a token"),
+    ("UPDATE job SET token = 'x' WHERE token IS NOT NULL", "1 attempts go on whose job is held by another one"),
+    ("UPDATE alembic_version SET version_num = '9999'", "written by a newer rankwise; install that one"),
+    ("DELETE FROM alembic_version", "the database is empty"),
+    ("INSERT INTO job_dependency VALUES (1, 99)", "1 rows name jobs that are not there"),
+])  # fmt: skip
+def test_what_is_wrong_is_said(path, statement, problem):
+    edit(path, statement)
+    assert any(problem in text for text in problems(path)), problems(path)
+
+
+def test_jobs_that_wait_in_vain_are_said(path):
+    edit(path, "INSERT INTO job_dependency VALUES (2, 3)")
+    edit(path, "UPDATE job SET state = 'failed' WHERE id = 3")
+    assert problems(path) == ("1 jobs wait for one that has failed or was cancelled",)
+
+
+def test_a_damaged_file_is_said(path):
+    content = bytearray(path.read_bytes())
+    content[4096 * 2 : 4096 * 3] = b"\xff" * 4096
+    path.write_bytes(content)
+    try:
+        found = " ".join(problems(path))
+    except JobStoreError as error:
+        found = str(error)
+    assert "damaged" in found or "malformed" in found
+
+
+def test_a_password_is_never_shown():
+    assert health.shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
