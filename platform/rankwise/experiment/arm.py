@@ -8,7 +8,7 @@ The spec hash covers what influences the trained adapter and nothing else:
 | evaluation rows | a split takes rows away from training, so rows and seed count; a source of its own does not |
 | quantization | data type and double quantization only where 4-bit is on |
 | lora | all; the order of target modules does not count |
-| training | all but `save_steps`, `logging_steps` and `eval_steps` |
+| training | all but `save_steps`, `logging_steps`, `eval_steps`, and defaults of fields that came later |
 | seed, init_from | yes |
 | name, description, sweep, evaluation, register, tracking, base_model_config | no |
 
@@ -42,6 +42,8 @@ from rankwise.experiment.source import identity, is_pinned, parse_source
 # Raised when the meaning of a setting changes, so that old results are not taken for new ones.
 HASH_VERSION = 1
 _WITHOUT_EFFECT = {"save_steps", "logging_steps", "eval_steps"}
+# Fields younger than HASH_VERSION count where they are set to something else than what there was before them.
+_ADDED = ("optim", "train_sampling_strategy")
 
 
 class ArmSpec(Section):
@@ -173,7 +175,9 @@ class ArmSpec(Section):
         return identity(parse_source(self.base_model), self.base_model_revision)
 
     def _training(self) -> dict[str, Any]:
-        return self.training.model_dump(exclude=_WITHOUT_EFFECT)
+        values = self.training.model_dump(exclude=_WITHOUT_EFFECT)
+        defaults = {name: TrainingSpec.model_fields[name].default for name in _ADDED}
+        return {key: value for key, value in values.items() if key not in _ADDED or value != defaults[key]}
 
     def _texts(self) -> dict[str, Any]:
         """How a row becomes tokens."""

@@ -184,6 +184,10 @@ class TrainingSpec(Section):
     """Steps between points of the training curves."""
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, more time."""
+    optim: Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    """AdamW in fp32, or with moments in 8 bit (bitsandbytes); paged: the moments may leave the GPU's memory."""
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    """Order of rows; group_by_length puts rows of similar length into a micro-batch, which saves padding."""
 
     def optimizer_steps(self, rows: int) -> int:
         """Optimizer steps over `rows` training rows: `max_steps`, or the epochs rounded up to whole steps."""

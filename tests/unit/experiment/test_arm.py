@@ -29,6 +29,13 @@ def test_the_hash_is_64_hex_digits_and_names_the_adapter_without_dots():
     assert one.adapter_name == f"arm-{one.short}"
 
 
+def test_arms_of_earlier_releases_keep_their_hash():
+    assert arm().spec_hash == "a6d189b1f924afb527c9c85054146a1d1069d55729fd61a7fee023082d7af986"
+    fields = ("  warmup_steps: 5", "  warmup_steps: 5\n  optim: adamw_torch_fused\n  train_sampling_strategy: random")
+    assert arm(fields).spec_hash == arm().spec_hash
+    assert "training.optim" not in arm(fields).params
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -52,6 +59,8 @@ def test_the_hash_is_64_hex_digits_and_names_the_adapter_without_dots():
         ("rows: 20}", "rows: 20, seed: 1}"),
         ("How much is", "What costs"),
         ("${price}", "{price}"),
+        ("  warmup_steps: 5", "  warmup_steps: 5\n  optim: adamw_bnb_8bit"),
+        ("  warmup_steps: 5", "  warmup_steps: 5\n  train_sampling_strategy: group_by_length"),
         ("  train: org/rows", "  train: org/rows\n  system: Be brief."),
         ("  train: org/rows", "  train: org/rows\n  chat_template: plain"),
         ("  train: org/rows", "  train: org/rows\n  limit: {train: 100}"),
