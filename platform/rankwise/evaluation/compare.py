@@ -8,6 +8,7 @@ from functools import cached_property
 
 from rankwise.evaluation.metrics import MetricValue
 from rankwise.evaluation.summary import SeedMean, over_seeds
+from rankwise.experiment.halving import PRUNED
 
 Param = int | float | str | bool
 
@@ -45,6 +46,11 @@ class ArmRecord:
     metrics: Mapping[str, MetricValue]
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether early stopping has ended it: as was meant, and no failure."""
+        return self.status == "KILLED" and (self.reason or "").startswith(PRUNED)
 
     def to_json(self) -> dict[str, object]:
         """The arm as `compare --json` has it."""

@@ -66,7 +66,10 @@ def failures(comparison: Comparison) -> str | None:
     without = [arm for arm in comparison.arms if arm.status != "FINISHED"]
     if not without:
         return None
-    told = ", ".join(f"r = {format_param(arm.params.get(RANK))} {arm.status.lower()}" for arm in without[:6])
+    told = ", ".join(
+        f"r = {format_param(arm.params.get(RANK))} {'pruned' if arm.pruned else arm.status.lower()}"
+        for arm in without[:6]
+    )
     return f"not shown: {told}" + (f" and {len(without) - 6} more" if len(without) > 6 else "")
 
 

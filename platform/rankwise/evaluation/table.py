@@ -126,21 +126,24 @@ def _notes(comparison: Comparison) -> list[Text]:
         notes.append(Text("The bare base has not been evaluated yet.", style="yellow"))
     for arm in comparison.arms:
         if arm.status != "FINISHED":
-            told = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {arm.status}"
-            notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="red"))
+            status = "stopped early" if arm.pruned else arm.status
+            told = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {status}"
+            notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="dim" if arm.pruned else "red"))
     return notes
 
 
 def _place(configuration: Configuration, place: int | None, best: ArmRecord | None) -> str:
     if place is not None:
         return f"★ {place}" if best in configuration.arms else str(place)
-    statuses = dict.fromkeys(arm.status.lower() for arm in configuration.arms)
+    statuses = dict.fromkeys("pruned" if arm.pruned else arm.status.lower() for arm in configuration.arms)
     return "/".join(statuses) if set(statuses) != {"finished"} else NONE
 
 
 def _style(configuration: Configuration, best: ArmRecord | None) -> str:
     if best is not None and best in configuration.arms:
         return "bold green"
+    if all(arm.pruned for arm in configuration.arms):
+        return "dim"
     return "" if configuration.finished else "red"
 
 

@@ -16,6 +16,9 @@ from enum import StrEnum
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.schema import EarlyStoppingSpec
 
+PRUNED = "pruned at step"
+"""How every reason begins, by which a pruned arm is told from one that a person cancelled."""
+
 
 class Standing(StrEnum):
     """Where an arm stands."""
@@ -134,8 +137,8 @@ def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> De
 
 def _reason(metric: str, step: int, value: float | None, kept: int, of: int) -> str:
     if value is None or not math.isfinite(value):
-        return f"pruned at step {step}: {metric} is not a finite number"
-    return f"pruned at step {step}: {metric} {value:.4g} is not among the best {kept} of {of}"
+        return f"{PRUNED} {step}: {metric} is not a finite number"
+    return f"{PRUNED} {step}: {metric} {value:.4g} is not among the best {kept} of {of}"
 
 
 def budget(stopping: EarlyStoppingSpec, totals: Sequence[int]) -> Budget:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
@@ -41,11 +42,13 @@ class Round:
     Attributes:
         number: Counted from 0.
         arms: Its arms, each with what sets it apart.
+        values: What the search chose for each, by dotted field path.
         rejected: Points that were drawn in vain.
     """
 
     number: int
     arms: tuple[Labelled, ...]
+    values: tuple[Mapping[str, Any], ...]
     rejected: int
 
 
@@ -118,7 +121,8 @@ def rounds(spec: ExperimentSpec, results: Mapping[str, ArmResult]) -> tuple[Roun
         asked, rejected = candidates.of_round(sweep.space, number, told, taken=taken, greater=greater)
         if not asked:
             break
-        found.append(Round(number=number, arms=tuple(map(_labelled, asked)), rejected=rejected))
+        values = tuple(candidate.point.values for candidate in asked)
+        found.append(Round(number=number, arms=tuple(map(_labelled, asked)), values=values, rejected=rejected))
         hashes = [arm.spec_hash for _, arm in found[-1].arms]
         if not all(spec_hash in results for spec_hash in hashes):
             break

@@ -46,6 +46,19 @@ def test_a_failed_arm_is_shown_as_such_with_its_reason():
     assert any(line.startswith("r = 16, arm ") and line.endswith("FAILED: CUDA out of memory") for line in lines)
 
 
+def test_a_pruned_arm_is_shown_as_such_and_is_no_failure():
+    reason = "pruned at step 16: eval.loss 1.93 is not among the best 4 of 16"
+    comparison = compare(
+        "x", [arm(2, 0.5), arm(4, None, status="KILLED", reason=reason)], primary_metric="eval.loss",
+        greater_is_better=False,
+    )  # fmt: skip
+    lines = printed(comparison)
+    assert row(lines, "pruned", "4", "8")
+    assert any(line.startswith("r = 4, arm ") and line.endswith(f"stopped early: {reason}") for line in lines)
+    assert comparison.arms[1].to_json()["status"] == "KILLED"
+    assert not arm(4, None, status="KILLED", reason="cancelled").pruned
+
+
 def test_a_narrow_terminal_gets_two_tables_and_loses_nothing():
     lines = printed(ranks(), width=100)
     assert all(len(line) <= 100 for line in lines)
