@@ -156,13 +156,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         StorageError: The disk is full, or the directory is not writable.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name for the block to write a file under; after it the file is fsynced and gets its own name.
+
+    Raises:
+        StorageError: The disk is full, or the directory is not writable.
+    """
     with storage_errors(path, f"writing {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
+            yield temporary
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:

@@ -1,1 +1,20 @@
-"""Generation with several adapters in one batch."""
+"""Generation with several adapters in one batch, and batch inference from files to files."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.inference.answer import Answer
+    from rankwise.inference.predictor import Predictor
+
+__all__ = ["Answer", "Predictor"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late: it pulls in torch and MLflow, which the reading of tables does not need.
+    if name in __all__:
+        module = importlib.import_module(f"rankwise.inference.{name.lower()}")
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.assets.progress import SILENT, Progress
 from rankwise.exceptions import ConfigError
@@ -47,6 +48,7 @@ def generate(
     prompts: Sequence[Prompt],
     decoding: Decoding,
     *,
+    tokenizer: Any = None,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[Generated]:
@@ -56,6 +58,7 @@ def generate(
         base: The loaded base; the named adapters are attached to its model.
         prompts: Any mixture of adapters and lengths.
         decoding: How tokens are chosen and when to stop.
+        tokenizer: Decodes, and names the padding and end tokens; the base's when left out.
         batch_size: Rows that are decoded together.
         progress: Told of rows as they are done.
 
@@ -79,7 +82,7 @@ def generate(
             with routing.segments(segments_of(base.model, [row.adapter for row in rows])):
                 made = generate_batch(
                     base.model,
-                    base.tokenizer,
+                    base.tokenizer if tokenizer is None else tokenizer,
                     [row.token_ids for row in rows],
                     decoding,
                     seeds=[row.seed for row in rows],
