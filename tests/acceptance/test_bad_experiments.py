@@ -503,6 +503,19 @@ def test_what_compares_arms_needs_evaluation_rows(sweep, message, write, capsys)
     assert line.removeprefix("error: ") == f"bad.yaml:{message}"
 
 
+def test_a_rung_is_no_further_state_to_choose_from(write, capsys):
+    changes = (
+        ("  warmup_steps: 5", "  warmup_steps: 5\n  eval_steps: 4"),
+        (GRID, f"{GRID}\n  early_stopping: {{min_steps: 6}}"),
+        ("  alias: best", "  checkpoint: best"),
+    )
+    (line,) = refused(capsys, "validate", write(changed(*changes)))
+    assert line.removeprefix("error: ") == (
+        "bad.yaml:24: sweep.early_stopping.min_steps: must be a multiple of training.eval_steps (4) with "
+        "register.checkpoint: best, got 6; a rung would be one more state to choose from"
+    )
+
+
 @pytest.mark.parametrize("command", ["validate", "plan"])
 def test_all_problems_come_at_once_in_the_order_of_the_file(command, write, capsys):
     text = changed(

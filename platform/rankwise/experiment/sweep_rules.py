@@ -14,7 +14,11 @@ from rankwise.experiment.schema import EarlyStoppingSpec
 def sweep_problems(view: View) -> list[Problem]:
     """Everything that is wrong; a rule whose field is wrong itself is skipped."""
     problems: list[Problem] = []
-    rules: tuple[Callable[[View], Iterator[Problem]], ...] = (_results_need_rows, _rungs_need_rows)
+    rules: tuple[Callable[[View], Iterator[Problem]], ...] = (
+        _results_need_rows,
+        _rungs_need_rows,
+        _rungs_choose_nothing,
+    )
     for rule in rules:
         try:
             problems.extend(rule(view))
@@ -33,6 +37,17 @@ def _rungs_need_rows(view: View) -> Iterator[Problem]:
     if view.given("sweep.early_stopping") and not view.given("dataset.eval"):
         text = "compares arms on evaluation rows: give dataset.eval"
         yield Problem(path=("sweep", "early_stopping"), text=text)
+
+
+def _rungs_choose_nothing(view: View) -> Iterator[Problem]:
+    """An evaluation at a rung must not be one more from which the best checkpoint is taken: see the hash's rules."""
+    if not view.given("sweep.early_stopping") or not view.given("register") or view["register.checkpoint"] != "best":
+        return
+    first, every = view["sweep.early_stopping.min_steps"], view["training.eval_steps"]
+    if every is not None and first % every:
+        text = f"must be a multiple of training.eval_steps ({show(every)}) with register.checkpoint: best, got {show(first)}"
+        why = "a rung would be one more state to choose from"
+        yield Problem(path=("sweep", "early_stopping", "min_steps"), text=f"{text}; {why}")
 
 
 def rung_problems(stopping: EarlyStoppingSpec | None, arms: Sequence[ArmSpec]) -> list[Problem]:
