@@ -242,6 +242,10 @@ class Outbox:
                 shutil.rmtree(self.files)
         else:
             self.sync()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the file as it is."""
         os.close(self._descriptor)
         self.closed = True
 
