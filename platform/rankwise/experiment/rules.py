@@ -136,6 +136,18 @@ def _primary_metric_is_produced(view: View) -> Iterator[Problem]:
 
 
 @_rule
+def _promotion_reads_means(view: View) -> Iterator[Problem]:
+    # Differences are taken of means over examples; perplexity is none.
+    produced = [key for key in keys_of(view["evaluation.metrics"]) if key != "eval.perplexity"]
+    wanted = [("promotion.metric", view["promotion.metric"])] if view.given("promotion.metric") else []
+    wanted += [("promotion.max_regression", key) for key in view["promotion.max_regression"]]
+    for path, key in wanted:
+        if key not in produced:
+            text = f"must be a mean that evaluation.metrics produce ({', '.join(produced)}), got {show(key)}"
+            yield _at(path, text + did_you_mean(key, produced))
+
+
+@_rule
 def _metrics_are_different(view: View) -> Iterator[Problem]:
     seen: set[str] = set()
     for index, metric in enumerate(view["evaluation.metrics"]):

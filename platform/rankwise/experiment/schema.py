@@ -263,6 +263,23 @@ class RegisterSpec(Section):
     """Which state of an arm is registered; best is by the primary metric and needs training.eval_steps."""
 
 
+class PromotionSpec(Section):
+    """What an adapter must show before `rankwise promote` gives it an alias."""
+
+    metric: Text | None = None
+    """The key that must have become better; null: the primary metric."""
+    min_improvement: Annotated[float, Field(ge=0)] = 0.0
+    """By more than how much, in the metric's unit, at the bad end of the confidence interval."""
+    max_regression: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Key of a metric to how much worse it may become, likewise."""
+    min_examples: Count = 100
+    """Fewest examples that are compared."""
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest share of the examples that may have been in the candidate's training data; they are left out."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Of the intervals."""
+
+
 class TrackingSpec(Section):
     """What MLflow gets."""
 
@@ -304,6 +321,8 @@ class ExperimentSpec(Section):
     # A field called `register` would shadow ABCMeta.register, hence the property below.
     registration: RegisterSpec | None = Field(default=None, alias="register")
     """Where adapters are registered."""
+    promotion: PromotionSpec = PromotionSpec()
+    """What moves an alias."""
     tracking: TrackingSpec = TrackingSpec()
     """What MLflow gets."""
 

@@ -82,3 +82,15 @@ def test_a_base_that_is_not_there_yet_can_be_planned_with_a_configuration(tmp_pa
     ]
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert messages(document | {"base_model_config": str(tmp_path / "config.json")}) == []
+
+
+def test_a_promotion_names_means_that_are_produced():
+    document = data()
+    document["lora"]["lora_alpha"] = 16
+    document["evaluation"] |= {"metrics": ["loss"], "primary_metric": "eval.loss"}
+    document["promotion"] |= {"metric": "eval.perplexity", "max_regression": {"eval.los": 0.1}}
+    must = "must be a mean that evaluation.metrics produce (eval.loss), got"
+    assert messages(document) == [
+        f"promotion.metric: {must} eval.perplexity",
+        f"promotion.max_regression: {must} eval.los; did you mean 'eval.loss'?",
+    ]

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rankwise.evaluation.gate import decide
+from rankwise.evaluation.observation import Observation
+from rankwise.exceptions import ConfigError
+from rankwise.experiment.schema import PromotionSpec
+
+METRICS = ("loss", "token_accuracy", "number")
+
+
+def observations(loss, *, n=200, right=5, price=1000, seed=0):
+    """Examples of ten tokens with about `loss` nats each; noise is the example's own, so that models are paired."""
+    noise = np.random.default_rng(7).normal(0, 0.5, n) + np.random.default_rng(seed).normal(0, 0.05, n)
+    return [
+        Observation(
+            id=str(at), prompt="p", reference="1000", loss_sum=10 * (loss + noise[at]), tokens=10,
+            correct_tokens=right, prediction=str(price),
+        )
+        for at in range(n)
+    ]  # fmt: skip
+
+
+def weigh(candidate, champion, base, *, overlapping=0, primary="eval.loss", **limits):
+    spec = PromotionSpec(**limits)
+    return decide(
+        candidate, champion, base, spec, metrics=METRICS, primary_metric=primary, overlapping=overlapping
+    )  # fmt: skip
+
+
+BASE = observations(5.0, seed=1)
+
+
+def test_a_candidate_that_is_better_beyond_noise_passes():
+    decision = weigh(observations(1.9, seed=2), observations(2.0, seed=3), BASE)
+    assert decision.passed
+    assert decision.reasons == ()
+    assert [(check.name, check.against) for check in decision.checks] == [
+        ("examples", None), ("overlap", None), ("improvement", "champion"), ("improvement", "base")
+    ]  # fmt: skip
+
+
+def test_a_candidate_that_is_better_within_noise_does_not():
+    decision = weigh(observations(2.0, seed=2), observations(2.001, seed=3), BASE)
+    (reason,) = decision.reasons
+    assert reason.startswith("eval.loss against the champion: ")
+    assert reason.endswith("(n = 200); better by more than 0 is asked for")
+
+
+def test_an_improvement_must_be_as_large_as_asked_for():
+    better, champion = observations(1.9, seed=2), observations(2.0, seed=3)
+    assert weigh(better, champion, BASE, min_improvement=0.05).passed
+    assert not weigh(better, champion, BASE, min_improvement=0.1).passed
+
+
+def test_the_first_candidate_has_only_the_base_to_beat():
+    assert weigh(observations(2.0), None, BASE).passed
+    assert not weigh(observations(5.5), None, BASE).passed
+
+
+def test_where_more_is_better_less_is_no_improvement():
+    base, champion = observations(5.0, right=1), observations(2.0, right=5)
+    assert weigh(observations(2.0, right=7), champion, base, primary="eval.token_accuracy").passed
+    assert not weigh(observations(2.0, right=4), champion, base, primary="eval.token_accuracy").passed
+
+
+def test_another_metric_may_not_get_worse_than_its_limit():
+    champion = observations(2.0, price=1010, seed=3)
+    worse = observations(1.5, price=1100, seed=2)
+    limits = {"max_regression": {"eval.mean_absolute_error": 50}}
+    assert weigh(worse, champion, BASE).passed
+    (reason,) = weigh(worse, champion, BASE, **limits).reasons
+    assert reason == (
+        "eval.mean_absolute_error against the champion: +90 [+90, +90] (n = 200); worse by at most 50 is allowed"
+    )
+    assert weigh(worse, champion, BASE, max_regression={"eval.mean_absolute_error": 90}).passed
+    assert weigh(observations(1.5, price=1000), champion, BASE, **limits).passed
+
+
+def test_what_is_not_defined_does_not_pass():
+    champion, silent = observations(2.0, price=1010), observations(1.5, price="nothing")
+    limits = {"max_regression": {"eval.mean_absolute_error": 1e9}}
+    (reason,) = weigh(silent, champion, BASE, **limits).reasons
+    assert reason.startswith("eval.mean_absolute_error against the champion: not defined (n = 0)")
+
+
+def test_too_few_examples_and_too_many_that_were_trained_on():
+    few = [observations(loss, n=20) for loss in (1.0, 2.0, 5.0)]
+    assert weigh(*few).reasons == ("20 examples; at least 100 are asked for",)
+    assert weigh(*few, min_examples=20, overlapping=2).passed
+    assert weigh(*few, min_examples=20, overlapping=5).reasons == (
+        "5 of 25 examples (20.0%) were in the candidate's training data and are left out; at most 10.0% are allowed",
+    )
+
+
+def test_perplexity_is_decided_by_the_loss():
+    decision = weigh(observations(1.5), observations(2.0), BASE, primary="eval.perplexity")
+    assert {check.metric for check in decision.checks if check.metric} == {"eval.loss"}
+
+
+def test_a_key_that_no_metric_gives_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"promotion: eval\.bleu is no mean of the metrics loss, token_accuracy, number"
+    ):
+        weigh(BASE, None, BASE, max_regression={"eval.bleu": 1})
+
+
+def test_the_evidence_is_plain_data():
+    import json
+
+    document = weigh(observations(1.9), observations(2.0), BASE).to_json()
+    assert document["passed"] is True
+    assert document["checks"][2]["difference"]["n"] == 200
+    assert json.loads(json.dumps(document)) == json.loads(json.dumps(document))
