@@ -91,6 +91,6 @@ def test_a_promotion_names_means_that_are_produced():
     document["promotion"] |= {"metric": "eval.perplexity", "max_regression": {"eval.los": 0.1}}
     must = "must be a mean that evaluation.metrics produce (eval.loss), got"
     assert messages(document) == [
-        f"promotion.metric: {must} eval.perplexity",
-        f"promotion.max_regression: {must} eval.los; did you mean 'eval.loss'?",
+        f"promotion.metric: {must} 'eval.perplexity'",
+        f"promotion.max_regression: {must} 'eval.los'; did you mean 'eval.loss'?",
     ]
