@@ -3,6 +3,12 @@
 The order is a pure function of (rows, batch size, seed, micro-step), so that a resumed arm, another pack or another
 machine draws the same rows, without a state to save. Epochs follow one another without a gap: a batch may hold the end
 of one epoch and the start of the next, so that all batches are full.
+
+With lengths, rows of similar length share a batch, so that little of it is padding: the permutation of an epoch is cut
+into windows of up to 50 batches, each window is sorted by length, and its batches are taken in a random order. That
+order depends on the window alone and not on the seed: arms of one pack with equal data and batch size then have long
+batches at the same time, and short ones, and a pack pads little too. A batch that holds the end of an epoch is left as
+it is, so every row still comes once in an epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +20,11 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+# As many batches as transformers' LengthGroupedSampler sorts together.
+_WINDOW = 50
+_WINDOW_SEED = -1
+"""No arm has it."""
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -23,20 +34,24 @@ class Sampler:
         count: Number of rows, at least 1.
         batch_size: Rows of a batch, at least 1. With fewer rows than that a batch is one whole epoch.
         seed: Seed of the order.
+        lengths: Tokens of each row, to put rows of similar length together; None leaves the order to chance.
 
     Raises:
-        ValueError: `count` or `batch_size` is below 1.
+        ValueError: `count` or `batch_size` is below 1, or there are not as many lengths as rows.
     """
 
     count: int
     batch_size: int
     seed: int
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"A sampler needs at least 1 row, got count={self.count}")
         if self.batch_size < 1:
             raise ValueError(f"A sampler needs batch_size >= 1, got {self.batch_size}")
+        if self.lengths is not None and len(self.lengths) != self.count:
+            raise ValueError(f"A sampler of {self.count} rows needs as many lengths, got {len(self.lengths)}")
 
     @property
     def rows_per_batch(self) -> int:
@@ -52,19 +67,36 @@ class Sampler:
         if micro_step < 0:
             raise ValueError(f"micro_step must be at least 0, got {micro_step}")
         first = micro_step * self.rows_per_batch
-        picked = []
-        for position in range(first, first + self.rows_per_batch):
-            epoch, offset = divmod(position, self.count)
-            picked.append(int(_permutation(self.count, self.seed, epoch)[offset]))
-        return picked
+        if self.lengths is not None and first // self.count == (first + self.rows_per_batch - 1) // self.count:
+            return self._of_similar_length(micro_step)
+        return [self._row(position) for position in range(first, first + self.rows_per_batch)]
 
     def epoch(self, number: int) -> list[int]:
         """The whole permutation of epoch `number` (from 0)."""
         return [int(index) for index in _permutation(self.count, self.seed, number)]
 
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, self.count)
+        return int(_permutation(self.count, self.seed, epoch)[offset])
 
-# Two entries per arm that is being trained: a batch touches at most two epochs.
-@lru_cache(maxsize=64)
+    def _of_similar_length(self, micro_step: int) -> list[int]:
+        """A batch that lies within one epoch."""
+        assert self.lengths is not None
+        size = self.rows_per_batch
+        epoch = micro_step * size // self.count
+        # Batches first to last - 1 lie within the epoch; windows are counted from its first.
+        first, last = -(-epoch * self.count // size), (epoch + 1) * self.count // size
+        width = min(max(self.count // (4 * size), 1), _WINDOW)
+        start = first + (micro_step - first) // width * width
+        batches = min(width, last - start)
+        rows = [self._row(position) for position in range(start * size, (start + batches) * size)]
+        rows.sort(key=lambda row: self.lengths[row])  # type: ignore[index]
+        chosen = int(_permutation(batches, _WINDOW_SEED, start)[micro_step - start])
+        return rows[chosen * size : (chosen + 1) * size]
+
+
+# Three entries per arm that is being trained: a batch touches at most two epochs and a window.
+@lru_cache(maxsize=128)
 def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """A permutation by sorting raw Philox words.
 

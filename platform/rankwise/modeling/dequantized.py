@@ -55,21 +55,19 @@ def keep_dequantized(model: Any, *, memory_share: float = MEMORY_SHARE) -> Itera
     Yields:
         Whether weights are kept.
     """
-    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    if any("forward" in layer.__dict__ for layer in layers):
+    if is_dequantized(model):
         yield True
         return
-    if not layers or not all(_helps(layer) for layer in layers):
-        yield False
-        return
-    needed = sum(_size(layer) for layer in layers)
+    layers = _layers(model)
+    needed = sum(map(_size, layers))
     free = free_memory()
-    if needed > memory_share * free:
-        logger.info(
-            "4-bit weights are dequantized in each pass: keeping them would take %d of %d MiB of free memory",
-            needed >> 20,
-            free >> 20,
-        )
+    if not dequantized_bytes(model, memory_share=memory_share):
+        if needed:
+            logger.info(
+                "4-bit weights are dequantized in each pass: keeping them would take %d of %d MiB of free memory",
+                needed >> 20,
+                free >> 20,
+            )
         yield False
         return
     logger.info("4-bit weights are kept dequantized: %d of %d MiB of free memory", needed >> 20, free >> 20)
@@ -80,6 +78,17 @@ def keep_dequantized(model: Any, *, memory_share: float = MEMORY_SHARE) -> Itera
     finally:
         for layer in layers:
             del layer.forward
+
+
+def is_dequantized(model: Any) -> bool:
+    """Whether weights of a model are kept now."""
+    return any(isinstance(module.__dict__.get("forward"), _Dequantized) for module in model.modules())
+
+
+def dequantized_bytes(model: Any, *, memory_share: float = MEMORY_SHARE) -> int:
+    """Bytes that `keep_dequantized` keeps, or would keep now; 0 where it does not help or not fit."""
+    needed = sum(map(_size, _layers(model)))
+    return needed if is_dequantized(model) or needed <= memory_share * free_memory() else 0
 
 
 def free_memory() -> int:
@@ -98,6 +107,12 @@ def _read_number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def _layers(model: Any) -> list[Any]:
+    """The 4-bit layers whose weights are worth keeping; none if any of them has a kernel of its own."""
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    return layers if all(map(_helps, layers)) else []
 
 
 def _helps(layer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +12,19 @@ from torch.nn import functional
 
 from rankwise.data.collator import collate
 from rankwise.data.encoding import Encoded
+from rankwise.exceptions import JobError
 from rankwise.modeling.packed_lora import Routing, Segment
 from rankwise.modeling.supervised import SupervisedLogits
 from rankwise.training.living import LivingArm
+from rankwise.training.memory import is_out_of_memory
 
 METRICS = ("eval.loss", "eval.perplexity", "eval.token_accuracy")
 """What is computed here."""
 MAX_ROWS = 64
+MAX_LOGITS = 1 << 28
+"""Numbers of a batch's logits at supervised positions: 1 GiB in fp32, a few times that with what is made of them."""
+
+logger = logging.getLogger(__name__)
 
 
 class Assessor:
@@ -29,6 +36,8 @@ class Assessor:
         self._logits = logits
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._max_rows = MAX_ROWS
 
     @torch.no_grad()
     def assess(self, arms: Sequence[LivingArm]) -> dict[str, dict[str, float]]:
@@ -36,14 +45,35 @@ class Assessor:
 
         Returns:
             For each spec hash the metrics over all supervised tokens of its evaluation rows.
+
+        Raises:
+            JobError: Out of memory with a single row.
         """
+        while True:
+            try:
+                return self._assess(arms)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self._max_rows == 1:
+                    raise JobError(
+                        f"out of memory with one row of evaluation on {self._device}: lower training.max_length: "
+                        f"{error}"
+                    ) from error
+            # Outside of the handler: the traceback holds on to the tensors of the failed pass.
+            torch.cuda.empty_cache()
+            self._max_rows //= 2
+            logger.warning("out of memory: at most %d rows are evaluated together from now on", self._max_rows)
+
+    def _assess(self, arms: Sequence[LivingArm]) -> dict[str, dict[str, float]]:
         work: list[tuple[int, Encoded]] = []
         for index, arm in enumerate(arms):
             work += [(index, row) for row in arm.task.evaluation or ()]
         # Rows of similar length together, longest first; arms of one batch share the base's products.
         work.sort(key=lambda each: -len(each[1].input_ids))
         size = max(arm.task.spec.evaluation.per_device_eval_batch_size for arm in arms) * len(arms)
-        size = min(size, MAX_ROWS)
+        longest = max(int(row.supervised.sum()) for _, row in work)
+        size = max(1, min(size, self._max_rows, MAX_LOGITS // (self._vocabulary * max(1, longest))))
         sums: list[list[float]] = [[0.0, 0.0, 0.0] for _ in arms]
         for start in range(0, len(work), size):
             for index, loss, correct, tokens in self._pass(

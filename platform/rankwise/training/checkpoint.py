@@ -1,5 +1,6 @@
 """Checkpoints of a pack, and the results of its arms, on disk.
 
+    DIRECTORY/<composition>/passes.json     how the arms went through the base at first
     DIRECTORY/<composition>/step-00000020/pack.json, manifest.json
                                           arm-<short>/adapter/        a PEFT directory
                                                       optimizer.safetensors
@@ -33,8 +34,10 @@ from rankwise.exceptions import AdapterIntegrityError
 from rankwise.modeling.adapter import read_adapter, save_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.manifest import check_manifest
+from rankwise.settings import write_atomically
 from rankwise.training.files import copy_directory, remove, sweep, whole_directory
 from rankwise.training.living import Best, LivingArm
+from rankwise.training.passes import Passes
 from rankwise.training.values import ArmOutcome
 
 logger = logging.getLogger(__name__)
@@ -71,9 +74,10 @@ class ArmState:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """All living arms at one pack step, and how those ended that had left by then."""
+    """All living arms at one pack step, how they went through the base, and how those ended that had left by then."""
 
     pack_step: int
+    passes: Passes
     states: Mapping[str, ArmState]
     ended: Mapping[str, ArmOutcome]
 
@@ -98,7 +102,7 @@ class Checkpoints:
         for spec_hash in spec_hashes:
             sweep(self._aside(spec_hash))
 
-    def save(self, pack_step: int, arms: Sequence[LivingArm], ended: Mapping[str, ArmOutcome]) -> Path:
+    def save(self, pack_step: int, arms: Sequence[LivingArm], ended: Mapping[str, ArmOutcome], passes: Passes) -> Path:
         """Write a generation, and remove those before the last two.
 
         Raises:
@@ -111,6 +115,7 @@ class Checkpoints:
             document = {
                 "version": FORMAT_VERSION,
                 "pack_step": pack_step,
+                "passes": asdict(passes),
                 "living": [arm.spec_hash for arm in arms],
                 "ended": {
                     spec_hash: _outcome_json(outcome, self.directory) for spec_hash, outcome in sorted(ended.items())
@@ -131,6 +136,7 @@ class Checkpoints:
             if document is not None:
                 return Generation(
                     pack_step=document["pack_step"],
+                    passes=Passes(**document.get("passes", {})),  # not in what the first releases wrote
                     states={each: _state(path / _arm_name(each)) for each in document["living"]},
                     ended={
                         spec_hash: _outcome_from(value, self.directory)
@@ -138,6 +144,17 @@ class Checkpoints:
                     },
                 )
         return None
+
+    def first_passes(self, planned: Passes) -> Passes:
+        """How the first start of these arms split them: `planned`, if this is the first.
+
+        What is free differs from start to start, and with the split the last bits of all results.
+        """
+        path = self.directory / "passes.json"
+        if path.exists():
+            return Passes(**json.loads(path.read_text(encoding="utf-8")))
+        write_atomically(path, json.dumps(asdict(planned)).encode())
+        return planned
 
     def newest_of(self, spec_hash: str) -> ArmState | None:
         """The newest state of one arm in any composition."""

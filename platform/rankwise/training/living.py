@@ -17,6 +17,7 @@ from rankwise.exceptions import ConfigError
 from rankwise.modeling.adapter import read_adapter
 from rankwise.modeling.lora_random import DropoutKey
 from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter
+from rankwise.training.optimizers import load_state, make_optimizer, state_tensors
 from rankwise.training.schedule import Schedule
 from rankwise.training.values import ArmTask
 
@@ -51,30 +52,21 @@ class LivingArm:
         """Inject the arm's adapter with its start values.
 
         Raises:
-            ConfigError: No rows, or the adapter does not fit the base or `init_adapter`.
+            ConfigError: The adapter does not fit the base or `init_adapter`, or there is no such optimizer on the
+            base's device.
         """
-        if not task.train:
-            raise ConfigError(f"arm {task.spec.short} has no training rows")
         training = task.spec.training
         self.task = task
         self.name = create_adapter(model, task.spec)
         self.parameters = adapter_parameters(model, self.name)
-        if task.init_adapter is not None:
-            try:
+        try:
+            if task.init_adapter is not None:
                 _, tensors = read_adapter(task.init_adapter)
                 self.load(tensors, str(task.init_adapter))
-            except BaseException:
-                delete_adapter(model, self.name)
-                raise
-        # fp32, fused on CPU and CUDA: what transformers' Trainer uses.
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=training.learning_rate,
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_epsilon,
-            weight_decay=training.weight_decay,
-            fused=True,
-        )
+            self.optimizer = make_optimizer(list(self.parameters.values()), training)
+        except BaseException:
+            delete_adapter(model, self.name)
+            raise
         self.step = 0
         self.total_steps = training.optimizer_steps(len(task.train))
         self.seconds = 0.0
@@ -173,24 +165,12 @@ class LivingArm:
             parameter.copy_(tensors[name])
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """AdamW's state under the matrices' names; empty before the first step."""
-        return {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        """AdamW's state under the matrices' names."""
+        return state_tensors(self.optimizer, self.parameters)
 
     def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take AdamW's state back, as `optimizer_tensors` gave it."""
-        self.optimizer.state.clear()
-        for name, parameter in self.parameters.items():
-            state = {
-                key.removeprefix(f"{name}."): value.to(parameter.device, copy=True)
-                for key, value in tensors.items()
-                if key.startswith(f"{name}.")
-            }
-            if state:
-                self.optimizer.state[parameter] = state
+        load_state(self.optimizer, self.parameters, tensors)
 
     @cached_property
     def _schedule(self) -> Schedule:
@@ -205,4 +185,7 @@ class LivingArm:
     @cached_property
     def _sampler(self) -> Sampler:
         training = self.task.spec.training
-        return Sampler(len(self.task.train), training.per_device_train_batch_size, self.task.spec.seed)
+        lengths = None
+        if training.train_sampling_strategy == "group_by_length":
+            lengths = tuple(len(row.input_ids) for row in self.task.train)
+        return Sampler(len(self.task.train), training.per_device_train_batch_size, self.task.spec.seed, lengths)

@@ -6,13 +6,15 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from rankwise.exceptions import JobError
 from rankwise.experiment.metric_names import GREATER_IS_BETTER
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.packed_lora import delete_adapter, install
 from rankwise.training.assess import Assessor
 from rankwise.training.checkpoint import Checkpoints
 from rankwise.training.living import LivingArm
-from rankwise.training.memory import PeakMemory
+from rankwise.training.memory import PeakMemory, is_out_of_memory
+from rankwise.training.passes import Passes
 from rankwise.training.step import Nonfinite, Stepper
 from rankwise.training.values import ArmOutcome, ArmTask, PackObserver, StepRecord
 
@@ -34,7 +36,14 @@ class PackLoop:
         checkpoints: Checkpoints,
         observer: PackObserver,
         evaluate: Evaluate | None,
+        passes: Passes,
     ) -> None:
+        """Inject the arms' adapters, and put the arms into the states that they have on disk.
+
+        Raises:
+            ConfigError: An arm does not fit the base.
+            JobError: Out of memory with what the arms keep for the whole training.
+        """
         self._base = base
         self._checkpoints = checkpoints
         self._observer = observer
@@ -43,13 +52,19 @@ class PackLoop:
         self._arms: list[LivingArm] = []
         self._outcomes: dict[str, ArmOutcome] = {}
         self._pack_step = 0
+        self._passes = passes
         pad = base.tokenizer.pad_token_id
         # Any token pads as well as another: padding is neither attended to nor supervised.
         self._pad_token_id = 0 if pad is None else int(pad)
         try:
             self._begin(tasks)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if is_out_of_memory(error):
+                raise JobError(
+                    f"out of memory with the adapters and optimizers of {len(tasks)} arms on {base.device}: train "
+                    f"fewer together (--max-arms), lower lora.r, or set training.optim to adamw_bnb_8bit: {error}"
+                ) from error
             raise
 
     def close(self) -> None:
@@ -60,7 +75,7 @@ class PackLoop:
 
     def run(self, should_stop: Callable[[], bool], should_leave: Callable[[str], bool]) -> dict[str, ArmOutcome]:
         """Step until no arm is left or a stop is asked for."""
-        stepper = Stepper(self._base.model, install(self._base.model), self._pad_token_id, self._memory)
+        stepper = Stepper(self._base.model, install(self._base.model), self._pad_token_id, self._memory, self._passes)
         assessor = Assessor(self._base.model, install(self._base.model), stepper.logits, self._pad_token_id)
         self._leave_done()
         self._pause(assessor)
@@ -74,7 +89,9 @@ class PackLoop:
                     self._checkpoints.put_aside(arm)
                     self._part_with(arm, self._stopped(arm))
             self._pack_step += 1
-            for spec_hash, result in stepper.step(self._arms).items():
+            results = stepper.step(self._arms)
+            self._passes = stepper.passes
+            for spec_hash, result in results.items():
                 if isinstance(result, StepRecord):
                     self._observer.on_step(spec_hash, result)
                 else:
@@ -85,14 +102,17 @@ class PackLoop:
             if self._arms and self._pack_step % min(arm.task.spec.training.save_steps for arm in self._arms) == 0:
                 self._save()
         if any(outcome.status in UNFINISHED for outcome in self._outcomes.values()):
-            self._checkpoints.save(self._pack_step, [], self._outcomes)
+            self._checkpoints.save(self._pack_step, [], self._outcomes, self._passes)
         else:
             self._checkpoints.drop_generations()
         return self._outcomes
 
     def _begin(self, tasks: Sequence[ArmTask]) -> None:
         generation = self._checkpoints.newest()
-        if generation is not None:
+        if generation is None:
+            self._passes = self._checkpoints.first_passes(self._passes)
+        else:
+            self._passes = generation.passes
             self._pack_step = generation.pack_step
             ended = generation.ended.items()
             self._outcomes.update({each: outcome for each, outcome in ended if outcome.status not in UNFINISHED})
@@ -113,7 +133,7 @@ class PackLoop:
     def _save(self) -> None:
         for arm in list(self._arms):
             self._is_sound(arm)
-        directory = self._checkpoints.save(self._pack_step, self._arms, self._outcomes)
+        directory = self._checkpoints.save(self._pack_step, self._arms, self._outcomes, self._passes)
         self._observer.on_checkpoint(self._pack_step, directory)
 
     def _stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,12 +10,16 @@ from rankwise.exceptions import ConfigError
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.training.assess import METRICS
+from rankwise.training.budget import default_token_budget, plan_pack
 from rankwise.training.checkpoint import Checkpoints
 from rankwise.training.loop import Evaluate, PackLoop
 from rankwise.training.mode import training_mode
+from rankwise.training.passes import Passes
 from rankwise.training.values import ArmOutcome, ArmTask, PackObserver, StepRecord
 
 __all__ = ["ArmOutcome", "ArmTask", "Evaluate", "PackObserver", "StepRecord", "train_pack"]
+
+logger = logging.getLogger(__name__)
 
 
 def train_pack(
@@ -26,6 +31,8 @@ def train_pack(
     should_stop: Callable[[], bool] = lambda: False,
     should_leave: Callable[[str], bool] = lambda spec_hash: False,
     evaluate: Evaluate | None = None,
+    parts: int | None = None,
+    max_pack_tokens: int | None = None,
 ) -> dict[str, ArmOutcome]:
     """Train arms together, from their newest checkpoints if there are any.
 
@@ -42,6 +49,9 @@ def train_pack(
         should_leave: The same for a single arm, by spec hash: it ends as `stopped`, the others go on.
         evaluate: Replaces the evaluation at `eval_steps`, for primary metrics that need generation; the default
             computes loss, perplexity and token accuracy over the supervised tokens.
+        parts: In how many forward passes the arms of a micro-step go through the base; by `plan_pack` when left out.
+        max_pack_tokens: Tokens of a forward pass, with padding; by `plan_pack` when left out. Arms that were started
+            together before go on as they were split then.
 
     Returns:
         The outcome of every arm, by spec hash. Arms whose results are in `directory` already are not trained again if
@@ -61,9 +71,15 @@ def train_pack(
         for outcome in known.values():
             observer.on_end(outcome)
         return known
+    if parts is None:
+        plan = plan_pack(base, tasks, token_budget=max_pack_tokens)
+        logger.info("%s", plan.estimate.text())
+        passes = plan.passes
+    else:
+        passes = Passes(parts=parts, max_tokens=max_pack_tokens or default_token_budget(base))
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
     with training_mode(base.model, gradient_checkpointing=checkpointing), keep_dequantized(base.model):
-        pack = PackLoop(base, tasks, checkpoints, observer, evaluate)
+        pack = PackLoop(base, tasks, checkpoints, observer, evaluate, passes)
         try:
             return pack.run(should_stop, should_leave)
         finally:
@@ -80,6 +96,8 @@ def _check(tasks: Sequence[ArmTask], evaluate: Evaluate | None) -> None:
         problems.append("the arms of the pack do not share base, quantization and gradient checkpointing")
     for task in tasks:
         spec = task.spec
+        if not task.train:
+            problems.append(f"arm {spec.short} has no training rows")
         if spec.training.eval_steps is not None and not task.evaluation:
             problems.append(f"arm {spec.short}: training.eval_steps is set, but there are no evaluation rows")
         if task.stop_at is not None and not task.evaluation:

@@ -7,7 +7,8 @@ and backpropagated once. Each arm's matrices get the gradient that they get alon
 them.
 
 A step is a pure function of the arms' states until the optimizers run. So when memory runs out, gradients are dropped
-and the step is made again with the pack in more parts.
+and the step is made again with the pack in more parts. What the optimizers need is there before (`LivingArm`), so that
+their steps ask for no memory; should one of them fail nevertheless, the pack does, and goes on from its checkpoint.
 
 Measured on one core (AVX2, CPU seconds of a step, SmolLM2-135M in NF4, r 8 on q, k, v, o, dropout 0.05, rows of 45
 tokens, the machine otherwise in use, so take ratios):
@@ -23,11 +24,13 @@ adapters take 15 %, dropout a third of that. oneDNN's packed weights are not in 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,7 +42,8 @@ from rankwise.exceptions import JobError
 from rankwise.modeling.packed_lora import Routing, Segment
 from rankwise.modeling.supervised import SupervisedLogits
 from rankwise.training.living import LivingArm
-from rankwise.training.memory import PeakMemory
+from rankwise.training.memory import PeakMemory, is_out_of_memory
+from rankwise.training.passes import Passes
 from rankwise.training.values import StepRecord
 
 logger = logging.getLogger(__name__)
@@ -73,15 +77,22 @@ class _Work:
     """For each micro-batch its rows, the row of each supervised token, and their losses."""
     seconds: float = 0.0
 
+    def size(self, micro_step: int) -> tuple[int, int]:
+        """Rows of a micro-batch, and tokens of the longest."""
+        rows = self.window[micro_step]
+        return len(rows), max(len(row.input_ids) for row in rows)
+
 
 class Stepper:
     """Makes steps over one base.
 
     Attributes:
-        parts: Into how many forward passes the arms of a micro-step are split; it grows when memory runs out.
+        passes: How the arms of a micro-step are split; finer when memory has run out.
     """
 
-    def __init__(self, model: Any, routing: Routing, pad_token_id: int, memory: PeakMemory) -> None:
+    def __init__(
+        self, model: Any, routing: Routing, pad_token_id: int, memory: PeakMemory, passes: Passes | None = None
+    ) -> None:
         """Check how the model computes logits."""
         self._model = model
         self._routing = routing
@@ -89,7 +100,7 @@ class Stepper:
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
         self._memory = memory
-        self.parts = 1
+        self.passes = passes or Passes()
 
     def step(self, arms: Sequence[LivingArm]) -> dict[str, StepRecord | Nonfinite]:
         """Make one optimizer step of each arm.
@@ -102,22 +113,30 @@ class Stepper:
         """
         while True:
             try:
-                return self._step(arms)
-            except torch.OutOfMemoryError as error:
+                works = self._gradients(arms)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 for arm in arms:
                     arm.forget_gradient()
-                if self.parts >= len(arms):
+                if self.passes.parts >= len(arms):
                     raise JobError(
                         f"out of memory with one arm at a time on {self._device}: lower "
                         "training.per_device_train_batch_size (and raise gradient_accumulation_steps) or "
                         f"training.max_length, or set training.gradient_checkpointing: {error}"
                     ) from error
             # Outside of the handler: the traceback holds on to the tensors of the failed pass.
+            gc.collect()
             torch.cuda.empty_cache()
-            self.parts = min(2 * self.parts, len(arms))
-            logger.warning("out of memory: %d arms go through the base in %d parts from now on", len(arms), self.parts)
+            self.passes = self.passes.finer(len(arms))
+            logger.warning(
+                "out of memory: %d arms go through the base in %d parts from now on", len(arms), self.passes.parts
+            )
+        return self._update(works)
 
-    def _step(self, arms: Sequence[LivingArm]) -> dict[str, StepRecord | Nonfinite]:
+    def _gradients(self, arms: Sequence[LivingArm]) -> list[_Work]:
+        """Forward and backward passes over all micro-batches of a step; nothing of an arm changes but its gradients."""
         works = []
         for arm in arms:
             window = arm.window()
@@ -125,8 +144,12 @@ class Stepper:
             works.append(_Work(arm=arm, window=window, supervised=supervised, losses=[]))
         for micro_step in range(max(len(work.window) for work in works)):
             present = [work for work in works if micro_step < len(work.window)]
-            for part in _split(present, self.parts):
+            for part in self.passes.split(present, partial(_Work.size, micro_step=micro_step)):
                 self._pass(part, micro_step)
+        return works
+
+    def _update(self, works: Sequence[_Work]) -> dict[str, StepRecord | Nonfinite]:
+        """Clip, and make the optimizers' steps."""
         began = time.perf_counter()
         losses = [
             torch.stack([part.sum() for _, _, part in work.losses]).sum() / max(1, work.supervised) for work in works
@@ -186,13 +209,17 @@ class Stepper:
         targets = batch.input_ids[row_of, token]
         counts = [int(batch.supervised[each.start : each.stop].sum()) for each in segments]
         with self._routing.segments(segments):
-            logits = self.logits(
-                batch.input_ids.to(self._device),
-                batch.attention_mask.to(self._device),
-                row_of.to(self._device),
-                (token - 1).to(self._device),
+            # Not kept under a name: the backward pass needs their log-softmax, and not themselves.
+            losses = functional.cross_entropy(
+                self.logits(
+                    batch.input_ids.to(self._device),
+                    batch.attention_mask.to(self._device),
+                    row_of.to(self._device),
+                    (token - 1).to(self._device),
+                ),
+                targets.to(self._device),
+                reduction="none",
             )
-            losses = functional.cross_entropy(logits, targets.to(self._device), reduction="none")
             parts = torch.split(losses, counts)
             total = torch.stack(
                 [part.sum() / max(1, work.supervised) for work, part in zip(works, parts, strict=True)]
@@ -205,12 +232,6 @@ class Stepper:
         for work, segment, part, place, share in zip(works, segments, parts, places, shares, strict=True):
             work.losses.append((work.window[micro_step], place - segment.start, part.detach()))
             work.seconds += elapsed * share / sum(shares)
-
-
-def _split(works: list[_Work], parts: int) -> Iterator[list[_Work]]:
-    size = math.ceil(len(works) / parts)
-    for start in range(0, len(works), size):
-        yield works[start : start + size]
 
 
 def _nonfinite(work: _Work, loss: float, grad_norm: float) -> Nonfinite:

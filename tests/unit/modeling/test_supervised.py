@@ -51,3 +51,41 @@ def test_a_known_setting_in_the_configuration_is_enough(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert not SupervisedLogits(model).direct
     assert "final_logit_softcapping" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
+def test_padding_on_the_right_needs_no_mask_under_causal_attention(tmp_path, architecture):
+    model = load_tiny(tmp_path, architecture).model
+    logits = SupervisedLogits(model)
+    assert not logits.masked
+    ids = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    rows, positions = torch.tensor([0, 0, 1]), torch.tensor([1, 4, 8])
+    with torch.no_grad():
+        mine = logits(ids, mask, rows, positions)
+        own = model(input_ids=ids, attention_mask=mask).logits[rows, positions]
+    torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_whose_tokens_see_padding_gets_its_mask(tmp_path, caplog):
+    model = load_tiny(tmp_path).model
+    attention = [layer.self_attn for layer in model.model.layers]
+    for layer in attention:
+        own = layer.forward
+
+        def looks_ahead(hidden_states, *args, _own=own, attention_mask=None, **kwargs):
+            output, weights = _own(hidden_states, *args, attention_mask=attention_mask, **kwargs)
+            unmasked = attention_mask is None
+            return output + hidden_states.mean(dim=1, keepdim=True) * unmasked, weights
+
+        layer.forward = looks_ahead
+    with caplog.at_level(logging.INFO):
+        logits = SupervisedLogits(model)
+    assert logits.masked
+    assert "padding is masked, since its tokens differ by up to" in caplog.text
+    seen = []
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    ids = torch.randint(4, 300, (1, 6))
+    logits(ids, torch.ones_like(ids), torch.tensor([0]), torch.tensor([2]))
+    assert "attention_mask" in seen[0]

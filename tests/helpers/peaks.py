@@ -1,0 +1,36 @@
+"""The peak of torch's allocations in one step of a pack, on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.packed_lora import delete_adapter, install
+from rankwise.training.living import LivingArm
+from rankwise.training.memory import PeakMemory
+from rankwise.training.mode import training_mode
+from rankwise.training.step import Stepper
+
+
+def peak_of_step(base, tasks) -> int:
+    """Bytes above what is there before a step whose gradients exist already."""
+    checkpointing = tasks[0].spec.training.gradient_checkpointing
+    with training_mode(base.model, gradient_checkpointing=checkpointing), keep_dequantized(base.model):
+        arms = [LivingArm(task, base.model) for task in tasks]
+        try:
+            stepper = Stepper(base.model, install(base.model), 3, PeakMemory(base.device))
+            for arm in arms:
+                for parameter in arm.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                stepper._gradients(arms)
+        finally:
+            for arm in arms:
+                delete_adapter(base.model, arm.name)
+    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

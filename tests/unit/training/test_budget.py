@@ -1,0 +1,109 @@
+"""Which arms fit, in how many passes, and that the estimate is what a step takes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.packs import load_tiny, make_arm, make_rows
+from helpers.peaks import peak_of_step
+
+from rankwise.exceptions import ConfigError
+from rankwise.training.budget import CPU_TOKENS, plan_pack
+from rankwise.training.pack import ArmTask, train_pack
+
+ROWS = make_rows(12)
+
+
+def tasks(*arms, rows=ROWS):
+    return [ArmTask(spec=arm, train=rows) for arm in arms]
+
+
+def some(count, **settings):
+    return tasks(*(make_arm(seed=seed, **settings) for seed in range(count)))
+
+
+def test_with_memory_to_spare_all_arms_go_in_one_pass(base):
+    plan = plan_pack(base, some(3))
+    assert (len(plan.fits), plan.left, plan.parts) == (3, (), 1)
+    assert plan.passes.max_tokens == CPU_TOKENS
+    assert plan.estimate.free > plan.estimate.total
+
+
+def test_the_estimate_is_told_with_its_parts(base):
+    plan = plan_pack(base, some(3), free_bytes=3 << 30)
+    estimate = plan.estimate
+    assert estimate.total == estimate.base + estimate.states + estimate.activations + estimate.logits
+    assert estimate.base > base.memory_bytes
+    # Rank 4 on q (64 -> 64) and v (64 -> 32) of two layers; weight, gradient and two moments in fp32.
+    assert estimate.states == 3 * 16 * 2 * 4 * (64 + 64 + 64 + 32)
+    longest = max(len(row.input_ids) for row in ROWS)
+    assert estimate.tokens == 3 * 2 * longest
+    assert replace(estimate, base=5 << 30, states=70 << 20, activations=2 << 30, logits=9 << 20).text() == (
+        "memory 7.08 GiB: base 5.00 GiB, 3 arms 70 MiB, activations 2.00 GiB (1 pass of up to 78 tokens), "
+        "logits 9 MiB, 3.00 GiB free beside the base"
+    )
+
+
+def test_little_memory_means_more_passes_before_it_means_fewer_arms(base):
+    whole = plan_pack(base, some(8), free_bytes=1 << 30).estimate
+    half = plan_pack(base, some(8), free_bytes=whole.states + (whole.activations + whole.logits) * 6 // 10)
+    assert (len(half.fits), half.parts, half.estimate.passes) == (8, 2, 2)
+    least = plan_pack(base, some(8), free_bytes=whole.states + (whole.activations + whole.logits) // 8)
+    assert (len(least.fits), least.parts) == (8, 8)
+
+
+def test_arms_whose_states_do_not_fit_are_left_in_their_order(base):
+    given = some(8)
+    whole = plan_pack(base, given, free_bytes=1 << 30).estimate
+    plan = plan_pack(base, given, free_bytes=whole.states // 2 + (whole.activations + whole.logits) // 8)
+    assert plan.fits == tuple(given[:4])
+    assert plan.left == tuple(given[4:])
+
+
+def test_a_single_arm_is_tried_whatever_the_estimate_says(base, caplog):
+    plan = plan_pack(base, some(2), free_bytes=1)
+    assert (len(plan.fits), len(plan.left)) == (1, 1)
+    assert "not even one arm fits: memory" in caplog.text
+
+
+def test_a_token_budget_makes_passes(base):
+    longest = max(len(row.input_ids) for row in ROWS)
+    plan = plan_pack(base, some(4), token_budget=2 * 2 * longest)
+    assert (plan.parts, plan.estimate.passes, plan.estimate.tokens) == (1, 2, 2 * 2 * longest)
+
+
+def test_unknown_modules_and_no_arms_are_refused(base):
+    with pytest.raises(ConfigError, match=r"no linear layer 'q_prj'; did you mean 'q_proj'"):
+        plan_pack(base, tasks(make_arm(lora={"target_modules": ["q_prj"]})))
+    with pytest.raises(ValueError, match="at least one arm"):
+        plan_pack(base, [])
+
+
+def test_training_in_the_passes_of_a_plan_says_what_it_will_take(base, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train_pack(base, some(2, training={"max_steps": 1}), directory=tmp_path)
+    assert "2 arms" in caplog.text
+    assert "activations" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_of_a_step_is_its_measured_peak(tmp_path, architecture, checkpointing):
+    """Against the peak of torch's allocations, told by its profiler. Tiny bases: logits and layers weigh alike."""
+    torch.set_num_threads(1)
+    base = load_tiny(tmp_path, architecture, hidden_size=128, layers=4)
+    rows = make_rows(12, shortest=60, longest=60)
+    targets = "all-linear" if architecture == "gpt_neox" else ["q_proj", "v_proj", "down_proj"]
+    arms = [
+        make_arm(
+            seed=seed,
+            lora={"r": 4 + seed, "lora_dropout": 0.1 * seed, "target_modules": targets},
+            training={"per_device_train_batch_size": 3, "gradient_checkpointing": checkpointing},
+        )
+        for seed in range(3)
+    ]
+    estimate = plan_pack(base, tasks(*arms, rows=rows)).estimate
+    peak = peak_of_step(base, tasks(*arms, rows=rows))
+    ratio = (estimate.activations + estimate.logits) / peak
+    print(f"{architecture}, checkpointing {checkpointing}: estimate / peak = {ratio:.2f}")
+    assert 0.9 < ratio < 1.35
