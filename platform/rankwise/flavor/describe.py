@@ -6,6 +6,7 @@ named source is what is in memory, so its tensors are compared with the files'.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,15 @@ def quantization_of(model: Any) -> tuple[QuantizationSpec, torch.dtype | None]:
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return QuantizationSpec(load_in_4bit=False), None
-    values = config if isinstance(config, dict) else config.to_dict()
+    return quantization_from(config if isinstance(config, dict) else config.to_dict())
+
+
+def quantization_from(values: Mapping[str, Any]) -> tuple[QuantizationSpec, torch.dtype | None]:
+    """The same out of the content of a `quantization_config`.
+
+    Raises:
+        ConfigError: It is of another library than bitsandbytes.
+    """
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
     if "bitsandbytes" not in method and not method.startswith("bnb"):
         raise ConfigError(f"the base is quantized by {method}; the flavor records bitsandbytes' 4 and 8 bit, and none")

@@ -127,15 +127,26 @@ def fetch(uri: str | Path, tracking_uri: str | None = None) -> Iterator[Fetched]
         TrackingError: MLflow cannot be reached, or has no such model.
     """
     origin = resolve_uri(uri, tracking_uri)
+    with obtain(origin, tracking_uri) as directory:
+        yield check(directory, origin)
+
+
+@contextmanager
+def obtain(origin: Origin, tracking_uri: str | None = None) -> Iterator[Path]:
+    """A model's files, unchecked, inside the block; a download is removed after it.
+
+    Raises:
+        TrackingError: They cannot be fetched.
+    """
     if Path(origin.location).is_dir():
         # Files of a local store are read where they lie.
-        yield check(Path(origin.location), origin)
+        yield Path(origin.location)
         return
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
         with tracking_errors(f"fetching {origin.uri}"):
             repository = get_artifact_repository(origin.location, tracking_uri=tracking_uri)
             directory = Path(repository.download_artifacts("", dst_path=scratch))
-        yield check(directory, origin)
+        yield directory
 
 
 def check(directory: Path, origin: Origin) -> Fetched:
@@ -207,7 +218,7 @@ def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
     tags = dict(client.get_logged_model(model_id).tags) if model_id else {}
     return Origin(
         uri=f"models:/{name}/{version}",
-        location=_local(client.get_model_version_download_uri(name, version)),
+        location=local_path(client.get_model_version_download_uri(name, version)),
         name=name,
         version=str(version),
         model_id=model_id,
@@ -220,7 +231,7 @@ def _of_logged_model(model_id: str, uri: str, tracking_uri: str | None) -> Origi
     found = MlflowClient(tracking_uri=tracking_uri).get_logged_model(model_id)
     return Origin(
         uri=uri,
-        location=_local(found.artifact_location),
+        location=local_path(found.artifact_location),
         model_id=model_id,
         run_id=found.source_run_id or None,
         tags=dict(found.tags),
@@ -242,6 +253,6 @@ def _of_run(run_id: str, name: str | None, tracking_uri: str | None) -> Origin:
     return _of_logged_model(newest.model_id, f"models:/{newest.model_id}", tracking_uri)
 
 
-def _local(location: str) -> str:
+def local_path(location: str) -> str:
     """A path for artifacts on this machine, the URI for others."""
     return unquote(urlparse(location).path) if location.startswith("file:") else location

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from mlflow.models import Model, ModelSignature
+from mlflow.models import Model
 from mlflow.models.utils import _save_example
 from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
 from peft import LoraConfig
@@ -32,8 +32,9 @@ from rankwise.flavor.metadata import (
     section_digest,
     template_digest,
 )
+from rankwise.flavor.options import PackageOptions
 from rankwise.flavor.requirements import library_versions, pip_requirements
-from rankwise.flavor.signature import EXAMPLE, make_signature
+from rankwise.flavor.signature import make_signature
 from rankwise.modeling.adapter import WEIGHTS_NAME, read_adapter
 from rankwise.modeling.adapter_config import CONFIG_NAME, write_adapter_config
 from rankwise.modeling.manifest import write_manifest
@@ -80,14 +81,7 @@ def build(
     adapter: Path,
     tokenizer: Any,
     facts: BaseFacts,
-    *,
-    system: str | None = None,
-    metrics: Mapping[str, float] | None = None,
-    signature: ModelSignature | None = None,
-    input_example: Any = EXAMPLE,
-    requirements: Sequence[str] | None = None,
-    extra_requirements: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
+    options: PackageOptions,
 ) -> Package:
     """Fill an empty directory.
 
@@ -96,13 +90,7 @@ def build(
         adapter: A PEFT directory; only its configuration and weights are taken.
         tokenizer: The tokenizer to use with the adapter, its chat template included.
         facts: The base that the adapter was trained on.
-        system: A system prompt to put before bare texts.
-        metrics: Results for the card.
-        signature: In place of the flavor's own, which has no input schema and the parameters of generation.
-        input_example: Stored as it is; no model is loaded for it. None for none.
-        requirements: In place of the flavor's own.
-        extra_requirements: Added to them.
-        metadata: Free values for MLflow's `metadata`.
+        options: What goes in beside the adapter.
 
     Raises:
         AdapterIntegrityError: The PEFT directory is not whole, not plain LoRA, or asks for code.
@@ -116,9 +104,9 @@ def build(
         shutil.copyfile(adapter / WEIGHTS_NAME, target / WEIGHTS_NAME)
         write_adapter_config(config, target, base_source=facts.source, base_revision=facts.revision)
         tokenizer_files = _save_tokenizer(tokenizer, target)
-        description = Model(metadata=dict(metadata) if metadata else None)
-        _save_example(description, input_example, str(directory))
-        _write_environment(directory, requirements, extra_requirements)
+        description = Model(metadata=dict(options.metadata) if options.metadata else None)
+        _save_example(description, options.input_example, str(directory))
+        _write_environment(directory, options.pip_requirements, options.extra_pip_requirements)
         stored = AdapterMetadata(
             base=facts,
             lora=_lora_settings(config, target),
@@ -126,13 +114,13 @@ def build(
             bytes=(target / WEIGHTS_NAME).stat().st_size,
             tokenizer_files=tokenizer_files,
             chat_template=template_digest(tokenizer),
-            system=system,
+            system=options.system,
             versions=library_versions(),
             manifest="",
         )
-        (target / _CARD).write_text(model_card(stored, metrics=metrics), encoding="utf-8")
+        (target / _CARD).write_text(model_card(stored, metrics=options.metrics), encoding="utf-8")
         stored = replace(stored, manifest=write_manifest(directory))
-    description.signature = signature if signature is not None else make_signature()
+    description.signature = options.signature if options.signature is not None else make_signature()
     description.add_flavor(FLAVOR_NAME, **stored.to_section())
     add_to_model(
         description,

@@ -15,6 +15,7 @@ from rankwise.exceptions import ConfigError, TrackingError
 from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri
 from rankwise.flavor.inputs import read_input
 from rankwise.flavor.loading import LoadedAdapter, load_directory
+from rankwise.flavor.options import LoadOptions
 from rankwise.flavor.package import MODEL_CONFIG
 from rankwise.flavor.signature import read_params
 from rankwise.modeling.generation import generate_batch, length_batches, row_seed
@@ -83,10 +84,12 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Qlora
     adapter = load_directory(
         Path(path),
         _origin(Path(path)),
-        base_model=values["base_model"],
-        device=values["device"],
-        allow_base_mismatch=bool(values["allow_base_mismatch"]),
-        settings=Settings.load(),
+        LoadOptions(
+            settings=Settings.load(),
+            base_model=values["base_model"],
+            device=values["device"],
+            allow_base_mismatch=bool(values["allow_base_mismatch"]),
+        ),
     )
     return QloraModel(adapter)
 

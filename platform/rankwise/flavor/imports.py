@@ -1,0 +1,275 @@
+"""Adopts adapters that were trained and stored elsewhere: registers them with this flavor, over a base that is named.
+
+An adapter is loaded over its base before it is registered, so that what is registered loads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+from mlflow.models.model import ModelInfo
+from transformers import AutoTokenizer
+
+from rankwise.assets.base import ResolvedBase, resolve_base
+from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
+from rankwise.experiment.schema import QuantizationSpec
+from rankwise.experiment.source import HubSource, parse_source
+from rankwise.flavor.bases import describe_quantization
+from rankwise.flavor.fetch import Origin, local_path, obtain, resolve_uri
+from rankwise.flavor.foreign import Finding, Foreign, compare_saved_base, read_foreign
+from rankwise.flavor.metadata import FLAVOR_NAME
+from rankwise.flavor.package import check_tokenizer_files
+from rankwise.flavor.store import log_adapter
+from rankwise.modeling.adapter import WEIGHTS_NAME, load_adapter, read_adapter
+from rankwise.modeling.adapter_config import CONFIG_NAME
+from rankwise.modeling.base import LoadedBase, load_base
+from rankwise.modeling.embeddings import add_rows
+from rankwise.modeling.manifest import MANIFEST_NAME, check_manifest
+from rankwise.modeling.quiet import quiet_transformers
+from rankwise.settings import Settings
+from rankwise.tracking.errors import tracking_errors
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS = {
+    "nf4": QuantizationSpec(),
+    "nf4-single": QuantizationSpec(bnb_4bit_use_double_quant=False),
+    "fp4": QuantizationSpec(bnb_4bit_quant_type="fp4"),
+    "fp4-single": QuantizationSpec(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False),
+    "8bit": QuantizationSpec(load_in_4bit=False, load_in_8bit=True),
+    "none": QuantizationSpec(load_in_4bit=False),
+}
+_NAME = "adopted"
+_RUN = re.compile(r"runs:/(?P<run>[0-9a-f]+)/(?P<path>.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """An adapter that was adopted.
+
+    Attributes:
+        uri: `models:/NAME/VERSION`.
+        kind: `peft` or `mlflow.transformers`.
+        base: What it is registered over.
+        quantization_from: `given`, `recorded` or `assumed`.
+        findings: What a person should know.
+        info: MLflow's description.
+    """
+
+    uri: str
+    kind: str
+    base: LoadedBase
+    quantization_from: str
+    findings: tuple[Finding, ...]
+    info: ModelInfo
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        base, adapter = self.base, self.info.flavors[FLAVOR_NAME]["adapter"]
+        return {
+            "model_uri": self.uri,
+            "kind": self.kind,
+            "adapter": {"parameters": adapter["parameters"], "bytes": adapter["bytes"]},
+            "base": {"source": base.source, "revision": base.revision, "fingerprint": base.fingerprint.digest},
+            "quantization": describe_quantization(base.quantization),
+            "quantization_from": self.quantization_from,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def import_adapter(
+    uri: str | Path,
+    name: str,
+    *,
+    base_model: str | Path | None = None,
+    base_revision: str | None = None,
+    quantization: QuantizationSpec | None = None,
+    alias: str | None = None,
+    system: str | None = None,
+    device: str | None = None,
+    settings: Settings | None = None,
+    tracking_uri: str | None = None,
+) -> Imported:
+    """Register an adapter that another program has stored.
+
+    Args:
+        uri: A PEFT directory or a model of `mlflow.transformers`: a path, `models:/...`, or `runs:/RUN_ID/PATH` (a
+            logged model, or a directory among the run's artifacts).
+        name: Of the registered model.
+        base_model: The base that it was trained on (`org/name`, a directory, `pypi:...`); what is recorded by default.
+        base_revision: Its commit or digest.
+        quantization: How the base was quantized in training; what is recorded by default, and where nothing is, 4 bit
+            NF4 with double quantization, which is said.
+        alias: Also set on the new version.
+        system: A system prompt to put before bare texts.
+        device: As in `load_model`.
+        settings: Where caches and bases are; from the environment by default.
+        tracking_uri: Of the MLflow store; MLflow's current one by default.
+
+    Raises:
+        ConfigError: It is no such adapter, or its base is not known.
+        AdapterIntegrityError: Its weights are pickled, not plain LoRA, do not fit the base, or are not finite.
+        BaseMismatchError: The base is not the one whose copy was saved with it, or lacks what the adapter targets.
+        AssetError: The adapter or the base is not to be found.
+        TrackingError: MLflow cannot be reached or refuses.
+    """
+    if not name or re.search(r"[/:@]", name):
+        raise ConfigError(f"name: a registered model's name has no '/', ':' or '@' and is not empty, got {name!r}")
+    chosen = settings or Settings.load()
+    origin = _find(uri, tracking_uri)
+    with obtain(origin, tracking_uri) as directory, tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
+        foreign = read_foreign(directory, str(uri))
+        adapter = _copy(foreign, Path(scratch))
+        resolved, findings = _base(foreign, base_model, base_revision, chosen)
+        if foreign.saved_base is not None:
+            count = compare_saved_base(foreign.saved_base, resolved.path, resolved.source)
+            text = f"{count} tensors of the base's copy that was saved with the adapter are those of {resolved.source}"
+            findings.append(Finding(code="base_compared", text=text))
+        else:
+            text = f"nothing that was stored proves that {resolved.source} is the base that the adapter was trained on"
+            findings.append(Finding(code="base_not_proven", text=text))
+        spec, came_from = _quantization(foreign, quantization, findings)
+        base = load_base(resolved, spec, chosen, device=device)
+        findings += _attach(base, adapter)
+        tokenizer = _tokenizer(foreign.tokenizer) if foreign.tokenizer is not None else base.tokenizer
+        info = log_adapter(
+            adapter,
+            base,
+            tokenizer,
+            registered_model_name=name,
+            system=system,
+            tags=_tags(origin, foreign, came_from, findings),
+            description=f"Imported from {uri} ({foreign.kind}).\n\n" + "\n".join(f"- {one.text}" for one in findings),
+            tracking_uri=tracking_uri,
+        )
+    if alias is not None:
+        with tracking_errors(f"setting the alias {alias!r} of {name}"):
+            client = MlflowClient(tracking_uri=tracking_uri)
+            client.set_registered_model_alias(name, alias, str(info.registered_model_version))
+    return Imported(
+        uri=f"models:/{name}/{info.registered_model_version}",
+        kind=foreign.kind,
+        base=base,
+        quantization_from=came_from,
+        findings=tuple(findings),
+        info=info,
+    )
+
+
+def _find(uri: str | Path, tracking_uri: str | None) -> Origin:
+    try:
+        return resolve_uri(uri, tracking_uri)
+    except AssetError:
+        if not (found := _RUN.fullmatch(str(uri).rstrip("/"))):
+            raise
+        # Files that a script has put among the run's artifacts are no LoggedModel.
+        with tracking_errors(f"looking up {uri}"):
+            client = MlflowClient(tracking_uri=tracking_uri)
+            if not client.list_artifacts(found["run"], found["path"]):
+                raise
+            root = client.get_run(found["run"]).info.artifact_uri
+        location = local_path(f"{root.rstrip('/')}/{found['path']}")
+        return Origin(uri=str(uri), location=location, run_id=found["run"])
+
+
+def _copy(foreign: Foreign, target: Path) -> Path:
+    """Configuration and weights alone; a trainer's state beside them is not taken along."""
+    if (foreign.adapter / MANIFEST_NAME).is_file():
+        check_manifest(foreign.adapter)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (foreign.adapter / name).is_file():
+            shutil.copyfile(foreign.adapter / name, target / name)
+    read_adapter(target)
+    return target
+
+
+def _base(
+    foreign: Foreign, base_model: str | Path | None, revision: str | None, settings: Settings
+) -> tuple[ResolvedBase, list[Finding]]:
+    findings = list(foreign.findings)
+    recorded = foreign.base_model
+    if base_model is None and recorded is None:
+        raise ConfigError(
+            "the adapter does not say which base it was trained on; name it: --base org/name or a directory"
+        )
+    named = str(base_model if base_model is not None else recorded)
+    if base_model is not None and recorded not in {None, named}:
+        text = f"the adapter names {recorded} as its base; it is registered over {named}"
+        findings.append(Finding(code="another_base_named", text=text))
+    try:
+        source = parse_source(named)
+    except ValueError as error:
+        raise ConfigError(f"base: {error}; say where the base is: --base org/name or a directory") from error
+    if revision is None and named == recorded:
+        revision = foreign.base_revision
+    if isinstance(source, HubSource) and revision is None and base_model is None:
+        wrong = next((finding.text for finding in findings if finding.code == "wrong_revision"), None)
+        raise ConfigError(
+            f"the commit of {named} that the adapter was trained on is not known"
+            + (f": {wrong}" if wrong else "")
+            + ". Say it: --base-revision and the 40 hex digits"
+        )
+    return resolve_base(named, revision, settings), findings
+
+
+def _quantization(
+    foreign: Foreign, given: QuantizationSpec | None, findings: list[Finding]
+) -> tuple[QuantizationSpec, str]:
+    if given is not None:
+        return given, "given"
+    if foreign.quantization is not None:
+        return foreign.quantization, "recorded"
+    spec = QuantizationSpec()
+    findings.append(
+        Finding(
+            code="quantization_assumed",
+            text="how the base was quantized in training is not recorded; assumed is: "
+            f"{describe_quantization(spec)}. If that is wrong, import again with --quantization "
+            f"({', '.join(QUANTIZATIONS)})",
+        )
+    )
+    return spec, "assumed"
+
+
+@torch.no_grad()
+def _attach(base: LoadedBase, adapter: Path) -> list[Finding]:
+    """Load the adapter over the base, as everybody will who loads it from the registry."""
+    config, tensors = read_adapter(adapter)
+    add_rows(base.model, config)
+    load_adapter(base.model, adapter, _NAME)
+    ids = torch.arange(1, 9, device=base.device)[None]
+    if not torch.isfinite(base.model(input_ids=ids, use_cache=False).logits).all():
+        raise AdapterIntegrityError("the adapter's logits over its base are not finite; it cannot be used")
+    seconds = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
+    if seconds and not any(bool(tensor.any()) for tensor in seconds):
+        text = "every B of the adapter is 0: it changes nothing, as before the first step of training"
+        return [Finding(code="untrained", text=text)]
+    return []
+
+
+def _tokenizer(directory: Path) -> Any:
+    check_tokenizer_files(directory)
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise AdapterIntegrityError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+
+
+def _tags(origin: Origin, foreign: Foreign, came_from: str, findings: list[Finding]) -> dict[str, str]:
+    tags = {
+        "rankwise.import.from": origin.uri,
+        "rankwise.import.kind": foreign.kind,
+        "rankwise.import.quantization": came_from,
+        "rankwise.import.findings": json.dumps([finding.code for finding in findings]),
+    }
+    return {**tags, "rankwise.import.run": origin.run_id} if origin.run_id else tags
