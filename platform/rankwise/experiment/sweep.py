@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,14 +97,18 @@ def planned_rounds(spec: ExperimentSpec) -> tuple[int, ...]:
     return () if space is None else space.rounds
 
 
-def rounds(spec: ExperimentSpec, results: Mapping[str, ArmResult]) -> tuple[Round, ...]:
+Results = Callable[[Sequence[ArmSpec]], Mapping[str, ArmResult]]
+"""Given arms, what is known of them, by spec hash; an arm that has not ended is left out."""
+
+
+def rounds(spec: ExperimentSpec, results_of: Results) -> tuple[Round, ...]:
     """The rounds of a search as far as results go: those that have ended, and the next one.
 
-    A pure function of its arguments: whoever knows the same results gets the same rounds.
+    They follow from the definition and the results alone: whoever knows the same results gets the same rounds.
 
     Args:
         spec: The definition.
-        results: By spec hash. A round has ended when all of its arms are here.
+        results_of: Asked for the arms of one round after the other. A round has ended when all of its arms have.
 
     Raises:
         ConfigError: As `expand`.
@@ -123,7 +127,9 @@ def rounds(spec: ExperimentSpec, results: Mapping[str, ArmResult]) -> tuple[Roun
             break
         values = tuple(candidate.point.values for candidate in asked)
         found.append(Round(number=number, arms=tuple(map(_labelled, asked)), values=values, rejected=rejected))
-        hashes = [arm.spec_hash for _, arm in found[-1].arms]
+        arms = [arm for _, arm in found[-1].arms]
+        hashes = [arm.spec_hash for arm in arms]
+        results = results_of(arms)
         if not all(spec_hash in results for spec_hash in hashes):
             break
         taken.update(hashes)

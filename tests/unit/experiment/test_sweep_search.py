@@ -13,12 +13,17 @@ from helpers.definitions import changed, parse
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.loader import parse_experiment
 from rankwise.experiment.search import TrialState
-from rankwise.experiment.sweep import ArmResult, expand, is_search, labelled_arms, require_known_arms, rounds
+from rankwise.experiment.sweep import ArmResult, expand, is_search, labelled_arms, require_known_arms
+from rankwise.experiment.sweep import rounds as rounds_of
 
 GRID = "  parameters:\n    lora.r: [4, 8]"
 RANGES = "    lora.r: {int: [2, 64], log: true}\n    training.learning_rate: {log_uniform: [1e-4, 1e-2]}\n"
 RANDOM = f"  method: random\n  trials: 6\n  parameters:\n{RANGES}  where: r != 3 and lora_alpha <= 64"
 TPE = f"  method: tpe\n  trials: 10\n  round_size: 4\n  parameters:\n{RANGES}"
+
+
+def rounds(spec, known):
+    return rounds_of(spec, lambda arms: {arm.spec_hash: known[arm.spec_hash] for arm in arms if arm.spec_hash in known})
 
 
 def results(found, value) -> dict[str, ArmResult]:
@@ -92,7 +97,8 @@ def test_another_process_that_knows_the_results_proposes_the_same_round():
         "from rankwise.experiment.sweep import ArmResult, rounds\n"
         "text, values = json.load(sys.stdin)\n"
         "known = {name: ArmResult(state=TrialState.COMPLETE, value=value) for name, value in values.items()}\n"
-        "print(json.dumps([label for each in rounds(parse_experiment(text, 'x'), known) for label, _ in each.arms]))"
+        "found = rounds(parse_experiment(text, 'x'), lambda arms: known)\n"
+        "print(json.dumps([label for each in found for label, _ in each.arms]))"
     )
     given = json.dumps([spec.to_yaml(), {name: result.value for name, result in known.items()}])
     done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, text=True, check=True)
