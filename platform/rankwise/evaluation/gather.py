@@ -13,6 +13,7 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.redact import redact
 from rankwise.tracking.query import RunRecord, by_spec_hash
+from rankwise.tracking.sweeps import current_sweep, of_sweep
 
 if TYPE_CHECKING:
     from rankwise.tracking.store import Store
@@ -27,10 +28,16 @@ _TEXTS = re.compile(r"(base_model|init_from|dataset\.(train|train_revision|chat_
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
-def gather(store: Store, experiment: str) -> Comparison:
-    """The arms of an experiment, by its name; two requests per thousand runs.
+def gather(store: Store, experiment: str, *, everything: bool = False) -> Comparison:
+    """The arms of an experiment's current sweep, by its name; two requests per thousand runs.
 
-    Of several runs of one arm the last finished one counts, else the last one.
+    The current sweep is the one that was submitted last: arms of earlier states of the definition are left out. Of
+    several runs of one arm the last finished one counts, else the last one.
+
+    Args:
+        store: The MLflow store.
+        experiment: Its name.
+        everything: Take the arms of all sweeps.
 
     Raises:
         ConfigError: There is no such experiment, or it has no arms.
@@ -43,12 +50,15 @@ def gather(store: Store, experiment: str) -> Comparison:
             "its name is the `name:` of the definition, and `rankwise run FILE` creates it"
         )
     runs = store.runs(experiment_id)
-    arms = [arm_record(_decisive(of_arm)) for of_arm in by_spec_hash(_of_kind(runs, "train")).values()]
+    trained = _of_kind(runs, "train")
+    sweep = current_sweep(_of_kind(runs, "sweep"))
+    if sweep is not None and not everything:
+        trained = of_sweep(sweep, trained)
+    arms = [arm_record(_decisive(of_arm)) for of_arm in by_spec_hash(trained).values()]
     if not arms:
         raise ConfigError(f"experiment {experiment!r} has no arms yet; start them with `rankwise run FILE`")
     bases = [run for run in _of_kind(runs, "base") if run.status == "FINISHED"]
-    named = [run.tags[PRIMARY_METRIC] for run in _of_kind(runs, "sweep") if PRIMARY_METRIC in run.tags]
-    primary = named[-1] if named else DEFAULT_PRIMARY_METRIC
+    primary = DEFAULT_PRIMARY_METRIC if sweep is None else sweep.tags.get(PRIMARY_METRIC, DEFAULT_PRIMARY_METRIC)
     return compare(
         experiment,
         arms,

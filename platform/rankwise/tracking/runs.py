@@ -166,7 +166,9 @@ class Run:
     def figure(self, figure: Any, path: str) -> None:
         """A figure of matplotlib (`.png`, `.svg`, `.pdf`) or plotly (`.html`, which works offline)."""
         if path.endswith(".html"):
-            self.text(figure.to_html(include_plotlyjs=True, full_html=True), path)
+            # plotly 7 has a button that sends the data to its maker's cloud, on by default.
+            config = {"displaylogo": False, "showSendToCloud": False}
+            self.text(figure.to_html(include_plotlyjs=True, full_html=True, config=config), path)
             return
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.rpartition(".")[2], bbox_inches="tight")
@@ -200,7 +202,7 @@ class Run:
             timeout: Seconds to wait for the delivery.
 
         Returns:
-            Whether all was delivered; if not, it waits in the outbox for `Store.sync`.
+            Whether all was delivered; if not, that goes on as long as the store is open, and then waits for its `sync`.
         """
         last: list[Mapping[str, Any]] = [{"end": status, "t": time.time_ns() // 1_000_000}]
         if reason is not None:
@@ -221,7 +223,7 @@ class Run:
                 self._outbox.append(record)
             self._ended = True
         delivered = self._sender.drain(self._outbox, timeout)
-        self.refusals = tuple(self._sender.remove(self._outbox))
+        self.refusals = tuple(self._sender.let_go(self._outbox))
         return delivered
 
     def __enter__(self) -> Run:

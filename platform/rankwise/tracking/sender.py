@@ -74,7 +74,7 @@ class Sender:
         self._send = send
         self._unreachable = unreachable
         self._posts: dict[Outbox, _Post] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._closing = False
         self._drains = 0
@@ -86,6 +86,12 @@ class Sender:
     def outage(self) -> str | None:
         """Why the last delivery failed; None while deliveries succeed."""
         return self._outage
+
+    @property
+    def left(self) -> list[Outbox]:
+        """What is delivered in the background, since its writer has ended."""
+        with self._changed:
+            return [post.outbox for post in self._posts.values() if post.left]
 
     def add(
         self, outbox: Outbox, *, missing: Missing | None = None, fence: Fence | None = None, left: bool = False
@@ -142,14 +148,30 @@ class Sender:
             outbox.close()
         return post.refusals
 
+    def let_go(self, outbox: Outbox) -> list[str]:
+        """Its writer has ended: close the outbox, or deliver what is left of it in the background and close it then.
+
+        Returns:
+            Why lines of it were refused so far.
+        """
+        with self._changed:
+            post = self._posts.get(outbox)
+            if post is not None and outbox.pending and not post.fenced and not self._closing:
+                post.left = True
+                return post.refusals
+        return self.remove(outbox)
+
     def close(self, timeout: float) -> bool:
         """Deliver what can be delivered within `timeout` seconds and end the thread; False if something is left."""
         deadline = time.monotonic() + timeout
         with self._changed:
             waiting = list(self._posts)
+            left = self.left
         delivered = True
         for outbox in waiting:
-            delivered &= self.drain(outbox, max(0.0, deadline - time.monotonic()))
+            # Somebody has waited for these already.
+            patience = 0.0 if outbox in left and self._outage else deadline - time.monotonic()
+            delivered &= self.drain(outbox, max(0.0, patience))
         with self._changed:
             self._closing = True
             self._changed.notify_all()

@@ -265,9 +265,10 @@ class Store:
         left = find_left(self.settings, run_id)
         problems = list(left.problems)
         delivered: list[str] = []
-        waiting = {outbox.run_id: "" for outbox in left.outboxes}
-        adopted: list[Outbox] = []
-        away = unreachable(self.settings.tracking_uri) if left.outboxes else None
+        waiting: dict[str, str] = {}
+        # What runs of this process that have ended could not deliver belongs to it too.
+        adopted = [outbox for outbox in self._sender.left if run_id in (None, outbox.run_id)]
+        away = unreachable(self.settings.tracking_uri) if left.outboxes or adopted else None
         for outbox in left.outboxes:
             replay = Replay(outbox)
             if reason := away or self._not_now(replay):
@@ -277,17 +278,13 @@ class Store:
                 self._sender.add(outbox, missing=replay.missing)
                 adopted.append(outbox)
         for outbox in adopted:
-            done = self._sender.drain(outbox, max(0.0, deadline - time.monotonic()))
-            problems += [f"run {outbox.run_id}: {refusal}" for refusal in self._sender.remove(outbox)]
+            done = self._sender.drain(outbox, 0.0 if away else max(0.0, deadline - time.monotonic()))
+            problems += [f"run {outbox.run_id}: {refusal}" for refusal in self._sender.let_go(outbox)]
             if done:
                 delivered.append(outbox.run_id)
             else:
-                waiting[outbox.run_id] = self._sender.outage or "the store is slow"
-        return SyncReport(
-            delivered=tuple(delivered),
-            waiting={run_id: reason for run_id, reason in waiting.items() if reason},
-            problems=tuple(problems),
-        )
+                waiting[outbox.run_id] = away or self._sender.outage or "the store is slow"
+        return SyncReport(delivered=tuple(delivered), waiting=waiting, problems=tuple(problems))
 
     def _not_now(self, replay: Replay) -> str | None:
         """Why an outbox must wait: a later attempt is at work on its run."""

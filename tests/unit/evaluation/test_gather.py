@@ -14,6 +14,7 @@ from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import ConfigError
 from rankwise.settings import Settings
 from rankwise.tracking.store import Store
+from rankwise.tracking.sweeps import sweep_tags
 
 LOSS = {"eval.loss": MetricValue(value=0.7, stderr=0.02, n=200)}
 
@@ -81,6 +82,48 @@ def test_the_primary_metric_and_its_direction_come_from_the_sweep(store):
     comparison = gather(store, "diamonds-rank")
     assert comparison.primary_metric == "eval.within_20_percent"
     assert comparison.greater_is_better
+
+
+def test_the_arms_are_those_of_the_sweep_that_was_submitted_last(store):
+    experiment = store.experiment("extended")
+
+    def sweep(*spec_hashes):
+        run = store.start_run(
+            experiment, "sweep", kind="sweep", tags=sweep_tags(spec_hashes), status="SCHEDULED", system_metrics=False
+        )
+        run.leave()
+        return run.run_id
+
+    def train(parent, spec_hash):
+        run = store.start_run(
+            experiment, "arm", parent=parent, kind="train", spec_hash=spec_hash * 64, system_metrics=False
+        )
+        run.end()
+
+    def found(**more):
+        return sorted(arm.spec_hash[0] for arm in gather(store, "extended", **more).arms)
+
+    first = sweep("a" * 64, "b" * 64)
+    train(first, "a")
+    train(first, "b")
+    second = sweep("b" * 64, "c" * 64)
+    train(second, "c")
+    train(second, "d")  # A later round of a search.
+    assert found() == ["b", "c", "d"]
+    assert found(everything=True) == ["a", "b", "c", "d"]
+    again = store.resume_run(first, system_metrics=False, restart=False)
+    again.tags(sweep_tags(["a" * 64, "b" * 64]))
+    again.leave()
+    assert found() == ["a", "b"]
+
+
+def test_a_very_large_sweep_lists_its_arms_in_several_tags():
+    hashes = [f"{number:064x}"[::-1] for number in range(1500)]
+    tags = sweep_tags(hashes)
+    assert sorted(tags) == ["rankwise.arms", "rankwise.arms.1", "rankwise.arms.2", "rankwise.submitted"]
+    assert max(map(len, tags.values())) <= 8000
+    listed = {short for key, value in tags.items() if "arms" in key for short in value.split(",")}
+    assert listed == {spec_hash[:12] for spec_hash in hashes}
 
 
 def test_an_experiment_that_does_not_exist_or_is_empty_is_told(store):

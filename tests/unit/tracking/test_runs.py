@@ -167,6 +167,7 @@ def test_figures_of_both_libraries_are_stored(store, experiment, tmp_path):
     assert content(store, run, "plots/rank.png", tmp_path).startswith(b"\x89PNG")
     page = content(store, run, "plots/rank.html", tmp_path).decode()
     assert "plotly.js v" in page
+    assert '"showSendToCloud": false' in page
     assert '<script src="http' not in page
 
 

@@ -234,3 +234,18 @@ def test_a_store_that_cannot_be_opened_is_an_outage(tmp_path, server):
     clients.clear()
     assert sender.drain(outbox, 10)
     assert sender.close(5)
+
+
+def test_what_is_let_go_is_delivered_in_the_background_and_closed_then(tmp_path, sender, server):
+    server.error = MlflowException("away", TEMPORARILY_UNAVAILABLE)
+    outbox = make(tmp_path, sender)
+    put(outbox, [0, 1])
+    assert not sender.drain(outbox, 0.1)
+    assert sender.let_go(outbox) == []
+    assert not outbox.closed
+    server.error = None
+    deadline = time.monotonic() + 10
+    while outbox.path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.steps == [("r1", 0), ("r1", 1)]
+    assert list(tmp_path.iterdir()) == []
