@@ -28,7 +28,7 @@ def publish_report(
         parent: The sweep's run.
         command: How to run it again, for the note.
     """
-    everything = gather(context.store, spec.name)
+    everything = gather(context.store, spec.name, everything=True)
     hashes = {arm.spec_hash for arm in arms}
     comparison = replace(everything, arms=tuple(arm for arm in everything.arms if arm.spec_hash in hashes))
     parent.json(comparison.to_json(), "comparison.json")
