@@ -79,5 +79,11 @@ class JobStoreError(JobError):
     exit_code = 3
 
 
+class ClusterError(RankwiseError, RuntimeError):
+    """Raised when workers cannot be placed on a Ray cluster, or the cluster cannot be used."""
+
+    exit_code = 3
+
+
 class GateError(RankwiseError, RuntimeError):
     """Raised when a promotion is refused."""

@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from rankwise.exceptions import JobStoreError
+from rankwise.jobs.file_system import refuse_network
 from rankwise.settings import storage_errors
 
 BUSY_TIMEOUT_S = 60
@@ -30,7 +31,7 @@ def open_engine(url: str) -> Engine:
     processes read the same rows and both claim them.
 
     Raises:
-        JobStoreError: The URL is not one of SQLite or PostgreSQL.
+        JobStoreError: The URL is not one of SQLite or PostgreSQL, or the SQLite file is on a network file system.
     """
     try:
         parsed = make_url(url)
@@ -45,6 +46,7 @@ def open_engine(url: str) -> Engine:
             "leave it unset for a SQLite file in RANKWISE_HOME"
         )
     if parsed.database and parsed.database != ":memory:":
+        refuse_network(Path(parsed.database))
         directory = Path(parsed.database).parent
         with storage_errors(directory, "opening the queue's database"):
             directory.mkdir(parents=True, exist_ok=True)

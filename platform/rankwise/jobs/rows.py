@@ -100,3 +100,29 @@ class WorkerRow(Table):
     started_at: Mapped[float] = mapped_column(Float)
     seen_at: Mapped[float] = mapped_column(Float)
     info: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class AliasRow(Table):
+    """An alias that has been moved; its row is locked while it is."""
+
+    __tablename__ = "alias"
+
+    name: Mapped[str] = mapped_column(String(256), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(255), primary_key=True)
+
+
+class AliasMoveRow(Table):
+    """One move of an alias."""
+
+    __tablename__ = "alias_move"
+    __table_args__ = (Index("ix_alias_move", "name", "alias", "id"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(256))
+    alias: Mapped[str] = mapped_column(String(255))
+    from_version: Mapped[int | None] = mapped_column(Integer)
+    to_version: Mapped[int | None] = mapped_column(Integer)
+    run_id: Mapped[str | None] = mapped_column(String(64))
+    reason: Mapped[str] = mapped_column(Text)
+    moved_by: Mapped[str] = mapped_column(String(255))
+    moved_at: Mapped[float] = mapped_column(Float)

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from rankwise.jobs import decisions, queries, submission, transitions
 from rankwise.jobs import workers as announced
+from rankwise.jobs.aliases import AliasBook
 from rankwise.jobs.database import database_errors, open_engine, upgrade
 from rankwise.jobs.job import Attempt, Beat, Job, JobKind, JobState, Limits, NewJob, Outcome, Worker, WorkerInfo
 
@@ -48,6 +49,11 @@ class SqlJobStore:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    @property
+    def aliases(self) -> AliasBook:
+        """The moves of aliases, which are in the same database."""
+        return AliasBook(self._engine, self._reader)
 
     def _write(self, doing: str, work: Callable[[Connection], T]) -> T:
         """Run `work` in a writing transaction. PostgreSQL may choose it as the victim of a deadlock: then once more."""

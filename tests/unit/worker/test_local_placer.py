@@ -1,0 +1,111 @@
+"""The placer with small programs in place of workers: what it starts, restarts, stops and leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from rankwise.worker.local_placer import LocalPlacer, Patience
+from rankwise.worker.stopping import Stop
+
+# Notes its GPU and its process, and ends at the first SIGTERM.
+STAYS = (
+    "import os, signal, sys, time, pathlib\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+    "gpu = os.environ['CUDA_VISIBLE_DEVICES']\n"
+    "pathlib.Path(sys.argv[1], f'{gpu or None}-{os.getpid()}').touch()\n"
+    "print('here', flush=True)\n"
+    "time.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def placer(code, *arguments, gpus, said, stop=None, **options):
+    return LocalPlacer(
+        [sys.executable, "-SEc", code, *map(str, arguments)],
+        gpus,
+        environment=dict(os.environ),
+        stop=stop or Stop(),
+        say=said.append,
+        patience=Patience(crashes=3, pause=0.01),
+        **options,
+    )
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_each_gpu_gets_a_worker_and_all_end_when_asked(tmp_path, said):
+    stop = Stop()
+
+    def ask():
+        until(lambda: len(said) == 2)
+        stop.ask()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert placer(STAYS, tmp_path, gpus=["0", "GPU-b"], said=said, stop=stop).run() == 0
+    thread.join()
+    noted = sorted(path.name.rpartition("-") for path in tmp_path.iterdir())
+    assert [name for name, _, _ in noted] == ["0", "GPU-b"]
+    assert sorted(said) == ["[0] here", "[GPU-b] here"]
+    assert not any(psutil.pid_exists(int(pid)) for _, _, pid in noted)
+
+
+def test_a_machine_without_a_gpu_gets_one_worker(tmp_path, said):
+    code = "import os, sys, pathlib; pathlib.Path(sys.argv[1], repr(os.environ['CUDA_VISIBLE_DEVICES'])).touch()"
+    assert placer(code, tmp_path, gpus=[], said=said).run() == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["''"]
+
+
+def test_a_worker_that_crashes_is_started_again_and_given_up_in_the_end(tmp_path, said):
+    code = (
+        "import os, sys, signal, pathlib\n"
+        "pathlib.Path(sys.argv[1], str(os.getpid())).touch()\n"
+        "if os.environ['CUDA_VISIBLE_DEVICES'] == '0': os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    assert placer(code, tmp_path, gpus=["0", "1"], said=said).run() == 128 + signal.SIGSEGV
+    assert len(list(tmp_path.iterdir())) == 3 + 1
+    assert said[-1] == "[0] the worker ended with status 139 for the 3th time: given up"
+    assert said[0] == "[0] the worker ended with status 139; it is started again in 0 s"
+
+
+@pytest.mark.parametrize(("code", "drain", "starts"), [(1, True, 1), (2, False, 1), (130, False, 1), (1, False, 3)])
+def test_only_a_crash_is_tried_again(tmp_path, said, code, drain, starts):
+    program = f"import os, sys, pathlib; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); sys.exit({code})"
+    assert placer(program, tmp_path, gpus=["0"], said=said, drain=drain).run() == code
+    assert len(list(tmp_path.iterdir())) == starts
+
+
+# A placer in a process of its own, which a test can kill.
+RUNS = (
+    "import os, sys\n"
+    "from rankwise.worker.local_placer import LocalPlacer\n"
+    "from rankwise.worker.stopping import Stop\n"
+    f"command = [sys.executable, '-SEc', {STAYS!r}, sys.argv[1]]\n"
+    "LocalPlacer(command, ['0'], environment=dict(os.environ), stop=Stop(), say=print, grace=5).run()\n"
+)
+
+
+def test_workers_do_not_outlive_a_killed_placer(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", RUNS, str(tmp_path)], stdout=subprocess.DEVNULL)
+    until(lambda: list(tmp_path.iterdir()))
+    pid = int(next(tmp_path.iterdir()).name.partition("-")[2])
+    process.kill()
+    process.wait()
+    until(lambda: not psutil.pid_exists(pid))
