@@ -1,4 +1,5 @@
 import pytest
+from helpers.alias_contract import AliasContract
 from helpers.databases import REVISIONS, emptied, load_postgresql
 from helpers.job_store_contract import JobStoreContract
 from helpers.migration_contract import MigrationContract
@@ -23,14 +24,14 @@ class TestMigrations(MigrationContract):
         return tmp_path / "lock"
 
 
-class TestStore(JobStoreContract):
+class TestStore(JobStoreContract, AliasContract):
     @pytest.fixture
     def store(self, postgresql, tmp_path):
         store = SqlJobStore(postgresql, lock=tmp_path / "lock", limits=Limits(backoff=0.1))
         engine = open_engine(postgresql)
         with engine.begin() as connection:
             # A migration takes longer than a test: the tables stay.
-            connection.execute(text("TRUNCATE job, job_dependency, attempt, worker RESTART IDENTITY"))
+            connection.execute(text("TRUNCATE job, job_dependency, attempt, worker, alias, alias_move RESTART IDENTITY"))
         engine.dispose()
         yield store
         store.close()
