@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import mlflow
 import pytest
 import torch
-from helpers import warm
 from helpers.bases import inject, logits
 from helpers.local_store import prepared_home
+from helpers.new_process import load_elsewhere, set_champion
 from helpers.tiny import make_base
-from safetensors.torch import save_file
 
 import rankwise.flavor as flavor
 from rankwise.assets.base import resolve_base
@@ -55,31 +49,6 @@ CASES = {
     "qwen2-r4": ("qwen2", {}, {"r": 4, "target_modules": ["q_proj", "v_proj", "gate_proj"]}),
     "gpt_neox-r4": ("gpt_neox", {}, {"r": 4, "target_modules": ["query_key_value", "dense_4h_to_h"]}),
 }
-CHILD = """
-import json, sys
-import torch
-from safetensors.torch import load_file
-import mlflow
-import rankwise.flavor as flavor
-torch.set_num_threads(1)
-mlflow.set_tracking_uri(sys.argv[1])
-wanted = load_file(sys.argv[2])
-found = {}
-for name in wanted:
-    loaded = flavor.load_model(f"models:/{name}@champion")
-    tokens = torch.arange(4, 28).reshape(2, 12)
-    tokens[0, -1] = wanted[name].shape[-1] - 1
-    with torch.no_grad():
-        got = loaded.model(input_ids=tokens).logits
-    found[name] = {
-        "difference": float((got - wanted[name]).abs().max()),
-        "dtype": str(got.dtype),
-        "overrides": [str(override) for override in loaded.overrides],
-        "template": loaded.tokenizer.chat_template,
-        "tokens": loaded.tokenizer("a <|price|> b")["input_ids"],
-    }
-print(json.dumps(found))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -99,35 +68,6 @@ def settings(tmp_path):
     mlflow.set_tracking_uri(before)
 
 
-def register(name, info):
-    mlflow.MlflowClient().set_registered_model_alias(name, "champion", info.registered_model_version)
-
-
-def load_elsewhere(settings, wanted: dict[str, torch.Tensor], tmp_path: Path, **more: str):
-    """Load every model by its alias in a new process without a network; what it found, by name."""
-    save_file(wanted, str(tmp_path / "wanted.safetensors"))
-    environment = {
-        **os.environ,
-        "RANKWISE_HOME": str(settings.home),
-        "RANKWISE_CACHE": str(settings.cache),
-        "HF_HUB_OFFLINE": "1",
-        # Whatever tries to reach a network fails at once.
-        "HTTP_PROXY": "http://127.0.0.1:9",
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        **more,
-    }
-    done = subprocess.run(
-        [warm.python(), "-c", CHILD, settings.tracking_uri, str(tmp_path / "wanted.safetensors")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_logits_are_the_same_to_the_bit_in_a_new_process(settings, tmp_path):
     wanted = {}
     for name, (architecture, quantization, lora) in CASES.items():
@@ -143,7 +83,7 @@ def test_logits_are_the_same_to_the_bit_in_a_new_process(settings, tmp_path):
         inject(base.model, "x", seed=len(wanted), **lora)
         base.tokenizer.chat_template = f"{name}: {{{{ messages[0]['content'] }}}}"
         base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|price|>"]})
-        register(name, flavor.log_model(base.model, base.tokenizer, base=base, registered_model_name=name))
+        set_champion(name, flavor.log_model(base.model, base.tokenizer, base=base, registered_model_name=name))
         wanted[name] = logits(base.model)
         assert not torch.equal(bare, wanted[name])
     found = load_elsewhere(settings, wanted, tmp_path)
@@ -186,7 +126,7 @@ def test_scripts_that_know_nothing_of_rankwise_s_loader_round_trip_too(settings,
         model.eval()
         with mlflow.start_run():
             info = flavor.log_model(model, tokenizer, registered_model_name=name)
-        register(name, info)
+        set_champion(name, info)
         wanted[name] = logits(model).contiguous()
     found = load_elsewhere(settings, wanted, tmp_path)
     assert {name: (entry["difference"], entry["overrides"]) for name, entry in found.items()} == {
@@ -198,7 +138,7 @@ def test_a_base_out_of_a_hub_cache_is_recorded_and_found_by_its_commit(settings,
     """The cache as huggingface_hub lays it out; `main` has moved on to another commit since."""
     from huggingface_hub import constants
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     commit, newer = "a1" * 20, "b2" * 20
     repository = tmp_path / "hub" / "models--org--tiny"
@@ -208,16 +148,23 @@ def test_a_base_out_of_a_hub_cache_is_recorded_and_found_by_its_commit(settings,
     (repository / "refs" / "main").write_text(newer)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     model = AutoModelForCausalLM.from_pretrained(
-        "org/tiny", revision=commit, cache_dir=tmp_path / "hub", local_files_only=True, dtype=torch.float32
+        "org/tiny",
+        revision=commit,
+        cache_dir=tmp_path / "hub",
+        local_files_only=True,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
     )
     model = get_peft_model(model, LoraConfig(r=4, target_modules=ATTENTION, init_lora_weights=False)).eval()
     tokenizer = AutoTokenizer.from_pretrained(
         "org/tiny", revision=commit, cache_dir=tmp_path / "hub", local_files_only=True
     )
     info = flavor.log_model(model, tokenizer, registered_model_name="of-the-hub", settings=settings)
-    register("of-the-hub", info)
+    set_champion("of-the-hub", info)
     tags = mlflow.MlflowClient().get_model_version("of-the-hub", "1").tags
     assert (tags["base.model"], tags["base.revision"]) == ("org/tiny", commit)
     wanted = {"of-the-hub": logits(model).contiguous()}
     found = load_elsewhere(settings, wanted, tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
-    assert found["of-the-hub"]["difference"] == 0.0
+    assert (found["of-the-hub"]["difference"], found["of-the-hub"]["overrides"]) == (0.0, [])
