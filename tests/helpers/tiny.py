@@ -52,8 +52,12 @@ def make_base(
     layers: int = 2,
     vocab_size: int = 320,
     chat_template: str | None = CHATML,
+    tied: bool = False,
 ) -> Path:
-    """Write a random base in the Hugging Face directory format (bf16 safetensors) and return its path."""
+    """Write a random base in the Hugging Face directory format (bf16 safetensors) and return its path.
+
+    `tied`: embedding and head share their weight.
+    """
     import torch
     from transformers import (
         GPTNeoXConfig,
@@ -75,6 +79,7 @@ def make_base(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": tied,
     }
     classes = {
         "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 2}),

@@ -17,7 +17,7 @@ from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.bases import Override
 from rankwise.flavor.fetch import Fetched, Origin, check, fetch
-from rankwise.flavor.matching import check_alike, compare_base, load_recorded_base
+from rankwise.flavor.matching import check_alike, compare_base, load_recorded_base, record_overrides
 from rankwise.flavor.metadata import AdapterMetadata, template_digest
 from rankwise.flavor.options import LoadOptions
 from rankwise.modeling.adapter import load_adapter
@@ -78,7 +78,8 @@ def load_model(
         base_model: Where the base is; by default the recorded source, then `RANKWISE_BASES`, by fingerprint.
         quantization: How to quantize it; as recorded by default. Another one is refused, unless allowed; only its
             compute dtype may differ.
-        allow_base_mismatch: Take another base or quantization all the same, with a warning; see `overrides`.
+        allow_base_mismatch: Take another base or quantization all the same, with a warning; see `overrides`. Where a
+            run is active (an evaluation, say), its tag `rankwise.overrides` tells of it.
         device: `cpu`, `cuda`, `cuda:1`; the first GPU, else the CPU, by default.
         settings: Where caches and bases are; from the environment by default.
         base: A base in memory to lie over.
@@ -140,6 +141,7 @@ def load_models(
             check_alike(fetched, allow=allow_base_mismatch)
             base = load_recorded_base(fetched[0], options)
         overrides = [compare_base(one, base, allow=allow_base_mismatch) for one in fetched]
+        record_overrides(list(zip(fetched, overrides, strict=True)))
         loaded = [_attach(one, base, found) for one, found in zip(fetched, overrides, strict=True)]
         if fresh:
             loaded[0].activate()
@@ -150,7 +152,9 @@ def load_directory(directory: Path, origin: Origin, options: LoadOptions) -> Loa
     """Load a model directory that MLflow has fetched; checks and errors are those of `load_model`."""
     one = check(directory, origin)
     base = load_recorded_base(one, options)
-    return _attach(one, base, compare_base(one, base, allow=options.allow_base_mismatch))
+    overrides = compare_base(one, base, allow=options.allow_base_mismatch)
+    record_overrides([(one, overrides)])
+    return _attach(one, base, overrides)
 
 
 def activate(model: Any, adapter_name: str) -> None:

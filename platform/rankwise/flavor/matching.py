@@ -9,7 +9,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+import mlflow
 import torch
+from mlflow import MlflowClient
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.exceptions import BaseMismatchError, QuantizationMismatchError
@@ -22,6 +24,9 @@ from rankwise.modeling.adapter_config import read_adapter_config
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.modeling.dtype import DTYPES, default_device
 from rankwise.modeling.embeddings import add_rows, base_rows, embedding_rows, rows_needed
+from rankwise.tracking.errors import tracking_errors
+
+OVERRIDES_TAG = "rankwise.overrides"
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +89,24 @@ def compare_base(one: Fetched, base: LoadedBase, *, allow: bool) -> tuple[Overri
         if override.what.endswith("dtype"):
             logger.info("%s: %s (logged on %s, loaded on %s)", uri, override, facts.device_type, base.device.type)
     return tuple(found)
+
+
+def record_overrides(compared: Sequence[tuple[Fetched, Sequence[Override]]]) -> None:
+    """Tell the active run, where there is one, that what it will report comes from another base or quantization.
+
+    Raises:
+        TrackingError: MLflow cannot be reached.
+    """
+    lines = [
+        f"{one.origin.uri}: {override}"
+        for one, overrides in compared
+        for override in overrides
+        if override.what in {"base", "quantization"}
+    ]
+    run = mlflow.active_run() if lines else None
+    if run is not None:
+        with tracking_errors(f"recording that {lines[0]}"):
+            MlflowClient().set_tag(run.info.run_id, OVERRIDES_TAG, "\n".join(lines))
 
 
 def _check_rows(one: Fetched, base: LoadedBase) -> None:

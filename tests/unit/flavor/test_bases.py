@@ -150,6 +150,18 @@ def test_another_revision_of_the_base_is_refused_where_its_content_differs(world
         flavor.load_model(world.saved, base_model=resolved(newer, revision="b" * 40), settings=world.settings)
 
 
+def test_what_was_allowed_is_recorded_with_the_run_that_reports_what_comes_of_it(world, store, tmp_path):
+    import mlflow
+
+    other = make_base(tmp_path / "other", seed=1)
+    with mlflow.start_run() as run:
+        flavor.load_model(world.saved, settings=world.settings)
+        assert "rankwise.overrides" not in store.get_run(run.info.run_id).data.tags
+        flavor.load_model(world.saved, base_model=other, settings=world.settings, allow_base_mismatch=True)
+    tag = store.get_run(run.info.run_id).data.tags["rankwise.overrides"]
+    assert tag.startswith(f"{world.saved}: base: {other} (sha256:")
+
+
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [

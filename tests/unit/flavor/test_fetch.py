@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+import yaml
+from safetensors.torch import load_file, save_file
 
 import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, TrackingError
 from rankwise.flavor.fetch import check, fetch, resolve_uri
 from rankwise.flavor.metadata import MANIFEST_TAG, SECTION_TAG
+from rankwise.modeling.manifest import write_manifest
 
 FILES = [
     "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
@@ -72,6 +76,108 @@ def test_files_exchanged_between_two_places_are_refused(world, tmp_path):
     (copy / "kept").unlink()
     with pytest.raises(AdapterIntegrityError, match=r"input_example\.json: \d+ bytes, stored were"):
         load(copy, world)
+
+
+def test_the_weights_of_another_adapter_of_the_same_shape_are_refused(world, tmp_path):
+    from helpers.bases import inject
+
+    base = world.load_base()
+    inject(base.model, "x", seed=9)
+    flavor.save_model(base.model, tmp_path / "other", base.tokenizer, base=base)
+    copy, name = world.copy(tmp_path / "model"), "adapter/adapter_model.safetensors"
+    assert (tmp_path / "other" / name).stat().st_size == (copy / name).stat().st_size
+    shutil.copy(tmp_path / "other" / name, copy / name)
+    with pytest.raises(AdapterIntegrityError, match=rf"{name}: sha256"):
+        load(copy, world)
+    # Its manifest beside them does not help: MLmodel has the digest of the manifest.
+    shutil.copy(tmp_path / "other" / "manifest.json", copy / "manifest.json")
+    with pytest.raises(AdapterIntegrityError, match=r"manifest"):
+        load(copy, world)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+SPOILT = {
+    "auto_map in the configuration": (
+        lambda d: edit_json(d / "adapter_config.json", auto_map={"AutoModel": "evil.Model"}),
+        r"adapter_config\.json has auto_map",
+    ),
+    "auto_map in the tokenizer": (
+        lambda d: edit_json(d / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}),
+        r"tokenizer_config\.json has auto_map",
+    ),
+    "an unknown key": (lambda d: edit_json(d / "adapter_config.json", surprise=1), "does not know: surprise"),
+    "another rank": (
+        lambda d: edit_json(d / "adapter_config.json", r=2),
+        r"shape \(4, 64\), the model needs \(2, 64\)",
+    ),
+    "pickled weights": (
+        lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
+        r"pickled files \(adapter_model\.bin\)",
+    ),
+    "a missing tensor": (
+        lambda d: edit_tensors(d / "adapter_model.safetensors", lambda t: t.pop(FIRST)),
+        f"missing: {FIRST}",
+    ),
+    "a surplus tensor": (
+        lambda d: edit_tensors(d / "adapter_model.safetensors", lambda t: t.update({f"{FIRST}.x": t[FIRST].clone()})),
+        f"surplus: {FIRST}.x",
+    ),
+    "another template": (lambda d: (d / "chat_template.jinja").write_text("{{ 1 }}"), "the chat template of"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "the tokenizer of .* cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_is_spoilt_and_sealed_anew_is_refused_all_the_same(world, tmp_path, name):
+    """A directory has no tags; whoever wrote its manifest may have written anything."""
+    spoil, message = SPOILT[name]
+    copy = world.copy(tmp_path / "model")
+    before = check(copy, resolve_uri(copy)).metadata.manifest
+    spoil(copy / "adapter")
+    after = write_manifest(copy)
+    (copy / "MLmodel").write_text((copy / "MLmodel").read_text().replace(before, after))
+    with pytest.raises(AdapterIntegrityError, match=message):
+        load(copy, world)
+
+
+def test_code_that_a_model_brings_is_not_imported(world, tmp_path):
+    copy = world.copy(tmp_path / "model")
+    document = yaml.safe_load((copy / "MLmodel").read_text())
+    document["flavors"]["python_function"]["code"] = "code"
+    (copy / "MLmodel").write_text(yaml.safe_dump(document))
+    with pytest.raises(AdapterIntegrityError, match="asks for code out of the model to be imported; it is refused"):
+        load(copy, world)
+
+
+def test_a_flipped_byte_in_mlmodel_is_refused_or_changes_nothing_that_decides(world, store, registered, tmp_path):
+    """MLflow writes MLmodel last, so it is in no manifest: the tags have the digest of the parts that decide."""
+    from pathlib import Path
+
+    source = Path(store.get_logged_model(registered.model_id).artifact_location.removeprefix("file://"))
+    copy = shutil.copytree(source, tmp_path / "model")
+    origin, path = resolve_uri("models:/fetched/1"), copy / "MLmodel"
+    content = path.read_bytes()
+    intact = check(copy, origin).metadata
+    refused = 0
+    for place in range(0, len(content), len(content) // 40):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            found = check(copy, origin)
+        except (AdapterIntegrityError, ConfigError):
+            refused += 1
+        else:
+            assert found.metadata == intact
+    assert refused > 20
 
 
 @pytest.mark.parametrize("name", ["adapter/adapter_model.bin", "adapter/more.json", "code/evil.py", "pickle.pkl"])
@@ -142,8 +248,6 @@ def test_a_uri_that_names_nothing_is_refused(store, registered, uri, error, mess
 def test_what_lies_in_the_store_is_checked_against_the_tags(world, store, registered, tmp_path):
     """Somebody who can write the artifacts changes all of them so that they fit each other: the tags tell."""
     from pathlib import Path
-
-    from rankwise.modeling.manifest import write_manifest
 
     base = world.load_base()
     info = flavor.log_adapter(world.adapter, base, registered_model_name="attacked")

@@ -89,6 +89,28 @@ def test_an_adapter_that_brings_rows_lies_over_a_base_of_its_own(world, tmp_path
         flavor.load_model(three[0][0], base=loaded.base, settings=world.settings)
 
 
+def test_rows_of_an_embedding_that_is_the_head_too_come_back_and_merge(world, tmp_path):
+    from rankwise.assets.base import resolve_base
+    from rankwise.experiment.schema import QuantizationSpec
+    from rankwise.flavor.export import export_merged
+    from rankwise.modeling.base import load_base
+
+    resolved = resolve_base(str(make_base(tmp_path / "tied", tied=True)), None, world.settings)
+    base = load_base(resolved, QuantizationSpec(), world.settings, device="cpu")
+    assert base.model.get_input_embeddings().weight is base.model.get_output_embeddings().weight
+    base.model.resize_token_embeddings(322, mean_resizing=False)
+    inject(base.model, "x", trainable_token_indices=[5, 320, 321])
+    wanted = logits(base.model)
+    flavor.save_model(base.model, tmp_path / "saved", base.tokenizer, base=base)
+    loaded = flavor.load_model(tmp_path / "saved", settings=world.settings)
+    assert torch.equal(logits(loaded.model), wanted)
+    done = export_merged(
+        tmp_path / "saved", tmp_path / "merged", dtype="float32", max_new_tokens=4, settings=world.settings
+    )
+    assert done.agreement.equal_greedy_tokens == 1.0
+    assert done.agreement.max_logit_difference < 1e-3
+
+
 def test_a_loaded_model_trains_nothing_by_itself(world):
     loaded = flavor.load_model(world.saved, settings=world.settings)
     assert not loaded.model.training

@@ -64,6 +64,10 @@ def test_declared_params_reach_generation(model):
     full = model.predict("carat 0.23", params={"max_new_tokens": 12})[0]
     stop = full[3:5]
     assert model.predict("carat 0.23", params={"max_new_tokens": 12, "stop": [stop]}) == [full[: full.find(stop)]]
+    sampled = {"max_new_tokens": 12, "temperature": 5.0}
+    assert model.predict("carat 0.23", params=sampled)[0] != full
+    # So small a share is the likeliest token alone.
+    assert model.predict("carat 0.23", params={**sampled, "top_p": 1e-6})[0] == full
     with pytest.raises(ConfigError, match="temperature must be 0"):
         model.predict("a", params={"temperature": -1.0})
 

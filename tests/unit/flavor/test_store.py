@@ -90,6 +90,50 @@ def test_the_base_in_memory_is_not_touched_by_logging_a_saved_adapter(world, sto
     assert not getattr(base.model, "peft_config", None)
 
 
+def test_logging_loads_no_second_base_for_the_example(world, store, base, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def refuse(*_, **__):
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    info = flavor.log_adapter(world.adapter, base)
+    assert info.saved_input_example_info["artifact_path"] == "input_example.json"
+
+
+def test_mlflow_s_own_way_of_logging_with_a_flavor_works_too(world, store):
+    from mlflow.models import Model
+
+    base = world.load_base()
+    inject(base.model, "x")
+    with mlflow.start_run() as run:
+        info = Model.log(
+            name="by-mlflow",
+            artifact_path=None,
+            flavor=flavor,
+            registered_model_name="by-mlflow",
+            model=base.model,
+            tokenizer=base.tokenizer,
+            base=base,
+            validate_serving_input=False,
+        )
+    assert store.get_logged_model(info.model_id).source_run_id == run.info.run_id
+    loaded = flavor.load_model("models:/by-mlflow/1", settings=world.settings)
+    assert torch.equal(logits(loaded.model), logits(base.model))
+
+
+def test_another_store_than_the_current_one_may_be_named(world, tmp_path, base):
+    from helpers.local_store import prepared_home
+
+    other = prepared_home(tmp_path / "other")
+    before = mlflow.get_tracking_uri()
+    flavor.log_adapter(
+        world.adapter, base, registered_model_name="there", tracking_uri=other.tracking_uri, experiment_id="0"
+    )
+    assert mlflow.get_tracking_uri() == before
+    assert resolve_uri("models:/there/1", other.tracking_uri).version == "1"
+
+
 def test_only_the_adapter_is_stored(world):
     sizes = {path.name: path.stat().st_size for path in world.saved.rglob("*") if path.is_file()}
     assert sum(sizes.values()) - max(sizes.values()) < world.base_path.joinpath("model.safetensors").stat().st_size
