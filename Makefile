@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests faults proofs bench gpu ui clean
+.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor gpu ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -45,6 +45,9 @@ proofs: setup  ## other slow proofs: a real base, a fresh environment
 bench: setup  ## speed and memory against TRL and a plain peft loop, 25 minutes on 2 cores; ARGS="--help"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(ARGS)
+
+bench-flavor: setup  ## what stored adapters and the cache of quantized bases cost: bytes, seconds, memory; 2 minutes
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.flavor_figures $(ARGS)
 
 gpu: setup  ## the checks that need a CUDA GPU, and the table of `make bench` on it with the shape of an 8B model
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -46,7 +46,8 @@ class DigestMemo:
         Raises:
             AssetError: The memo is damaged.
         """
-        if not self.path.exists():
+        # An empty file is one that another thread or process is about to fill.
+        if not self.path.exists() or not self.path.stat().st_size:
             return None
         with self._errors("read"), closing(self._connect(read_only=True)) as connection:
             row = connection.execute(

@@ -79,3 +79,14 @@ def test_a_memo_that_cannot_be_written_costs_a_warning_only(memo, tmp_path, capl
 def test_inodes_of_64_bits_fit():
     assert _signed(2**64 - 1) == -1
     assert _signed(os.stat(__file__).st_ino) == os.stat(__file__).st_ino
+
+
+def test_a_memo_that_another_thread_is_making_is_not_read_and_not_complained_of(memo, tmp_path, caplog):
+    """SQLite makes the file first and the table later."""
+    memo.path.parent.mkdir()
+    memo.path.touch()
+    first = stat(tmp_path / "file")
+    assert memo.recall(first) is None
+    assert caplog.text == ""
+    memo.remember(first, "a" * 64)
+    assert memo.recall(first) == "a" * 64
