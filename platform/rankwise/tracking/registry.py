@@ -193,6 +193,11 @@ class Registry:
         with tracking_errors(f"setting the alias {alias!r} of {name!r} to version {version}"):
             self._client.set_registered_model_alias(name, alias, str(version))
 
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Take an alias away from whoever has it."""
+        with tracking_errors(f"deleting the alias {alias!r} of {name!r}"):
+            self._client.delete_registered_model_alias(name, alias)
+
     def get_alias(self, name: str, alias: str) -> ModelVersion | None:
         """The version that an alias points to; None when there is no such alias or model."""
         with tracking_errors(f"reading models:/{name}@{alias}"):

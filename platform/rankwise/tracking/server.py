@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from rankwise.settings import Settings, child_environment, storage_errors
 
 # A cold start was seen to take 40 seconds.
 _START_SECONDS = 120.0
-_STOP_SECONDS = 10.0
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 # On by default in MLflow, and not needed to look at results: running jobs for whoever reaches the server, pickles.
 _SAFE = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
@@ -33,7 +31,7 @@ class Server:
     Attributes:
         url: Where it answers.
         log: What it says goes to this file.
-        process: Its process; the leader of a group.
+        process: What holds it: it ends when this process does, however that comes about.
     """
 
     url: str
@@ -77,16 +75,17 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iter
         settings.artifacts.mkdir(parents=True, exist_ok=True)
         output = log.open("wb")
     # -P: a module of the working directory must not stand in for one of MLflow's.
-    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-P", "-m", "rankwise.tracking.tied"]
+    command += [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--no-serve-artifacts", "--default-artifact-root", settings.artifacts.as_uri()]
     with output:
         process = subprocess.Popen(
             command,
             env=_environment(settings, host),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the whole group.
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the server.
         )
     address = "127.0.0.1" if host in {"0.0.0.0", "localhost"} else f"[{host}]" if ":" in host else host
     server = Server(url=f"http://{address}:{port}", log=log, process=process)
@@ -145,13 +144,9 @@ def _await(server: Server) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
 
 
 def _last_lines(log: Path) -> str:

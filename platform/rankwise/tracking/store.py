@@ -30,7 +30,7 @@ from rankwise.tracking.system_metrics import SystemMonitor
 if TYPE_CHECKING:
     from rankwise.experiment.schema import ExperimentSpec
 
-Kind = Literal["sweep", "train", "evaluate", "base", "predict"]
+Kind = Literal["sweep", "train", "evaluate", "base", "predict", "promote"]
 _FOREIGN = re.compile(r"[^\w.-]")
 
 
