@@ -1,8 +1,7 @@
-"""Quality against rank: a PNG for reports, an interactive page that needs no network."""
+"""Quality against rank: a figure for reports, an interactive page that needs no network."""
 
 from __future__ import annotations
 
-import io
 import math
 from html import escape
 from typing import Any
@@ -50,13 +49,6 @@ def rank_figure(comparison: Comparison) -> Figure:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     return figure
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _draw(ax: Axes, panel: Panel, all_ranks: list[float]) -> None:

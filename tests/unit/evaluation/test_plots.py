@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import re
 import struct
 import sys
@@ -9,8 +10,14 @@ import pytest
 from helpers.comparisons import arm, ranks, seeds_and_rates, values
 
 from rankwise.evaluation.compare import compare
-from rankwise.evaluation.plots import rank_figure, rank_plot, to_html, to_png
+from rankwise.evaluation.plots import rank_figure, rank_plot, to_html
 from rankwise.evaluation.series import failures, panels
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def test_the_first_panel_is_the_primary_metric_and_shows_its_base_and_errors():
@@ -57,7 +64,7 @@ def test_arms_without_a_result_have_no_point_and_are_named():
 
 
 def test_the_png_is_an_image_of_a_readable_size_and_pyplot_stays_out_of_it():
-    content = to_png(rank_figure(seeds_and_rates()))
+    content = png(rank_figure(seeds_and_rates()))
     assert content.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", content[16:24])
     assert width >= 1000
@@ -89,11 +96,11 @@ def test_the_page_shows_settings_and_model_of_a_point_and_escapes_names():
 def test_an_experiment_without_results_gives_empty_plots_that_say_so():
     empty = compare("x", [arm(2, None, status="RUNNING")], primary_metric="eval.loss", greater_is_better=False)
     assert "no result yet" in rank_figure(empty).get_suptitle()
-    assert to_png(rank_figure(empty)).startswith(b"\x89PNG")
+    assert png(rank_figure(empty)).startswith(b"\x89PNG")
     assert "no result yet" in rank_plot(empty).layout.title.text
 
 
 def test_one_rank_alone_can_be_drawn():
     one = compare("x", [arm(8, 0.5)], primary_metric="eval.loss", greater_is_better=False)
-    assert to_png(rank_figure(one)).startswith(b"\x89PNG")
+    assert png(rank_figure(one)).startswith(b"\x89PNG")
     assert to_html(rank_plot(one))
