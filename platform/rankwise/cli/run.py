@@ -1,27 +1,26 @@
-"""`rankwise run`: the whole way from a definition to a comparison, in this process."""
+"""`rankwise run`: the whole way from a definition to a comparison: submit, a worker of this machine, and watching."""
 
 from __future__ import annotations
 
 import shlex
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from rankwise.cli.output import print_json, show
+from rankwise.cli.output import print_json
 from rankwise.cli.progress import Bars
-from rankwise.experiment.loader import load_experiment, parse_experiment
+from rankwise.exceptions import RankwiseError
+from rankwise.experiment.loader import load_experiment
 from rankwise.settings import Settings
 
 if TYPE_CHECKING:
-    from rankwise.experiment.schema import ExperimentSpec
-    from rankwise.tasks.context import Context
+    from rankwise.worker.loop import WorkerLoop
+
+_GRACE_S = 600.0
+"""A person who waits for a checkpoint can press Ctrl-C once more."""
 
 
 @click.command()
@@ -30,13 +29,11 @@ if TYPE_CHECKING:
 @click.option(
     "--max-arms",
     type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Arms trained together over one base; 1 trains one after another.",
+    help="Arms trained together over one base; 1 trains one after another. Default: as many as fit into memory.",
 )
 @click.option("--from", "source", metavar="RUN_OR_MODEL_URI", help="Take the definition that a run or model records.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-def run(file: Path | None, overrides: tuple[str, ...], max_arms: int, source: str | None, as_json: bool) -> int:
+def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, source: str | None, as_json: bool) -> int:
     """Train, register, evaluate and compare all arms of the experiment FILE.
 
     What has been done already is not done again; what was interrupted goes on from its last checkpoint. Ctrl-C stops
@@ -45,55 +42,79 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int, source: st
     if (file is None) == (source is None):
         raise click.UsageError("give an experiment FILE, or --from RUN_OR_MODEL_URI")
     settings = Settings.load()
-    # A wrong file is told before anything heavy is imported.
+    # A wrong file is told before anything is started.
     spec = load_experiment(file, overrides) if file is not None else None
     console = Console(stderr=True, highlight=False)
-    with _stopping(console) as stop, Bars(console) as bars:
+    command = shlex.join(["rankwise", "run", str(file) if file is not None else f"--from={source}"])
+    submission = {
+        "do": "submit",
+        "definition": None if spec is None else spec.to_yaml(),
+        "name": str(file),
+        "source": source,
+        "overrides": list(overrides),
+        "command": command,
+    }
+    from rankwise.tasks.local import local_worker
+    from rankwise.worker.stopping import Stop
+    from rankwise.worker.timing import Timing
+
+    stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
+    with stop.on_signals(), Bars(console) as bars:
         bars.say("starting ...")
-        from rankwise.tasks.context import open_context
-        from rankwise.tasks.sweep import run_experiment
-
-        with open_context(settings, bars, stop) as context:
-            spec = spec if spec is not None else _recorded(context, source or "", overrides)
-            command = shlex.join(["rankwise", "run", str(file) if file is not None else f"--from={source}"])
-            end = run_experiment(context, spec, max_arms=max_arms, command=command)
-            from rankwise.evaluation.gather import gather
-            from rankwise.evaluation.table import comparison_view
-
-            if end.interrupted:
-                bars.warn("interrupted; the same command goes on from here")
-                return 130
-            comparison = gather(context.store, end.experiment)
-        if as_json:
-            print_json(comparison.to_json())
-        else:
-            show(lambda console: comparison_view(comparison, console))
-        bars.say(f"look at it: rankwise ui (in a checkout: make ui), experiment {end.experiment}")
-        for job in end.failed:
-            bars.fail(f"job {job.id} ({job.kind} {job.spec_hash[:12]}): {job.error}")
-        return 1 if end.failed else 0
+        worker = local_worker(
+            settings, bars, stop, timing=Timing(grace=_GRACE_S), width=console.width, terminal=console.is_terminal
+        )
+        with worker as loop:
+            return _run(loop, bars, submission, max_arms, as_json, lambda: stop.asked)
 
 
-def _recorded(context: Context, source: str, overrides: tuple[str, ...]) -> ExperimentSpec:
-    from rankwise.tasks.recorded import recorded_definition
+def _run(
+    loop: WorkerLoop, bars: Bars, submission: dict[str, Any], max_arms: int | None, as_json: bool, stopped: Any
+) -> int:
+    from rankwise.worker.loop import MAX_ARMS, Plan
 
-    return parse_experiment(recorded_definition(context, source), source, overrides)
-
-
-@contextmanager
-def _stopping(console: Console) -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM asks to stop; the second one interrupts."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        console.print("stopping after this step ... (once more to stop at once)")
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        sweep = loop.ask(submission)
+    except KeyboardInterrupt:
+        bars.warn("interrupted before anything was trained")
+        return 130
+    failed: list[Any] = []
+    if sweep["jobs"]:
+        end = {"do": "end", "parent_run_id": sweep["parent_run_id"]}
+        try:
+            plan = Plan(among=frozenset(sweep["jobs"]), max_arms=max_arms or MAX_ARMS, fragile=True)
+            jobs = loop.work(plan)
+            if not stopped():
+                finish = {**submission, **sweep, "do": "finish", "jobs": sorted(jobs)}
+                loop.ask(finish, at_once=False)
+        except RankwiseError as error:
+            _end_quietly(loop, bars, {**end, "killed": False, "reason": str(error)})
+            raise
+        if stopped():
+            _end_quietly(loop, bars, {**end, "killed": True, "reason": "interrupted"})
+            bars.warn("interrupted; the same command goes on from here")
+            return 130
+        failed = loop.failed(jobs)
+    compare = {
+        "do": "compare",
+        "experiment": sweep["experiment"],
+        "width": bars.console.width if sys.stdout.isatty() else 200,
+        "terminal": sys.stdout.isatty(),
+    }
+    comparison = loop.ask(compare)
+    if as_json:
+        print_json(comparison["json"])
+    else:
+        sys.stdout.write(comparison["text"])
+    bars.say(f"look at it: rankwise ui (in a checkout: make ui), experiment {sweep['experiment']}")
+    for job in failed:
+        bars.fail(f"{job.title}: {job.error}")
+    return 1 if failed else 0
+
+
+def _end_quietly(loop: WorkerLoop, bars: Bars, command: dict[str, Any]) -> None:
+    """End the sweep's run where that can be done; the queue and the exit code say what has happened anyway."""
+    try:
+        loop.ask(command, at_once=False)
+    except (RankwiseError, KeyboardInterrupt) as error:
+        bars.warn(f"the sweep's run could not be ended: {error}")

@@ -104,7 +104,7 @@ def load_base(
     if quantization.load_in_8bit:
         say_casts_once()
     with quiet_transformers(progress=progress):
-        tokenizer = _load_tokenizer(resolved.path)
+        tokenizer = load_tokenizer(resolved.path)
         if quantized:
             key = make_key(
                 fingerprint,
@@ -155,7 +155,12 @@ def bnb_config(quantization: QuantizationSpec, compute_dtype: torch.dtype) -> An
     return BitsAndBytesConfig(load_in_8bit=True) if quantization.load_in_8bit else None
 
 
-def _load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a base's directory.
+
+    Raises:
+        AssetError: There is none that transformers can load.
+    """
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import dataclass
+
+import torch
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
+from rankwise.tasks.clean import leftovers, sample_digest
 from rankwise.tasks.context import Voice
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    key: tuple[str, str, QuantizationSpec]
+    base: LoadedBase
+    digest: int
 
 
 class BaseHolder:
@@ -21,22 +32,40 @@ class BaseHolder:
         """Nothing is loaded yet."""
         self._settings = settings
         self._voice = voice
-        self._held: tuple[tuple[str, str, QuantizationSpec], LoadedBase] | None = None
+        self._held: _Held | None = None
 
     def get(self, resolved: ResolvedBase, quantization: QuantizationSpec) -> LoadedBase:
-        """The base in memory; what was there before is let go first, so that two never lie side by side."""
+        """The base in memory, checked to be as it was loaded.
+
+        What was there before is let go first, so that two never lie side by side.
+
+        Raises:
+            AssetError: The base cannot be loaded.
+            ConfigError: It cannot be quantized so.
+            StorageError: The cache cannot be written.
+        """
         key = (str(resolved.path), resolved.revision, quantization)
-        if self._held is not None and self._held[0] == key:
-            return self._held[1]
+        if self._held is not None and self._held.key == key and self._is_clean(self._held):
+            return self._held.base
         self.release()
         with self._voice.task(f"loading the base {resolved.source}", None, "steps"):
             base = load_base(resolved, quantization, self._settings)
         origin = "from the cache of quantized bases" if base.from_cache else "quantized now"
         self._voice.say(f"base: {origin}, computes in {base.dtype_reason}, {base.memory_bytes / 1e6:,.0f} MB")
-        self._held = (key, base)
+        self._held = _Held(key=key, base=base, digest=sample_digest(base.model))
         return base
 
     def release(self) -> None:
         """Let the base go."""
         self._held = None
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _is_clean(self, held: _Held) -> bool:
+        found = leftovers(held.base.model)
+        if sample_digest(held.base.model) != held.digest:
+            found.append("other weights than those loaded")
+        if found:
+            self._voice.warn(f"the base was not left as it was loaded ({'; '.join(found)}): it is loaded again")
+        return not found

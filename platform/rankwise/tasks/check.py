@@ -5,21 +5,19 @@ from __future__ import annotations
 from rankwise.data.preflight import Report, preflight
 from rankwise.data.preview import render_html, render_terminal
 from rankwise.experiment.arm import ArmSpec
-from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.embeddings import embedding_rows
 from rankwise.tasks.context import Voice
 from rankwise.tasks.rows import Rows
 
 _PREVIEWED = 3
 
 
-def check_rows(voice: Voice, arm: ArmSpec, base: LoadedBase, rows: Rows, *, show: bool) -> tuple[Report, str]:
+def check_rows(voice: Voice, arm: ArmSpec, vocab_size: int, rows: Rows, *, show: bool) -> tuple[Report, str]:
     """Run the preflight, tell a person what it found, and make the preview.
 
     Args:
         voice: Whom to tell.
         arm: The arm whose rows they are.
-        base: Its base.
+        vocab_size: Tokens that its base has rows for.
         rows: Its rows.
         show: Whether to print the preview too.
 
@@ -35,7 +33,7 @@ def check_rows(voice: Voice, arm: ArmSpec, base: LoadedBase, rows: Rows, *, show
         rows.eval if rows.examples.eval else None,
         rows.renderer,
         max_length=arm.training.max_length,
-        vocab_size=embedding_rows(base.model),
+        vocab_size=vocab_size,
     )
     for finding in report.warnings:
         voice.warn(str(finding))

@@ -5,40 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from rankwise.assets.progress import Progress
 from rankwise.jobs.job import Worker
 from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.settings import Settings
 from rankwise.tracking.store import Store
+from rankwise.worker.voice import Voice
 
-
-class Voice(Progress, Protocol):
-    """Tells a person what goes on. Texts are plain: nothing in them is taken for markup."""
-
-    def say(self, text: str) -> None:
-        """One line."""
-
-    def warn(self, text: str) -> None:
-        """Something to look at, which stops nothing."""
-
-    def fail(self, text: str) -> None:
-        """Something that went wrong, while other work goes on."""
-
-    def done(self, text: str) -> None:
-        """Something finished."""
-
-    def show(self, renderable: Any) -> None:
-        """Something that rich can draw."""
-
-    def noted(
-        self, description: str, total: int | None, unit: str
-    ) -> AbstractContextManager[tuple[Callable[[int], None], Callable[[str], None]]]:
-        """A task that can be moved on and given a remark."""
+__all__ = ["Context", "Voice", "open_context"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,20 +12,18 @@ from rankwise.assets.progress import Advance
 from rankwise.evaluation.evaluator import MAX_ROWS, Evaluation, evaluate
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
-from rankwise.exceptions import JobError, RankwiseError
+from rankwise.exceptions import JobError
 from rankwise.inference.generate import greedy
 from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.packed_lora import delete_adapter
-from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
-from rankwise.tasks.heartbeat import Heartbeat
 from rankwise.tasks.link import EVAL_HASH, run_of_arm
-from rankwise.tasks.outcomes import outcome_of
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
-from rankwise.tasks.rows import Rows, RowsCache
+from rankwise.tasks.rows import Rows
+from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.descriptions import base_note
 from rankwise.tracking.linking import link_metrics
 from rankwise.tracking.provenance import collect
@@ -41,40 +39,40 @@ class _Subject:
     trained: dict[str, Any] | None
 
 
-def evaluate_claimed(context: Context, jobs: Sequence[Job], bases: BaseHolder, rows: RowsCache) -> None:
-    """Evaluate the jobs of one claim over one base and finish each of them.
+def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
+    """Evaluate the jobs of one claim over one base and report the end of each of them.
 
     Adapters are loaded by their registered URI, with all checks of the flavor, as any user would.
 
     Raises:
-        RankwiseError: What a person has to mend; the jobs are noted as failed first.
-        Exception: A bug; likewise.
+        RankwiseError: What a person has to mend.
+        Exception: A bug.
     """
-    tokens = {job.id: job.token for job in jobs if job.token is not None}
-    with Heartbeat(context.queue, list(tokens.values())) as heart:
-        try:
-            subjects = [_subject(context, job, tokens[job.id]) for job in jobs]
-            arm = subjects[0].work.arm
-            sources = find_sources(arm, context.settings, context.voice)
-            base = bases.get(sources.base, arm.quantization)
-            table = rows.get(arm, sources, base.tokenizer)
-            names = _attach(context, base, subjects)
-            try:
-                adapters = [names[subject.job.id] for subject in subjects]
-                results = _evaluate(context, base, table, adapters, arm.evaluation)
-            finally:
-                for name in filter(None, names.values()):
-                    delete_adapter(base.model, name)
-            for subject in subjects:
-                if heart.holds(subject.token) and context.queue.holds(subject.token):
-                    _publish(context, subject, table, results[names[subject.job.id]])
-                heart.release(subject.token)
-        except BaseException as error:
-            text = str(error) if isinstance(error, RankwiseError) else f"{type(error).__name__}: {error}"
-            for token in tokens.values():
-                if heart.holds(token):
-                    context.queue.finish(token, outcome_of(error), error=text)
-            raise
+    context = session.context
+    session.phase("load")
+    subjects = [_subject(context, job, token_of(job)) for job in jobs]
+    arm = subjects[0].work.arm
+    sources = find_sources(arm, context.settings, context.voice)
+    base = session.bases.get(sources.base, arm.quantization)
+    session.phase("tokenize")
+    table = session.rows.get(arm, sources, base.tokenizer)
+    session.phase("evaluate")
+    names = _attach(context, base, subjects)
+    try:
+        adapters = [names[subject.job.id] for subject in subjects]
+        results = _evaluate(session, base, table, adapters, subjects)
+    finally:
+        for name in filter(None, names.values()):
+            delete_adapter(base.model, name)
+    session.phase("upload")
+    for subject in subjects:
+        if session.authority.cancelled(subject.token):
+            session.report(subject.job, Outcome.CANCELLED)
+        elif session.may_publish(subject.job):
+            result = _publish(session, subject, table, results[names[subject.job.id]])
+            session.report(subject.job, Outcome.SUCCEEDED, result=result)
+        else:
+            session.report(subject.job, Outcome.PREEMPTED)
 
 
 def _subject(context: Context, job: Job, token: str) -> _Subject:
@@ -101,10 +99,11 @@ def _attach(context: Context, base: LoadedBase, subjects: Sequence[_Subject]) ->
 
 
 def _evaluate(
-    context: Context, base: LoadedBase, table: Rows, adapters: Sequence[str | None], spec: Any
+    session: Session, base: LoadedBase, table: Rows, adapters: Sequence[str | None], subjects: Sequence[_Subject]
 ) -> dict[str | None, Evaluation]:
     examples, encoded = table.evaluated
-    progress = _Stoppable(context)
+    spec = subjects[0].work.arm.evaluation
+    progress = _Stoppable(session, [subject.token for subject in subjects])
     batch = min(MAX_ROWS, spec.per_device_eval_batch_size * len(set(adapters)))
     answers = greedy(base, max_new_tokens=spec.max_new_tokens, batch_size=batch, progress=progress)
     with keep_dequantized(base.model):
@@ -112,33 +111,45 @@ def _evaluate(
 
 
 class _Stoppable:
-    """Progress that ends the evaluation between two batches when the process is asked to stop."""
+    """Progress that ends the evaluation between two batches when nobody wants it any more."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self, session: Session, tokens: Sequence[str]) -> None:
+        self._session = session
+        self._tokens = tokens
 
     @contextmanager
     def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
-        with self._context.voice.task(description, total, unit) as advance:
+        done = 0
+        with self._session.voice.task(description, total, unit) as advance:
 
             def move(amount: int) -> None:
-                if self._context.stop.is_set():
+                nonlocal done
+                authority = self._session.authority
+                unwanted = all(authority.cancelled(token) or not authority.holds(token) for token in self._tokens)
+                if self._session.stop.is_set() or unwanted:
                     raise KeyboardInterrupt
+                done += amount
+                for token in self._tokens:
+                    self._session.progress(token, {"phase": description, "done": done, "of": total})
                 advance(amount)
 
             yield move
 
 
-def _publish(context: Context, subject: _Subject, table: Rows, evaluation: Evaluation) -> None:
-    work, trained = subject.work, subject.trained
+def _publish(session: Session, subject: _Subject, table: Rows, evaluation: Evaluation) -> dict[str, Any]:
+    """Write the results to the arm's run, its LoggedModel and its version; what the job's row is to keep of them."""
+    context, work, trained = session.context, subject.work, subject.trained
+    fence = session.fence(subject.job)
     values = to_tracking(evaluation.metrics)
     # The arm's last step, also where an earlier state was registered: MLflow shows the value of the highest step, and
     # evaluations during training have the same keys.
     step = int(trained["steps"]) if trained is not None else 0
     if trained is not None:
-        run = context.store.resume_run(run_of_arm(context, work), system_metrics=False, repeats=False)
+        run = context.store.resume_run(
+            run_of_arm(context, work), system_metrics=False, repeats=False, fence=fence, restart=False
+        )
     elif subject.job.mlflow_run_id is not None:
-        run = context.store.resume_run(subject.job.mlflow_run_id, system_metrics=False)
+        run = context.store.resume_run(subject.job.mlflow_run_id, system_metrics=False, fence=fence)
     else:
         run = context.store.start_run(
             work.experiment_id,
@@ -166,8 +177,7 @@ def _publish(context: Context, subject: _Subject, table: Rows, evaluation: Evalu
     run.end("FINISHED")
     metrics = {key: metric.to_json() for key, metric in evaluation.metrics.items()}
     model_uri = None if trained is None else trained["model_uri"]
-    result = {"metrics": metrics, "run_id": run.run_id, "model_uri": model_uri, "step": step}
-    context.queue.finish(subject.token, Outcome.SUCCEEDED, result=result)
+    return {"metrics": metrics, "run_id": run.run_id, "model_uri": model_uri, "step": step}
 
 
 def _link(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from rankwise.experiment.arm import ArmSpec
@@ -23,6 +23,9 @@ class Work:
         register_as: Name of the registered model, or None.
         log_examples: Whether texts of rows may be stored in MLflow.
         definition: The resolved experiment file.
+        stops: Steps after which the arm pauses until it is decided whether it goes on (a rung each), ascending.
+        group: Names the arms that this one is compared with when it pauses; None without early stopping.
+        command: How a person starts the sweep again, for its note.
     """
 
     arm: ArmSpec
@@ -34,23 +37,32 @@ class Work:
     register_as: str | None
     log_examples: bool
     definition: str
+    stops: tuple[int, ...] = ()
+    group: str | None = None
+    command: str = ""
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """Read a job's row."""
-        values = dict(job.spec)
-        return cls(**{**values, "arm": ArmSpec.model_validate_json(values["arm"])})
+        """Read a job's row, also one that an older release wrote."""
+        known = {each.name for each in fields(cls)}
+        values = {key: value for key, value in job.spec.items() if key in known}
+        arm = ArmSpec.model_validate_json(values["arm"])
+        return cls(**{**values, "arm": arm, "stops": tuple(values.get("stops", ()))})
 
-    def train_job(self) -> NewJob:
+    def stop_after(self, step: int) -> int | None:
+        """The next rung of an arm that has paused at `step` (0 at the beginning); None: it trains to its end."""
+        return next((stop for stop in self.stops if stop > step), None)
+
+    def train_job(self, *, priority: int = 0, after: tuple[int, ...] = ()) -> NewJob:
         """The job that trains the arm."""
-        return self._job(JobKind.TRAIN, self.arm.spec_hash, self.arm.pack_key)
+        return self._job(JobKind.TRAIN, self.arm.spec_hash, self.arm.pack_key, priority, after)
 
-    def evaluate_job(self, after: tuple[int, ...] = ()) -> NewJob:
+    def evaluate_job(self, after: tuple[int, ...] = (), *, priority: int = 0) -> NewJob:
         """The job that evaluates the arm's adapter, or the bare base. Evaluations over equal rows share a pack."""
         base = self.arm.base_eval_hash()
-        return self._job(JobKind.EVALUATE, base if self.bare else self.arm.eval_hash(), base, after)
+        return self._job(JobKind.EVALUATE, base if self.bare else self.arm.eval_hash(), base, priority, after)
 
-    def _job(self, kind: JobKind, spec_hash: str, pack_key: str, after: tuple[int, ...] = ()) -> NewJob:
+    def _job(self, kind: JobKind, spec_hash: str, pack_key: str, priority: int, after: tuple[int, ...]) -> NewJob:
         spec: dict[str, Any] = {
             "arm": self.arm.to_json(),
             "bare": self.bare,
@@ -61,7 +73,16 @@ class Work:
             "register_as": self.register_as,
             "log_examples": self.log_examples,
             "definition": self.definition,
+            "stops": list(self.stops),
+            "group": self.group,
+            "command": self.command,
         }
         return NewJob(
-            kind=kind, experiment=self.experiment, spec_hash=spec_hash, spec=spec, pack_key=pack_key, after=after
+            kind=kind,
+            experiment=self.experiment,
+            spec_hash=spec_hash,
+            spec=spec,
+            pack_key=pack_key,
+            priority=priority,
+            after=after,
         )

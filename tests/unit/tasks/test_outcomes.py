@@ -10,7 +10,7 @@ from rankwise.exceptions import (
     TrackingError,
 )
 from rankwise.jobs.job import Outcome
-from rankwise.tasks.outcomes import outcome_of
+from rankwise.tasks.outcomes import failure_of, is_out_of_memory, outcome_of
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,25 @@ from rankwise.tasks.outcomes import outcome_of
 )
 def test_what_is_not_the_jobs_fault_counts_as_no_failure(error, outcome):
     assert outcome_of(error) is outcome
+
+
+def test_a_lack_of_memory_comes_with_advice():
+    cuda = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    failure = failure_of(cuda)
+    assert failure.outcome == Outcome.FAILED
+    assert failure.text.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.; lower training.")
+    assert failure.trace is None
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_a_bug_keeps_its_traceback_and_a_message_for_people_does_not():
+    try:
+        raise ZeroDivisionError("a bug")
+    except ZeroDivisionError as error:
+        failure = failure_of(error)
+    assert failure.text == "ZeroDivisionError: a bug"
+    assert "test_outcomes.py" in failure.trace
+    assert not failure.environment
+    told = failure_of(StorageError("the disk is full"))
+    assert (told.environment, told.trace, told.text) == (True, None, "the disk is full")

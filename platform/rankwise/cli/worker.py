@@ -1,0 +1,68 @@
+"""`rankwise worker`: claims jobs and does them, until nothing is left or somebody stops it."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+from rankwise.cli.progress import Bars
+from rankwise.settings import Settings
+
+_STOPPED = 130
+
+
+@click.command()
+@click.option("--drain", is_flag=True, help="End when nothing is left to do. Default: wait for more.")
+@click.option(
+    "--max-arms",
+    type=click.IntRange(min=1),
+    help="Arms trained together over one base; 1 trains one after another. Default: as many as fit into memory.",
+)
+@click.option("--gpus", metavar="0,1", help="A worker process for each of these GPUs. Default: for each there is.")
+@click.option(
+    "--lease",
+    type=click.FloatRange(min=1.0),
+    default=60.0,
+    show_default=True,
+    help="Seconds without a sign of this worker after which another one takes its jobs.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0.0),
+    default=60.0,
+    show_default=True,
+    help="Seconds for a checkpoint after SIGTERM or Ctrl-C, before the work is ended anyway.",
+)
+def worker(drain: bool, max_arms: int | None, gpus: str | None, lease: float, grace: float) -> int:
+    """Do jobs of the queue.
+
+    SIGTERM or Ctrl-C keeps a checkpoint after the step under way, gives the jobs back and ends; a second one ends at
+    once. Whoever claims the jobs goes on from there.
+    """
+    settings = Settings.load()
+    console = Console(stderr=True, highlight=False)
+    from rankwise.tasks.local import local_worker
+    from rankwise.worker.loop import MAX_ARMS, Plan
+    from rankwise.worker.stopping import Stop
+    from rankwise.worker.timing import Timing
+
+    stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
+    timing = Timing.of_lease(lease, grace=grace)
+    changes = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    with stop.on_signals(), Bars(console) as bars:
+        worker = local_worker(
+            settings,
+            bars,
+            stop,
+            timing=timing,
+            width=console.width,
+            terminal=console.is_terminal,
+            changes=changes,
+            info={"gpus": gpus, "max_arms": max_arms},
+        )
+        with worker as loop:
+            bars.say(f"worker of {settings.home}" + (", until nothing is left to do" if drain else ""))
+            loop.work(Plan(drain=drain, max_arms=max_arms or MAX_ARMS))
+        if stop.asked:
+            bars.say("stopped; its jobs are back in the queue")
+    return _STOPPED if drain and stop.asked else 0

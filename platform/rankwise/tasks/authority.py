@@ -1,0 +1,61 @@
+"""Which claims this process may still speak for. The parent beats, and passes on what the queue says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Mapping
+
+from rankwise.exceptions import JobStoreError
+from rankwise.jobs.store import JobStore
+
+_AGAIN_S = 0.5
+
+
+class Authority:
+    """What is known of the claims. Thread-safe.
+
+    Time is `time.monotonic()`, in which a process that was stopped (SIGSTOP) or a machine that slept has aged: after
+    that a claim counts as unconfirmed until the parent says otherwise.
+    """
+
+    def __init__(self) -> None:
+        """No claims."""
+        self._until: dict[str, float] = {}
+        self._lost: frozenset[str] = frozenset()
+        self._cancelled: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
+
+    def update(self, until: Mapping[str, float], lost: Collection[str], cancelled: Collection[str]) -> None:
+        """Take over what the parent knows."""
+        with self._lock:
+            self._until = dict(until)
+            self._lost = frozenset(lost)
+            self._cancelled = frozenset(cancelled)
+
+    def holds(self, token: str) -> bool:
+        """Whether nobody has said that the claim is lost."""
+        return token in self._until and token not in self._lost
+
+    def confirmed(self, token: str) -> bool:
+        """Whether the lease still runs, as far as this process knows."""
+        return self.holds(token) and time.monotonic() < self._until[token]
+
+    def cancelled(self, token: str) -> bool:
+        """Whether a person wants the job stopped."""
+        return token in self._cancelled
+
+    def check(self, token: str, queue: JobStore) -> bool:
+        """Ask the queue, before anything is written that others can see.
+
+        An outage of the queue's database is waited for while the lease lasts.
+        """
+        while True:
+            if not self.holds(token):
+                return False
+            try:
+                return queue.holds(token)
+            except JobStoreError:
+                if not self.confirmed(token):
+                    return False
+                time.sleep(_AGAIN_S)

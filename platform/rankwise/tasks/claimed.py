@@ -1,0 +1,90 @@
+"""A claimed arm with all that belongs to it, while its pack is worked on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankwise.exceptions import JobError
+from rankwise.jobs.job import Job
+from rankwise.modeling.base import LoadedBase
+from rankwise.tasks.payload import Work
+from rankwise.tasks.rows import Rows
+from rankwise.tasks.session import Session, token_of
+from rankwise.tracking.descriptions import arm_note
+from rankwise.tracking.provenance import Provenance
+from rankwise.tracking.registry import JOB
+from rankwise.tracking.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimedArm:
+    """One claimed train job.
+
+    Attributes:
+        job: Its row, with the token.
+        work: What the row says.
+        rows: Its rows as tokens.
+    """
+
+    job: Job
+    work: Work
+    rows: Rows
+
+    @property
+    def spec_hash(self) -> str:
+        """The arm."""
+        return self.work.arm.spec_hash
+
+    @property
+    def done_steps(self) -> int:
+        """Steps at which the arm has paused already."""
+        return int((self.job.result or {}).get("steps", 0))
+
+
+def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Provenance) -> Run:
+    """The arm's run: the one that was scheduled or begun, or a new one.
+
+    Raises:
+        JobError: Another worker has taken over the job.
+        TrackingError: There is no run yet, and the server does not answer.
+    """
+    job, work, context = arm.job, arm.work, session.context
+    if job.id in session.runs:
+        return session.runs.pop(job.id)
+    # Submitting notes the run after the job: a quick worker has claimed it in between.
+    run_id = job.mlflow_run_id or context.queue.get(job.id).mlflow_run_id
+    if run_id is not None:
+        run = context.store.resume_run(run_id, attempt=job.attempts, fence=session.fence(job))
+    else:
+        created = context.store.start_run(
+            work.experiment_id,
+            work.run_name,
+            parent=work.parent_run_id,
+            params=work.arm.params,
+            tags={**provenance.tags(), JOB: job.id},
+            description=arm_note(work.arm),
+            kind="train",
+            spec_hash=work.arm.spec_hash,
+        )
+        if not context.queue.set_run(token_of(job), created.run_id):
+            created.end("KILLED", "another worker has taken over this arm")
+            raise JobError(f"{job.title} was taken over by another worker")
+        run = created
+    if job.attempts <= 1:
+        for record in arm.rows.inputs:
+            run.input(record)
+        run.text(work.definition, "experiment.yaml")
+        run.json(provenance.to_dict(), "provenance.json")
+    run.tags(
+        {
+            **provenance.tags(),
+            JOB: job.id,
+            "rankwise.attempt": job.attempts,
+            "rankwise.host": context.worker.host,
+            "rankwise.device": str(base.device),
+            "rankwise.compute_dtype": base.dtype_reason,
+            "rankwise.base_fingerprint": base.fingerprint.digest,
+            "rankwise.reason": "",
+        }
+    )
+    return run

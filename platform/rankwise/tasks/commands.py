@@ -1,0 +1,148 @@
+"""What a child can be told to do, by the names of the protocol. A further kind of job is one more line of the table."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from rankwise.evaluation.gather import gather
+from rankwise.evaluation.table import comparison_view
+from rankwise.experiment.loader import parse_experiment
+from rankwise.jobs.job import Job, JobKind, JobState
+from rankwise.tasks.claimed import open_run
+from rankwise.tasks.evaluate import evaluate_claimed
+from rankwise.tasks.outcomes import failure_of
+from rankwise.tasks.publish import publish_again
+from rankwise.tasks.recorded import recorded_definition
+from rankwise.tasks.session import Session, jobs_of
+from rankwise.tasks.submit import prepare, submit
+from rankwise.tasks.sweep import arms_of, begin_sweep, end_sweep, finish_complete, finish_sweep
+from rankwise.tasks.train import load_claimed, train_claimed
+from rankwise.tracking.provenance import collect
+from rankwise.training.checkpoint import remove_composition
+from rankwise.worker.protocol import Message
+
+Value = dict[str, Any] | None
+
+KINDS: Mapping[str, Callable[[Session, list[Job]], None]] = {
+    JobKind.TRAIN: train_claimed,
+    JobKind.EVALUATE: evaluate_claimed,
+}
+"""One function per kind of job: it reports the end of each job, or raises."""
+
+
+def _work(session: Session, command: Message) -> Value:
+    jobs = jobs_of(command)
+    with session.logged(jobs):
+        for parent_run_id in {job.spec["parent_run_id"] for job in jobs if "parent_run_id" in job.spec}:
+            session.begin(parent_run_id, begin_sweep)
+        KINDS[command["do"]](session, jobs)
+    return None
+
+
+def _publish(session: Session, command: Message) -> Value:
+    """Try again to publish arms that are computed."""
+    stored = {job.id: job.result for job in session.context.queue.jobs(ids=[each["id"] for each in command["jobs"]])}
+    jobs = [replace(job, result=stored.get(job.id)) for job in jobs_of(command)]
+    runs = {}
+    with session.logged(jobs):
+        try:
+            base, arms = load_claimed(session, jobs)
+            provenance = collect()
+            for arm in arms:
+                runs[arm.job.id] = open_run(session, arm, base, provenance)
+            publish_again(session, base, arms, runs)
+        except BaseException as error:
+            for run in runs.values():
+                run.end("FAILED", failure_of(error).text, timeout=10)
+            raise
+    return None
+
+
+def _settle(session: Session, command: Message) -> Value:
+    """What follows from jobs that have ended: files to remove, sweeps to finish."""
+    jobs = session.context.queue.jobs(ids=command["jobs"])
+    done = {job.id for job in jobs if job.state is JobState.SUCCEEDED}
+    for composition in list(session.compositions):
+        composition.open -= done
+        if not composition.open:
+            remove_composition(session.settings.checkpoints, composition.spec_hashes)
+            session.compositions.remove(composition)
+    submitted: list[int] = []
+    if command["complete"]:
+        finish_complete(session.context, jobs)
+    return {"submitted": submitted}
+
+
+def _submit(session: Session, command: Message) -> Value:
+    """Prepare and submit a definition, for `rankwise run`."""
+    context = session.context
+    session.phase("load")
+    for problem in context.store.sync().problems:
+        context.voice.warn(f"an earlier run left something that cannot be delivered: {problem}")
+    if command["source"] is not None:
+        text = recorded_definition(context, command["source"])
+        spec = parse_experiment(text, command["source"], command["overrides"])
+    else:
+        spec = parse_experiment(command["definition"], command["name"])
+    prepared = prepare(context, spec, session.rows, bases=session.bases)
+    if prepared.complete:
+        session.voice.say(f"nothing to do: all {len(prepared.labelled)} arms are trained and evaluated")
+        return {"experiment": prepared.spec.name, "parent_run_id": None, "jobs": []}
+    submitted = submit(context, prepared, command=command["command"])
+    session.begin(submitted.parent_run_id, begin_sweep)
+    return {
+        "experiment": submitted.experiment,
+        "parent_run_id": submitted.parent_run_id,
+        "definition": prepared.spec.to_yaml(),
+        "jobs": [job.id for job in submitted.jobs],
+    }
+
+
+def _finish(session: Session, command: Message) -> Value:
+    """Compare a sweep whose jobs have ended."""
+    session.phase("report")
+    context = session.context
+    jobs = context.queue.jobs(ids=command["jobs"])
+    spec = parse_experiment(command["definition"], command["name"])
+    failed = [job for job in jobs if job.state is JobState.FAILED]
+    finish_sweep(
+        context,
+        spec,
+        arms_of(spec, jobs),
+        command["parent_run_id"],
+        failed=len(failed),
+        command=command["command"],
+    )
+    return None
+
+
+def _end(session: Session, command: Message) -> Value:
+    """End the run of a sweep that was cut off."""
+    end_sweep(session.context, command["parent_run_id"], killed=command["killed"], reason=command["reason"])
+    return None
+
+
+def _compare(session: Session, command: Message) -> Value:
+    """The comparison of an experiment, as JSON and drawn for the parent's console."""
+    session.phase("report")
+    comparison = gather(session.context.store, command["experiment"])
+    drawn = io.StringIO()
+    console = Console(file=drawn, width=command["width"], force_terminal=command["terminal"], highlight=False)
+    console.print(comparison_view(comparison, console))
+    return {"json": comparison.to_json(), "text": drawn.getvalue()}
+
+
+COMMANDS: Mapping[str, Callable[[Session, Message], Value]] = {
+    **{str(kind): _work for kind in KINDS},
+    "publish": _publish,
+    "settle": _settle,
+    "submit": _submit,
+    "finish": _finish,
+    "end": _end,
+    "compare": _compare,
+}

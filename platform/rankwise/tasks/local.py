@@ -1,0 +1,71 @@
+"""A worker of this machine: its queue, its loop, and the program of its child. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rankwise.jobs.job import Worker
+from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.settings import Settings, child_environment
+from rankwise.worker.child import ChildProcess
+from rankwise.worker.loop import WorkerLoop
+from rankwise.worker.results import Results
+from rankwise.worker.stopping import Stop
+from rankwise.worker.timing import Timing
+from rankwise.worker.voice import Voice
+
+
+@contextmanager
+def local_worker(
+    settings: Settings,
+    voice: Voice,
+    stop: Stop,
+    *,
+    timing: Timing | None = None,
+    width: int = 120,
+    terminal: bool = False,
+    changes: Mapping[str, str] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> Iterator[WorkerLoop]:
+    """A worker's loop over the queue of the settings; the queue is created in a fresh home.
+
+    Args:
+        settings: Where data is.
+        voice: Tells people.
+        stop: The wish to stop.
+        timing: Leases, intervals, deadlines.
+        width: Of the console, for what the child draws.
+        terminal: Whether the console has colours.
+        changes: To the child's environment (`CUDA_VISIBLE_DEVICES`).
+        info: What the worker says of itself in the queue.
+
+    Raises:
+        JobStoreError: The queue's database cannot be used.
+        StorageError: The home cannot be written.
+    """
+    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    host = socket.gethostname()
+    # A user's `queue.py` in the working directory must not stand in for a module of Python's.
+    environment = child_environment({"PYTHONSAFEPATH": "1", **(changes or {})})
+    command = [sys.executable, "-m", "rankwise.tasks.child", "--width", str(width)]
+    if terminal:
+        command.append("--terminal")
+    try:
+        with WorkerLoop(
+            queue,
+            worker=Worker(name=f"{host}:{os.getpid()}", host=host, pid=os.getpid()),
+            spawn=lambda: ChildProcess(command, settings.home / "logs" / "workers", environment),
+            results=Results(settings.home / "results"),
+            voice=voice,
+            stop=stop,
+            timing=timing,
+            info=dict(info or {}),
+        ) as loop:
+            yield loop
+    finally:
+        queue.close()

@@ -1,0 +1,154 @@
+"""What becomes of a trained arm: its adapter is logged and registered, and its job ends. Each step may be repeated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rankwise.flavor as flavor
+from rankwise.assets.weights import read_header
+from rankwise.exceptions import StorageError, TrackingError
+from rankwise.jobs.job import Job, Outcome
+from rankwise.modeling.base import LoadedBase
+from rankwise.tasks.claimed import ClaimedArm
+from rankwise.tasks.session import Session, token_of
+from rankwise.tracking.registry import JOB
+from rankwise.tracking.runs import Run
+from rankwise.training.checkpoint import Checkpoints
+from rankwise.training.values import ArmOutcome
+
+INTERRUPTED = "interrupted"
+TAKEN_OVER = "another worker has taken over this arm"
+_DRAIN_S = 60.0
+
+
+def finish_arm(session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, outcome: ArmOutcome) -> None:
+    """Publish what an arm has become, and report its end; one that is computed may have to wait for the server.
+
+    Raises:
+        RankwiseError: The adapter cannot be stored for another reason than a server or a disk.
+    """
+    session.phase("upload")
+    if not session.may_publish(arm.job):
+        # Nothing of it may be seen: whoever holds the job now writes to the same run.
+        run.leave(timeout=0.0)
+        session.report(arm.job, Outcome.PREEMPTED)
+        return
+    if outcome.status == "stopped":
+        cancelled = session.authority.cancelled(token_of(arm.job))
+        run.end("KILLED", "cancelled" if cancelled else INTERRUPTED, timeout=_DRAIN_S / 6)
+        session.report(arm.job, Outcome.CANCELLED if cancelled else Outcome.PREEMPTED)
+    elif outcome.status == "paused":
+        run.leave()
+        session.report(arm.job, Outcome.PAUSED, result={"steps": outcome.steps, "metrics": dict(outcome.metrics)})
+    elif (adapter := _chosen(arm, outcome)[0]) is None:
+        run.end("FAILED", outcome.reason)
+        session.report(arm.job, Outcome.FATAL, error=outcome.reason)
+    else:
+        _publish_or_wait(session, base, arm, run, outcome, adapter)
+
+
+def publish_again(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm], runs: dict[int, Run]) -> None:
+    """Try once more for arms that wait for the tracking server."""
+    for arm in arms:
+        outcome = stored_outcome(session, base, arm)
+        if outcome is None:
+            # Somebody has removed the files: nothing is left but to train again.
+            session.report(arm.job, Outcome.FAILED, error="what was computed is not on this machine any more")
+            continue
+        finish_arm(session, base, arm, runs[arm.job.id], outcome)
+
+
+def stored_outcome(session: Session, base: LoadedBase, arm: ClaimedArm) -> ArmOutcome | None:
+    """The outcome of an arm whose publication was cut off, if its files are on this machine."""
+    composition = _row(session, arm.job).get("composition")
+    if composition is None:
+        return None
+    return Checkpoints(session.settings.checkpoints, composition, base).outcomes().get(arm.spec_hash)
+
+
+def _row(session: Session, job: Job) -> dict[str, Any]:
+    return session.uploading.get(job.id) or job.result or {}
+
+
+def _chosen(arm: ClaimedArm, outcome: ArmOutcome) -> tuple[Path | None, int]:
+    """The adapter to register and the step that it is of."""
+    if outcome.status == "nonfinite":
+        return None, outcome.steps
+    if arm.work.arm.checkpoint == "best" and outcome.best is not None and outcome.best_step is not None:
+        return outcome.best, outcome.best_step
+    return outcome.adapter, outcome.steps
+
+
+def _publish_or_wait(
+    session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, outcome: ArmOutcome, adapter: Path
+) -> None:
+    job, name = arm.job, arm.work.run_name
+    weights = adapter / "adapter_model.safetensors"
+    step = _chosen(arm, outcome)[1]
+    if job.id not in session.uploading:
+        run.metrics(
+            {
+                "adapter.parameters": float(sum(math.prod(entry.shape) for entry in read_header(weights))),
+                "adapter.bytes": float(weights.stat().st_size),
+                "train.seconds": outcome.seconds,
+                "train.peak_memory_bytes": float(outcome.peak_memory_bytes),
+            },
+            outcome.steps,
+        )
+        composition = _composition(session, job) or _row(session, job)["composition"]
+        session.uploading[job.id] = {"steps": outcome.steps, "composition": list(composition)}
+        session.context.queue.uploading(token_of(job), session.uploading[job.id])
+    try:
+        if not run.drain(_DRAIN_S):
+            raise TrackingError("the tracking server does not take the run's points")
+        if not session.may_publish(job):
+            run.leave(timeout=0.0)
+            session.report(job, Outcome.PREEMPTED)
+            return
+        result = {**_register(session, base, arm, run, adapter, step), "steps": outcome.steps}
+    except (TrackingError, StorageError) as error:
+        session.runs[job.id] = run
+        session.wait_for_upload(job, f"{name} is trained and waits to be registered: {error}")
+        return
+    delivered = run.end("FINISHED")
+    session.uploading.pop(job.id, None)
+    session.report(job, Outcome.SUCCEEDED, result=result)
+    waiting = "" if delivered else " (points wait in the outbox: the tracking server does not answer)"
+    session.voice.done(f"{name} trained in {outcome.seconds:,.0f} s: {result['model_uri']}{waiting}")
+
+
+def _composition(session: Session, job: Job) -> tuple[str, ...] | None:
+    return next((each.spec_hashes for each in reversed(session.compositions) if job.id in each.open), None)
+
+
+def _register(
+    session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, adapter: Path, step: int
+) -> dict[str, Any]:
+    """Log and register the adapter; a version that this job has registered already is adopted."""
+    registry, name = session.context.store.registry, arm.work.register_as
+    existing = registry.find_by_tag(name, JOB, str(arm.job.id)) if name is not None else []
+    if existing:
+        uri, model_id = existing[0].uri, existing[0].model_id
+    else:
+        info = flavor.log_adapter(
+            adapter,
+            base,
+            arm.rows.renderer.tokenizer,
+            registered_model_name=name,
+            run_id=run.run_id,
+            step=step,
+            system=arm.work.arm.dataset.system,
+            tags={
+                JOB: arm.job.id,
+                "rankwise.attempt": arm.job.attempts,
+                "rankwise.spec_hash": arm.work.arm.spec_hash,
+                "rankwise.experiment": arm.work.experiment,
+            },
+        )
+        model_id = info.model_id
+        uri = f"models:/{name}/{info.registered_model_version}" if name is not None else f"models:/{model_id}"
+    run.tags({"rankwise.model_uri": uri})
+    return {"model_uri": uri, "model_id": model_id, "run_id": run.run_id, "adapter_step": step}

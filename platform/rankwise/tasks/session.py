@@ -1,0 +1,167 @@
+"""A child's side of the conversation: commands, one after another, and what stays warm between them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rankwise.jobs.job import Job, JobKind, JobState, Outcome
+from rankwise.logs import job_log
+from rankwise.settings import Settings
+from rankwise.tasks.authority import Authority
+from rankwise.tasks.bases import BaseHolder
+from rankwise.tasks.context import Context, Voice, open_context
+from rankwise.tasks.outcomes import failure_of
+from rankwise.tasks.rows import RowsCache
+from rankwise.tracking.runs import Run
+from rankwise.worker.protocol import Message
+from rankwise.worker.results import Result, Results
+
+_OFTEN_S = 1.0
+
+
+@dataclass(kw_only=True)
+class Composition:
+    """Arms that were trained together: their files stay until the queue knows all of them."""
+
+    spec_hashes: tuple[str, ...]
+    open: set[int]
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One child.
+
+    Attributes:
+        settings: Where data is.
+        voice: Speaks through the parent.
+        stop: Set when the parent wants a checkpoint and the end.
+        authority: Which claims may be spoken for.
+        emit: Sends an event to the parent.
+        runs: Open runs of arms that are computed and wait for publication, by job.
+        uploading: What the queue was told of these arms, by job.
+        compositions: Packs whose files are still needed.
+    """
+
+    settings: Settings
+    voice: Voice
+    emit: Callable[[Message], Any]
+    stop: threading.Event = field(default_factory=threading.Event)
+    authority: Authority = field(default_factory=Authority)
+    runs: dict[int, Run] = field(default_factory=dict)
+    uploading: dict[int, dict[str, Any]] = field(default_factory=dict)
+    compositions: list[Composition] = field(default_factory=list)
+    _begun: set[str] = field(default_factory=set)
+    _opened: ExitStack = field(default_factory=ExitStack)
+    _told: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def context(self) -> Context:
+        """The stores, opened when they are first needed; an error is one of the command that needs them."""
+        return self._opened.enter_context(open_context(self.settings, self.voice, self.stop))
+
+    @cached_property
+    def bases(self) -> BaseHolder:
+        """The base in memory."""
+        return BaseHolder(self.settings, self.voice)
+
+    @cached_property
+    def rows(self) -> RowsCache:
+        """Rows as tokens."""
+        return RowsCache(self.settings, self.voice)
+
+    @cached_property
+    def results(self) -> Results:
+        """Results on disk."""
+        return Results(self.settings.home / "results")
+
+    def begin(self, parent_run_id: str, begin: Callable[[Context, str], None]) -> None:
+        """Show that a sweep is under way, once."""
+        if parent_run_id not in self._begun:
+            self._begun.add(parent_run_id)
+            begin(self.context, parent_run_id)
+
+    def phase(self, name: str) -> None:
+        """Say what is done now."""
+        self.emit({"event": "phase", "name": name})
+
+    def progress(self, token: str, values: Mapping[str, Any], *, always: bool = False) -> None:
+        """Say how far a job is; a few times a second is enough."""
+        now = time.monotonic()
+        if always or now - self._told.get(token, 0.0) > _OFTEN_S:
+            self._told[token] = now
+            self.emit({"event": "progress", "token": token, "values": dict(values)})
+
+    def report(
+        self, job: Job, outcome: Outcome, *, result: Mapping[str, Any] | None = None, error: str | None = None
+    ) -> None:
+        """Say how a job ended: on disk first, then to the parent, who tells the queue."""
+        token = token_of(job)
+        self.results.write(Result(token=token, outcome=outcome, result=result, error=error))
+        self._told.pop(token, None)
+        self.emit({"event": "result", "token": token})
+
+    def wait_for_upload(self, job: Job, reason: str) -> None:
+        """Say that a job is computed, and that its publication must be tried again."""
+        self.emit({"event": "waiting", "token": token_of(job), "reason": reason})
+
+    def may_publish(self, job: Job) -> bool:
+        """Whether the job's claim still stands: asked before every external write."""
+        return self.authority.check(token_of(job), self.context.queue)
+
+    def fence(self, job: Job) -> Callable[[], bool]:
+        """The same for what is delivered in the background: within the lease nobody can have taken over."""
+        token = token_of(job)
+
+        def may_speak() -> bool:
+            if self.authority.confirmed(token):
+                return True
+            return self.authority.check(token, self.context.queue)
+
+        return may_speak
+
+    @contextmanager
+    def logged(self, jobs: Collection[Job]) -> Iterator[None]:
+        """Keep what is logged in the files of these jobs."""
+        with ExitStack() as files:
+            for job in jobs:
+                files.enter_context(job_log(self.settings, job.id, attempt=job.attempts, arm=job.spec_hash[:12]))
+            yield
+
+    def serve(
+        self, next_command: Callable[[], Message], table: Mapping[str, Callable[[Session, Message], Any]]
+    ) -> None:
+        """Do commands until `quit`."""
+        try:
+            while (command := next_command())["do"] != "quit":
+                try:
+                    value = table[command["do"]](self, command)
+                except BaseException as error:
+                    self.emit({"event": "failed", **asdict(failure_of(error))})
+                else:
+                    self.emit({"event": "done", "value": value or {}})
+        finally:
+            self._opened.close()
+
+
+Command = Callable[[Session, Message], Any]
+"""Does what a message says; its value, if any, is the answer."""
+
+
+def jobs_of(command: Message) -> list[Job]:
+    """The jobs of a command, as the parent claimed them."""
+    return [
+        Job(**{**values, "kind": JobKind(values["kind"]), "state": JobState(values["state"])})
+        for values in command["jobs"]
+    ]
+
+
+def token_of(job: Job) -> str:
+    """The token of a claimed job."""
+    assert job.token is not None, f"job {job.id} is not claimed"
+    return job.token

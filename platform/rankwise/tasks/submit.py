@@ -1,0 +1,277 @@
+"""From a definition to jobs in the queue: pins, checks, runs that show what is planned, and the jobs themselves.
+
+Submitting the same definition again adds nothing; what was cut off in the middle is completed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rankwise.assets.layout import read_json
+from rankwise.data.preflight import Report
+from rankwise.evaluation.gather import PRIMARY_METRIC
+from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.hashing import digest
+from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.sweep import labelled_arms
+from rankwise.jobs.job import Job, JobKind, JobState
+from rankwise.modeling.base import load_tokenizer
+from rankwise.modeling.embeddings import embedding_rows
+from rankwise.tasks.bases import BaseHolder
+from rankwise.tasks.check import check_rows
+from rankwise.tasks.context import Context
+from rankwise.tasks.link import link_done
+from rankwise.tasks.payload import Work
+from rankwise.tasks.prepare import Sources, find_sources, pin
+from rankwise.tasks.rows import RowsCache
+from rankwise.tracking.descriptions import arm_note, sweep_note
+from rankwise.tracking.provenance import collect
+from rankwise.tracking.registry import JOB
+from rankwise.tracking.sweeps import sweep_tags
+
+logger = logging.getLogger(__name__)
+SWEEP = "rankwise.sweep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A definition that is ready for the queue.
+
+    Attributes:
+        spec: With every pin.
+        labelled: Its arms with their labels.
+        sweep: Names the set of arms and evaluations: the tag `rankwise.sweep` of the sweep's run.
+        experiment_id: Of MLflow.
+        parent_run_id: The run of an earlier submission of the same sweep.
+        complete: Whether all of it is done, reported too.
+        reports: Preflight and preview by the name of the rows.
+    """
+
+    spec: ExperimentSpec
+    labelled: Sequence[tuple[str, ArmSpec]]
+    sweep: str
+    experiment_id: str
+    parent_run_id: str | None
+    complete: bool
+    reports: dict[str, tuple[Report, str]]
+
+    @property
+    def arms(self) -> list[ArmSpec]:
+        """The arms."""
+        return [arm for _, arm in self.labelled]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """What a submission has come to.
+
+    Attributes:
+        experiment: Name of the definition.
+        parent_run_id: The run of the sweep.
+        jobs: All jobs of the sweep, as they now stand.
+    """
+
+    experiment: str
+    parent_run_id: str
+    jobs: tuple[Job, ...]
+
+
+def prepare(
+    context: Context,
+    spec: ExperimentSpec,
+    rows: RowsCache,
+    *,
+    preflight: bool = True,
+    bases: BaseHolder | None = None,
+) -> Prepared:
+    """Resolve pins, and check the rows before anything is queued.
+
+    Args:
+        context: The stores.
+        spec: The definition; missing pins are resolved and recorded.
+        rows: Makes rows into tokens, and keeps them.
+        preflight: Whether to check rows.
+        bases: Loads the base, for a process that trains next; otherwise only its tokenizer is read.
+
+    Raises:
+        ConfigError: The definition does not fit the base.
+        DatasetError: The rows do not fit the definition.
+        AssetError: Base or rows cannot be had.
+        TrackingError: The tracking server does not answer.
+    """
+    pinned = pin(spec, context.settings, context.voice, context.store.registry)
+    labelled = labelled_arms(pinned)
+    arms = [arm for _, arm in labelled]
+    evaluations = [*(arm.eval_hash() for arm in arms), *{arm.base_eval_hash() for arm in arms}]
+    done = context.queue.find(JobKind.EVALUATE, evaluations)
+    sweep = digest(sorted([*(arm.spec_hash for arm in arms), *evaluations]))
+    experiment_id = context.store.experiment(pinned.name, pinned)
+    before = [run for run in context.store.runs(experiment_id, kind="sweep") if run.tags.get(SWEEP) == sweep]
+    all_done = all(value in done and done[value].state is JobState.SUCCEEDED for value in evaluations)
+    complete = all_done and bool(before) and before[-1].status == "FINISHED"
+    return Prepared(
+        spec=pinned,
+        labelled=labelled,
+        sweep=sweep,
+        experiment_id=experiment_id,
+        parent_run_id=before[-1].run_id if before else None,
+        complete=complete,
+        reports=_check(context, arms, rows, bases) if preflight and not complete else {},
+    )
+
+
+def submit(
+    context: Context,
+    prepared: Prepared,
+    *,
+    command: str,
+    priority: int = 0,
+    after: Sequence[int] = (),
+) -> Submitted:
+    """Queue what is missing: training, evaluation after it, and the bare base.
+
+    Args:
+        context: The stores.
+        prepared: From `prepare`.
+        command: How to run it again, for the note of the sweep.
+        priority: The higher one is claimed first.
+        after: Jobs that must have succeeded first.
+
+    Raises:
+        JobError: A job of `after` does not exist.
+        TrackingError: The tracking server does not answer.
+    """
+    spec = prepared.spec
+    for job_id in after:
+        context.queue.get(job_id)
+    parent_run_id = prepared.parent_run_id or _create_parent(context, prepared, command)
+    _store_reports(context, prepared, parent_run_id)
+    works = [
+        make_work(prepared, parent_run_id, arm, label or f"arm {arm.short}", command)
+        for label, arm in prepared.labelled
+    ]
+    trains = context.queue.submit([work.train_job(priority=priority, after=tuple(after)) for work in works], again=True)
+    _schedule(context, prepared.experiment_id, list(zip(works, trains, strict=True)))
+    bare = {
+        arm.base_eval_hash(): make_work(prepared, parent_run_id, arm, "base alone", command, bare=True)
+        for arm in prepared.arms
+    }
+    evaluate = [work.evaluate_job(tuple(after), priority=priority) for work in bare.values()]
+    evaluate += [
+        work.evaluate_job(after=(train.id,), priority=priority) for work, train in zip(works, trains, strict=True)
+    ]
+    evaluations = context.queue.submit(evaluate, again=True)
+    link_done(context, list(zip(works, trains, strict=True)), evaluations)
+    return Submitted(experiment=spec.name, parent_run_id=parent_run_id, jobs=(*trains, *evaluations))
+
+
+def make_work(
+    prepared: Prepared, parent_run_id: str, arm: ArmSpec, name: str, command: str, *, bare: bool = False
+) -> Work:
+    """What a job's row says."""
+    spec = prepared.spec
+    return Work(
+        arm=arm,
+        bare=bare,
+        experiment=spec.name,
+        experiment_id=prepared.experiment_id,
+        parent_run_id=parent_run_id,
+        run_name=name,
+        register_as=None if spec.register is None else spec.register.name,
+        log_examples=spec.tracking.log_examples,
+        definition=spec.to_yaml(),
+        command=command,
+    )
+
+
+def _schedule(context: Context, experiment_id: str, pairs: Sequence[tuple[Work, Job]]) -> None:
+    """Show what is planned: a run for every train job that waits and has none."""
+    waiting = [(work, job) for work, job in pairs if job.state is JobState.QUEUED and job.mlflow_run_id is None]
+    if not waiting:
+        return
+    provenance = collect().tags()
+    scheduled = context.store.find_scheduled(experiment_id)
+    for work, job in waiting:
+        if job.id in scheduled:
+            context.queue.assign_run(job.id, scheduled[job.id])
+            continue
+        run = context.store.start_run(
+            experiment_id,
+            work.run_name,
+            parent=work.parent_run_id,
+            params=work.arm.params,
+            tags={**provenance, JOB: job.id},
+            description=arm_note(work.arm),
+            kind="train",
+            spec_hash=work.arm.spec_hash,
+            status="SCHEDULED",
+        )
+        if context.queue.assign_run(job.id, run.run_id):
+            run.leave(timeout=0.0)
+        else:
+            run.end("KILLED", "a worker has begun this arm in a run of its own", timeout=0.0)
+
+
+def _check(
+    context: Context, arms: Sequence[ArmSpec], rows: RowsCache, bases: BaseHolder | None
+) -> dict[str, tuple[Report, str]]:
+    """Preflight of every distinct table. Raises `DatasetError` with all of its errors."""
+    reports: dict[str, tuple[Report, str]] = {}
+    seen: set[int] = set()
+    tokenizers: dict[str, tuple[Any, int]] = {}
+    for arm in arms:
+        sources = find_sources(arm, context.settings, context.voice)
+        if bases is not None:
+            base = bases.get(sources.base, arm.quantization)
+            tokenizer, vocab_size = base.tokenizer, embedding_rows(base.model)
+        else:
+            path = str(sources.base.path)
+            tokenizer, vocab_size = tokenizers.setdefault(path, _tokenizer(sources))
+        table = rows.get(arm, sources, tokenizer)
+        if id(table) in seen:
+            continue
+        seen.add(id(table))
+        name = "data" if not reports else f"data-{len(reports) + 1}"
+        reports[name] = check_rows(context.voice, arm, vocab_size, table, show=not reports)
+    return reports
+
+
+def _tokenizer(sources: Sources) -> tuple[Any, int]:
+    """A base's tokenizer, and the tokens that it has rows for as its configuration says."""
+    tokenizer = load_tokenizer(sources.base.path)
+    config = read_json(sources.base.path / "config.json")
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return tokenizer, int(size) if size is not None else len(tokenizer)
+
+
+def _create_parent(context: Context, prepared: Prepared, command: str) -> str:
+    provenance = collect()
+    spec = prepared.spec
+    run = context.store.start_run(
+        prepared.experiment_id,
+        f"sweep of {len(prepared.labelled)} arms",
+        tags={**provenance.tags(), SWEEP: prepared.sweep, PRIMARY_METRIC: spec.evaluation.primary_metric},
+        description=sweep_note(spec, prepared.arms, command=command),
+        kind="sweep",
+        status="SCHEDULED",
+    )
+    run.text(spec.to_yaml(), "experiment.yaml")
+    run.json(provenance.to_dict(), "provenance.json")
+    if provenance.git.diff:
+        run.text(provenance.git.diff, "uncommitted.diff")
+    run.leave()
+    return run.run_id
+
+
+def _store_reports(context: Context, prepared: Prepared, parent_run_id: str) -> None:
+    run = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
+    # The sweep that was submitted last is the one that `compare` shows.
+    run.tags(sweep_tags([arm.spec_hash for arm in prepared.arms]))
+    for name, (report, preview) in prepared.reports.items():
+        run.json(asdict(report), f"{name}/preflight.json")
+        if prepared.spec.tracking.log_examples:
+            run.text(preview, f"{name}/preview.html")
+    run.leave()

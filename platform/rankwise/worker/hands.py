@@ -1,0 +1,124 @@
+"""Jobs in a worker's hands: given to the child, and told to the queue as they end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+from rankwise.exceptions import JobStoreError
+from rankwise.jobs.job import Job, Outcome
+from rankwise.jobs.store import JobStore
+from rankwise.worker.conversation import CommandFailedError, Conversation
+from rankwise.worker.heartbeat import Heartbeat
+from rankwise.worker.outages import Outages
+from rankwise.worker.protocol import Failure, Message
+from rankwise.worker.results import Result, Results
+from rankwise.worker.uploads import Uploads
+from rankwise.worker.voice import Voice
+
+_LAST_TRY = 2
+"""A job that has failed so often is tried alone: what kills its process must not end its mates."""
+_AGAIN_S = 0.5
+
+
+class Hands:
+    """Does claimed jobs and finishes them."""
+
+    def __init__(
+        self,
+        queue: JobStore,
+        child: Conversation,
+        heart: Heartbeat,
+        uploads: Uploads,
+        outages: Outages,
+        results: Results,
+        voice: Voice,
+    ) -> None:
+        """Nothing is in hand. All of these belong to the worker's loop."""
+        self._queue = queue
+        self._child = child
+        self._heart = heart
+        self._uploads = uploads
+        self._outages = outages
+        self._results = results
+        self._voice = voice
+
+    def do(self, what: str, claimed: list[Job]) -> Failure | None:
+        """Give jobs to the child, and finish each as it comes back; why the rest of them broke, if it did."""
+        unfinished = {job.token: job for job in claimed if job.token is not None}
+
+        def on_event(message: Message) -> None:
+            token = message["token"]
+            match message["event"]:
+                case "progress":
+                    self._heart.note(token, message["values"])
+                case "result":
+                    result = self._results.read(token)
+                    assert result is not None, f"the child told of a result of {token} that is not there"
+                    self.finish(unfinished.pop(token), result)
+                case "waiting":
+                    self._uploads.add(unfinished.pop(token))
+                    self._voice.warn(message["reason"])
+                case other:
+                    raise AssertionError(f"unknown event {other!r}")
+
+        failure = None
+        try:
+            self._child.ask({"do": what, "jobs": [asdict(job) for job in claimed]}, on_event)
+        except CommandFailedError as error:
+            failure = error.failure
+        for token, job in unfinished.items():
+            # A child that died may have left the file without the word.
+            result = self._results.read(token)
+            if result is None and failure is not None:
+                result = Result(token=token, outcome=Outcome(failure.outcome), error=_reason(failure))
+            self.finish(
+                job, result or Result(token=token, outcome=Outcome.FAILED, error="the worker said nothing of this job")
+            )
+        return failure
+
+    def without_suspects(self, claimed: list[Job]) -> list[Job]:
+        """A job that may fail but once more is done alone; the others are given back."""
+        suspects = [job for job in claimed if job.failures >= _LAST_TRY]
+        if not suspects or len(claimed) == 1:
+            return claimed
+        for job in claimed:
+            if job is not suspects[0]:
+                assert job.token is not None
+                self.finish(job, Result(token=job.token, outcome=Outcome.RETURNED))
+        return suspects[:1]
+
+    def finish(self, job: Job, result: Result) -> None:
+        """Tell the queue, through an outage that is shorter than the lease."""
+        while True:
+            try:
+                told = self._queue.finish(
+                    result.token,
+                    result.outcome,
+                    result=result.result,
+                    error=result.error,
+                    wait=self._wait_after(result),
+                )
+                break
+            except JobStoreError as error:
+                if not self._heart.confirmed(result.token):
+                    self._voice.warn(f"{job.title}: the queue was away for longer than the lease: {error}")
+                    self._heart.release(result.token)
+                    return
+                time.sleep(_AGAIN_S)
+        self._heart.release(result.token)
+        self._results.remove(result.token)
+        if not told:
+            self._voice.warn(f"{job.title} was taken over by another worker; nothing of this attempt counts")
+        elif result.outcome in (Outcome.FAILED, Outcome.FATAL):
+            self._voice.fail(f"{job.title}: {result.error}")
+
+    def _wait_after(self, result: Result) -> float:
+        """Seconds until a job that met an environment at fault may be claimed again; a person tries when they like."""
+        met_outage = result.outcome is Outcome.PREEMPTED and result.error is not None
+        return self._outages.first_wait if met_outage and not self._outages.fragile else 0.0
+
+
+def _reason(failure: Failure) -> str | None:
+    """What a job's row is told: nothing where a person has interrupted the work."""
+    return None if failure.outcome == Outcome.PREEMPTED and not failure.environment else failure.text

@@ -1,0 +1,266 @@
+"""The worker's loop: claim a pack, have it done, tell the queue, until there is nothing left or a stop is asked for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from rankwise.exceptions import JobStoreError, TrackingError
+from rankwise.jobs.job import Job, JobState, Outcome, Worker
+from rankwise.jobs.store import JobStore
+from rankwise.worker.child import Child
+from rankwise.worker.conversation import CommandFailedError, Conversation
+from rankwise.worker.errors import as_exception
+from rankwise.worker.hands import Hands
+from rankwise.worker.heartbeat import Heartbeat
+from rankwise.worker.outages import Outages
+from rankwise.worker.protocol import Message
+from rankwise.worker.results import Result, Results
+from rankwise.worker.stopping import Stop
+from rankwise.worker.timing import Timing
+from rankwise.worker.uploads import Uploads
+from rankwise.worker.voice import Voice
+
+MAX_ARMS = 16
+"""The most that is claimed together when nobody says otherwise; memory decides how many of them are started."""
+_FORGOTTEN = 3
+"""A worker that has left out so many announcements counts as gone where work is shared."""
+_UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.UPLOADING)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a loop is to do.
+
+    Attributes:
+        among: Only these jobs; those that they lead to (a search's next arms) join them. None: all.
+        drain: End when nothing is left to do.
+        max_arms: The most arms trained together.
+        fragile: Whether an environment at fault (a full disk, a server that is away) ends the loop with that error; a
+            worker that nobody watches waits and tries again.
+    """
+
+    among: frozenset[int] | None = None
+    drain: bool = False
+    max_arms: int = MAX_ARMS
+    fragile: bool = False
+
+
+class WorkerLoop:
+    """One worker: a heartbeat, a child, and the loop. A context manager."""
+
+    def __init__(
+        self,
+        queue: JobStore,
+        *,
+        worker: Worker,
+        spawn: Callable[[], Child],
+        results: Results,
+        voice: Voice,
+        stop: Stop,
+        timing: Timing | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            queue: The truth about work.
+            worker: Who this process is there.
+            spawn: Starts a child.
+            results: Where children put their results.
+            voice: Tells people.
+            stop: The wish to stop.
+            timing: Leases, intervals, deadlines.
+            info: What the worker says of itself in the queue.
+        """
+        self._queue = queue
+        self._worker = worker
+        self._voice = voice
+        self._stop = stop
+        self._timing = timing or Timing()
+        self._info = {"state": "idle", **(info or {})}
+        self._heart = Heartbeat(queue, self._timing, worker, lambda: dict(self._info))
+        self._uploads = Uploads(self._timing)
+        self._outages = Outages(self._timing, voice)
+        self._child = Conversation(spawn, voice=voice, heart=self._heart, timing=self._timing, stop=stop)
+        self._hands = Hands(queue, self._child, self._heart, self._uploads, self._outages, results, voice)
+        self._swept = float("-inf")
+        self._settled = float("-inf")
+        self._waiting_said = False
+        self._among: set[int] | None = None
+
+    def __enter__(self) -> WorkerLoop:
+        """Start the heartbeat."""
+        self._heart.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the child and the heartbeat."""
+        try:
+            self._child.__exit__(kind, error, trace)
+        finally:
+            self._heart.__exit__(kind, error, trace)
+
+    def start_child(self) -> None:
+        """Let a child begin its imports."""
+        self._child.start()
+
+    def ask(self, command: Message, *, at_once: bool = True) -> dict[str, Any]:
+        """Have the child do something that is no job.
+
+        Raises:
+            RankwiseError: What broke it, as the child raised it.
+            KeyboardInterrupt: It was stopped.
+        """
+        try:
+            return self._child.ask(command, at_once=at_once)
+        except CommandFailedError as error:
+            raise as_exception(error.failure) from None
+
+    def work(self, plan: Plan) -> frozenset[int]:
+        """Claim and do jobs until nothing is left, or a stop is asked for.
+
+        Returns:
+            The jobs of the plan, with those that joined them.
+
+        Raises:
+            RankwiseError: The environment is at fault, and the plan is fragile or was tried for long enough.
+        """
+        self._among = None if plan.among is None else set(plan.among)
+        self._outages.fragile = plan.fragile
+        try:
+            while not self._stop.asked:
+                try:
+                    if not self._round(plan):
+                        break
+                except JobStoreError as error:
+                    self._outages.wait(error, self._stop, passing=self._outages.passing())
+        finally:
+            self._let_go()
+        return frozenset(self._among or ())
+
+    def failed(self, ids: Collection[int]) -> list[Job]:
+        """Those of these jobs that have failed for good."""
+        return [job for job in self._queue.jobs(ids=sorted(ids)) if job.state is JobState.FAILED]
+
+    def _round(self, plan: Plan) -> bool:
+        """One look at the queue; False when there is nothing left to do."""
+        self._reclaim()
+        since = time.monotonic()
+        claimed = self._queue.claim(
+            self._worker, lease=self._timing.lease, max_arms=self._most(plan), among=self._among
+        )
+        self._outages.over()
+        if claimed:
+            self._waiting_said = False
+            self._do(claimed, since)
+            return True
+        if due := self._uploads.take():
+            self._have_done("publish", due)
+            self._uploads.forget(due)
+            return True
+        if self._is_done(plan):
+            return False
+        self._pause(self._timing.poll)
+        return True
+
+    def _most(self, plan: Plan) -> int:
+        """How many arms to claim: several workers share what waits, in place of the first one taking all of it."""
+        if plan.max_arms == 1:
+            return 1
+        there = sum(info.silent < _FORGOTTEN * self._timing.announce for info in self._queue.workers())
+        if there <= 1:
+            return plan.max_arms
+        waiting = self._queue.counts()[JobState.QUEUED]
+        return max(1, min(plan.max_arms, math.ceil(waiting / there)))
+
+    def _do(self, claimed: list[Job], since: float) -> None:
+        self._heart.hold(claimed, since)
+        claimed = self._hands.without_suspects(claimed)
+        self._have_done(str(claimed[0].kind), claimed)
+
+    def _settle(self, claimed: list[Job]) -> None:
+        """What follows from ended jobs: files to remove, arms to promote, prune or propose, a sweep to finish."""
+        self._settled = time.monotonic()
+        if self._stop.asked:
+            return
+        command = {"do": "settle", "jobs": [job.id for job in claimed], "complete": self._among is None}
+        try:
+            value = self._child.ask(command)
+        except CommandFailedError as error:
+            self._voice.warn(f"after {', '.join(job.title for job in claimed)}: {error.failure.text}")
+            return
+        if self._among is not None:
+            self._among |= set(value["submitted"])
+
+    def _have_done(self, what: str, jobs: list[Job]) -> None:
+        """Have the child work on jobs; then what follows from them, or what a failure means for the loop."""
+        self._info["state"] = f"{what} of {len(jobs)}"
+        failure = self._hands.do(what, jobs)
+        self._info["state"] = "idle"
+        if failure is None or not failure.environment:
+            self._outages.well()
+            if failure is not None and failure.trace is not None:
+                self._voice.fail(failure.trace)
+            self._settle(jobs)
+            return
+        if self._stop.asked:
+            return
+        error = as_exception(failure)
+        assert isinstance(error, Exception)
+        self._outages.wait(error, self._stop)
+
+    def _reclaim(self) -> None:
+        now = time.monotonic()
+        if now - self._swept < self._timing.reclaim:
+            return
+        self._swept = now
+        for job in self._queue.reclaim(host=self._worker.host, alive=psutil.pids()):
+            logger.info("%s comes back from a worker that is gone", job.title)
+
+    def _is_done(self, plan: Plan) -> bool:
+        if self._uploads.any:
+            if (plan.drain or self._among is not None) and self._uploads.given_up():
+                names = ", ".join(job.title for job in self._uploads.all())
+                raise TrackingError(
+                    f"the tracking server has taken nothing for {self._timing.upload:,.0f} s: {names} are computed and "
+                    "wait in the queue; the next worker of this home publishes them without training"
+                )
+            return False
+        if self._among is not None:
+            left = self._queue.jobs(ids=sorted(self._among), states=_UNFINISHED)
+        elif plan.drain:
+            left = self._queue.jobs(states=_UNFINISHED, limit=100)
+        else:
+            return False
+        if not left:
+            return True
+        held = [job for job in left if job.held]
+        if len(held) == len(left) and time.monotonic() - self._settled > self._timing.reclaim:
+            # Whoever ended the last of their mates has died before it decided.
+            self._settle(held)
+        elif not self._waiting_said:
+            self._waiting_said = True
+            self._voice.say(f"waiting: {len(left)} jobs are held by another worker or wait for another try")
+        return False
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._stop.asked and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _let_go(self) -> None:
+        """Give back what waits for the tracking server: whoever claims it publishes it without training."""
+        for job in self._uploads.release():
+            assert job.token is not None
+            self._hands.finish(job, Result(token=job.token, outcome=Outcome.PREEMPTED))

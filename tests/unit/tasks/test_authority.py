@@ -1,0 +1,55 @@
+import time
+
+import pytest
+
+from rankwise.exceptions import JobStoreError
+from rankwise.tasks.authority import Authority
+
+
+class Queue:
+    """Answers `holds` with what it is given, one after another."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def holds(self, token):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def authority(monkeypatch):
+    monkeypatch.setattr("rankwise.tasks.authority._AGAIN_S", 0.01)
+    made = Authority()
+    made.update({"t": time.monotonic() + 0.3}, [], [])
+    return made
+
+
+def test_a_claim_is_confirmed_until_its_lease_is_over(authority):
+    assert authority.confirmed("t")
+    time.sleep(0.35)
+    assert not authority.confirmed("t")
+    assert authority.holds("t"), "nobody has said that it is lost"
+
+
+def test_what_the_parent_says_counts(authority):
+    authority.update({"t": time.monotonic() + 60, "u": time.monotonic() + 60}, lost=["t"], cancelled=["u"])
+    assert not authority.holds("t")
+    assert not authority.confirmed("t")
+    assert authority.cancelled("u")
+    assert not authority.holds("never claimed")
+
+
+def test_the_queue_is_asked_before_anything_is_published(authority):
+    assert authority.check("t", Queue(True))
+    assert not authority.check("t", Queue(False))
+    assert not authority.check("never claimed", Queue())
+
+
+def test_an_outage_is_waited_for_while_the_lease_lasts(authority):
+    assert authority.check("t", Queue(JobStoreError("away"), JobStoreError("away"), True))
+    began = time.monotonic()
+    assert not authority.check("t", Queue(*[JobStoreError("away")] * 1000))
+    assert time.monotonic() - began < 5

@@ -1,0 +1,118 @@
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from rankwise.exceptions import JobStoreError
+from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
+from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.worker.heartbeat import Heartbeat
+from rankwise.worker.timing import Timing
+
+WORKER = Worker(name="w", host="h", pid=1)
+QUICK = Timing(lease=60.0, beat=0.01, watch=0.01)
+
+
+@pytest.fixture
+def queue(tmp_path):
+    store = SqlJobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock")
+    yield store
+    store.close()
+
+
+def claim(queue, count=1, lease=60.0):
+    new = [
+        NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=str(number), spec={}, pack_key="p")
+        for number in range(count)
+    ]
+    queue.submit(new)
+    return queue.claim(WORKER, lease=lease, max_arms=count)
+
+
+def beating(queue, jobs, timing=QUICK):
+    heart = Heartbeat(queue, timing, WORKER)
+    heart.hold(jobs, time.monotonic())
+    return heart
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_claim_stays_alive_while_its_worker_computes(queue):
+    jobs = claim(queue, lease=0.6)
+    with beating(queue, jobs, replace(QUICK, lease=0.6)) as heart:
+        time.sleep(0.9)
+        assert queue.reclaim() == []
+        assert heart.confirmed(jobs[0].token)
+    assert queue.holds(jobs[0].token)
+
+
+def test_a_lost_claim_is_noticed(queue):
+    lost, _ = claim(queue, 2, lease=-1)
+    queue.reclaim()
+    (again, _) = queue.claim(WORKER, lease=60, max_arms=2)
+    with beating(queue, [lost, again]) as heart:
+        until(lambda: not heart.holds(lost.token))
+        assert heart.holds(again.token)
+        assert heart.news()["lost"] == [lost.token]
+
+
+def test_a_wish_to_cancel_arrives_without_a_heartbeat(queue):
+    first, second = claim(queue, 2)
+    with beating(queue, [first, second], replace(QUICK, beat=100.0)) as heart:
+        before = heart.changes
+        queue.cancel([first.id])
+        until(lambda: heart.cancelled(first.token))
+        assert not heart.cancelled(second.token)
+        assert heart.changes == before + 1
+
+
+def test_a_finished_job_is_not_taken_for_a_lost_one(queue):
+    first, second = claim(queue, 2)
+    with beating(queue, [first, second]) as heart:
+        queue.finish(first.token, Outcome.SUCCEEDED)
+        heart.release(first.token)
+        time.sleep(0.05)
+        assert heart.news()["lost"] == []
+        assert heart.news()["until"].keys() == {second.token}
+
+
+def test_progress_travels_with_the_heartbeat(queue):
+    (job,) = claim(queue)
+    with beating(queue, [job]) as heart:
+        heart.note(job.token, {"step": 3})
+        heart.note(job.token, {"checkpoint": 2})
+        until(lambda: queue.attempts(job.id)[0].progress == {"step": 3, "checkpoint": 2})
+
+
+def test_an_outage_of_the_database_loses_nothing_until_the_lease_is_over(queue, monkeypatch, caplog):
+    (job,) = claim(queue)
+    away = threading.Event()
+    away.set()
+    real = queue.beat
+
+    def beat(*arguments, **named):
+        if away.is_set():
+            raise JobStoreError("away")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(queue, "beat", beat)
+    with beating(queue, [job], replace(QUICK, lease=0.3)) as heart:
+        until(lambda: "no heartbeat: away" in caplog.text)
+        assert heart.confirmed(job.token)
+        until(lambda: not heart.confirmed(job.token))
+        assert heart.holds(job.token), "nobody has taken it, as far as is known"
+        away.clear()
+        until(lambda: heart.confirmed(job.token))
+
+
+def test_a_worker_is_listed_while_it_lives(queue):
+    with Heartbeat(queue, replace(QUICK, announce=0.01), WORKER, lambda: {"state": "idle"}):
+        (there,) = queue.workers()
+        assert (there.name, there.info) == ("w", {"state": "idle"})
+    assert queue.workers() == []

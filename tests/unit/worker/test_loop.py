@@ -1,0 +1,404 @@
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from helpers.fake_child import DIES, DONE, SETTLED, FakeChild, Listener, reports
+
+from rankwise.exceptions import JobStoreError, StorageError, TrackingError
+from rankwise.jobs.job import JobKind, JobState, Limits, NewJob, Outcome, Worker
+from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.worker.loop import Plan, WorkerLoop
+from rankwise.worker.results import Results
+from rankwise.worker.stopping import Stop
+from rankwise.worker.timing import Timing
+
+ME = Worker(name="me", host="here", pid=1)
+TIMING = Timing(
+    lease=60.0, beat=0.02, watch=0.01, poll=0.01, reclaim=0.0, grace=60.0, upload=0.1, pause=0.01, longest_pause=0.02
+)
+
+
+def job(spec_hash, **changes):
+    values = {"kind": JobKind.TRAIN, "experiment": "e", "spec_hash": spec_hash, "spec": {}, "pack_key": "p"}
+    return NewJob(**{**values, **changes})
+
+
+@pytest.fixture
+def queue(tmp_path):
+    limits = Limits(failures=3, backoff=0.01)
+    store = SqlJobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock", limits=limits)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def bench(queue, tmp_path, monkeypatch):
+    """A worker whose children follow a script; pids on this host all live."""
+    monkeypatch.setattr("psutil.pids", lambda: [1])
+    return Bench(queue, tmp_path)
+
+
+class Bench:
+    def __init__(self, queue, directory):
+        self.queue = queue
+        self.results = Results(directory / "results")
+        self.voice = Listener()
+        self.stop = Stop()
+        self.children = []
+        self.log = directory / "child.log"
+
+    def work(self, script, plan=None, timing=TIMING):
+        def spawn():
+            self.children.append(FakeChild(script, self.log))
+            return self.children[-1]
+
+        with WorkerLoop(
+            self.queue,
+            worker=ME,
+            spawn=spawn,
+            results=self.results,
+            voice=self.voice,
+            stop=self.stop,
+            timing=timing,
+        ) as loop:
+            return loop.work(plan or Plan(drain=True))
+
+    def states(self):
+        return {each.spec_hash: each.state for each in self.queue.jobs()}
+
+    def packs(self, *names):
+        return [
+            [each["spec_hash"] for each in message["jobs"]]
+            for child in self.children
+            for message in child.commands(*(names or ("train",)))
+        ]
+
+
+def succeed(bench):
+    def script(child, command):
+        if command["do"] == "settle":
+            yield SETTLED
+            return
+        for each in command["jobs"]:
+            yield reports(bench.results, each, result={"by": each["spec_hash"]})
+        yield DONE
+
+    return script
+
+
+def test_a_pack_is_done_by_one_child_and_the_queue_is_told(bench):
+    bench.queue.submit([job("a"), job("b"), job("x", pack_key="q")])
+    bench.work(succeed(bench))
+    assert bench.packs() == [["a", "b"], ["x"]]
+    assert len(bench.children) == 1, "the child stays warm"
+    assert bench.children[0].acts == ["close"]
+    assert set(bench.states().values()) == {JobState.SUCCEEDED}
+    assert bench.queue.get(1).result == {"by": "a"}
+    assert not list((bench.log.parent / "results").iterdir())
+    assert bench.queue.workers() == [], "the worker has retired"
+
+
+def test_every_pack_is_followed_by_what_comes_of_it_and_new_jobs_join_those_watched(bench):
+    first, other = bench.queue.submit([job("a"), job("other", pack_key="q")])
+
+    def script(child, command):
+        if command["do"] == "settle":
+            new = bench.queue.submit([job("proposed")]) if command["jobs"] == [first.id] else []
+            yield {"event": "done", "value": {"submitted": [each.id for each in new]}}
+            return
+        yield from succeed(bench)(child, command)
+
+    jobs = bench.work(script, Plan(among=frozenset([first.id])))
+    assert jobs == {first.id, other.id + 1}
+    assert bench.states() == {"a": "succeeded", "other": "queued", "proposed": "succeeded"}
+    assert all(not each["complete"] for each in bench.children[0].commands("settle"))
+
+
+def test_the_child_hears_of_its_claims_before_it_begins(bench):
+    bench.queue.submit([job("a")])
+    bench.work(succeed(bench))
+    first, second, *_ = bench.children[0].heard
+    assert (first["do"], second["do"]) == ("beat", "train")
+    token = second["jobs"][0]["token"]
+    assert time.monotonic() + 50 < first["until"][token] <= time.monotonic() + 60
+
+
+def test_a_child_that_dies_costs_a_failure_and_the_others_are_tried_without_the_poison(bench):
+    bench.queue.submit([job("good"), job("poison")])
+    bench.log.write_text("Fatal Python error: Segmentation fault")
+
+    def script(child, command):
+        child.dies_by = -11
+        if command["do"] == "train" and "poison" in [each["spec_hash"] for each in command["jobs"]]:
+            yield DIES
+        yield from succeed(bench)(child, command)
+
+    bench.work(script)
+    assert bench.states() == {"good": "succeeded", "poison": "failed"}
+    assert bench.packs() == [["good", "poison"]] * 2 + [["good"], ["poison"]]
+    error = bench.queue.get(2).error
+    assert "crashed (SIGSEGV) while it was at: " in error
+    assert error.endswith("Segmentation fault")
+
+
+def test_what_a_child_left_on_disk_before_it_died_counts(bench):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        if command["do"] == "train":
+            reports(bench.results, command["jobs"][0])
+            yield DIES
+        yield SETTLED
+
+    bench.work(script)
+    assert bench.states() == {"a": "succeeded"}
+    assert bench.queue.get(1).attempts == 1
+
+
+def test_a_hung_child_is_killed_after_its_stacks_were_kept(bench):
+    bench.queue.submit([job("a")])
+    tries = []
+
+    def script(child, command):
+        if command["do"] == "train":
+            tries.append(command)
+            yield {"event": "phase", "name": "tokenize"}
+            while len(tries) == 1:
+                time.sleep(0.01)
+                yield None
+        yield from succeed(bench)(child, command)
+
+    bench.work(script, timing=replace(TIMING, deadlines={"start": 10, "load": 10, "tokenize": 0.05}))
+    assert bench.children[0].acts == ["stacks", "kill"]
+    (first, second) = bench.queue.attempts(1)
+    assert (first.outcome, second.outcome) == ("failed", "succeeded")
+    assert "no sign of life for 0 s at: tokenize; the stacks of its threads are in" in first.error
+
+
+def test_an_environment_at_fault_ends_what_is_watched_and_blames_no_job(bench):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        yield {
+            "event": "failed", "outcome": "preempted", "type": "StorageError", "text": "the disk is full",
+            "environment": True, "trace": None,
+        }  # fmt: skip
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        bench.work(script, Plan(drain=True, fragile=True))
+    after = bench.queue.get(1)
+    assert (after.state, after.failures, after.preemptions, after.error) == ("queued", 0, 1, "the disk is full")
+
+
+def test_nobody_watches_a_worker_so_it_waits_for_the_environment(bench):
+    bench.queue.submit([job("a")])
+    tries = []
+
+    def script(child, command):
+        tries.append(command["do"])
+        if len(tries) < 3:
+            yield {
+                "event": "failed", "outcome": "preempted", "type": "TrackingError", "text": "away",
+                "environment": True, "trace": None,
+            }  # fmt: skip
+        yield from succeed(bench)(child, command)
+
+    bench.work(script)
+    assert bench.states() == {"a": "succeeded"}
+    assert bench.queue.get(1).failures == 0
+    assert "away; trying again in" in bench.voice.texts("warn")
+
+
+def test_the_first_wish_to_stop_is_passed_on_and_the_jobs_come_back(bench):
+    bench.queue.submit([job("a"), job("later", pack_key="q")])
+
+    def script(child, command):
+        bench.stop.ask()
+        while not child.commands("stop"):
+            yield None
+        yield reports(bench.results, command["jobs"][0], Outcome.PREEMPTED)
+        yield DONE
+
+    bench.work(script)
+    after = bench.queue.get(1)
+    assert (after.state, after.preemptions, after.failures) == ("queued", 1, 0)
+    assert bench.packs() == [["a"]], "nothing more is claimed, nothing is settled"
+    assert bench.children[0].acts == ["close"]
+
+
+@pytest.mark.parametrize("how", ["twice", "grace"])
+def test_a_second_wish_or_the_end_of_the_grace_ends_the_child_at_once(bench, how):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        bench.stop.ask()
+        if how == "twice":
+            bench.stop.ask()
+        while True:
+            time.sleep(0.01)
+            yield None
+
+    bench.work(script, timing=replace(TIMING, grace=0.05 if how == "grace" else 60.0))
+    assert bench.children[0].acts == ["interrupt"]
+    after = bench.queue.get(1)
+    assert (after.state, after.preemptions, after.failures, after.error) == ("queued", 1, 0, None)
+
+
+def test_a_wish_to_cancel_reaches_the_child_between_two_heartbeats(bench):
+    bench.queue.submit([job("a")])
+    began = time.monotonic()
+
+    def script(child, command):
+        bench.queue.cancel([1])
+        while not any(message["cancelled"] for message in child.commands("beat")):
+            assert time.monotonic() - began < 5
+            time.sleep(0.01)
+            yield None
+        yield reports(bench.results, command["jobs"][0], Outcome.CANCELLED)
+        yield DONE if command["do"] == "train" else SETTLED
+
+    def whole(child, command):
+        return script(child, command) if command["do"] == "train" else [SETTLED]
+
+    bench.work(whole, timing=replace(TIMING, beat=100.0))
+    assert bench.states() == {"a": "cancelled"}
+
+
+def test_what_another_worker_has_taken_over_is_not_finished(bench):
+    bench.queue.submit([job("a")])
+    other = Worker(name="other", host="there", pid=2)
+
+    def script(child, command):
+        if command["do"] == "train":
+            with bench.queue._engine.begin() as connection:
+                connection.exec_driver_sql("UPDATE attempt SET lease_until = 0")
+            bench.queue.reclaim()
+            (again,) = bench.queue.claim(other, lease=60)
+            while not any(message["lost"] for message in child.commands("beat")):
+                time.sleep(0.01)
+                yield None
+            yield reports(bench.results, command["jobs"][0], result={"by": "zombie"})
+            assert bench.queue.get(1).token == again.token
+            assert bench.queue.finish(again.token, Outcome.SUCCEEDED, result={"by": "owner"})
+            yield DONE
+        yield SETTLED
+
+    bench.work(script)
+    assert bench.queue.get(1).result == {"by": "owner"}
+    assert "taken over by another worker; nothing of this attempt counts" in bench.voice.texts("warn")
+
+
+def test_an_outage_of_the_queue_shorter_than_the_lease_costs_nothing(bench, monkeypatch):
+    bench.queue.submit([job("a")])
+    real, calls = bench.queue.finish, []
+
+    def finish(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise JobStoreError("away")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(bench.queue, "finish", finish)
+    monkeypatch.setattr("rankwise.worker.hands._AGAIN_S", 0.01)
+    bench.work(succeed(bench))
+    assert bench.states() == {"a": "succeeded"}
+    assert len(calls) == 3
+
+
+def test_what_waits_for_the_tracking_server_is_held_and_published_later_without_training(bench):
+    bench.queue.submit([job("a"), job("other", pack_key="q")])
+    publishing = []
+
+    def script(child, command):
+        if command["do"] == "train" and command["jobs"][0]["spec_hash"] == "a":
+            bench.queue.uploading(command["jobs"][0]["token"], {"steps": 3})
+            yield {"event": "waiting", "token": command["jobs"][0]["token"], "reason": "no server"}
+            yield DONE
+        if command["do"] == "publish":
+            publishing.append(bench.queue.get(1).state)
+            if len(publishing) == 1:
+                yield {"event": "waiting", "token": command["jobs"][0]["token"], "reason": "no server"}
+                yield DONE
+        yield from succeed(bench)(child, command)
+
+    bench.work(script, timing=replace(TIMING, upload=10))
+    assert publishing == ["uploading", "uploading"]
+    assert bench.packs() == [["a"], ["other"]]
+    assert set(bench.states().values()) == {"succeeded"}
+    assert bench.queue.get(1).attempts == 1
+
+
+def test_a_worker_that_would_end_gives_up_on_the_server_after_a_while(bench):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        if command["do"] == "settle":
+            yield SETTLED
+            return
+        yield {"event": "waiting", "token": command["jobs"][0]["token"], "reason": "no server"}
+        yield DONE
+
+    with pytest.raises(TrackingError, match="publishes them without training"):
+        bench.work(script)
+    after = bench.queue.get(1)
+    assert (after.state, after.failures, after.preemptions) == ("queued", 0, 1)
+
+
+def test_arms_that_do_not_fit_are_claimed_again_after_the_others(bench):
+    bench.queue.submit([job("a"), job("b"), job("c")])
+
+    def script(child, command):
+        if command["do"] == "train" and len(command["jobs"]) > 2:
+            for each in command["jobs"][2:]:
+                yield reports(bench.results, each, Outcome.RETURNED)
+            for each in command["jobs"][:2]:
+                yield reports(bench.results, each)
+            yield DONE
+        yield from succeed(bench)(child, command)
+
+    bench.work(script)
+    assert bench.packs() == [["a", "b", "c"], ["c"]]
+    assert bench.queue.get(3).preemptions == 0
+
+
+def test_held_jobs_without_mates_are_settled_by_whoever_is_idle(bench):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        if command["do"] == "settle":
+            held = [each.id for each in bench.queue.jobs() if each.held]
+            if len(child.commands("settle")) > 1:
+                bench.queue.settle(held, {})
+            yield SETTLED
+            return
+        (each,) = command["jobs"]
+        outcome = Outcome.SUCCEEDED if each["result"] else Outcome.PAUSED
+        yield reports(bench.results, each, outcome, result={"steps": 4})
+        yield DONE
+
+    bench.work(script)
+    assert bench.states() == {"a": "succeeded"}
+    assert bench.packs() == [["a"], ["a"]]
+
+
+def test_two_workers_share_what_waits(bench):
+    bench.queue.announce(Worker(name="second", host="there", pid=3), {})
+    bench.queue.submit([job(str(number)) for number in range(6)])
+    bench.work(succeed(bench))
+    assert [len(pack) for pack in bench.packs()] == [3, 2, 1]
+
+
+def test_a_worker_that_is_not_drained_waits_for_more(bench):
+    thread = threading.Timer(0.2, lambda: bench.queue.submit([job("late")]))
+
+    def script(child, command):
+        if command["do"] == "settle":
+            bench.stop.ask()
+            yield SETTLED
+            return
+        yield from succeed(bench)(child, command)
+
+    thread.start()
+    bench.work(script, Plan())
+    assert bench.states() == {"late": "succeeded"}

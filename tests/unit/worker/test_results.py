@@ -1,0 +1,25 @@
+import json
+
+import pytest
+
+from rankwise.exceptions import JobError
+from rankwise.jobs.job import Outcome
+from rankwise.worker.results import Result, Results
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    results = Results(tmp_path / "results")
+    result = Result(token="t", outcome=Outcome.SUCCEEDED, result={"model_uri": "models:/m/1"})
+    results.write(result)
+    assert results.read("t") == result
+    results.remove("t")
+    assert results.read("t") is None
+    results.remove("t")
+
+
+def test_a_result_of_another_release_is_refused_with_advice(tmp_path):
+    results = Results(tmp_path)
+    path = results.write(Result(token="t", outcome=Outcome.FATAL, error="wrong"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 9}))
+    with pytest.raises(JobError, match="written by another release: finish with that one, or remove it"):
+        results.read("t")
