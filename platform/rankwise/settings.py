@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,14 +133,30 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
     """Translate a full disk, a missing permission or a file in the way below `path` into a `StorageError`."""
     try:
         yield
-    except OSError as error:
-        number = error.errno or 0
+    except Exception as error:
+        number = _error_number(error)
         if number not in _STORAGE_ADVICE:
             raise
-        where = error.filename or path
+        where = getattr(error, "filename", None) or path
+        room = _room(path) if _STORAGE_ADVICE[number] is _FULL else ""
         raise StorageError(
-            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}"
+            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}{room}"
         ) from error
+
+
+def _error_number(error: Exception) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # safetensors tells of a full disk by an exception of its own, with the number in the text.
+    match = re.search(r"\(os error ([0-9]+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(match[1]) if match else 0
+
+
+def _room(path: Path) -> str:
+    """How much is free where `path` would be, once what was half written there has been removed."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    usage = shutil.disk_usage(there)
+    return f" ({usage.free:,} bytes of {usage.total:,} are free at {there})"
 
 
 def fsync_directory(path: Path) -> None:

@@ -58,6 +58,20 @@ def test_what_a_person_can_mend_about_the_disk_is_said(number, advice):
     assert caught.value.exit_code == 3
 
 
+def test_a_full_disk_comes_with_the_room_there_is_and_in_the_words_of_safetensors_too(tmp_path):
+    class SafetensorError(Exception):
+        pass
+
+    message = (
+        rf"^saving: cannot write {tmp_path}/new/file: No space left on device; free some space, .* "
+        rf"\([0-9,]+ bytes of [0-9,]+ are free at {tmp_path}\)$"
+    )
+    with pytest.raises(StorageError, match=message), storage_errors(tmp_path / "new" / "file", "saving"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), storage_errors(tmp_path, "saving"):
+        raise SafetensorError("Error while deserializing header: invalid header")
+
+
 def test_other_errors_of_the_system_stay_what_they_are():
     with pytest.raises(FileNotFoundError), storage_errors(Path("/x"), "saving"):
         raise FileNotFoundError(errno.ENOENT, "gone", "/x/y")

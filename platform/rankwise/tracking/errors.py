@@ -8,12 +8,16 @@ from contextlib import contextmanager
 import requests
 from mlflow.exceptions import MlflowException
 
-from rankwise.exceptions import TrackingError
+from rankwise.exceptions import RankwiseError, TrackingError
 from rankwise.redact import redact
 
 _LONGEST = 600
 # The server understood the request and will never accept it. All else may pass: a restart, a lock, an expired token.
 _FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"})
+
+# By name: the queue's store is the only user of SQLAlchemy, and the clients of artifact stores are not installed with
+# rankwise. MLflow lets their errors through.
+_LIBRARIES = frozenset({"sqlalchemy", "boto3", "botocore", "s3transfer", "azure", "google", "urllib3"})
 
 
 class UndeliverableError(TrackingError):
@@ -58,16 +62,15 @@ def tracking_errors(doing: str) -> Iterator[None]:
         doing: What was being done, for the message: "creating the experiment 'x'".
 
     Raises:
-        TrackingError: In place of `MlflowException` and of every error of `requests` and of the store's database.
+        TrackingError: In place of `MlflowException` and of every error of `requests`, of the store's database and of
+            an artifact store: `OSError` for a directory, errors of their own libraries for others.
     """
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (MlflowException, requests.RequestException)) and not _of_the_database(error):
+        if isinstance(error, RankwiseError) or not (
+            isinstance(error, (MlflowException, requests.RequestException, OSError))
+            or type(error).__module__.partition(".")[0] in _LIBRARIES
+        ):
             raise
         raise TrackingError(f"{doing}: {describe(error)}") from error
-
-
-def _of_the_database(error: BaseException) -> bool:
-    # By name, since the queue's store is the only user of SQLAlchemy; MLflow lets its errors through while connecting.
-    return type(error).__module__.partition(".")[0] == "sqlalchemy"

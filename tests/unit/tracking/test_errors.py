@@ -5,7 +5,7 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
-from rankwise.exceptions import TrackingError
+from rankwise.exceptions import StorageError, TrackingError
 from rankwise.tracking.errors import UndeliverableError, is_final, tracking_errors
 
 
@@ -20,6 +20,8 @@ from rankwise.tracking.errors import UndeliverableError, is_final, tracking_erro
         (MlflowException("database is locked"), "another process holds the database"),
         (MlflowException("https://u:p@host is away"), r"https://\[redacted\]@host"),
         (MlflowException("x" * 5000), r"x \.\.\.$"),
+        (NotADirectoryError(20, "Not a directory", "/artifacts/x"), r"Not a directory: '/artifacts/x'"),
+        (type("S3UploadFailedError", (Exception,), {"__module__": "boto3.exceptions"})("away"), r"^reading: away$"),
     ],
 )
 def test_errors_of_mlflow_and_the_network_become_one_line_with_advice(error, message):
@@ -32,6 +34,11 @@ def test_errors_of_mlflow_and_the_network_become_one_line_with_advice(error, mes
 def test_a_bug_keeps_its_type():
     with pytest.raises(ZeroDivisionError), tracking_errors("reading"):
         raise ZeroDivisionError
+
+
+def test_an_error_that_a_person_can_mend_stays_what_it_is():
+    with pytest.raises(StorageError), tracking_errors("reading"):
+        raise StorageError("the disk is full")
 
 
 def test_only_a_refusal_is_final():
