@@ -1,0 +1,116 @@
+"""`rankwise evaluate`: stored adapters and the bare base on rows of one's choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from rankwise.cli.output import note, print_json, print_table
+from rankwise.settings import Settings
+
+if TYPE_CHECKING:
+    from rankwise.experiment.schema import QuantizationSpec
+    from rankwise.tasks.assess import Assessment
+
+
+@click.command()
+@click.argument("uris", nargs=-1, required=True, metavar="URI...")
+@click.option("--data", metavar="SOURCE", help="Rows; the definition's evaluation rows by default.")
+@click.option("--metrics", metavar="NAMES", help="Separated by commas; those of the definition by default.")
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate no more rows than this.")
+@click.option(
+    "--experiment",
+    "file",
+    type=click.Path(path_type=Path),
+    help="A definition with the base and the form of the rows, in place of the one that the first URI has recorded.",
+)
+@click.option(
+    "--quantization",
+    "quantizations",
+    metavar="NAMES",
+    help="Meter: nf4, fp4, int8, none, separated by commas. How far do results move when the base is loaded otherwise?",
+)
+@click.option("--no-tracking", is_flag=True, help="Leave nothing in MLflow.")
+@click.option("--json", "as_json", is_flag=True)
+def evaluate(
+    uris: tuple[str, ...],
+    data: str | None,
+    metrics: str | None,
+    limit: int | None,
+    file: Path | None,
+    quantizations: str | None,
+    no_tracking: bool,
+    as_json: bool,
+) -> None:
+    """Evaluate stored adapters, and the bare base, on the same rows in mixed batches over one base.
+
+    A URI is models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., a directory of rankwise.flavor.save_model, or a
+    PEFT directory (that needs --experiment, unless a registered one comes first). Results go to MLflow, linked to the
+    model and to the rows.
+    """
+    from rich.console import Console
+
+    from rankwise.cli.progress import Bars
+
+    with Bars(Console(stderr=True, highlight=False)) as bars:
+        bars.say("starting ...")
+        from rankwise.evaluation.meter import quantization_of
+        from rankwise.tasks.assess import Assessor, recorded_setting
+        from rankwise.tasks.assessed import publish_assessment
+        from rankwise.tasks.context import open_context
+
+        wanted: dict[str, QuantizationSpec | None] = {
+            name: quantization_of(name) for name in (quantizations or "").split(",") if name
+        }
+        with open_context(Settings.load(), bars) as context:
+            setting = recorded_setting(context, uris[0], file).changed(
+                data=data, metrics=[name for name in (metrics or "").split(",") if name], limit=limit
+            )
+            assessor = Assessor(context)
+            found: dict[str, Assessment] = {}
+            for name, quantization in (wanted or {"": None}).items():
+                found[name] = assessor.assess(setting, uris, quantization=quantization)
+                if not no_tracking:
+                    publish_assessment(context, found[name], note=f" ({name})" if name else "")
+    document = _document(found)
+    if as_json:
+        print_json(document)
+    else:
+        print_table(_table(document))
+        for line in document["meter"]:
+            note(line["text"])
+
+
+def _document(found: dict[str, Assessment]) -> dict[str, Any]:
+    from rankwise.evaluation.meter import compare_quantizations
+
+    rows = []
+    for quantization, assessment in found.items():
+        for name, evaluation in assessment.results.items():
+            rows.append(
+                {
+                    "model": assessment.models[name] or name,
+                    "quantization": quantization or None,
+                    "metrics": {key: value.to_json() for key, value in evaluation.metrics.items()},
+                }
+            )
+    names = list(next(iter(found.values())).setting.arm.evaluation.metrics)
+    results = {quantization: assessment.results for quantization, assessment in found.items()}
+    return {"models": rows, "meter": compare_quantizations(results, names) if len(found) > 1 else []}
+
+
+def _table(document: dict[str, Any]) -> Table:
+    from rankwise.evaluation.labels import title, with_error
+
+    rows = document["models"]
+    keys = list(rows[0]["metrics"])
+    metered = rows[0]["quantization"] is not None
+    shown = Table("model", *(["quantization"] if metered else []), *(title(key) for key in keys), "examples", box=None)
+    for row in rows:
+        cells = [with_error(key, row["metrics"][key]["value"], row["metrics"][key]["stderr"]) for key in keys]
+        most = max(row["metrics"][key]["n"] for key in keys)
+        shown.add_row(row["model"], *([row["quantization"]] if metered else []), *cells, str(most))
+    return shown

@@ -1,0 +1,228 @@
+"""Move an alias: only through the gate, or by force with a reason; and back again.
+
+The evidence is a run of its own that the version links to. The alias is moved while its row in the queue's database is
+locked, after a look whether somebody else has moved it since the comparison began.
+"""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from rankwise.evaluation.evaluator import Evaluation
+from rankwise.evaluation.gate import Decision, decide
+from rankwise.evaluation.predictions import prediction_rows
+from rankwise.evaluation.summary import to_tracking
+from rankwise.exceptions import ConfigError, GateError
+from rankwise.tasks.assess import BARE, Assessment, Assessor, Setting
+from rankwise.tasks.context import Context
+from rankwise.tracking.descriptions import table
+from rankwise.tracking.provenance import collect
+from rankwise.tracking.registry import ModelVersion
+
+EVIDENCE = "rankwise.promotion_run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """How a promotion ended.
+
+    Attributes:
+        candidate: The version that wants the alias.
+        champion: The version that had it; None for nobody.
+        alias: Which.
+        decision: What the gate said; None where nothing had to be decided.
+        moved: Whether the alias points to the candidate now.
+        forced: Whether it was moved although the gate refused.
+        run_id: The run with the evidence.
+    """
+
+    candidate: ModelVersion
+    champion: ModelVersion | None
+    alias: str
+    decision: Decision | None
+    moved: bool
+    forced: bool
+    run_id: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As `promote --json` prints it."""
+        return {
+            "candidate": self.candidate.uri,
+            "champion": None if self.champion is None else self.champion.uri,
+            "alias": self.alias,
+            "moved": self.moved,
+            "forced": self.forced,
+            "run_id": self.run_id,
+            **({} if self.decision is None else self.decision.to_json()),
+        }
+
+
+def promote(
+    context: Context,
+    setting: Setting,
+    candidate: ModelVersion,
+    *,
+    alias: str,
+    data: str | None = None,
+    limit: int | None = None,
+    force: str | None = None,
+) -> Promotion:
+    """Compare a version with the holder of an alias and with the bare base, and give it the alias if it passes.
+
+    Args:
+        context: The stores.
+        setting: The candidate's own rows, metrics and limits.
+        candidate: The version.
+        alias: Which alias.
+        data: Rows to compare on, in place of the definition's evaluation rows.
+        limit: Compare on no more rows than this.
+        force: Why it is to be moved whatever the gate says.
+
+    Raises:
+        ConfigError: There is nothing to compare on, or the limits name metrics that are not computed.
+        GateError: Somebody else has moved the alias in the meantime.
+        BaseMismatchError: The champion was trained on another base.
+        JobStoreError: The queue's database cannot be reached.
+    """
+    registry = context.store.registry
+    champion = registry.get_alias(candidate.name, alias)
+    if champion is not None and champion.version == candidate.version:
+        return Promotion(
+            candidate=candidate, champion=champion, alias=alias, decision=None, moved=False, forced=False, run_id=None
+        )
+    assessor = Assessor(context)
+    on = setting.changed(data=data, limit=limit)
+    trained_on = {example.prompt for example in assessor.rows(setting).examples.train}
+    assessment = assessor.assess(on, [candidate.uri, *([champion.uri] if champion is not None else [])])
+    decision = _decide(assessment, candidate, champion, trained_on)
+    moving = decision.passed or force is not None
+    run_id = _write_evidence(context, assessment, candidate, champion, alias, decision, force)
+    registry.tag_version(candidate.name, candidate.version, {EVIDENCE: run_id})
+    if moving:
+        reason = force if not decision.passed and force is not None else "passed the gate"
+        _move(context, candidate, champion, alias, run_id, reason)
+    return Promotion(
+        candidate=candidate,
+        champion=champion,
+        alias=alias,
+        decision=decision,
+        moved=moving,
+        forced=moving and not decision.passed,
+        run_id=run_id,
+    )
+
+
+def rollback(context: Context, name: str, alias: str, *, reason: str) -> tuple[int, int | None]:
+    """Undo the last move of an alias that was made here. Returns the version that had it and the one that has it now.
+
+    Raises:
+        ConfigError: No move is known, or somebody else has moved the alias since.
+        JobStoreError: The queue's database cannot be reached.
+    """
+    registry = context.store.registry
+    with context.queue.aliases.moving(name, alias) as moving:
+        moves = moving.history()
+        if not moves:
+            raise ConfigError(f"no move of models:/{name}@{alias} is known here; `rankwise promote` writes them down")
+        last = moves[-1]
+        holder = registry.get_alias(name, alias)
+        if (holder.version if holder else None) != last.to_version or last.to_version is None:
+            raise ConfigError(
+                f"models:/{name}@{alias} is version {holder.version if holder else 'none'} and not {last.to_version}, "
+                "to which it was moved last: somebody has moved it by other means; set it by hand"
+            )
+        if last.from_version is None:
+            registry.delete_alias(name, alias)
+        else:
+            registry.set_alias(name, alias, last.from_version)
+        moving.note(last.to_version, last.from_version, run_id=None, reason=reason, moved_by=_who())
+    return last.to_version, last.from_version
+
+
+def _decide(
+    assessment: Assessment, candidate: ModelVersion, champion: ModelVersion | None, trained_on: set[str]
+) -> Decision:
+    spec, evaluation = assessment.setting.spec, assessment.setting.arm.evaluation
+    kept = {each.id for each in assessment.results[BARE].observations if each.prompt not in trained_on}
+
+    def observations(result: Evaluation) -> list[Any]:
+        return [each for each in result.observations if each.id in kept]
+
+    bare = assessment.results[BARE]
+    return decide(
+        observations(assessment.results[candidate.uri]),
+        None if champion is None else observations(assessment.results[champion.uri]),
+        observations(bare),
+        spec.promotion,
+        metrics=evaluation.metrics,
+        primary_metric=evaluation.primary_metric,
+        overlapping=len(bare.observations) - len(kept),
+    )
+
+
+def _write_evidence(
+    context: Context,
+    assessment: Assessment,
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    alias: str,
+    decision: Decision,
+    force: str | None,
+) -> str:
+    spec = assessment.setting.spec
+    verdict = "passed" if decision.passed else ("refused, forced" if force is not None else "refused")
+    run = context.store.start_run(
+        context.store.experiment(spec.name, spec),
+        f"promotion of {candidate.name} {candidate.version} to {alias}: {verdict}",
+        params={"candidate": candidate.uri, "champion": champion.uri if champion else "none", "alias": alias},
+        tags={**collect().tags(), "rankwise.gate": verdict, "rankwise.reason": force or ""},
+        description=_note(candidate, champion, alias, decision, force),
+        kind="promote",
+        system_metrics=False,
+    )
+    run.input(assessment.rows.inputs[-1])
+    run.metrics(to_tracking(assessment.results[candidate.uri].metrics), 0)
+    run.json(decision.to_json(), "gate.json")
+    names = list(assessment.setting.arm.evaluation.metrics)
+    roles = {"candidate": candidate.uri, "champion": champion.uri if champion else None, "base": BARE}
+    for role, name in roles.items():
+        if name is not None:
+            rows = prediction_rows(assessment.results[name], names, log_examples=spec.tracking.log_examples)
+            run.table(rows, f"{role}.json")
+    run.end("FINISHED")
+    return run.run_id
+
+
+def _note(
+    candidate: ModelVersion, champion: ModelVersion | None, alias: str, decision: Decision, force: str | None
+) -> str:
+    rows = [["yes" if check.ok else "**no**", check.text] for check in decision.checks]
+    against = f"against {champion.uri}" if champion is not None else "with no holder of the alias to beat"
+    parts = [f"# May {candidate.uri} be @{alias}?", f"Compared {against}.", table(["holds", "condition"], rows)]
+    if force is not None and not decision.passed:
+        parts.append(f"Moved all the same: {force}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _move(
+    context: Context, candidate: ModelVersion, champion: ModelVersion | None, alias: str, run_id: str, reason: str
+) -> None:
+    registry = context.store.registry
+    before = None if champion is None else champion.version
+    with context.queue.aliases.moving(candidate.name, alias) as moving:
+        holder = registry.get_alias(candidate.name, alias)
+        now = None if holder is None else holder.version
+        if now != before:
+            raise GateError(
+                f"models:/{candidate.name}@{alias} was version {before or 'none'} when the comparison began and is "
+                f"{now or 'none'} now: somebody else has moved it; compare with that one (run the command again)"
+            )
+        registry.set_alias(candidate.name, alias, candidate.version)
+        moving.note(before, candidate.version, run_id=run_id, reason=reason, moved_by=_who())
+
+
+def _who() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"

@@ -1,0 +1,136 @@
+"""From a finished sweep to a decision: evaluate, promote, roll back, predict, as a user types them."""
+
+import json
+
+import pytest
+from helpers.project import make_project, sums, write_rows
+from mlflow import MlflowClient
+
+PROMOTION = "promotion={min_examples: 10, max_overlap: 0.5}"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """Two versions of `tiny-adder`: r = 2 is hardly trained, r = 4 is."""
+    project = make_project(tmp_path_factory.mktemp("decide"))
+    first = ["--set", "sweep.parameters={lora.r: [2]}", "--set", "training.max_steps=1"]
+    second = ["--set", "sweep.parameters={lora.r: [4]}", "--set", "training.max_steps=40"]
+    for chosen in (first, second):
+        project.succeed("run", "tiny.yaml", *chosen, "--set", PROMOTION, "--set", "training.warmup_steps=0")
+    return project
+
+
+@pytest.fixture
+def client(project):
+    return MlflowClient(f"sqlite:///{project.home / 'mlflow.db'}")
+
+
+def alias(client, name="champion"):
+    return client.get_registered_model("tiny-adder").aliases.get(name)
+
+
+def test_promote_and_roll_back(project, client):
+    assert alias(client) is None
+    done = project.run("promote", "tiny-adder", "--candidate", "1", "--force", "--reason", "somebody must begin")
+    assert done.returncode == 0, done.stderr
+    assert "models:/tiny-adder@champion is version 1 now" in done.stderr
+    # The better one passes.
+    found = json.loads(project.succeed("promote", "tiny-adder", "--candidate", "2", "--json"))
+    assert (found["passed"], found["moved"], found["forced"]) == (True, True, False)
+    assert {check["against"] for check in found["checks"] if check["name"] == "improvement"} == {"champion", "base"}
+    assert alias(client) == 2
+    # The evidence is a run that the version links to.
+    version = client.get_model_version("tiny-adder", "2")
+    run = client.get_run(version.tags["rankwise.promotion_run"])
+    assert run.info.run_id == found["run_id"]
+    assert {item.path for item in client.list_artifacts(found["run_id"])} >= {
+        "gate.json", "candidate.json", "champion.json", "base.json"
+    }  # fmt: skip
+    # Again: nothing to do. The worse one is refused, with reasons, and nothing moves.
+    assert "is models:/tiny-adder@champion already" in project.run("promote", "tiny-adder", "--candidate", "2").stderr
+    refused = project.run("promote", "tiny-adder", "--candidate", "1")
+    assert refused.returncode == 1
+    assert "fails  eval.loss against the champion: +" in refused.stdout
+    assert "refused: models:/tiny-adder@champion stays version 2" in refused.stderr
+    assert alias(client) == 2
+    # Back, and back again is told from a first move that had nobody before it.
+    back = project.run("rollback", "tiny-adder")
+    assert (back.returncode, alias(client)) == (0, 1), back.stderr
+    assert "models:/tiny-adder@champion is version 1 again; it was version 2" in back.stderr
+
+
+def test_an_alias_that_somebody_else_moved_is_not_rolled_back(project, client):
+    done = project.run("promote", "tiny-adder", "--candidate", "2", "--alias", "other", "--limit", "12")
+    assert done.returncode == 0, done.stderr
+    client.set_registered_model_alias("tiny-adder", "other", "1")
+    refused = project.run("rollback", "tiny-adder", "--alias", "other")
+    assert refused.returncode == 2
+    assert "somebody has moved it by other means" in refused.stderr
+    assert alias(client, "other") == 1
+
+
+def test_force_needs_a_reason_and_a_version_must_be_there(project):
+    assert "--force and --reason go together" in project.run(
+        "promote", "tiny-adder", "--candidate", "1", "--force"
+    ).stderr  # fmt: skip
+    missing = project.run("promote", "tiny-adder", "--candidate", "9")
+    assert missing.returncode == 3
+    assert "no such version or alias; versions of 'tiny-adder': 1, 2" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    assert project.run("rollback", "tiny-adder", "--alias", "nobody").returncode == 2
+
+
+def test_rows_that_were_trained_on_are_left_out_and_too_many_are_refused(project):
+    # All of these sums are in the training data.
+    write_rows(project.directory / "seen.jsonl", sums(80))
+    found = project.run(
+        "promote", "tiny-adder", "--candidate", "2", "--alias", "seen", "--data", "seen.jsonl", "--json"
+    )
+    assert found.returncode == 1, found.stderr
+    checks = {check["name"]: check for check in json.loads(found.stdout)["checks"]}
+    assert not checks["overlap"]["ok"]
+    assert (
+        "were in the candidate's training data and are left out; at most 50.0% are allowed"
+        in (checks["overlap"]["text"])
+    )
+
+
+def test_evaluate_on_other_rows_and_by_other_quantizations(project, client):
+    write_rows(project.directory / "other.jsonl", [{"a": n, "b": 20, "sum": n + 20} for n in range(9)])
+    found = json.loads(
+        project.succeed(
+            "evaluate", "models:/tiny-adder/1", "models:/tiny-adder/2", "--data", "other.jsonl",
+            "--metrics", "loss,number", "--json",
+        )
+    )  # fmt: skip
+    assert [row["model"] for row in found["models"]] == ["models:/tiny-adder/1", "models:/tiny-adder/2", "base"]
+    assert all(row["metrics"]["eval.loss"]["n"] == 9 for row in found["models"])
+    losses = [row["metrics"]["eval.loss"]["value"] for row in found["models"]]
+    assert losses[1] < losses[2]
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id], "tags.`rankwise.kind` = 'evaluate'")
+    assert {run.data.params["model"] for run in runs} == {"models:/tiny-adder/1", "models:/tiny-adder/2"}
+    assert all(run.inputs.dataset_inputs for run in runs)
+    model = client.get_logged_model(client.get_model_version("tiny-adder", "2").source.removeprefix("models:/"))
+    assert "eval.within_20_percent" in {metric.key for metric in model.metrics}
+    metered = json.loads(
+        project.succeed(
+            "evaluate", "models:/tiny-adder/2", "--quantization", "nf4,none", "--no-tracking", "--json"
+        )
+    )  # fmt: skip
+    assert [row["quantization"] for row in metered["models"]] == ["nf4", "nf4", "none", "none"]
+    lines = {(line["model"], line["key"]): line for line in metered["meter"]}
+    assert lines["models:/tiny-adder/2", "eval.loss"]["difference"] != 0
+    assert 0 <= lines["models:/tiny-adder/2", "eval.loss"]["equal_generations"] <= 1
+
+
+def test_predict_by_alias_out_of_the_registry(project):
+    write_rows(project.directory / "ask.jsonl", [{"a": 1, "b": 2}, {"a": 3, "b": 4, "model": "models:/tiny-adder/1"}])
+    printed = project.succeed(
+        "predict", "--model", "models:/tiny-adder@best", "--prompt", "{a} plus {b}", "--max-new-tokens", "4",
+        "ask.jsonl", "answers.jsonl",
+    )  # fmt: skip
+    assert printed == "answers.jsonl\n"
+    rows = [json.loads(line) for line in (project.directory / "answers.jsonl").read_text().splitlines()]
+    assert [row["version"] for row in rows] == ["2", "1"]
+    assert rows[1]["input.model"] == "models:/tiny-adder/1"
