@@ -116,6 +116,9 @@ def export_merged(
         with quiet_transformers():
             merged.save_pretrained(str(temporary), max_shard_size=_SHARD)
             loaded.tokenizer.save_pretrained(str(temporary))
+        for path in temporary.glob("*.safetensors"):
+            # safetensors lets the owner alone read what it writes; the other files are as the umask says.
+            path.chmod((temporary / "config.json").stat().st_mode)
         del merged
         record = _record(loaded, used, reason, result)
         # Nothing but what is compared stays in memory.

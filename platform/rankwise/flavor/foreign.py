@@ -17,23 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
 from rankwise.assets.layout import read_json
 from rankwise.assets.weights import weight_files
-from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
+from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.describe import quantization_from
 from rankwise.flavor.fetch import read_mlmodel
 from rankwise.flavor.metadata import FLAVOR_NAME
+from rankwise.flavor.saved_base import reinitialised_weights
 from rankwise.modeling.adapter import WEIGHTS_NAME
 from rankwise.modeling.adapter_config import CONFIG_NAME
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _WEIGHTS = ("adapter_model*.bin", "pytorch_model*.bin")
 _CARD_PREFIX = "The following `bitsandbytes` quantization config was used during training:"
-_WRAPPED = ".base_layer."
 _KEYS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
@@ -99,55 +96,6 @@ def read_foreign(directory: Path, named: str) -> Foreign:
     )
 
 
-def compare_saved_base(saved: Path, base: Path, source: str) -> int:
-    """Compare the copy of a base that was saved with an adapter with the base that it is to be registered over.
-
-    Compared are all tensors that are not quantized, through 16-bit types too: the copy is as it was in memory.
-
-    Args:
-        saved: The copy's directory.
-        base: The base's directory.
-        source: What names the base.
-
-    Returns:
-        How many tensors were compared.
-
-    Raises:
-        BaseMismatchError: A tensor differs.
-        AssetError: A file cannot be read.
-    """
-    theirs: dict[str, Path] = {}
-    for path in weight_files(base):
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            theirs.update(dict.fromkeys(file.keys(), path))
-    count = 0
-    for path in weight_files(saved):
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118
-                plain = name.replace(_WRAPPED, ".")
-                if plain not in theirs or not (mine := file.get_tensor(name)).is_floating_point():
-                    continue
-                with safe_open(str(theirs[plain]), framework="pt", device="cpu") as other:
-                    if not _same(mine, other.get_tensor(plain)):
-                        raise BaseMismatchError(
-                            f"base {source} is not the one that the adapter was trained on: the copy of the base that "
-                            f"was saved with it differs in {plain}. Name the base that it was trained on (--base)"
-                        )
-                count += 1
-    return count
-
-
-def _same(copy: torch.Tensor, stored: torch.Tensor) -> bool:
-    rows = min(len(copy), len(stored))  # An embedding may have been resized.
-    if copy.shape[1:] != stored.shape[1:]:
-        return False
-    # It may have been loaded in a narrower type than it was saved in.
-    return any(
-        torch.equal(stored[:rows].to(loaded).to(copy.dtype), copy[:rows])
-        for loaded in (copy.dtype, torch.bfloat16, torch.float16)
-    )
-
-
 def _of_peft(directory: Path) -> Foreign:
     left_out = _refuse_pickled_weights(directory)
     config = _read(directory / CONFIG_NAME)
@@ -185,7 +133,8 @@ def _of_mlflow(directory: Path, named: str) -> Foreign:
     recorded, findings = peft.quantization, list(peft.findings)
     if saved is not None and (saved / "config.json").is_file():
         recorded = recorded or _of_config(saved)
-        findings += _reinitialised(saved)
+        if names := reinitialised_weights(saved):
+            findings.append(_corrupted(names))
     elif recorded is None:
         dtype = str(flavor.get("torch_dtype", "")).removeprefix("torch.") or "its own dtype"
         findings.append(
@@ -215,24 +164,15 @@ def _of_mlflow(directory: Path, named: str) -> Foreign:
     )
 
 
-def _reinitialised(saved: Path) -> list[Finding]:
-    """Whether the injected base was saved in place of the base."""
-    names: list[str] = []
-    for path in weight_files(saved):
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            names += [name for name in file.keys() if name.endswith(f"{_WRAPPED}weight")]  # noqa: SIM118
-    if not names:
-        return []
-    leaves = sorted({name.removesuffix(f"{_WRAPPED}weight").rpartition(".")[2] for name in names})
-    return [
-        Finding(
-            code="base_reinitialised",
-            text=f"mlflow.transformers saved a corrupted base: {len(names)} weights that the adapter targets "
-            f"({', '.join(leaves)}) are stored under names with 'base_layer', which transformers does not know, so "
-            "that mlflow.transformers.load_model fills them with random numbers without an exception (of a 4-bit base "
-            "it fails). The copy is not used",
-        )
-    ]
+def _corrupted(names: list[str]) -> Finding:
+    leaves = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+    return Finding(
+        code="base_reinitialised",
+        text=f"mlflow.transformers saved a corrupted base: {len(names)} weights that the adapter targets "
+        f"({', '.join(leaves)}) are stored under names with 'base_layer', which transformers does not know, so that "
+        "mlflow.transformers.load_model fills them with random numbers without an exception (of a 4-bit base it "
+        "fails). The copy is not used",
+    )
 
 
 def _of_config(saved: Path) -> QuantizationSpec:

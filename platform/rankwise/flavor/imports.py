@@ -6,7 +6,6 @@ An adapter is loaded over its base before it is registered, so that what is regi
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import tempfile
@@ -25,9 +24,10 @@ from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
 from rankwise.flavor.bases import describe_quantization
 from rankwise.flavor.fetch import Origin, local_path, obtain, resolve_uri
-from rankwise.flavor.foreign import Finding, Foreign, compare_saved_base, read_foreign
+from rankwise.flavor.foreign import Finding, Foreign, read_foreign
 from rankwise.flavor.metadata import FLAVOR_NAME
 from rankwise.flavor.package import check_tokenizer_files
+from rankwise.flavor.saved_base import compare_saved_base
 from rankwise.flavor.store import log_adapter
 from rankwise.modeling.adapter import WEIGHTS_NAME, load_adapter, read_adapter
 from rankwise.modeling.adapter_config import CONFIG_NAME
@@ -37,8 +37,6 @@ from rankwise.modeling.manifest import MANIFEST_NAME, check_manifest
 from rankwise.modeling.quiet import quiet_transformers
 from rankwise.settings import Settings
 from rankwise.tracking.errors import tracking_errors
-
-logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = {
     "nf4": QuantizationSpec(),

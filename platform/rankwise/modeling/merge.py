@@ -19,8 +19,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.modeling.adapter import adapter_tensors
 from rankwise.modeling.embeddings import add_rows, plain_module
+from rankwise.modeling.quiet import expected_warning
 
 _NAME = "merged"
+# peft 0.21 wraps a model through a property that transformers 5.24 deprecates.
+_DEPRECATED = (
+    "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead."
+)
 
 
 def take_dequantized(plain: Any, quantized: Any) -> int:
@@ -70,8 +75,10 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
         ConfigError: The adapter changes a weight that the embedding and the head share.
     """
     add_rows(plain, config)
-    with torch.random.fork_rng():
-        model = get_peft_model(plain, copy.deepcopy(config), adapter_name=_NAME)
+    own = copy.deepcopy(config)
+    own.base_model_name_or_path = plain.name_or_path  # peft warns where it is another.
+    with torch.random.fork_rng(), expected_warning(_DEPRECATED):
+        model = get_peft_model(plain, own, adapter_name=_NAME)
     _check_tied(plain)
     places = adapter_tensors(model, _NAME)
     if set(places) != set(tensors):

@@ -32,6 +32,7 @@ def test_by_default_a_4_bit_base_is_dequantized_and_the_merged_model_answers_the
     check_manifest(done.directory)
     names = {path.name for path in done.directory.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", EXPORT_NAME} <= names
+    assert len({path.stat().st_mode for path in done.directory.iterdir()}) == 1
     assert not [name for name in names if name.endswith((".bin", ".py", ".pkl")) or name.startswith("adapter")]
     model = AutoModelForCausalLM.from_pretrained(done.directory, dtype="auto")
     assert_close(logits(model), world.logits, atol=1e-3, rtol=1e-3)
