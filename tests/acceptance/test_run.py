@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from helpers.project import make_project, sums, write_rows
@@ -70,6 +71,9 @@ def test_mlflow_shows_a_sweep_its_arms_and_the_base(finished, client):
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert {"comparison.json", "experiment.yaml", "data", "plots"} <= names
     arm = next(run for run in runs if run.data.tags["rankwise.kind"] == "train")
+    page = Path(client.download_artifacts(arm.info.run_id, "anatomy.html")).read_text()
+    assert f"lora_A {arm.data.params['lora.r']} x 64" in page
+    assert "base here, measured" in page
     assert {"lora.r", "lora.alpha", "lora.dropout", "training.learning_rate", "seed"} <= arm.data.params.keys()
     assert {"train.loss", "train.grad_norm", "train.tokens_per_second", "eval.loss", "eval.exact_match"} <= (
         arm.data.metrics.keys()

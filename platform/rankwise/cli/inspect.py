@@ -146,7 +146,9 @@ def _stored(
 ) -> _View:
     from rankwise.modeling.anatomy_reader import adapter_anatomy
 
-    with locate(model, base, settings, lambda text: console.print(text, style="yellow", markup=False)) as found:
+    with locate(
+        model, base, settings, lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True)
+    ) as found:
         used = quantization or found.quantization
         anatomy = adapter_anatomy(found.directory, base_config=found.config, quantization=used)
         if measure and found.base is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.exceptions import AssetError, ConfigError
+from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.settings import Settings
 
@@ -51,11 +51,10 @@ def locate(model: str, base: str | None, settings: Settings, warn: Warn) -> Iter
         model: A model URI, a run's id, a PEFT directory, or a directory as `save_model` writes it.
         base: The base or its `config.json`, in place of the recorded one.
         settings: Where to look.
-        warn: Told when the base is not at hand.
+        warn: Told when the base is not at hand, or another one than was trained on.
 
     Raises:
         AdapterIntegrityError: A stored file is not what was stored.
-        BaseMismatchError: The recorded base is there and is another one.
         RankwiseError: There is no such adapter.
     """
     path = Path(model.removeprefix("file:")).expanduser()
@@ -92,16 +91,19 @@ def _of_peft(path: Path, model: str, base: str | None, settings: Settings, warn:
 
 def _of_flavor(fetched: Fetched, model: str, base: str | None, settings: Settings, warn: Warn) -> Found:
     from rankwise.flavor.bases import describe_quantization, find_base
+    from rankwise.modeling.fingerprint import differing_part
 
     facts, resolved, found = fetched.metadata.base, None, None
     if base is not None:
         resolved, found = _find(base, None, settings, warn)
+        if resolved is not None and (difference := differing_part(resolved.path, facts.fingerprint, settings)):
+            warn(f"{base} is not the base that was trained on: {difference}; looking at it over this one all the same")
     else:
         try:
             # A look at an adapter is no reason to fetch gigabytes.
             resolved = find_base(facts, fetched.origin.uri, dataclasses.replace(settings, offline=True))
             found = resolved.path / "config.json"
-        except AssetError as error:
+        except (AssetError, BaseMismatchError) as error:
             warn(_without_base(error))
     uri = fetched.origin.uri
     return Found(

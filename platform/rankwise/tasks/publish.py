@@ -11,8 +11,10 @@ import rankwise.flavor as flavor
 from rankwise.assets.weights import read_header
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.jobs.job import Job, Outcome
+from rankwise.modeling.anatomy_run import PAGE_NAME, trained_page
 from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.claimed import ClaimedArm
+from rankwise.tasks.halving import paused_result
 from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.runs import Run
@@ -42,7 +44,7 @@ def finish_arm(session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, ou
         session.report(arm.job, Outcome.CANCELLED if cancelled else Outcome.PREEMPTED)
     elif outcome.status == "paused":
         run.leave()
-        session.report(arm.job, Outcome.PAUSED, result={"steps": outcome.steps, "metrics": dict(outcome.metrics)})
+        session.report(arm.job, Outcome.PAUSED, result=paused_result(arm.work, outcome.steps, outcome.metrics))
     elif (adapter := _chosen(arm, outcome)[0]) is None:
         run.end("FAILED", outcome.reason)
         session.report(arm.job, Outcome.FATAL, error=outcome.reason)
@@ -98,6 +100,7 @@ def _publish_or_wait(
             },
             outcome.steps,
         )
+        run.text(trained_page(adapter, base, name), PAGE_NAME)
         composition = _composition(session, job) or _row(session, job)["composition"]
         session.uploading[job.id] = {"steps": outcome.steps, "composition": list(composition)}
         session.context.queue.uploading(token_of(job), session.uploading[job.id])
@@ -129,7 +132,7 @@ def _register(
 ) -> dict[str, Any]:
     """Log and register the adapter; a version that this job has registered already is adopted."""
     registry, name = session.context.store.registry, arm.work.register_as
-    existing = registry.find_by_tag(name, JOB, str(arm.job.id)) if name is not None else []
+    existing = registry.of_job(name, arm.job.id, run.run_id) if name is not None else []
     if existing:
         uri, model_id = existing[0].uri, existing[0].model_id
     else:

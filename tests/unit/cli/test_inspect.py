@@ -165,6 +165,27 @@ def test_another_quantization_of_the_base_can_be_asked_for(forms):
     assert memory["nf4"] < memory["int8"] < memory["none"]
 
 
+def test_another_base_than_the_recorded_one_is_looked_at_with_a_warning(forms, tmp_path):
+    other = make_base(tmp_path / "other", layers=3, seed=5)
+    result = run(forms["version"], "--base", other, "--no-measure", "--json")
+    assert f"{other} is not the base that was trained on: weights sha256:" in result.stderr
+    assert json.loads(result.stdout)["base"]["parameters"] > 0
+
+
+def test_a_recorded_base_that_has_changed_is_said_and_the_rest_shown(forms, base):
+    template = base / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text("another")
+    try:
+        result = run(forms["version"], "--json")
+    finally:
+        template.write_text(before)
+    assert "the base is not at hand" in result.stderr
+    assert "chat_template: found sha256:" in result.stderr
+    document = json.loads(result.stdout)
+    assert (document["base"], document["adapter"]["parameters"]) == (None, 3 * 896)
+
+
 def test_a_base_that_is_not_at_hand_is_said_and_the_rest_shown(adapter, tmp_path, base):
     moved = shutil.copytree(adapter, tmp_path / "moved")
     config = json.loads((moved / "adapter_config.json").read_text())
@@ -181,6 +202,14 @@ def test_a_page_with_plots_is_written(adapter, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert f"<h1>{adapter}</h1>" in page
     assert "Norm of the delta" in page
+
+
+def test_a_plan_can_be_a_page_too(base, tmp_path):
+    result = run(
+        "--base", base, "--r", 4, "--target-modules", "q_proj", "--json", "--html", tmp_path / "deep" / "plan.html"
+    )
+    assert json.loads(result.stdout)["adapter"]["parameters"] == 3 * 4 * 128
+    assert "<h1>planned: r=4</h1>" in (tmp_path / "deep" / "plan.html").read_text()
 
 
 def test_a_damaged_adapter_is_refused(adapter, tmp_path):
