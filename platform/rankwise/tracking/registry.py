@@ -172,10 +172,6 @@ class Registry:
         """All versions of all registered models."""
         return self._search("")
 
-    def find_by_run(self, run_id: str) -> list[ModelVersion]:
-        """Versions that a run made, under any name, oldest first."""
-        return self._search(f"run_id = '{_quoted(run_id)}'")
-
     def tag_version(self, name: str, version: int, tags: Mapping[str, str | int | float | None]) -> None:
         """Set tags of a version; None is left out."""
         with tracking_errors(f"tagging models:/{name}/{version}"):
