@@ -69,8 +69,9 @@ def meet_the_end(base, arm, tasks, small_disk, elsewhere, size):
     (outcome,) = train_pack(base, tasks, directory=elsewhere, observer=steps).values()
     assert outcome.status == "finished"
     assert steps.started[arm.spec_hash] == newest.pack_step
+    room = message[message.rindex("(") + 1 :].partition(" at ")[0]
     record(
         "disk full at a checkpoint (tmpfs)",
         "message with path and bytes; the older checkpoint intact",
-        f"checkpoints of {size:,} bytes; went on from step {newest.pack_step}; told: {message[message.rindex('(') + 1 :].partition(' at ')[0]}",
+        f"checkpoints of {size:,} bytes; went on from step {newest.pack_step}; told: {room}",
     )

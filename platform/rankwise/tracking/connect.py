@@ -11,7 +11,11 @@ import time
 import requests
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.environment_variables import MLFLOW_LOGGING_LEVEL, MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
+from mlflow.environment_variables import (
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+    MLFLOW_LOGGING_LEVEL,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
+)
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
@@ -20,6 +24,8 @@ from rankwise.settings import Settings, storage_errors
 from rankwise.tracking.errors import tracking_errors
 
 _PROBE_SECONDS = 10.0
+# With MLflow's pauses of 2, 4 and 8 seconds.
+_RETRIES = 3
 
 
 def connect(settings: Settings) -> MlflowClient:
@@ -29,7 +35,7 @@ def connect(settings: Settings) -> MlflowClient:
         TrackingError: The server cannot be reached, or the store belongs to another MLflow release.
         StorageError: The home cannot be written.
     """
-    _quieten()
+    _set_up_client()
     if settings.local_store:
         return _prepare(settings)
     if reason := unreachable(settings.tracking_uri):
@@ -58,11 +64,18 @@ def unreachable(uri: str) -> str | None:
     return f"HTTP status {answer.status_code}" if answer.status_code in {502, 503, 504} else None
 
 
-def _quieten() -> None:
-    """Keep MLflow's links out of stdout, which is for results, and its notes about migrations out of stderr."""
+def _set_up_client() -> None:
+    """Defaults of MLflow's client for this process, where the environment does not say otherwise.
+
+    Its links stay out of stdout, which is for results, and its notes about migrations out of stderr. A request that a
+    dead server cut off is retried for seconds, not for four minutes: whoever sends tries again, and would not notice
+    that the server is back.
+    """
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     if not MLFLOW_LOGGING_LEVEL.is_set():
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+    if not MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set():
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(_RETRIES)
 
 
 def _client(settings: Settings) -> MlflowClient:
