@@ -13,6 +13,7 @@ from rankwise.cli.experiment import definition
 from rankwise.cli.output import print_json, print_table
 from rankwise.cli.progress import Bars
 from rankwise.experiment.loader import load_experiment
+from rankwise.experiment.sweep import require_known_arms
 from rankwise.settings import Settings
 
 
@@ -32,6 +33,7 @@ def submit(
     settings = Settings.load()
     # A wrong file is told before anything heavy is imported.
     spec = load_experiment(file, overrides)
+    require_known_arms(spec)
     console = Console(stderr=True, highlight=False)
     with Bars(console) as bars:
         from rankwise.tasks.context import open_context

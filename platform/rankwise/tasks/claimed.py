@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rankwise.exceptions import JobError
 from rankwise.jobs.job import Job
 from rankwise.modeling.base import LoadedBase
+from rankwise.tasks.halving import paused_at
 from rankwise.tasks.payload import Work
 from rankwise.tasks.rows import Rows
 from rankwise.tasks.session import Session, token_of
@@ -38,7 +39,7 @@ class ClaimedArm:
     @property
     def done_steps(self) -> int:
         """Steps at which the arm has paused already."""
-        return int((self.job.result or {}).get("steps", 0))
+        return paused_at(self.job)
 
 
 def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Provenance) -> Run:

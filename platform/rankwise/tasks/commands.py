@@ -15,9 +15,11 @@ from rankwise.experiment.loader import parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.tasks.claimed import open_run
 from rankwise.tasks.evaluate import evaluate_claimed
+from rankwise.tasks.halving import settle_rungs
 from rankwise.tasks.outcomes import failure_of
 from rankwise.tasks.publish import publish_again
 from rankwise.tasks.recorded import recorded_definition
+from rankwise.tasks.rounds import submit_next
 from rankwise.tasks.session import Session, jobs_of
 from rankwise.tasks.submit import prepare, submit
 from rankwise.tasks.sweep import arms_of, begin_sweep, end_sweep, finish_complete, finish_sweep
@@ -64,7 +66,7 @@ def _publish(session: Session, command: Message) -> Value:
 
 
 def _settle(session: Session, command: Message) -> Value:
-    """What follows from jobs that have ended: files to remove, sweeps to finish."""
+    """What follows from jobs that have ended or paused: files to remove, rungs, next rounds, sweeps to finish."""
     jobs = session.context.queue.jobs(ids=command["jobs"])
     done = {job.id for job in jobs if job.state is JobState.SUCCEEDED}
     for composition in list(session.compositions):
@@ -72,7 +74,8 @@ def _settle(session: Session, command: Message) -> Value:
         if not composition.open:
             remove_composition(session.settings.checkpoints, composition.spec_hashes)
             session.compositions.remove(composition)
-    submitted: list[int] = []
+    settle_rungs(session.context, jobs)
+    submitted = [job.id for job in submit_next(session.context, jobs)]
     if command["complete"]:
         finish_complete(session.context, jobs)
     return {"submitted": submitted}
@@ -91,7 +94,7 @@ def _submit(session: Session, command: Message) -> Value:
         spec = parse_experiment(command["definition"], command["name"])
     prepared = prepare(context, spec, session.rows, bases=session.bases)
     if prepared.complete:
-        session.voice.say(f"nothing to do: all {len(prepared.labelled)} arms are trained and evaluated")
+        session.voice.say(f"nothing to do: all {len(prepared.sweep_arms)} arms are trained and evaluated")
         return {"experiment": prepared.spec.name, "parent_run_id": None, "jobs": []}
     submitted = submit(context, prepared, command=command["command"])
     session.begin(submitted.parent_run_id, begin_sweep)

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rankwise.evaluation.history import History, HistoryTrial
+from rankwise.evaluation.history import History, HistoryTrial, history_plot
+from rankwise.evaluation.plots import to_html
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.schema import ExperimentSpec
@@ -19,6 +20,7 @@ from rankwise.experiment.sweep import ArmResult, Round, is_search, labelled_arms
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.tasks.context import Context
 from rankwise.tasks.halving import group_of, is_pruned, paused_at
+from rankwise.tracking.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def arms_so_far(context: Context, spec: ExperimentSpec) -> list[SweepArm]:
 
 
 def rounds_so_far(context: Context, spec: ExperimentSpec) -> tuple[Round, ...]:
-    """The rounds of a search that have ended, and the next one."""
+    """The rounds of a search that have ended, and the next one; of random draws, all in one."""
     return rounds(spec, lambda arms: results_of(context, spec, arms))
 
 
@@ -99,6 +101,16 @@ def _pruned(spec: ExperimentSpec, train: Job) -> ArmResult:
 def _value(evaluation: Job, key: str) -> float | None:
     metrics: Mapping[str, Mapping[str, float | None]] = (evaluation.result or {}).get("metrics", {})
     return metrics.get(key, {}).get("value")
+
+
+def publish_history(context: Context, spec: ExperimentSpec, parent: Run) -> None:
+    """Store the history with the sweep's run: a table, a plot, and the best value after each trial as a curve."""
+    found = history(context, spec)
+    parent.json(found.to_json(), "search/history.json")
+    parent.text(to_html(history_plot(found)), "search/history.html")
+    for number, best in enumerate(found.best_so_far):
+        if best is not None:
+            parent.metric("search.best_so_far", best, number)
 
 
 def history(context: Context, spec: ExperimentSpec) -> History:

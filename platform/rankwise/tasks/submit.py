@@ -16,20 +16,21 @@ from rankwise.evaluation.gather import PRIMARY_METRIC
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.hashing import digest
 from rankwise.experiment.schema import ExperimentSpec
-from rankwise.experiment.sweep import labelled_arms
-from rankwise.jobs.job import Job, JobKind, JobState
+from rankwise.experiment.sweep import expand, is_search, planned_rounds
+from rankwise.jobs.job import Job
 from rankwise.modeling.base import load_tokenizer
 from rankwise.modeling.embeddings import embedding_rows
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.check import check_rows
 from rankwise.tasks.context import Context
-from rankwise.tasks.link import link_done
+from rankwise.tasks.enqueue import all_done, queue_arms
+from rankwise.tasks.halving import stops_of
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import Sources, find_sources, pin
 from rankwise.tasks.rows import RowsCache
-from rankwise.tracking.descriptions import arm_note, sweep_note
+from rankwise.tasks.search import SweepArm, arms_so_far
+from rankwise.tracking.descriptions import sweep_note
 from rankwise.tracking.provenance import collect
-from rankwise.tracking.registry import JOB
 from rankwise.tracking.sweeps import sweep_tags
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Prepared:
 
     Attributes:
         spec: With every pin.
-        labelled: Its arms with their labels.
+        sweep_arms: Its arms; of a search those that are known so far.
         sweep: Names the set of arms and evaluations: the tag `rankwise.sweep` of the sweep's run.
         experiment_id: Of MLflow.
         parent_run_id: The run of an earlier submission of the same sweep.
@@ -51,7 +52,7 @@ class Prepared:
     """
 
     spec: ExperimentSpec
-    labelled: Sequence[tuple[str, ArmSpec]]
+    sweep_arms: Sequence[SweepArm]
     sweep: str
     experiment_id: str
     parent_run_id: str | None
@@ -61,7 +62,7 @@ class Prepared:
     @property
     def arms(self) -> list[ArmSpec]:
         """The arms."""
-        return [arm for _, arm in self.labelled]
+        return [each.arm for each in self.sweep_arms]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +104,15 @@ def prepare(
         TrackingError: The tracking server does not answer.
     """
     pinned = pin(spec, context.settings, context.voice, context.store.registry)
-    labelled = labelled_arms(pinned)
-    arms = [arm for _, arm in labelled]
-    evaluations = [*(arm.eval_hash() for arm in arms), *{arm.base_eval_hash() for arm in arms}]
-    done = context.queue.find(JobKind.EVALUATE, evaluations)
-    sweep = digest(sorted([*(arm.spec_hash for arm in arms), *evaluations]))
+    sweep_arms = arms_so_far(context, pinned)
+    arms = [each.arm for each in sweep_arms]
+    sweep = _identity(pinned)
     experiment_id = context.store.experiment(pinned.name, pinned)
     before = [run for run in context.store.runs(experiment_id, kind="sweep") if run.tags.get(SWEEP) == sweep]
-    all_done = all(value in done and done[value].state is JobState.SUCCEEDED for value in evaluations)
-    complete = all_done and bool(before) and before[-1].status == "FINISHED"
+    complete = all_done(context, sweep_arms) and bool(before) and before[-1].status == "FINISHED"
     return Prepared(
         spec=pinned,
-        labelled=labelled,
+        sweep_arms=sweep_arms,
         sweep=sweep,
         experiment_id=experiment_id,
         parent_run_id=before[-1].run_id if before else None,
@@ -149,70 +147,28 @@ def submit(
         context.queue.get(job_id)
     parent_run_id = prepared.parent_run_id or _create_parent(context, prepared, command)
     _store_reports(context, prepared, parent_run_id)
-    works = [
-        make_work(prepared, parent_run_id, arm, label or f"arm {arm.short}", command)
-        for label, arm in prepared.labelled
-    ]
-    trains = context.queue.submit([work.train_job(priority=priority, after=tuple(after)) for work in works], again=True)
-    _schedule(context, prepared.experiment_id, list(zip(works, trains, strict=True)))
-    bare = {
-        arm.base_eval_hash(): make_work(prepared, parent_run_id, arm, "base alone", command, bare=True)
-        for arm in prepared.arms
-    }
-    evaluate = [work.evaluate_job(tuple(after), priority=priority) for work in bare.values()]
-    evaluate += [
-        work.evaluate_job(after=(train.id,), priority=priority) for work, train in zip(works, trains, strict=True)
-    ]
-    evaluations = context.queue.submit(evaluate, again=True)
-    link_done(context, list(zip(works, trains, strict=True)), evaluations)
-    return Submitted(experiment=spec.name, parent_run_id=parent_run_id, jobs=(*trains, *evaluations))
-
-
-def make_work(
-    prepared: Prepared, parent_run_id: str, arm: ArmSpec, name: str, command: str, *, bare: bool = False
-) -> Work:
-    """What a job's row says."""
-    spec = prepared.spec
-    return Work(
-        arm=arm,
-        bare=bare,
+    first = Work(
+        arm=prepared.arms[0],
         experiment=spec.name,
         experiment_id=prepared.experiment_id,
         parent_run_id=parent_run_id,
-        run_name=name,
+        run_name="",
         register_as=None if spec.register is None else spec.register.name,
         log_examples=spec.tracking.log_examples,
         definition=spec.to_yaml(),
+        stops=stops_of(spec),
         command=command,
     )
+    jobs = queue_arms(context, first, prepared.sweep_arms, priority=priority, after=after)
+    return Submitted(experiment=spec.name, parent_run_id=parent_run_id, jobs=tuple(jobs))
 
 
-def _schedule(context: Context, experiment_id: str, pairs: Sequence[tuple[Work, Job]]) -> None:
-    """Show what is planned: a run for every train job that waits and has none."""
-    waiting = [(work, job) for work, job in pairs if job.state is JobState.QUEUED and job.mlflow_run_id is None]
-    if not waiting:
-        return
-    provenance = collect().tags()
-    scheduled = context.store.find_scheduled(experiment_id)
-    for work, job in waiting:
-        if job.id in scheduled:
-            context.queue.assign_run(job.id, scheduled[job.id])
-            continue
-        run = context.store.start_run(
-            experiment_id,
-            work.run_name,
-            parent=work.parent_run_id,
-            params=work.arm.params,
-            tags={**provenance, JOB: job.id},
-            description=arm_note(work.arm),
-            kind="train",
-            spec_hash=work.arm.spec_hash,
-            status="SCHEDULED",
-        )
-        if context.queue.assign_run(job.id, run.run_id):
-            run.leave(timeout=0.0)
-        else:
-            run.end("KILLED", "a worker has begun this arm in a run of its own", timeout=0.0)
+def _identity(spec: ExperimentSpec) -> str:
+    """Names a sweep by its arms and their evaluations; a search, whose arms follow from results, by its first ones."""
+    arms = expand(spec)
+    hashes = [*(arm.spec_hash for arm in arms), *(arm.eval_hash() for arm in arms)]
+    named = sorted([*hashes, *{arm.base_eval_hash() for arm in arms}])
+    return digest({"search": spec.sweep.model_dump(mode="json"), "first": named}) if is_search(spec) else digest(named)
 
 
 def _check(
@@ -252,7 +208,7 @@ def _create_parent(context: Context, prepared: Prepared, command: str) -> str:
     spec = prepared.spec
     run = context.store.start_run(
         prepared.experiment_id,
-        f"sweep of {len(prepared.labelled)} arms",
+        f"sweep of {sum(planned_rounds(spec)) or len(prepared.sweep_arms)} arms",
         tags={**provenance.tags(), SWEEP: prepared.sweep, PRIMARY_METRIC: spec.evaluation.primary_metric},
         description=sweep_note(spec, prepared.arms, command=command),
         kind="sweep",

@@ -9,11 +9,14 @@ from rankwise.evaluation.compare import Comparison
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.loader import parse_experiment
 from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.space import SEARCHES
 from rankwise.experiment.sweep import labelled_arms
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.tasks.context import Context
+from rankwise.tasks.halving import end_pruned_runs
 from rankwise.tasks.payload import Work
 from rankwise.tasks.report import publish_report
+from rankwise.tasks.search import publish_history
 
 logger = logging.getLogger(__name__)
 _PAGE = 1000
@@ -46,9 +49,12 @@ def finish_sweep(
         failed: How many of its jobs have failed.
         command: How to run it again, for the note.
     """
+    end_pruned_runs(context, context.queue.find(JobKind.TRAIN, [arm.spec_hash for arm in arms]).values())
     parent = context.store.resume_run(parent_run_id, system_metrics=False, repeats=False, restart=False)
     try:
         comparison = publish_report(context, spec, arms, parent, command)
+        if spec.sweep.method in SEARCHES:
+            publish_history(context, spec, parent)
     except BaseException:
         parent.leave(timeout=0.0)
         raise

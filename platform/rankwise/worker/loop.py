@@ -32,6 +32,8 @@ MAX_ARMS = 16
 """The most that is claimed together when nobody says otherwise; memory decides how many of them are started."""
 _FORGOTTEN = 3
 """A worker that has left out so many announcements counts as gone where work is shared."""
+_LOOKED_AT = 1000
+"""Jobs that an idle worker looks at for decisions that nobody has made."""
 _UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.UPLOADING)
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class WorkerLoop:
         self._stop = stop
         self._timing = timing or Timing()
         self._info = {"state": "idle", **(info or {})}
-        self._heart = Heartbeat(queue, self._timing, worker, lambda: dict(self._info))
+        self._heart = Heartbeat(queue, self._timing, worker, lambda: {**self._info, "child": self._child.pid})
         self._uploads = Uploads(self._timing)
         self._outages = Outages(self._timing, voice)
         self._child = Conversation(spawn, voice=voice, heart=self._heart, timing=self._timing, stop=stop)
@@ -242,17 +244,31 @@ class WorkerLoop:
         elif plan.drain:
             left = self._queue.jobs(states=_UNFINISHED, limit=100)
         else:
+            if self._queue.held():
+                self._decides_for_the_dead(self._queue.jobs(states=[JobState.QUEUED], limit=_LOOKED_AT))
             return False
         if not left:
-            return True
-        held = [job for job in left if job.held]
-        if len(held) == len(left) and time.monotonic() - self._settled > self._timing.reclaim:
-            # Whoever ended the last of their mates has died before it decided.
-            self._settle(held)
-        elif not self._waiting_said:
+            # Another worker may have ended the last of these jobs, and what follows from that is not known here.
+            return not (self._waiting_said and self._leads_on())
+        if not self._decides_for_the_dead(left) and not self._waiting_said:
             self._waiting_said = True
             self._voice.say(f"waiting: {len(left)} jobs are held by another worker or wait for another try")
         return False
+
+    def _leads_on(self) -> bool:
+        """Whether more jobs follow from those of the plan than was known."""
+        before = set(self._among or ())
+        self._settle(self._queue.jobs(ids=sorted(before)))
+        return self._among is not None and self._among != before
+
+    def _decides_for_the_dead(self, left: list[Job]) -> bool:
+        """Settle what is held while nothing moves: whoever ended the last of the mates has died before it decided."""
+        held = [job for job in left if job.held]
+        waits = all(job.state is JobState.QUEUED for job in left)
+        if not held or not waits or time.monotonic() - self._settled <= self._timing.reclaim:
+            return False
+        self._settle(held)
+        return True
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
