@@ -90,7 +90,9 @@ def _current_store(uri: str | None) -> Iterator[None]:
         with _use_tracking_uri(uri):
             yield
     finally:
-        if before is not None:
+        if before is None:
+            MLFLOW_TRACKING_URI.unset()
+        else:
             MLFLOW_TRACKING_URI.set(before)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import mlflow
 import pytest
 import torch
@@ -127,10 +129,12 @@ def test_another_store_than_the_current_one_may_be_named(world, tmp_path, base):
 
     other = prepared_home(tmp_path / "other")
     before = mlflow.get_tracking_uri()
+    environment = dict(os.environ)
     flavor.log_adapter(
         world.adapter, base, registered_model_name="there", tracking_uri=other.tracking_uri, experiment_id="0"
     )
     assert mlflow.get_tracking_uri() == before
+    assert dict(os.environ) == environment
     assert resolve_uri("models:/there/1", other.tracking_uri).version == "1"
 
 
