@@ -207,8 +207,8 @@ class Sender:
                 continue
             if not self._empty(post):
                 blocked.add(post.outbox.run_id)
-            elif post.left and not post.outbox.pending:
-                self.remove(post.outbox)
+            elif post.left and (post.fenced or not post.outbox.pending):
+                self.remove(post.outbox)  # What is left in it behind a fence is for whoever speaks for the run now.
         return not blocked
 
     def _empty(self, post: _Post) -> bool:

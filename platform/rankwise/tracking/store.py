@@ -221,7 +221,10 @@ class Store:
             if run_id in self._runs:
                 raise TrackingError(f"run {run_id} is open in this process already")
         for left in find_left(self.settings, run_id).outboxes:
-            self._sender.add(left, missing=Replay(left).missing, fence=fence, left=True)
+            if left.pending:
+                self._sender.add(left, missing=Replay(left).missing, fence=fence, left=True)
+            else:
+                left.close()
         outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, attempt=attempt, once=repeats)
         self._sender.add(outbox, missing=Replay(outbox).missing, fence=fence)
         run = self._open_run(outbox, started_ms or time.time_ns() // 1_000_000, system_metrics)

@@ -249,3 +249,16 @@ def test_what_is_let_go_is_delivered_in_the_background_and_closed_then(tmp_path,
         time.sleep(0.01)
     assert server.steps == [("r1", 0), ("r1", 1)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_left_behind_a_fence_can_be_taken_up_by_others(tmp_path, sender, server):
+    left = Outbox.create(tmp_path, "r1", "x")
+    put(left, [0])
+    left.close()
+    sender.add(Outbox.adopt(left.path), fence=lambda: False, left=True)
+    deadline = time.monotonic() + 10
+    while (taken := Outbox.adopt(left.path)) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [entry.record["s"] for entry in taken.read()] == [0]
+    assert server.steps == []
+    taken.close()
