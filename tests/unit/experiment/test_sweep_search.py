@@ -125,7 +125,8 @@ def test_an_arm_that_cannot_work_stops_the_first_round_and_is_no_proposal_later(
     assert min(arm.training.max_steps for _, arm in found[1].arms) >= 5
 
 
-def test_a_space_that_is_used_up_ends_the_search_early():
+def test_a_space_that_is_used_up_ends_the_search_early(monkeypatch):
+    monkeypatch.setattr("rankwise.experiment.search.MAX_REJECTED", 100)
     spec = parse(
         (
             GRID,

@@ -382,6 +382,52 @@ def test_held_jobs_without_mates_are_settled_by_whoever_is_idle(bench):
     assert bench.packs() == [["a"], ["a"]]
 
 
+@pytest.mark.parametrize("plan", [Plan(drain=True), Plan()])
+def test_a_lost_decision_is_made_although_evaluations_wait_for_it(bench, plan):
+    (train,) = bench.queue.submit([job("a")])
+    bench.queue.submit([job("b", kind=JobKind.EVALUATE, after=(train.id,))])
+    (claimed,) = bench.queue.claim(replace(ME, name="dead"), lease=60, kinds=[JobKind.TRAIN])
+    bench.queue.finish(claimed.token, Outcome.PAUSED, result={"steps": 4})
+
+    def script(child, command):
+        if command["do"] == "settle":
+            if command["jobs"] == [train.id]:
+                bench.queue.settle([train.id], {})
+            if set(bench.states().values()) == {JobState.SUCCEEDED}:
+                bench.stop.ask()
+            yield SETTLED
+            return
+        yield from succeed(bench)(child, command)
+
+    bench.work(script, plan)
+    assert bench.states() == {"a": "succeeded", "b": "succeeded"}
+
+
+def test_a_run_goes_on_with_what_another_worker_has_proposed(bench):
+    """The last job of a round ends elsewhere, and its worker submits the next round."""
+    (first,) = bench.queue.submit([job("a")])
+    (elsewhere,) = bench.queue.claim(replace(ME, name="other"), lease=60)
+    proposed = []
+
+    def other_worker():
+        bench.queue.finish(elsewhere.token, Outcome.SUCCEEDED)
+
+    def script(child, command):
+        if command["do"] == "settle":
+            if not proposed:
+                proposed.extend(bench.queue.submit([job("b")]))
+            yield {"event": "done", "value": {"submitted": [first.id, *(each.id for each in proposed)]}}
+            return
+        yield from succeed(bench)(child, command)
+
+    thread = threading.Timer(0.3, other_worker)
+    thread.start()
+    jobs = bench.work(script, Plan(among=frozenset([first.id])))
+    thread.join()
+    assert jobs == {first.id, proposed[0].id}
+    assert bench.states() == {"a": "succeeded", "b": "succeeded"}
+
+
 def test_two_workers_share_what_waits(bench):
     bench.queue.announce(Worker(name="second", host="there", pid=3), {})
     bench.queue.submit([job(str(number)) for number in range(6)])

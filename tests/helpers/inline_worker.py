@@ -1,0 +1,122 @@
+"""A worker's loop whose child is a thread of the test: the real commands over real stores, without another import."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankwise.jobs.job import Worker
+from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.settings import Settings
+from rankwise.tasks.authority import Authority
+from rankwise.tasks.commands import COMMANDS
+from rankwise.tasks.remote_voice import RemoteVoice
+from rankwise.tasks.session import Session
+from rankwise.worker.loop import Plan, WorkerLoop
+from rankwise.worker.results import Results
+from rankwise.worker.stopping import Stop
+from rankwise.worker.timing import Timing
+
+QUICK = Timing(poll=0.05, watch=0.05)
+
+
+class InlineChild:
+    """A `rankwise.worker.child.Child` that serves in a thread."""
+
+    pid = os.getpid()
+
+    def __init__(self, settings: Settings) -> None:
+        self.log = settings.home / "child.log"
+        self.commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.authority = Authority()
+        self.stop = threading.Event()
+        voice = RemoteVoice(self.events.put, width=200, terminal=False)
+        session = Session(
+            settings=settings, voice=voice, emit=self.events.put, stop=self.stop, authority=self.authority
+        )
+        self.thread = threading.Thread(target=session.serve, args=(self.commands.get, COMMANDS), daemon=True)
+        self.thread.start()
+
+    def send(self, message: dict[str, Any]) -> None:
+        match message["do"]:
+            case "beat":
+                self.authority.update(message["until"], message["lost"], message["cancelled"])
+            case "stop":
+                self.stop.set()
+            case _:
+                self.commands.put(message)
+
+    def receive(self, timeout: float) -> dict[str, Any] | None:
+        try:
+            return self.events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def interrupt(self) -> None:
+        raise AssertionError("nobody interrupts in these tests")
+
+    def stacks(self) -> Path | None:
+        return None
+
+    def kill(self) -> None:
+        raise AssertionError("a thread cannot be killed")
+
+    def close(self) -> None:
+        self.commands.put({"do": "quit"})
+        self.thread.join(60)
+
+
+class Listener:
+    """A voice that remembers."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+    warn = fail = done = say
+
+    def show(self, renderable: Any) -> None:
+        pass
+
+    @contextmanager
+    def noted(self, description: str, total: int | None, unit: str) -> Iterator[Any]:
+        yield (lambda amount: None), (lambda text: None)
+
+
+@contextmanager
+def inline_worker(settings: Settings, voice: Any) -> Iterator[WorkerLoop]:
+    store = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    with WorkerLoop(
+        store,
+        worker=Worker(name="inline", host="here", pid=os.getpid()),
+        spawn=lambda: InlineChild(settings),
+        results=Results(settings.home / "results"),
+        voice=voice,
+        stop=Stop(),
+        timing=QUICK,
+    ) as loop:
+        yield loop
+    store.close()
+
+
+def run_inline(settings: Settings, definition: str, *, max_arms: int = 16) -> tuple[dict[str, Any], list[str]]:
+    """What `rankwise run` does with the text of a definition: the comparison, and what was told."""
+    voice = Listener()
+    submission = {
+        "do": "submit", "definition": definition, "name": "x.yaml", "source": None, "overrides": [], "command": "run",
+    }  # fmt: skip
+    with inline_worker(settings, voice) as loop:
+        sweep = loop.ask(submission)
+        if sweep["jobs"]:
+            jobs = loop.work(Plan(among=frozenset(sweep["jobs"]), max_arms=max_arms, fragile=True))
+            loop.ask({**submission, **sweep, "do": "finish", "jobs": sorted(jobs)})
+        compared = loop.ask({"do": "compare", "experiment": sweep["experiment"], "width": 200, "terminal": False})
+    return compared["json"], voice.told
