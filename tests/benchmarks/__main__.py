@@ -14,7 +14,7 @@ from rankwise.settings import Settings, set_process_defaults
 # Before torch is imported: OpenMP reads its variable once. Commands that are measured inherit all of it.
 set_process_defaults()
 
-PART_NAMES = ("throughput", "sweep", "tracking")
+PART_NAMES = ("throughput", "sweep", "tracking", "halving")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -87,6 +87,8 @@ def main(
         rounds=rounds,
         steps=steps,
         sweep_steps=4 if quick else 16,
+        halving_steps=16 if quick else 64,
+        halving_seeds=2 if quick else 10,
         sampled_arms=sampled_arms,
         trl=not no_trl,
         full=full,

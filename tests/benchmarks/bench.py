@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import TOLERANCE, Gate, loss_rounding
-from benchmarks.subjects import Subject, Workload, eight_billion, make_workload, smollm2, tiny
+from benchmarks.subjects import Subject, Workload, eight_billion, make_workload, mixed_ranks, smollm2, tiny
 from rankwise.data.collator import collate
 from rankwise.modeling.base import LoadedBase
 from rankwise.settings import Settings
@@ -41,6 +41,8 @@ class Options:
         sweep_steps: Steps of an arm of the short sweep.
         sweep_arms: Its arms.
         sampled_arms: Arms that P1 trains for the sweep; the rest is extrapolated.
+        halving_steps: Steps of an arm of the sweeps with successive halving.
+        halving_seeds: Sweeps over the small base.
         trl: Whether TRL takes part.
         full: Every arm of P1, and every arm of P2 and the plain loop in each round.
         minutes: No block begins that would not end by then; None for no limit.
@@ -56,6 +58,8 @@ class Options:
     sweep_steps: int = 16
     sweep_arms: int = 8
     sampled_arms: int = 2
+    halving_steps: int = 64
+    halving_seeds: int = 10
     trl: bool = True
     full: bool = False
     minutes: float | None = None
@@ -108,7 +112,7 @@ class Bench:
             device=self.options.device,
             micro_batch=micro_batch,
             steps=steps,
-            arms=max(*self.options.packs, self.options.sweep_arms),
+            points=mixed_ranks(max(*self.options.packs, self.options.sweep_arms)),
             sweep_arms=self.options.sweep_arms,
         )
 

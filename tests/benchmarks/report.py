@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.meter import spread
-from benchmarks.targets import extrapolated, speedup, targets
+from benchmarks.targets import extrapolated, good_winners, speedup, targets
 
 _NOTES = (
     "Ways: *plain peft loop*: peft, AdamW and a loop. *P2*: TRL's `SFTTrainer` with its defaults (gradient "
@@ -27,6 +27,8 @@ def markdown(units: Mapping[str, Mapping[str, Any]]) -> str:
     sweeps = {name: unit for name, unit in units.items() if name.startswith("sweep") and "sweep" in unit}
     if sweeps:
         lines += [*_sweeps(sweeps), ""]
+    for unit in (unit for name, unit in units.items() if name.startswith("halving")):
+        lines += [_halving(unit), ""]
     if promised := list(targets(units)):
         lines += _table(
             ["promise", "limit", "measured", "met"],
@@ -74,12 +76,14 @@ def _throughput(unit: Mapping[str, Any]) -> Iterator[str]:
     for way, values in ways.items():
         verdict = unit["gate"][way]
         row = [way, _seconds(values["wall"]), _seconds(values["cpu"])]
-        row += [_times(speedup(unit, way, against)) if against else "" for against in (p2, plain)]
+        row += [_against(unit, way, against) for against in (p2, plain)]
         if gpu:
             row.append(f"{values['peak_bytes'] / 1e9:.1f} GB")
         rows.append([*row, f"{verdict['difference']:.0e}" if verdict["valid"] else "**INVALID**"])
     memory = ["peak memory"] if gpu else []
-    yield from _table(["", "seconds", "CPU seconds", "against P2", "against plain", *memory, "losses differ by"], rows)
+    yield from _table(
+        ["", "seconds", "CPU seconds", "against P2 (CPU)", "against plain (CPU)", *memory, "losses differ by"], rows
+    )
 
 
 def _sweeps(units: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -110,6 +114,28 @@ def _sweeps(units: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from _table(["", "micro-batch", "time", "CPU time", "peak memory"], rows)
 
 
+def _halving(unit: Mapping[str, Any]) -> str:
+    winners = unit["winners"]
+    text = (
+        f"**Successive halving over {unit['arms']} arms of {unit['steps']} steps**: in {good_winners(unit)} of "
+        f"{len(winners)} sweeps over a small base the winner of the full grid or one within 1 % of its loss "
+        f"(the winner itself in {sum(each['same'] for each in winners)}), for {winners[0]['steps']} of "
+        f"{winners[0]['full_steps']} steps."
+    )
+    if "halved_seconds" in unit:
+        text += f" On the base of the tables, micro-batch 1: {unit['halved_seconds']:.0f} s."
+    if "share" in unit:
+        text += f" The full grid with P2, {unit['p2_step']:.2f} s a step, takes {1 / unit['share']:.1f} times as long."
+    if "real" in unit:
+        real = unit["real"]
+        text += (
+            " There it finds the winner too."
+            if real["same"]
+            else (f" There it finds an arm with loss {real['loss']:.4f}; the best has {real['best']:.4f}.")
+        )
+    return text
+
+
 def _machine(units: Mapping[str, Mapping[str, Any]]) -> str:
     last = max(units.values(), key=lambda unit: unit["when"])
     loads = [unit["machine"]["load"] for unit in units.values()]
@@ -134,5 +160,8 @@ def _seconds(values: Sequence[float]) -> str:
     return f"{found['median']:.3g} ({found['min']:.3g} to {found['max']:.3g})"
 
 
-def _times(number: float) -> str:
-    return "" if math.isnan(number) else f"{number:.2f} x"
+def _against(unit: Mapping[str, Any], way: str, against: str | None) -> str:
+    """How many times as fast, by wall time and by CPU time."""
+    if against is None or math.isnan(speed := speedup(unit, way, against)):
+        return ""
+    return f"{speed:.2f} x ({speedup(unit, way, against, 'cpu'):.2f})"

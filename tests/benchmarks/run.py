@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import short_sweep, throughput, tracking_share
+from benchmarks import early_stopping, short_sweep, throughput, tracking_share
 from benchmarks.bench import Bench, Options, OutOfTime
 from benchmarks.plot import draw
 from benchmarks.report import invalid, markdown
@@ -22,7 +22,10 @@ PARTS: dict[str, Measure] = {
     "throughput": throughput.measure,
     "sweep": short_sweep.measure,
     "tracking": tracking_share.measure,
+    "halving": early_stopping.measure,
 }
+_ONCE = {"halving"}
+"""Parts that have no table for each micro-batch."""
 
 
 def run(
@@ -54,7 +57,7 @@ def run(
     measured, problems = [], []
     try:
         # The micro-batches one after another: with too little time the first table is whole.
-        for unit, part, micro_batch in [(f"{part}-{m}", part, m) for m in options.micro_batches for part in parts]:
+        for unit, part, micro_batch in _units(options, parts):
             if resume and results.is_complete(unit):
                 say(f"{unit}: measured before")
                 measured.append(unit)
@@ -73,6 +76,11 @@ def run(
     finally:
         shutil.rmtree(bench.scratch, ignore_errors=True)
     return [*problems, *invalid({unit: data for unit, data in results.read().items() if unit in measured})]
+
+
+def _units(options: Options, parts: Sequence[str]) -> list[tuple[str, str, int]]:
+    each = [(f"{part}-{size}", part, size) for size in options.micro_batches for part in parts if part not in _ONCE]
+    return [*each, *((f"{part}-1", part, 1) for part in parts if part in _ONCE)]
 
 
 def _report(results: Results) -> None:

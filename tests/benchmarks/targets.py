@@ -17,6 +17,7 @@ _FASTER_THAN_PLAIN = {1: 2.3, 4: 1.3}
 _SWEEP = {1: 0.30, 4: 0.42}
 _MEMORY = {1: 1 / 5, 4: 1 / 3}
 _TRACKING = 0.01
+_HALVING, _WINNERS, _WITHIN = 1 / 8, 0.9, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ def targets(units: Mapping[str, Mapping[str, Any]]) -> Iterator[Target]:
         at = f"micro-batch {micro_batch}"
         yield from _throughput(units.get(f"throughput-{micro_batch}", {}), micro_batch, at)
         yield from _sweep(units.get(f"sweep-{micro_batch}", {}), micro_batch, at)
+        yield from _halving(units.get(f"halving-{micro_batch}", {}))
         tracking = units.get(f"tracking-{micro_batch}", {})
         if "share" in tracking:
             yield Target(
@@ -66,12 +68,12 @@ def targets(units: Mapping[str, Mapping[str, Any]]) -> Iterator[Target]:
             )  # fmt: skip
 
 
-def speedup(unit: Mapping[str, Any], way: str, against: str) -> float:
-    """How many times as many steps an arm `way` makes; NaN where one of the two is invalid."""
+def speedup(unit: Mapping[str, Any], way: str, against: str, kind: str = "wall") -> float:
+    """How many times as many steps a second `way` makes, wall or `cpu`; NaN where one of the two is invalid."""
     ways, gate = unit["ways"], unit["gate"]
     if not (gate[way]["valid"] and gate[against]["valid"]):
         return math.nan
-    return spread(ways[against]["wall"])["median"] / spread(ways[way]["wall"])["median"]
+    return spread(ways[against][kind])["median"] / spread(ways[way][kind])["median"]
 
 
 def extrapolated(unit: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -119,3 +121,21 @@ def _sweep(unit: Mapping[str, Any], micro_batch: int, at: str) -> Iterator[Targe
         measured=sweep["peak_bytes"] / peak if valid else math.nan,
         at_least=False, unit="%",
     )  # fmt: skip
+
+
+def good_winners(unit: Mapping[str, Any]) -> int:
+    """Sweeps in which halving found the best arm, or one whose loss is within one percent."""
+    return sum(each["same"] or each["loss"] <= (1 + _WITHIN) * each["best"] for each in unit["winners"])
+
+
+def _halving(unit: Mapping[str, Any]) -> Iterator[Target]:
+    if "share" in unit:
+        yield Target(
+            what="time of successive halving over 16 arms against the full grid with P2",
+            limit=_HALVING, measured=unit["share"], at_least=False, unit="%",
+        )  # fmt: skip
+    if unit.get("winners"):
+        yield Target(
+            what=f"sweeps of {len(unit['winners'])} in which halving finds the winner, or one within 1 %",
+            limit=_WINNERS, measured=good_winners(unit) / len(unit["winners"]), at_least=True, unit="%",
+        )  # fmt: skip

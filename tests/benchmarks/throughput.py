@@ -66,6 +66,8 @@ def _blocks(bench: Bench, workload: Workload, turn: int) -> list[tuple[str, Call
     for arm in singles:
         blocks += _single(bench, workload, arm)
     for size in options.packs:
+        if size > options.sweep_arms and turn % 2:
+            continue  # The largest packs take as long as all the rest together.
         for arms in [[arm] for arm in singles] if size == 1 else [list(workload.arms[:size])]:
             blocks.append((way_of(size), partial(train_packed, workload, bench.base, arms)))
     return blocks
