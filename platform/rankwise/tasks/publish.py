@@ -33,16 +33,10 @@ def finish_arm(session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, ou
         RankwiseError: The adapter cannot be stored for another reason than a server or a disk.
     """
     session.phase("upload")
-    if not session.may_publish(arm.job):
-        # Nothing of it may be seen: whoever holds the job now writes to the same run.
-        run.leave(timeout=0.0)
-        session.report(arm.job, Outcome.PREEMPTED)
-        return
-    if outcome.status == "stopped":
-        cancelled = session.authority.cancelled(token_of(arm.job))
-        run.end("KILLED", "cancelled" if cancelled else INTERRUPTED, timeout=_DRAIN_S / 6)
-        session.report(arm.job, Outcome.CANCELLED if cancelled else Outcome.PREEMPTED)
+    if not session.may_publish(arm.job) or outcome.status == "stopped":
+        leave_arm(session, arm, run, timeout=_DRAIN_S / 6)
     elif outcome.status == "paused":
+        run.tags({"rankwise.reason": f"paused after step {outcome.steps}, until the others are there to be compared"})
         run.leave()
         session.report(arm.job, Outcome.PAUSED, result=paused_result(arm.work, outcome.steps, outcome.metrics))
     elif (adapter := _chosen(arm, outcome)[0]) is None:
@@ -50,6 +44,18 @@ def finish_arm(session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, ou
         session.report(arm.job, Outcome.FATAL, error=outcome.reason)
     else:
         _publish_or_wait(session, base, arm, run, outcome, adapter)
+
+
+def leave_arm(session: Session, arm: ClaimedArm, run: Run, *, timeout: float = 0.0) -> None:
+    """Report an arm that goes no further here: cancelled, interrupted, or taken over by another worker."""
+    if not session.authority.holds(token_of(arm.job)):
+        # Nothing of it may be seen: whoever holds the job now writes to the same run.
+        run.leave(timeout=0.0)
+        session.report(arm.job, Outcome.PREEMPTED)
+        return
+    cancelled = session.authority.cancelled(token_of(arm.job))
+    run.end("KILLED", "cancelled" if cancelled else INTERRUPTED, timeout=timeout)
+    session.report(arm.job, Outcome.CANCELLED if cancelled else Outcome.PREEMPTED)
 
 
 def publish_again(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm], runs: dict[int, Run]) -> None:
@@ -103,7 +109,8 @@ def _publish_or_wait(
         run.text(trained_page(adapter, base, name), PAGE_NAME)
         composition = _composition(session, job) or _row(session, job)["composition"]
         session.uploading[job.id] = {"steps": outcome.steps, "composition": list(composition)}
-        session.context.queue.uploading(token_of(job), session.uploading[job.id])
+        told = session.uploading[job.id]
+        session.authority.patiently(token_of(job), lambda: session.context.queue.uploading(token_of(job), told))
     try:
         if not run.drain(_DRAIN_S):
             raise TrackingError("the tracking server does not take the run's points")

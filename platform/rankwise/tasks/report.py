@@ -71,7 +71,12 @@ def _results(comparison: Comparison) -> str:
         else ""
         for key in keys
     ]
-    return table(head, [*rows, ["base alone", *base, ""]])
+    text = table(head, [*rows, ["base alone", *base, ""]])
+    pruned = sum(arm.pruned for arm in comparison.arms)
+    if pruned:
+        arms = "arm was" if pruned == 1 else "arms were"
+        text += f"\n\n{pruned} {arms} stopped early; their runs say at which step and why."
+    return text
 
 
 def _value(arm: ArmRecord, key: str) -> tuple[float | None, float | None]:

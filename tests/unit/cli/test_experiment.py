@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from helpers.definitions import DEFINITION, changed
 
 from rankwise.cli.experiment import plan, schema, validate
+from rankwise.cli.submit import submit
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.loader import load_experiment
 from rankwise.experiment.sweep import expand
@@ -122,6 +123,14 @@ def test_answers_come_at_once_and_without_the_machine_learning_libraries(command
     assert result.stdout.splitlines()[-1] == "[]"
     # Processor time, since other tests may keep the processor from this one. It takes 0.4 s.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_search_by_results_is_not_submitted_but_run(tmp_path):
+    file = tmp_path / "search.yaml"
+    search = "  method: tpe\n  trials: 12\n  parameters:\n    lora.r: {int: [2, 64]}"
+    file.write_text(changed(("  parameters:\n    lora.r: [4, 8]", search)))
+    with pytest.raises(ConfigError, match=r"cannot be submitted at once; `rankwise run FILE` drives the search"):
+        run(submit, file)
 
 
 def test_a_search_with_early_stopping_says_what_is_known(tmp_path):
