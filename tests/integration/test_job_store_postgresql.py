@@ -1,8 +1,11 @@
 import pytest
 from helpers.alias_contract import AliasContract
 from helpers.databases import REVISIONS, emptied, load_postgresql
+from helpers.fault_table import record
 from helpers.job_store_contract import JobStoreContract
+from helpers.machine_runs import LONG, SHORT, run_machine
 from helpers.migration_contract import MigrationContract
+from hypothesis import settings
 from sqlalchemy import text
 
 from rankwise.jobs.database import open_engine, upgrade
@@ -31,7 +34,9 @@ class TestStore(JobStoreContract, AliasContract):
         engine = open_engine(postgresql)
         with engine.begin() as connection:
             # A migration takes longer than a test: the tables stay.
-            connection.execute(text("TRUNCATE job, job_dependency, attempt, worker, alias, alias_move RESTART IDENTITY"))
+            connection.execute(
+                text("TRUNCATE job, job_dependency, attempt, worker, alias, alias_move RESTART IDENTITY")
+            )
         engine.dispose()
         yield store
         store.close()
@@ -56,3 +61,17 @@ def test_the_migrations_make_exactly_the_tables_of_the_code(postgresql, tmp_path
     engine.dispose()
     assert found[0] == found[1]
     assert len(found[0]) > 40
+
+
+def test_whatever_happens_the_queue_is_as_the_model_says(postgresql, tmp_path):
+    emptied(postgresql)
+    run_machine(postgresql, tmp_path / "lock", settings(SHORT, max_examples=5))
+    emptied(postgresql)
+
+
+@pytest.mark.faults
+def test_whatever_happens_for_long_the_queue_is_as_the_model_says(postgresql, tmp_path):
+    emptied(postgresql)
+    run_machine(postgresql, tmp_path / "lock", LONG)
+    emptied(postgresql)
+    record("state machine, PostgreSQL", "as the model says, 0 stuck", f"{LONG.max_examples} runs of up to 50 steps")
