@@ -18,6 +18,8 @@ DIES = object()
 class FakeChild:
     """A `rankwise.worker.child.Child`. `script(child, command)` yields events; `DIES` in place of one kills."""
 
+    pid = 4711
+
     def __init__(self, script: Callable[[FakeChild, dict], Iterable], log: Path, *, dies_by: int = -9) -> None:
         self.script = script
         self.heard: list[dict] = []

@@ -33,7 +33,14 @@ _STOPPED = 130
     show_default=True,
     help="Seconds for a checkpoint after SIGTERM or Ctrl-C, before the work is ended anyway.",
 )
-def worker(drain: bool, max_arms: int | None, gpus: str | None, lease: float, grace: float) -> int:
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1.0),
+    help="Seconds of silence after which the process that computes counts as hung. Default: an hour; for uploads half.",
+)
+def worker(
+    drain: bool, max_arms: int | None, gpus: str | None, lease: float, grace: float, patience: float | None
+) -> int:
     """Do jobs of the queue.
 
     SIGTERM or Ctrl-C keeps a checkpoint after the step under way, gives the jobs back and ends; a second one ends at
@@ -47,7 +54,7 @@ def worker(drain: bool, max_arms: int | None, gpus: str | None, lease: float, gr
     from rankwise.worker.timing import Timing
 
     stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
-    timing = Timing.of_lease(lease, grace=grace)
+    timing = Timing.of_lease(lease, grace=grace, patience=patience)
     changes = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     with stop.on_signals(), Bars(console) as bars:
         worker = local_worker(

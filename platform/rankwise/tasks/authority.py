@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.store import JobStore
@@ -46,16 +46,23 @@ class Authority:
         return token in self._cancelled
 
     def check(self, token: str, queue: JobStore) -> bool:
-        """Ask the queue, before anything is written that others can see.
+        """Ask the queue, before anything is written that others can see; a no is remembered.
 
         An outage of the queue's database is waited for while the lease lasts.
         """
-        while True:
-            if not self.holds(token):
-                return False
+        if self.patiently(token, lambda: queue.holds(token)):
+            return True
+        with self._lock:
+            self._lost |= {token}
+        return False
+
+    def patiently(self, token: str, ask: Callable[[], bool]) -> bool:
+        """The queue's answer for a claim; False where the claim is lost, or the queue away for as long as it lasts."""
+        while self.holds(token):
             try:
-                return queue.holds(token)
+                return ask()
             except JobStoreError:
                 if not self.confirmed(token):
                     return False
                 time.sleep(_AGAIN_S)
+        return False

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.experiment.arm import ArmSpec
+from rankwise.logs import bind
 from rankwise.tracking.runs import Run
 from rankwise.training.values import ArmOutcome, PackObserver, StepRecord
 
@@ -23,12 +24,14 @@ class Curves(PackObserver):
         advance: Callable[[int], None],
         note: Callable[[str], None],
         tell: Tell = lambda spec_hash, values, always: None,
+        ended: Callable[[ArmOutcome], None] = lambda outcome: None,
     ) -> None:
-        """Write to the run of each arm, by spec hash; `tell` is told how far each arm is."""
+        """Write to the run of each arm, by spec hash; `tell` hears how far each arm is, `ended` how it ended."""
         self._arms = arms
         self._advance = advance
         self._note = note
         self._tell = tell
+        self._ended = ended
         self._furthest = 0
         self._living: dict[str, int] = {}
 
@@ -42,6 +45,7 @@ class Curves(PackObserver):
 
     def on_step(self, spec_hash: str, record: StepRecord) -> None:
         """An arm has made a step."""
+        bind(step=record.step)
         run, arm = self._arms[spec_hash]
         if record.step > self._furthest:
             self._advance(record.step - self._furthest)
@@ -83,3 +87,4 @@ class Curves(PackObserver):
     def on_end(self, outcome: ArmOutcome) -> None:
         """An arm left the pack."""
         self._living.pop(outcome.spec_hash, None)
+        self._ended(outcome)

@@ -31,6 +31,7 @@ def local_worker(
     terminal: bool = False,
     changes: Mapping[str, str] | None = None,
     info: Mapping[str, Any] | None = None,
+    program: str = "rankwise.tasks.child",
 ) -> Iterator[WorkerLoop]:
     """A worker's loop over the queue of the settings; the queue is created in a fresh home.
 
@@ -43,6 +44,7 @@ def local_worker(
         terminal: Whether the console has colours.
         changes: To the child's environment (`CUDA_VISIBLE_DEVICES`).
         info: What the worker says of itself in the queue.
+        program: The module that a child runs.
 
     Raises:
         JobStoreError: The queue's database cannot be used.
@@ -52,7 +54,7 @@ def local_worker(
     host = socket.gethostname()
     # A user's `queue.py` in the working directory must not stand in for a module of Python's.
     environment = child_environment({"PYTHONSAFEPATH": "1", **(changes or {})})
-    command = [sys.executable, "-m", "rankwise.tasks.child", "--width", str(width)]
+    command = [sys.executable, "-m", program, "--width", str(width)]
     if terminal:
         command.append("--terminal")
     try:

@@ -10,13 +10,15 @@ from typing import Any
 import rankwise.flavor as flavor
 from rankwise.experiment.arm import ArmSpec
 from rankwise.jobs.job import Job, Outcome
+from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.claimed import ClaimedArm, open_run
 from rankwise.tasks.curves import Curves
+from rankwise.tasks.needs import adapter_directory
 from rankwise.tasks.outcomes import failure_of
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import Sources, find_sources
-from rankwise.tasks.publish import finish_arm, stored_outcome
+from rankwise.tasks.publish import finish_arm, leave_arm, stored_outcome
 from rankwise.tasks.session import Composition, Session, token_of
 from rankwise.tracking.provenance import collect
 from rankwise.tracking.runs import Run
@@ -52,8 +54,9 @@ def train_claimed(session: Session, jobs: Sequence[Job]) -> None:
         if pack:
             outcomes |= _train(session, base, pack, tasks, runs)
         for arm in arms:
-            finish_arm(session, base, arm, runs[arm.spec_hash], outcomes[arm.spec_hash])
-            del runs[arm.spec_hash]
+            if arm.spec_hash in runs:
+                finish_arm(session, base, arm, runs[arm.spec_hash], outcomes[arm.spec_hash])
+                del runs[arm.spec_hash]
     except BaseException as error:
         failure = failure_of(error)
         for run in runs.values():
@@ -98,7 +101,7 @@ def _task(session: Session, arm: ClaimedArm) -> ArmTask:
 def _initial_adapter(session: Session, arm: ArmSpec) -> Path | None:
     if arm.init_from is None:
         return None
-    target = session.settings.cache / "adapters" / arm.init_from.replace("models:/", "").replace("/", "-")
+    target = session.settings.cache / "adapters" / adapter_directory(arm.init_from)
     return flavor.download_adapter(arm.init_from, target)
 
 
@@ -125,8 +128,9 @@ def _train(
     base: LoadedBase,
     arms: Sequence[ClaimedArm],
     tasks: Sequence[ArmTask],
-    runs: Mapping[str, Run],
+    runs: dict[str, Run],
 ) -> dict[str, ArmOutcome]:
+    by_hash = {arm.spec_hash: arm for arm in arms}
     jobs = {arm.spec_hash: arm.job for arm in arms}
     session.compositions.append(Composition(spec_hashes=tuple(jobs), open={job.id for job in jobs.values()}))
     steps = max(arm.work.arm.training.optimizer_steps(len(arm.rows.train)) for arm in arms)
@@ -139,9 +143,15 @@ def _train(
     def tell(spec_hash: str, values: Mapping[str, Any], always: bool) -> None:
         session.progress(token_of(jobs[spec_hash]), values, always=always)
 
+    def ended(outcome: ArmOutcome) -> None:
+        # A person who has cancelled an arm, or its new owner, does not wait for the others.
+        if should_leave(outcome.spec_hash):
+            leave_arm(session, by_hash[outcome.spec_hash], runs.pop(outcome.spec_hash))
+
     session.phase("train")
-    with session.voice.noted(f"training {names}", steps, "steps") as (advance, note):
-        curves = Curves({arm.spec_hash: (runs[arm.spec_hash], arm.work.arm) for arm in arms}, advance, note, tell)
+    with bound(step=0), session.voice.noted(f"training {names}", steps, "steps") as (advance, note):
+        watched = {arm.spec_hash: (runs[arm.spec_hash], arm.work.arm) for arm in arms}
+        curves = Curves(watched, advance, note, tell, ended)
         return train_pack(
             base,
             tasks,

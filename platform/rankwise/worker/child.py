@@ -41,6 +41,10 @@ class Child(Protocol):
     def log(self) -> Path:
         """What it writes to its standard output and error."""
 
+    @property
+    def pid(self) -> int:
+        """Of the process that works."""
+
     def send(self, message: Message) -> None:
         """Give it a command. A child that is gone is noticed by `receive`."""
 
@@ -113,7 +117,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process that works."""
+        """See `Child.pid`."""
         return self._pid or self._process.pid
 
     def send(self, message: Message) -> None:

@@ -70,9 +70,9 @@ class Conversation:
             self._told_to_stop, self._interrupted = False, None
 
     @property
-    def started(self) -> bool:
-        """Whether there is a child."""
-        return self._child is not None
+    def pid(self) -> int | None:
+        """Of the child, if there is one."""
+        return None if self._child is None else self._child.pid
 
     def ask(
         self, command: Message, on_event: Callable[[Message], None] = lambda message: None, *, at_once: bool = False
@@ -90,7 +90,7 @@ class Conversation:
         Raises:
             CommandFailedError: It broke, the child died or hung, or it was stopped at once.
         """
-        fresh = not self.started
+        fresh = self._child is None
         self.start()
         child = self._child
         assert child is not None

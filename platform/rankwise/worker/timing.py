@@ -53,7 +53,21 @@ class Timing:
     deadlines: Mapping[str, float] = field(default_factory=lambda: DEADLINES)
 
     @classmethod
-    def of_lease(cls, lease: float, *, grace: float = 60.0) -> Self:
-        """The times that go with a lease: six heartbeats fit into it."""
+    def of_lease(cls, lease: float, *, grace: float = 60.0, patience: float | None = None) -> Self:
+        """The times that go with a lease: six heartbeats fit into it.
+
+        Args:
+            lease: Seconds.
+            grace: Seconds.
+            patience: In place of all deadlines.
+        """
         beat = min(10.0, lease / 6)
-        return cls(lease=lease, beat=beat, watch=min(2.0, beat), reclaim=min(5.0, lease / 2), grace=grace)
+        return cls(
+            lease=lease,
+            beat=beat,
+            watch=min(2.0, beat),
+            announce=min(30.0, lease / 2),
+            reclaim=min(5.0, lease / 2),
+            grace=grace,
+            deadlines=DEADLINES if patience is None else dict.fromkeys(DEADLINES, patience),
+        )
