@@ -13,7 +13,7 @@ from rankwise.jobs.sql_store import SqlJobStore
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
 SHORT = settings(max_examples=10, stateful_step_count=30, derandomize=True, **COMMON)
-LONG = settings(max_examples=250, stateful_step_count=50, derandomize=False, **COMMON)
+LONG = settings(max_examples=150, stateful_step_count=50, derandomize=False, **COMMON)
 
 
 def run_machine(url: str, lock, profile: settings) -> None:

@@ -23,7 +23,7 @@ class Pack:
         phase: What the worker does (load, tokenize, train, ...); None before the first report.
         step: Of the slowest job.
         steps: The last step of that job.
-        tokens_per_second: Of the whole pack.
+        tokens_per_second: Of all of them together.
         seconds: Since it was claimed.
         silent: Seconds since the last report of progress.
     """
@@ -66,6 +66,7 @@ def _pack(pack_id: str, jobs: Mapping[int, Job], group: Sequence[Attempt], time:
     first = jobs[group[0].job_id]
     slowest = min(group, key=_done)
     said = slowest.progress or {}
+    speeds = [speed for each in group if (speed := (each.progress or {}).get("tokens_per_second"))]
     reports = [attempt.progress_at for attempt in group if attempt.progress_at is not None]
     return Pack(
         pack_id=pack_id,
@@ -76,7 +77,7 @@ def _pack(pack_id: str, jobs: Mapping[int, Job], group: Sequence[Attempt], time:
         phase=said.get("phase"),
         step=said.get("step"),
         steps=said.get("steps"),
-        tokens_per_second=said.get("tokens_per_second"),
+        tokens_per_second=sum(speeds) if speeds else None,
         seconds=time - min(attempt.started_at for attempt in group),
         silent=time - max(reports) if reports else None,
     )

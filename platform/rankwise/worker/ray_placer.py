@@ -81,7 +81,8 @@ class WorkerHost:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], grace: float) -> None:
         """Start the worker; its output goes to the logs that Ray keeps of the actor."""
         # What an actor gets in `CUDA_VISIBLE_DEVICES` is its part of the node.
-        own = child_environment(environment)
+        # What happens to lie in the working directory must not stand in for a module of Python's.
+        own = child_environment({"PYTHONSAFEPATH": "1", **environment})
         program = [part if part != PYTHON else sys.executable for part in command]
         self._process = tether.start(program, own, grace=grace)
         threading.Thread(target=self._end_with_worker, daemon=True).start()

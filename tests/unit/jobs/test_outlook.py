@@ -30,7 +30,7 @@ def test_open_attempts_are_shown_by_pack_with_the_progress_of_the_slowest():
         time=20.0,
     )
     assert (first.jobs, first.phase, first.step, first.steps) == ((1, 2), "train", 10, 40)
-    assert (first.tokens_per_second, first.seconds, first.silent) == (90.0, 15.0, 2.0)
+    assert (first.tokens_per_second, first.seconds, first.silent) == (180.0, 15.0, 2.0)
     assert (second.jobs, second.kind, second.phase, second.silent) == ((3,), JobKind.EVALUATE, None, None)
 
 
