@@ -29,7 +29,7 @@ def check_target(target: Path) -> None:
         check_manifest(target)
     except AdapterIntegrityError as error:
         raise StorageError(
-            f"{target} is not empty, and not an earlier download that is unchanged; name another directory"
+            f"{target} is not empty, and not an earlier output of rankwise that is unchanged; name another directory"
         ) from error
 
 
@@ -61,6 +61,9 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
                 if path.is_file():
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
+                else:
+                    fsync_directory(path)
+            fsync_directory(temporary)
             check_target(target)
             if target.exists():
                 shutil.rmtree(target)

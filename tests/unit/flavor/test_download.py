@@ -36,7 +36,7 @@ def test_an_earlier_download_is_replaced_and_anything_else_is_not(world, tmp_pat
     target = download_adapter(world.saved, tmp_path / "adapter")
     assert download_adapter(world.saved, target) == target
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match="not empty, and not an earlier download that is unchanged"):
+    with pytest.raises(StorageError, match="not empty, and not an earlier output of rankwise that is unchanged"):
         download_adapter(world.saved, target)
     assert (target / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
