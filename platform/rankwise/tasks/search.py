@@ -106,6 +106,10 @@ def _value(evaluation: Job, key: str) -> float | None:
 def publish_history(context: Context, spec: ExperimentSpec, parent: Run) -> None:
     """Store the history with the sweep's run: a table, a plot, and the best value after each trial as a curve."""
     found = history(context, spec)
+    wanted = spec.sweep.trials
+    if wanted is not None and len(found.trials) < wanted:
+        tried = len(found.trials)
+        context.voice.warn(f"{spec.name}: {tried} of {wanted} arms: no further point was found that differs")
     parent.json(found.to_json(), "search/history.json")
     parent.text(to_html(history_plot(found)), "search/history.html")
     for number, best in enumerate(found.best_so_far):

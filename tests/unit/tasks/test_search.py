@@ -12,7 +12,7 @@ from rankwise.experiment.search import TrialState
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.tasks.halving import group_of
-from rankwise.tasks.search import arms_so_far, history, results_of, rounds_so_far
+from rankwise.tasks.search import arms_so_far, history, publish_history, results_of, rounds_so_far
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
 GRID = "  parameters:\n    lora.r: [4, 8]"
@@ -117,3 +117,26 @@ def test_the_history_has_what_was_tried_and_what_is_under_way(context):
     assert found.best_so_far[-1] == 1.0
     assert found.trials[0].values == {"lora.r": arms[0].lora.r}
     assert found.trials[0].label == f"lora.r={arms[0].lora.r}"
+
+
+def test_the_history_lies_with_the_sweep_and_a_short_search_is_told(context, monkeypatch):
+    monkeypatch.setattr("rankwise.experiment.search.MAX_REJECTED", 60)
+    spec = parse(
+        (GRID, "  method: tpe\n  trials: 5\n  round_size: 2\n  parameters: {lora.r: {int: [2, 9]}}\n  where: r < 5")
+    )
+    while len(found := rounds_so_far(context, spec)) < 2:
+        for _, arm in found[-1].arms:
+            complete(context, arm, float(arm.lora.r))
+    complete(context, found[-1].arms[0][1], 0.5)
+    warned, stored, points = [], {}, []
+    context.voice = SimpleNamespace(warn=warned.append)
+    parent = SimpleNamespace(
+        json=lambda value, path: stored.setdefault(path, value),
+        text=lambda value, path: stored.setdefault(path, value),
+        metric=lambda key, value, step: points.append((key, value, step)),
+    )
+    publish_history(context, spec, parent)
+    assert warned == ["small: 3 of 5 arms: no further point was found that differs"]
+    assert stored.keys() == {"search/history.json", "search/history.html"}
+    assert points[-1] == ("search.best_so_far", 0.5, 2)
+    assert len(points) == 3
