@@ -23,6 +23,8 @@ _LONGEST_PAUSE = 30.0
 _LONGEST_PAUSE_DRAINING = 2.0
 # How long `remove` waits for a request under way; MLflow's client retries a dead server for minutes.
 _HANGING_SECONDS = 5.0
+# How many outboxes are delivered in the background; others stay in their files for `sync`.
+_MOST_LEFT = 200
 
 Deliver = Callable[[MlflowClient, str, Path, Batch], None]
 Missing = Callable[[MlflowClient, Batch], Batch | None]
@@ -154,6 +156,11 @@ class Sender:
         Returns:
             Why lines of it were refused so far.
         """
+        if len(left := self.left) >= _MOST_LEFT:
+            # Thousands of runs are made faster than they are delivered, and each outbox is an open file.
+            self.drain(left[0], 0.0 if self._outage else _HANGING_SECONDS)
+            if len(self.left) >= _MOST_LEFT:
+                return self.remove(outbox)
         with self._changed:
             post = self._posts.get(outbox)
             if post is not None and outbox.pending and not post.fenced and not self._closing:

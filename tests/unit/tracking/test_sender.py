@@ -262,3 +262,21 @@ def test_what_is_left_behind_a_fence_can_be_taken_up_by_others(tmp_path, sender,
     assert [entry.record["s"] for entry in taken.read()] == [0]
     assert server.steps == []
     taken.close()
+
+
+def test_a_flood_of_ended_runs_does_not_hold_open_files_without_end(tmp_path, sender, server, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_LEFT", 2)
+    server.error = MlflowException("away", TEMPORARILY_UNAVAILABLE)
+    outboxes = [make(tmp_path, sender, f"r{number}") for number in range(4)]
+    for outbox in outboxes:
+        put(outbox, [0])
+    assert not sender.drain(outboxes[0], 0.3)
+    for outbox in outboxes:
+        sender.let_go(outbox)
+    assert [outbox.closed for outbox in outboxes] == [False, False, True, True]
+    server.error = None
+    deadline = time.monotonic() + 10
+    while sender.left and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(server.steps) == [("r0", 0), ("r1", 0)]
+    assert all(outbox.path.exists() for outbox in outboxes[2:])
