@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 import click
 from rich.console import Console
 
 from rankwise.cli.progress import Bars
-from rankwise.settings import Settings
+from rankwise.settings import Settings, child_environment
+
+if TYPE_CHECKING:
+    from rankwise.worker.stopping import Stop
+    from rankwise.worker.timing import Timing
 
 _STOPPED = 130
+_GIVING_BACK_S = 30.0
 
 
 @click.command()
@@ -48,28 +57,68 @@ def worker(
     """
     settings = Settings.load()
     console = Console(stderr=True, highlight=False)
-    from rankwise.tasks.local import local_worker
-    from rankwise.worker.loop import MAX_ARMS, Plan
+    from rankwise.worker.gpus import visible_gpus
     from rankwise.worker.stopping import Stop
     from rankwise.worker.timing import Timing
 
     stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
-    timing = Timing.of_lease(lease, grace=grace, patience=patience)
-    changes = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    places = visible_gpus(child_environment({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}))
     with stop.on_signals(), Bars(console) as bars:
-        worker = local_worker(
-            settings,
-            bars,
-            stop,
-            timing=timing,
-            width=console.width,
-            terminal=console.is_terminal,
-            changes=changes,
-            info={"gpus": gpus, "max_arms": max_arms},
-        )
-        with worker as loop:
-            bars.say(f"worker of {settings.home}" + (", until nothing is left to do" if drain else ""))
-            loop.work(Plan(drain=drain, max_arms=max_arms or MAX_ARMS))
+        if len(places) > 1:
+            options = {"--max-arms": max_arms, "--lease": lease, "--grace": grace, "--patience": patience}
+            given = [f"{name}={value}" for name, value in options.items() if value is not None]
+            return _place(places, [*(["--drain"] if drain else []), *given], stop, bars, drain=drain, grace=grace)
+        timing = Timing.of_lease(lease, grace=grace, patience=patience)
+        # Where nothing was said and no tool lists them, torch finds GPUs by itself.
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(places)} if places or gpus is not None else {}
+        _work(settings, visible, stop, bars, timing, max_arms=max_arms, drain=drain)
         if stop.asked:
             bars.say("stopped; its jobs are back in the queue")
     return _STOPPED if drain and stop.asked else 0
+
+
+def _place(places: Sequence[str], options: Sequence[str], stop: Stop, bars: Bars, *, drain: bool, grace: float) -> int:
+    """A worker process for each GPU."""
+    from rankwise.worker.local_placer import LocalPlacer
+
+    placer = LocalPlacer(
+        [sys.executable, "-m", "rankwise", "worker", *options],
+        places,
+        environment=child_environment({"PYTHONSAFEPATH": "1"}),
+        stop=stop,
+        say=bars.say,
+        drain=drain,
+        # The worker's own grace, and the time to give its jobs back.
+        grace=grace + _GIVING_BACK_S,
+    )
+    code = placer.run()
+    return 0 if code == _STOPPED and not drain else code
+
+
+def _work(
+    settings: Settings,
+    visible: Mapping[str, str],
+    stop: Stop,
+    bars: Bars,
+    timing: Timing,
+    *,
+    max_arms: int | None,
+    drain: bool,
+) -> None:
+    """The worker of the one GPU, or of a machine without any."""
+    from rankwise.tasks.local import local_worker
+    from rankwise.worker.loop import MAX_ARMS, Plan
+
+    worker = local_worker(
+        settings,
+        bars,
+        stop,
+        timing=timing,
+        width=bars.console.width,
+        terminal=bars.console.is_terminal,
+        changes=visible,
+        info={"device": visible.get("CUDA_VISIBLE_DEVICES") or None, "max_arms": max_arms},
+    )
+    with worker as loop:
+        bars.say(f"worker of {settings.home}" + (", until nothing is left to do" if drain else ""))
+        loop.work(Plan(drain=drain, max_arms=max_arms or MAX_ARMS))

@@ -57,7 +57,10 @@ def queue_arms(
     evaluations += ended.values()
     pairs = [(work, trains[work.arm.spec_hash]) for work in works]
     link_done(context, pairs, evaluations)
-    return [*(train for _, train in pairs), *evaluations]
+    ids = [*(train.id for _, train in pairs), *(evaluation.id for evaluation in evaluations)]
+    # Once more: since then the runs have been noted, and a worker may have begun.
+    stand = {job.id: job for job in context.queue.jobs(ids=ids)}
+    return [stand[each] for each in ids]
 
 
 def all_done(context: Context, arms: Sequence[SweepArm]) -> bool:

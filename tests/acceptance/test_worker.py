@@ -1,0 +1,39 @@
+"""`rankwise submit` and `rankwise worker`: a sweep that is planned in one place and done in another."""
+
+import json
+
+from helpers.project import make_project
+from mlflow import MlflowClient
+
+
+def test_what_was_submitted_is_planned_for_all_to_see_and_a_worker_does_all_of_it(tmp_path):
+    project = make_project(tmp_path)
+    submitted = json.loads(project.succeed("submit", "tiny.yaml", "--priority", "3", "--json"))
+    assert [(job["kind"], job["state"]) for job in submitted] == [
+        *[("train", "queued")] * 2,
+        *[("evaluate", "queued")] * 3,
+    ]
+    client = MlflowClient(f"sqlite:///{project.home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    planned = {run.info.run_id: run for run in client.search_runs([experiment])}
+    kinds = sorted((run.data.tags["rankwise.kind"], run.info.status) for run in planned.values())
+    assert kinds == [("sweep", "SCHEDULED"), *[("train", "SCHEDULED")] * 2]
+    assert {job["run_id"] for job in submitted if job["kind"] == "train"} < planned.keys()
+
+    again = json.loads(project.succeed("submit", "tiny.yaml", "--no-preflight", "--json"))
+    assert again == submitted
+    assert {run.info.run_id for run in client.search_runs([experiment])} == planned.keys()
+
+    done = project.run("worker", "--drain")
+    assert done.returncode == 0, done.stderr
+    assert "models:/tiny-adder@best is version" in done.stderr, "the last worker of a sweep reports on it"
+    jobs = json.loads(project.succeed("jobs", "list", "--json"))
+    assert {(job["state"], job["attempts"]) for job in jobs} == {("succeeded", 1)}
+    runs = client.search_runs([experiment])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert planned.keys() < {run.info.run_id for run in runs}, "the planned runs were used"
+    (sweep,) = [run for run in runs if run.data.tags["rankwise.kind"] == "sweep"]
+    assert "comparison.json" in {artifact.path for artifact in client.list_artifacts(sweep.info.run_id)}
+    assert not list((project.home / "checkpoints").iterdir())
+    assert not list((project.home / "results").iterdir())
+    assert not list((project.home / "logs" / "workers").iterdir()), "nothing went wrong, nothing is kept"

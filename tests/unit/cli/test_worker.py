@@ -1,0 +1,44 @@
+import pytest
+
+from rankwise.cli.main import cli
+from rankwise.worker import gpus, local_placer
+
+
+@pytest.fixture
+def placed(monkeypatch):
+    """Stands in for the placer; what it was given."""
+    given = []
+
+    class Placer:
+        def __init__(self, command, places, **named):
+            given.append((command, places, named))
+
+        def run(self):
+            return 130
+
+    monkeypatch.setattr(local_placer, "LocalPlacer", Placer)
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    return given
+
+
+def invoke(*arguments):
+    return cli.main(["worker", *arguments], standalone_mode=False)
+
+
+def test_each_gpu_gets_a_worker_of_its_own(placed):
+    assert invoke("--gpus", "0,1", "--drain", "--max-arms", "4", "--grace", "5") == 130
+    ((command, places, named),) = placed
+    assert places == ("0", "1")
+    assert command[2:] == ["rankwise", "worker", "--drain", "--max-arms=4", "--lease=60.0", "--grace=5.0"]
+    assert named["drain"]
+    assert named["grace"] > 5
+
+
+def test_a_worker_that_was_asked_to_stop_has_done_what_it_should(placed):
+    assert invoke("--gpus", "0,1") == 0
+
+
+def test_the_gpus_of_the_machine_are_taken_without_being_named(placed, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    invoke("--drain")
+    assert placed[0][1] == ("2", "3")
