@@ -85,6 +85,7 @@ class WorkerLoop:
         """
         self._queue = queue
         self._worker = worker
+        self._results = results
         self._voice = voice
         self._stop = stop
         self._timing = timing or Timing()
@@ -101,6 +102,7 @@ class WorkerLoop:
 
     def __enter__(self) -> WorkerLoop:
         """Start the heartbeat."""
+        self._results.sweep()
         self._heart.__enter__()
         return self
 

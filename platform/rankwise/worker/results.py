@@ -8,6 +8,7 @@ The child writes the file, whole, before it says so; the parent tells the queue 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rankwise.jobs.job import Outcome
 from rankwise.settings import write_atomically
 
 FORMAT_VERSION = 1
+_LEFT_S = 7 * 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,15 @@ class Results:
         if document.pop("version") != FORMAT_VERSION:
             raise JobError(f"{self.path(token)} was written by another release: finish with that one, or remove it")
         return Result(**{**document, "outcome": Outcome(document["outcome"])})
+
+    def sweep(self) -> None:
+        """Remove what workers that have died left behind: another attempt has long made its own."""
+        for path in self._directory.glob("*.json"):
+            try:
+                if time.time() - path.stat().st_mtime > _LEFT_S:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
 
     def remove(self, token: str) -> None:
         """Forget a result that the queue knows, or that nobody may publish."""

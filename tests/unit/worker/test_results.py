@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import pytest
 
@@ -23,3 +25,12 @@ def test_a_result_of_another_release_is_refused_with_advice(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 9}))
     with pytest.raises(JobError, match="written by another release: finish with that one, or remove it"):
         results.read("t")
+
+
+def test_what_the_dead_have_left_is_removed_after_a_week(tmp_path):
+    results = Results(tmp_path)
+    for token, days in (("old", 8), ("new", 6)):
+        path = results.write(Result(token=token, outcome=Outcome.PREEMPTED))
+        os.utime(path, times=(time.time() - days * 86_400,) * 2)
+    results.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
