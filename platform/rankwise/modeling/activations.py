@@ -20,7 +20,9 @@ backward pass makes and drops inside one layer. Logits are counted three times i
 its gradient; in 16 bit twice more for the head's output and its gradient.
 
 Compared with the peak of torch's allocations in a step on a CPU (activations and logits together, estimate / peak):
-RATIOS
+0.98 to 1.04 for SmolLM2-135M with adapters on q, k, v, o (1 arm of 80 tokens, and 4 arms of 160, with gradient
+checkpointing and without), 1.07 to 1.22 for tiny bases of llama's and gpt_neox's kind; what is kept alone is exact for
+SmolLM2.
 """
 
 from __future__ import annotations

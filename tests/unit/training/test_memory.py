@@ -1,8 +1,23 @@
 """The peak of memory."""
 
+import numpy as np
+import pytest
 import torch
 
-from rankwise.training.memory import PeakMemory
+from rankwise.training.memory import PeakMemory, is_out_of_memory
+
+
+def error_of(call):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        call()
+    return caught.value
+
+
+def test_running_out_of_memory_is_told_from_other_errors():
+    assert is_out_of_memory(error_of(lambda: torch.empty(1 << 50)))
+    assert is_out_of_memory(error_of(lambda: np.empty(1 << 50)))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(error_of(lambda: torch.ones(2) @ torch.ones(3)))
 
 
 def test_a_peak_that_was_sampled_is_remembered():
