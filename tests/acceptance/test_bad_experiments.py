@@ -16,7 +16,7 @@ from rankwise.cli.main import main
 
 KEYS = (
     "version, name, description, base_model, base_model_revision, base_model_config, quantization, lora, dataset, "
-    "training, seed, init_from, sweep, evaluation, register, tracking"
+    "training, seed, init_from, sweep, evaluation, register, promotion, tracking"
 )
 LORA = "r, lora_alpha, lora_dropout, target_modules, use_rslora"
 TRAINING = (
@@ -46,8 +46,8 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
         f"7: lora.learning_rate: is not a key here; did you mean training.learning_rate?; allowed: {LORA}",
     ),
     "an unknown section": (
-        ("version: 1", "version: 1\npromotion: {}"),
-        f"2: promotion: is not a key here; allowed: {KEYS}",
+        ("version: 1", "version: 1\nhardware: {}"),
+        f"2: hardware: is not a key here; allowed: {KEYS}",
     ),
     "a duplicate key": (
         ("  r: 8", "  r: 8\n  r: 16"),
