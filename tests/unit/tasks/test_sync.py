@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -157,3 +158,23 @@ def test_all_jobs_are_read_page_by_page(queue, monkeypatch):
     monkeypatch.setattr("rankwise.tasks.sync._PAGE", 3)
     queue.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=str(n), spec={}) for n in range(7)])
     assert [job.spec_hash for job in every_job(queue)] == list("0123456")
+
+
+def test_the_command_says_what_was_delivered_and_that_something_needs_a_look(tmp_path, monkeypatch, capsys):
+    from rankwise.cli.sync import sync as command
+
+    settings = prepared_home(tmp_path / "home")
+    monkeypatch.setenv("RANKWISE_HOME", str(settings.home))
+    with Store.open(settings, interval=0.05) as store:
+        run = store.start_run(store.experiment("left"), "r=4", system_metrics=False)
+        run.leave()
+        outbox = Outbox.create(settings.outbox, run.run_id, settings.tracking_uri)
+        outbox.append({"m": {"train.loss": 1.0}, "s": 3, "t": 5})
+        outbox.close()
+    assert command.main([], standalone_mode=False) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"delivered: run {run.run_id}\n"
+    assert printed.err == "MLflow has everything\n"
+    (settings.outbox / "r1.aaaaaaaa.refused").write_text('{"tags":{}}\n')
+    assert command.main(["--json"], standalone_mode=False) == 1
+    assert json.loads(capsys.readouterr().out)["refused"]
