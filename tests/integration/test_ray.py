@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from helpers.databases import emptied
 from helpers.fault_table import record
 
+from rankwise.cli.cluster import cluster as cluster_command
+from rankwise.cli.status import status
 from rankwise.exceptions import ClusterError
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome
 from rankwise.jobs.sql_store import SqlJobStore
@@ -45,8 +49,9 @@ def cluster(monkeypatch):
 
 
 @pytest.fixture
-def store(postgresql, tmp_path):
+def store(postgresql, tmp_path, monkeypatch):
     emptied(postgresql)
+    monkeypatch.setenv("RANKWISE_DATABASE_URL", postgresql)
     store = SqlJobStore(postgresql, lock=tmp_path / "lock")
     store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=str(number), spec={}) for number in range(JOBS)])
     yield store
@@ -151,6 +156,28 @@ def test_a_head_that_is_stopped_costs_workers_and_no_job(cluster, store, command
     finish_with_a_local_worker(command)
     outcomes = assert_each_job_ended_once(store)
     record("Ray: the head stopped", "all jobs end exactly once", f"{figure(outcomes)}; {after - before} without a head")
+
+
+def test_the_commands_place_real_workers(cluster, store):
+    def call(command, *arguments):
+        result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result
+
+    where = ["--address", cluster.address, "--insecure"]
+    # No job of these is for a real worker.
+    store.cancel([job.id for job in store.jobs()])
+    started = json.loads(
+        call(cluster_command, "start", *where, "--workers", "2", "--gpus-per-worker", "0", "--json").stdout
+    )
+    shown = json.loads(call(cluster_command, "status", *where, "--json").stdout)
+    assert [worker["name"] for worker in shown["workers"]] == sorted(worker["name"] for worker in started)
+    assert [node["cpus"] for node in shown["nodes"]] == [1, 1]
+    until(lambda: len(store.workers()) == 2)
+    assert len(json.loads(call(status, "--json").stdout)["workers"]) == 2
+    assert "all workers have ended" in call(cluster_command, "stop", *where).stderr
+    assert store.workers() == []
+    assert json.loads(call(cluster_command, "status", *where, "--json").stdout)["workers"] == []
 
 
 def test_a_cluster_with_a_token_refuses_who_has_none(monkeypatch, store, command, tmp_path):
