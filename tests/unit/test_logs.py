@@ -7,6 +7,7 @@ import os
 import threading
 
 import pytest
+from structlog.contextvars import clear_contextvars
 
 from rankwise import logs
 from rankwise.exceptions import ConfigError
@@ -19,10 +20,11 @@ logger = logging.getLogger("rankwise.somewhere")
 def _clean():
     root, own = logging.getLogger(), logging.getLogger("rankwise")
     before, level = list(root.handlers), own.level
+    clear_contextvars()  # Other tests make steps.
     yield
     root.handlers[:] = before
     own.setLevel(level)
-    logs.bind(job=None, attempt=None, arm=None, step=None)
+    clear_contextvars()
 
 
 @pytest.fixture
