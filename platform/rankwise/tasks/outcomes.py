@@ -54,8 +54,14 @@ def failure_of(error: BaseException) -> Failure:
     for_people = interrupted or isinstance(error, RankwiseError) or is_out_of_memory(error)
     return Failure(
         outcome=str(outcome),
-        type="KeyboardInterrupt" if interrupted else type(error).__name__,
+        type="KeyboardInterrupt" if interrupted else _public_name(error),
         text="interrupted" if interrupted else text_of(error),
         environment=isinstance(error, RankwiseError) and outcome is Outcome.PREEMPTED,
         trace=None if for_people else "".join(traceback.format_exception(error)),
     )
+
+
+def _public_name(error: BaseException) -> str:
+    """The class that the parent raises again: an error for people may be of a class that only its own package knows."""
+    public = (each.__name__ for each in type(error).__mro__ if each.__module__ == RankwiseError.__module__)
+    return next(public, type(error).__name__)

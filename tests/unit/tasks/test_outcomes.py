@@ -5,12 +5,14 @@ from rankwise.exceptions import (
     BaseMismatchError,
     ConfigError,
     DatasetError,
+    JobError,
     JobStoreError,
     StorageError,
     TrackingError,
 )
 from rankwise.jobs.job import Outcome
 from rankwise.tasks.outcomes import failure_of, is_out_of_memory, outcome_of
+from rankwise.worker.errors import as_exception
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,13 @@ def test_a_bug_keeps_its_traceback_and_a_message_for_people_does_not():
     assert not failure.environment
     told = failure_of(StorageError("the disk is full"))
     assert (told.environment, told.trace, told.text) == (True, None, "the disk is full")
+
+
+@pytest.mark.parametrize("kind", [AssetError, type("HubIsAwayError", (AssetError,), {})])
+def test_an_error_for_people_arrives_with_its_exit_code_also_where_a_package_has_refined_it(kind):
+    arrived = as_exception(failure_of(kind("the hub is away")))
+    assert type(arrived) is AssetError
+    assert (str(arrived), arrived.exit_code) == ("the hub is away", 3)
+    bug = as_exception(failure_of(ZeroDivisionError("a bug")))
+    assert isinstance(bug, JobError)
+    assert "ZeroDivisionError: a bug" in str(bug)
