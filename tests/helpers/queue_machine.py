@@ -78,7 +78,9 @@ class Model:
     def back(self, job_id: int, **values) -> None:
         """Back to the queue, unless a person wants it stopped."""
         if self.jobs[job_id].cancel_requested:
-            self.end_badly(job_id, JobState.CANCELLED, **{**values, "held": False})
+            values = {"not_before": 0.0, **values}
+            values.pop("held", None)
+            self.end_badly(job_id, JobState.CANCELLED, **values)
         else:
             self.change(job_id, **{"state": JobState.QUEUED, "token": None, "not_before": 0.0, "held": False, **values})
 

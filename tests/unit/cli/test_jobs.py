@@ -13,6 +13,7 @@ from rankwise.cli.jobs import jobs
 from rankwise.cli.queue import open_queue
 from rankwise.cli.status import status
 from rankwise.exceptions import JobError, JobStoreError
+from rankwise.jobs.database import head_revision
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.logs import job_log_path
 from rankwise.settings import Settings
@@ -162,14 +163,14 @@ def test_status_of_an_empty_queue_says_so():
 def test_the_database_is_upgraded_and_checked(monkeypatch, tmp_path):
     with pytest.raises(JobStoreError, match="there is no queue at"):
         call(db, "check")
-    assert "revision none -> 0002" in call(db, "upgrade").stderr
-    assert json.loads(call(db, "upgrade", "--json").stdout)["before"] == "0002"
+    assert f"revision none -> {head_revision()}" in call(db, "upgrade").stderr
+    assert json.loads(call(db, "upgrade", "--json").stdout)["before"] == head_revision()
     result = CliRunner().invoke(db, ["check"], standalone_mode=False)
     assert result.return_value == 0
-    assert "revision 0002, 0 jobs, nothing wrong" in result.stderr
+    assert f"revision {head_revision()}, 0 jobs, nothing wrong" in result.stderr
     from helpers.databases import load_sqlite
 
     monkeypatch.setenv("RANKWISE_DATABASE_URL", load_sqlite("0001", tmp_path / "old.db"))
     result = CliRunner().invoke(db, ["check"], standalone_mode=False)
     assert result.return_value == 3
-    assert "has revision 0001, this release needs 0002: run `rankwise db upgrade`" in result.stderr
+    assert f"has revision 0001, this release needs {head_revision()}: run `rankwise db upgrade`" in result.stderr

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -64,3 +66,18 @@ def test_a_locked_database_waits_for_the_other_writer(engine, tmp_path):
     with engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 1000 * database.BUSY_TIMEOUT_S
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_postgresql_without_its_driver_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(JobStoreError, match=r"pip install 'rankwise\[postgres\]'"):
+        database.open_engine("postgresql://host/db")
+
+
+def test_a_broken_network_counts_as_away_within_a_lease():
+    engine = database.open_engine("postgresql://host/db?connect_timeout=3")
+    _, options = engine.dialect.create_connect_args(engine.url)
+    assert options["connect_timeout"] == "3"
+    patience = database.POSTGRESQL_PATIENCE
+    assert patience["keepalives_idle"] + patience["keepalives_interval"] * patience["keepalives_count"] < 60
+    engine.dispose()
