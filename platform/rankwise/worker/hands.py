@@ -82,11 +82,14 @@ class Hands:
         suspects = [job for job in claimed if job.failures >= _LAST_TRY]
         if not suspects or len(claimed) == 1:
             return claimed
-        for job in claimed:
-            if job is not suspects[0]:
-                assert job.token is not None
-                self.finish(job, Result(token=job.token, outcome=Outcome.RETURNED))
-        return suspects[:1]
+        return self.keep([suspects[0], *(job for job in claimed if job is not suspects[0])], 1)
+
+    def keep(self, claimed: list[Job], count: int) -> list[Job]:
+        """The first ones; the others go back to the queue as if they had not been claimed."""
+        for job in claimed[count:]:
+            assert job.token is not None
+            self.finish(job, Result(token=job.token, outcome=Outcome.RETURNED))
+        return claimed[:count]
 
     def finish(self, job: Job, result: Result) -> None:
         """Tell the queue, through an outage that is shorter than the lease."""

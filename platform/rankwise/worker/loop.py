@@ -161,9 +161,7 @@ class WorkerLoop:
         """One look at the queue; False when there is nothing left to do."""
         self._reclaim()
         since = time.monotonic()
-        claimed = self._queue.claim(
-            self._worker, lease=self._timing.lease, max_arms=self._most(plan), among=self._among
-        )
+        claimed = self._queue.claim(self._worker, lease=self._timing.lease, max_arms=plan.max_arms, among=self._among)
         self._outages.over()
         if claimed:
             self._waiting_said = False
@@ -178,19 +176,21 @@ class WorkerLoop:
         self._pause(self._timing.poll)
         return True
 
-    def _most(self, plan: Plan) -> int:
-        """How many arms to claim: several workers share what waits, in place of the first one taking all of it."""
-        if plan.max_arms == 1:
-            return 1
-        there = sum(info.silent < _FORGOTTEN * self._timing.announce for info in self._queue.workers())
-        if there <= 1:
-            return plan.max_arms
-        waiting = self._queue.counts()[JobState.QUEUED]
-        return max(1, min(plan.max_arms, math.ceil(waiting / there)))
+    def _share(self, claimed: list[Job]) -> list[Job]:
+        """Leave to other workers their part of what waits, in place of taking all of it; a cut-off pack stays whole."""
+        if len(claimed) == 1 or any(job.preemptions or job.lost or job.failures for job in claimed):
+            return claimed
+        there = [info for info in self._queue.workers() if info.silent < _FORGOTTEN * self._timing.announce]
+        alive = set(psutil.pids())
+        count = sum(info.host != self._worker.host or info.pid in alive for info in there)
+        if count <= 1:
+            return claimed
+        waiting = len(claimed) + self._queue.counts()[JobState.QUEUED]
+        return self._hands.keep(claimed, max(1, math.ceil(waiting / count)))
 
     def _do(self, claimed: list[Job], since: float) -> None:
         self._heart.hold(claimed, since)
-        claimed = self._hands.without_suspects(claimed)
+        claimed = self._hands.without_suspects(self._share(claimed))
         self._have_done(str(claimed[0].kind), claimed)
 
     def _settle(self, claimed: list[Job]) -> None:

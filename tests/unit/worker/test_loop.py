@@ -435,6 +435,22 @@ def test_two_workers_share_what_waits(bench):
     assert [len(pack) for pack in bench.packs()] == [3, 2, 1]
 
 
+def test_a_pack_that_was_cut_off_stays_whole_however_many_workers_there_are(bench):
+    bench.queue.announce(Worker(name="second", host="there", pid=3), {})
+    bench.queue.submit([job("a"), job("b")])
+    for each in bench.queue.claim(ME, lease=60, max_arms=2):
+        bench.queue.finish(each.token, Outcome.PREEMPTED)
+    bench.work(succeed(bench))
+    assert bench.packs() == [["a", "b"]]
+
+
+def test_workers_that_died_on_this_host_are_not_shared_with(bench):
+    bench.queue.announce(Worker(name="dead", host=ME.host, pid=2), {})
+    bench.queue.submit([job("a"), job("b")])
+    bench.work(succeed(bench))
+    assert bench.packs() == [["a", "b"]]
+
+
 def test_a_worker_that_is_not_drained_waits_for_more(bench):
     thread = threading.Timer(0.2, lambda: bench.queue.submit([job("late")]))
 
