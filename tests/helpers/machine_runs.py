@@ -12,7 +12,7 @@ from helpers.stopped_clock import Clock, stopped_clock
 from rankwise.jobs.sql_store import SqlJobStore
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
-SHORT = settings(max_examples=10, stateful_step_count=30, derandomize=True, **COMMON)
+SHORT = settings(max_examples=6, stateful_step_count=25, derandomize=True, **COMMON)
 LONG = settings(max_examples=150, stateful_step_count=50, derandomize=False, **COMMON)
 
 

@@ -65,7 +65,7 @@ def test_the_migrations_make_exactly_the_tables_of_the_code(postgresql, tmp_path
 
 def test_whatever_happens_the_queue_is_as_the_model_says(postgresql, tmp_path):
     emptied(postgresql)
-    run_machine(postgresql, tmp_path / "lock", settings(SHORT, max_examples=5))
+    run_machine(postgresql, tmp_path / "lock", settings(SHORT, max_examples=3))
     emptied(postgresql)
 
 
