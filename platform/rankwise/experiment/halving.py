@@ -101,12 +101,6 @@ def rungs(stopping: EarlyStoppingSpec, total_steps: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def next_rung(stopping: EarlyStoppingSpec, total_steps: int, done: int) -> tuple[int, int] | None:
-    """The number and the step of the next rung of an arm that has made `done` steps; None: it goes to its end."""
-    ahead = ((number, step) for number, step in enumerate(rungs(stopping, total_steps)) if step > done)
-    return next(ahead, None)
-
-
 def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> Decision | None:
     """Who goes on, or None while there is nothing to decide.
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.experiment.halving import Competitor, Standing, budget, decide, next_rung, rungs
+from rankwise.experiment.halving import Competitor, Standing, budget, decide, rungs
 from rankwise.experiment.schema import EarlyStoppingSpec
 
 STOPPING = EarlyStoppingSpec(min_steps=4, eta=4)
@@ -22,13 +22,6 @@ def test_rungs_are_eta_times_as_far_each_and_the_end_is_none():
     assert rungs(STOPPING, 100) == (4, 16, 64)
     assert rungs(STOPPING, 64) == (4, 16)
     assert rungs(STOPPING, 4) == ()
-
-
-def test_the_next_rung_is_the_first_ahead():
-    assert next_rung(STOPPING, 100, 0) == (0, 4)
-    assert next_rung(STOPPING, 100, 4) == (1, 16)
-    assert next_rung(STOPPING, 100, 5) == (1, 16)
-    assert next_rung(STOPPING, 100, 64) is None
 
 
 def test_one_of_eta_goes_on_and_the_others_are_told_why():
