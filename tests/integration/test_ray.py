@@ -21,7 +21,8 @@ from rankwise.cli.status import status
 from rankwise.exceptions import ClusterError
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome
 from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.worker.ray_placer import PYTHON, Demand, connect
+from rankwise.worker.placement import Demand
+from rankwise.worker.ray_placer import PYTHON, connect
 
 ray = pytest.importorskip("ray")
 pytestmark = [

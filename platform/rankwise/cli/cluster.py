@@ -13,7 +13,8 @@ from rich.table import Table
 from rankwise.cli.output import note, print_json, print_table
 from rankwise.exceptions import ClusterError
 from rankwise.settings import Settings, child_environment
-from rankwise.worker.ray_placer import PLACING_S, WORKER, Demand, Node, connect
+from rankwise.worker.placement import Demand, Node
+from rankwise.worker.ray_placer import PLACING_S, WORKER, connect
 from rankwise.worker.tether import GRACE_S
 
 # What a worker on another node needs to know of this one's set-up; secrets of other kinds are set on the nodes.

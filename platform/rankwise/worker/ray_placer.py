@@ -16,63 +16,18 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.exceptions import ClusterError
 from rankwise.settings import child_environment
 from rankwise.worker import tether
+from rankwise.worker.placement import Demand, Node, Placed
 
 NAMESPACE = "rankwise"
 PLACING_S = 60.0
 """A worker that has no place after so long is given up, and said."""
 _ASK_S = 5.0
 _LOOPBACK = ("auto", "local", "localhost", "127.", "[::1]", "::1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What one worker asks of a node, in Ray's terms."""
-
-    cpus: float = 1.0
-    gpus: float = 1.0
-
-    def __str__(self) -> str:
-        return f"{self.gpus:g} GPU and {self.cpus:g} CPU"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """A living node of the cluster."""
-
-    node_id: str
-    address: str
-    host: str
-    cpus: float
-    gpus: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placed:
-    """A worker on the cluster.
-
-    Attributes:
-        name: Of its actor.
-        state: `running`, or `pending` when it has no place yet or its node does not answer.
-        host: Where it runs; None while it is pending.
-        node_id: Of the node.
-        pid: Of its process.
-    """
-
-    name: str
-    state: str
-    host: str | None = None
-    node_id: str | None = None
-    pid: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """One worker of `rankwise cluster status --json`."""
-        return asdict(self)
 
 
 class WorkerHost:

@@ -10,7 +10,8 @@ import pytest
 from rankwise.cli.cluster import passed_on, refuse_unshared
 from rankwise.exceptions import ClusterError
 from rankwise.settings import Settings
-from rankwise.worker.ray_placer import Demand, Node, Placed, RayPlacer, connect
+from rankwise.worker.placement import Demand, Node, Placed
+from rankwise.worker.ray_placer import RayPlacer, connect
 
 
 class RayError(Exception):
