@@ -22,8 +22,8 @@ column. What gave too little: `torch.bmm` over arms of padded rank (0.19 ms agai
 products, and all arms would need the same rows); numpy's SFC64 in place of Philox (66 against 99 microseconds a mask,
 half a percent of a step, and other masks than before). Reckoned only: one product over the concatenated A of all arms
 is as much arithmetic as all that the loop does (each row times the A of each arm), and a block-diagonal B would let NaN
-leak from arm to arm; one dropped input for q, k and v would tie masks together that peft draws apart; all calls of Python and
-torch's dispatch in the loop are 1.5 % of a step of 8 arms.
+leak from arm to arm; one dropped input for q, k and v would tie masks together that peft draws apart; all calls of
+Python and torch's dispatch in the loop are 1.5 % of a step of 8 arms.
 """
 
 from __future__ import annotations

@@ -32,7 +32,11 @@ CPU_SHARE = 0.75
 CUDA_SHARE = 0.9
 """Of a GPU's free memory: the rest is what the allocator cannot use for its pieces."""
 CPU_TOKENS = 4096
-"""Tokens of a forward pass on a CPU."""
+"""Tokens of a forward pass on a CPU: more of them at once need memory and gain little.
+
+SmolLM2-135M on one AVX2 core, milliseconds of CPU time for each token of a step: 13.2 at 80 tokens, 10.0 at 640 and 8.3
+at 2,560 of 8 arms; a product of 80 rows with 576 by 576 weights runs at 70 GFLOP/s, one of 640 rows at 88.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +144,11 @@ def plan_pack(
 
     def size(group: Sequence[_Share]) -> tuple[int, int]:
         length = max(each.length for each in group)
-        kept = shape.kept([(each.rows, length, each.adapter) for each in group], gradient_checkpointing=checkpointing)
-        return kept + shape.working(_tokens(group)), shape.logits(sum(each.positions for each in group))
+        return shape.peak(
+            [(each.rows, length, each.adapter) for each in group],
+            sum(each.positions for each in group),
+            gradient_checkpointing=checkpointing,
+        )
 
     fitting, states, one = 1, shares[0].states, sum(size(shares[:1]))
     for each in shares[1:]:
