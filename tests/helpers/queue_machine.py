@@ -136,9 +136,10 @@ class QueueMachine(RuleBasedStateMachine):
                 self.model.end_badly(job.id, JobState.CANCELLED, cancelled_by=job.cancelled_by)
 
     @precondition(lambda self: self.model.jobs)
-    @rule(numbers=st.lists(pick, min_size=1, max_size=2))
-    def cancel(self, numbers) -> None:
-        ids = self.some(numbers, sorted(self.model.jobs))
+    @rule(numbers=st.lists(pick, min_size=1, max_size=2), running=st.booleans())
+    def cancel(self, numbers, running) -> None:
+        held = [job.id for job in self.model.jobs.values() if running and job.state in HELD]
+        ids = self.some(numbers, held or sorted(self.model.jobs))
         queued = [each for each in ids if self.model.jobs[each].state is JobState.QUEUED]
         for job_id in ids:
             if job_id in queued and self.model.jobs[job_id].state is JobState.QUEUED:
