@@ -37,6 +37,7 @@ tests: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 faults: setup  ## the slow proofs under injected faults
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -m faults
 
 proofs: setup  ## other slow proofs: a real base, a fresh environment
