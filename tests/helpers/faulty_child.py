@@ -4,6 +4,7 @@
 |---|---|
 | `hang` | reading the rows never comes back |
 | `stop_before_registering` | parent and child are stopped (SIGSTOP) between the token check and the registration |
+| `registry_away` | the first registration finds no server |
 | `clock` | `time.time` is an hour ahead |
 """
 
@@ -64,6 +65,18 @@ def main() -> None:
             return log_adapter(*arguments, **named)
 
         flavor.log_adapter = stopped
+    if fault == "registry_away":
+        import rankwise.flavor as flavor
+        from rankwise.exceptions import TrackingError
+
+        registered = flavor.log_adapter
+
+        def away(*arguments, **named):
+            if strikes("registry_away"):
+                raise TrackingError("the server is away")
+            return registered(*arguments, **named)
+
+        flavor.log_adapter = away
     rankwise.tasks.child.main()
 
 

@@ -41,9 +41,14 @@ def submitted(directory, seeds=(0,), steps=STEPS, saved=SAVED):
     return project
 
 
-def claimed(project, kind=JobKind.TRAIN):
+def queued(project, state):
+    """Train jobs in a state."""
     with queue_of(project) as queue:
-        return [job for job in queue.jobs(kinds=[kind], limit=1000) if job.state is JobState.RUNNING]
+        return queue.jobs(kinds=[JobKind.TRAIN], states=[state], limit=1000)
+
+
+def claimed(project):
+    return queued(project, JobState.RUNNING)
 
 
 def trained(project):
@@ -214,6 +219,25 @@ def test_a_hang_in_the_data_loader_is_noticed_and_the_job_is_tried_again(tmp_pat
         "the watchdog fires, the stack is kept, the job is retried",
         f"noticed {first.ended_at - first.started_at:.0f} s after the claim (patience {patience} s), "
         f"succeeded in attempt {second.number}",
+    )
+
+
+def test_what_is_computed_waits_for_the_registry_and_is_not_trained_again(tmp_path, undisturbed):
+    project = submitted(tmp_path)
+    worker = Process(project, "2", "60", "600", module="helpers.faulty_worker", FAULT="registry_away")
+    until(lambda: queued(project, JobState.UPLOADING), what="the state uploading")
+    began = time.monotonic()
+    assert worker.wait() == 0, worker.said
+    assert "waits to be registered: the server is away" in worker.said
+    at_rest(project, STEPS)
+    with queue_of(project) as queue:
+        assert {job.attempts for job in queue.jobs()} == {1}
+    found = adapters(project)
+    assert found == {key: undisturbed[key] for key in found}
+    record(
+        "the registry does not answer when an arm is computed",
+        "the job waits as uploading and is published without training",
+        f"published {time.monotonic() - began:.0f} s later in the same attempt, adapters equal",
     )
 
 
