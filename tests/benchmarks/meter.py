@@ -83,8 +83,8 @@ def measure_command(command: Sequence[str], environment: Mapping[str, str], log:
             watch.join()
         wall = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
-    # The kernel's own mark: of this process or of the largest child that it waited for.
-    peak = max(sum(marks.values()), usage.ru_maxrss * 1024)
+    # NB: not `ru_maxrss`, which a process inherits from whoever started it: it would be the benchmark's own.
+    peak = sum(marks.values())
     cpu = usage.ru_utime + usage.ru_stime
     return Use(code=process.returncode, started=started, wall=wall, cpu=cpu, peak_bytes=peak)
 

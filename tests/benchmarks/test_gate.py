@@ -49,3 +49,14 @@ def test_the_rounding_of_the_loss_is_allowed_for_pairs_with_trl_only():
 def test_a_loss_that_is_not_a_number_differs_from_everything():
     assert difference([math.nan], [1.0]) == math.inf
     assert difference([1.0], [math.nan]) == math.inf
+
+
+def test_of_a_pair_with_trl_the_first_steps_count_and_the_largest_difference_is_told():
+    gate = Gate(tolerance=1e-5)
+    gate.add("P1: SFTTrainer, a process an arm", {"r=2": [3.0, 2.0, 1.0, 0.9], "r=4": [3.0, 2.0, 1.0]})
+    gate.add("pack of 8", {"r=2": [3.0, 2.0, 1.0, 0.8], "r=4": [3.0, 2.0, 1.0]})
+    verdict = gate.verdicts()["pack of 8"]
+    assert verdict["valid"]
+    assert 0.1 < verdict["difference"] < 0.13
+    gate.add("pack of 8", {"r=4": [3.0, 2.1, 1.0]})
+    assert not gate.verdicts()["pack of 8"]["valid"]

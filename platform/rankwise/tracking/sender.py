@@ -58,7 +58,7 @@ class Sender:
         self,
         client: Callable[[], MlflowClient],
         *,
-        interval: float = 3.0,
+        interval: float = 10.0,
         send: Deliver = deliver,
         unreachable: Callable[[], str | None] = lambda: None,
     ) -> None:

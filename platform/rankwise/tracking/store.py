@@ -45,7 +45,7 @@ class Store:
         registry: The model registry.
     """
 
-    def __init__(self, settings: Settings, *, interval: float = 3.0) -> None:
+    def __init__(self, settings: Settings, *, interval: float = 10.0) -> None:
         """Use `open`."""
         self.settings = settings
         self.registry = Registry(lambda: self.client)
@@ -59,7 +59,7 @@ class Store:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, settings: Settings, *, interval: float = 3.0) -> Store:
+    def open(cls, settings: Settings, *, interval: float = 10.0) -> Store:
         """Open the store.
 
         One in the home is created or brought up to date, under a lock; a server is not contacted yet.
