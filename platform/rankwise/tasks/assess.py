@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rankwise.flavor as flavor
-from rankwise.evaluation.evaluator import MAX_ROWS, Evaluation, evaluate
+from rankwise.evaluation.evaluator import Evaluation
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.loader import load_experiment, parse_experiment
 from rankwise.experiment.schema import ExperimentSpec, QuantizationSpec
 from rankwise.experiment.sweep import expand, is_search
-from rankwise.inference.generate import greedy
 from rankwise.jobs.job import JobKind
 from rankwise.modeling.adapter import load_adapter
 from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.packed_lora import delete_adapter
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
+from rankwise.tasks.measure import measure
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
 from rankwise.tasks.recorded import recorded_definition
@@ -148,13 +147,11 @@ class Assessor:
         sources = find_sources(setting.arm, context.settings, context.voice)
         base = self._bases.get(sources.base, chosen)
         table = self._rows.get(setting.arm, sources, base.tokenizer)
-        examples, encoded = table.evaluated
-        if not examples:
+        if not table.evaluated[0]:
             raise ConfigError(
                 f"{setting.spec.name} has no evaluation rows: give dataset.eval in the definition, or --data"
             )
         names = [uri for uri in dict.fromkeys(uris) if uri != BARE]
-        spec = setting.arm.evaluation
         with ExitStack() as stack:
             adapters: dict[str, str | None] = {}
             models: dict[str, str | None] = {BARE: None}
@@ -163,12 +160,7 @@ class Assessor:
                 stack.callback(delete_adapter, base.model, adapter)
                 adapters[uri] = adapter
             adapters[BARE] = None
-            batch = min(MAX_ROWS, spec.per_device_eval_batch_size * len(adapters))
-            answers = greedy(base, max_new_tokens=spec.max_new_tokens, batch_size=batch, progress=context.voice)
-            stack.enter_context(keep_dequantized(base.model))
-            found = evaluate(
-                base, list(adapters.values()), examples, encoded, spec, generate=answers, progress=context.voice
-            )
+            found = measure(base, table, list(adapters.values()), setting.arm.evaluation, context.voice)
         results = {name: found[adapter] for name, adapter in adapters.items()}
         return Assessment(setting=setting, rows=table, base=base, results=results, models=models)
 

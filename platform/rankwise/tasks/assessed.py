@@ -54,7 +54,7 @@ def publish_assessment(context: Context, assessment: Assessment, *, note: str = 
                 list(values),
                 0,
                 dataset_name=record.name,
-                dataset_digest=record.digest.rpartition(":")[2][:36],
+                dataset_digest=record.short_digest,
             )
         run.end("FINISHED")
         runs[name] = run.run_id

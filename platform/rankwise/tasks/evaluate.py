@@ -9,17 +9,16 @@ from typing import Any
 
 import rankwise.flavor as flavor
 from rankwise.assets.progress import Advance
-from rankwise.evaluation.evaluator import MAX_ROWS, Evaluation, evaluate
+from rankwise.evaluation.evaluator import Evaluation
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import JobError
-from rankwise.inference.generate import greedy
 from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.packed_lora import delete_adapter
 from rankwise.tasks.context import Context
 from rankwise.tasks.link import EVAL_HASH, run_of_arm
+from rankwise.tasks.measure import measure
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
 from rankwise.tasks.rows import Rows
@@ -60,7 +59,8 @@ def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
     names = _attach(context, base, subjects)
     try:
         adapters = [names[subject.job.id] for subject in subjects]
-        results = _evaluate(session, base, table, adapters, subjects)
+        progress = _Stoppable(session, [subject.token for subject in subjects])
+        results = measure(base, table, adapters, arm.evaluation, progress)
     finally:
         for name in filter(None, names.values()):
             delete_adapter(base.model, name)
@@ -96,18 +96,6 @@ def _attach(context: Context, base: LoadedBase, subjects: Sequence[_Subject]) ->
             advance(len(uris))
         names |= {subject.job.id: adapter.adapter_name for subject, adapter in zip(trained, loaded, strict=True)}
     return names
-
-
-def _evaluate(
-    session: Session, base: LoadedBase, table: Rows, adapters: Sequence[str | None], subjects: Sequence[_Subject]
-) -> dict[str | None, Evaluation]:
-    examples, encoded = table.evaluated
-    spec = subjects[0].work.arm.evaluation
-    progress = _Stoppable(session, [subject.token for subject in subjects])
-    batch = min(MAX_ROWS, spec.per_device_eval_batch_size * len(set(adapters)))
-    answers = greedy(base, max_new_tokens=spec.max_new_tokens, batch_size=batch, progress=progress)
-    with keep_dequantized(base.model):
-        return evaluate(base, adapters, examples, encoded, spec, generate=answers, progress=progress)
 
 
 class _Stoppable:
@@ -192,7 +180,7 @@ def _link(
         list(values),
         step,
         dataset_name=record.name,
-        dataset_digest=record.digest.rpartition(":")[2][:36],
+        dataset_digest=record.short_digest,
     )
     resolved = context.store.registry.resolve(trained["model_uri"])
     if resolved.version is not None:

@@ -6,7 +6,6 @@ locked, after a look whether somebody else has moved it since the comparison beg
 
 from __future__ import annotations
 
-import getpass
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from rankwise.exceptions import ConfigError, GateError
 from rankwise.tasks.assess import BARE, Assessment, Assessor, Setting
 from rankwise.tasks.context import Context
 from rankwise.tracking.descriptions import table
-from rankwise.tracking.provenance import collect
+from rankwise.tracking.provenance import collect, user_name
 from rankwise.tracking.registry import ModelVersion
 
 EVIDENCE = "rankwise.promotion_run"
@@ -225,4 +224,4 @@ def _move(
 
 
 def _who() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    return f"{user_name()}@{socket.gethostname()}"

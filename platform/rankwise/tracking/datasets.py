@@ -39,6 +39,11 @@ class DatasetRecord:
     columns: Mapping[str, str] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def short_digest(self) -> str:
+        """As much of the digest as MLflow's column holds."""
+        return self.digest.rpartition(":")[2][:_DIGEST_LENGTH]
+
     def entity(self) -> DatasetInput:
         """MLflow's form of it."""
         schema = {
@@ -46,7 +51,7 @@ class DatasetRecord:
         }
         dataset = Dataset(
             name=self.name[:500],
-            digest=self.digest.rpartition(":")[2][:_DIGEST_LENGTH],
+            digest=self.short_digest,
             source_type=self.source_type,
             source=json.dumps({"uri": redact(self.source)}),
             schema=json.dumps(schema) if self.columns else None,

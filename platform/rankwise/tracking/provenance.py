@@ -127,7 +127,7 @@ def collect(directory: Path | None = None) -> Provenance:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         host=socket.gethostname(),
-        user=_user(),
+        user=user_name(),
         cpu=_cpu(),
         cpu_count=psutil.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
@@ -181,7 +181,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Who this process belongs to; `unknown` where the system has no name for it."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # A container's user id without a name.
