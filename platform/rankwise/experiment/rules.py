@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import string
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,10 @@ Rule = Callable[[View], Iterator[Problem]]
 _RULES: list[Rule] = []
 
 
-def find_problems(view: View) -> list[Problem]:
-    """Everything that the rules find."""
+def find_problems(view: View, rules: Iterable[Rule] = _RULES) -> list[Problem]:
+    """Everything that rules find; by default those of this module."""
     problems: list[Problem] = []
-    for rule in _RULES:
+    for rule in rules:
         try:
             problems.extend(rule(view))
         except Unusable:

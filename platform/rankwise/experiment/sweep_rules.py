@@ -7,19 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.document import Problem
 from rankwise.experiment.fields import show
-from rankwise.experiment.rules import Unusable, View
+from rankwise.experiment.rules import View, find_problems
 from rankwise.experiment.schema import EarlyStoppingSpec
 
 
 def sweep_problems(view: View) -> list[Problem]:
     """Everything that is wrong; a rule whose field is wrong itself is skipped."""
-    problems: list[Problem] = []
-    for rule in _RULES:
-        try:
-            problems.extend(rule(view))
-        except Unusable:
-            continue
-    return problems
+    return find_problems(view, _RULES)
 
 
 def _results_need_rows(view: View) -> Iterator[Problem]:
