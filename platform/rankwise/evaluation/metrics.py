@@ -20,7 +20,8 @@ Decisions:
   counts nowhere; one whose reference is 0 has no relative error.
 
 Metrics of other packages: an entry point of the group `rankwise.metrics`, named like the metric, that points to the
-decorated function. It is loaded when a definition names it.
+decorated function (`tests/helpers/example_metrics/` is such a package). It is loaded when a definition names it; its
+keys begin with `eval.` and are of no other metric.
 """
 
 from __future__ import annotations
@@ -28,15 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 
 import numpy as np
 
 from rankwise.evaluation.numbers import parse_number
 from rankwise.evaluation.observation import Observation
 from rankwise.exceptions import ConfigError
-
-ENTRY_POINT_GROUP = "rankwise.metrics"
+from rankwise.experiment.metric_names import facts, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +155,11 @@ def find_metrics(names: Iterable[str]) -> list[Metric]:
 def _find(name: str) -> Metric:
     if name in _REGISTRY:
         return _REGISTRY[name]
-    offered = entry_points(group=ENTRY_POINT_GROUP)
-    for point in offered:
-        if point.name == name:
-            loaded = point.load()
-            if not isinstance(loaded, Metric) or loaded.name != name:
-                raise ConfigError(
-                    f"entry point {point.value!r} of group {ENTRY_POINT_GROUP!r} is not the metric {name!r}; "
-                    f"decorate the function with @metric({name!r}, keys=[...])"
-                )
-            return loaded
-    known = sorted({*_REGISTRY, *(point.name for point in offered)})
-    raise ConfigError(f"evaluation.metrics: there is no metric {name!r}; there are {', '.join(known)}")
+    loaded = load(name)
+    if not isinstance(loaded, Metric):
+        raise ConfigError(f"the metric {name!r} is a {type(loaded).__name__}; decorate a function with @metric")
+    facts(name)  # Refuses keys that are not its own.
+    return loaded
 
 
 def compute(metrics: Sequence[Metric], observations: Sequence[Observation]) -> dict[str, MetricValue]:

@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from rankwise.experiment.hashing import digest, plain
-from rankwise.experiment.metric_names import GENERATED, METRIC_KEYS
+from rankwise.experiment.metric_names import facts, keys_of, needs_generation
 from rankwise.experiment.schema import (
     DatasetSpec,
     EvalSplit,
@@ -224,7 +224,7 @@ class ArmSpec(Section):
         }
         if self.checkpoint == "best":
             key = self.evaluation.primary_metric
-            generated = any(key in METRIC_KEYS[metric] for metric in GENERATED)
+            generated = any(key in keys_of([each]) and needs_generation([each]) for each in self.evaluation.metrics)
             result["chosen"] = {
                 "by": key,
                 "eval_steps": self.training.eval_steps,
@@ -235,11 +235,13 @@ class ArmSpec(Section):
 
     def _evaluation(self) -> dict[str, Any]:
         metrics = sorted(set(self.evaluation.metrics))
-        generated = not GENERATED.isdisjoint(metrics)
+        # Another release of a package may count in another way.
+        origins = {metric: facts(metric).origin for metric in metrics if facts(metric).origin}
         return {
             "version": HASH_VERSION,
             "metrics": metrics,
-            "max_new_tokens": self.evaluation.max_new_tokens if generated else None,
+            **({"origins": origins} if origins else {}),
+            "max_new_tokens": self.evaluation.max_new_tokens if needs_generation(metrics) else None,
             "rows": self._eval_rows(),
             "texts": self._texts(),
         }

@@ -10,13 +10,14 @@ import hashlib
 import os
 import re
 import string
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.exceptions import ConfigError
 from rankwise.experiment.document import KeyPath, Problem
 from rankwise.experiment.fields import did_you_mean, get, show
-from rankwise.experiment.metric_names import keys_of
+from rankwise.experiment.metric_names import METRIC_KEYS, facts, keys_of, known_names, means_of
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
@@ -128,8 +129,37 @@ def _alias_is_free(view: View) -> Iterator[Problem]:
 
 
 @_rule
+def _metrics_are_known(view: View) -> Iterator[Problem]:
+    for index, metric in enumerate(view["evaluation.metrics"]):
+        if metric in METRIC_KEYS:
+            continue
+        place: KeyPath = ("evaluation", "metrics", index)
+        names = known_names()
+        if metric not in names:
+            hint = did_you_mean(metric, names) or "; a metric of another package is there once that is installed"
+            yield Problem(path=place, text=f"must be {_or(names)}, got {show(metric)}{hint}")
+            continue
+        try:
+            facts(metric)
+        except ConfigError as error:
+            yield Problem(path=place, text=f"cannot be used: {error}")
+
+
+def _usable_metrics(view: View) -> Sequence[str]:
+    """The listed metrics, where each of them can be asked for its keys."""
+    metrics: Sequence[str] = view["evaluation.metrics"]
+    if any(True for _ in _metrics_are_known(view)):
+        raise Unusable
+    return metrics
+
+
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+@_rule
 def _primary_metric_is_produced(view: View) -> Iterator[Problem]:
-    key, produced = view["evaluation.primary_metric"], keys_of(view["evaluation.metrics"])
+    key, produced = view["evaluation.primary_metric"], keys_of(_usable_metrics(view))
     if key not in produced:
         text = f"must be a key that evaluation.metrics produce ({', '.join(produced)}), got {show(key)}"
         yield _at("evaluation.primary_metric", text + did_you_mean(key, produced))
@@ -138,7 +168,7 @@ def _primary_metric_is_produced(view: View) -> Iterator[Problem]:
 @_rule
 def _promotion_reads_means(view: View) -> Iterator[Problem]:
     # Differences are taken of means over examples; perplexity is none.
-    produced = [key for key in keys_of(view["evaluation.metrics"]) if key != "eval.perplexity"]
+    produced = means_of(_usable_metrics(view))
     wanted = [("promotion.metric", view["promotion.metric"])] if view.given("promotion.metric") else []
     wanted += [("promotion.max_regression", key) for key in view["promotion.max_regression"]]
     for path, key in wanted:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from rankwise.experiment.emit import to_yaml
 from rankwise.experiment.hashing import plain
+from rankwise.experiment.metric_names import METRIC_KEYS
 
 Scalar = bool | int | float | str
 
@@ -43,7 +44,8 @@ def _modules(value: object) -> object:
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1)]
-Metric = Literal["loss", "token_accuracy", "exact_match", "number"]
+# Editors suggest the built-in ones; which of other packages are installed is looked up by a rule.
+Metric = Annotated[Text, Field(json_schema_extra={"examples": list(METRIC_KEYS)})]
 
 
 class Section(BaseModel):
@@ -243,7 +245,7 @@ class EvaluationSpec(Section):
     """What is measured on the evaluation rows."""
 
     metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = ("loss", "token_accuracy")
-    """Built-in metrics."""
+    """loss, token_accuracy, exact_match, number, or metrics of installed packages (entry points `rankwise.metrics`)."""
     primary_metric: Text = "eval.loss"
     """The key by which arms are ranked."""
     max_new_tokens: Count = 64

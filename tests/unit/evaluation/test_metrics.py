@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from importlib.metadata import EntryPoint, EntryPoints
 
 import numpy as np
 import pytest
+from helpers.example_package import install_example_metrics
 
 from rankwise.evaluation import metrics as module
 from rankwise.evaluation.metrics import (
@@ -20,7 +20,7 @@ from rankwise.evaluation.metrics import (
 )
 from rankwise.evaluation.observation import Observation
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.metric_names import GENERATED, GREATER_IS_BETTER, METRIC_KEYS
+from rankwise.experiment.metric_names import METRIC_KEYS, facts
 
 ONE = Observation(id="0", prompt="p", reference="Price is $100", loss_sum=4.0, tokens=4, correct_tokens=2)
 
@@ -35,11 +35,11 @@ def registry(monkeypatch):
 
 
 def test_built_in_metrics_agree_with_the_table_that_the_schema_reads():
-    for name, keys in METRIC_KEYS.items():
+    for name in METRIC_KEYS:
         (found,) = find_metrics([name])
-        assert found.all_keys == keys
-        assert found.greater_is_better == GREATER_IS_BETTER & set(keys)
-        assert found.needs_generation == (name in GENERATED)
+        assert (found.keys, tuple(found.derived)) == (facts(name).keys, facts(name).derived)
+        assert found.greater_is_better == facts(name).greater_is_better
+        assert found.needs_generation == facts(name).needs_generation
 
 
 def test_loss_weighs_tokens_and_takes_examples_as_clusters_for_its_error():
@@ -158,7 +158,7 @@ def test_scores_are_an_examples_own_values_and_none_where_it_does_not_count():
 
 
 def test_an_unknown_metric_is_refused_with_the_names_there_are():
-    with pytest.raises(ConfigError, match="no metric 'bleu'; there are exact_match, loss, number, token_accuracy"):
+    with pytest.raises(ConfigError, match="no metric 'bleu'; there are loss, token_accuracy, exact_match, number"):
         find_metrics(["loss", "bleu"])
 
 
@@ -168,24 +168,9 @@ def test_a_name_registered_twice_is_refused(registry):
 
 
 def test_a_metric_of_another_package_is_found_by_its_entry_point(registry, monkeypatch, tmp_path):
-    (tmp_path / "somebodys_metrics.py").write_text(
-        "from rankwise.evaluation.metrics import Sample, metric\n"
-        "@metric('length', keys=['eval.length'], needs_generation=True)\n"
-        "def length(observation):\n"
-        "    return {'eval.length': Sample(total=float(len(observation.prediction)))}\n"
-        "unrelated = 1\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    points = EntryPoints(
-        [
-            EntryPoint(name="length", value="somebodys_metrics:length", group="rankwise.metrics"),
-            EntryPoint(name="broken", value="somebodys_metrics:unrelated", group="rankwise.metrics"),
-        ]
-    )
-    monkeypatch.setattr(module, "entry_points", lambda group: points.select(group=group))
-    values = compute(find_metrics(["length"]), observed("abc", "a"))
-    assert values["eval.length"].value == 2.0
-    with pytest.raises(ConfigError, match=r"'somebodys_metrics:unrelated' .* is not the metric 'broken'"):
-        find_metrics(["broken"])
-    with pytest.raises(ConfigError, match="there are broken, exact_match, length, loss"):
+    monkeypatch.syspath_prepend(install_example_metrics(tmp_path))
+    values = compute(find_metrics(["answer_length"]), observed("ab1", "2", ""))
+    assert values["eval.answer_length"].value == pytest.approx(4 / 3)
+    assert (values["eval.digit_share"].value, values["eval.digit_share"].n) == (0.5, 2)
+    with pytest.raises(ConfigError, match="there are loss, token_accuracy, exact_match, number, answer_length"):
         find_metrics(["bleu"])
