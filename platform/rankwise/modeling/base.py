@@ -16,6 +16,7 @@ from rankwise.assets.layout import read_json
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.dtype import DTYPES, default_device, resolve_dtype
+from rankwise.modeling.exact_layers import hold_exact
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.memory import model_bytes
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
@@ -127,6 +128,7 @@ def load_base(
     model.config._name_or_path = model.name_or_path = str(resolved.path)
     model.eval()
     model.requires_grad_(False)
+    hold_exact(model)
     return LoadedBase(
         model=model,
         tokenizer=tokenizer,

@@ -1,7 +1,7 @@
 """Keep the weights of 4-bit layers dequantized while they are used over and over on a CPU with memory to spare.
 
-bitsandbytes has no 4-bit product on CPUs without AVX512-BF16: each forward and each backward of a layer dequantizes its
-whole weight and then calls `F.linear`. Here that is done once, with bitsandbytes' own dequantization and the same
+On a CPU, each forward and each backward of a 4-bit layer dequantizes its whole weight and then calls `F.linear` (see
+`modeling.exact_layers`). Here that is done once, with bitsandbytes' own dequantization and the same
 `F.linear`, so results are the same to the bit. The 4-bit weights stay where they are, for saving and for leaving.
 
 Measured with SmolLM2-135M on AVX2 (417 MiB of fp32 weights, made in 0.3 s): dequantization is 5 % of a training step of
@@ -116,7 +116,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _helps(layer: Any) -> bool:
-    """Whether bitsandbytes would dequantize for each product; GPUs and AVX512-BF16 have kernels without that."""
+    """Whether bitsandbytes dequantizes for each product: on a CPU, where `exact_layers` holds the layer to it."""
     return (
         layer.weight.device.type == "cpu"
         and layer.weight.quant_state is not None
