@@ -8,6 +8,10 @@
 | `RANKWISE_BASES` | directories with bases, for machines without a network, separated as in `PATH` | none |
 | `MLFLOW_TRACKING_URI` | the MLflow store | SQLite in the home |
 | `RANKWISE_LOG_LEVEL` | the lowest level of logs on stderr: DEBUG, INFO, WARNING or ERROR | WARNING |
+| `RANKWISE_DATA_ROOT` | the directory whose files definitions may name, and no others | none |
+| `RANKWISE_SIGNING_KEY` | file with the Ed25519 private key that signs adapters when they are logged | none |
+| `RANKWISE_TRUSTED_KEYS` | public keys, files or directories as in `PATH`; adapters signed by none are refused | none |
+| `RAY_ADDRESS`, `RAY_AUTH_MODE` | Ray's own; `rankwise doctor` looks at them | none |
 | `HF_HUB_OFFLINE` and other variables of Hugging Face and MLflow | as their documentation says | |
 """
 
@@ -52,6 +56,12 @@ class Settings:
     bases: tuple[Path, ...] = ()
     offline: bool = False
     log_level: str = "WARNING"
+    data_root: Path | None = None
+    signing_key: Path | None = None
+    trusted_keys: tuple[Path, ...] = ()
+    hub: str = "https://huggingface.co"
+    ray_address: str | None = None
+    ray_token: bool = False
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -68,11 +78,15 @@ class Settings:
             cache=Path(cache).expanduser().absolute() if cache else Path(platformdirs.user_cache_dir("rankwise")),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
             database_url=env.get("RANKWISE_DATABASE_URL") or f"sqlite:///{home / 'rankwise.db'}",
-            bases=tuple(
-                Path(part).expanduser().absolute() for part in env.get("RANKWISE_BASES", "").split(os.pathsep) if part
-            ),
+            bases=_paths(env.get("RANKWISE_BASES", "")),
             offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
             log_level=_level(env.get("RANKWISE_LOG_LEVEL") or "WARNING"),
+            data_root=next(iter(_paths(env.get("RANKWISE_DATA_ROOT", ""), several=False)), None),
+            signing_key=next(iter(_paths(env.get("RANKWISE_SIGNING_KEY", ""), several=False)), None),
+            trusted_keys=_paths(env.get("RANKWISE_TRUSTED_KEYS", "")),
+            hub=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
+            ray_address=env.get("RAY_ADDRESS") or None,
+            ray_token=env.get("RAY_AUTH_MODE", "").lower() == "token",
         )
 
     @property
@@ -99,6 +113,11 @@ class Settings:
 def set_log_level(level: str) -> None:
     """Set `RANKWISE_LOG_LEVEL` for this process and its children."""
     os.environ["RANKWISE_LOG_LEVEL"] = _level(level)
+
+
+def _paths(text: str, *, several: bool = True) -> tuple[Path, ...]:
+    parts = text.split(os.pathsep) if several else [text]
+    return tuple(Path(part).expanduser().absolute() for part in parts if part)
 
 
 def _level(text: str) -> str:

@@ -44,7 +44,9 @@ _COMMANDS = {
     "bases": ("rankwise.cli.bases:bases", "List, add, verify and prune bases on this machine."),
     "sync": ("rankwise.cli.sync:sync", "Deliver what MLflow has missed, and remove duplicates from the registry."),
     "gc": ("rankwise.cli.gc:gc", "Remove checkpoints, models, outboxes and caches that no job needs."),
+    "doctor": ("rankwise.cli.doctor:doctor", "Look at this machine and what it is connected to; say what to do."),
     "ui": ("rankwise.cli.ui:ui", "Open the MLflow UI on the store of this project."),
+    "init-team": ("rankwise.cli.init_team:init_team", "Write the secrets of a new team, for compose.yaml."),
 }
 
 

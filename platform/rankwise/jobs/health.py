@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from sqlalchemy import Connection, Engine, exists, func, select
 from sqlalchemy.engine import make_url
 
 from rankwise.exceptions import JobStoreError
+from rankwise.jobs import queries
 from rankwise.jobs.database import current_revision, database_errors, head_revision, known_revisions, open_engine
-from rankwise.jobs.job import JobState
+from rankwise.jobs.job import JobState, WorkerInfo
 from rankwise.jobs.mapping import BADLY_ENDED, HELD_STATES
 from rankwise.jobs.rows import AttemptRow, DependencyRow, JobRow
+from rankwise.jobs.workers import workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,25 @@ class Health:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """What the database says at one moment.
+
+    Attributes:
+        health: Of the database.
+        seconds: How long an answer took.
+        ahead: Seconds that this machine's clock is before the database's; wrong by at most half of `seconds`.
+        workers: Those that have announced themselves and not retired.
+        waiting: Jobs that are queued, held ones left out.
+    """
+
+    health: Health
+    seconds: float
+    ahead: float
+    workers: tuple[WorkerInfo, ...]
+    waiting: int
+
+
 def shown(url: str) -> str:
     """A database URL without its password."""
     return make_url(url).render_as_string(hide_password=True)
@@ -73,15 +95,46 @@ def check(url: str) -> Health:
     return Health(url=shown(url), revision=revision, head=head, jobs=jobs, problems=tuple(problems))
 
 
+def glance(url: str) -> Glance:
+    """Look at the database, its clock and its workers, without changing anything.
+
+    Raises:
+        JobStoreError: As `check`.
+    """
+    health = check(url)
+    if health.problems:
+        return Glance(health=health, seconds=0.0, ahead=0.0, workers=(), waiting=0)
+    engine = open_engine(url)
+    try:
+        with (
+            database_errors("looking at the queue"),
+            engine.execution_options(rankwise_read_only=True).begin() as connection,
+        ):
+            there = tuple(workers(connection))
+            waiting = connection.scalar(
+                select(func.count()).where(JobRow.state == str(JobState.QUEUED), JobRow.held.is_(False))
+            )
+            before, started = time.time(), time.perf_counter()
+            theirs = queries.time(connection)
+            seconds = time.perf_counter() - started
+    finally:
+        engine.dispose()
+    ahead = before + seconds / 2 - theirs
+    return Glance(health=health, seconds=seconds, ahead=ahead, workers=there, waiting=waiting or 0)
+
+
+def is_there(url: str) -> bool:
+    """Whether there is a queue to look at: false for a SQLite file that is not there; a server is always asked."""
+    path = make_url(url).database if url.startswith("sqlite") else None
+    return not path or path == ":memory:" or Path(path).exists()
+
+
 def _exists(url: str) -> None:
     """Raise rather than let SQLite make an empty file."""
-    if not url.startswith("sqlite"):
-        return
-    path = make_url(url).database
-    if path and path != ":memory:" and not Path(path).exists():
+    if not is_there(url):
         raise JobStoreError(
-            f"there is no queue at {path}: `rankwise db upgrade` makes one, and so does the first `submit` or `run`; "
-            "if there should be one, see where RANKWISE_HOME and RANKWISE_DATABASE_URL point"
+            f"there is no queue at {make_url(url).database}: `rankwise db upgrade` makes one, and so does the first "
+            "`submit` or `run`; if there should be one, see where RANKWISE_HOME and RANKWISE_DATABASE_URL point"
         )
 
 

@@ -1,0 +1,97 @@
+"""Memory, disks and file systems of this machine, and who may read its keys."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from rankwise.jobs.file_system import NETWORK, file_system
+from rankwise.settings import Settings
+from rankwise.tasks.doctor.finding import Finding, ok, problem, skipped, warning
+
+_GB = 10**9
+# A base of 135 million parameters trains in 2 GB; below half of one not even the libraries fit.
+_MEMORY = (0.5 * _GB, 2 * _GB)
+# Adapters are small, checkpoints of a pack some hundred megabytes; a base with its quantized copy is gigabytes.
+_HOME = (0.2 * _GB, 2 * _GB)
+_CACHE = (0.5 * _GB, 10 * _GB)
+
+
+def memory(settings: Settings) -> Sequence[Finding]:
+    """Main memory that is free now."""
+    now = psutil.virtual_memory()
+    seen = f"{_size(now.available)} of {_size(now.total)} free"
+    advice = "end other programs, or take a smaller base, fewer arms at once (--max-arms) or shorter rows"
+    return [_judge("memory", now.available, _MEMORY, seen, advice)]
+
+
+def disks(settings: Settings) -> Sequence[Finding]:
+    """Room in the home and in the cache, and whether this user can write there."""
+    return [
+        _room("disk.home", settings.home, _HOME, "`rankwise gc` frees some, RANKWISE_HOME moves it"),
+        _room("disk.cache", settings.cache, _CACHE, "`rankwise bases prune` frees some, RANKWISE_CACHE moves it"),
+    ]
+
+
+def file_systems(settings: Settings) -> Sequence[Finding]:
+    """Where SQLite files lie: on a network file system they are damaged."""
+    databases = {"queue": settings.database_url, "MLflow store": settings.tracking_uri}
+    paths = {name: _sqlite_path(url) for name, url in databases.items()}
+    local = {name: path for name, path in paths.items() if path is not None}
+    if not local:
+        return [skipped("disk.sqlite", "no database is a SQLite file")]
+    kinds = {name: file_system(path) for name, path in local.items()}
+    bad = [f"the {name} is on {kind} ({mount})" for name, (kind, mount) in kinds.items() if kind.lower() in NETWORK]
+    if bad:
+        return [
+            problem(
+                "disk.sqlite",
+                "; ".join(bad) + ", a network file system, where SQLite loses data",
+                "set RANKWISE_HOME to a local directory, or take PostgreSQL and an MLflow server",
+            )
+        ]
+    return [ok("disk.sqlite", "; ".join(f"{name} on {kind}" for name, (kind, _) in kinds.items()))]
+
+
+def keys(settings: Settings) -> Sequence[Finding]:
+    """Files of secrets: only their owner may read them."""
+    key = settings.signing_key
+    if key is None:
+        return [skipped("signing", "RANKWISE_SIGNING_KEY is not set: adapters are not signed")]
+    advice = "`rankwise keys new DIR` makes one; RANKWISE_SIGNING_KEY names the file"
+    try:
+        mode = key.stat().st_mode
+    except OSError as error:
+        return [problem("signing", f"the private key {key} cannot be read: {error.strerror}", advice)]
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return [problem("signing", f"others than its owner may use the private key {key}", f"chmod 600 {key}")]
+    return [ok("signing", f"adapters are signed with {key}")]
+
+
+def _sqlite_path(url: str) -> Path | None:
+    prefix, _, path = url.partition(":///")
+    return Path(path) if prefix.startswith("sqlite") and path not in {"", ":memory:"} else None
+
+
+def _room(name: str, path: Path, limits: tuple[float, float], advice: str) -> Finding:
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return problem(name, f"{there} cannot be written by this user", "make it writable, or " + advice)
+    usage = shutil.disk_usage(there)
+    seen = f"{_size(usage.free)} of {_size(usage.total)} free at {path} ({file_system(there)[0]})"
+    return _judge(name, usage.free, limits, seen, advice)
+
+
+def _judge(name: str, free: float, limits: tuple[float, float], seen: str, advice: str) -> Finding:
+    if free < limits[0]:
+        return problem(name, seen, advice)
+    return warning(name, seen, advice) if free < limits[1] else ok(name, seen)
+
+
+def _size(count: float) -> str:
+    return f"{count / _GB:,.1f} GB"

@@ -1,0 +1,120 @@
+"""A program: how an MLflow store stands, as one line of JSON. `rankwise doctor` starts it.
+
+Reads, but for one small artifact, which is written, read and deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from rankwise.exceptions import TrackingError
+from rankwise.redact import redact
+from rankwise.settings import Settings, set_process_defaults
+from rankwise.tracking.connect import _set_up_client, unreachable
+from rankwise.tracking.errors import describe, tracking_errors
+from rankwise.tracking.server import is_remote
+from rankwise.tracking.server_safety import look
+
+FOLDER = "rankwise-doctor"
+
+
+def facts(settings: Settings) -> dict[str, Any]:
+    """The store's facts.
+
+    Returns:
+        `uri` (without secrets), `kind` (`none`, `local`, `database` or `server`), `client` (version), `seconds` (of one
+        search), `server` (of `server_safety.look`, or None), `artifacts` (of `round_trip`, or None without
+        any experiment) and `problem` (or None).
+    """
+    uri = settings.tracking_uri
+    kind = "server" if is_remote(uri) else "local" if settings.local_store else "database"
+    found: dict[str, Any] = {"uri": redact(uri), "client": mlflow.__version__, "problem": None, "server": None}
+    if kind == "local" and not (settings.home / "mlflow.db").exists():
+        return {**found, "kind": "none"}
+    found["kind"] = kind
+    if reason := unreachable(uri):
+        return {**found, "problem": f"it does not answer: {reason}"}
+    if uri.startswith(("http://", "https://")):
+        found["server"] = look(uri)
+    began = time.perf_counter()
+    try:
+        with tracking_errors("searching experiments"):
+            client = MlflowClient(tracking_uri=uri)
+            experiments = client.search_experiments(max_results=1)
+    except TrackingError as error:
+        return {**found, "problem": str(error)}
+    found["seconds"] = time.perf_counter() - began
+    if not experiments:
+        return {**found, "artifacts": None}
+    # Inside an experiment's own place: that is what a server's permissions are about.
+    root = str(experiments[0].artifact_location).rstrip("/")
+    return {**found, "artifacts": round_trip(f"{root}/{FOLDER}/{uuid.uuid4().hex}", uri)}
+
+
+def round_trip(location: str, tracking_uri: str) -> dict[str, Any]:
+    """Write a small file into an artifact store, read it, and delete it.
+
+    Returns:
+        `location`, `bytes`, `seconds` of each step, and the `step` that failed with its `problem`, or None.
+    """
+    content = uuid.uuid4().bytes * 256
+    seconds: dict[str, float] = {}
+    found: dict[str, Any] = {"location": redact(location.rsplit("/", 2)[0]), "bytes": len(content), "seconds": seconds}
+    found |= {"step": None, "problem": None}
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
+        file = Path(scratch) / "probe.bin"
+        file.write_bytes(content)
+
+        def read() -> None:
+            back = Path(repository.download_artifacts("probe.bin", dst_path=str(target)))
+            if back.read_bytes() != content:
+                raise OSError("what comes back is not what was written")
+
+        target = Path(scratch) / "back"
+        target.mkdir()
+        step = "write"
+        try:
+            repository = get_artifact_repository(location, tracking_uri=tracking_uri)
+            steps = {"write": lambda: repository.log_artifact(str(file)), "read": read, "delete": _deleting(repository)}
+            for step, act in steps.items():
+                began = time.perf_counter()
+                act()
+                seconds[step] = time.perf_counter() - began
+        except Exception as error:
+            found |= {"step": step, "problem": describe(error)}
+    return found
+
+
+def _deleting(repository: Any) -> Any:
+    def delete() -> None:
+        repository.delete_artifacts("probe.bin")
+        # In a directory the empty folder stays behind; an object store has none.
+        directory = getattr(repository, "artifact_dir", None)
+        if directory is not None and Path(directory).is_dir():
+            Path(directory).rmdir()
+            with suppress(OSError):  # Another doctor is at work beside this one.
+                Path(directory).parent.rmdir()
+
+    return delete
+
+
+def main() -> None:
+    """Print the facts of the store that the environment names."""
+    set_process_defaults()
+    _set_up_client()
+    json.dump(facts(Settings.load()), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
