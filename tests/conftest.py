@@ -18,6 +18,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two test processes on two cores: more threads would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Numbers are compared in float32, on CPUs with fast bfloat16 too.
+os.environ["RANKWISE_COMPUTE_DTYPE"] = "float32"
 
 
 def pytest_configure(config):

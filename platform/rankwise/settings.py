@@ -8,6 +8,7 @@
 | `RANKWISE_BASES` | directories with bases, for machines without a network, separated as in `PATH` | none |
 | `MLFLOW_TRACKING_URI` | the MLflow store | SQLite in the home |
 | `RANKWISE_LOG_LEVEL` | the lowest level of logs on stderr: DEBUG, INFO, WARNING or ERROR | WARNING |
+| `RANKWISE_COMPUTE_DTYPE` | what `compute_dtype: auto` is on this machine: float32, bfloat16 or float16 | by hardware |
 | `RANKWISE_DATA_ROOT` | the directory whose files definitions may name, and no others | none |
 | `RANKWISE_SIGNING_KEY` | file with the Ed25519 private key that signs adapters when they are logged | none |
 | `RANKWISE_TRUSTED_KEYS` | public keys, files or directories as in `PATH`; adapters signed by none are refused | none |
@@ -29,11 +30,13 @@ from pathlib import Path
 import platformdirs
 
 from rankwise.exceptions import ConfigError, StorageError
+from rankwise.redact import remember
 
 _FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
 _FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
 _A_FILE = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _STORAGE_ADVICE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -110,6 +113,21 @@ class Settings:
         return self.home / "outbox"
 
 
+def compute_dtype(environ: Mapping[str, str] | None = None) -> str:
+    """What `compute_dtype: auto` is on this machine: the name of a dtype, or `auto` where the hardware decides.
+
+    Workers on unlike machines would train the arms of one sweep in unlike dtypes; so can all be held to one.
+
+    Raises:
+        ConfigError: `RANKWISE_COMPUTE_DTYPE` names none that a base can compute in.
+    """
+    env = os.environ if environ is None else environ
+    name = env.get("RANKWISE_COMPUTE_DTYPE") or "auto"
+    if name not in _DTYPES:
+        raise ConfigError(f"RANKWISE_COMPUTE_DTYPE must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return name
+
+
 def set_log_level(level: str) -> None:
     """Set `RANKWISE_LOG_LEVEL` for this process and its children."""
     os.environ["RANKWISE_LOG_LEVEL"] = _level(level)
@@ -126,10 +144,15 @@ def _level(text: str) -> str:
     return text.upper()
 
 
+def set_data_root(path: Path) -> None:
+    """Set `RANKWISE_DATA_ROOT` for this process and its children."""
+    os.environ["RANKWISE_DATA_ROOT"] = str(path.expanduser().absolute())
+
+
 def set_process_defaults() -> None:
     """Defaults of other libraries for this process and its children, where the environment does not say otherwise.
 
-    Nothing is told to anybody about what a user does, tokenizers start no threads of their own before a fork, and
+    The environment's secrets are remembered, so that they are taken out of what is stored or shown. Nothing is told to anybody about what a user does, tokenizers start no threads of their own before a fork, and
     OpenMP's threads sleep while they wait for one another. By default they spin, which on a machine that does anything
     else made a training step ten times as long (SmolLM2 on 2 cores under load: 38 s in place of 3.7 s).
     """
@@ -140,6 +163,7 @@ def set_process_defaults() -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
     }.items():
         os.environ.setdefault(name, value)
+    remember(os.environ)
 
 
 def child_environment(changes: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.exceptions import StorageError
-from rankwise.settings import Settings, set_process_defaults, storage_errors, write_atomically
+from rankwise.exceptions import ConfigError, StorageError
+from rankwise.settings import Settings, compute_dtype, set_process_defaults, storage_errors, write_atomically
 
 
 def test_everything_lies_in_mlruns_by_default(tmp_path, monkeypatch):
@@ -97,3 +97,11 @@ def test_defaults_do_not_override_what_a_person_has_set(monkeypatch):
     set_process_defaults()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+def test_the_dtype_of_a_machine_is_auto_or_one_that_there_is():
+    assert compute_dtype({}) == compute_dtype({"RANKWISE_COMPUTE_DTYPE": ""}) == "auto"
+    assert compute_dtype({"RANKWISE_COMPUTE_DTYPE": "bfloat16"}) == "bfloat16"
+    message = r"RANKWISE_COMPUTE_DTYPE must be one of auto, float32, bfloat16, float16, got 'fp32'"
+    with pytest.raises(ConfigError, match=message):
+        compute_dtype({"RANKWISE_COMPUTE_DTYPE": "fp32"})

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rankwise.settings import compute_dtype
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,9 +35,15 @@ def resolve_dtype(device: torch.device, requested: str = "auto") -> ResolvedDtyp
     Args:
         device: Where the base will run.
         requested: `auto`, or one of the names in `DTYPES`.
+
+    Raises:
+        ConfigError: `RANKWISE_COMPUTE_DTYPE` names a dtype that there is not.
     """
     if requested != "auto":
         return ResolvedDtype(dtype=DTYPES[requested], reason=f"{requested}: as asked for")
+    set_here = compute_dtype()
+    if set_here != "auto":
+        return ResolvedDtype(dtype=DTYPES[set_here], reason=f"{set_here}: RANKWISE_COMPUTE_DTYPE says so")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         version = f"CUDA capability {capability[0]}.{capability[1]}"

@@ -7,6 +7,11 @@ CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch):
+    monkeypatch.delenv("RANKWISE_COMPUTE_DTYPE")
+
+
 @pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16"])
 def test_a_cpu_with_fast_bfloat16_computes_in_it_and_says_why(monkeypatch, flag):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True, "avx2": True})
@@ -40,6 +45,14 @@ def test_a_gpu_is_told_by_its_capability(monkeypatch, capability, dtype, reason)
 def test_what_is_asked_for_is_taken(name):
     resolved = resolve_dtype(CPU, name)
     assert (resolved.name, resolved.reason) == (name, f"{name}: as asked for")
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_machine_can_be_held_to_one_dtype(monkeypatch, device):
+    monkeypatch.setenv("RANKWISE_COMPUTE_DTYPE", "float16")
+    resolved = resolve_dtype(device)
+    assert (resolved.dtype, resolved.reason) == (torch.float16, "float16: RANKWISE_COMPUTE_DTYPE says so")
+    assert resolve_dtype(device, "float32").name == "float32"
 
 
 def test_without_a_gpu_the_device_is_the_cpu(monkeypatch):
