@@ -37,6 +37,12 @@ from rankwise.settings import Settings
     "--allow-base-mismatch", is_flag=True, help="Run over another base all the same; a warning says what differs."
 )
 @click.option("--device", help="cpu, cuda, cuda:1; the first GPU, else the CPU, by default.")
+@click.option("--submit", is_flag=True, help="Let workers do it: jobs of the queue, in place of this process.")
+@click.option(
+    "--shards", type=click.IntRange(min=1), help="With --submit: jobs that the rows are split into. Default: one."
+)
+@click.option("--priority", type=int, help="With --submit: jobs of a higher one are claimed first. Default: 0.")
+@click.option("--watch", is_flag=True, help="With --submit: wait until the output is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def predict(
     models: tuple[str, ...],
@@ -57,6 +63,10 @@ def predict(
     base_model: str | None,
     allow_base_mismatch: bool,
     device: str | None,
+    submit: bool,
+    shards: int | None,
+    priority: int | None,
+    watch: bool,
     as_json: bool,
 ) -> int:
     """Answer the rows of INPUT with registered adapters, into OUTPUT (.jsonl, .csv or .parquet, both).
@@ -65,7 +75,14 @@ def predict(
     adapters lie over one base in memory, and rows of different adapters share a batch. A row that cannot be answered
     gets an `error`, and the command exits with 1 in the end. Aliases are resolved once. An interrupted command goes on
     where it was when it is given again.
+
+    With --submit the rows are answered by workers (`rankwise worker`), which must see INPUT and OUTPUT under the same
+    paths; the output is the same file. Given again, the command finds its jobs, and tries failed ones again.
     """
+    if not submit and (shards is not None or priority is not None or watch):
+        raise click.UsageError("--shards, --priority and --watch go with --submit")
+    if submit and device is not None:
+        raise click.UsageError("--device does not go with --submit: each worker has its own device")
     from rich.console import Console
 
     from rankwise.cli.progress import Bars
@@ -73,6 +90,7 @@ def predict(
     settings = Settings.load()
     with Bars(Console(stderr=True, highlight=False)) as bars:
         # Late: torch and MLflow take seconds to import.
+        from rankwise.cli.predict_jobs import Jobs, submit_and_watch
         from rankwise.inference.predict import Request, predict_file
         from rankwise.modeling.generation import Decoding
         from rankwise.tracking.connect import connect
@@ -90,6 +108,9 @@ def predict(
             shard_rows=shard_rows,
             fail_fast=fail_fast,
         )
+        if submit:
+            jobs = Jobs(shards=shards or 1, priority=priority or 0, watch=watch, overwrite=overwrite, restart=restart)
+            return submit_and_watch(settings, bars, request, source, output, jobs, as_json=as_json)
         connect(settings)
         summary = predict_file(
             request,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +113,15 @@ def load_models(
     settings: Settings | None = None,
     *,
     base: LoadedBase | None = None,
+    find: Callable[[Fetched, LoadOptions], LoadedBase] | None = None,
     tracking_uri: str | None = None,
 ) -> list[LoadedAdapter]:
-    """Load several stored adapters over one base in memory. Arguments are those of `load_model`.
+    """Load several stored adapters over one base in memory. Arguments are those of `load_model`, and one more.
 
-    The first is active; over a `base` that is in memory already nothing changes in what is active (see
-    `LoadedAdapter.activate`, and `modeling.packed_lora` for batches whose rows go through different adapters).
+    `find` gives the base that the first adapter asks for, in place of loading it anew; it is checked as any other. The
+    first adapter is active; over a base that may be in memory already (`base`, `find`) nothing changes in what is
+    active (see `LoadedAdapter.activate`, and `modeling.packed_lora` for batches whose rows go through different
+    adapters).
 
     Raises:
         RankwiseError: As `load_model`; adapters of different bases or quantizations are refused, with both named.
@@ -136,10 +139,10 @@ def load_models(
     )
     with ExitStack() as stack:
         fetched = [stack.enter_context(fetch(uri, tracking_uri)) for uri in uris]
-        fresh = base is None
+        fresh = base is None and find is None
         if base is None:
             check_alike(fetched, allow=allow_base_mismatch)
-            base = load_recorded_base(fetched[0], options)
+            base = (find or load_recorded_base)(fetched[0], options)
         overrides = [compare_base(one, base, allow=allow_base_mismatch) for one in fetched]
         record_overrides(list(zip(fetched, overrides, strict=True)))
         loaded = [_attach(one, base, found) for one, found in zip(fetched, overrides, strict=True)]

@@ -22,7 +22,7 @@ from rankwise.flavor.metadata import BaseFacts
 from rankwise.flavor.options import LoadOptions
 from rankwise.modeling.adapter_config import read_adapter_config
 from rankwise.modeling.base import LoadedBase, load_base
-from rankwise.modeling.dtype import DTYPES, default_device
+from rankwise.modeling.dtype import DTYPES, default_device, resolve_dtype
 from rankwise.modeling.embeddings import add_rows, base_rows, embedding_rows, rows_needed
 from rankwise.tracking.errors import tracking_errors
 
@@ -52,6 +52,27 @@ def load_recorded_base(first: Fetched, options: LoadOptions) -> LoadedBase:
     base = _load_as_recorded(resolved, spec, facts, options)
     add_rows(base.model, read_adapter_config(first.adapter))
     return base
+
+
+def rows_of(first: Fetched, resolved: ResolvedBase) -> int | None:
+    """The rows of the embedding that an adapter was trained with; None where the base's files do not say theirs."""
+    rows = base_rows(resolved.path)
+    return None if rows is None else rows_needed(read_adapter_config(first.adapter), rows)
+
+
+def loads_plainly(first: Fetched, resolved: ResolvedBase) -> bool:
+    """Whether `load_base` with the recorded quantization and nothing more gives the base as recorded.
+
+    Then the base of an adapter is the one that training and evaluation load, and may be theirs.
+    """
+    facts = first.metadata.base
+    if rows_of(first, resolved) != base_rows(resolved.path):
+        return False
+    target = default_device()
+    if target.type != facts.device_type:
+        return True
+    plain = resolve_dtype(target, facts.quantization.bnb_4bit_compute_dtype).name
+    return {facts.compute_dtype, facts.load_dtype, facts.module_dtype} == {plain}
 
 
 def check_alike(fetched: Sequence[Fetched], *, allow: bool) -> None:

@@ -4,26 +4,44 @@
 for each shard of consecutive rows. A shard's file appears whole, by a rename. When all are there the output is put
 together from the input's rows and the answers, and the directory goes away. Aliases are resolved when the manifest is
 made: a run that is gone on with uses the versions that it began with, wherever an alias points by then.
+
+The shards may also be answered by jobs of the queue, each a range of them, on any machine that sees the directory.
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
 from rankwise.exceptions import ConfigError
 from rankwise.inference.answer import Answer
+from rankwise.inference.survey import Survey
 from rankwise.settings import storage_errors, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """Whose work the shards are, where jobs of the queue answer them.
+
+    Attributes:
+        whole: Names the prediction in the rows of its jobs.
+        spans: The shards of each job, as (first, behind the last).
+    """
+
+    whole: str
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +51,35 @@ class Manifest:
     Attributes:
         request: All that decides an answer beside the row and the model, and the input's digest.
         models: The resolved URI of each model asked for.
-        rows: Rows of the input.
+        adapters: The digest of each resolved model's manifest, where that was known before it was loaded.
+        survey: What the input has.
         shard_rows: Rows of a shard; the last one may have fewer.
+        queued: The jobs that answer the shards; None where one command does.
     """
 
     request: Mapping[str, Any]
     models: Mapping[str, str]
-    rows: int
+    adapters: Mapping[str, str]
+    survey: Survey
     shard_rows: int
+    queued: Queued | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As the file has it."""
+        return {**asdict(self), "survey": self.survey.to_json()}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        queued = values["queued"]
+        if queued is not None:
+            queued = Queued(whole=queued["whole"], spans=tuple((first, end) for first, end in queued["spans"]))
+        return cls(**{**values, "survey": Survey.of(values["survey"]), "queued": queued})
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input."""
+        return self.survey.rows
 
     @property
     def shards(self) -> int:
@@ -62,7 +101,7 @@ class Parts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out.
+        """Keep other processes of this machine out.
 
         Raises:
             ConfigError: One is at it.
@@ -80,8 +119,8 @@ class Parts:
         try:
             yield
         finally:
-            lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
     def manifest(self) -> Manifest | None:
         """What was begun; None where nothing was.
@@ -99,11 +138,11 @@ class Parts:
                 f"{self.directory} has format {version}, this release reads {FORMAT_VERSION}: finish it with the "
                 "release that began it, or begin anew with --restart"
             )
-        return Manifest(**document)
+        return Manifest.of(document)
 
     def begin(self, manifest: Manifest) -> None:
         """Note what is to be done."""
-        document = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+        document = {"format_version": FORMAT_VERSION, **manifest.to_json()}
         write_atomically(self.directory / _MANIFEST, json.dumps(document, indent=1).encode())
 
     def has(self, shard: int) -> bool:
@@ -137,8 +176,22 @@ class Parts:
                 yield Answer(**{key: value for key, value in json.loads(line).items() if key in known})
 
     def remove(self) -> None:
-        """Throw everything away."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Throw everything away; in one step, so that a manifest never lacks its shards."""
+        gone = self.output.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
+        try:
+            self.directory.rename(gone)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what processes that were killed have left beside the output. Nobody else may be writing there."""
+        pattern = f".{glob.escape(self.output.name)}.*.tmp"
+        for path in [*self.output.parent.glob(pattern), *self.directory.glob(".*.tmp")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _path(self, shard: int) -> Path:
         return self.directory / f"shard-{shard:06d}.jsonl"

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from rankwise.assets.progress import Progress
 from rankwise.inference.tables import read_rows, table_format
 
+Number = Literal["int", "float"]
 _PER_STEP = 1000
+_READ: Mapping[str, type[int] | type[float]] = {"int": int, "float": float}
 # Not those with zeros in front: they are names, such as postcodes.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
 _NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
@@ -24,35 +26,47 @@ class Survey:
 
     Attributes:
         rows: How many rows, unreadable ones too.
-        columns: Names of all columns, in the order in which they come up, each with the types of its values.
+        columns: Names of all columns, in the order in which they come up, each with the names of its values' types.
         models: How many rows name each model.
         unnamed: How many readable rows name none.
-        numbers: Columns of texts (those of CSV all are) in which every text is a number: `int` or `float`. A template
+        numbers: Columns of texts (those of CSV all are) in which every text is a number: "int" or "float". A template
             gets them as numbers, as `datasets` gives them in training, so that `{carat:.2f}` means the same.
     """
 
     rows: int
-    columns: Mapping[str, frozenset[type]]
+    columns: Mapping[str, frozenset[str]]
     models: Mapping[str, int]
     unnamed: int
-    numbers: Mapping[str, type[int] | type[float]]
+    numbers: Mapping[str, Number]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values: an input is looked through once, however often work on it is cut off."""
+        return {
+            "rows": self.rows,
+            "columns": {name: sorted(kinds) for name, kinds in self.columns.items()},
+            "models": dict(self.models),
+            "unnamed": self.unnamed,
+            "numbers": dict(self.numbers),
+        }
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{**values, "columns": {name: frozenset(kinds) for name, kinds in values["columns"].items()}})
 
     def typed(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
         """A row with its numbers as numbers."""
         if not self.numbers:
             return columns
         return {
-            name: self.numbers[name](value) if name in self.numbers and value != "" else value
+            name: _READ[self.numbers[name]](value) if name in self.numbers and value != "" else value
             for name, value in columns.items()
         }
 
     def mixed(self) -> dict[str, list[str]]:
         """Columns with values of several types that no column of one type holds."""
-        numbers = {int, float}
         return {
-            name: sorted(kind.__name__ for kind in kinds)
-            for name, kinds in self.columns.items()
-            if len(kinds) > 1 and not kinds <= numbers
+            name: sorted(kinds) for name, kinds in self.columns.items() if len(kinds) > 1 and not kinds <= _READ.keys()
         }
 
 
@@ -63,8 +77,8 @@ def survey(path: Path, model_column: str, progress: Progress) -> Survey:
         ConfigError: The format is not known.
         AssetError: The file is missing or cannot be read.
     """
-    kinds: dict[str, set[type]] = {}
-    numbers: dict[str, type[int] | type[float] | None] = {}
+    kinds: dict[str, set[str]] = {}
+    numbers: dict[str, Number | None] = {}
     texts = table_format(path) == ".csv"
     models: Counter[str] = Counter()
     rows = unnamed = 0
@@ -76,9 +90,9 @@ def survey(path: Path, model_column: str, progress: Progress) -> Survey:
             for name, value in row.columns.items():
                 seen = kinds.setdefault(name, set())
                 if value is not None:
-                    seen.add(type(value))
+                    seen.add(type(value).__name__)
                 if texts and value != "":
-                    numbers[name] = _wider(numbers.get(name, int), value)
+                    numbers[name] = _wider(numbers.get(name, "int"), value)
             if row.error is None:
                 named = named_model(row.columns, model_column)
                 if named is None:
@@ -94,11 +108,11 @@ def survey(path: Path, model_column: str, progress: Progress) -> Survey:
     )
 
 
-def _wider(kind: type[int] | type[float] | None, text: str) -> type[int] | type[float] | None:
+def _wider(kind: Number | None, text: str) -> Number | None:
     """The kind of number that holds this text too; None where there is none."""
-    if kind is int and _INTEGER.fullmatch(text):
-        return int
-    return float if kind is not None and _NUMBER.fullmatch(text) else None
+    if kind == "int" and _INTEGER.fullmatch(text):
+        return "int"
+    return "float" if kind is not None and _NUMBER.fullmatch(text) else None
 
 
 def named_model(columns: Mapping[str, Any], model_column: str) -> str | None:

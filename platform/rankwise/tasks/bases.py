@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.flavor.bases import find_base
+from rankwise.flavor.fetch import Fetched
+from rankwise.flavor.matching import load_recorded_base, loads_plainly, rows_of
+from rankwise.flavor.options import LoadOptions
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
 from rankwise.tasks.clean import leftovers, sample_digest
@@ -20,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    key: tuple[str, str, QuantizationSpec]
+    key: tuple[object, ...]
     base: LoadedBase
     digest: int
 
@@ -45,11 +50,34 @@ class BaseHolder:
             StorageError: The cache cannot be written.
         """
         key = (str(resolved.path), resolved.revision, quantization)
+        return self._hold(key, resolved.source, lambda: load_base(resolved, quantization, self._settings))
+
+    def recorded(self, first: Fetched, options: LoadOptions) -> LoadedBase:
+        """The base that a stored adapter asks for, as recorded; `find` of `rankwise.flavor.load_models`.
+
+        Raises:
+            BaseMismatchError: What was found is another base.
+            AssetError: Nothing was found.
+        """
+        facts = first.metadata.base
+        resolved = find_base(
+            facts,
+            first.origin.uri,
+            self._settings,
+            base_model=options.base_model,
+            allow_base_mismatch=options.allow_base_mismatch,
+        )
+        if loads_plainly(first, resolved):
+            return self.get(resolved, facts.quantization)
+        key = (str(resolved.path), resolved.revision, facts, rows_of(first, resolved))
+        return self._hold(key, resolved.source, lambda: load_recorded_base(first, options))
+
+    def _hold(self, key: tuple[object, ...], source: str, load: Callable[[], LoadedBase]) -> LoadedBase:
         if self._held is not None and self._held.key == key and self._is_clean(self._held):
             return self._held.base
         self.release()
-        with self._voice.task(f"loading the base {resolved.source}", None, "steps"):
-            base = load_base(resolved, quantization, self._settings)
+        with self._voice.task(f"loading the base {source}", None, "steps"):
+            base = load()
         origin = "from the cache of quantized bases" if base.from_cache else "quantized now"
         self._voice.say(f"base: {origin}, computes in {base.dtype_reason}, {base.memory_bytes / 1e6:,.0f} MB")
         self._held = _Held(key=key, base=base, digest=sample_digest(base.model))

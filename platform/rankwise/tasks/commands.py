@@ -17,6 +17,7 @@ from rankwise.tasks.claimed import open_run
 from rankwise.tasks.evaluate import evaluate_claimed
 from rankwise.tasks.halving import settle_rungs
 from rankwise.tasks.outcomes import failure_of
+from rankwise.tasks.predict import predict_claimed, settle_predictions
 from rankwise.tasks.publish import publish_again
 from rankwise.tasks.recorded import recorded_definition
 from rankwise.tasks.rounds import submit_next
@@ -33,6 +34,7 @@ Value = dict[str, Any] | None
 KINDS: Mapping[str, Callable[[Session, list[Job]], None]] = {
     JobKind.TRAIN: train_claimed,
     JobKind.EVALUATE: evaluate_claimed,
+    JobKind.PREDICT: predict_claimed,
 }
 """One function per kind of job: it reports the end of each job, or raises."""
 
@@ -74,6 +76,7 @@ def _settle(session: Session, command: Message) -> Value:
         if not composition.open:
             remove_composition(session.settings.checkpoints, composition.spec_hashes)
             session.compositions.remove(composition)
+    settle_predictions(session.context, jobs)
     settle_rungs(session.context, jobs)
     submitted = [job.id for job in submit_next(session.context, jobs)]
     if command["complete"]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import rankwise.flavor as flavor
-from rankwise.assets.progress import Advance
 from rankwise.evaluation.evaluator import Evaluation
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
@@ -23,6 +21,7 @@ from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
 from rankwise.tasks.rows import Rows
 from rankwise.tasks.session import Session, token_of
+from rankwise.tasks.stoppable import Stoppable
 from rankwise.tracking.descriptions import base_note
 from rankwise.tracking.linking import link_metrics
 from rankwise.tracking.provenance import collect
@@ -59,7 +58,7 @@ def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
     names = _attach(context, base, subjects)
     try:
         adapters = [names[subject.job.id] for subject in subjects]
-        progress = _Stoppable(session, [subject.token for subject in subjects])
+        progress = Stoppable(session, [subject.token for subject in subjects])
         results = measure(base, table, adapters, arm.evaluation, progress)
     finally:
         for name in filter(None, names.values()):
@@ -96,32 +95,6 @@ def _attach(context: Context, base: LoadedBase, subjects: Sequence[_Subject]) ->
             advance(len(uris))
         names |= {subject.job.id: adapter.adapter_name for subject, adapter in zip(trained, loaded, strict=True)}
     return names
-
-
-class _Stoppable:
-    """Progress that ends the evaluation between two batches when nobody wants it any more."""
-
-    def __init__(self, session: Session, tokens: Sequence[str]) -> None:
-        self._session = session
-        self._tokens = tokens
-
-    @contextmanager
-    def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
-        done = 0
-        with self._session.voice.task(description, total, unit) as advance:
-
-            def move(amount: int) -> None:
-                nonlocal done
-                authority = self._session.authority
-                unwanted = all(authority.cancelled(token) or not authority.holds(token) for token in self._tokens)
-                if self._session.stop.is_set() or unwanted:
-                    raise KeyboardInterrupt
-                done += amount
-                for token in self._tokens:
-                    self._session.progress(token, {"phase": description, "done": done, "of": total})
-                advance(amount)
-
-            yield move
 
 
 def _publish(session: Session, subject: _Subject, table: Rows, evaluation: Evaluation) -> dict[str, Any]:

@@ -14,6 +14,7 @@ DEADLINES: Mapping[str, float] = MappingProxyType(
         "tokenize": 3600.0,
         "train": 3600.0,
         "evaluate": 3600.0,
+        "answer": 3600.0,
         "upload": 1800.0,
         "report": 1800.0,
     }

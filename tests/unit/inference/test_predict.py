@@ -145,7 +145,9 @@ def test_cut_off_between_the_output_and_the_end(world, rows, tmp_path, monkeypat
     remove = Parts.remove
 
     def killed(self):
-        raise KeyboardInterrupt
+        if self.output.exists():
+            raise KeyboardInterrupt
+        remove(self)
 
     monkeypatch.setattr(Parts, "remove", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from rankwise.assets.progress import SILENT
-from rankwise.inference.survey import survey
+from rankwise.inference.survey import Survey, survey
+
+READ = {"int": int, "float": float}
 
 
 @pytest.mark.parametrize(
     ("cells", "kind"),
     [
-        (["1", "-2", "0"], int),
-        (["1", "2.5", ""], float),
-        (["1e-3", ".5", "5."], float),
+        (["1", "-2", "0"], "int"),
+        (["1", "2.5", ""], "float"),
+        (["1e-3", ".5", "5."], "float"),
         (["007", "1"], None),
         (["1", "a"], None),
         (["nan"], None),
@@ -22,8 +26,8 @@ def test_columns_of_csv_in_which_every_cell_is_a_number(tmp_path, cells, kind):
     path = tmp_path / "rows.csv"
     path.write_text("n,m\n" + "".join(f"{cell},x\n" for cell in cells))
     found = survey(path, "model", SILENT)
-    assert found.numbers.get("n") is kind
-    assert found.typed({"n": cells[0], "m": "x"}) == {"n": kind(cells[0]) if kind else cells[0], "m": "x"}
+    assert found.numbers.get("n") == kind
+    assert found.typed({"n": cells[0], "m": "x"}) == {"n": READ[kind](cells[0]) if kind else cells[0], "m": "x"}
 
 
 def test_rows_columns_and_models_are_counted(tmp_path):
@@ -33,3 +37,4 @@ def test_rows_columns_and_models_are_counted(tmp_path):
     assert (found.rows, found.models, found.unnamed) == (4, {"m": 2}, 1)
     assert list(found.columns) == ["a", "model", "b"]
     assert found.mixed() == {"a": ["float", "int", "str"]}
+    assert Survey.of(json.loads(json.dumps(found.to_json()))) == found

@@ -1,0 +1,195 @@
+"""Predict jobs: answer some shards of an input, or put the output together once all of them are there."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import rankwise.flavor as flavor
+from rankwise.assets.digest import file_digest
+from rankwise.exceptions import ConfigError, JobError
+from rankwise.inference.answering import answer_shards, check_adapters
+from rankwise.inference.output import write_output
+from rankwise.inference.predictor import Predictor
+from rankwise.jobs.job import Job, JobKind, JobState, Outcome
+from rankwise.modeling.packed_lora import delete_adapter
+from rankwise.tasks.context import Context
+from rankwise.tasks.prediction import Prediction, jobs_of_prediction
+from rankwise.tasks.session import Session, token_of
+from rankwise.tasks.stoppable import Stoppable
+
+
+def predict_claimed(session: Session, jobs: Sequence[Job]) -> None:
+    """Do the claimed jobs, one after another, and report the end of each.
+
+    A wish to stop is heard between two shards, which are kept; a cancelled job ends after the batch under way.
+
+    Raises:
+        RankwiseError: What a person has to mend.
+        KeyboardInterrupt: Nobody wants it any more, or this process is to stop; another attempt goes on.
+    """
+    for job in jobs:
+        work = Prediction.of(job)
+        session.phase("load")
+        _check_reach(session, work)
+        result = _join(session, job, work) if work.span is None else _answer(session, job, work)
+        session.report(job, Outcome.SUCCEEDED, result=result)
+
+
+def settle_predictions(context: Context, jobs: Collection[Job]) -> None:
+    """What follows from predict jobs, now that the queue knows how they ended.
+
+    The shards of an output that is there are removed. With `--fail-fast`, what is left of a failed prediction is
+    cancelled.
+    """
+    for job in jobs:
+        if job.kind is not JobKind.PREDICT:
+            continue
+        work = Prediction.of(job)
+        if job.state is JobState.SUCCEEDED and work.span is None and _owns_parts(work):
+            work.parts.remove()
+            work.parts.sweep()
+        if job.state is JobState.FAILED and work.request.fail_fast:
+            others = jobs_of_prediction(context.queue, work.output, work.whole)
+            context.queue.cancel([other.id for other in others if not other.ended])
+
+
+def _owns_parts(work: Prediction) -> bool:
+    manifest = work.parts.manifest()
+    return manifest is not None and manifest.queued is not None and manifest.queued.whole == work.whole
+
+
+def _check_reach(session: Session, work: Prediction) -> None:
+    """Refuse what this worker cannot see, or what has changed since the submission.
+
+    Raises:
+        JobError: A path is not there; another worker may see it.
+        ConfigError: The input is another one.
+    """
+    here = socket.gethostname()
+    shared = f"submitted on {work.host}, claimed on {here}: INPUT and OUTPUT must lie where every worker sees them"
+    if not work.source.exists():
+        raise JobError(f"there is no input {work.source} on this machine ({shared})")
+    if not _owns_parts(work):
+        raise JobError(
+            f"{work.parts.directory} is not there, or belongs to another prediction ({shared}); if somebody has "
+            "removed it, submit again with --restart"
+        )
+    found, recorded = file_digest(work.source, session.settings), work.manifest.request["input"]
+    if found != recorded:
+        raise ConfigError(
+            f"the input {work.source} has changed since it was submitted (it was {recorded}, is {found}): put it back "
+            "and retry the job, or submit again with --restart"
+        )
+
+
+def _answer(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
+    """Answer the shards of a job that no earlier attempt has; what the job's row is to keep."""
+    assert work.span is not None
+    parts, token, span = work.parts, token_of(job), range(*work.span)
+    left = [shard for shard in span if not parts.has(shard)]
+    done = work.rows - sum(len(work.manifest.span(shard)) for shard in left)
+    tokens, seconds = 0, 0.0
+    watched = _Watched(session, token, rows=work.rows, done=done, kept=len(span) - len(left))
+    if left:
+        with ExitStack() as stack:
+            predictor = _load(session, work, stack)
+            check_adapters(work.manifest, predictor.adapters)
+            session.phase("answer")
+            began = time.perf_counter()
+            try:
+                for shard, answers in answer_shards(
+                    work.request, work.manifest, work.source, set(left), predictor, watched
+                ):
+                    if not session.may_publish(job):
+                        raise KeyboardInterrupt
+                    parts.write(shard, answers)
+                    tokens += sum(answer.completion_tokens or 0 for answer in answers)
+                    watched.keep(len(answers), tokens)
+                    if session.stop.is_set() and shard != left[-1]:
+                        raise KeyboardInterrupt
+            except JobError as error:
+                if work.request.fail_fast:
+                    raise ConfigError(f"--fail-fast: {error}") from error
+                raise
+            seconds = time.perf_counter() - began
+    return {"rows": work.rows, "reused": done, "completion_tokens": tokens, "seconds": seconds}
+
+
+def _load(session: Session, work: Prediction, stack: ExitStack) -> Predictor:
+    """The models of a prediction over the base in memory, where it is the one they ask for; taken off at the end."""
+    uris = list(dict.fromkeys(work.manifest.models.values()))
+    with session.voice.task(f"loading {len(uris)} adapters and their base", None, "adapters"):
+        loaded = flavor.load_models(
+            uris,
+            base_model=work.request.base_model,
+            allow_base_mismatch=work.request.allow_base_mismatch,
+            settings=session.settings,
+            find=session.bases.recorded,
+            tracking_uri=session.settings.tracking_uri,
+        )
+    for name in {adapter.adapter_name for adapter in loaded}:
+        stack.callback(delete_adapter, loaded[0].base.model, name)
+    return stack.enter_context(Predictor(dict(zip(uris, loaded, strict=True))))
+
+
+class _Watched(Stoppable):
+    """Progress within a job: rows that are kept and rows of the shard under way. A shard is not cut off by a stop."""
+
+    stops = False
+
+    def __init__(self, session: Session, token: str, *, rows: int, done: int, kept: int) -> None:
+        super().__init__(session, [token])
+        self._rows, self._done, self._kept, self._tokens_made = rows, done, kept, 0
+        self._began = time.perf_counter()
+        self._tell(0)
+
+    def moved(self, description: str, done: int, total: int | None) -> None:
+        """Rows of the shard under way."""
+        self._tell(done)
+
+    def _tell(self, more: int) -> None:
+        """Say how many rows are answered, `more` of them not kept yet."""
+        values: dict[str, Any] = {
+            "phase": "answer",
+            "step": self._done + more,
+            "steps": self._rows,
+            "checkpoint": self._kept,
+        }
+        if self._tokens_made:
+            values["tokens_per_second"] = self._tokens_made / (time.perf_counter() - self._began)
+        for token in self._tokens:
+            self._session.progress(token, values, always=not more)
+
+    def keep(self, rows: int, tokens: int) -> None:
+        """A shard is on disk."""
+        self._done += rows
+        self._kept += 1
+        self._tokens_made = tokens
+        self._tell(0)
+
+
+def _join(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
+    """Put the output together; what the job's row is to keep."""
+    session.phase("upload")
+    parts, manifest = work.parts, work.manifest
+    missing = [shard for shard in range(manifest.shards) if not parts.has(shard)]
+    if missing:
+        raise ConfigError(
+            f"{parts.directory} lacks {len(missing)} of {manifest.shards} shards, the first is {missing[0]}, although "
+            "all jobs that answer them have succeeded: somebody has removed files; submit again with --restart"
+        )
+    if not session.may_publish(job):
+        raise KeyboardInterrupt
+    failed = write_output(work.source, work.output, parts.answers(manifest), list(manifest.survey.columns))
+    session.voice.done(f"{work.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
+    return {
+        "output": str(work.output),
+        "rows": manifest.rows,
+        "failed": failed,
+        "models": dict(manifest.models),
+        "sha256": file_digest(work.output, session.settings),
+    }

@@ -1,0 +1,285 @@
+"""Predict jobs, done by a worker's loop whose child is a thread: the real commands over a tiny base."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+
+import mlflow
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.bases import inject
+from helpers.flavored import make_world
+from helpers.inline_worker import Listener, inline_worker
+
+import rankwise.flavor as flavor
+from rankwise.assets.base import resolve_base
+from rankwise.cli.main import cli
+from rankwise.cli.queue import open_queue
+from rankwise.exceptions import ConfigError, RankwiseError
+from rankwise.inference.predict import Request, predict_file
+from rankwise.inference.shards import Parts
+from rankwise.jobs.job import JobKind, JobState
+from rankwise.modeling.generation import Decoding
+from rankwise.settings import Settings
+from rankwise.tasks.bases import BaseHolder
+from rankwise.tasks.remote_voice import RemoteVoice
+from rankwise.tasks.stoppable import Stoppable
+from rankwise.worker.loop import Plan
+
+ROWS = 11
+REQUEST = Request(
+    models=("models:/one@champion",),
+    decoding=Decoding(max_new_tokens=4, temperature=1.0),
+    shard_rows=2,
+    batch_size=3,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The model `one` with versions 1 and 2; the alias `champion` is on 1."""
+    torch.set_num_threads(1)
+    world = make_world(tmp_path_factory.mktemp("predict-jobs"))
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(world.settings.tracking_uri)
+    base = world.load_base()
+    flavor.log_adapter(world.adapter, base, registered_model_name="one")
+    inject(base.model, "arm-2", seed=7, r=2)
+    flavor.log_model(base.model, base.tokenizer, base=base, adapter_name="arm-2", registered_model_name="one")
+    mlflow.MlflowClient().set_registered_model_alias("one", "champion", "1")
+    mlflow.set_tracking_uri(before)
+    return world
+
+
+@pytest.fixture(autouse=True)
+def _environment(world, monkeypatch, tmp_path):
+    """A queue of its own for each test; the registry is shared."""
+    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
+    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    monkeypatch.setenv("RANKWISE_DATABASE_URL", f"sqlite:///{tmp_path / 'queue.db'}")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"carat {at}, cut Ideal", "model": f"models:/one/{1 + at % 2}"} for at in range(ROWS)]
+    lines[4] = {"prompt": 7}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def local(world, rows, tmp_path):
+    """What the local command makes of the rows."""
+    output = tmp_path / "local.jsonl"
+    predict_file(REQUEST, rows, output, settings=world.settings, tracking_uri=world.settings.tracking_uri)
+    return output.read_bytes()
+
+
+def submit(*arguments, code=0, **request):
+    """`rankwise predict --submit`; what it tells people."""
+    values = {"model": "models:/one@champion", "max-new-tokens": 4, "temperature": 1.0, "shard-rows": 2, **request}
+    options = [f"--{name}={value}" for name, value in values.items()]
+    arguments = ["predict", *options, "--submit", *map(str, arguments)]
+    done = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    if isinstance(done.exception, RankwiseError):
+        assert done.exception.exit_code == code
+        return str(done.exception)
+    assert done.exception is None
+    assert done.return_value == code
+    return done.stderr
+
+
+def jobs(*, joins=True):
+    with open_queue() as queue:
+        return [job for job in queue.jobs(kinds=[JobKind.PREDICT]) if joins or job.spec["span"] is not None]
+
+
+@contextmanager
+def worker(world, listener=None):
+    with inline_worker(Settings.load(), listener or Listener()) as loop:
+        yield loop
+
+
+def drain(world):
+    listener = Listener()
+    with worker(world, listener) as loop:
+        loop.work(Plan(drain=True))
+    return listener.told
+
+
+def test_jobs_make_the_file_that_the_local_command_makes(world, rows, local, tmp_path):
+    output = tmp_path / "out.jsonl"
+    told = submit("--shards=3", "--priority=2", rows, output)
+    assert "models:/one@champion is models:/one/1" in told
+    assert "11 rows in 3 jobs and one that puts out.jsonl together, 4 of them to do" in told
+    queued = jobs()
+    assert [(job.spec["span"], job.priority) for job in queued] == [([0, 2], 2), ([2, 4], 2), ([4, 6], 2), (None, 2)]
+    assert queued[0].spec["manifest"]["models"]["models:/one@champion"] == "models:/one/1"
+    assert queued[0].spec["manifest"]["adapters"]["models:/one/1"].startswith("sha256:")
+    submit("--shards=9", rows, output)
+    assert jobs() == queued, "the same command again adds nothing"
+
+    mlflow.MlflowClient(world.settings.tracking_uri).set_registered_model_alias("one", "champion", "2")
+    try:
+        told = drain(world)
+    finally:
+        mlflow.MlflowClient(world.settings.tracking_uri).set_registered_model_alias("one", "champion", "1")
+    assert output.read_bytes() == local
+    assert {(job.state, job.attempts) for job in jobs()} == {(JobState.SUCCEEDED, 1)}
+    assert [job.result["rows"] for job in jobs()] == [4, 4, 3, 11]
+    assert jobs()[-1].result["failed"] == 1
+    assert sum(line.startswith("base: ") for line in told) == 1, "one load of the base for three jobs"
+    assert sorted(path.name for path in tmp_path.glob("*out.jsonl*")) == ["out.jsonl"]
+
+    assert "nothing to do" in submit("--shards=3", rows, output)
+    assert len(jobs()) == 4
+    output.unlink()
+    submit("--shards=2", rows, output)
+    drain(world)
+    assert output.read_bytes() == local
+    assert len(jobs()) == 7, "an output that is gone is made anew"
+    output.write_text("mine")
+    assert "is there already" in submit(rows, output, code=2)
+    assert output.read_text() == "mine"
+
+
+def test_a_queued_prediction_shows_in_listings_and_statuses_and_watching_ends_with_it(world, rows, local, tmp_path):
+    output = tmp_path / "out.jsonl"
+    submit(rows, output)
+    drain(world)
+    # All has been done: watching ends at once, and one row has an error.
+    told = submit("--watch", rows, output, code=1)
+    assert "10 of 11 rows answered" in told
+    shown = CliRunner().invoke(cli, ["jobs", "show", "1", "--json"])
+    attempt = json.loads(shown.stdout)["history"][0]
+    assert attempt["outcome"] == "succeeded"
+    listed = json.loads(CliRunner().invoke(cli, ["jobs", "list", "--json", "--kind", "predict"]).stdout)
+    assert [job["state"] for job in listed] == ["succeeded", "succeeded"]
+
+
+def test_an_input_that_has_changed_is_refused(world, rows, tmp_path):
+    submit("--shards=2", rows, tmp_path / "out.jsonl")
+    rows.write_text(rows.read_text().replace("Ideal", "Good", 1))
+    drain(world)
+    first, second, join = jobs()
+    assert (first.state, second.state, join.state) == (JobState.FAILED, JobState.FAILED, JobState.CANCELLED)
+    assert first.attempts == 1, "trying again cannot help"
+    assert "has changed since it was submitted (it was sha256:" in first.error
+    assert join.error == f"{first.title} failed", "the whole says which part has failed"
+    assert "input was 'sha256:" in submit("--shards=2", rows, tmp_path / "out.jsonl", code=2)
+    submit("--restart", rows, tmp_path / "out.jsonl")
+    drain(world)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == ROWS
+
+
+def test_paths_that_the_worker_does_not_see_are_named(world, rows, tmp_path):
+    submit(rows, tmp_path / "out.jsonl")
+    rows.rename(tmp_path / "elsewhere.jsonl")
+    drain_once(world)
+    assert "there is no input" in jobs()[0].error
+    assert "must lie where every worker sees them" in jobs()[0].error
+    (tmp_path / "elsewhere.jsonl").rename(rows)
+    Parts(tmp_path / "out.jsonl").remove()
+    with open_queue() as queue:
+        queue.cancel([jobs()[0].id])
+        queue.retry([jobs()[0].id])
+    drain_once(world)
+    assert "out.jsonl.parts is not there" in jobs()[0].error
+
+
+def drain_once(world):
+    """One attempt of the first job."""
+    with worker(world) as loop:
+        loop._round(Plan(max_arms=1))
+
+
+def test_what_was_cut_off_goes_on_at_the_next_shard(world, rows, local, tmp_path, monkeypatch):
+    submit(rows, tmp_path / "out.jsonl")
+    write = Parts.write
+    written = []
+
+    def killed_at_the_third(self, shard, answers):
+        if len(written) == 2:
+            written.append(None)
+            raise RuntimeError("boom")
+        write(self, shard, answers)
+        written.append(shard)
+
+    monkeypatch.setattr(Parts, "write", killed_at_the_third)
+    drain_once(world)
+    (answering, _) = jobs()
+    assert (answering.state, answering.failures) == (JobState.QUEUED, 1)
+    assert "boom" in answering.error
+    with open_queue() as queue:
+        queue.cancel([answering.id])
+        queue.retry([answering.id])
+    drain(world)
+    assert written == [0, 1, None, 2, 3, 4, 5]
+    assert jobs()[0].result["reused"] == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == local
+
+
+def test_cancelling_reaches_a_job_between_two_batches(world, rows, tmp_path, monkeypatch):
+    submit(rows, tmp_path / "out.jsonl")
+    moved = Stoppable.moved
+    seen = []
+
+    def cancel(self, description, done, total):
+        seen.append(done)
+        with open_queue() as queue:
+            queue.cancel([1])
+        # The heartbeat hears of it within two seconds.
+        self._session.authority._cancelled = frozenset(self._tokens)
+        moved(self, description, done, total)
+
+    monkeypatch.setattr("rankwise.tasks.predict._Watched.moved", cancel)
+    drain(world)
+    assert [job.state for job in jobs()] == [JobState.CANCELLED, JobState.CANCELLED]
+    assert len(seen) == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_with_fail_fast_the_others_are_cancelled(world, rows, tmp_path):
+    submit("--shards=6", "--fail-fast", rows, tmp_path / "out.jsonl")
+    drain(world)
+    states = [job.state for job in jobs(joins=False)]
+    assert states == [*[JobState.SUCCEEDED] * 2, JobState.FAILED, *[JobState.CANCELLED] * 3]
+    failed, join = jobs()[2], jobs()[-1]
+    assert "--fail-fast: row 4: prompt must be a text, got int 7" in failed.error
+    assert (failed.attempts, join.error) == (1, f"{failed.title} failed")
+
+
+def test_local_work_and_jobs_do_not_mix_unasked(world, rows, local, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    write = Parts.write
+    monkeypatch.setattr(Parts, "write", lambda self, shard, answers: shard < 2 and write(self, shard, answers))
+    with pytest.raises(FileNotFoundError):
+        predict_file(REQUEST, rows, output, settings=world.settings, tracking_uri=world.settings.tracking_uri)
+    monkeypatch.setattr(Parts, "write", write)
+    submit(rows, output)
+    drain_once(world)
+    assert jobs()[0].result["reused"] == 4, "what a local command has begun is gone on with"
+    with pytest.raises(ConfigError, match="is made by jobs of the queue"):
+        predict_file(REQUEST, rows, output, settings=world.settings, tracking_uri=world.settings.tracking_uri)
+    drain(world)
+    assert output.read_bytes() == local
+
+
+def test_a_warm_base_serves_evaluation_and_prediction_and_one_with_other_dtypes_is_loaded_as_recorded(
+    world, rows, tmp_path, monkeypatch
+):
+    settings = Settings.load()
+    holder = BaseHolder(settings, RemoteVoice(lambda message: None, width=80, terminal=False))
+    resolved = resolve_base(str(world.base_path), None, settings)
+    uri = settings.tracking_uri
+    base = holder.get(resolved, world.load_base().quantization)
+    (adapter,) = flavor.load_models(["models:/one/1"], settings=settings, find=holder.recorded, tracking_uri=uri)
+    assert adapter.base is base
+    assert adapter.overrides == ()
+    monkeypatch.setattr("rankwise.tasks.bases.loads_plainly", lambda first, resolved: False)
+    (again,) = flavor.load_models(["models:/one/1"], settings=settings, find=holder.recorded, tracking_uri=uri)
+    assert again.base is not base
+    assert again.overrides == ()
