@@ -1,0 +1,126 @@
+"""`rankwise init-team`: the secrets and choices of a team, in the `.env` that compose.yaml reads."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import click
+
+from rankwise.cli.output import note
+from rankwise.exceptions import ConfigError
+from rankwise.settings import child_environment, fsync_directory, storage_errors
+
+SECRETS = {
+    "POSTGRES_PASSWORD": "PostgreSQL's administrator; needed for repairs only",
+    "RANKWISE_DB_PASSWORD": "the queue's user of PostgreSQL",
+    "MLFLOW_DB_PASSWORD": "MLflow's user of PostgreSQL",
+    "OBJECT_STORE_SECRET_KEY": "MLflow's key to its bucket in the object store",
+    "OBJECT_STORE_ADMIN_KEY": "the object store's administrator: makes the bucket, copies it",
+    "MLFLOW_ADMIN_PASSWORD": "MLflow's account `admin`, for the first start and for `accounts`",
+    "MLFLOW_WORKER_PASSWORD": "MLflow's account `worker`",
+    "MLFLOW_SECRET_KEY": "signs MLflow's forms",
+    "RAY_AUTH_TOKEN": "admits to the Ray cluster",
+}
+"""What compose.yaml cannot do without, and what each is."""
+
+_BYTES = 24
+# Hexadecimal digits mean the same in an env file, a URL, JSON and SQL.
+_FILE = ".env"
+_NEXT = """\
+next, in {directory}:
+  docker compose build
+  docker compose up --detach --wait
+  docker compose run --rm accounts add NAME --role editor    an account; prints its password
+  docker compose run --rm rankwise submit experiments/diamonds-rank.yaml
+MLflow is then at {url}, as `admin` with MLFLOW_ADMIN_PASSWORD of {file}.
+Keep a copy of {file} apart from the backups: whoever has both has everything."""
+
+
+@click.command("init-team")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Where compose.yaml is; the current directory by default.",
+)
+@click.option(
+    "--workers",
+    type=click.Choice(["gpu", "cpu", "none"]),
+    help="Which workers this host runs. Default: gpu where it has one, cpu otherwise.",
+)
+@click.option("--open", "without_accounts", is_flag=True, help="MLflow without accounts, for a closed network only.")
+@click.option("--bind", default="127.0.0.1", show_default=True, help="Address that MLflow's port is published on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="MLflow's port.")
+@click.option("--host", metavar="NAME", help="Name under which people reach MLflow over https, behind a proxy.")
+def init_team(
+    directory: Path, workers: str | None, without_accounts: bool, bind: str, port: int, host: str | None
+) -> None:
+    """Write the secrets of a new team to .env, for `docker compose up`.
+
+    Every password is random. A file that is there is never touched: databases keep the passwords that they were made
+    with, whatever a new file says.
+    """
+    compose, target = directory / "compose.yaml", directory / _FILE
+    if not compose.is_file():
+        raise ConfigError(f"there is no {compose}: name the directory of a clone of rankwise (--dir)")
+    chosen = workers or _workers_here()
+    profiles = ["open" if without_accounts else "auth", *([] if chosen == "none" else [chosen])]
+    if not _write_new(target, _text(profiles, "cuda" if chosen == "gpu" else "cpu", bind, port, host)):
+        raise ConfigError(
+            f"{target} is there already and is left alone: the databases of this team know its passwords; for a new "
+            "team move it away, and remove the volumes of the old one (docker compose down --volumes)"
+        )
+    note(f"wrote {target}, readable by you only")
+    url = f"https://{host}" if host else f"http://{'127.0.0.1' if bind == '0.0.0.0' else bind}:{port}"
+    click.echo(_NEXT.format(directory=directory.absolute(), url=url, file=_FILE))
+
+
+def _workers_here() -> str:
+    from rankwise.worker.gpus import visible_gpus
+
+    return "gpu" if visible_gpus(child_environment({})) else "cpu"
+
+
+def _text(profiles: list[str], device: str, bind: str, port: int, host: str | None) -> str:
+    lines = [
+        "# A team's secrets and choices, read by compose.yaml. Written by `rankwise init-team`; keep it to yourself.",
+        "",
+        "# What runs here: auth or open; gpu, cpu, ray, ray-gpu (compose.yaml says what each is).",
+        f"COMPOSE_PROFILES={','.join(profiles)}",
+        f"RANKWISE_DEVICE={device}",
+        "# Where MLflow's port is published. Other addresses than loopback: behind TLS only.",
+        f"RANKWISE_BIND={bind}",
+        f"RANKWISE_PORT={port}",
+    ]
+    if host:
+        lines += [
+            "# Under which names browsers and clients reach MLflow, and from which pages they may write.",
+            f"RANKWISE_ALLOWED_HOSTS={host}",
+            f"RANKWISE_ALLOWED_ORIGINS=https://{host}",
+        ]
+    for name, meaning in SECRETS.items():
+        lines += [f"# {meaning}", f"{name}={secrets.token_hex(_BYTES)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _write_new(target: Path, text: str) -> bool:
+    """Write a file that only its owner reads; False when there is one of that name, which stays."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    with storage_errors(target, "writing the secrets"):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            # A link, unlike a rename, does not replace what is there.
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(target.parent)
+    return True
