@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -20,14 +22,31 @@ _SILENT_S = 120.0
 @click.command()
 @click.option("--experiment", help="Only jobs of this experiment.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(experiment: str | None, as_json: bool) -> None:
+@click.option("--alive", is_flag=True, help="Print nothing; exit with 1 unless a worker of this host is at work.")
+def status(experiment: str | None, as_json: bool, alive: bool) -> int:
     """Show how many jobs are in which state, the workers, what they do, and when it will be done."""
     with open_queue() as queue:
+        if alive:
+            return _alive(queue.workers())
         found = _status(queue, experiment)
     if as_json:
         print_json(found)
     else:
         _print(found)
+    return 0
+
+
+def _alive(workers: Sequence[WorkerInfo]) -> int:
+    """For a container's probe."""
+    host = socket.gethostname()
+    mine = [worker for worker in workers if worker.host == host]
+    if any(worker.silent <= _SILENT_S for worker in mine):
+        return 0
+    if mine:
+        note(f"no worker of {host} was heard of for {_duration(min(worker.silent for worker in mine))}")
+    else:
+        note(f"the queue knows no worker of {host}")
+    return 1
 
 
 def _status(queue: SqlJobStore, experiment: str | None) -> dict[str, Any]:

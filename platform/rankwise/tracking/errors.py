@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import requests
+from mlflow.environment_variables import MLFLOW_TRACKING_USERNAME
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import RankwiseError, TrackingError
@@ -14,6 +16,10 @@ from rankwise.redact import redact
 _LONGEST = 600
 # The server understood the request and will never accept it. All else may pass: a restart, a lock, an expired token.
 _FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"})
+
+# What MLflow's client says of an answer; the server's own words differ by release.
+_STATUS_401 = re.compile(r"\b401\b|unauthenticated|not authenticated")
+_STATUS_403 = re.compile(r"\b403\b|permission[ _]denied")
 
 # By name: the queue's store is the only user of SQLAlchemy, and the clients of artifact stores are not installed with
 # rankwise. MLflow lets their errors through.
@@ -41,9 +47,16 @@ def describe(error: BaseException) -> str:
         advice = (
             "another MLflow release made the store: back it up and run `mlflow db upgrade URI`, or install that release"
         )
-    elif "401" in text or "403" in text or "permission_denied" in lowered or "unauthenticated" in lowered:
+    elif "invalid host header" in lowered:
+        text = "the server does not answer to the host name in MLFLOW_TRACKING_URI"
+        advice = "use a name that it knows, or have this one added to its --allowed-hosts"
+    elif _STATUS_401.search(lowered):
+        advice = "check MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    elif _STATUS_403.search(lowered):
+        text = "permission denied"
         advice = (
-            "check MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN, and the server's --allowed-hosts"
+            f"{_account()} may not do this: ask an administrator of the server for the right to, or name another "
+            "account by MLFLOW_TRACKING_USERNAME and _PASSWORD"
         )
     elif isinstance(error, requests.RequestException) or "failed with exception" in lowered:
         advice = "check MLFLOW_TRACKING_URI and that the server runs; unset it to use the store in RANKWISE_HOME"
@@ -52,6 +65,11 @@ def describe(error: BaseException) -> str:
     else:
         return text
     return f"{text} ({advice})"
+
+
+def _account() -> str:
+    name = MLFLOW_TRACKING_USERNAME.get()
+    return f"the account {name!r}" if name else "who gives no account"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rankwise.exceptions import TrackingError
 from rankwise.tracking.errors import tracking_errors
 
 JOB = "rankwise.job"
+CANDIDATE = "rankwise.candidate_for"
 _PAGE = 1000
 _LOGGED_MODEL = re.compile(r"m-[0-9a-f]{32}")
 _LOGGED_SOURCE = re.compile(r"models:/(m-[0-9a-f]{32})")
@@ -178,6 +179,15 @@ class Registry:
             for key, value in tags.items():
                 if value is not None:
                     self._client.set_model_version_tag(name, str(version), key, str(value))
+
+    def put_forward(self, version: ModelVersion, alias: str) -> None:
+        """Write to a version for which alias it is being looked at: the tag `rankwise.candidate_for`.
+
+        Raises:
+            TrackingError: This account may not write to the version, nor move its alias then.
+        """
+        with tracking_errors(f"putting {version.uri} forward for the alias {alias!r}"):
+            self._client.set_model_version_tag(version.name, str(version.version), CANDIDATE, alias)
 
     def describe_version(self, name: str, version: int, markdown: str) -> None:
         """Set the description of a version."""

@@ -156,6 +156,24 @@ def test_status_tells_depth_packs_workers_and_the_time_left():
     assert json.loads(call(status, "--json", "--experiment", "f").stdout)["packs"] == []
 
 
+@pytest.mark.usefixtures("queue")
+def test_a_probe_tells_whether_a_worker_of_this_host_was_heard_of(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    assert probe() == (0, "")
+    monkeypatch.setattr("rankwise.cli.status._SILENT_S", -1)
+    code, said = probe()
+    assert code == 1
+    assert "no worker of here was heard of for" in said
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert probe() == (1, "the queue knows no worker of elsewhere\n")
+
+
+def probe():
+    result = CliRunner().invoke(status, ["--alive"], standalone_mode=False)
+    assert result.stdout == ""
+    return result.return_value, result.stderr
+
+
 def test_status_of_an_empty_queue_says_so():
     assert call(status).stdout == "no jobs\n"
 

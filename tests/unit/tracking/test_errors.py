@@ -16,6 +16,10 @@ from rankwise.tracking.errors import UndeliverableError, is_final, tracking_erro
         (requests.ConnectionError("refused"), r"^reading: refused \(check MLFLOW_TRACKING_URI"),
         (MlflowException("API request to x failed with exception y"), "check MLFLOW_TRACKING_URI"),
         (MlflowException("failed with error code 401"), "check MLFLOW_TRACKING_USERNAME"),
+        (MlflowException("You are not authenticated."), "check MLFLOW_TRACKING_USERNAME"),
+        (MlflowException("error code 403 != 200. 'Permission denied'"), r"^reading: permission denied \(who gives no"),
+        (MlflowException("403: Invalid Host header"), r"^reading: the server does not answer to .*--allowed-hosts\)$"),
+        (MlflowException("no run 4037401"), r"^reading: no run 4037401$"),
         (MlflowException("Detected out-of-date database schema (found a)"), "mlflow db upgrade"),
         (MlflowException("database is locked"), "another process holds the database"),
         (MlflowException("https://u:p@host is away"), r"https://\[redacted\]@host"),
@@ -29,6 +33,12 @@ def test_errors_of_mlflow_and_the_network_become_one_line_with_advice(error, mes
         raise error
     assert caught.value.__cause__ is error
     assert len(str(caught.value)) < 1000
+
+
+def test_who_may_not_do_something_reads_which_account_that_is(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "rita")
+    with pytest.raises(TrackingError, match=r"permission denied \(the account 'rita' may not"), tracking_errors("x"):
+        raise MlflowException("failed with error code 403")
 
 
 def test_a_bug_keeps_its_type():
