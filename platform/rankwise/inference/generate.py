@@ -1,24 +1,39 @@
 """Decode many prompts at once, each under its own adapter, over one loaded base.
 
-Prompts are sorted by length and cut into batches, and within a batch by adapter, so that each adapter's rows are one
-slice (`modeling/packed_lora.py`); `modeling/generation.py` decodes a batch. Padding is on the left and masked,
-positions count from each prompt's own first token, and a sampled row draws from its own seed: what a row generates
-depends neither on its neighbours nor on the batch size, beyond the rounding of the matrix products (by which a greedy
-choice between two all but equal tokens can flip).
+Rows of all adapters share each step, a row that has ended gives its place to the next one
+(`modeling/continuous.py`). Positions count from each prompt's own first token, and a sampled row draws from its own
+seed: what a row generates depends neither on its neighbours nor on the batch size, beyond the rounding of the matrix
+products, by which a choice between two all but equal tokens can flip (`make bench-inference` measures how often).
+
+A model whose layers keep something else than keys and values (a window, a state) is decoded by transformers' own
+`generate` in batches of similar length, sorted by adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rankwise.assets.progress import SILENT, Progress
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.continuous import Engine, Flight, engine_of, waiting
 from rankwise.modeling.forward import evaluating, segments_of
-from rankwise.modeling.generation import Decoding, Generated, generate_batch, length_batches
+from rankwise.modeling.generation import (
+    Decoding,
+    Generated,
+    end_token_ids,
+    finish,
+    generate_batch,
+    length_batches,
+    stops,
+)
 from rankwise.modeling.packed_lora import install
+from rankwise.modeling.sampling import generator, noisy
+
+_REFILL = 4
+"""Waiting rows enter once one slot in so many is free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,27 +84,85 @@ def generate(
         ConfigError: A prompt cannot be continued (see `prompt_problem`), or `batch_size` is below 1.
         ValueError: An adapter is not attached to the base.
     """
+    results: dict[int, Generated] = {}
+    with (progress or SILENT).task("generate", len(prompts), "rows") as advance:
+        for index, made in generate_each(base, prompts, decoding, tokenizer=tokenizer, batch_size=batch_size):
+            results[index] = made
+            advance(1)
+    return [results[index] for index in range(len(prompts))]
+
+
+def generate_each(
+    base: LoadedBase, prompts: Sequence[Prompt], decoding: Decoding, *, tokenizer: Any = None, batch_size: int = 8
+) -> Iterator[tuple[int, Generated]]:
+    """As `generate`, but each generation as soon as it is there, with its prompt's place.
+
+    Raises:
+        ConfigError: As `generate`; at the first step, as all that is raised.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
     for index, prompt in enumerate(prompts):
         problem = prompt_problem(base, len(prompt.token_ids), decoding.max_new_tokens)
         if problem:
             raise ConfigError(f"prompt {index}: {problem}")
+    if not prompts:
+        return
+    tokenizer = base.tokenizer if tokenizer is None else tokenizer
+    with evaluating(base.model):
+        engine = engine_of(base.model)
+        if engine is None:
+            yield from _in_batches(base, prompts, decoding, tokenizer, batch_size)
+        else:
+            yield from _in_flight(engine, prompts, decoding, tokenizer, batch_size)
+
+
+def _in_flight(
+    engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, tokenizer: Any, batch_size: int
+) -> Iterator[tuple[int, Generated]]:
+    ends = end_token_ids(engine.model, tokenizer)
+    queue = waiting([prompt.token_ids for prompt in prompts], [prompt.adapter for prompt in prompts])
+    adapters = sorted({prompt.adapter for prompt in prompts if prompt.adapter is not None})
+    flight = Flight(engine, slots=min(batch_size, len(queue)), adapters=adapters)
+    generators = {index: generator(prompt.seed) for index, prompt in enumerate(prompts)} if decoding.samples else {}
+    while queue or flight.rows:
+        free = min(flight.slots - len(flight.rows), len(queue))
+        # Not at once for every row that ends: prompts that go through the model together cost less.
+        if free and (free == len(queue) or free >= flight.slots // _REFILL):
+            flight.enter([queue.pop() for _ in range(free)])
+        scores = flight.logits()
+        if decoding.samples:
+            scores = noisy(
+                scores,
+                [generators[row.index] for row in flight.rows],
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+            )
+        done = []
+        for slot, token in enumerate(scores.argmax(dim=-1).tolist()):
+            made = flight.rows[slot].made
+            made.append(token)
+            if token in ends or len(made) == decoding.max_new_tokens or stops(tokenizer, made, decoding.stop):
+                done.append(slot)
+        ended = [flight.rows[slot] for slot in done]
+        flight.leave(done)
+        for row in ended:
+            yield row.index, finish(tokenizer, row.made, decoding, ends, len(row.prompt))
+
+
+def _in_batches(
+    base: LoadedBase, prompts: Sequence[Prompt], decoding: Decoding, tokenizer: Any, batch_size: int
+) -> Iterator[tuple[int, Generated]]:
     routing = install(base.model)
-    results: dict[int, Generated] = {}
-    with evaluating(base.model), (progress or SILENT).task("generate", len(prompts), "rows") as advance:
-        for batch in length_batches([len(prompt.token_ids) for prompt in prompts], batch_size):
-            order = sorted(batch, key=lambda index: prompts[index].adapter or "")
-            rows = [prompts[index] for index in order]
-            with routing.segments(segments_of(base.model, [row.adapter for row in rows])):
-                made = generate_batch(
-                    base.model,
-                    base.tokenizer if tokenizer is None else tokenizer,
-                    [row.token_ids for row in rows],
-                    decoding,
-                    seeds=[row.seed for row in rows],
-                )
-            results.update(zip(order, made, strict=True))
-            advance(len(order))
-    return [results[index] for index in range(len(prompts))]
+    for batch in length_batches([len(prompt.token_ids) for prompt in prompts], batch_size):
+        order = sorted(batch, key=lambda index: prompts[index].adapter or "")
+        rows = [prompts[index] for index in order]
+        with routing.segments(segments_of(base.model, [row.adapter for row in rows])):
+            made = generate_batch(
+                base.model, tokenizer, [row.token_ids for row in rows], decoding, seeds=[row.seed for row in rows]
+            )
+        yield from zip(order, made, strict=True)
 
 
 def greedy(

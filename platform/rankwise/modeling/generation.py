@@ -1,11 +1,9 @@
 """Text generation for one left-padded batch: greedy or sampled, stop strings, one seed per row.
 
-Letters: B rows, T tokens of the longest prompt, V vocabulary.
+Letters: B rows, V vocabulary.
 
 The base's own `generation_config` takes no part (many ship a temperature or a repetition penalty that would change
-results unseen): what decides is in `Decoding`. Sampling adds Gumbel noise to the logits and takes the largest, which
-draws from the softmax exactly (Gumbel 1954; Maddison et al. 2014, "A* sampling"); the noise comes from a generator of
-the row's own, on the CPU, so that a row draws the same tokens in any batch and on any device.
+results unseen): what decides is in `Decoding`. Rows are sampled each from its own seed (`sampling.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from rankwise.exceptions import ConfigError
+from rankwise.modeling.sampling import generator, noisy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,9 @@ class Decoding:
     Args:
         max_new_tokens: Most tokens to generate for a row, the end token included; at least 1.
         temperature: 0 takes the likeliest token; above 0 divides the logits before sampling.
-        top_p: Sampling keeps the likeliest tokens that together have at least this probability; in (0, 1].
+        top_k: Sampling keeps this many of the likeliest tokens; 0 keeps all.
+        top_p: Sampling keeps the likeliest tokens (of those that `top_k` has left) that together have at least this
+            probability; in (0, 1].
         stop: Texts that end a row; neither they nor what follows them is in the row's text.
 
     Raises:
@@ -38,8 +39,14 @@ class Decoding:
 
     max_new_tokens: int = 64
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature > 0
 
     def __post_init__(self) -> None:
         """Refuse values out of range, all at once."""
@@ -48,6 +55,8 @@ class Decoding:
             problems.append(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
         if not (0.0 <= self.temperature < float("inf")):
             problems.append(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.top_k < 0:
+            problems.append(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
         if not (0.0 < self.top_p <= 1.0):
             problems.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if any(not text for text in self.stop):
@@ -148,7 +157,7 @@ def generate_batch(
             stopping_criteria=criteria,
         )
     rows = output[:, width:].tolist()
-    return [_finish(tokenizer, row, decoding, ends, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    return [finish(tokenizer, row, decoding, ends, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, seeds: Sequence[int] | None) -> None:
@@ -169,10 +178,12 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, see
         )
 
 
-def _finish(tokenizer: Any, row: list[int], decoding: Decoding, ends: tuple[int, ...], prompt_tokens: int) -> Generated:
-    """Cut a row of the batch after its end token or at its stop text; the rest of the row is padding."""
+def finish(
+    tokenizer: Any, row: Sequence[int], decoding: Decoding, ends: tuple[int, ...], prompt_tokens: int
+) -> Generated:
+    """Cut a row's tokens after the end token or at a stop text; what is behind is padding."""
     end = next((index for index, token in enumerate(row) if token in ends), None)
-    tokens = row if end is None else row[: end + 1]
+    tokens = list(row if end is None else row[: end + 1])
     reason: Literal["stop", "length"] = "length" if end is None else "stop"
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     cut = _first_stop(text, decoding.stop)
@@ -181,6 +192,13 @@ def _finish(tokenizer: Any, row: list[int], decoding: Decoding, ends: tuple[int,
         text = text[:cut]
         tokens = _until_stop(tokenizer, tokens, decoding.stop)
     return Generated(text=text, token_ids=tuple(tokens), finish_reason=reason, prompt_tokens=prompt_tokens)
+
+
+def stops(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+    """Whether the last of a row's tokens may have completed a stop text."""
+    # A token has a byte at least, special ones apart; the rest is for those, and for texts that depend on neighbours.
+    near = max(len(text.encode()) for text in stop) + 8 if stop else 0
+    return near > 0 and _first_stop(tokenizer.decode(tokens[-near:], skip_special_tokens=True), stop) is not None
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -208,24 +226,18 @@ def _own_configuration(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]
-    """Turns the argmax of greedy decoding into a draw from softmax(logits / temperature), cut at `top_p`."""
+    """Turns the argmax of greedy decoding into a draw."""
 
     def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
         self.decoding = decoding
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [generator(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Add each row's noise: scores (B, V) -> (B, V)."""
-        logits = scores.float() / self.decoding.temperature
-        if self.decoding.top_p < 1.0:
-            ordered, order = logits.sort(dim=-1, descending=True)
-            chances = ordered.softmax(dim=-1)
-            # A token stays while those before it do not reach top_p: the likeliest one always stays.
-            drop = (chances.cumsum(dim=-1) - chances) >= self.decoding.top_p
-            logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-        vocabulary = logits.shape[-1]
-        waiting = torch.stack([torch.empty(vocabulary).exponential_(generator=one) for one in self.generators])
-        return logits - waiting.log().to(logits.device)
+        decoding = self.decoding
+        return noisy(
+            scores, self.generators, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p
+        )
 
 
 class _StopTexts(StoppingCriteria):  # type: ignore[misc]

@@ -98,7 +98,7 @@ def test_progress_counts_rows(base, prompts):
 
     run = greedy(base, max_new_tokens=1, batch_size=2, progress=Counting())
     made = run([prompt.token_ids for prompt in prompts], ADAPTERS)
-    assert seen == [("generate", 5, "rows"), 2, 2, 1]
+    assert seen == [("generate", 5, "rows"), 1, 1, 1, 1, 1]
     assert [row.prompt_tokens for row in made] == [len(prompt.token_ids) for prompt in prompts]
 
 

@@ -1,0 +1,141 @@
+"""Keys and values of rows that come and go: each row has a slot, and a token's column is its position in its row.
+
+Letters: S slots, N rows in work (N <= S, in slots 0 to N-1), H heads of keys and values, C columns, D size of a head.
+
+A cache that is grown by concatenation copies all keys and values of all rows in every step, and its rows must come and
+go together. Here a step writes one column of each row and reads a view, a finished row's slot is taken by another row,
+and columns past a row's end, whatever they hold, are masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+_COLUMNS = 64
+"""Columns are added in steps of at least so many."""
+
+
+@dataclass
+class _Plan:
+    """Of the step in work, shared by all layers."""
+
+    slots: int
+    rows: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    positions: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    width: int = 0
+
+
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, (S, H, C, D) each."""
+
+    is_sliding = False
+
+    def __init__(self, plan: _Plan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take heads, size and dtype from the first keys and values."""
+        self.keys = _empty(self._plan.slots, key_states)
+        self.values = _empty(self._plan.slots, value_states)
+        self.device = key_states.device
+        self.is_initialized = True
+
+    def reserve(self, columns: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Have at least so many columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = _grown(self.keys, columns)
+        self.values = _grown(self.values, columns)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one column of each row, (N, H, 1, D), and give all columns in use, (N, H, width, D)."""
+        plan = self._plan
+        self.reserve(plan.width, key_states, value_states)
+        self.keys[plan.rows, :, plan.positions] = key_states[:, :, 0]
+        self.values[plan.rows, :, plan.positions] = value_states[:, :, 0]
+        rows = key_states.shape[0]
+        return self.keys[:rows, :, : plan.width], self.values[:rows, :, : plan.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns in use, and the first of them."""
+        return self._plan.width, 0
+
+    def get_seq_length(self) -> int:
+        """Columns before this step's, of the longest row."""
+        return max(0, self._plan.width - 1)
+
+    def get_max_length(self) -> int:
+        """There is no limit."""
+        return -1
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """The cache of all layers."""
+
+    def __init__(self, slots: int, layers: int) -> None:
+        """Hold no row yet.
+
+        Args:
+            slots: Most rows at a time.
+            layers: Of the model that have keys and values.
+        """
+        self._plan = _Plan(slots=slots)
+        super().__init__(layers=[_SlotLayer(self._plan) for _ in range(layers)])
+
+    def step(self, positions: torch.Tensor, width: int) -> None:
+        """Say where the next tokens go.
+
+        Args:
+            positions: (N,) position of each row's token.
+            width: The largest of them, plus one.
+        """
+        plan = self._plan
+        if len(plan.rows) != len(positions):
+            plan.rows = torch.arange(len(positions), device=positions.device)
+        plan.positions, plan.width = positions, width
+
+    def put(self, slots: Sequence[int], prefilled: Any) -> None:
+        """Take rows over that another cache holds from column 0 on, padded on the right.
+
+        Args:
+            slots: Where each row goes.
+            prefilled: A cache with keys and values (len(slots), H, T, D).
+        """
+        for mine, other in zip(self.layers, prefilled.layers, strict=True):
+            columns = other.keys.shape[2]
+            mine.reserve(columns, other.keys, other.values)
+            where = torch.tensor(slots, device=other.keys.device)
+            mine.keys[where, :, :columns] = other.keys
+            mine.values[where, :, :columns] = other.values
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        """Move a row of so many columns to another slot."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[target, :, :columns] = layer.keys[source, :, :columns]
+                layer.values[target, :, :columns] = layer.values[source, :, :columns]
+
+
+def _empty(slots: int, like: torch.Tensor) -> torch.Tensor:
+    return like.new_zeros((slots, like.shape[1], 0, like.shape[3]))
+
+
+def _grown(tensor: torch.Tensor, columns: int) -> torch.Tensor:
+    """The same with at least so many columns; new ones are zero, since a NaN would get through a mask."""
+    have = tensor.shape[2]
+    if columns <= have:
+        return tensor
+    # By a quarter at least, so that all growing together copies each column a few times.
+    wanted = -(-max(columns, have + have // 4) // _COLUMNS) * _COLUMNS
+    grown = tensor.new_zeros((*tensor.shape[:2], wanted, tensor.shape[3]))
+    grown[:, :, :have] = tensor
+    return grown

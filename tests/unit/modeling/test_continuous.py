@@ -1,0 +1,187 @@
+"""Rows that come and go, against peft's own forward of one row at a time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from threading import Thread
+
+import pytest
+import torch
+from helpers.adapted import attach, load_tiny
+
+from rankwise.inference.generate import Prompt, encode_prompts, generate
+from rankwise.modeling import continuous
+from rankwise.modeling.continuous import Flight, Row, engine_of
+from rankwise.modeling.generation import Decoding
+
+TEXTS = [
+    "How much is this diamond?",
+    "carat 0.23",
+    "0 1 2 3 4 5 6 7 8 9 10 20",
+    "Price is $326 user",
+    "E",
+    "Ideal, color E",
+]
+LONG = Decoding(max_new_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    loaded = load_tiny(tmp_path_factory.mktemp("base"))
+    attach(loaded.model, "a", r=4, seed=1)
+    attach(loaded.model, "b", r=2, seed=2)
+    attach(loaded.model, "broken", r=2, seed=3)
+    with torch.no_grad():
+        loaded.model.model.layers[0].self_attn.q_proj.lora_B["broken"].weight[0, 0] = float("nan")
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def prompts(base):
+    adapters = ["a", None, "b", "a", "b", None]
+    return [
+        Prompt(token_ids=ids, adapter=adapter)
+        for ids, adapter in zip(encode_prompts(base, TEXTS), adapters, strict=True)
+    ]
+
+
+@pytest.fixture
+def ends(base, prompts):
+    """An end token that rows meet at different steps, so that they leave one after another."""
+    kept = base.model.generation_config.eos_token_id
+    made = generate(base, prompts, LONG)
+    counts = {token: sum(token in row.token_ids for row in made) for row in made for token in row.token_ids}
+    base.model.generation_config.eos_token_id = [token for token, count in counts.items() if 1 < count < len(prompts)][
+        :3
+    ]
+    yield
+    base.model.generation_config.eos_token_id = kept
+
+
+@pytest.mark.usefixtures("ends")
+@pytest.mark.parametrize("batch_size", [2, 3, 6])
+def test_rows_that_leave_early_make_place_and_no_row_notices(base, prompts, batch_size):
+    many = prompts + prompts[::-1]
+    alone = [generate(base, [prompt], LONG)[0] for prompt in prompts]
+    assert len({len(row.token_ids) for row in alone}) > 2
+    assert generate(base, many, LONG, batch_size=batch_size) == alone + alone[::-1]
+
+
+def test_a_waiting_row_enters_while_others_are_in_the_middle_of_their_answers(base, prompts, ends, monkeypatch):
+    seen = []
+    enter = Flight.enter
+
+    def spy(self, rows):
+        seen.append((len(rows), [len(row.made) for row in self.rows]))
+        enter(self, rows)
+
+    monkeypatch.setattr(Flight, "enter", spy)
+    generate(base, prompts * 2, LONG, batch_size=3)
+    assert sum(entered for entered, _ in seen) == 12
+    assert any(made for _, made in seen), seen
+
+
+def test_a_prompt_above_the_budget_goes_through_in_pieces_and_gives_the_same(base, prompts, monkeypatch):
+    expected = generate(base, prompts, LONG)
+    for budget in (5, 40):
+        monkeypatch.setattr(continuous, "PREFILL_TOKENS", budget)
+        assert generate(base, prompts, LONG, batch_size=6) == expected
+
+
+def test_eager_attention_takes_its_mask_as_numbers(base, prompts):
+    expected = generate(base, prompts, LONG)
+    base.model.set_attn_implementation("eager")
+    continuous._KNOWN.pop(base.model)
+    try:
+        assert engine_of(base.model) is not None
+        assert [row.token_ids for row in generate(base, prompts, LONG)] == [row.token_ids for row in expected]
+    finally:
+        base.model.set_attn_implementation("sdpa")
+        continuous._KNOWN.pop(base.model)
+
+
+def test_adapters_too_large_for_a_stack_go_one_after_another(base, prompts, monkeypatch, caplog):
+    expected = generate(base, prompts, LONG)
+    monkeypatch.setattr(continuous, "STACK_SHARE", 0.0)
+    with caplog.at_level(logging.INFO, logger="rankwise"):
+        assert generate(base, prompts, LONG) == expected
+    assert "stacked they would take 0 of 0 MiB" in caplog.text
+
+
+def test_numbers_that_are_not_finite_stay_in_the_rows_of_their_adapter(base, prompts):
+    expected = generate(base, prompts, LONG)
+    mixed = generate(base, [*prompts, replace(prompts[0], adapter="broken")], LONG, batch_size=7)
+    assert mixed[:-1] == expected
+
+
+def test_what_peft_s_own_forward_was_given_back_for_is_routed_again(base, prompts):
+    from rankwise.flavor.loading import activate
+
+    expected = generate(base, prompts, LONG)
+    activate(base.model, "b")
+    assert generate(base, prompts, LONG) == expected
+
+
+def test_two_threads_decode_over_one_model_without_mixing_their_rows(base, prompts):
+    expected = generate(base, prompts, LONG)
+    results: dict[int, list] = {}
+
+    def work(turn):
+        results[turn] = generate(base, prompts[::turn], LONG, batch_size=3)
+
+    threads = [Thread(target=work, args=(turn,)) for turn in (1, -1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[1] == expected
+    assert results[-1] == expected[::-1]
+
+
+def test_a_model_with_a_sliding_window_is_left_to_transformers_and_that_is_said(tmp_path, caplog):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=4,
+        )
+    ).eval()
+    with caplog.at_level(logging.INFO, logger="rankwise"):
+        assert engine_of(model) is None
+        assert engine_of(model) is None
+    assert caplog.text.count("its layers keep DynamicSlidingWindowLayer") == 1
+
+
+def test_an_engine_that_does_not_agree_with_the_model_is_not_used(base, monkeypatch, caplog):
+    continuous._KNOWN.pop(base.model)
+    # A mask that hides a row's first token.
+    mask = continuous._mask
+    monkeypatch.setattr(
+        continuous, "_mask", lambda seen, model: mask(seen.index_fill(1, torch.tensor([0]), False), model)
+    )
+    with caplog.at_level(logging.INFO, logger="rankwise"):
+        assert engine_of(base.model) is None
+    assert "logits differ by" in caplog.text
+    continuous._KNOWN.pop(base.model)
+
+
+def test_slots_hold_each_row_s_keys_after_any_order_of_leaving(base):
+    rows = [Row(index=at, prompt=[5 + at, 9, 11 + at, 7][: at + 2], adapter=None) for at in range(3)]
+    engine = engine_of(base.model)
+    flight = Flight(engine, slots=3, adapters=())
+    flight.enter(rows)
+    for row, logits in zip(list(flight.rows), flight.logits(), strict=True):
+        row.made.append(int(logits.argmax()))
+    flight.leave([0, 1])
+    assert flight.rows == [rows[2]]
+    with torch.no_grad(), engine.routing.segments([]):
+        own = base.model(torch.tensor([[*rows[2].prompt, *rows[2].made]]), use_cache=False).logits[0, -1]
+    torch.testing.assert_close(flight.logits()[0], own)
