@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rankwise.modeling.adapter import adapter_tensors
@@ -13,20 +14,32 @@ from rankwise.modeling.base import LoadedBase
 PAGE_NAME = "anatomy.html"
 """The name of the page among a run's artifacts."""
 
+TABLE_NAME = "anatomy.json"
+"""The name of the numbers behind the page, in the form of `inspect --json`; the report of a sweep reads them."""
 
-def trained_page(adapter: Path, base: LoadedBase, title: str, over: str = "") -> str:
+
+def trained_page(anatomy: Anatomy, base: LoadedBase, title: str) -> str:
     """The HTML page of an adapter over the base that it was trained on, for the artifact `PAGE_NAME`.
 
     Args:
-        adapter: Its PEFT directory.
-        base: The base in memory; adapters of other arms in it do not count.
+        anatomy: The adapter's.
+        base: What it was trained on.
         title: What to call it.
-        over: Its base and quantization, in words; the base's source and revision when left out.
-
-    Raises:
-        AdapterIntegrityError: The directory is no whole adapter.
     """
-    return make_page(trained_anatomy(adapter, base), title, over or f"over {base.source} at {base.revision}")
+    return make_page(anatomy, title, f"over {base.source} at {base.revision}")
+
+
+def rank_metrics(anatomy: Anatomy) -> dict[str, float]:
+    """How much of its rank an adapter uses, for the run's metrics; empty where nothing was learned.
+
+    `adapter.effective_rank` is the mean over the modules (see `delta`), `adapter.rank_99` the smallest rank that keeps
+    99 % of the energy of all deltas.
+    """
+    ranks = [target.effective_rank for target in anatomy.targets if target.effective_rank is not None]
+    finite = [rank for rank in ranks if math.isfinite(rank)]
+    if not finite or (use := anatomy.rank_use) is None:
+        return {}
+    return {"adapter.effective_rank": math.fsum(finite) / len(finite), "adapter.rank_99": float(use.rank_99)}
 
 
 def trained_anatomy(adapter: Path, base: LoadedBase) -> Anatomy:

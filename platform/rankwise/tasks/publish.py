@@ -11,7 +11,7 @@ import rankwise.flavor as flavor
 from rankwise.assets.weights import read_header
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.jobs.job import Job, Outcome
-from rankwise.modeling.anatomy_run import PAGE_NAME, trained_page
+from rankwise.modeling.anatomy_run import PAGE_NAME, TABLE_NAME, rank_metrics, trained_anatomy, trained_page
 from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.claimed import ClaimedArm
 from rankwise.tasks.halving import paused_result
@@ -97,16 +97,19 @@ def _publish_or_wait(
     weights = adapter / "adapter_model.safetensors"
     step = _chosen(arm, outcome)[1]
     if job.id not in session.uploading:
+        anatomy = trained_anatomy(adapter, base)
         run.metrics(
             {
                 "adapter.parameters": float(sum(math.prod(entry.shape) for entry in read_header(weights))),
                 "adapter.bytes": float(weights.stat().st_size),
                 "train.seconds": outcome.seconds,
                 "train.peak_memory_bytes": float(outcome.peak_memory_bytes),
+                **rank_metrics(anatomy),
             },
             outcome.steps,
         )
-        run.text(trained_page(adapter, base, name), PAGE_NAME)
+        run.text(trained_page(anatomy, base, name), PAGE_NAME)
+        run.json(anatomy.to_dict(), TABLE_NAME)
         composition = _composition(session, job) or _row(session, job)["composition"]
         session.uploading[job.id] = {"steps": outcome.steps, "composition": list(composition)}
         told = session.uploading[job.id]

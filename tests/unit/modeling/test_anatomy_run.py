@@ -1,10 +1,13 @@
+import json
+from dataclasses import replace
+
 import pytest
 from helpers.bases import inject, resolved, settings_in
 from helpers.tiny import make_base
 
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.adapter import save_adapter
-from rankwise.modeling.anatomy_run import trained_anatomy, trained_page
+from rankwise.modeling.anatomy_run import rank_metrics, trained_anatomy, trained_page
 from rankwise.modeling.base import load_base
 from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning
 
@@ -35,7 +38,20 @@ def test_memory_is_that_of_the_base_in_memory_without_the_other_arms(trained):
 
 def test_the_page_names_the_arm_and_its_base(trained):
     base, adapter, _ = trained
-    page = trained_page(adapter, base, "arm r=2")
+    page = trained_page(trained_anatomy(adapter, base), base, "arm r=2")
     assert "<h1>arm r=2</h1>" in page
     assert f"over org/tiny at {'a' * 40}" in page
     assert "r = 2 is used" in page
+
+
+def test_metrics_say_how_much_of_the_rank_is_used_and_the_table_is_json(trained):
+    base, adapter, _ = trained
+    anatomy = trained_anatomy(adapter, base)
+    metrics = rank_metrics(anatomy)
+    ranks = [target.effective_rank for target in anatomy.targets]
+    assert metrics["adapter.effective_rank"] == pytest.approx(sum(ranks) / len(ranks))
+    assert 1 < metrics["adapter.effective_rank"] <= 2
+    assert metrics["adapter.rank_99"] == 2
+    table = json.loads(json.dumps(anatomy.to_dict(), allow_nan=False))
+    assert [target["effective_rank"] for target in table["adapter"]["targets"]] == ranks
+    assert rank_metrics(replace(anatomy, targets=())) == {}
