@@ -24,6 +24,7 @@ from rankwise.settings import Settings
 @click.option("--model-column", default="model", show_default=True, help="The column in which a row names its model.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 draws from all tokens.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
 @click.option("--stop", multiple=True, metavar="TEXT", help="A text that ends an answer; repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; row i draws from (seed, i).")
@@ -52,6 +53,7 @@ def predict(
     model_column: str,
     max_new_tokens: int,
     temperature: float,
+    top_k: int,
     top_p: float,
     stop: tuple[str, ...],
     seed: int,
@@ -99,7 +101,9 @@ def predict(
             models=models,
             model_column=model_column,
             prompt=prompt,
-            decoding=Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop),
+            decoding=Decoding(
+                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop
+            ),
             seed=seed,
             base_model=base_model,
             allow_base_mismatch=allow_base_mismatch,

@@ -37,8 +37,9 @@ class QloraModel:
         Args:
             data: Any form of the table in `rankwise.flavor.inputs`: a text, a list of texts, one chat, a list of
                 chats, a dict, an array, or a DataFrame.
-            params: `max_new_tokens` (64), `temperature` (0: the likeliest token), `top_p` (1), `stop` (texts that end
-                an answer), `seed` (0; of sampling: row i draws from (seed, i)), `batch_size` (8).
+            params: `max_new_tokens` (64), `temperature` (0: the likeliest token), `top_k` (0: all tokens), `top_p`
+                (1), `stop` (texts that end an answer), `seed` (0; of sampling: row i draws from (seed, i)),
+                `batch_size` (8).
 
         Returns:
             One text per prompt, in order.

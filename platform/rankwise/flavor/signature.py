@@ -17,6 +17,7 @@ from rankwise.modeling.generation import Decoding
 DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 64,
     "temperature": 0.0,
+    "top_k": 0,
     "top_p": 1.0,
     "stop": [],
     "seed": 0,
@@ -25,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
 _TYPES = {
     "max_new_tokens": DataType.long,
     "temperature": DataType.double,
+    "top_k": DataType.long,
     "top_p": DataType.double,
     "stop": DataType.string,
     "seed": DataType.long,
@@ -61,6 +63,7 @@ def read_params(params: dict[str, Any] | None) -> tuple[Decoding, int, int]:
     decoding = Decoding(
         max_new_tokens=int(values["max_new_tokens"]),
         temperature=float(values["temperature"]),
+        top_k=int(values["top_k"]),
         top_p=float(values["top_p"]),
         stop=texts,
     )

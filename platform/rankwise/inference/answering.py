@@ -87,6 +87,7 @@ def _answer(
         prompt=reader,
         max_new_tokens=decoding.max_new_tokens,
         temperature=decoding.temperature,
+        top_k=decoding.top_k,
         top_p=decoding.top_p,
         stop=decoding.stop,
         seed=request.seed,

@@ -2,34 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice, repeat
 from pathlib import Path
+from threading import Condition, Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
-from rankwise.assets.progress import Progress
+from rankwise.assets.progress import SILENT, Progress
 from rankwise.data.renderer import Message, Renderer, RenderError
 from rankwise.exceptions import ConfigError, DatasetError, JobError
 from rankwise.flavor.loading import LoadedAdapter, load_models
 from rankwise.inference.answer import Answer
-from rankwise.inference.generate import Prompt, generate, prompt_problem
+from rankwise.inference.generate import Prompt, generate_each, prompt_problem
 from rankwise.inference.prompts import PromptReader
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.generation import Decoding, row_seed
 from rankwise.settings import Settings
 
 BATCH_SIZE = 16
+WINDOW = 256
+
+
+class Options(TypedDict, total=False):
+    """How rows are answered; defaults are those of `Predictor.predict`.
+
+    Attributes:
+        prompt: A template over columns, such as `"carat {carat}, {cut}"`; by default a row has `messages` or `prompt`.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 takes the likeliest token.
+        top_k: As `Decoding`.
+        top_p: As `Decoding`.
+        stop: As `Decoding`.
+        seed: Of sampling: the row at place i draws from (seed, i), whatever shares its batch.
+        batch_size: Rows that are decoded together; they may be of different adapters.
+        fail_fast: Stop at the first row that cannot be answered, before anything is generated.
+    """
+
+    prompt: str | PromptReader | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: Sequence[str]
+    seed: int
+    batch_size: int
+    fail_fast: bool
 
 
 class Predictor:
     """Adapters over one base, kept in memory; a context manager.
 
     ```python
-    with Predictor.load(["models:/diamonds-pricer@best"]) as predictor:
-        answers = predictor.predict([{"prompt": "0.31 carat, Ideal, G, VS2: price?"}], max_new_tokens=12)
-        print(answers[0].text)
+    from rankwise.inference import Predictor
+
+    with Predictor.load(["models:/diamonds-pricer@best", "models:/diamonds-pricer/1"]) as predictor:
+        rows = [{"prompt": "carat 0.31, Ideal, G, VS2"}, {"prompt": "carat 1.2, Fair, D, SI1"}]
+        for answer in predictor.predict(rows, max_new_tokens=12):  # by the first model
+            print(answer.text or answer.error)
+        predictor.predict(rows, models=["models:/diamonds-pricer@best", "models:/diamonds-pricer/1"])  # one each
+        for answer in predictor.stream(({"prompt": line} for line in open("prompts.txt")), max_new_tokens=12):
+            print(answer.text)  # in the order of the lines, while later ones are in work
     ```
+
+    Aliases are resolved when it is loaded: an alias that moves later changes nothing here. Several threads may predict
+    at a time; their passes through the model take turns. `close` waits for calls in progress, gives back what the
+    dequantized weights take, and later calls raise `ValueError`.
     """
 
     def __init__(self, adapters: Mapping[str, LoadedAdapter]) -> None:
@@ -44,6 +83,11 @@ class Predictor:
             name: Renderer.create(adapter.tokenizer, base=self.base.path) for name, adapter in adapters.items()
         }
         self._digests = {name: renderer.digest() for name, renderer in self._renderers.items()}
+        self._idle = Condition()
+        self._calls = 0
+        self._closed = False
+        # Tokenizers are not made for several threads at a time.
+        self._rendering = Lock()
         self._kept = ExitStack()
         self._kept.enter_context(keep_dequantized(self.base.model))
 
@@ -75,8 +119,11 @@ class Predictor:
         return cls(dict(zip(names, loaded, strict=True)))
 
     def close(self) -> None:
-        """Give back the memory of the dequantized weights."""
-        self._kept.close()
+        """Wait for calls in progress, and give back the memory of the dequantized weights; again has no effect."""
+        with self._idle:
+            self._closed = True
+            self._idle.wait_for(lambda: self._calls == 0)
+            self._kept.close()
 
     def __enter__(self) -> Self:
         """Use it."""
@@ -93,75 +140,144 @@ class Predictor:
         rows: Sequence[Mapping[str, Any]],
         *,
         models: Sequence[str | None] | None = None,
-        prompt: str | PromptReader | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
         places: Sequence[int] | None = None,
-        batch_size: int = BATCH_SIZE,
-        fail_fast: bool = False,
         progress: Progress | None = None,
+        **options: Unpack[Options],
     ) -> list[Answer]:
         """Answer rows; one that cannot be answered gets its error, and the others go on.
 
         Args:
             rows: Rows with `messages` or `prompt`, or with the columns of the template `prompt`.
             models: For each row, which of the loaded models answers; the first where it is None or left out.
-            prompt: A template over columns.
-            max_new_tokens: Most tokens of an answer.
-            temperature: 0 takes the likeliest token.
-            top_p: As `Decoding`.
-            stop: As `Decoding`.
-            seed: Of sampling: the row at place i draws from (seed, i), whatever shares its batch.
-            places: Of these rows in the whole input; 0, 1, ... when left out.
-            batch_size: Rows that are decoded together; they may be of different adapters.
-            fail_fast: Stop at the first row that cannot be answered, before anything is generated.
+            places: Of these rows in the whole input, for the seeds; 0, 1, ... when left out.
             progress: Told of rows as they are done.
+            options: How rows are answered.
 
         Returns:
             One answer a row, in order.
 
         Raises:
-            ConfigError: A setting is out of its range.
+            ConfigError: An option is out of its range.
             JobError: A row cannot be answered, with `fail_fast`.
+            ValueError: The predictor is closed.
         """
+        names = [None] * len(rows) if models is None else models
+        where = range(len(rows)) if places is None else places
+        answers: dict[int, Answer] = {}
+        with self._in_use(), (progress or SILENT).task("generate", len(rows), "rows") as advance:
+            for index, answer in self._answers(rows, names, where, options):
+                answers[index] = answer
+                advance(1)
+        return [answers[index] for index in range(len(rows))]
+
+    def stream(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        models: Iterable[str | None] | None = None,
+        window: int = WINDOW,
+        **options: Unpack[Options],
+    ) -> Iterator[Answer]:
+        """Answer rows one after another, of an input that may be long, endless or not there yet.
+
+        Args:
+            rows: As `predict`; read in windows.
+            models: As `predict`, in step with the rows.
+            window: Rows that are read and worked on together: fewer come sooner, more take less time in all.
+            options: How rows are answered.
+
+        Yields:
+            One answer a row, in order, each as soon as those before it are there.
+
+        Raises:
+            ConfigError: An option is out of its range, or `window` is below 1.
+            JobError: A row cannot be answered, with `fail_fast`.
+            ValueError: The predictor is closed, or there are more or fewer models than rows.
+        """
+        if window < 1:
+            raise ConfigError(f"window must be 1 or more, got {window}")
+        each = zip(rows, repeat(None)) if models is None else zip(rows, models, strict=True)
+        first = 0
+        while some := list(islice(each, window)):
+            places = range(first, first + len(some))
+            made = self._answers([row for row, _ in some], [model for _, model in some], places, options)
+            early: dict[int, Answer] = {}
+            for wanted in range(len(some)):
+                while wanted not in early:
+                    # Not across the yield: whoever reads the stream may close the predictor in between.
+                    with self._in_use():
+                        index, answer = next(made)
+                    early[index] = answer
+                yield early.pop(wanted)
+            first += len(some)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._idle:
+            if self._closed:
+                raise ValueError("this predictor is closed; load another one")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._calls -= 1
+                self._idle.notify_all()
+
+    def _answers(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        models: Sequence[str | None],
+        places: Sequence[int],
+        options: Options,
+    ) -> Iterator[tuple[int, Answer]]:
+        """The answer of each row with its index, as they come."""
+        if unknown := sorted(set(options) - set(Options.__annotations__)):
+            raise TypeError(f"no such options: {', '.join(unknown)}; there are {', '.join(Options.__annotations__)}")
         decoding = Decoding(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop)
-        )  # fmt: skip
+            max_new_tokens=options.get("max_new_tokens", 64),
+            temperature=options.get("temperature", 0.0),
+            top_k=options.get("top_k", 0),
+            top_p=options.get("top_p", 1.0),
+            stop=tuple(options.get("stop", ())),
+        )
+        prompt = options.get("prompt")
         reader = prompt if isinstance(prompt, PromptReader) else PromptReader.parse(prompt)
         default = next(iter(self.adapters))
-        wanted = [default if model is None else model for model in models or [None] * len(rows)]
-        answers: dict[int, Answer] = {}
+        wanted = [default if model is None else model for model in models]
         prompts: dict[int, Prompt] = {}
-        where = range(len(rows)) if places is None else places
-        for index, (row, model, place) in enumerate(zip(rows, wanted, where, strict=True)):
-            found = self._prompt(row, model, reader, decoding, row_seed(seed, place))
+        failed: dict[int, str] = {}
+        for index, (row, model, place) in enumerate(zip(rows, wanted, places, strict=True)):
+            with self._rendering:
+                found = self._prompt(row, model, reader, decoding, row_seed(options.get("seed", 0), place))
             if isinstance(found, Prompt):
                 prompts[index] = found
-            elif fail_fast:
+            elif options.get("fail_fast", False):
                 raise JobError(f"row {place}: {found}")
             else:
-                answers[index] = self._answer(model, error=found)
+                failed[index] = found
+        for index, error in failed.items():
+            yield index, self._answer(wanted[index], error=error)
         for together in self._alike(prompts, wanted):
-            made = generate(
+            made = generate_each(
                 self.base,
                 [prompts[index] for index in together],
                 decoding,
                 tokenizer=self._renderers[wanted[together[0]]].tokenizer,
-                batch_size=batch_size,
-                progress=progress,
+                batch_size=options.get("batch_size", BATCH_SIZE),
             )
-            for index, each in zip(together, made, strict=True):
-                answers[index] = self._answer(
-                    wanted[index],
-                    text=each.text,
-                    finish_reason=each.finish_reason,
-                    prompt_tokens=each.prompt_tokens,
-                    completion_tokens=len(each.token_ids),
+            for at, each in made:
+                index = together[at]
+                yield (
+                    index,
+                    self._answer(
+                        wanted[index],
+                        text=each.text,
+                        finish_reason=each.finish_reason,
+                        prompt_tokens=each.prompt_tokens,
+                        completion_tokens=len(each.token_ids),
+                    ),
                 )
-        return [answers[index] for index in range(len(rows))]
 
     def _prompt(
         self, row: Mapping[str, Any], model: str, reader: PromptReader, decoding: Decoding, seed: int

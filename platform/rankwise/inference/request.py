@@ -51,6 +51,7 @@ class Request:
             "prompt": self.prompt,
             "max_new_tokens": self.decoding.max_new_tokens,
             "temperature": self.decoding.temperature,
+            "top_k": self.decoding.top_k,
             "top_p": self.decoding.top_p,
             "stop": list(self.decoding.stop),
             "seed": self.seed,
