@@ -38,7 +38,7 @@ class World:
         return target
 
 
-def make_world(root: Path) -> World:
+def make_world(root: Path, home: Path | None = None) -> World:
     """Make it all below `root`; the adapter is of rank 4 on q_proj and v_proj, with random weights."""
     import rankwise.flavor as flavor
     from rankwise.assets.base import resolve_base
@@ -46,7 +46,7 @@ def make_world(root: Path) -> World:
     from rankwise.modeling.adapter import save_adapter
     from rankwise.modeling.base import load_base
 
-    settings = prepared_home(root / "home")
+    settings = prepared_home(home or root / "home")
     path = make_base(root / "bases" / "tiny")
     base = load_base(resolve_base(str(path), None, settings), QuantizationSpec(), settings, device="cpu")
     inject(base.model, "arm-1")
@@ -56,3 +56,23 @@ def make_world(root: Path) -> World:
     return World(
         root=root, settings=settings, base_path=path, adapter=root / "peft", saved=root / "saved", logits=wanted
     )
+
+
+def make_versions(root: Path, home: Path | None = None) -> World:
+    """A world whose registry has the model `one` with versions 1 and 2 that differ; the alias `champion` is on 1."""
+    import mlflow
+
+    import rankwise.flavor as flavor
+
+    world = make_world(root, home)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(world.settings.tracking_uri)
+    try:
+        base = world.load_base()
+        flavor.log_adapter(world.adapter, base, registered_model_name="one")
+        inject(base.model, "arm-2", seed=7, r=2)
+        flavor.log_model(base.model, base.tokenizer, base=base, adapter_name="arm-2", registered_model_name="one")
+        mlflow.MlflowClient().set_registered_model_alias("one", "champion", "1")
+    finally:
+        mlflow.set_tracking_uri(before)
+    return world

@@ -9,10 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers.bases import inject
-from helpers.flavored import make_world
+from helpers.flavored import make_versions
 
-import rankwise.flavor as flavor
 from rankwise.cli.predict import predict
 from rankwise.exceptions import ConfigError, JobError, StorageError
 from rankwise.inference import Predictor
@@ -26,18 +24,8 @@ SHORT = Decoding(max_new_tokens=5)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The model `one` with versions 1 and 2, adapters that differ; the alias `champion` is on 1."""
     torch.set_num_threads(1)
-    world = make_world(tmp_path_factory.mktemp("predict"))
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(world.settings.tracking_uri)
-    base = world.load_base()
-    flavor.log_adapter(world.adapter, base, registered_model_name="one")
-    inject(base.model, "arm-2", seed=7, r=2)
-    flavor.log_model(base.model, base.tokenizer, base=base, adapter_name="arm-2", registered_model_name="one")
-    mlflow.MlflowClient().set_registered_model_alias("one", "champion", "1")
-    mlflow.set_tracking_uri(before)
-    return world
+    return make_versions(tmp_path_factory.mktemp("predict"))
 
 
 @pytest.fixture(autouse=True)
