@@ -404,6 +404,16 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
         (GRID, f"{GRID}\n  early_stopping: {{min_steps: 20}}"),
         "23: sweep.early_stopping.min_steps: must be less than max_steps (20), or no arm meets a rung, got 20",
     ),
+    "rungs at which all go on": (
+        (GRID, f"{GRID}\n  early_stopping: {{min_steps: 4, finalists: 2}}"),
+        "23: sweep.early_stopping.finalists: must be less than the number of configurations (2), or no arm is left out, "
+        "got 2",
+    ),
+    "rungs for seeds only": (
+        (GRID, "    seed: [0, 1]\n  early_stopping: {min_steps: 4}"),
+        "23: sweep.early_stopping: compares the means over seeds, but the arms differ in the seed only; remove it, or "
+        "sweep something else",
+    ),
     "rungs without steps": (
         (GRID, f"{GRID}\n  early_stopping: {{eta: 4}}"),
         "23: sweep.early_stopping.min_steps: is missing; must be a whole number of at least 1",

@@ -77,7 +77,8 @@ def halved(workload: Workload, base: LoadedBase, directory: Path) -> tuple[ArmSp
         outcomes = _train(workload, base, [arms[each] for each in living], directory, stop_at=step)
         made, before = made + len(living) * (step - before), step
         here = [
-            Competitor(spec_hash=each, standing=Standing.PAUSED, rung=number, value=outcomes[each]) for each in living
+            Competitor(spec_hash=each, configuration=each, standing=Standing.PAUSED, rung=number, value=outcomes[each])
+            for each in living
         ]
         decision = decide(stopping, here)
         assert decision is not None

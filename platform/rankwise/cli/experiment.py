@@ -17,6 +17,7 @@ from rankwise.experiment.plan import Plan, count_rows, make_plan
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.source import LocalSource, parse_source
 from rankwise.experiment.sweep import expand, is_search, planned_rounds
+from rankwise.experiment.sweep_rules import rung_advice
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -38,9 +39,12 @@ def definition(command: Command) -> Command:
 def validate(file: Path, overrides: tuple[str, ...]) -> None:
     """Check the experiment FILE and say what it holds; every problem is reported at once."""
     spec = load_experiment(file, overrides)
-    count = sum(planned_rounds(spec)) or len(expand(spec))
+    arms = expand(spec)
+    count = sum(planned_rounds(spec)) or len(arms)
     rounds = f" in {len(planned_rounds(spec))} rounds ({spec.sweep.method})" if is_search(spec) else ""
     click.echo(f"{file}: valid: {spec.name}, {count} {'arm' if count == 1 else 'arms'}{rounds}")
+    for advice in rung_advice(spec.sweep.early_stopping, arms):
+        note(advice)
 
 
 @click.command()
@@ -63,6 +67,8 @@ def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool)
     print_table(_table(made))
     if made.provisional:
         note("Hashes are provisional: the base or the data has no pin yet; the first run resolves and records it.")
+    for advice in rung_advice(spec.sweep.early_stopping, [planned.arm for planned in made.arms]):
+        note(advice)
 
 
 @click.command()

@@ -97,6 +97,11 @@ class ArmSpec(Section):
         """64 hex digits over what influences the trained adapter (see the module's table)."""
         return digest(self._result())
 
+    @cached_property
+    def configuration(self) -> str:
+        """64 hex digits that this arm shares with those that differ from it in the seed only."""
+        return digest({**self._result(), "seed": None})
+
     @property
     def short(self) -> str:
         """The first 12 digits of the spec hash."""

@@ -1,9 +1,14 @@
 """Successive halving: who goes on at a rung, and what a sweep with rungs costs.
 
-Arms are trained to the first rung (`min_steps`), compared there, and of `eta` arms one goes on to the next rung, which
-is `eta` times as far (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
+Arms are trained to the first rung (`min_steps`), compared there, and of `eta` configurations one goes on to the next
+rung, which is `eta` times as far (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
 Optimization", 2016). It is synchronous: nothing is decided before every living arm has reached the rung or its end, so
-that the decision depends on results alone, and not on which worker was the faster one.
+that the decision depends on results alone, and not on which worker was the faster one. (The asynchronous form of Li et
+al., "A System for Massively Parallel Hyperparameter Tuning", 2020, promotes before all are there; it keeps many workers
+busy, and promotes arms that a later one would have pushed out.)
+
+What is compared are configurations, as in the comparison after the sweep: arms that differ in nothing but the seed go
+on or end together, by the mean over them. Arm by arm, the luckiest seeds would be kept, and the error bars lost.
 """
 
 from __future__ import annotations
@@ -41,12 +46,14 @@ class Competitor:
 
     Attributes:
         spec_hash: The arm.
+        configuration: What it shares with the arms that differ from it in the seed only.
         standing: Where it stands.
         rung: The last rung that it has reached, counted from 0; -1 before the first.
         value: The metric there; None before the first.
     """
 
     spec_hash: str
+    configuration: str
     standing: Standing
     rung: int = -1
     value: float | None = None
@@ -58,7 +65,7 @@ class Decision:
 
     Attributes:
         rung: Which, counted from 0.
-        promote: Spec hashes of the arms that go on, the best first.
+        promote: Spec hashes of the arms that go on, those of the best configuration first.
         prune: The others, each with its reason.
     """
 
@@ -91,22 +98,33 @@ class Budget:
     upper: int
 
 
-def rungs(stopping: EarlyStoppingSpec, total_steps: int) -> tuple[int, ...]:
-    """The steps after which an arm of `total_steps` steps is compared; its end is none."""
+def rungs(stopping: EarlyStoppingSpec, total_steps: int, configurations: int | None = None) -> tuple[int, ...]:
+    """The steps after which an arm of `total_steps` steps is compared; its end is none.
+
+    With the number of configurations that are compared, a rung at which nobody could be left out is none either:
+    whoever is alone does not stop any more.
+    """
     steps = []
-    step = stopping.min_steps
-    while step < total_steps:
+    step, left = stopping.min_steps, configurations
+    while step < total_steps and (left is None or left > stopping.finalists):
         steps.append(step)
         step *= stopping.eta
+        left = None if left is None else kept(stopping, left)
     return tuple(steps)
+
+
+def kept(stopping: EarlyStoppingSpec, configurations: int) -> int:
+    """Of so many configurations, how many go on."""
+    return min(configurations, max(stopping.finalists, configurations // stopping.eta))
 
 
 def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> Decision | None:
     """Who goes on, or None while there is nothing to decide.
 
-    Of those that were to reach the rung, failures included, one of `eta` goes on, at least one, and none whose value is
-    not a finite number. Equal values are ordered by spec hash. An arm that has no such rung, because it ends before it,
-    takes no part; the others wait for its end.
+    Of the configurations that were to reach the rung, failures included, one of `eta` goes on, at least `finalists`,
+    and no arm whose value is not a finite number. A configuration's value is the mean over its seeds that have one;
+    equal ones are ordered by their names. An arm that has no such rung, because it ends before it, takes no part; the
+    others wait for its end.
     """
     paused = [each for each in competitors if each.standing is Standing.PAUSED]
     if not paused or any(each.standing is Standing.RUNNING for each in competitors):
@@ -114,42 +132,57 @@ def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> De
     rung = min(each.rung for each in paused)
     here = [each for each in paused if each.rung == rung]
     lost = [each for each in competitors if each.standing is Standing.FAILED and each.rung == rung - 1]
-    keep = max(1, (len(here) + len(lost)) // stopping.eta)
-    sign = -1 if greater_is_better(stopping.metric) else 1
-    ranked = sorted(
-        (sign * each.value, each.spec_hash) for each in here if each.value is not None and math.isfinite(each.value)
-    )
-    promote = tuple(spec_hash for _, spec_hash in ranked[:keep])
-    step = stopping.min_steps * stopping.eta**rung
-    prune = {
-        each.spec_hash: _reason(stopping.metric, step, each.value, len(promote), len(here))
-        for each in here
-        if each.spec_hash not in promote
-    }
+    going = kept(stopping, len({each.configuration for each in [*here, *lost]}))
+    ranking = _ranked(here, greater=greater_is_better(stopping.metric))
+    said = f"{PRUNED} {stopping.min_steps * stopping.eta**rung}: {stopping.metric}"
+    better = f"is not among the best {len(ranking[:going])} of {len({each.configuration for each in here})}"
+    prune = {each.spec_hash: f"{said} is not a finite number" for each in here if not _has_value(each)}
+    for arms in ranking[going:]:
+        value = f"{_mean(arms):.4g}" if len(arms) == 1 else f"{_mean(arms):.4g}, the mean over {len(arms)} seeds,"
+        prune |= {each.spec_hash: f"{said} {value} {better}" for each in arms}
+    promote = tuple(each.spec_hash for arms in ranking[:going] for each in arms)
     return Decision(rung=rung, promote=promote, prune=prune)
 
 
-def _reason(metric: str, step: int, value: float | None, kept: int, of: int) -> str:
-    if value is None or not math.isfinite(value):
-        return f"{PRUNED} {step}: {metric} is not a finite number"
-    return f"{PRUNED} {step}: {metric} {value:.4g} is not among the best {kept} of {of}"
+def _ranked(here: Sequence[Competitor], *, greater: bool) -> list[list[Competitor]]:
+    """Arms that have a value, by configuration, the best one first."""
+    groups: dict[str, list[Competitor]] = {}
+    for each in sorted(here, key=lambda each: each.spec_hash):
+        if _has_value(each):
+            groups.setdefault(each.configuration, []).append(each)
+    sign = -1 if greater else 1
+    return sorted(groups.values(), key=lambda arms: (sign * _mean(arms), arms[0].configuration))
 
 
-def budget(stopping: EarlyStoppingSpec, totals: Sequence[int]) -> Budget:
-    """The steps of a sweep whose arms have these totals.
+def _has_value(arm: Competitor) -> bool:
+    return arm.value is not None and math.isfinite(arm.value)
 
-    Where arms differ in length, each is as likely as the others to be among those that go on.
+
+def _mean(arms: Sequence[Competitor]) -> float:
+    return math.fsum(arm.value for arm in arms if arm.value is not None) / len(arms)
+
+
+def budget(stopping: EarlyStoppingSpec, configurations: Sequence[Sequence[int]]) -> Budget:
+    """The steps of a sweep with rungs.
+
+    Where arms differ in length, each configuration is as likely as the others to be among those that go on.
+
+    Args:
+        stopping: The rungs.
+        configurations: Of each configuration the steps of its arms: one for each seed.
     """
+    totals = [total for arms in configurations for total in arms]
     share = 1.0
     planned: list[PlannedRung] = []
     expected = 0.0
     before = 0
-    for step in rungs(stopping, max(totals, default=0)):
+    for step in rungs(stopping, max(totals, default=0), len(configurations)):
         expected += share * sum(min(total, step) - before for total in totals if total > before)
+        count = max(1, round(share * sum(max(arms, default=0) > step for arms in configurations)))
+        part = kept(stopping, count) / count
         arms = max(1, round(share * sum(total > step for total in totals)))
-        kept = max(1, arms // stopping.eta)
-        planned.append(PlannedRung(step=step, arms=arms, kept=kept))
-        share *= kept / arms
+        planned.append(PlannedRung(step=step, arms=arms, kept=max(1, round(arms * part))))
+        share *= part
         before = step
     expected += share * sum(total - before for total in totals if total > before)
     return Budget(rungs=tuple(planned), expected=round(expected), upper=sum(totals))

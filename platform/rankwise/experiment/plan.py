@@ -55,12 +55,14 @@ class PlannedStopping:
 
     Attributes:
         metric: What is compared.
-        eta: Of so many arms one goes on.
+        eta: Of so many configurations one goes on.
+        finalists: Configurations that are trained to their end, at least.
         budget: Rungs and steps; None while epochs are given and the number of rows is not known.
     """
 
     metric: str
     eta: int
+    finalists: int
     budget: Budget | None
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +70,13 @@ class PlannedStopping:
         rungs = [] if self.budget is None else [asdict(rung) for rung in self.budget.rungs]
         expected, upper = (None, None) if self.budget is None else (self.budget.expected, self.budget.upper)
         steps = {"expected": expected, "upper": upper}
-        return {"metric": self.metric, "eta": self.eta, "rungs": rungs, "steps": steps}
+        return {
+            "metric": self.metric,
+            "eta": self.eta,
+            "finalists": self.finalists,
+            "rungs": rungs,
+            "steps": steps,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +154,15 @@ def _plan_stopping(
     """Arms are compared within their round; those that are not known yet are taken to be as long as those that are."""
     totals = [arm.steps for arm in arms if arm.steps is not None]
     if len(totals) < len(arms):
-        return PlannedStopping(metric=stopping.metric, eta=stopping.eta, budget=None)
-    parts = [budget(stopping, [totals[index % len(totals)] for index in range(size)]) for size in rounds]
+        return PlannedStopping(metric=stopping.metric, eta=stopping.eta, finalists=stopping.finalists, budget=None)
+    seeds: dict[str, list[int]] = {}
+    for arm, total in zip(arms, totals, strict=True):
+        seeds.setdefault(arm.arm.configuration, []).append(total)
+    known = list(seeds.values())
+    parts = [
+        budget(stopping, known if size == len(arms) else [known[index % len(known)] for index in range(size)])
+        for size in rounds
+    ]
     rungs = tuple(
         PlannedRung(
             step=rung.step,
@@ -158,7 +173,7 @@ def _plan_stopping(
     )
     expected, upper = sum(part.expected for part in parts), sum(part.upper for part in parts)
     whole = Budget(rungs=rungs, expected=expected, upper=upper)
-    return PlannedStopping(metric=stopping.metric, eta=stopping.eta, budget=whole)
+    return PlannedStopping(metric=stopping.metric, eta=stopping.eta, finalists=stopping.finalists, budget=whole)
 
 
 def _plan_arm(label: str, arm: ArmSpec, rows: int | None) -> PlannedArm:

@@ -215,7 +215,9 @@ class EarlyStoppingSpec(Section):
     min_steps: Count
     """Optimizer steps before the first rung; every further one is eta times as far, while it is before an arm's end."""
     eta: Annotated[int, Field(ge=2)] = 4
-    """Of so many arms one goes on."""
+    """Of so many configurations one goes on. Arms that differ in the seed only go on or end together, by their mean."""
+    finalists: Count = 1
+    """Configurations that are trained to their end, at least. Late rungs save little, and tell near equals apart."""
 
 
 class SweepSpec(Section):
@@ -329,6 +331,8 @@ class ExperimentSpec(Section):
     """What MLflow gets."""
 
     _expressions: dict[str, str] = PrivateAttr(default_factory=dict)
+    # Written down on another machine: its files need not be here.
+    _elsewhere: bool = PrivateAttr(default=False)
 
     @property
     def register(self) -> RegisterSpec | None:

@@ -15,6 +15,9 @@ from rankwise.tracking.descriptions import arm_note
 from rankwise.tracking.provenance import collect
 from rankwise.tracking.registry import JOB
 
+_AHEAD = 16
+"""As many as a worker claims together."""
+
 
 def queue_arms(
     context: Context, any_work: Work, arms: Sequence[SweepArm], *, priority: int = 0, after: Sequence[int] = ()
@@ -35,7 +38,14 @@ def queue_arms(
         All jobs of these arms, as they now stand.
     """
     works = [
-        replace(any_work, arm=each.arm, bare=False, run_name=each.label or f"arm {each.arm.short}", group=each.group)
+        replace(
+            any_work,
+            arm=each.arm,
+            bare=False,
+            run_name=each.label or f"arm {each.arm.short}",
+            stops=each.stops,
+            group=each.group,
+        )
         for each in arms
     ]
     known = context.queue.find(JobKind.TRAIN, [each.arm.spec_hash for each in arms])
@@ -47,7 +57,9 @@ def queue_arms(
     trains = {**known, **{job.spec_hash: job for job in submitted}}
     _schedule(context, any_work.experiment_id, [(work, trains[work.arm.spec_hash]) for work in open_works])
     bare = {
-        each.arm.base_eval_hash(): replace(any_work, arm=each.arm, bare=True, run_name="base alone", group=None)
+        each.arm.base_eval_hash(): replace(
+            any_work, arm=each.arm, bare=True, run_name="base alone", stops=(), group=None
+        )
         for each in arms
     }
     evaluate = [work.evaluate_job(tuple(after), priority=priority) for work in bare.values()]
@@ -87,8 +99,14 @@ def _is_pruned_here(each: SweepArm, train: Job) -> bool:
 
 
 def _schedule(context: Context, experiment_id: str, pairs: Sequence[tuple[Work, Job]]) -> None:
-    """Show what is planned: a run for every train job that waits and has none."""
-    waiting = [(work, job) for work, job in pairs if job.state is JobState.QUEUED and job.mlflow_run_id is None]
+    """Make the runs of the arms that are claimed first, so that a server that is away then keeps nobody waiting.
+
+    A run takes MLflow a good part of a second: the others are made when their arm is claimed. `compare` has those from
+    the queue.
+    """
+    queued = [(work, job) for work, job in pairs if job.state is JobState.QUEUED]
+    waiting = [(work, job) for work, job in queued if job.mlflow_run_id is None]
+    waiting = waiting[: max(0, _AHEAD - (len(queued) - len(waiting)))]
     if not waiting:
         return
     provenance = collect().tags()

@@ -25,10 +25,10 @@ _PAGE = 1000
 _FAR = 10**9
 
 
-def stops_of(spec: ExperimentSpec) -> tuple[int, ...]:
-    """The steps after which an arm of this definition pauses, if it gets so far."""
+def stops_of(spec: ExperimentSpec, arms: Collection[ArmSpec]) -> tuple[int, ...]:
+    """The steps after which each of these arms pauses, if it gets so far; the arms are compared with one another."""
     stopping = spec.sweep.early_stopping
-    return () if stopping is None else rungs(stopping, _FAR)
+    return () if stopping is None else rungs(stopping, _FAR, len({arm.configuration for arm in arms}))
 
 
 def group_of(spec: ExperimentSpec, arms: Collection[ArmSpec]) -> str | None:
@@ -72,6 +72,9 @@ def settle_rungs(context: Context, jobs: Collection[Job]) -> list[Job]:
     changed: list[Job] = []
     for group, work in _groups(jobs).items():
         members = list(_members(context, work.experiment, group))
+        standings = {_standing(job) for job in members}
+        if Standing.PAUSED not in standings or Standing.RUNNING in standings:
+            continue
         stopping = _stopping(work)
         decision = decide(stopping, [competitor(stopping, job) for job in members])
         if decision is None:
@@ -109,7 +112,10 @@ def competitor(stopping: EarlyStoppingSpec, job: Job) -> Competitor:
     step = paused_at(job)
     reached = sum(rung <= step for rung in rungs(stopping, _FAR)) - 1
     value = (job.result or {}).get("metrics", {}).get(stopping.metric) if reached >= 0 else None
-    return Competitor(spec_hash=job.spec_hash, standing=_standing(job), rung=reached, value=value)
+    configuration = Work.of(job).arm.configuration
+    return Competitor(
+        spec_hash=job.spec_hash, configuration=configuration, standing=_standing(job), rung=reached, value=value
+    )
 
 
 def _standing(job: Job) -> Standing:

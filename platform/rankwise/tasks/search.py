@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rankwise.evaluation.history import History, HistoryTrial, history_plot
-from rankwise.evaluation.plots import to_html
+from rankwise.evaluation.history import History, HistoryTrial, history_page
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.schema import ExperimentSpec
@@ -19,7 +18,7 @@ from rankwise.experiment.search import TrialState
 from rankwise.experiment.sweep import ArmResult, Round, is_search, labelled_arms, rounds
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.tasks.context import Context
-from rankwise.tasks.halving import group_of, is_pruned, paused_at
+from rankwise.tasks.halving import group_of, is_pruned, paused_at, stops_of
 from rankwise.tracking.runs import Run
 
 
@@ -31,6 +30,7 @@ class SweepArm:
         label: What sets it apart.
         arm: The arm.
         group: The arms that it is compared with at rungs; None without early stopping.
+        stops: The steps of these rungs.
         settled: Whether what came of it is used already: a later round of a search was proposed from it, so that it is
             left as it is, even if it has failed.
     """
@@ -38,22 +38,20 @@ class SweepArm:
     label: str
     arm: ArmSpec
     group: str | None
+    stops: tuple[int, ...] = ()
     settled: bool = False
 
 
 def arms_so_far(context: Context, spec: ExperimentSpec) -> list[SweepArm]:
     """The arms of a definition; of a search those of the rounds that have ended and of the next one."""
     parts = [each.arms for each in rounds_so_far(context, spec)] if is_search(spec) else [labelled_arms(spec)]
-    return [
-        SweepArm(
-            label=label,
-            arm=arm,
-            group=group_of(spec, [arm for _, arm in part]),
-            settled=number < len(parts) - 1,
-        )
-        for number, part in enumerate(parts)
-        for label, arm in part
-    ]
+    found: list[SweepArm] = []
+    for number, part in enumerate(parts):
+        arms = [arm for _, arm in part]
+        group, stops = group_of(spec, arms), stops_of(spec, arms)
+        settled = number < len(parts) - 1
+        found += [SweepArm(label=label, arm=arm, group=group, stops=stops, settled=settled) for label, arm in part]
+    return found
 
 
 def rounds_so_far(context: Context, spec: ExperimentSpec) -> tuple[Round, ...]:
@@ -111,7 +109,7 @@ def publish_history(context: Context, spec: ExperimentSpec, parent: Run) -> None
         tried = len(found.trials)
         context.voice.warn(f"{spec.name}: {tried} of {wanted} arms: no further point was found that differs")
     parent.json(found.to_json(), "search/history.json")
-    parent.text(to_html(history_plot(found)), "search/history.html")
+    parent.text(history_page(found), "search/history.html")
     for number, best in enumerate(found.best_so_far):
         if best is not None:
             parent.metric("search.best_so_far", best, number)

@@ -17,6 +17,7 @@ from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.hashing import digest
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.sweep import expand, is_search, planned_rounds
+from rankwise.experiment.sweep_rules import rung_advice
 from rankwise.jobs.job import Job
 from rankwise.modeling.base import load_tokenizer
 from rankwise.modeling.embeddings import embedding_rows
@@ -24,7 +25,6 @@ from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.check import check_rows
 from rankwise.tasks.context import Context
 from rankwise.tasks.enqueue import all_done, queue_arms
-from rankwise.tasks.halving import stops_of
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import Sources, find_sources, pin
 from rankwise.tasks.rows import RowsCache
@@ -110,6 +110,8 @@ def prepare(
     experiment_id = context.store.experiment(pinned.name, pinned)
     before = [run for run in context.store.runs(experiment_id, kind="sweep") if run.tags.get(SWEEP) == sweep]
     complete = all_done(context, sweep_arms) and bool(before) and before[-1].status == "FINISHED"
+    for advice in () if complete else rung_advice(pinned.sweep.early_stopping, arms):
+        context.voice.warn(advice)
     return Prepared(
         spec=pinned,
         sweep_arms=sweep_arms,
@@ -156,7 +158,6 @@ def submit(
         register_as=None if spec.register is None else spec.register.name,
         log_examples=spec.tracking.log_examples,
         definition=spec.to_yaml(),
-        stops=stops_of(spec),
         command=command,
     )
     jobs = queue_arms(context, first, prepared.sweep_arms, priority=priority, after=after)

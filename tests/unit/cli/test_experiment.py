@@ -142,3 +142,19 @@ def test_a_search_with_early_stopping_says_what_is_known(tmp_path):
     assert "small: 12 arms" in shown
     assert "The other 4 arms are proposed from results (tpe, 2 rounds)." in shown
     assert "Successive halving by eval.loss: 3 of 12 go on at step 5; 105 steps are expected, 240 without it." in shown
+
+
+def test_a_first_rung_within_the_warm_up_is_spoken_of(tmp_path):
+    file = tmp_path / "early.yaml"
+    grid = "  parameters:\n    lora.r: [4, 8]"
+    early = f"{grid}\n    training.warmup_steps: [1, 6]\n  early_stopping: {{min_steps: 5}}"
+    file.write_text(changed((grid, early)))
+    advice = (
+        "sweep.early_stopping.min_steps: the first rung, at step 5, lies within the warm-up of 2 of 4 arms (6 steps): "
+        "it compares what has hardly begun to learn; choose a later one\n"
+    )
+    checked = run(validate, file)
+    assert (checked.exit_code, checked.stderr) == (0, advice)
+    assert advice in run(plan, file, "--no-estimates").stderr
+    file.write_text(changed((grid, early.replace("min_steps: 5", "min_steps: 7"))))
+    assert run(validate, file).stderr == ""

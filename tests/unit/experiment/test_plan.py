@@ -116,13 +116,18 @@ def test_a_plan_says_what_early_stopping_saves():
     assert plan.to_json()["early_stopping"] == {
         "metric": "eval.loss",
         "eta": 2,
+        "finalists": 1,
         "rungs": [{"step": 5, "arms": 8, "kept": 4}, {"step": 10, "arms": 4, "kept": 2}],
         "steps": {"expected": 8 * 5 + 4 * 5 + 2 * 10, "upper": 160},
     }
-    # Arms of a search in rounds are compared within their round.
+    # Arms of a search in rounds are compared within their round; of the last one, of two arms, one is left at once.
     rounds = make_plan(parse((GRID, f"{RANGE}tpe\n  round_size: 4\n{stopping}")))
     assert rounds.to_json()["early_stopping"]["rungs"] == [
-        {"step": 5, "arms": 10, "kept": 5}, {"step": 10, "arms": 5, "kept": 3},
+        {"step": 5, "arms": 10, "kept": 5}, {"step": 10, "arms": 4, "kept": 2},
     ]  # fmt: skip
+    # Seeds of a configuration share its place: one of two configurations goes on with its three seeds.
+    seeds = make_plan(parse((GRID, f"{GRID}\n    seed: [0, 1, 2]\n{stopping}")))
+    assert seeds.to_json()["early_stopping"]["rungs"] == [{"step": 5, "arms": 6, "kept": 3}]
+    assert seeds.to_json()["early_stopping"]["steps"] == {"expected": 6 * 5 + 3 * 15, "upper": 120}
     unknown = make_plan(parse(EPOCHS, (GRID, f"{GRID}\n{stopping}")))
     assert unknown.to_json()["early_stopping"]["steps"] == {"expected": None, "upper": None}

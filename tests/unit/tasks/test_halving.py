@@ -44,8 +44,8 @@ def context(tmp_path):
 def work(label, arm, **changes) -> Work:
     given = {
         "arm": arm, "experiment": "small", "experiment_id": "1", "parent_run_id": "p", "run_name": label,
-        "register_as": None, "log_examples": True, "definition": SPEC.to_yaml(), "stops": stops_of(SPEC),
-        "group": group_of(SPEC, [arm for _, arm in ARMS]),
+        "register_as": None, "log_examples": True, "definition": SPEC.to_yaml(),
+        "stops": stops_of(SPEC, [arm for _, arm in ARMS]), "group": group_of(SPEC, [arm for _, arm in ARMS]),
     }  # fmt: skip
     return Work(**{**given, **changes})
 
@@ -77,9 +77,10 @@ def states(context, jobs):
     return [str(job.state) for job in context.queue.jobs(ids=[job.id for job in jobs])]
 
 
-def test_rungs_go_beyond_any_end_and_the_group_is_its_arms_and_settings():
-    assert stops_of(SPEC)[:3] == (5, 10, 20)
-    assert stops_of(parse()) == ()
+def test_rungs_end_where_one_is_left_and_the_group_is_its_arms_and_settings():
+    assert stops_of(SPEC, [arm for _, arm in ARMS]) == (5, 10, 20)
+    assert stops_of(SPEC, [arm for _, arm in ARMS[:2]]) == (5,)
+    assert stops_of(parse(), []) == ()
     assert group_of(parse(), []) is None
     arms = [arm for _, arm in ARMS]
     assert group_of(SPEC, arms) == group_of(SPEC, arms[::-1])
@@ -107,7 +108,7 @@ def test_a_sweep_is_halved_until_one_arm_is_left(context):
     pause(context, second, [1, 2, 3, 4])
     settle_rungs(context, second)
     third = claim(context)
-    assert {Work.of(job).stop_after(paused_at(job)) for job in third} == {20}
+    assert {Work.of(job).stop_after(paused_at(job)) for job in third} == {20}, "the arms' end too: no pause"
     assert len(context.store.ended) == 6
     for job in third:
         context.queue.finish(job.token, Outcome.SUCCEEDED, result={"steps": 20})
@@ -144,6 +145,28 @@ def test_arms_that_diverge_or_are_cancelled_hold_nobody_up(context):
     assert states(context, trains) == ["failed", "cancelled", "cancelled", "cancelled", *["queued"] * 4]
     assert context.queue.get(trains[2].id).error == "pruned at step 5: eval.loss is not a finite number"
     assert not is_pruned(context.queue.get(trains[1].id))
+
+
+def test_the_last_arm_does_not_stop_at_further_rungs(context):
+    submit(context, ARMS[:2], stops=stops_of(SPEC, [arm for _, arm in ARMS[:2]]))
+    pause(context, claim(context), [2, 1])
+    settle_rungs(context, context.queue.jobs())
+    (job,) = claim(context)
+    assert Work.of(job).stop_after(paused_at(job)) is None
+
+
+def test_seeds_of_a_configuration_go_on_together(context):
+    spec = parse((GRID, "    lora.r: [4, 8]\n    seed: [0, 1, 2]\n  early_stopping: {min_steps: 5, eta: 2}"))
+    arms = labelled_arms(spec)
+    own = [arm for _, arm in arms]
+    assert stops_of(spec, own) == (5,), "two configurations"
+    trains, _ = submit(context, arms, definition=spec.to_yaml(), stops=stops_of(spec, own), group=group_of(spec, own))
+    # r = 4 has the best seed, r = 8 the better mean.
+    pause(context, claim(context), [1, 6, 8, 3, 4, 5])
+    settle_rungs(context, trains)
+    assert states(context, trains) == ["cancelled"] * 3 + ["queued"] * 3
+    reason = "pruned at step 5: eval.loss 5, the mean over 3 seeds, is not among the best 1 of 2"
+    assert {context.queue.get(job.id).error for job in trains[:3]} == {reason}
 
 
 def test_a_retried_arm_goes_on_from_its_rung_although_it_was_pruned(context):
