@@ -14,6 +14,7 @@ from rankwise.cli.output import note, print_json, print_table, size
 from rankwise.experiment.editor_schema import editor_schema
 from rankwise.experiment.loader import load_experiment
 from rankwise.experiment.plan import Plan, count_rows, make_plan
+from rankwise.experiment.reference import reference
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.source import LocalSource, parse_source
 from rankwise.experiment.sweep import expand, is_search, planned_rounds
@@ -72,9 +73,13 @@ def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool)
 
 
 @click.command()
-def schema() -> None:
+@click.option("--markdown", is_flag=True, help="Print the reference for people instead.")
+def schema(markdown: bool) -> None:
     """Print the JSON Schema of experiment files, for editors."""
-    print_json(editor_schema())
+    if markdown:
+        click.echo(reference(), nl=False)
+    else:
+        print_json(editor_schema())
 
 
 def base_config(spec: ExperimentSpec) -> Path | None:
