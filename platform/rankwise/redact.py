@@ -3,41 +3,96 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from urllib.parse import unquote, urlsplit
 
 REDACTED = "[redacted]"
 
+# Every repetition that can fail after it has begun is bounded: a text of megabytes is cleaned in a time that grows with
+# its length, whatever stands in it.
 # What a secret looks like by itself: prefixes that their issuers made recognisable, keys, signed tokens.
 _SHAPES = re.compile(
     r"""
-      -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----.*?(?:-----END[ ][A-Z ]*PRIVATE[ ]KEY-----|\Z)
+      -----BEGIN[ ][A-Z ]{0,40}PRIVATE[ ]KEY-----.*?(?:-----END[ ][A-Z ]{0,40}PRIVATE[ ]KEY-----|\Z)
     | \bhf_[A-Za-z0-9]{16,}
     | \bgh[pousr]_[A-Za-z0-9]{20,} | \bgithub_pat_\w{20,} | \bglpat-[\w-]{16,}
     | \bsk-[A-Za-z0-9_-]{20,} | \bxox[abprs]-[\w-]{10,} | \bdapi[0-9a-f]{32}\b
     | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b | \bAIza[\w-]{35}
-    | \beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*
+    | \bpypi-[A-Za-z0-9_-]{40,} | \bnpm_[A-Za-z0-9]{30,}
+    | \beyJ[\w-]{10,600}\.[\w-]{10,8000}\.[\w-]*
     """,
     re.VERBOSE | re.DOTALL,
 )
 # A secret by what stands before it. Code such as `token = next(tokens)` stays: the value must be a quoted literal, or a
 # long run of characters without the brackets, dots and spaces of an expression.
 _NAMED = re.compile(
-    r"""(?P<name>\b[\w.-]*(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|credential)s?["']?\s*[:=]\s*)
-        (?: (?P<quote>["'])(?:(?!(?P=quote)).)+(?P=quote)
-          | (?=\S*[0-9])[A-Za-z0-9+/=_-]{12,}(?![\w.(\[]) )""",
+    r"""(?P<name>(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|credential)s?["']?\s{0,20}[:=]\s{0,20})
+        (?: (?P<quote>["'])(?:(?!(?P=quote)).){1,4000}(?P=quote)
+          | (?=\S{0,200}[0-9])[A-Za-z0-9+/=_-]{12,}(?![\w.(\[]) )""",
     re.VERBOSE | re.IGNORECASE,
 )
+# As shells, environments and libpq's connection strings write it: a short one too.
+_PASSWORD = re.compile(r"(?P<name>(?:password|passwd|pwd)=)(?!\[redacted\])[^\s&;,'\"()]+", re.IGNORECASE)
 _BEARER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[\w.~+/=-]{12,}", re.IGNORECASE)
-_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
+_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}://)[^\s/'\"]{1,500}@", re.IGNORECASE)
+_QUERY = re.compile(
+    r"(?P<name>[?&](?:x-amz-(?:signature|credential|security-token)|sig|signature|token|access_token|auth|api_?key|key)=)"
+    r"[^\s&'\"#]+",
+    re.IGNORECASE,
+)
+# Names of variables whose values are secrets, and values that are none whatever the name says.
+_SECRET_NAME = re.compile(r"(?:PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|ACCESS_KEY|CREDENTIALS?)$", re.IGNORECASE)
+_SHORTEST = 8
+_known: set[str] = set()
 
 
 def redact(text: str) -> str:
-    """Replace what looks like a secret: keys, tokens, values of password-like names, the user part of a URL."""
+    """Replace what looks like a secret: keys, tokens, values of password-like names, the user part of a URL.
+
+    What `remember` was told is replaced wherever it stands.
+    """
 
     def named(match: re.Match[str]) -> str:
         quote = match["quote"] or ""
         return f"{match['name']}{quote}{REDACTED}{quote}"
 
+    for value in _known:
+        text = text.replace(value, REDACTED)
     text = _USERINFO.sub(lambda match: f"{match['scheme']}{REDACTED}@", text)
     text = _SHAPES.sub(REDACTED, text)
+    text = _QUERY.sub(lambda match: f"{match['name']}{REDACTED}", text)
     text = _BEARER.sub(lambda match: f"{match['name']}{REDACTED}", text)
+    text = _PASSWORD.sub(lambda match: f"{match['name']}{REDACTED}", text)
     return _NAMED.sub(named, text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text has what can only be a secret: a token of a known shape, a private key, a URL with a password."""
+    return any(pattern.search(text) for pattern in (_SHAPES, _QUERY)) or any(
+        ":" in match[0].partition("://")[2] for match in _USERINFO.finditer(text)
+    )
+
+
+def remember(environment: Mapping[str, str]) -> None:
+    """Keep the secrets of an environment in mind, so that `redact` finds them wherever another program writes them.
+
+    Values of eight and more characters of variables such as `HF_TOKEN`, `PGPASSWORD`, `AWS_SECRET_ACCESS_KEY`, and the
+    passwords of URLs.
+    """
+    for name, value in environment.items():
+        if _SECRET_NAME.search(name) and not value.startswith("/"):
+            _keep([value])
+        elif "://" in value and "@" in value:
+            _keep(_password(value))
+
+
+def _keep(values: Iterable[str]) -> None:
+    _known.update(value for value in values if len(value) >= _SHORTEST)
+
+
+def _password(url: str) -> list[str]:
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return []
+    return [] if password is None else [password, unquote(password)]

@@ -39,6 +39,13 @@ class JobStoreContract:
         assert (failed.state, failed.failures, failed.error) == (JobState.QUEUED, 0, None)
         assert succeeded.state is JobState.SUCCEEDED
 
+    def test_secrets_in_an_error_are_not_stored(self, store):
+        store.submit([new("a")])
+        (job,) = store.claim(WORKER, lease=60)
+        store.finish(job.token, Outcome.FATAL, error="no answer from postgresql://ann:pa55word@db/queue")
+        assert store.get(job.id).error == "no answer from postgresql://[redacted]@db/queue"
+        assert store.attempts(job.id)[0].error == store.get(job.id).error
+
     def test_a_claim_takes_mates_of_the_same_pack_key_only(self, store):
         store.submit([new("a"), new("x", pack_key="q"), new("b"), new("c")])
         pack = store.claim(WORKER, lease=60, max_arms=2)

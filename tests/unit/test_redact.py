@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from rankwise.redact import REDACTED, redact
+from rankwise.redact import REDACTED, holds_secret, redact, remember
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,75 @@ def test_a_private_key_is_taken_out_whole_even_when_it_is_cut_off():
 )
 def test_ordinary_code_stays_as_it_is(code):
     assert redact(code) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("https://host/x.csv?token=abc&rows=3", f"https://host/x.csv?token={REDACTED}&rows=3"),
+        ("s3://b/k?X-Amz-Signature=0af&x=1", f"s3://b/k?X-Amz-Signature={REDACTED}&x=1"),
+        ("https://ann:p@ss@host/x", f"https://{REDACTED}@host/x"),
+        ("host=db password=abc dbname=q", f"host=db password={REDACTED} dbname=q"),
+        ("PGPASSWORD=abc psql", f"PGPASSWORD={REDACTED} psql"),
+        ("pypi-" + "AgEIcHlwaS5vcmc" * 4, REDACTED),
+    ],
+)
+def test_secrets_of_urls_and_connection_strings_are_found(text, cleaned):
+    assert redact(text) == cleaned
+
+
+@pytest.fixture
+def remembered(monkeypatch):
+    monkeypatch.setattr("rankwise.redact._known", set())
+    remember(
+        {
+            "HF_TOKEN": "plainlooking",
+            "MLFLOW_TRACKING_PASSWORD": "correct horse",
+            "RANKWISE_DATABASE_URL": "postgresql://ann:pa%40ssword@db/queue",
+            "AWS_SECRET_ACCESS_KEY": "AbCdEfGhIj",
+            "TOKENIZERS_PARALLELISM": "false-but-long",
+            "SHORT_TOKEN": "abc",
+            "GOOGLE_APPLICATION_CREDENTIALS": "/etc/google/key.json",
+        }
+    )
+
+
+def test_the_environments_secrets_are_taken_out_wherever_they_stand(remembered):
+    text = "server said: plainlooking / correct horse / pa@ssword / pa%40ssword / AbCdEfGhIj"
+    assert redact(text) == "server said: " + " / ".join([REDACTED] * 5)
+
+
+def test_what_only_sounds_like_a_secret_stays(remembered):
+    text = "false-but-long abc /etc/google/key.json"
+    assert redact(text) == text
+
+
+def test_redacting_twice_is_redacting_once(remembered):
+    text = "password=abc token: 'x' https://u:p@h/?token=a PGPASSWORD=plainlooking"
+    assert redact(redact(text)) == redact(text)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["a://", "password", "token=", "?key=", "-----BEGIN PRIVATE KEY-----", "a-", "eyJ-", "token='", "basic ", "A.b"],
+)
+def test_a_long_text_is_cleaned_in_no_time_whatever_it_repeats(part):
+    began = time.perf_counter()
+    redact(part * (300_000 // len(part)))
+    assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("https://ann:pa55@host/x.csv", True),
+        ("https://host/x.csv?access_token=abc", True),
+        ("hf_" + "aBcD" * 8, True),
+        ("-----BEGIN PRIVATE KEY-----\nMII", True),
+        ("ssh://git@host/x", False),
+        ("pypi:plotnine==0.15.9#plotnine/data/diamonds.csv", False),
+        ("the token: {token}, the password: {password}", False),
+    ],
+)
+def test_what_can_only_be_a_secret_is_known(text, held):
+    assert holds_secret(text) is held

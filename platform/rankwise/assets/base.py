@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.assets.confine import confine
 from rankwise.assets.conversion import convert_gguf
 from rankwise.assets.digest import directory_digest, file_digest
 from rankwise.assets.hub import fetch_base, resolve_commit
@@ -91,7 +92,7 @@ def _from_hub(source: HubSource, revision: str | None, settings: Settings, progr
 
 
 def _from_path(source: LocalSource, revision: str | None, settings: Settings, progress: Progress) -> ResolvedBase:
-    path = Path(source.path).expanduser().absolute()
+    path = confine(Path(source.path).expanduser().absolute(), settings, "base_model")
     if path.is_dir():
         check_base(path, str(source))
         digest = directory_digest(path, settings, files=base_files(path), progress=progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rankwise.assets.base import resolve_base
+from rankwise.assets.confine import confine
 from rankwise.assets.hub import fetch_config, resolve_commit
 from rankwise.assets.pin import read_source
 from rankwise.experiment.source import HubSource
@@ -23,10 +24,9 @@ def find_config(base_model: str, settings: Settings) -> Path:
         AssetError: It is not there, or cannot be fetched.
     """
     path = Path(base_model).expanduser()
-    if path.suffix == ".json":
-        return path
-    if (path / "config.json").is_file():
-        return path / "config.json"
+    if path.suffix == ".json" or (path / "config.json").is_file():
+        file = path if path.suffix == ".json" else path / "config.json"
+        return confine(file.absolute(), settings, "base_model")
     source = read_source(base_model, None, key="base_model_revision")
     if isinstance(source, HubSource):
         return fetch_config(source.repo, resolve_commit(source.repo, None, settings), settings)

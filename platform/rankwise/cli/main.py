@@ -16,6 +16,7 @@ import click
 from rankwise import __version__
 from rankwise.exceptions import RankwiseError
 from rankwise.logs import configure
+from rankwise.redact import redact
 from rankwise.settings import Settings, set_log_level, set_process_defaults
 
 INTERRUPTED = 130
@@ -27,6 +28,7 @@ _COMMANDS = {
     "submit": ("rankwise.cli.submit:submit", "Queue an experiment's jobs, for workers anywhere."),
     "worker": ("rankwise.cli.worker:worker", "Do jobs of the queue."),
     "compare": ("rankwise.cli.compare:compare", "Compare the arms of an experiment across ranks."),
+    "report": ("rankwise.cli.report:report", "Write that comparison as an HTML page, with plots and curves."),
     "jobs": ("rankwise.cli.jobs:jobs", "List and show jobs, cancel them, try them again, read their logs."),
     "status": ("rankwise.cli.status:status", "Show the queue, the workers, what they do and when it is done."),
     "cancel": ("rankwise.cli.jobs:cancel", "Cancel jobs."),
@@ -94,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
     except RankwiseError as error:
-        click.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+        text = redact(str(error))
+        click.echo(f"error: {text}" if "\n" not in text else text, err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe (`| head`) has gone; Python would complain once more when it flushes stdout at its end.

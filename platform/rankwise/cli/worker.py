@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from rankwise.cli.progress import Bars
-from rankwise.settings import Settings, child_environment
+from rankwise.settings import Settings, child_environment, set_data_root
 
 if TYPE_CHECKING:
     from rankwise.worker.stopping import Stop
@@ -47,14 +48,27 @@ _GIVING_BACK_S = 30.0
     type=click.FloatRange(min=1.0),
     help="Seconds of silence after which the process that computes counts as hung. Default: an hour; for uploads half.",
 )
+@click.option(
+    "--data-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Read no files for definitions but those below this directory (RANKWISE_DATA_ROOT).",
+)
 def worker(
-    drain: bool, max_arms: int | None, gpus: str | None, lease: float, grace: float, patience: float | None
+    drain: bool,
+    max_arms: int | None,
+    gpus: str | None,
+    lease: float,
+    grace: float,
+    patience: float | None,
+    data_root: Path | None,
 ) -> int:
     """Do jobs of the queue.
 
     SIGTERM or Ctrl-C keeps a checkpoint after the step under way, gives the jobs back and ends; a second one ends at
     once. Whoever claims the jobs goes on from there.
     """
+    if data_root is not None:
+        set_data_root(data_root)
     settings = Settings.load()
     console = Console(stderr=True, highlight=False)
     from rankwise.worker.gpus import visible_gpus

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rankwise.exceptions import DatasetError
+
+MAX_WIDTH = 999
+# A width of ten digits would take the machine's memory with the first row.
+_WIDE = re.compile(r"[0-9]{4,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,11 @@ class RowTemplate:
                 raise DatasetError(
                     f"{key}: field {{{name}}} has no column name; allowed are names of columns, such as {{price}} or "
                     f"{{price:.0f}}; write {{{{ and }}}} for literal braces"
+                )
+            if _WIDE.search(spec or ""):
+                raise DatasetError(
+                    f"{key}: field {{{name}:{spec}}} asks for more than {MAX_WIDTH} characters or digits; allowed are "
+                    f"widths and precisions up to {MAX_WIDTH}"
                 )
             if conversion or "{" in (spec or ""):
                 shown = f"!{conversion}" if conversion else f":{spec}"

@@ -47,11 +47,17 @@ def apply_template(tokenizer: Any, chat_template: str | None, revision: str | No
 
     Raises:
         DatasetError: The base has no template and none is given, the file cannot be read or is not what its pin says,
-            the template is not valid Jinja, or a built-in one does not fit the tokenizer.
+            the template is not valid Jinja or may take all time or memory, or a built-in one does not fit the
+            tokenizer.
     """
     result = copy.copy(tokenizer)
     result.chat_template = template_text(tokenizer, chat_template, revision)
     return result
+
+
+def is_template_file(chat_template: str) -> bool:
+    """Whether `dataset.chat_template` names a file: neither built in nor the text of a template."""
+    return chat_template not in BUILT_IN and "{{" not in chat_template and "{%" not in chat_template
 
 
 def template_text(tokenizer: Any, chat_template: str | None, revision: str | None = None) -> str:
@@ -60,7 +66,7 @@ def template_text(tokenizer: Any, chat_template: str | None, revision: str | Non
         return _own(tokenizer)
     if chat_template in BUILT_IN:
         return _built_in(tokenizer, chat_template)
-    if "{{" in chat_template or "{%" in chat_template:
+    if not is_template_file(chat_template):
         return _checked(tokenizer, chat_template, "dataset.chat_template")
     path = Path(chat_template).expanduser()
     if not path.suffix and not path.exists():
@@ -125,6 +131,15 @@ def _begins_with_bos(tokenizer: Any) -> bool:
 def _checked(tokenizer: Any, text: str, where: str) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError
 
+    from rankwise.data.template_guard import TemplateRefused, guard
+
+    try:
+        guard(text)
+    except TemplateRefused as error:
+        raise DatasetError(
+            f"{where}: it may take all time or memory and is refused: {error}; a chat template needs no more than one "
+            "loop over the messages"
+        ) from error
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=text, tokenize=False)
     except TemplateSyntaxError as error:

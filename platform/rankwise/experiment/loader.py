@@ -14,6 +14,7 @@ from rankwise.experiment.document import MAX_BYTES, Document, KeyPath, Problem, 
 from rankwise.experiment.fields import show
 from rankwise.experiment.rules import BUILT_IN_TEMPLATES, file_pin
 from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.secrets import secrets_in
 from rankwise.experiment.source import LocalSource, parse_source
 
 _PATHS: tuple[KeyPath, ...] = (
@@ -54,9 +55,21 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentSpec
 
 
 def parse_experiment(
-    text: str, filename: str, overrides: Sequence[str] = (), *, directory: Path | None = None
+    text: str,
+    filename: str,
+    overrides: Sequence[str] = (),
+    *,
+    directory: Path | None = None,
+    elsewhere: bool = False,
 ) -> ExperimentSpec:
-    """Check the text of an experiment file; `directory` is what its relative paths are relative to.
+    """Check the text of an experiment file.
+
+    Args:
+        text: YAML.
+        filename: For messages.
+        overrides: As in `load_experiment`.
+        directory: What its relative paths are relative to; the working directory by default.
+        elsewhere: It was written down on another machine, so that base and rows need not be on this one.
 
     Raises:
         ConfigError: With every problem, one a line.
@@ -64,7 +77,9 @@ def parse_experiment(
     document, problems = read_document(text, filename)
     if problems and not document.data:
         raise document.error(problems)
+    document.elsewhere = elsewhere
     problems.extend(_override(document, overrides))
+    problems.extend(secrets_in(document))
     _make_paths_absolute(document, directory or Path.cwd())
     checked = check(document)
     problems.extend(checked.problems)

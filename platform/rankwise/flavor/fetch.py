@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import yaml  # type: ignore[import-untyped]
 from mlflow import MlflowClient
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from rankwise.assets.bounded_yaml import read_yaml
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
 from rankwise.flavor.metadata import (
     ADAPTER_DIRECTORY,
@@ -183,13 +183,13 @@ def read_mlmodel(directory: Path) -> dict[str, Any]:
     """
     path = directory / "MLmodel"
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{directory} has no MLmodel file, so it is no stored model; a PEFT directory is adopted with "
             "`rankwise import`"
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterIntegrityError(f"{path} cannot be read: {error}; fetch the model again") from error
     if not isinstance(document, dict):
         raise AdapterIntegrityError(f"{path} is not what was stored: no mapping; fetch the model again")

@@ -21,6 +21,7 @@ from rankwise.jobs import workers as announced
 from rankwise.jobs.aliases import AliasBook
 from rankwise.jobs.database import database_errors, open_engine, upgrade
 from rankwise.jobs.job import Attempt, Beat, Job, JobKind, JobState, Limits, NewJob, Outcome, Worker, WorkerInfo
+from rankwise.redact import redact
 
 T = TypeVar("T")
 _DEADLOCK, _SERIALIZATION = "40P01", "40001"
@@ -129,11 +130,12 @@ class SqlJobStore:
         error: str | None = None,
         wait: float = 0.0,
     ) -> bool:
-        """See `JobStore.finish`."""
+        """See `JobStore.finish`. Errors of other programs may hold secrets, which are not stored."""
+        said = None if error is None else redact(error)
         return self._write(
             "finishing a job",
             lambda connection: transitions.finish(
-                connection, token, outcome, self._limits, result=result, error=error, wait=wait
+                connection, token, outcome, self._limits, result=result, error=said, wait=wait
             ),
         )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankwise.assets.confine import confine
 from rankwise.assets.progress import Progress
 from rankwise.data.encoding import EncodedSet, encode
 from rankwise.data.renderer import Renderer
 from rankwise.data.rows import Example, Examples, load_examples
+from rankwise.data.template import is_template_file
 from rankwise.experiment.arm import ArmSpec
 from rankwise.settings import Settings
 from rankwise.tasks.prepare import Sources
@@ -24,7 +26,7 @@ class Rows:
 
     Attributes:
         examples: Both sides as conversations.
-        train: Tokens of the training side.
+        train: Tokens of the training side; none where its rows are not needed.
         eval: Tokens of the evaluation side, in the order of `examples.eval`.
         renderer: Tokenizer and chat template that made them.
         inputs: What MLflow is told of the data sets.
@@ -41,6 +43,10 @@ class Rows:
         """The evaluation examples that have tokens, with these tokens, in one order."""
         kept = set(self.eval.ids)
         return [example for example in self.examples.eval if example.id in kept], self.eval
+
+    def without(self, ids: Collection[str]) -> Rows:
+        """The same with these evaluation rows left out; `inputs` still tells of the whole data set."""
+        return replace(self, eval=EncodedSet.of(row for row in self.eval if row.id not in ids))
 
 
 class RowsCache:
@@ -63,32 +69,37 @@ class RowsCache:
         Raises:
             DatasetError: The rows do not fit the definition.
         """
-        key = json.dumps(
-            [str(sources.base.path), arm.dataset.model_dump(mode="json"), arm.training.max_length], sort_keys=True
-        )
+        whole = sources.train is not None
+        parts = [str(sources.base.path), arm.dataset.model_dump(mode="json"), arm.training.max_length, whole]
+        key = json.dumps(parts, sort_keys=True)
         if key not in self._rows:
             self._rows[key] = self._load(arm, sources, tokenizer)
         return self._rows[key]
 
     def _load(self, arm: ArmSpec, sources: Sources, tokenizer: Any) -> Rows:
+        template = arm.dataset.chat_template
+        if template is not None and is_template_file(template):
+            confine(Path(template).expanduser().absolute(), self._settings, "dataset.chat_template")
         renderer = Renderer.create(
             tokenizer,
-            arm.dataset.chat_template,
+            template,
             base=sources.base.path,
             template_revision=arm.dataset.chat_template_revision,
         )
         examples = load_examples(arm.dataset, sources.train, sources.eval, renderer, self._settings, self._progress)
         train = self._encode(examples.train, renderer, arm.training.max_length)
         evaluation = self._encode(examples.eval, renderer, arm.training.max_length)
-        evaluation_source = sources.eval or sources.train
+        used = {"train": (sources.train, examples.train, train)}
+        used["eval"] = (sources.eval or sources.train, examples.eval, evaluation)
         return Rows(
             examples=examples,
             train=train,
             eval=evaluation,
             renderer=renderer,
-            inputs=(
-                _record("train", sources.train.source, sources.train.revision, examples.train, train),
-                _record("eval", evaluation_source.source, evaluation_source.revision, examples.eval, evaluation),
+            inputs=tuple(
+                _record(context, source.source, source.revision, made, tokens)
+                for context, (source, made, tokens) in used.items()
+                if source is not None
             ),
         )
 

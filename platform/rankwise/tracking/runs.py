@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
 from rankwise.exceptions import RankwiseError, TrackingError
+from rankwise.redact import redact
 from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.sender import Sender
@@ -143,8 +144,12 @@ class Run:
             self._file(file, posixpath.join(artifact_path or "", inside))
 
     def text(self, text: str, path: str) -> None:
-        """A text as the artifact `path`."""
-        self._file(text.encode(), path)
+        """A text as the artifact `path`; secrets are taken out, but for pages, whose scripts that would break."""
+        self.data((text if path.endswith(".html") else redact(text)).encode(), path)
+
+    def data(self, content: bytes, path: str) -> None:
+        """Bytes as the artifact `path`."""
+        self._file(content, path)
 
     def json(self, value: Any, path: str) -> None:
         """A value as JSON in the artifact `path`."""
@@ -164,12 +169,7 @@ class Run:
         self._file(json.dumps({"columns": columns, "data": data}, ensure_ascii=False).encode(), path, table=True)
 
     def figure(self, figure: Any, path: str) -> None:
-        """A figure of matplotlib (`.png`, `.svg`, `.pdf`) or plotly (`.html`, which works offline)."""
-        if path.endswith(".html"):
-            # plotly 7 has a button that sends the data to its maker's cloud, on by default.
-            config = {"displaylogo": False, "showSendToCloud": False}
-            self.text(figure.to_html(include_plotlyjs=True, full_html=True, config=config), path)
-            return
+        """A figure of matplotlib (`.png`, `.svg`, `.pdf`)."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.rpartition(".")[2], bbox_inches="tight")
         self._file(buffer.getvalue(), path)
@@ -206,7 +206,7 @@ class Run:
         """
         last: list[Mapping[str, Any]] = [{"end": status, "t": time.time_ns() // 1_000_000}]
         if reason is not None:
-            last.insert(0, {"tags": {REASON: shorten(reason, _LONGEST_REASON)}})
+            last.insert(0, {"tags": {REASON: shorten(redact(reason), _LONGEST_REASON)}})
         return self._close(last, timeout)
 
     def leave(self, timeout: float = 60.0) -> bool:
@@ -271,7 +271,7 @@ def shorten(text: str, limit: int = _LONGEST_NOTE) -> str:
 
 
 def _texts(values: Mapping[str, Scalar]) -> dict[str, str]:
-    return {key: str(value) for key, value in values.items() if value is not None}
+    return {key: redact(str(value)) for key, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

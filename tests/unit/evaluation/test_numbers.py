@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from rankwise.evaluation.numbers import parse_number
@@ -37,3 +39,21 @@ def test_a_number_is_read_as_it_is_meant(text, number):
 @pytest.mark.parametrize("text", ["", "no idea", "$", "$,", "inf", "nan", "9" * 400, "1e999", "\u0661\u0662"])
 def test_a_text_without_a_finite_number_gives_none(text):
     assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1,111" * 40_000,
+        "$" * 200_000,
+        "$ " * 100_000,
+        "-" * 200_000,
+        "1," * 100_000,
+        "1." * 100_000,
+        "$1,111,11" * 20_000,
+    ],
+)
+def test_no_answer_takes_long_to_read(text):
+    began = time.perf_counter()
+    parse_number(text)
+    assert time.perf_counter() - began < 1
