@@ -1,9 +1,11 @@
 """From a finished sweep to a decision: evaluate, promote, roll back, predict, as a user types them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers.project import make_project, sums, write_rows
+from helpers.tiny import make_base
 from mlflow import MlflowClient
 
 PROMOTION = "promotion={min_examples: 10, max_overlap: 0.5}"
@@ -109,7 +111,7 @@ def test_evaluate_on_other_rows_and_by_other_quantizations(project, client):
     assert losses[1] < losses[2]
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id], "tags.`rankwise.kind` = 'evaluate'")
-    assert {run.data.params["model"] for run in runs} == {"models:/tiny-adder/1", "models:/tiny-adder/2"}
+    assert {run.data.params["model"] for run in runs} == {"models:/tiny-adder/1", "models:/tiny-adder/2", "base"}
     assert all(run.inputs.dataset_inputs for run in runs)
     model = client.get_logged_model(client.get_model_version("tiny-adder", "2").source.removeprefix("models:/"))
     assert "eval.within_20_percent" in {metric.key for metric in model.metrics}
@@ -124,6 +126,50 @@ def test_evaluate_on_other_rows_and_by_other_quantizations(project, client):
     assert 0 <= lines["models:/tiny-adder/2", "eval.loss"]["equal_generations"] <= 1
 
 
+def test_who_has_no_training_data_promotes_by_what_the_training_has_left(project, client, tmp_path):
+    seen, fresh = sums(9), [{"a": n, "b": 20, "sum": n + 20} for n in range(12)]
+    write_rows(project.directory / "mixed.jsonl", [*fresh, *seen])
+    rows = project.directory / "rows.jsonl"
+    rows.rename(tmp_path / "elsewhere.jsonl")
+    command = ["promote", "tiny-adder", "--candidate", "2", "--alias", "mate", "--data", "mixed.jsonl"]
+    run_id = client.get_model_version("tiny-adder", "2").run_id
+    digests = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "row_digests.bin"
+    try:
+        found = json.loads(project.succeed(*command, "--json"))
+        (overlap,) = [check for check in found["checks"] if check["name"] == "overlap"]
+        assert "8 of 21 examples (38.1%) were in the candidate's training data and are left out" in overlap["text"]
+        assert found["moved"]
+        # One of the nine is an evaluation row of the split. The evidence is of the rows that were compared.
+        assert client.get_run(found["run_id"]).data.metrics["eval.loss.n"] == 13
+        assert b"plus" not in digests.read_bytes()
+        # Changed, and gone: it is refused before anything is computed, with what to do.
+        client.delete_registered_model_alias("tiny-adder", "mate")
+        kept = digests.read_bytes()
+        digests.write_bytes(kept[:-1] + b"x")
+        changed = project.run(*command)
+        assert changed.returncode == 1
+        assert f"row_digests.bin of run {run_id} is not what was stored" in changed.stderr
+        digests.unlink()
+        refused = project.run(*command)
+        assert refused.returncode == 1
+        assert "its run has no row_digests.bin, and the training data cannot be read here" in refused.stderr
+        assert "--experiment FILE" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        forced = json.loads(project.succeed(*command, "--force", "--reason", "checked by hand", "--json"))
+        assert (forced["passed"], forced["moved"], forced["forced"]) == (False, True, True)
+        (overlap,) = [check for check in forced["checks"] if check["name"] == "overlap"]
+        assert "is not known, so none was left out" in overlap["text"]
+        digests.write_bytes(kept)
+    finally:
+        (tmp_path / "elsewhere.jsonl").rename(rows)
+    # With the training data at hand and without the digests: as before there were any.
+    digests.rename(tmp_path / "digests")
+    client.delete_registered_model_alias("tiny-adder", "mate")
+    found = json.loads(project.succeed(*command, "--json"))
+    (tmp_path / "digests").rename(digests)
+    assert "8 of 21 examples" in next(check["text"] for check in found["checks"] if check["name"] == "overlap")
+
+
 def test_predict_by_alias_out_of_the_registry(project):
     write_rows(project.directory / "ask.jsonl", [{"a": 1, "b": 2}, {"a": 3, "b": 4, "model": "models:/tiny-adder/1"}])
     printed = project.succeed(
@@ -134,3 +180,34 @@ def test_predict_by_alias_out_of_the_registry(project):
     rows = [json.loads(line) for line in (project.directory / "answers.jsonl").read_text().splitlines()]
     assert [row["version"] for row in rows] == ["2", "1"]
     assert rows[1]["input.model"] == "models:/tiny-adder/1"
+
+
+def test_models_of_different_bases_are_each_evaluated_over_their_own(project, client):
+    make_base(project.directory / "other-base", seed=7)
+    definition = project.file.read_text().replace("./base", "./other-base").replace("name: tiny\n", "name: other\n")
+    (project.directory / "other.yaml").write_text(definition)
+    project.succeed(
+        "run", "other.yaml", "--set", "sweep.parameters={lora.r: [4]}", "--set", "training.max_steps=40",
+        "--set", PROMOTION, "--set", "training.warmup_steps=0",
+    )  # fmt: skip
+    found = json.loads(
+        project.succeed(
+            "evaluate", "models:/tiny-adder/2", "models:/tiny-adder/3", "--metrics", "loss,number", "--json"
+        )
+    )
+    assert [row["model"] for row in found["models"]] == [
+        "models:/tiny-adder/2", "models:/tiny-adder/3", "base", "base of models:/tiny-adder/3"
+    ]  # fmt: skip
+    prints = [row["base"]["fingerprint"] for row in found["models"]]
+    assert prints[0] == prints[2] != prints[1] == prints[3]
+    losses = [row["metrics"]["eval.loss"]["value"] for row in found["models"]]
+    assert losses[0] < losses[2]
+    assert losses[1] < losses[3]
+    client.set_registered_model_alias("tiny-adder", "both", "1")
+    done = json.loads(project.succeed("promote", "tiny-adder", "--candidate", "3", "--alias", "both", "--json"))
+    assert done["moved"]
+    evidence = client.get_run(done["run_id"])
+    assert evidence.data.params["candidate.base_fingerprint"] == prints[1]
+    assert evidence.data.params["champion.base_fingerprint"] == prints[0]
+    assert prints[0] in evidence.data.tags["mlflow.note.content"]
+    assert prints[1] in evidence.data.tags["mlflow.note.content"]

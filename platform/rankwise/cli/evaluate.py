@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def evaluate(
     no_tracking: bool,
     as_json: bool,
 ) -> None:
-    """Evaluate stored adapters, and the bare base, on the same rows in mixed batches over one base.
+    """Evaluate stored adapters, and the bare base, on the same rows, those over one base in mixed batches.
 
     A URI is models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., a directory of rankwise.flavor.save_model, or a
     PEFT directory (that needs --experiment, unless a registered one comes first). Results go to MLflow, linked to the
@@ -58,9 +59,10 @@ def evaluate(
     with Bars(Console(stderr=True, highlight=False)) as bars:
         bars.say("starting ...")
         from rankwise.evaluation.meter import quantization_of
-        from rankwise.tasks.assess import Assessor, recorded_setting
+        from rankwise.tasks.assess import Assessor
         from rankwise.tasks.assessed import publish_assessment
         from rankwise.tasks.context import open_context
+        from rankwise.tasks.setting import recorded_setting
 
         wanted: dict[str, QuantizationSpec | None] = {
             name: quantization_of(name) for name in (quantizations or "").split(",") if name
@@ -82,6 +84,12 @@ def evaluate(
         print_table(_table(document))
         for line in document["meter"]:
             note(line["text"])
+        fingerprints = {row["base"]["fingerprint"]: row["base"]["source"] for row in document["models"]}
+        if len(fingerprints) > 1:
+            note("Each model was evaluated over its own base:")
+            for fingerprint, source in fingerprints.items():
+                models = [row["model"] for row in document["models"] if row["base"]["fingerprint"] == fingerprint]
+                note(f"  {source} ({fingerprint}): {', '.join(models)}")
 
 
 def _document(found: dict[str, Assessment]) -> dict[str, Any]:
@@ -89,12 +97,13 @@ def _document(found: dict[str, Assessment]) -> dict[str, Any]:
 
     rows = []
     for quantization, assessment in found.items():
-        for name, evaluation in assessment.results.items():
+        for name, model in assessment.models.items():
             rows.append(
                 {
-                    "model": assessment.models[name] or name,
+                    "model": model.uri or name,
                     "quantization": quantization or None,
-                    "metrics": {key: value.to_json() for key, value in evaluation.metrics.items()},
+                    "base": asdict(model.base),
+                    "metrics": {key: value.to_json() for key, value in model.evaluation.metrics.items()},
                 }
             )
     names = list(next(iter(found.values())).setting.arm.evaluation.metrics)

@@ -54,9 +54,9 @@ def promote(
 
     with Bars(Console(stderr=True, highlight=False)) as bars:
         bars.say("starting ...")
-        from rankwise.tasks.assess import recorded_setting
         from rankwise.tasks.context import open_context
         from rankwise.tasks.promote import promote as through_the_gate
+        from rankwise.tasks.setting import recorded_setting
 
         with open_context(Settings.load(), bars) as context:
             version = context.store.registry.resolve(f"models:/{name}/{candidate}").version

@@ -51,7 +51,7 @@ class Examples:
 
 def load_examples(
     dataset: DatasetSpec,
-    train: ResolvedData,
+    train: ResolvedData | None,
     eval: ResolvedData | None,
     renderer: Renderer,
     settings: Settings,
@@ -67,7 +67,7 @@ def load_examples(
 
     return build_examples(
         dataset,
-        load_table(train, settings, progress),
+        None if train is None else load_table(train, settings, progress),
         None if eval is None else load_table(eval, settings, progress),
         renderer,
         progress,
@@ -76,7 +76,7 @@ def load_examples(
 
 def build_examples(
     dataset: DatasetSpec,
-    train_table: Any,
+    train_table: Any | None,
     eval_table: Any | None,
     renderer: Renderer,
     progress: Progress | None = None,
@@ -87,31 +87,40 @@ def build_examples(
     `dataset.limit` chooses on each side (`choose`, with the split's seed, or 0). Only what was chosen is rendered.
     Rows with an empty cell in a column that the templates use, and chats without an answer, are left out and counted.
 
+    Args:
+        dataset: The definition's section.
+        train_table: Rows to train on; None to make examples of `eval_table` alone, where only these are needed.
+        eval_table: Rows to evaluate on; None where there are none, or where they are a split of the others.
+        renderer: Makes texts of conversations.
+        progress: Told of rows done.
+
     Raises:
         DatasetError: The rows do not fit the definition, or the chat template refuses one.
     """
     notes: list[str] = []
     dropped: dict[str, int] = {}
     shown = progress or SILENT
-    with shown.task("reading rows", len(train_table) + len(eval_table or ()), "rows") as advance:
-        train = _Table.scan(train_table, dataset, "train", notes, dropped, advance)
+    with shown.task("reading rows", len(train_table or ()) + len(eval_table or ()), "rows") as advance:
+        train = None if train_table is None else _Table.scan(train_table, dataset, "train", notes, dropped, advance)
         evaluation = None if eval_table is None else _Table.scan(eval_table, dataset, "eval", notes, dropped, advance)
     seed = 0
-    train_rows = list(range(len(train.ids)))
+    train_rows = [] if train is None else list(range(len(train.ids)))
     eval_source, eval_rows = evaluation, [] if evaluation is None else list(range(len(evaluation.ids)))
     if dataset.eval is not None and not isinstance(dataset.eval, str) and evaluation is None:
+        assert train is not None, "a split needs the table that it is taken from"
         seed = dataset.eval.seed
         split = split_groups(train.groups, dataset.eval.rows, seed)
         train_rows, eval_source, eval_rows = split.train, train, split.eval
         if split.left_out:
             dropped["split: shares a prompt with evaluation rows"] = len(split.left_out)
     limit = dataset.limit
-    train_rows = _limited(train, train_rows, limit.train, seed, "train", notes)
+    if train is not None:
+        train_rows = _limited(train, train_rows, limit.train, seed, "train", notes)
     if eval_source is not None:
         eval_rows = _limited(eval_source, eval_rows, limit.eval, seed, "eval", notes)
     with shown.task("rendering prompts", len(train_rows) + len(eval_rows), "rows") as advance:
         return Examples(
-            train=train.examples(train_rows, renderer, advance),
+            train=[] if train is None else train.examples(train_rows, renderer, advance),
             eval=[] if eval_source is None else eval_source.examples(eval_rows, renderer, advance),
             dropped=dropped,
             notes=tuple(notes),

@@ -2,14 +2,16 @@
 
 The candidate passes when all of these hold:
 
-- there are at least `min_examples` examples, and no more than `max_overlap` of those given were in its training data
-  (they are dropped before anything is computed);
+- there are at least `min_examples` examples, and it is known that no more than `max_overlap` of those given were in
+  its training data (they are dropped before anything is computed);
 - by the primary metric it is better than the champion by more than `min_improvement`, and better than the base, each
   beyond noise: the end of the paired confidence interval that speaks against it decides, not the mean;
 - no metric that has a limit in `max_regression` may have become worse by more than that limit, at the bad end of its
   interval.
 
-Without a champion the base is the only one to beat.
+Without a champion the base is the only one to beat. The champion may lie over another base: then each is evaluated over
+its own, on the same rows. Where the two bases cut a text into other tokens, what is counted per token cannot be
+compared, and a condition on it fails.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from rankwise.evaluation.metrics import Metric, find_metrics
 from rankwise.evaluation.observation import Observation
 from rankwise.evaluation.paired import Difference, paired_difference
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.metric_names import PER_TOKEN
 from rankwise.experiment.schema import PromotionSpec
 
 
@@ -30,7 +33,7 @@ class Check:
     """One condition.
 
     Attributes:
-        name: Which: `examples`, `overlap`, `improvement`, `regression`.
+        name: Which: `examples`, `overlap`, `comparable`, `improvement`, `regression`.
         metric: The metric's key; None where it is about none.
         against: `champion` or `base`; None where it is about neither.
         difference: Candidate minus the other, with its interval.
@@ -77,7 +80,8 @@ def decide(
     *,
     metrics: Sequence[str],
     primary_metric: str,
-    overlapping: int = 0,
+    overlapping: int | None = 0,
+    same_tokens: bool = True,
 ) -> Decision:
     """Weigh a candidate.
 
@@ -88,7 +92,9 @@ def decide(
         spec: The limits.
         metrics: Names of the metrics that were evaluated.
         primary_metric: The key that decides, unless `spec` names another.
-        overlapping: How many examples were left out since the candidate was trained on them.
+        overlapping: How many examples were left out since the candidate was trained on them; None where it is not
+            known on which rows it was.
+        same_tokens: Whether the bases of candidate and champion cut texts into the same tokens.
 
     Raises:
         ConfigError: A key of the limits is none of the metrics'.
@@ -104,7 +110,9 @@ def decide(
                 f"promotion: {wanted} is no mean of the metrics {', '.join(metrics)}; they give {', '.join(functions)}"
             )
     others = [("champion", champion), ("base", base)] if champion is not None else [("base", base)]
-    checks = [_enough(len(candidate), spec), _overlap(overlapping, len(candidate) + overlapping, spec)]
+    checks = [_enough(len(candidate), spec), _overlap(overlapping, len(candidate), spec)]
+    if champion is not None and not same_tokens:
+        checks += [_not_comparable(each) for each in (key, *spec.max_regression) if each in PER_TOKEN]
     for name, observations in others:
         limit = spec.min_improvement if name == "champion" else 0.0
         found = _difference(functions[key], key, candidate, observations, spec)
@@ -136,13 +144,25 @@ def _enough(n: int, spec: PromotionSpec) -> Check:
     return Check(name="examples", ok=n >= spec.min_examples, text=text, limit=spec.min_examples)
 
 
-def _overlap(overlapping: int, given: int, spec: PromotionSpec) -> Check:
+def _overlap(overlapping: int | None, kept: int, spec: PromotionSpec) -> Check:
+    if overlapping is None:
+        text = "which rows the candidate was trained on is not known, so none was left out"
+        return Check(name="overlap", ok=False, text=text, limit=spec.max_overlap)
+    given = kept + overlapping
     share = overlapping / given if given else 0.0
     text = (
         f"{overlapping} of {given} examples ({share:.1%}) were in the candidate's training data and are left out; "
         f"at most {spec.max_overlap:.1%} are allowed"
     )
     return Check(name="overlap", ok=share <= spec.max_overlap, text=text, limit=spec.max_overlap)
+
+
+def _not_comparable(key: str) -> Check:
+    text = (
+        f"{key} counts tokens, and the bases of candidate and champion cut texts into different ones: set "
+        "promotion.metric to a metric of generated texts, such as eval.exact_match"
+    )
+    return Check(name="comparable", ok=False, text=text, limit=0.0, metric=key, against="champion")
 
 
 def _improvement(key: str, against: str, found: Difference, limit: float, metric: Metric) -> Check:

@@ -45,8 +45,9 @@ class Candidate:
 class Candidates:
     """Makes candidates out of a definition and the points of its sweep."""
 
-    def __init__(self, data: dict[str, Any], where: Expression | None) -> None:
-        """Take the definition's data without its sweep, and the sweep's condition."""
+    def __init__(self, data: dict[str, Any], where: Expression | None, *, elsewhere: bool = False) -> None:
+        """Take the definition's data without its sweep, and the sweep's condition; `elsewhere` as in `rules.View`."""
+        self._elsewhere = elsewhere
         self._base = {key: value for key, value in data.items() if key != "sweep"}
         self._where = where
 
@@ -67,7 +68,8 @@ class Candidates:
             pass  # The point has a wrong value, which is among its problems.
         spec, problems = validate(resolution)
         arm = ArmSpec.of(spec) if spec is not None and not problems else None
-        return Candidate(point=point, arm=arm, problems=tuple(problems or find_problems(View(resolution.data))))
+        view = View(resolution.data, elsewhere=self._elsewhere)
+        return Candidate(point=point, arm=arm, problems=tuple(problems or find_problems(view)))
 
     def of_all(self, points: Iterable[Point], most: int) -> list[Candidate]:
         """The first `most` candidates of a grid or list.

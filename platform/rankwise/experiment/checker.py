@@ -46,14 +46,15 @@ def check(document: Document) -> Checked:
     wrong = [problem.path for problem in problems] + [as_path(path) for path in resolution.skipped]
     across = sweep_problems(View(resolution.data, wrong))
     if spec is None or problems or across:
-        problems.extend(find_problems(View(resolution.data, wrong)))
+        problems.extend(find_problems(View(resolution.data, wrong, elsewhere=document.elsewhere)))
         problems.extend(_check_values(data, sweep.points, [problem.path for problem in problems]))
         return Checked(problems=[*problems, *across])
     # A range's ends may be drawn by no arm of the first round, and must be good all the same.
     if sweep.space is not None and (values := _check_values(data, sweep.points, [])):
         return Checked(problems=values)
     spec._expressions = resolution.expressions
-    checked = _check_arms(data, sweep)
+    spec._elsewhere = document.elsewhere
+    checked = _check_arms(Candidates(data, sweep.where, elsewhere=document.elsewhere), sweep)
     checked.spec = spec
     checked.problems.extend(rung_problems(spec.sweep.early_stopping, checked.arms))
     return checked
@@ -114,8 +115,7 @@ class _Found:
     labels: list[str] = field(default_factory=list)
 
 
-def _check_arms(data: dict[str, Any], sweep: Points) -> Checked:
-    candidates = Candidates(data, sweep.where)
+def _check_arms(candidates: Candidates, sweep: Points) -> Checked:
     try:
         if sweep.space is None:
             met = candidates.of_all(sweep.points, MAX_ARMS + 1)

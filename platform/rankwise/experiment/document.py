@@ -78,11 +78,15 @@ class Problem:
 
 @dataclass(kw_only=True)
 class Document:
-    """Plain data and the line of every key and list item. Lines of overrides are None."""
+    """Plain data and the line of every key and list item. Lines of overrides are None.
+
+    `elsewhere`: it was written down on another machine, so that its files need not be here.
+    """
 
     filename: str
     data: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int | None] = field(default_factory=dict)
+    elsewhere: bool = False
 
     def line(self, path: KeyPath) -> int | None:
         """Line of a key, or of the nearest key above it; None when an override set it."""

@@ -45,6 +45,9 @@ GENERATED: frozenset[str] = frozenset({"exact_match", "number"})
 DERIVED: frozenset[str] = frozenset({"eval.perplexity"})
 """Keys of built-in metrics that are no mean over examples, but a function of one."""
 
+PER_TOKEN: frozenset[str] = frozenset({"eval.loss", "eval.perplexity", "eval.token_accuracy"})
+"""Keys whose values depend on how a tokenizer cuts texts, so that they compare over one tokenizer only."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricFacts:

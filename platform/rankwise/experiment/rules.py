@@ -29,9 +29,13 @@ class Unusable(Exception):
 
 
 class View:
-    """The fields of one definition with defaults; access to a wrong one raises `Unusable`."""
+    """The fields of one definition with defaults; access to a wrong one raises `Unusable`.
 
-    def __init__(self, data: dict[str, Any], wrong: Collection[KeyPath] = ()) -> None:
+    `elsewhere`: it was written down on another machine, so that its files need not be here.
+    """
+
+    def __init__(self, data: dict[str, Any], wrong: Collection[KeyPath] = (), *, elsewhere: bool = False) -> None:
+        self.elsewhere = elsewhere
         self._data = data
         self._wrong = wrong
 
@@ -288,7 +292,7 @@ def _base_is_a_source(view: View) -> Iterator[Problem]:
             yield _at("base_model", f"must be a directory or a .gguf file, got the file {show(text)}")
         elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             yield _at("base_model", f"must be a directory with a model's config.json, {show(text)} has none")
-        elif not os.path.exists(path) and view["base_model_config"] is None:
+        elif not view.elsewhere and not os.path.exists(path) and view["base_model_config"] is None:
             yield _at(
                 "base_model", f"there is no file or directory {text}; base_model_config allows to plan without it"
             )
@@ -313,25 +317,27 @@ def _base_config_is_there(view: View) -> Iterator[Problem]:
 
 @_rule
 def _training_rows_have_a_source(view: View) -> Iterator[Problem]:
-    yield from _data("dataset.train", view["dataset.train"], view["dataset.train_revision"])
+    yield from _data(view, "dataset.train", view["dataset.train"])
 
 
 @_rule
 def _evaluation_rows_have_a_source(view: View) -> Iterator[Problem]:
     source, revision = view["dataset.eval"], view["dataset.eval_revision"]
     if isinstance(source, str):
-        yield from _data("dataset.eval", source, revision)
+        yield from _data(view, "dataset.eval", source)
     elif revision is not None:
         what = "is null" if source is None else "is split from train, which has its own pin"
         yield _at("dataset.eval_revision", f"has no source to pin: dataset.eval {what}; remove it")
 
 
-def _data(path: str, text: str, revision: str | None) -> Iterator[Problem]:
+def _data(view: View, path: str, text: str) -> Iterator[Problem]:
     source, problems = _source(path, text)
     yield from problems
-    yield from _pin(f"{path}_revision", source, revision)
+    yield from _pin(f"{path}_revision", source, view[f"{path}_revision"])
     if text.lower().endswith(".gguf"):
         yield _at(path, f"must be a table of rows, got the model file {show(text)}")
+    elif view.elsewhere:
+        return
     elif isinstance(source, LocalSource) and not os.path.exists(os.path.expanduser(source.path)):
         yield _at(path, f"there is no file or directory {text}")
 

@@ -116,7 +116,7 @@ def rounds(spec: ExperimentSpec, results_of: Results) -> tuple[Round, ...]:
     document, _ = _check(spec)
     sweep = read_sweep(document)
     assert sweep.space is not None, "not a search"
-    candidates = Candidates(document.data, sweep.where)
+    candidates = Candidates(document.data, sweep.where, elsewhere=document.elsewhere)
     greater = greater_is_better(spec.evaluation.primary_metric)
     found: list[Round] = []
     told: list[Told] = []
@@ -147,7 +147,7 @@ def rounds(spec: ExperimentSpec, results_of: Results) -> tuple[Round, ...]:
 
 
 def _check(spec: ExperimentSpec) -> tuple[Document, Checked]:
-    document = Document(filename=spec.name, data=spec.document())
+    document = Document(filename=spec.name, data=spec.document(), elsewhere=spec._elsewhere)
     checked = check(document)
     if checked.problems:
         raise document.error(checked.problems)

@@ -14,7 +14,7 @@ and one to get it back, in any process, without a network:
 from __future__ import annotations
 
 from rankwise.flavor.bases import Override
-from rankwise.flavor.download import download_adapter
+from rankwise.flavor.download import download_adapter, read_metadata
 from rankwise.flavor.fetch import Origin
 from rankwise.flavor.loading import LoadedAdapter, load_model, load_models
 from rankwise.flavor.metadata import FLAVOR_NAME, AdapterMetadata, BaseFacts
@@ -34,5 +34,6 @@ __all__ = [
     "load_models",
     "log_adapter",
     "log_model",
+    "read_metadata",
     "save_model",
 ]

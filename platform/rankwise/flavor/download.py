@@ -6,8 +6,21 @@ import shutil
 from pathlib import Path
 
 from rankwise.flavor.fetch import fetch
+from rankwise.flavor.metadata import AdapterMetadata
 from rankwise.flavor.place import check_target, placed
 from rankwise.modeling.adapter import read_adapter
+
+
+def read_metadata(uri: str | Path, *, tracking_uri: str | None = None) -> AdapterMetadata:
+    """What a stored adapter says of itself, its files checked; nothing is loaded.
+
+    Raises:
+        AdapterIntegrityError: A stored file is not what was stored.
+        ConfigError: It is no model of this flavor.
+        TrackingError: MLflow cannot be reached, or has no such model.
+    """
+    with fetch(uri, tracking_uri) as fetched:
+        return fetched.metadata
 
 
 def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | None = None) -> Path:

@@ -135,7 +135,7 @@ def _cheap_parts(path: Path) -> dict[str, str]:
             }
         ),
         "tokenizer": _tokenizer_digest(path),
-        "chat_template": _template_digest(path),
+        "chat_template": template_fingerprint(path),
     }
 
 
@@ -175,8 +175,9 @@ def _tokenizer_digest(path: Path) -> str:
     return _digest(parts)
 
 
-def _template_digest(path: Path) -> str:
-    """Later sources win over earlier ones, as they do in transformers."""
+def template_fingerprint(path: Path) -> str:
+    """The digest of the chat templates in a directory of a base or tokenizer: a fingerprint's `chat_template`."""
+    # Later sources win over earlier ones, as they do in transformers.
     templates: dict[str, str] = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (path / name).is_file():

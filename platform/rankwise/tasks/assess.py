@@ -1,65 +1,46 @@
-"""Evaluate stored adapters and the bare base on rows of one's choice, over one base in memory."""
+"""Evaluate stored adapters and the bare bases on rows of one's choice, each over the base that it was trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import rankwise.flavor as flavor
+from rankwise.data.rows import Example
 from rankwise.evaluation.evaluator import Evaluation
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.loader import load_experiment, parse_experiment
-from rankwise.experiment.schema import ExperimentSpec, QuantizationSpec
-from rankwise.experiment.sweep import expand, is_search
-from rankwise.jobs.job import JobKind
+from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.adapter import load_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.packed_lora import delete_adapter
+from rankwise.tasks.base_groups import BARE, BaseIdentity, Group, group_by_base, is_plain_directory
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
 from rankwise.tasks.measure import measure
-from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources
-from rankwise.tasks.recorded import recorded_definition
 from rankwise.tasks.rows import Rows, RowsCache
-
-BARE = "base"
-"""How the bare base is named among the models."""
+from rankwise.tasks.setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What models are evaluated on and by.
+class Assessed:
+    """What one model did.
 
     Attributes:
-        spec: The definition that it comes from.
-        arm: Its base, rows and metrics; the adapter in it takes no part.
+        evaluation: Metrics and observations.
+        uri: The resolved URI; None for a bare base and for a directory.
+        base: Over which base.
+        bare: The name of that base alone among the assessment's models.
+        rows: The rows as that base's tokenizer and template make them.
     """
 
-    spec: ExperimentSpec
-    arm: ArmSpec
-
-    def changed(self, *, data: str | None = None, metrics: Sequence[str] = (), limit: int | None = None) -> Setting:
-        """The same on other rows, by other metrics.
-
-        Args:
-            data: A source of rows with the same columns, in place of the definition's evaluation rows.
-            metrics: Names of metrics.
-            limit: Evaluate no more rows than this.
-        """
-        arm = self.arm
-        dataset, evaluation = arm.dataset, arm.evaluation
-        if data is not None:
-            source = str(Path(data).absolute()) if Path(data).exists() else data
-            dataset = dataset.model_copy(update={"eval": source, "eval_revision": None})
-        if limit is not None:
-            dataset = dataset.model_copy(update={"limit": dataset.limit.model_copy(update={"eval": limit})})
-        if metrics:
-            evaluation = evaluation.model_copy(update={"metrics": tuple(metrics)})
-        return Setting(spec=self.spec, arm=arm.model_copy(update={"dataset": dataset, "evaluation": evaluation}))
+    evaluation: Evaluation
+    uri: str | None
+    base: BaseIdentity
+    bare: str
+    rows: Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,43 +49,23 @@ class Assessment:
 
     Attributes:
         setting: On what.
-        rows: The rows.
-        base: Over what.
-        results: By the names given.
-        models: The resolved URI of each name; None for the bare base and for directories.
+        models: By the names given, then the bare bases.
+        left_out: Rows that were left out since the caller asked for that.
     """
 
     setting: Setting
-    rows: Rows
-    base: LoadedBase
-    results: dict[str, Evaluation]
-    models: dict[str, str | None]
+    models: dict[str, Assessed]
+    left_out: int = 0
 
+    @property
+    def results(self) -> dict[str, Evaluation]:
+        """The evaluations by name."""
+        return {name: model.evaluation for name, model in self.models.items()}
 
-def recorded_setting(context: Context, uri: str, file: Path | None = None) -> Setting:
-    """The rows and metrics that a stored adapter was evaluated by.
-
-    Args:
-        context: The stores.
-        uri: `models:/NAME/VERSION` or `models:/NAME@ALIAS`; its run has recorded the definition.
-        file: A definition to take in place of the recorded one.
-
-    Raises:
-        ConfigError: No definition is recorded, or the file is not valid.
-        TrackingError: There is no such version.
-    """
-    spec = load_experiment(file) if file is not None else parse_experiment(recorded_definition(context, uri), uri)
-    return Setting(spec=spec, arm=_arm(context, spec, uri))
-
-
-def _arm(context: Context, spec: ExperimentSpec, uri: str) -> ArmSpec:
-    """The arm behind a version: as the queue has it, else as the definition gives it."""
-    version = context.store.registry.resolve(uri).version if uri.startswith("models:") else None
-    spec_hash = "" if version is None else version.tags.get("rankwise.spec_hash", "")
-    if job := context.queue.find(JobKind.TRAIN, [spec_hash]).get(spec_hash):
-        return Work.of(job).arm
-    arms = () if is_search(spec) else expand(spec)
-    return next((arm for arm in arms if arm.spec_hash == spec_hash), ArmSpec.of(spec))
+    @property
+    def bases(self) -> tuple[BaseIdentity, ...]:
+        """The different bases."""
+        return tuple(dict.fromkeys(model.base for model in self.models.values()))
 
 
 class Assessor:
@@ -116,60 +77,85 @@ class Assessor:
         self._bases = BaseHolder(context.settings, context.voice)
         self._rows = RowsCache(context.settings, context.voice)
 
-    def rows(self, setting: Setting, quantization: QuantizationSpec | None = None) -> Rows:
-        """The rows of a setting.
+    def training_rows(self, setting: Setting) -> list[Example]:
+        """The rows that a setting's arm is trained on, out of its data.
 
         Raises:
             AssetError: Base or rows cannot be had.
             DatasetError: The rows do not fit the definition.
         """
         sources = find_sources(setting.arm, self._context.settings, self._context.voice)
-        base = self._bases.get(sources.base, quantization or setting.arm.quantization)
-        return self._rows.get(setting.arm, sources, base.tokenizer)
+        base = self._bases.get(sources.base, setting.arm.quantization)
+        return self._rows.get(setting.arm, sources, base.tokenizer).examples.train
 
     def assess(
-        self, setting: Setting, uris: Sequence[str], *, quantization: QuantizationSpec | None = None
+        self,
+        setting: Setting,
+        uris: Sequence[str],
+        *,
+        quantization: QuantizationSpec | None = None,
+        leave_out: Callable[[Example], bool] | None = None,
     ) -> Assessment:
-        """Evaluate models and the bare base on the same rows, in mixed batches.
+        """Evaluate models and the bare bases on the same rows, in mixed batches; one base after another.
+
+        Every adapter is evaluated over the base that it was trained on. Those over one base share its batches.
 
         Args:
             setting: On what and by what.
-            uris: Stored adapters, or PEFT directories; `base` among them, or not, is the bare base, which always is.
-            quantization: Of the base; another one than the adapters were trained over gives a warning.
+            uris: Stored adapters, or PEFT directories (over the setting's base); `base` among them, or not, is the bare
+                base of the setting, which always is.
+            quantization: Of the bases; another one than the adapters were trained over gives a warning.
+            leave_out: Says of a row whether it is left out.
 
         Raises:
             ConfigError: There are no rows, or a metric is not known.
-            BaseMismatchError: An adapter was trained on another base than the setting's.
+            BaseMismatchError: A base was found that is not the recorded one.
             AssetError: Base or rows cannot be had.
         """
-        context = self._context
-        chosen = quantization or setting.arm.quantization
-        sources = find_sources(setting.arm, context.settings, context.voice)
-        base = self._bases.get(sources.base, chosen)
-        table = self._rows.get(setting.arm, sources, base.tokenizer)
-        if not table.evaluated[0]:
-            raise ConfigError(
-                f"{setting.spec.name} has no evaluation rows: give dataset.eval in the definition, or --data"
-            )
         names = [uri for uri in dict.fromkeys(uris) if uri != BARE]
+        models: dict[str, Assessed] = {}
+        left_out = 0
+        for group in group_by_base(self._context, setting, names, quantization):
+            rows, models_of_group = self._assess(group, leave_out)
+            models |= models_of_group
+            if group.bare == BARE:
+                left_out = rows
+        ordered = [*names, *(name for name in models if name not in names)]
+        return Assessment(setting=setting, models={name: models[name] for name in ordered}, left_out=left_out)
+
+    def _assess(self, group: Group, leave_out: Callable[[Example], bool] | None) -> tuple[int, dict[str, Assessed]]:
+        """The models over one base: how many rows were left out, and what the models did."""
+        context, arm = self._context, group.arm
+        sources = find_sources(arm, context.settings, context.voice, base=group.base, training=False)
+        base = self._bases.get(group.base, arm.quantization)
+        table = self._rows.get(arm, sources, base.tokenizer)
+        examples, _ = table.evaluated
+        if not examples:
+            raise ConfigError(
+                f"{group.experiment} has no evaluation rows: give dataset.eval in the definition, or --data"
+            )
+        surplus = {example.id for example in examples if leave_out is not None and leave_out(example)}
+        used = table.without(surplus) if surplus else table
         with ExitStack() as stack:
             adapters: dict[str, str | None] = {}
-            models: dict[str, str | None] = {BARE: None}
-            for uri in names:
-                adapter, models[uri] = self._attach(base, uri, other=chosen != setting.arm.quantization)
+            resolved: dict[str, str | None] = {group.bare: None}
+            for uri in group.uris:
+                adapter, resolved[uri] = self._attach(base, uri, other=group.other)
                 stack.callback(delete_adapter, base.model, adapter)
                 adapters[uri] = adapter
-            adapters[BARE] = None
-            found = measure(base, table, list(adapters.values()), setting.arm.evaluation, context.voice)
-        results = {name: found[adapter] for name, adapter in adapters.items()}
-        return Assessment(setting=setting, rows=table, base=base, results=results, models=models)
+            adapters[group.bare] = None
+            found = measure(base, used, list(adapters.values()), arm.evaluation, context.voice)
+        identity = BaseIdentity.of(base)
+        return len(surplus), {
+            name: Assessed(evaluation=found[adapter], uri=resolved[name], base=identity, bare=group.bare, rows=table)
+            for name, adapter in adapters.items()
+        }
 
     def _attach(self, base: LoadedBase, uri: str, *, other: bool) -> tuple[str, str | None]:
         """Lay an adapter over the base: its name in the model, and the URI that it resolves to."""
-        directory = Path(uri)
-        if directory.is_dir() and not (directory / "MLmodel").exists():
-            name = f"directory-{abs(hash(directory.resolve())):x}"
-            load_adapter(base.model, directory, name)
+        if is_plain_directory(uri):
+            name = f"directory-{abs(hash(Path(uri).resolve())):x}"
+            load_adapter(base.model, Path(uri), name)
             return name, None
         loaded = flavor.load_model(
             uri, base=base, settings=self._context.settings, allow_base_mismatch=other,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
-from rankwise.tasks.assess import BARE, Assessment
+from rankwise.tasks.assess import Assessment
 from rankwise.tasks.context import Context
 from rankwise.tracking.linking import link_metrics
 from rankwise.tracking.provenance import collect
@@ -26,17 +26,27 @@ def publish_assessment(context: Context, assessment: Assessment, *, note: str = 
     """
     spec = assessment.setting.spec
     experiment_id = context.store.experiment(spec.name, spec)
-    record = assessment.rows.inputs[-1]
     names = list(assessment.setting.arm.evaluation.metrics)
     runs: dict[str, str] = {}
-    for name, evaluation in assessment.results.items():
-        uri = assessment.models[name]
+    for name, model in assessment.models.items():
+        uri, evaluation, record = model.uri, model.evaluation, model.rows.inputs[-1]
         run = context.store.start_run(
             experiment_id,
             f"evaluation of {uri or name}{note}",
-            params={"model": uri or name, "data": record.source},
-            tags={**collect().tags(), "rankwise.model_uri": uri},
-            kind="evaluate" if name != BARE else "base",
+            params={
+                "model": uri or name,
+                "data": record.source,
+                "base_model": model.base.source,
+                "base_model_revision": model.base.revision,
+                "quantization": model.base.quantization,
+            },
+            tags={
+                **collect().tags(),
+                "rankwise.model_uri": uri,
+                "rankwise.base_fingerprint": model.base.fingerprint,
+            },
+            # Never "base": `compare` takes the last run of that kind for the base on the definition's own rows.
+            kind="evaluate",
             system_metrics=False,
         )
         run.input(record)

@@ -10,6 +10,7 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.halving import paused_at
 from rankwise.tasks.payload import Work
 from rankwise.tasks.rows import Rows
+from rankwise.tasks.seen import FILE, digests_of
 from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.descriptions import arm_note
 from rankwise.tracking.provenance import Provenance
@@ -76,6 +77,7 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
             run.input(record)
         run.text(work.definition, "experiment.yaml")
         run.json(provenance.to_dict(), "provenance.json")
+        run.data(digests_of(work.arm, arm.rows.examples.train, session.voice), FILE)
     run.tags(
         {
             **provenance.tags(),

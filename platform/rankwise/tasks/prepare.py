@@ -15,10 +15,10 @@ from rankwise.tracking.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where an arm's base and rows are on this machine."""
+    """Where an arm's base and rows are on this machine; `train` is None where its rows are not needed."""
 
     base: ResolvedBase
-    train: ResolvedData
+    train: ResolvedData | None
     eval: ResolvedData | None
 
 
@@ -31,19 +31,33 @@ def find_data(dataset: DatasetSpec, settings: Settings, progress: Progress) -> t
     train = resolve_data(dataset.train, dataset.train_revision, settings, dataset.train_split, dataset.name, progress)
     if not isinstance(dataset.eval, str):
         return train, None
-    evaluation = resolve_data(
-        dataset.eval, dataset.eval_revision, settings, dataset.eval_split, dataset.name, progress, key="eval_revision"
+    return train, _find_eval(dataset, dataset.eval, settings, progress)
+
+
+def _find_eval(dataset: DatasetSpec, source: str, settings: Settings, progress: Progress) -> ResolvedData:
+    return resolve_data(
+        source, dataset.eval_revision, settings, dataset.eval_split, dataset.name, progress, key="eval_revision"
     )
-    return train, evaluation
 
 
-def find_sources(arm: ArmSpec, settings: Settings, progress: Progress) -> Sources:
+def find_sources(
+    arm: ArmSpec, settings: Settings, progress: Progress, *, base: ResolvedBase | None = None, training: bool = True
+) -> Sources:
     """Resolve what an arm is made from.
+
+    Args:
+        arm: The arm.
+        settings: Where the caches are.
+        progress: Told of downloads and conversions.
+        base: A base that has been found already.
+        training: Whether its training rows are needed. Evaluation rows that are a split of them need them too.
 
     Raises:
         AssetError: A source cannot be had, or is not what its pin says.
     """
-    base = resolve_base(arm.base_model, arm.base_model_revision, settings, progress)
+    base = base or resolve_base(arm.base_model, arm.base_model_revision, settings, progress)
+    if not training and isinstance(arm.dataset.eval, str):
+        return Sources(base=base, train=None, eval=_find_eval(arm.dataset, arm.dataset.eval, settings, progress))
     train, evaluation = find_data(arm.dataset, settings, progress)
     return Sources(base=base, train=train, eval=evaluation)
 

@@ -7,16 +7,19 @@ locked, after a look whether somebody else has moved it since the comparison beg
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.evaluation.evaluator import Evaluation
 from rankwise.evaluation.gate import Decision, decide
+from rankwise.evaluation.observation import Observation
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import ConfigError, GateError
-from rankwise.tasks.assess import BARE, Assessment, Assessor, Setting
+from rankwise.tasks.assess import Assessment, Assessor
 from rankwise.tasks.context import Context
+from rankwise.tasks.seen import seen_by
+from rankwise.tasks.setting import Setting
 from rankwise.tracking.descriptions import table
 from rankwise.tracking.provenance import collect, user_name
 from rankwise.tracking.registry import ModelVersion
@@ -82,8 +85,9 @@ def promote(
 
     Raises:
         ConfigError: There is nothing to compare on, or the limits name metrics that are not computed.
-        GateError: Somebody else has moved the alias in the meantime.
-        BaseMismatchError: The champion was trained on another base.
+        GateError: Somebody else has moved the alias in the meantime; or it is not known which rows the candidate was
+            trained on, and `force` is not given.
+        AssetError: A base or the rows cannot be had.
         JobStoreError: The queue's database cannot be reached.
     """
     registry = context.store.registry
@@ -92,11 +96,21 @@ def promote(
         return Promotion(
             candidate=candidate, champion=champion, alias=alias, decision=None, moved=False, forced=False, run_id=None
         )
+    # Who may not move the alias learns it before the comparison.
+    registry.put_forward(candidate, alias)
     assessor = Assessor(context)
     on = setting.changed(data=data, limit=limit)
-    trained_on = {example.prompt for example in assessor.rows(setting).examples.train}
-    assessment = assessor.assess(on, [candidate.uri, *([champion.uri] if champion is not None else [])])
-    decision = _decide(assessment, candidate, champion, trained_on)
+    seen = None
+    try:
+        seen = seen_by(context, candidate, setting, assessor)
+    except GateError as error:
+        if force is None:
+            raise
+        context.voice.warn(str(error))
+    compared = [candidate.uri, *([champion.uri] if champion is not None else [])]
+    assessment = assessor.assess(on, compared, leave_out=seen)
+    overlapping = None if seen is None else assessment.left_out
+    decision = _decide(assessment, candidate, champion, overlapping)
     moving = decision.passed or force is not None
     run_id = _write_evidence(context, assessment, candidate, champion, alias, decision, force)
     registry.tag_version(candidate.name, candidate.version, {EVIDENCE: run_id})
@@ -142,23 +156,28 @@ def rollback(context: Context, name: str, alias: str, *, reason: str) -> tuple[i
 
 
 def _decide(
-    assessment: Assessment, candidate: ModelVersion, champion: ModelVersion | None, trained_on: set[str]
+    assessment: Assessment, candidate: ModelVersion, champion: ModelVersion | None, overlapping: int | None
 ) -> Decision:
     spec, evaluation = assessment.setting.spec, assessment.setting.arm.evaluation
-    kept = {each.id for each in assessment.results[BARE].observations if each.prompt not in trained_on}
+    mine = assessment.models[candidate.uri]
+    theirs = None if champion is None else assessment.models[champion.uri]
+    # A row may be too long for the tokenizer of one base only.
+    paired = {each.id for each in mine.evaluation.observations}
+    if theirs is not None:
+        paired &= {each.id for each in theirs.evaluation.observations}
 
-    def observations(result: Evaluation) -> list[Any]:
-        return [each for each in result.observations if each.id in kept]
+    def observations(result: Evaluation) -> list[Observation]:
+        return [each for each in result.observations if each.id in paired]
 
-    bare = assessment.results[BARE]
     return decide(
-        observations(assessment.results[candidate.uri]),
-        None if champion is None else observations(assessment.results[champion.uri]),
-        observations(bare),
+        observations(mine.evaluation),
+        None if theirs is None else observations(theirs.evaluation),
+        observations(assessment.results[mine.bare]),
         spec.promotion,
         metrics=evaluation.metrics,
         primary_metric=evaluation.primary_metric,
-        overlapping=len(bare.observations) - len(kept),
+        overlapping=overlapping,
+        same_tokens=theirs is None or theirs.base.tokenizer == mine.base.tokenizer,
     )
 
 
@@ -176,17 +195,25 @@ def _write_evidence(
     run = context.store.start_run(
         context.store.experiment(spec.name, spec),
         f"promotion of {candidate.name} {candidate.version} to {alias}: {verdict}",
-        params={"candidate": candidate.uri, "champion": champion.uri if champion else "none", "alias": alias},
+        params={
+            "candidate": candidate.uri,
+            "champion": champion.uri if champion else "none",
+            "alias": alias,
+            "candidate.base_fingerprint": assessment.models[candidate.uri].base.fingerprint,
+            **({"champion.base_fingerprint": assessment.models[champion.uri].base.fingerprint} if champion else {}),
+        },
         tags={**collect().tags(), "rankwise.gate": verdict, "rankwise.reason": force or ""},
-        description=_note(candidate, champion, alias, decision, force),
+        description=_note(assessment, candidate, champion, alias, decision, force),
         kind="promote",
         system_metrics=False,
     )
-    run.input(assessment.rows.inputs[-1])
-    run.metrics(to_tracking(assessment.results[candidate.uri].metrics), 0)
-    run.json(decision.to_json(), "gate.json")
+    mine = assessment.models[candidate.uri]
+    run.input(mine.rows.inputs[-1])
+    run.metrics(to_tracking(mine.evaluation.metrics), 0)
+    bases = {name: asdict(model.base) for name, model in assessment.models.items()}
+    run.json({**decision.to_json(), "bases": bases}, "gate.json")
     names = list(assessment.setting.arm.evaluation.metrics)
-    roles = {"candidate": candidate.uri, "champion": champion.uri if champion else None, "base": BARE}
+    roles = {"candidate": candidate.uri, "champion": champion.uri if champion else None, "base": mine.bare}
     for role, name in roles.items():
         if name is not None:
             rows = prediction_rows(assessment.results[name], names, log_examples=spec.tracking.log_examples)
@@ -196,11 +223,19 @@ def _write_evidence(
 
 
 def _note(
-    candidate: ModelVersion, champion: ModelVersion | None, alias: str, decision: Decision, force: str | None
+    assessment: Assessment,
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    alias: str,
+    decision: Decision,
+    force: str | None,
 ) -> str:
     rows = [["yes" if check.ok else "**no**", check.text] for check in decision.checks]
     against = f"against {champion.uri}" if champion is not None else "with no holder of the alias to beat"
     parts = [f"# May {candidate.uri} be @{alias}?", f"Compared {against}.", table(["holds", "condition"], rows)]
+    if champion is not None and len(assessment.bases) > 1:
+        ours, theirs = assessment.models[candidate.uri].base, assessment.models[champion.uri].base
+        parts.append(f"Each over its own base. {candidate.uri}: {ours}. {champion.uri}: {theirs}.")
     if force is not None and not decision.passed:
         parts.append(f"Moved all the same: {force}")
     return "\n\n".join(parts) + "\n"

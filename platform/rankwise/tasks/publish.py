@@ -15,6 +15,7 @@ from rankwise.modeling.anatomy_run import PAGE_NAME, TABLE_NAME, rank_metrics, t
 from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.claimed import ClaimedArm
 from rankwise.tasks.halving import paused_result
+from rankwise.tasks.seen import FILE_TAG, digests_of, file_digest
 from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.runs import Run
@@ -159,6 +160,7 @@ def _register(
                 "rankwise.attempt": arm.job.attempts,
                 "rankwise.spec_hash": arm.work.arm.spec_hash,
                 "rankwise.experiment": arm.work.experiment,
+                FILE_TAG: file_digest(digests_of(arm.work.arm, arm.rows.examples.train, session.voice)),
             },
         )
         model_id = info.model_id

@@ -23,10 +23,10 @@ def observations(loss, *, n=200, right=5, price=1000, seed=0):
     ]  # fmt: skip
 
 
-def weigh(candidate, champion, base, *, overlapping=0, primary="eval.loss", **limits):
-    spec = PromotionSpec(**limits)
+def weigh(candidate, champion, base, *, overlapping=0, primary="eval.loss", same_tokens=True, **limits):
     return decide(
-        candidate, champion, base, spec, metrics=METRICS, primary_metric=primary, overlapping=overlapping
+        candidate, champion, base, PromotionSpec(**limits),
+        metrics=METRICS, primary_metric=primary, overlapping=overlapping, same_tokens=same_tokens,
     )  # fmt: skip
 
 
@@ -114,3 +114,23 @@ def test_the_evidence_is_plain_data():
     assert document["passed"] is True
     assert document["checks"][2]["difference"]["n"] == 200
     assert json.loads(json.dumps(document)) == json.loads(json.dumps(document))
+
+
+def test_what_was_trained_on_must_be_known():
+    decision = weigh(observations(1.9, seed=2), observations(2.0, seed=3), BASE, overlapping=None)
+    (reason,) = decision.reasons
+    assert reason == "which rows the candidate was trained on is not known, so none was left out"
+
+
+def test_over_bases_that_cut_texts_otherwise_only_metrics_of_texts_compare():
+    better, champion = observations(1.9, price=1000, seed=2), observations(2.0, price=1010, seed=3)
+    (reason,) = weigh(better, champion, BASE, same_tokens=False).reasons
+    assert reason.startswith(
+        "eval.loss counts tokens, and the bases of candidate and champion cut texts into different"
+    )
+    worse_base = observations(5.0, price=1500, seed=1)
+    by_texts = {"same_tokens": False, "metric": "eval.mean_absolute_error"}
+    assert weigh(better, champion, worse_base, **by_texts).passed
+    assert len(weigh(better, champion, worse_base, max_regression={"eval.loss": 1.0}, **by_texts).reasons) == 1
+    # With nobody to compare with, the candidate and its own base share a tokenizer.
+    assert weigh(better, None, BASE, same_tokens=False).passed

@@ -1,0 +1,216 @@
+"""Registered adapters as checked directories for a server: resolved, fetched, compared with the base that it serves.
+
+The checks are those of `rankwise.flavor.load_model`: every file against its manifest and the manifest against the tags
+(signatures too, where they are asked for), then the base's content against the recorded fingerprint. Directories are
+kept in the cache by the digest of what they hold, so that a path never means two contents; a version is fetched once by
+each server, and hashed again before it is given out again.
+
+What an alias points to is asked again after `TTL_S` seconds. Where MLflow does not answer then, the last answer holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.assets.hub import cached_snapshot, resolve_commit
+from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError, TrackingError
+from rankwise.experiment.source import HubSource, parse_source
+from rankwise.flavor.bases import check_base
+from rankwise.flavor.fetch import Origin, fetch, resolve_uri
+from rankwise.flavor.metadata import AdapterMetadata
+from rankwise.flavor.place import placed
+from rankwise.modeling.adapter import read_adapter
+from rankwise.modeling.adapter_config import CONFIG_NAME
+from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
+from rankwise.modeling.manifest import check_manifest
+from rankwise.serving.limits import differences, max_rank_for, obstacles, served_quantization
+from rankwise.serving.server import Server
+from rankwise.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+TTL_S = 60.0
+"""Seconds for which an answer of the registry holds."""
+REFUSED_S = 10.0
+"""Seconds for which a refusal holds: requests for a name that cannot be served must not become requests to MLflow."""
+_NAMES_KEPT = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """An adapter that may be served.
+
+    Attributes:
+        uri: `models:/NAME/VERSION`.
+        directory: Plain PEFT files, checked.
+        number: A positive number that follows from the content.
+    """
+
+    uri: str
+    directory: Path
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    """The base that the server holds, with what `check_base` shows of it."""
+
+    source: str
+    revision: str
+    path: Path
+    fingerprint: Fingerprint
+
+
+class Adapters:
+    """Finds adapters for one server. Thread-safe: one name after the other."""
+
+    def __init__(self, settings: Settings, server: Server, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            settings: Where MLflow and the cache are.
+            server: What the server was started with.
+            clock: Seconds.
+        """
+        self._settings = settings
+        self._server = server
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._origins: OrderedDict[str, tuple[float, Origin]] = OrderedDict()
+        self._refused: OrderedDict[str, tuple[float, Exception]] = OrderedDict()
+        self._checked: dict[str, tuple[Path, AdapterMetadata]] = {}
+        self._bases: dict[str, _Base] = {}
+
+    def find(self, base_model_name: str, uri: str) -> Served:
+        """The adapter of a URI, for the base that the server holds.
+
+        Args:
+            base_model_name: As the server was given it: a directory, or `org/name`.
+            uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+        Raises:
+            RankwiseError: It cannot be served; the message says why.
+        """
+        with self._lock:
+            now = self._clock()
+            if (refused := self._refused.get(uri)) is not None and now < refused[0]:
+                raise refused[1]
+            try:
+                found = self._find(base_model_name, uri, now)
+            except Exception as error:
+                _keep(self._refused, uri, (now + REFUSED_S, error))
+                raise
+            self._refused.pop(uri, None)
+            return found
+
+    def _find(self, base_model_name: str, uri: str, now: float) -> Served:
+        origin = self._resolve(uri, now)
+        directory, metadata = self._directory(origin)
+        config = json.loads((directory / CONFIG_NAME).read_bytes())
+        if found := obstacles(config):
+            raise ConfigError(f"{origin.uri}: {'; '.join(found)}")
+        limit, rank = self._server.max_rank, int(config["r"])
+        if limit is not None and rank > limit:
+            raise ConfigError(
+                f"{origin.uri} has r = {rank}, the server takes up to {limit}: start it with --max-lora-rank "
+                f"{max_rank_for(rank)}"
+            )
+        base = self._base(base_model_name)
+        check_base(metadata.base, base.fingerprint, base, origin.uri, allow=False)
+        said = [differences(metadata.base.quantization, metadata.base.compute_dtype)]
+        if served_quantization(metadata.base.quantization) != (self._server.quantization or ""):
+            said.append(
+                f"The server was started with --quantization {self._server.quantization or '(none)'}; nearest to the "
+                f"training is {served_quantization(metadata.base.quantization) or '(none)'}."
+            )
+        logger.info("%s is %s, served from %s. %s", uri, origin.uri, directory, " ".join(said))
+        number = int(hashlib.sha256(metadata.manifest.encode()).hexdigest()[:7], 16) + 1
+        return Served(uri=origin.uri, directory=directory, number=number)
+
+    def _resolve(self, uri: str, now: float) -> Origin:
+        known = self._origins.get(uri)
+        if known is not None and now < known[0]:
+            return known[1]
+        try:
+            origin = resolve_uri(uri, self._settings.tracking_uri)
+        except TrackingError as error:
+            if known is None or not _is_outage(error):
+                raise
+            logger.warning("%s: MLflow does not answer, so it stays %s: %s", uri, known[1].uri, error)
+            origin = known[1]
+        if known is not None and known[1].uri != origin.uri:
+            logger.info("%s has moved from %s to %s", uri, known[1].uri, origin.uri)
+        _keep(self._origins, uri, (now + TTL_S, origin))
+        return origin
+
+    def _directory(self, origin: Origin) -> tuple[Path, AdapterMetadata]:
+        """The checked files of a version, and what it says of itself."""
+        known = self._checked.get(origin.uri)
+        if known is not None:
+            try:
+                check_manifest(known[0])
+                return known
+            except AdapterIntegrityError as error:
+                logger.warning("%s is not what was put there and is fetched again: %s", known[0], error)
+        with fetch(origin.uri, self._settings.tracking_uri) as fetched:
+            read_adapter(fetched.adapter)
+            digest = fetched.metadata.manifest.removeprefix("sha256:")
+            target = self._settings.cache / "served-adapters" / digest[:32]
+            if known is not None:
+                shutil.rmtree(target)
+            with placed(target, f"keeping {origin.uri} for the server") as temporary:
+                shutil.copytree(fetched.adapter, temporary, dirs_exist_ok=True)
+            self._checked[origin.uri] = (target, fetched.metadata)
+        return self._checked[origin.uri]
+
+    def _base(self, name: str) -> _Base:
+        """The base that the server holds, by the content of its files."""
+        if name not in self._bases:
+            path = Path(name).expanduser()
+            if path.is_dir():
+                source, revision = str(path.absolute()), "a directory"
+            else:
+                source, revision, path = self._hub_base(name)
+            fingerprint = fingerprint_base(path, self._settings)
+            self._bases[name] = _Base(source=source, revision=revision, path=path, fingerprint=fingerprint)
+        return self._bases[name]
+
+    def _hub_base(self, name: str) -> tuple[str, str, Path]:
+        """A base of the hub as vLLM has it in Hugging Face's cache; nothing is downloaded a second time."""
+        try:
+            source = parse_source(name)
+        except ValueError:
+            source = None
+        if not isinstance(source, HubSource):
+            raise ConfigError(f"the server's model {name!r} is no directory and no org/name of the hub")
+        # What the branch is in the cache, which vLLM has read, and not what it has become on the hub since.
+        commit = resolve_commit(source.repo, self._server.revision, replace(self._settings, offline=True))
+        path = cached_snapshot(source.repo, commit)
+        if path is None:
+            raise BaseMismatchError(
+                f"the server's model {name} at {commit} is not in Hugging Face's cache of this machine, so it cannot "
+                "be compared with what adapters were trained on: serve it from that cache, or from a directory"
+            )
+        return source.repo, commit, path
+
+
+def _is_outage(error: TrackingError) -> bool:
+    """Whether the store gave no answer, as opposed to the answer that there is no such model."""
+    return getattr(error.__cause__, "error_code", None) not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+
+
+def _keep(kept: OrderedDict[str, tuple[float, Any]], name: str, value: tuple[float, Any]) -> None:
+    kept[name] = value
+    kept.move_to_end(name)
+    while len(kept) > _NAMES_KEPT:
+        kept.popitem(last=False)

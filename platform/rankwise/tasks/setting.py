@@ -1,0 +1,79 @@
+"""What models are evaluated on and by: the definition that a stored adapter was made from, or another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.loader import load_experiment, parse_experiment
+from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.sweep import expand, is_search
+from rankwise.jobs.job import JobKind
+from rankwise.tasks.context import Context
+from rankwise.tasks.payload import Work
+from rankwise.tasks.recorded import recorded_definition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What models are evaluated on and by.
+
+    Attributes:
+        spec: The definition that it comes from.
+        arm: Its base, rows and metrics; the adapter in it takes no part.
+    """
+
+    spec: ExperimentSpec
+    arm: ArmSpec
+
+    def changed(self, *, data: str | None = None, metrics: Sequence[str] = (), limit: int | None = None) -> Setting:
+        """The same on other rows, by other metrics.
+
+        Args:
+            data: A source of rows with the same columns, in place of the definition's evaluation rows.
+            metrics: Names of metrics.
+            limit: Evaluate no more rows than this.
+        """
+        arm = self.arm
+        dataset, evaluation = arm.dataset, arm.evaluation
+        if data is not None:
+            source = str(Path(data).absolute()) if Path(data).exists() else data
+            dataset = dataset.model_copy(update={"eval": source, "eval_revision": None})
+        if limit is not None:
+            dataset = dataset.model_copy(update={"limit": dataset.limit.model_copy(update={"eval": limit})})
+        if metrics:
+            evaluation = evaluation.model_copy(update={"metrics": tuple(metrics)})
+        return Setting(spec=self.spec, arm=arm.model_copy(update={"dataset": dataset, "evaluation": evaluation}))
+
+
+def recorded_setting(context: Context, uri: str, file: Path | None = None) -> Setting:
+    """The rows and metrics that a stored adapter was evaluated by.
+
+    Args:
+        context: The stores.
+        uri: `models:/NAME/VERSION` or `models:/NAME@ALIAS`; its run has recorded the definition.
+        file: A definition to take in place of the recorded one.
+
+    Raises:
+        ConfigError: No definition is recorded, or the file is not valid.
+        TrackingError: There is no such version.
+    """
+    spec = load_experiment(file) if file is not None else _parsed(context, uri)
+    return Setting(spec=spec, arm=_arm(context, spec, uri))
+
+
+def _parsed(context: Context, uri: str) -> ExperimentSpec:
+    # A team mate has it from MLflow: neither the training data nor the base need lie where they lay.
+    return parse_experiment(recorded_definition(context, uri), uri, elsewhere=True)
+
+
+def _arm(context: Context, spec: ExperimentSpec, uri: str) -> ArmSpec:
+    """The arm behind a version: as the queue has it, else as the definition gives it."""
+    version = context.store.registry.resolve(uri).version if uri.startswith("models:") else None
+    spec_hash = "" if version is None else version.tags.get("rankwise.spec_hash", "")
+    if job := context.queue.find(JobKind.TRAIN, [spec_hash]).get(spec_hash):
+        return Work.of(job).arm
+    arms = () if is_search(spec) else expand(spec)
+    return next((arm for arm in arms if arm.spec_hash == spec_hash), ArmSpec.of(spec))

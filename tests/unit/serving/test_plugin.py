@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from rankwise.serving.plugin import NAME, make_resolver, register
+
+ROOT = Path(__file__).parents[3]
+FAKE = ROOT / "tests" / "helpers" / "fake_vllm"
+LINE = ["vllm", "serve", "BASE", "--enable-lora"]
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A small vLLM, gone after the test."""
+    monkeypatch.syspath_prepend(FAKE)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def resolver(vllm, world, client, monkeypatch):
+    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
+    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    return make_resolver(LINE)
+
+
+def ask(resolver, base, name):
+    return asyncio.run(resolver.resolve_lora(base, name))
+
+
+def test_the_entry_point_registers_a_resolver_once(vllm, monkeypatch):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    assert EntryPoint(NAME, declared[NAME], "vllm.general_plugins").load() is register
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+    monkeypatch.setattr(sys, "argv", LINE)
+    register()
+    first = LoRAResolverRegistry.get_resolver(NAME)
+    assert isinstance(first, LoRAResolver)
+    register()
+    assert LoRAResolverRegistry.get_resolver(NAME) is first
+
+
+def test_without_vllm_nothing_is_registered_and_nothing_raised(caplog):
+    register()
+    assert "rankwise serves no adapters: ModuleNotFoundError" in caplog.text
+
+
+def test_the_plugin_starts_without_the_heavy_libraries():
+    heavy = ["torch", "transformers", "mlflow", "peft", "datasets"]
+    code = (
+        f"import sys; sys.path[:0] = [{str(FAKE)!r}]\n"
+        "before = set(sys.modules)\n"
+        "import rankwise.serving.plugin as plugin\nplugin.register()\n"
+        "from vllm.lora.resolver import LoRAResolverRegistry\n"
+        "assert 'rankwise' in LoRAResolverRegistry.get_supported_resolvers()\n"
+        f"print([name for name in {heavy} if name in set(sys.modules) - before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_names_of_adapters_are_resolved_and_the_answer_names_the_version(resolver, world):
+    for name in ("models:/served@champion", "served@champion", "models:/served/1"):
+        found = ask(resolver, str(world.base_path), name)
+        assert found.lora_name == "models:/served/1"
+        assert found.lora_int_id > 0
+        assert (Path(found.lora_path) / "adapter_config.json").is_file()
+
+
+def test_what_cannot_be_served_is_none_with_a_line_in_the_log(resolver, world, caplog):
+    assert ask(resolver, str(world.base_path), "models:/nothing@here") is None
+    assert "models:/nothing@here is not served: TrackingError: " in caplog.text
+    assert ask(resolver, "/no/base", "models:/served/1") is None
+    assert "models:/served/1 is not served: ConfigError" in caplog.text
+    caplog.clear()
+    # Names that are no adapters of a registry belong to other resolvers.
+    assert ask(resolver, str(world.base_path), "org/some-lora") is None
+    assert caplog.text == ""
+
+
+def test_the_server_s_event_loop_is_not_held_up(resolver, world, monkeypatch):
+    import threading
+
+    threads = []
+    find = type(resolver)._find
+    monkeypatch.setattr(
+        type(resolver), "_find", lambda self, *names: threads.append(threading.current_thread()) or find(self, *names)
+    )
+    assert ask(resolver, str(world.base_path), "models:/served/1") is not None
+    assert threads[0] is not threading.main_thread()

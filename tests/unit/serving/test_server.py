@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from rankwise.serving.names import model_uri
+from rankwise.serving.server import Server
+
+
+def test_the_command_line_says_rank_revision_and_quantization():
+    line = "vllm serve org/base --revision abc --enable-lora --max-lora-rank=64 -q bitsandbytes --port 1"
+    assert Server.of(line.split()) == Server(max_rank=64, revision="abc", quantization="bitsandbytes")
+    # vLLM's own default.
+    assert Server.of(["vllm", "serve", "org/base", "--enable-lora"]).max_rank == 16
+
+
+def test_a_server_that_another_program_has_started_is_not_guessed_at():
+    assert Server.of(["app.py", "--port", "1"]) == Server()
+
+
+@pytest.mark.parametrize(
+    ("name", "uri"),
+    [
+        ("models:/m@champion", "models:/m@champion"),
+        ("models:/my model/3", "models:/my model/3"),
+        ("m@champion", "models:/m@champion"),
+        ("org/base", None),
+        ("m", None),
+        ("models:/m", None),
+        ("models:/m-0123", None),
+        ("a b@c", None),
+        ("../x@y", None),
+    ],
+)
+def test_which_names_are_registered_adapters(name, uri):
+    assert model_uri(name) == uri
