@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue gpu ui clean
+.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-inference gpu ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -50,8 +50,11 @@ bench: setup  ## speed and memory against TRL and a plain peft loop, 25 minutes 
 bench-flavor: setup  ## what stored adapters and the cache of quantized bases cost: bytes, seconds, memory; 2 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.flavor_figures $(ARGS)
 
-bench-queue: setup  ## the queue on both databases: claims a second, 10,000 arms, 100,000 jobs; 3 minutes
+bench-queue: setup  ## the queue on both databases: claims a second, 10,000 arms, 100,000 jobs; time to the first step; 7 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.queue_figures $(ARGS)
+
+bench-inference: setup  ## batch inference against peft and generate: speed, rounding, evaluation, first row, memory; 6 minutes
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.inference_figures $(ARGS)
 
 gpu: setup  ## the checks that need a CUDA GPU, and the table of `make bench` on it with the shape of an 8B model
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

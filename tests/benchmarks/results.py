@@ -56,7 +56,7 @@ class Results:
 def _relevant(options: Options) -> dict[str, Any]:
     """What the numbers depend on, as JSON gives it back."""
     values = asdict(options)
-    values.pop("minutes")
+    values.pop("minutes", None)
     return json.loads(json.dumps(values))
 
 

@@ -214,20 +214,24 @@ def _misfit(engine: Engine) -> str | None:
 
 @torch.no_grad()
 def _difference(engine: Engine) -> float:
-    """How far logits are from those of the model's own forward, over two prompts of different lengths, two steps."""
+    """How far logits are from those of the model's own forward: two prompts of different lengths, two steps."""
     vocabulary = engine.model.get_input_embeddings().weight.shape[0]
     tokens = (torch.arange(9) * 97 % vocabulary).tolist()
     rows = [Row(index=0, prompt=tokens[:7], adapter=None), Row(index=1, prompt=tokens[3:7], adapter=None)]
     flight = Flight(engine, slots=2, adapters=())
     flight.enter(rows)
+    ours = []
+    for token in tokens[7:]:
+        ours.append(flight.logits().float())
+        for row in rows:
+            row.made.append(token)
     worst = 0.0
-    for _ in range(2):
-        for row, mine in zip(rows, flight.logits().float(), strict=True):
-            whole = torch.tensor([[*row.prompt, *row.made]], device=engine.device)
-            with engine.lock, engine.routing.segments([]):
-                own = engine.model(input_ids=whole, use_cache=False).logits[0, -1].float()
-            worst = max(worst, float((own - mine).abs().max() / own.abs().max()))
-            row.made.append(int(own.argmax()))
+    for at, row in enumerate(rows):
+        whole = torch.tensor([[*row.prompt, *row.made[:-1]]], device=engine.device)
+        with engine.lock, engine.routing.segments([]):
+            own = engine.model(input_ids=whole, use_cache=False).logits[0, -2:].float()
+        mine = torch.stack([step[at] for step in ours])
+        worst = max(worst, float((own - mine).abs().max() / own.abs().max()))
     return worst
 
 

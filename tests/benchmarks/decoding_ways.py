@@ -1,0 +1,136 @@
+"""Ways to answer rows of several adapters: peft and transformers' `generate`, and this project's mixed batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GenerationConfig
+
+from rankwise.inference.generate import Prompt, generate
+from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.generation import Decoding, end_token_ids
+from rankwise.modeling.packed_lora import uninstall
+from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning
+
+OURS = "rankwise, mixed batch"
+PLAIN = "peft + generate, one adapter after another"
+KEPT = "peft + generate over weights kept dequantized"
+NAMES = "peft, adapter_names= in one batch"
+NAMES_KEPT = "adapter_names= over weights kept dequantized"
+WAYS = (OURS, PLAIN, KEPT, NAMES, NAMES_KEPT)
+Tokens = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One way, once."""
+
+    tokens: Tokens
+    wall: float
+    cpu: float
+
+
+class Fleet:
+    """Adapters with random matrices over one base, to be run by peft or by rankwise."""
+
+    def __init__(self, base: LoadedBase, ranks: Sequence[int], targets: Sequence[str], max_new_tokens: int) -> None:
+        self.base = base
+        self.names = [f"arm-{at}" for at in range(len(ranks))]
+        self.max_new_tokens = max_new_tokens
+        self.ends = end_token_ids(base.model, base.tokenizer)
+        self.peft: Any = None
+        torch.manual_seed(0)
+        for name, r in zip(self.names, ranks, strict=True):
+            config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM")
+            with expected_warning(SEVERAL_ADAPTERS):
+                if self.peft is None:
+                    self.peft = get_peft_model(base.model, config, adapter_name=name)
+                else:
+                    self.peft.add_adapter(name, config)
+        for name, parameter in self.peft.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(parameter, std=0.02)
+        self.peft.requires_grad_(False)
+        self.peft.eval()
+
+    def run(self, way: str, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Trial:
+        """Answer prompts, each under the adapter that it names, greedily."""
+        kept = way in {OURS, KEPT, NAMES_KEPT}
+        with keep_dequantized(self.base.model) if kept else nullcontext():
+            work: Callable[[Sequence[tuple[str, tuple[int, ...]]]], Tokens]
+            work = self._ours if way == OURS else self._names if way in {NAMES, NAMES_KEPT} else self._plain
+            if way != OURS:
+                uninstall(self.base.model)
+            self._wait()
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens = work(prompts)
+            self._wait()
+            return Trial(tokens=tokens, wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+
+    def answers(self, prompts: Sequence[tuple[str, tuple[int, ...]]], batch_size: int) -> Tokens:
+        """Through rankwise's engine."""
+        rows = [Prompt(token_ids=ids, adapter=adapter) for adapter, ids in prompts]
+        made = generate(self.base, rows, Decoding(max_new_tokens=self.max_new_tokens), batch_size=batch_size)
+        return [row.token_ids for row in made]
+
+    def _ours(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Tokens:
+        return self.answers(prompts, batch_size=len(prompts))
+
+    def _plain(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Tokens:
+        found: dict[int, tuple[int, ...]] = {}
+        for name in self.names:
+            self.peft.set_adapter(name)
+            mine = [at for at, (adapter, _) in enumerate(prompts) if adapter == name]
+            if mine:
+                found |= dict(zip(mine, self._generate([prompts[at][1] for at in mine]), strict=True))
+        self.peft.requires_grad_(False)
+        return [found[at] for at in range(len(prompts))]
+
+    def _names(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Tokens:
+        return self._generate([ids for _, ids in prompts], adapter_names=[adapter for adapter, _ in prompts])
+
+    def _generate(self, prompts: Sequence[tuple[int, ...]], **extra: Any) -> Tokens:
+        pad = self.base.tokenizer.pad_token_id
+        pad = self.ends[0] if pad is None else pad
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=list(self.ends), pad_token_id=pad
+        )
+        with torch.no_grad():
+            out = self.peft.generate(
+                input_ids=ids.to(self.base.device),
+                attention_mask=mask.to(self.base.device),
+                generation_config=config,
+                **extra,
+            )
+        return [self._cut(row) for row in out[:, width:].tolist()]
+
+    def _cut(self, row: list[int]) -> tuple[int, ...]:
+        end = next((at for at, token in enumerate(row) if token in self.ends), len(row) - 1)
+        return tuple(row[: end + 1])
+
+    def _wait(self) -> None:
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize(self.base.device)
+
+    def margin(self, prompt: tuple[str, tuple[int, ...]], answer: Sequence[int], other: Sequence[int]) -> float:
+        """Where two answers part: how much the likeliest token's logit is above that of the other answer's token."""
+        at = next(n for n in range(max(len(answer), len(other))) if answer[n : n + 1] != other[n : n + 1])
+        adapter, ids = prompt
+        uninstall(self.base.model)
+        self.peft.set_adapter(adapter)
+        with torch.no_grad():
+            tokens = torch.tensor([[*ids, *answer[:at]]], device=self.base.device)
+            logits = self.base.model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+        self.peft.requires_grad_(False)
+        return float((logits[answer[at]] - logits[other[at]]).abs())
