@@ -50,7 +50,7 @@ bench: setup  ## speed and memory against TRL and a plain peft loop, 25 minutes 
 bench-flavor: setup  ## what stored adapters and the cache of quantized bases cost: bytes, seconds, memory; 2 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.flavor_figures $(ARGS)
 
-bench-queue: setup  ## the queue on both databases: claims a second, 10,000 arms, 100,000 jobs; time to the first step; 7 minutes
+bench-queue: setup  ## the queue on both databases: claims a second, 10,000 arms, 100,000 jobs; sweeps; time to the first step; 8 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.queue_figures $(ARGS)
 
 bench-inference: setup  ## batch inference against peft and generate: speed, rounding, evaluation, first row, memory; 6 minutes

@@ -1,6 +1,8 @@
 """What the queue costs: claims by eight processes, submitting 10,000 arms, listing 100,000 jobs; on both databases.
 
-`make bench-queue`. Prints a table; with `--json PATH` also writes it there. Takes three minutes on two cores.
+And what submitting a sweep of 1,000 arms costs (`submit_sweep.py`), and how long a job waits for its first training
+step (`first_step.py`). `make bench-queue`. Prints tables; with `--json PATH` also writes them there. Takes eight
+minutes on two cores, four of them for the first steps (`--part`).
 """
 
 from __future__ import annotations
@@ -145,6 +147,20 @@ def databases(directory: Path) -> Iterator[dict[str, str]]:
         server.cleanup()
 
 
+def table(figures: dict[str, Any]) -> None:
+    """One column for each database."""
+    rows = [(part, key) for part, values in next(iter(figures.values())).items() for key in values]
+    print(f"{'':32}" + "".join(f"{name:>14}" for name in figures))
+    for part, key in rows:
+        print(f"{part + ' ' + key:32}" + "".join(f"{figures[name][part][key]:14,.3f}" for name in figures))
+
+
+def column(part: str, values: dict[str, float]) -> None:
+    """Figures that no database changes."""
+    for key, value in values.items():
+        print(f"{part + ' ' + key:32}{value:14,.3f}")
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,6 +169,7 @@ def main() -> None:
     parser.add_argument("--claimed", type=int, default=2000)
     parser.add_argument("--arms", type=int, default=10_000)
     parser.add_argument("--listed", type=int, default=100_000)
+    parser.add_argument("--part", choices=["all", "databases", "sweep", "first-step"], default="all")
     options = parser.parse_args()
     if options.claim:
         claim_all(*options.claim)
@@ -160,20 +177,29 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="rankwise-bench-queue-"))
     figures: dict[str, Any] = {}
     try:
-        with databases(directory) as urls:
-            for name, url in urls.items():
-                lock = directory / f"{name}.lock"
-                figures[name] = {
-                    "claims": claims(url, lock, options.claimed),
-                    "submit": submit(url, lock, options.arms),
-                    "listing": listing(url, lock, options.listed),
-                }
+        if options.part in ("all", "databases"):
+            with databases(directory) as urls:
+                for name, url in urls.items():
+                    lock = directory / f"{name}.lock"
+                    figures[name] = {
+                        "claims": claims(url, lock, options.claimed),
+                        "submit": submit(url, lock, options.arms),
+                        "listing": listing(url, lock, options.listed),
+                    }
+            table(figures)
+        # Late: MLflow takes seconds to import.
+        if options.part in ("all", "sweep"):
+            from benchmarks.submit_sweep import submit_sweep
+
+            figures["sweep"] = submit_sweep(directory / "sweep", 1000)
+            column("sweep", figures["sweep"])
+        if options.part in ("all", "first-step"):
+            from benchmarks.first_step import first_steps
+
+            figures["first_step"] = first_steps(directory / "first-step")
+            column("first_step", figures["first_step"])
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    rows = [(part, key) for part, values in next(iter(figures.values())).items() for key in values]
-    print(f"{'':32}" + "".join(f"{name:>14}" for name in figures))
-    for part, key in rows:
-        print(f"{part + ' ' + key:32}" + "".join(f"{figures[name][part][key]:14,.3f}" for name in figures))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -9,14 +9,14 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from helpers import warm
-from helpers.project import Project
+from helpers.project import Project, make_project
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.sql_store import SqlJobStore
 
@@ -132,11 +132,22 @@ def adapters(project: Project) -> dict[str, bytes]:
     return found
 
 
-def at_rest(project: Project, steps: int) -> None:
+def submitted(
+    directory: Path, seeds: Sequence[int], steps: int, saved: int, env: Mapping[str, str] | None = None
+) -> Project:
+    """A project with two arms for each seed in the queue, which save a checkpoint every `saved` steps."""
+    project = make_project(directory)
+    settings = ["--set", f"training.max_steps={steps}", "--set", f"training.save_steps={saved}"]
+    sweep = f"sweep.parameters={{seed: {list(seeds)}, lora.r: [2, 4]}}"
+    project.succeed("submit", "tiny.yaml", *settings, "--set", sweep, env=env)
+    return project
+
+
+def at_rest(project: Project, steps: int, tracking_uri: str | None = None) -> None:
     """Every job has succeeded, each train job has one version, and its run has every step once."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{project.home / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri or f"sqlite:///{project.home / 'mlflow.db'}")
     with queue_of(project) as queue:
         jobs = queue.jobs(limit=1000)
     assert {job.state for job in jobs} == {JobState.SUCCEEDED}, [(job.id, job.state, job.error) for job in jobs]

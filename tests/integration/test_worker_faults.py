@@ -19,6 +19,7 @@ from helpers.workers import (
     told_steps,
     until,
 )
+from helpers.workers import submitted as submit_arms
 
 from rankwise.jobs.job import JobKind, JobState
 
@@ -33,12 +34,7 @@ WORKER = ["worker", "--drain", "--max-arms", "2", "--lease", str(LEASE)]
 
 def submitted(directory, seeds=(0,), steps=STEPS, saved=SAVED):
     """A project with two arms for each seed in the queue."""
-    project = make_project(directory)
-    settings = ["--set", f"training.max_steps={steps}", "--set", f"training.save_steps={saved}"]
-    project.succeed(
-        "submit", "tiny.yaml", *settings, "--set", f"sweep.parameters={{seed: {list(seeds)}, lora.r: [2, 4]}}"
-    )
-    return project
+    return submit_arms(directory, seeds, steps, saved)
 
 
 def queued(project, state):

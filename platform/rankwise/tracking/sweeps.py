@@ -7,7 +7,7 @@ sweeps too, so its run lists all of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from rankwise.tracking.query import RunRecord
 
@@ -37,13 +37,19 @@ def current_sweep(sweeps: Sequence[RunRecord]) -> RunRecord | None:
 
 def of_sweep(sweep: RunRecord, arms: Sequence[RunRecord]) -> list[RunRecord]:
     """The runs of arms that belong to a sweep: those it lists, and those it is the parent of."""
+    belongs = membership(sweep)
+    return [run for run in arms if belongs(run.parent, run.spec_hash or "")]
+
+
+def membership(sweep: RunRecord) -> Callable[[str | None, str], bool]:
+    """Tells of an arm, by the run id of its parent and its spec hash, whether it belongs to a sweep."""
     listed = {
         short
         for key, value in sweep.tags.items()
         if key == ARMS or key.startswith(f"{ARMS}.")
         for short in value.split(",")
     }
-    return [run for run in arms if run.parent == sweep.run_id or (run.spec_hash or "")[:_SHORT] in listed]
+    return lambda parent, spec_hash: parent == sweep.run_id or spec_hash[:_SHORT] in listed
 
 
 def _submitted(run: RunRecord) -> int:
