@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from rankwise.cli.output import print_json, show
+from rankwise.cli.queue import open_queue
 from rankwise.settings import Settings
 
 
@@ -22,10 +23,12 @@ def compare(experiment: str, everything: bool, as_json: bool) -> None:
     """
     from rankwise.evaluation.gather import gather
     from rankwise.evaluation.table import comparison_view
+    from rankwise.tasks.waiting import with_waiting
     from rankwise.tracking.store import Store
 
-    with Store.open(Settings.load()) as store:
-        comparison = gather(store, experiment, everything=everything)
+    settings = Settings.load()
+    with Store.open(settings) as store, open_queue(settings) as queue:
+        comparison = with_waiting(store, queue, gather(store, experiment, everything=everything), everything=everything)
     if as_json:
         print_json(comparison.to_json())
     else:

@@ -23,7 +23,7 @@ class ArmRecord:
 
     Attributes:
         spec_hash: The arm.
-        run_id: Its MLflow run.
+        run_id: Its MLflow run; empty before a worker has claimed it.
         status: MLflow's: FINISHED, FAILED, KILLED, RUNNING, SCHEDULED.
         reason: Why it failed or was killed.
         params: Under MLflow's names, numbers as numbers.
@@ -56,7 +56,7 @@ class ArmRecord:
         """The arm as `compare --json` has it."""
         return {
             "spec_hash": self.spec_hash,
-            "run_id": self.run_id,
+            "run_id": self.run_id or None,
             "status": self.status,
             "reason": self.reason,
             "params": dict(self.params),

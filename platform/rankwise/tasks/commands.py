@@ -25,6 +25,7 @@ from rankwise.tasks.session import Session, jobs_of
 from rankwise.tasks.submit import prepare, submit
 from rankwise.tasks.sweep import arms_of, begin_sweep, end_sweep, finish_complete, finish_sweep
 from rankwise.tasks.train import load_claimed, train_claimed
+from rankwise.tasks.waiting import with_waiting
 from rankwise.tracking.provenance import collect
 from rankwise.training.checkpoint import remove_composition
 from rankwise.worker.protocol import Message
@@ -136,7 +137,8 @@ def _end(session: Session, command: Message) -> Value:
 def _compare(session: Session, command: Message) -> Value:
     """The comparison of an experiment, as JSON and drawn for the parent's console."""
     session.phase("report")
-    comparison = gather(session.context.store, command["experiment"])
+    context = session.context
+    comparison = with_waiting(context.store, context.queue, gather(context.store, command["experiment"]))
     drawn = io.StringIO()
     console = Console(file=drawn, width=command["width"], force_terminal=command["terminal"], highlight=False)
     console.print(comparison_view(comparison, console))

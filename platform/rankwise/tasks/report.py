@@ -12,6 +12,7 @@ from rankwise.evaluation.plots import rank_figure, rank_plot, to_html
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.tasks.context import Context
+from rankwise.tasks.waiting import with_waiting
 from rankwise.tracking.descriptions import arm_note, sweep_note, table
 from rankwise.tracking.runs import Run
 
@@ -28,7 +29,8 @@ def publish_report(
         parent: The sweep's run.
         command: How to run it again, for the note.
     """
-    everything = gather(context.store, spec.name, everything=True)
+    known = gather(context.store, spec.name, everything=True)
+    everything = with_waiting(context.store, context.queue, known, everything=True)
     hashes = {arm.spec_hash for arm in arms}
     comparison = replace(everything, arms=tuple(arm for arm in everything.arms if arm.spec_hash in hashes))
     parent.json(comparison.to_json(), "comparison.json")
