@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from rankwise.flavor.upload import log_directory
 from rankwise.modeling.adapter import read_adapter, save_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.embeddings import check_rows, embedding_rows
+from rankwise.modeling.exact_layers import REPACKED, hold_exact, is_repacked
 from rankwise.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def save_model(
@@ -146,6 +150,10 @@ def _write_live(
 ) -> BaseFacts:
     """Write the adapter of a live model as a PEFT directory, and say what its base is."""
     name = _adapter_name(model, adapter_name)
+    # The adapter will lie over the base as its files have it; so that this model goes on answering as that one does.
+    hold_exact(model)
+    if is_repacked(model):
+        logger.warning(REPACKED)
     facts, path = describe_base(model, name, base, base_revision, settings)
     save_adapter(model, name, directory, base_source=facts.source, base_revision=facts.revision, base_path=path)
     return facts

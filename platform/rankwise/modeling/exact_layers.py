@@ -15,6 +15,12 @@ from typing import Any
 
 import bitsandbytes as bnb
 
+REPACKED = (
+    "bitsandbytes has repacked the 4-bit weights of this model for AVX512-BF16, which rounds their scales and computes "
+    "in bfloat16: what is stored loads over the base as it is in its files, and answers a little otherwise than this "
+    "model does now. rankwise.modeling.exact_layers.hold_exact(model), right after a base is loaded, prevents that"
+)
+
 
 def hold_exact(model: Any) -> int:
     """Keep the 4-bit layers of a model from being repacked; to be called before its first forward.

@@ -220,3 +220,17 @@ def test_the_card_names_base_settings_and_results(world, store, base):
     assert f"| fingerprint | {base.fingerprint.digest} |" in card
     assert "| target_modules | q_proj, v_proj |" in card
     assert "| eval.loss | 0.25 |" in card
+
+
+def test_a_model_is_held_to_exact_weights_and_one_that_was_repacked_is_spoken_of(world, tmp_path, caplog):
+    loaded = world.load_base()
+    layer = loaded.model.model.layers[0].mlp.up_proj
+    layer.support_avx512bf16_for_cpu = True
+    model = loaded.model
+    inject(model)
+    flavor.save_model(model, tmp_path / "exact", loaded.tokenizer, base=loaded, settings=world.settings)
+    assert not layer.support_avx512bf16_for_cpu
+    assert caplog.messages == []
+    layer.weight.quant_state.packing_format_for_cpu = True
+    flavor.save_model(model, tmp_path / "repacked", loaded.tokenizer, base=loaded, settings=world.settings)
+    assert [text for text in caplog.messages if "repacked" in text]
