@@ -11,14 +11,17 @@ A model whose layers keep something else than keys and values (a window, a state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rankwise.assets.progress import SILENT, Progress
-from rankwise.exceptions import ConfigError
+from rankwise.exceptions import ConfigError, JobError
 from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.continuous import Engine, Flight, engine_of, waiting
+from rankwise.modeling.continuous import Engine, Flight, Row, engine_of, waiting
 from rankwise.modeling.forward import evaluating, segments_of
 from rankwise.modeling.generation import (
     Decoding,
@@ -29,8 +32,11 @@ from rankwise.modeling.generation import (
     length_batches,
     stops,
 )
+from rankwise.modeling.out_of_memory import is_out_of_memory
 from rankwise.modeling.packed_lora import install
 from rankwise.modeling.sampling import generator, noisy
+
+logger = logging.getLogger(__name__)
 
 _REFILL = 4
 """Waiting rows enter once one slot in so many is free."""
@@ -82,6 +88,7 @@ def generate(
 
     Raises:
         ConfigError: A prompt cannot be continued (see `prompt_problem`), or `batch_size` is below 1.
+        JobError: Memory does not suffice for a single row; before that, fewer rows are decoded together.
         ValueError: An adapter is not attached to the base.
     """
     results: dict[int, Generated] = {}
@@ -98,7 +105,7 @@ def generate_each(
     """As `generate`, but each generation as soon as it is there, with its prompt's place.
 
     Raises:
-        ConfigError: As `generate`; at the first step, as all that is raised.
+        RankwiseError: As `generate`, at the first step or a later one.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
@@ -120,12 +127,46 @@ def generate_each(
 def _in_flight(
     engine: Engine, prompts: Sequence[Prompt], decoding: Decoding, tokenizer: Any, batch_size: int
 ) -> Iterator[tuple[int, Generated]]:
-    ends = end_token_ids(engine.model, tokenizer)
+    ends = end_token_ids(engine.model, tokenizer, decoding.stop)
     queue = waiting([prompt.token_ids for prompt in prompts], [prompt.adapter for prompt in prompts])
     adapters = sorted({prompt.adapter for prompt in prompts if prompt.adapter is not None})
-    flight = Flight(engine, slots=min(batch_size, len(queue)), adapters=adapters)
-    generators = {index: generator(prompt.seed) for index, prompt in enumerate(prompts)} if decoding.samples else {}
+    generators = {index: generator(prompt.seed) for index, prompt in enumerate(prompts)}
+    slots = min(batch_size, len(queue))
+    flight = Flight(engine, slots=slots, adapters=adapters)
     while queue or flight.rows:
+        tokens = _step(flight, queue, decoding, generators)
+        if tokens is None:
+            if slots == 1:
+                raise JobError(
+                    f"out of memory on {engine.device} with a single row; shorten the prompts or lower max_new_tokens"
+                )
+            slots //= 2
+            logger.warning("out of memory: at most %d rows are decoded together from now on", slots)
+            # Begun anew: what a row generates does not depend on when it is done.
+            rows = [*queue, *flight.rows]
+            queue = waiting([row.prompt for row in rows], [row.adapter for row in rows], [row.index for row in rows])
+            generators |= {row.index: generator(prompts[row.index].seed) for row in flight.rows}
+            del flight
+            torch.cuda.empty_cache()
+            flight = Flight(engine, slots=slots, adapters=adapters)
+            continue
+        done = []
+        for slot, token in enumerate(tokens):
+            made = flight.rows[slot].made
+            made.append(token)
+            if token in ends or len(made) == decoding.max_new_tokens or stops(tokenizer, made, decoding.stop):
+                done.append(slot)
+        ended = [flight.rows[slot] for slot in done]
+        flight.leave(done)
+        for row in ended:
+            yield row.index, finish(tokenizer, row.made, decoding, ends, len(row.prompt))
+
+
+def _step(
+    flight: Flight, queue: list[Row], decoding: Decoding, generators: Mapping[int, torch.Generator]
+) -> list[int] | None:
+    """Let waiting rows in, and give each row's next token; None if memory ran out."""
+    try:
         free = min(flight.slots - len(flight.rows), len(queue))
         # Not at once for every row that ends: prompts that go through the model together cost less.
         if free and (free == len(queue) or free >= flight.slots // _REFILL):
@@ -139,16 +180,12 @@ def _in_flight(
                 top_k=decoding.top_k,
                 top_p=decoding.top_p,
             )
-        done = []
-        for slot, token in enumerate(scores.argmax(dim=-1).tolist()):
-            made = flight.rows[slot].made
-            made.append(token)
-            if token in ends or len(made) == decoding.max_new_tokens or stops(tokenizer, made, decoding.stop):
-                done.append(slot)
-        ended = [flight.rows[slot] for slot in done]
-        flight.leave(done)
-        for row in ended:
-            yield row.index, finish(tokenizer, row.made, decoding, ends, len(row.prompt))
+        tokens: list[int] = scores.argmax(dim=-1).tolist()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return tokens
 
 
 def _in_batches(

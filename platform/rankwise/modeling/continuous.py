@@ -235,11 +235,13 @@ def _difference(engine: Engine) -> float:
     return worst
 
 
-def waiting(prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> list[Row]:
+def waiting(
+    prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], places: Sequence[int] | None = None
+) -> list[Row]:
     """Rows from the shortest prompt to the longest: the last one is taken first, so that the cache grows early."""
     rows = [
         Row(index=index, prompt=prompt, adapter=adapter)
-        for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True))
+        for index, prompt, adapter in zip(places or range(len(prompts)), prompts, adapters, strict=True)
     ]
     return sorted(rows, key=lambda row: (len(row.prompt), -row.index))
 

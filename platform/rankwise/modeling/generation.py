@@ -31,7 +31,7 @@ class Decoding:
         top_k: Sampling keeps this many of the likeliest tokens; 0 keeps all.
         top_p: Sampling keeps the likeliest tokens (of those that `top_k` has left) that together have at least this
             probability; in (0, 1].
-        stop: Texts that end a row; neither they nor what follows them is in the row's text.
+        stop: Texts that end a row, special tokens too; neither they nor what follows them is in the row's text.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -96,10 +96,15 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a row: the tokenizer's end token and those of the base's generation configuration."""
+def end_token_ids(model: Any, tokenizer: Any, stop: Sequence[str] = ()) -> tuple[int, ...]:
+    """Tokens that end a row.
+
+    They are the tokenizer's end token, those of the base's generation configuration, and the special tokens among the
+    stop texts: `<|im_end|>` is never in a text, from which special tokens are left out.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
+    ends += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens]
     return tuple(sorted({int(end) for end in ends if end is not None}))
 
 
@@ -133,7 +138,7 @@ def generate_batch(
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=torch.int64)
     device = model.get_input_embeddings().weight.device
-    ends = end_token_ids(model, tokenizer)
+    ends = end_token_ids(model, tokenizer, decoding.stop)
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,

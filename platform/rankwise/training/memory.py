@@ -5,15 +5,9 @@ from __future__ import annotations
 import psutil
 import torch
 
-# What torch's allocator for CPUs and C++ say; there is no class of its own for it.
-_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
+from rankwise.modeling.out_of_memory import is_out_of_memory
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on a CPU where the kernel refuses it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+__all__ = ["PeakMemory", "is_out_of_memory"]
 
 
 class PeakMemory:

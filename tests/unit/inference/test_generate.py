@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.adapted import attach, load_tiny
 
-from rankwise.exceptions import ConfigError
+from rankwise.exceptions import ConfigError, JobError
 from rankwise.inference.generate import Prompt, encode_prompts, generate, greedy, prompt_problem
+from rankwise.modeling.continuous import Flight
 from rankwise.modeling.generation import Decoding, end_token_ids
 from rankwise.modeling.packed_lora import install, uninstall
 
@@ -128,3 +129,34 @@ def test_prompts_that_cannot_be_continued_are_refused_by_their_place(base, promp
     with pytest.raises(ConfigError, match="prompt 0: its 510 tokens and max_new_tokens 3 exceed the 512 positions"):
         generate(base, [Prompt(token_ids=(5,) * 510)], Decoding(max_new_tokens=3))
     assert prompt_problem(base, 509, 3) is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_out_of_memory_lowers_the_number_of_rows_and_changes_no_answer(base, prompts, monkeypatch, caplog, temperature):
+    decoding = Decoding(max_new_tokens=6, temperature=temperature)
+    expected = generate(base, prompts, decoding, batch_size=5)
+    logits = Flight.logits
+    steps = []
+
+    def scarce(self):
+        steps.append(len(self.rows))
+        # In the middle of answers first, at once then.
+        if len(steps) == 3 or (len(self.rows) > 2 and len(steps) > 3):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(self)
+
+    monkeypatch.setattr(Flight, "logits", scarce)
+    assert generate(base, prompts, decoding, batch_size=5) == expected
+    assert "out of memory: at most 2 rows are decoded together" in caplog.text
+    monkeypatch.setattr(Flight, "logits", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(JobError, match="out of memory on cpu with a single row"):
+        generate(base, prompts, decoding)
+
+
+def test_a_special_token_among_the_stop_texts_ends_a_row(base, prompts):
+    free = generate(base, prompts, Decoding(max_new_tokens=6))
+    token = base.tokenizer.convert_ids_to_tokens(free[0].token_ids[2])
+    base.tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    (row,) = generate(base, prompts[:1], Decoding(max_new_tokens=6, stop=(token,)))
+    assert row.finish_reason == "stop"
+    assert row.token_ids == free[0].token_ids[: free[0].token_ids.index(free[0].token_ids[2]) + 1]
