@@ -21,8 +21,8 @@ def read_yaml(text: str) -> Any:
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"it has {len(text):,} characters; allowed are {MAX_BYTES:,}")
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -32,8 +32,6 @@ def read_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    finally:
-        loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:

@@ -16,6 +16,7 @@ from rankwise.settings import Settings, write_atomically
 
 if TYPE_CHECKING:
     from rankwise.assets.base import ResolvedBase
+    from rankwise.flavor.signing import Signer
     from rankwise.modeling.anatomy import Anatomy
 
 _QUANTIZATIONS = {
@@ -30,12 +31,13 @@ _WIDTH = 140
 
 
 class _View(NamedTuple):
-    """What is shown: the anatomy, its title, what it lies over, and how that is quantized."""
+    """What is shown: the anatomy, its title, what it lies over, how that is quantized, and who has signed it."""
 
     anatomy: Anatomy
     title: str
     over: str
     quantization: QuantizationSpec
+    signer: Signer | None = None
 
 
 @click.command()
@@ -98,7 +100,8 @@ def inspect(
         write_atomically(html.absolute(), make_page(view.anatomy, view.title, view.over).encode())
         console.print(f"page with plots: {html}")
     if as_json:
-        print_json(view.anatomy.to_dict())
+        signer = None if view.signer is None else {"key": view.signer.key, "name": view.signer.name}
+        print_json({**view.anatomy.to_dict(), "signer": signer})
     else:
         _show(view)
 
@@ -154,7 +157,9 @@ def _stored(
         if measure and found.base is not None:
             say(f"loading {found.base.source}")
             anatomy = anatomy.with_memory(*_measure(found.directory, found.base, used, settings))
-        return _View(anatomy, found.name, found.over, used)
+        signed = str(found.signer or "not signed")
+        over = f"{found.over}; {signed}" if found.stored else found.over
+        return _View(anatomy, found.name, over, used, found.signer)
 
 
 def _measure(

@@ -17,6 +17,7 @@ from rankwise.settings import Settings
 if TYPE_CHECKING:
     from rankwise.assets.base import ResolvedBase
     from rankwise.flavor.fetch import Fetched
+    from rankwise.flavor.signing import Signer
 
 Warn = Callable[[str], None]
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -33,6 +34,8 @@ class Found:
         base: The base on this machine; None where it is not there, or is given as a configuration only.
         config: The base's `config.json`; None where that is not known either.
         over: The base and its quantization in words, as far as they are known.
+        stored: Whether it is a model of the flavor, which may have a signature.
+        signer: Who has signed it.
     """
 
     directory: Path
@@ -41,6 +44,8 @@ class Found:
     base: ResolvedBase | None
     config: Path | None
     over: str
+    stored: bool = False
+    signer: Signer | None = None
 
 
 @contextmanager
@@ -113,6 +118,8 @@ def _of_flavor(fetched: Fetched, model: str, base: str | None, settings: Setting
         base=resolved,
         config=found,
         over=f"trained over {facts.source} at {facts.revision}, {describe_quantization(facts.quantization)}",
+        stored=True,
+        signer=fetched.signer,
     )
 
 

@@ -70,6 +70,7 @@ def worker(
     if data_root is not None:
         set_data_root(data_root)
     settings = Settings.load()
+    _try_keys(settings)
     console = Console(stderr=True, highlight=False)
     from rankwise.worker.gpus import visible_gpus
     from rankwise.worker.stopping import Stop
@@ -89,6 +90,17 @@ def worker(
         if stop.asked:
             bars.say("stopped; its jobs are back in the queue")
     return _STOPPED if drain and stop.asked else 0
+
+
+def _try_keys(settings: Settings) -> None:
+    """A key that cannot be used is told now, not after the first training."""
+    if settings.signing_key is None and not settings.trusted_keys:
+        return
+    from rankwise.assets.keys import private_key, trusted_keys
+
+    trusted_keys(settings.trusted_keys)
+    if settings.signing_key is not None:
+        private_key(settings.signing_key)
 
 
 def _place(places: Sequence[str], options: Sequence[str], stop: Stop, bars: Bars, *, drain: bool, grace: float) -> int:

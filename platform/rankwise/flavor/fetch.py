@@ -35,7 +35,8 @@ from rankwise.flavor.metadata import (
     section_digest,
 )
 from rankwise.flavor.package import check_tokenizer_files
-from rankwise.modeling.manifest import check_manifest
+from rankwise.flavor.signing import SIGNATURE_NAME, Signer, Statement, check_signature
+from rankwise.modeling.manifest import WRITTEN_BY_MLFLOW, check_manifest
 from rankwise.tracking.errors import tracking_errors
 
 logger = logging.getLogger(__name__)
@@ -79,12 +80,14 @@ class Fetched:
         adapter: The PEFT directory in it.
         metadata: What it says of itself.
         origin: Which stored model it is.
+        signer: Who has signed it; None where nobody has.
     """
 
     directory: Path
     adapter: Path
     metadata: AdapterMetadata
     origin: Origin
+    signer: Signer | None = None
 
 
 def resolve_uri(uri: str | Path, tracking_uri: str | None = None) -> Origin:
@@ -153,7 +156,7 @@ def check(directory: Path, origin: Origin) -> Fetched:
     """Check a model directory against its manifest, and both against the digests in the tags.
 
     Raises:
-        AdapterIntegrityError: Something is not what was stored.
+        AdapterIntegrityError: Something is not what was stored, or is not signed as `RANKWISE_TRUSTED_KEYS` asks.
         ConfigError: It is no model of this flavor, or of a newer release.
     """
     mlmodel = read_mlmodel(directory)
@@ -166,12 +169,21 @@ def check(directory: Path, origin: Origin) -> Fetched:
     _check_tag(origin, SECTION_TAG, section_digest(mlmodel), "the MLmodel file")
     metadata = AdapterMetadata.from_section(flavors[FLAVOR_NAME], origin.uri)
     _check_tag(origin, MANIFEST_TAG, metadata.manifest, "the manifest")
-    check_manifest(directory, digest=metadata.manifest)
+    check_manifest(directory, digest=metadata.manifest, exclude=WRITTEN_BY_MLFLOW | {SIGNATURE_NAME})
     if (flavors.get("python_function") or {}).get("code"):
         raise AdapterIntegrityError(f"{origin.uri} asks for code out of the model to be imported; it is refused")
     adapter = directory / ADAPTER_DIRECTORY
     check_tokenizer_files(adapter)
-    return Fetched(directory=directory, adapter=adapter, metadata=metadata, origin=origin)
+    statement = Statement(
+        manifest=metadata.manifest, section=section_digest(mlmodel), base=metadata.base.fingerprint.digest
+    )
+    return Fetched(
+        directory=directory,
+        adapter=adapter,
+        metadata=metadata,
+        origin=origin,
+        signer=check_signature(directory, statement, origin.tags, origin.uri),
+    )
 
 
 def read_mlmodel(directory: Path) -> dict[str, Any]:

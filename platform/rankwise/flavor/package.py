@@ -2,6 +2,7 @@
 
 MLmodel                  written last, by MLflow's own class; carries the section `qlora`
 manifest.json            SHA-256 of every other file
+signature.json           who stands for it, where RANKWISE_SIGNING_KEY is set
 adapter/                 a standard PEFT directory: configuration, safetensors, tokenizer, card
 input_example.json, serving_input_example.json
 requirements.txt, conda.yaml, python_env.yaml, wheels/
@@ -35,6 +36,7 @@ from rankwise.flavor.metadata import (
 from rankwise.flavor.options import PackageOptions
 from rankwise.flavor.requirements import library_versions, pip_requirements
 from rankwise.flavor.signature import make_signature
+from rankwise.flavor.signing import Statement, sign
 from rankwise.modeling.adapter import WEIGHTS_NAME, read_adapter
 from rankwise.modeling.adapter_config import CONFIG_NAME, write_adapter_config
 from rankwise.modeling.manifest import write_manifest
@@ -68,12 +70,14 @@ class Package:
         metadata: What its section says.
         model: MLflow's description, ready to be written.
         section: Digest of the description's sealed parts.
+        signature: Value of the tag that has the signature; None where `RANKWISE_SIGNING_KEY` is not set.
     """
 
     directory: Path
     metadata: AdapterMetadata
     model: Model
     section: str
+    signature: str | None
 
 
 def build(
@@ -94,7 +98,7 @@ def build(
 
     Raises:
         AdapterIntegrityError: The PEFT directory is not whole, not plain LoRA, or asks for code.
-        ConfigError: The tokenizer has more tokens than the base has rows.
+        ConfigError: The tokenizer has more tokens than the base has rows, or the signing key cannot be used.
         StorageError: The disk is full or not writable.
     """
     with storage_errors(directory, "storing an adapter"):
@@ -130,8 +134,14 @@ def build(
         model_config=dict(MODEL_CONFIG),
     )
     description.model_size_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    section = section_digest(description.to_dict())
+    statement = Statement(manifest=stored.manifest, section=section, base=facts.fingerprint.digest)
     return Package(
-        directory=directory, metadata=stored, model=description, section=section_digest(description.to_dict())
+        directory=directory,
+        metadata=stored,
+        model=description,
+        section=section,
+        signature=sign(directory, statement),
     )
 
 

@@ -26,6 +26,7 @@ from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 from rankwise.flavor.metadata import MANIFEST_TAG, SECTION_TAG, BaseFacts
 from rankwise.flavor.options import LogOptions
 from rankwise.flavor.package import Package, build, describe_into
+from rankwise.flavor.signing import SIGNATURE_TAG
 from rankwise.tracking.errors import tracking_errors
 from rankwise.tracking.linking import link_metrics
 
@@ -163,6 +164,7 @@ def _tags(package: Package, metrics: Mapping[str, float] | None) -> dict[str, st
     return {
         MANIFEST_TAG: package.metadata.manifest,
         SECTION_TAG: package.section,
+        **({SIGNATURE_TAG: package.signature} if package.signature else {}),
         "lora.r": str(lora["r"]),
         "lora.alpha": str(lora["lora_alpha"]),
         "lora.dropout": str(lora.get("lora_dropout", 0.0)),

@@ -29,9 +29,10 @@ def test_ordinary_values_are_read():
         ("x" * (MAX_BYTES + 1), "characters; allowed"),
         ("!!python/object/apply:os.system ['id']", "could not determine a constructor"),
         ("a: [", "expected the node content"),
+        ("a: \x0b", "special characters are not allowed"),
         (f"a: {'9' * 10_000}", "Exceeds the limit"),
     ],
-    ids=["laughs", "cycle", "depth", "size", "object", "syntax", "number"],
+    ids=["laughs", "cycle", "depth", "size", "object", "syntax", "control", "number"],
 )
 def test_bombs_and_objects_are_refused_at_once(text, said):
     began = time.monotonic()

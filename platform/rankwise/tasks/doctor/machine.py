@@ -1,15 +1,15 @@
-"""Memory, disks and file systems of this machine, and who may read its keys."""
+"""Memory, disks and file systems of this machine, and its keys."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from rankwise.assets.keys import key_id, private_key, trusted_keys
 from rankwise.jobs.file_system import NETWORK, file_system
 from rankwise.settings import Settings
 from rankwise.tasks.doctor.finding import Finding, ok, problem, skipped, warning
@@ -59,18 +59,18 @@ def file_systems(settings: Settings) -> Sequence[Finding]:
 
 
 def keys(settings: Settings) -> Sequence[Finding]:
-    """Files of secrets: only their owner may read them."""
-    key = settings.signing_key
-    if key is None:
-        return [skipped("signing", "RANKWISE_SIGNING_KEY is not set: adapters are not signed")]
-    advice = "`rankwise keys new DIR` makes one; RANKWISE_SIGNING_KEY names the file"
-    try:
-        mode = key.stat().st_mode
-    except OSError as error:
-        return [problem("signing", f"the private key {key} cannot be read: {error.strerror}", advice)]
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return [problem("signing", f"others than its owner may use the private key {key}", f"chmod 600 {key}")]
-    return [ok("signing", f"adapters are signed with {key}")]
+    """The keys that sign adapters, and those that are trusted."""
+    if settings.signing_key is None and not settings.trusted_keys:
+        return [skipped("signing", "no keys: adapters are neither signed nor are signatures asked for")]
+    seen = []
+    # The errors of these say what is wrong with a key and what to do.
+    if settings.signing_key is not None:
+        key = private_key(settings.signing_key)
+        seen.append(f"adapters are signed with {settings.signing_key} ({key_id(key.public_key())})")
+    if settings.trusted_keys:
+        names = sorted(key.name for key in trusted_keys(settings.trusted_keys).values())
+        seen.append(f"adapters must be signed by {' or '.join(names)}")
+    return [ok("signing", "; ".join(seen))]
 
 
 def _sqlite_path(url: str) -> Path | None:

@@ -28,9 +28,10 @@ def test_the_tested_set_is_that_of_the_constraints():
     assert {name: pins[canonicalize_name(name)] for name in tested} == tested
 
 
-def test_every_dependency_is_in_the_tested_set(project):
-    needed = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
-    assert needed <= {canonicalize_name(name) for name in software.tested()["libraries"]}
+def test_the_tested_set_is_what_the_project_needs(project):
+    # transformers' tokens depend on tokenizers, which is no dependency of ours.
+    needed = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]} | {"tokenizers"}
+    assert {canonicalize_name(name) for name in software.tested()["libraries"]} == needed
 
 
 def test_the_oldest_python_is_that_of_the_project(project):
