@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("uris", nargs=-1, required=True, metavar="URI...")
 @click.option("--data", metavar="SOURCE", help="Rows; the definition's evaluation rows by default.")
+@click.option("--split", help="Split of a hub data set given by --data; `test` by default.")
 @click.option("--metrics", metavar="NAMES", help="Separated by commas; those of the definition by default.")
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate no more rows than this.")
 @click.option(
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 def evaluate(
     uris: tuple[str, ...],
     data: str | None,
+    split: str | None,
     metrics: str | None,
     limit: int | None,
     file: Path | None,
@@ -49,9 +51,11 @@ def evaluate(
     """Evaluate stored adapters, and the bare base, on the same rows, those over one base in mixed batches.
 
     A URI is models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., a directory of rankwise.flavor.save_model, or a
-    PEFT directory (that needs --experiment, unless a registered one comes first). Results go to MLflow, linked to the
-    model and to the rows.
+    PEFT directory; `base` is the bare base, which always is evaluated. Without a registered model among them,
+    --experiment says what the base is and how rows are read. Results go to MLflow, linked to the model and to the rows.
     """
+    if split is not None and data is None:
+        raise click.UsageError("--split names a split of what --data names: give both")
     from rich.console import Console
 
     from rankwise.cli.progress import Bars
@@ -64,20 +68,21 @@ def evaluate(
         from rankwise.tasks.context import open_context
         from rankwise.tasks.setting import recorded_setting
 
-        wanted: dict[str, QuantizationSpec | None] = {
-            name: quantization_of(name) for name in (quantizations or "").split(",") if name
-        }
+        wanted: dict[str, QuantizationSpec | None] = {name: quantization_of(name) for name in _names(quantizations)}
         with open_context(Settings.load(), bars) as context:
-            setting = recorded_setting(context, uris[0], file).changed(
-                data=data, metrics=[name for name in (metrics or "").split(",") if name], limit=limit
+            # The first that knows what it was made from.
+            source = next((uri for uri in uris if uri.startswith(("models:", "runs:"))), uris[0])
+            setting = recorded_setting(context, source, file).changed(
+                data=data, split=split, metrics=_names(metrics), limit=limit
             )
             assessor = Assessor(context)
             found: dict[str, Assessment] = {}
+            runs: dict[str, dict[str, str]] = {}
             for name, quantization in (wanted or {"": None}).items():
                 found[name] = assessor.assess(setting, uris, quantization=quantization)
                 if not no_tracking:
-                    publish_assessment(context, found[name], note=f" ({name})" if name else "")
-    document = _document(found)
+                    runs[name] = publish_assessment(context, found[name], note=f" ({name})" if name else "")
+    document = _document(found, runs)
     if as_json:
         print_json(document)
     else:
@@ -92,16 +97,23 @@ def evaluate(
                 note(f"  {source} ({fingerprint}): {', '.join(models)}")
 
 
-def _document(found: dict[str, Assessment]) -> dict[str, Any]:
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _document(found: dict[str, Assessment], runs: dict[str, dict[str, str]]) -> dict[str, Any]:
     from rankwise.evaluation.meter import compare_quantizations
 
     rows = []
     for quantization, assessment in found.items():
         for name, model in assessment.models.items():
+            record = model.rows.inputs[-1]
             rows.append(
                 {
                     "model": model.uri or name,
                     "quantization": quantization or None,
+                    "run_id": runs.get(quantization, {}).get(name),
+                    "data": {"source": record.source, "digest": record.digest},
                     "base": asdict(model.base),
                     "metrics": {key: value.to_json() for key, value in model.evaluation.metrics.items()},
                 }

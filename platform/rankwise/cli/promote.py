@@ -89,7 +89,7 @@ def promote(
 @click.option("--alias", default=ALIAS, show_default=True)
 @click.option("--reason", default="rolled back", show_default=True, help="Why; it is recorded.")
 def rollback(name: str, alias: str, reason: str) -> None:
-    """Undo the last move of an alias of the registered model NAME."""
+    """Undo the last move of an alias of the registered model NAME that still stands; again: the one before it."""
     from rich.console import Console
 
     from rankwise.cli.progress import Bars

@@ -9,6 +9,7 @@ attributes of `MetricFacts` are read here.)
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -103,7 +104,9 @@ def load(name: str) -> Any:
     """
     point = next((point for point in _points() if point.name == name), None)
     if point is None:
-        raise ConfigError(f"evaluation.metrics: there is no metric {name!r}; there are {', '.join(known_names())}")
+        near = difflib.get_close_matches(name, known_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"there is no metric {name!r}; there are {', '.join(known_names())}{hint}")
     try:
         found = point.load()
     except Exception as error:  # Whatever the package's code raises while it is imported.

@@ -7,6 +7,7 @@ locked, after a look whether somebody else has moved it since the comparison beg
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from rankwise.evaluation.observation import Observation
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import ConfigError, GateError
+from rankwise.jobs.aliases import AliasMove
 from rankwise.tasks.assess import Assessment, Assessor
 from rankwise.tasks.context import Context
 from rankwise.tasks.seen import seen_by
@@ -129,10 +131,13 @@ def promote(
 
 
 def rollback(context: Context, name: str, alias: str, *, reason: str) -> tuple[int, int | None]:
-    """Undo the last move of an alias that was made here. Returns the version that had it and the one that has it now.
+    """Undo the last move of an alias that was made here and still stands; the next call undoes the one before it.
+
+    Returns:
+        The version that had it, and the one that has it now.
 
     Raises:
-        ConfigError: No move is known, or somebody else has moved the alias since.
+        ConfigError: No move is left, or somebody else has moved the alias since.
         JobStoreError: The queue's database cannot be reached.
     """
     registry = context.store.registry
@@ -140,7 +145,10 @@ def rollback(context: Context, name: str, alias: str, *, reason: str) -> tuple[i
         moves = moving.history()
         if not moves:
             raise ConfigError(f"no move of models:/{name}@{alias} is known here; `rankwise promote` writes them down")
-        last = moves[-1]
+        standing = _standing(moves)
+        if not standing:
+            raise ConfigError(f"every move of models:/{name}@{alias} that is known here has been undone")
+        last = standing[-1]
         holder = registry.get_alias(name, alias)
         if (holder.version if holder else None) != last.to_version or last.to_version is None:
             raise ConfigError(
@@ -153,6 +161,18 @@ def rollback(context: Context, name: str, alias: str, *, reason: str) -> tuple[i
             registry.set_alias(name, alias, last.from_version)
         moving.note(last.to_version, last.from_version, run_id=None, reason=reason, moved_by=_who())
     return last.to_version, last.from_version
+
+
+def _standing(moves: Sequence[AliasMove]) -> list[AliasMove]:
+    """The moves that have not been undone. A roll back is written down as a move without evidence."""
+    standing: list[AliasMove] = []
+    for move in moves:
+        undone = standing[-1] if standing and move.run_id is None else None
+        if undone is not None and (undone.from_version, undone.to_version) == (move.to_version, move.from_version):
+            standing.pop()
+        else:
+            standing.append(move)
+    return standing
 
 
 def _decide(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.loader import load_experiment, parse_experiment
+from rankwise.experiment.metric_names import keys_of
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.sweep import expand, is_search
 from rankwise.jobs.job import JobKind
@@ -28,19 +29,33 @@ class Setting:
     spec: ExperimentSpec
     arm: ArmSpec
 
-    def changed(self, *, data: str | None = None, metrics: Sequence[str] = (), limit: int | None = None) -> Setting:
+    def changed(
+        self,
+        *,
+        data: str | None = None,
+        split: str | None = None,
+        metrics: Sequence[str] = (),
+        limit: int | None = None,
+    ) -> Setting:
         """The same on other rows, by other metrics.
 
         Args:
             data: A source of rows with the same columns, in place of the definition's evaluation rows.
             metrics: Names of metrics.
+            split: Of a hub data set that `data` names.
             limit: Evaluate no more rows than this.
+
+        Raises:
+            ConfigError: A metric is not known.
         """
+        keys_of(metrics)  # Before minutes are spent.
         arm = self.arm
         dataset, evaluation = arm.dataset, arm.evaluation
         if data is not None:
             source = str(Path(data).absolute()) if Path(data).exists() else data
             dataset = dataset.model_copy(update={"eval": source, "eval_revision": None})
+        if split is not None:
+            dataset = dataset.model_copy(update={"eval_split": split})
         if limit is not None:
             dataset = dataset.model_copy(update={"limit": dataset.limit.model_copy(update={"eval": limit})})
         if metrics:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import mlflow
 import pytest
 from click.testing import CliRunner
@@ -32,9 +34,20 @@ def test_pull_puts_the_files_at_the_root_and_prints_the_directory(tmp_path):
     result = CliRunner().invoke(pull, ["models:/pulled@champion", str(target)], catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout == f"{target}\n"
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules pulled={target}" in result.stderr
+    assert "so near ties can fall otherwise." in result.stderr
     assert (target / "adapter_config.json").is_file()
     assert (target / "adapter_model.safetensors").is_file()
     check_manifest(target)
+
+
+def test_pull_tells_programs_what_was_pulled_and_how_it_is_served(world, tmp_path):
+    arguments = ["models:/pulled@champion", str(tmp_path / "a"), "--json"]
+    found = json.loads(CliRunner().invoke(pull, arguments, catch_exceptions=False).stdout)
+    assert (found["uri"], found["resolved"]) == ("models:/pulled@champion", "models:/pulled/1")
+    assert found["vllm"]["arguments"][:2] == ["serve", str(world.base_path)]
+    assert found["vllm"]["line"].startswith(f"vllm serve {world.base_path} --dtype bfloat16 ")
+    assert found["vllm"]["obstacles"] == []
 
 
 def test_pull_of_what_is_not_there_is_an_error_and_leaves_nothing(tmp_path):
