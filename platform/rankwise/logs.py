@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -103,6 +104,27 @@ def job_log(settings: Settings, job_id: int, *, attempt: int | None = None, arm:
         logger.removeHandler(handler)
         handler.close()
         os.close(descriptor)
+
+
+def note_in_job_log(settings: Settings, job_id: int, event: str, *, attempt: int, exception: str | None = None) -> None:
+    """Append an error to a job's file, for a process that does not do the job itself. A full disk loses it.
+
+    Args:
+        settings: Where the home is.
+        job_id: The job.
+        event: What went wrong.
+        attempt: The number of the attempt.
+        exception: A traceback, or the last words of a process that died.
+    """
+    entry = {"job": job_id, "attempt": attempt, "level": "error", "logger": f"{_ROOT}.worker"}
+    entry |= {"timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"), "event": redact(event)}
+    if exception is not None:
+        entry["exception"] = redact(exception)
+    path = job_log_path(settings, job_id)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(f"{json.dumps(entry, ensure_ascii=False)}\n".encode(errors="replace"))
 
 
 def human(line: str) -> str:

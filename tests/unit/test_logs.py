@@ -158,3 +158,16 @@ def test_the_level_comes_from_the_environment_and_another_word_is_an_error(monke
     monkeypatch.setenv("RANKWISE_LOG_LEVEL", "ERROR")
     set_log_level("info")
     assert Settings.load().log_level == "INFO"
+
+
+def test_what_ended_a_job_is_added_to_its_log_by_another_process(settings):
+    path = logs.job_log_path(settings, 7)
+    logs.note_in_job_log(
+        settings, 7, "it was killed", attempt=2, exception="last words of postgresql://me:pa55word@db/q"
+    )
+    (line,) = path.read_text().splitlines()
+    entry = json.loads(line)
+    assert (entry["job"], entry["attempt"], entry["level"], entry["event"]) == (7, 2, "error", "it was killed")
+    assert "pa55word" not in line
+    assert "error   it was killed" in logs.human(line)
+    assert logs.human(line).endswith("last words of postgresql://[redacted]@db/q")

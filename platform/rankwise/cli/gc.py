@@ -35,7 +35,7 @@ class _Duration(click.ParamType[float]):
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
-    """Remove checkpoints, states and models of arms that no job needs, delivered outboxes, and unused caches.
+    """Remove checkpoints, states and models of arms that no job needs, delivered outboxes, old logs, and unused caches.
 
     Nothing that a queued or running job needs is touched; registered versions never are. The cache of RANKWISE_CACHE
     may serve other homes, whose jobs are not known here: there, only the age protects. Bases are left alone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from rankwise.worker.voice import Kind, Lines
+
+_LABELS: Mapping[Kind, tuple[str, str]] = {
+    "say": ("", ""),
+    "warn": ("warning: ", "yellow"),
+    "fail": ("failed: ", "red"),
+    "done": ("done: ", "green"),
+}
+
 
 class _Amount(ProgressColumn):
     """Bytes as bytes, anything else as done/total."""
@@ -37,7 +46,7 @@ class _Amount(ProgressColumn):
         return Text.assemble(self._count.render(task), f" {unit}", style="progress.download")
 
 
-class Bars:
+class Bars(Lines):
     """Draws tasks as bars; on something that is not a terminal, a line when each begins.
 
     Implements `rankwise.assets.progress.Progress`.
@@ -70,35 +79,15 @@ class Bars:
         """Stop drawing and clear the bars."""
         self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def line(self, kind: Kind, text: str) -> None:
         """One line of human text, above the bars."""
-        self._line("", text, "")
-
-    def warn(self, text: str) -> None:
-        """Something to look at."""
-        self._line("warning: ", text, "yellow")
-
-    def fail(self, text: str) -> None:
-        """Something that went wrong."""
-        self._line("failed: ", text, "red")
-
-    def done(self, text: str) -> None:
-        """Something finished."""
-        self._line("done: ", text, "green")
+        label, style = _LABELS[kind]
+        # Text, not a string: square brackets in a message are not markup.
+        self.console.print(Text.assemble((label, style), text), soft_wrap=True)
 
     def show(self, renderable: Any) -> None:
         """Something that rich can draw."""
         self.console.print(renderable)
-
-    def _line(self, label: str, text: str, style: str) -> None:
-        # Text, not a string: square brackets in a message are not markup.
-        self.console.print(Text.assemble((label, style), text), soft_wrap=True)
-
-    @contextmanager
-    def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Callable[[int], None]]:
-        """See `rankwise.assets.progress.Progress.task`."""
-        with self.noted(description, total, unit) as (advance, _):
-            yield advance
 
     @contextmanager
     def noted(

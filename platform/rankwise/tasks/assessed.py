@@ -57,15 +57,7 @@ def publish_assessment(context: Context, assessment: Assessment, *, note: str = 
         run.flush()
         model_id = None if uri is None else context.store.registry.resolve(uri).model_id
         if model_id is not None:
-            link_metrics(
-                context.store.client,
-                run.run_id,
-                model_id,
-                list(values),
-                0,
-                dataset_name=record.name,
-                dataset_digest=record.short_digest,
-            )
+            link_metrics(context.store.client, run.run_id, model_id, list(values), 0, dataset=record)
         run.end("FINISHED")
         runs[name] = run.run_id
     return runs

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from rankwise.exceptions import JobError
 from rankwise.jobs.job import Job
+from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.halving import paused_at
 from rankwise.tasks.payload import Work
@@ -36,6 +38,10 @@ class ClaimedArm:
     def spec_hash(self) -> str:
         """The arm."""
         return self.work.arm.spec_hash
+
+    def logged(self) -> AbstractContextManager[None]:
+        """What is logged within the block is about this arm, and goes into its job's file only."""
+        return bound(arm=self.work.arm.short)
 
     @property
     def done_steps(self) -> int:
@@ -72,7 +78,8 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
             created.end("KILLED", "another worker has taken over this arm")
             raise JobError(f"{job.title} was taken over by another worker")
         run = created
-    if job.attempts <= 1:
+    # An earlier attempt may have ended before this, or have given the arm to another worker without opening its run.
+    if not arm.done_steps:
         for record in arm.rows.inputs:
             run.input(record)
         run.text(work.definition, "experiment.yaml")

@@ -59,7 +59,8 @@ def _publish(session: Session, command: Message) -> Value:
             base, arms = load_claimed(session, jobs)
             provenance = collect()
             for arm in arms:
-                runs[arm.job.id] = open_run(session, arm, base, provenance)
+                with arm.logged():
+                    runs[arm.job.id] = open_run(session, arm, base, provenance)
             publish_again(session, base, arms, runs)
         except BaseException as error:
             for run in runs.values():

@@ -145,16 +145,7 @@ def _link(
     context: Context, run_id: str, trained: dict[str, Any], values: dict[str, float], step: int, table: Rows
 ) -> None:
     """Give the LoggedModel and the model version their results."""
-    record = table.inputs[-1]
-    link_metrics(
-        context.store.client,
-        run_id,
-        trained["model_id"],
-        list(values),
-        step,
-        dataset_name=record.name,
-        dataset_digest=record.short_digest,
-    )
+    link_metrics(context.store.client, run_id, trained["model_id"], list(values), step, dataset=table.inputs[-1])
     resolved = context.store.registry.resolve(trained["model_uri"])
     if resolved.version is not None:
         shown = {key: repr(value) for key, value in values.items() if not key.endswith(".n")}

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock
 
 from rankwise.assets.entry import remove_entry, tree_size
@@ -131,6 +132,41 @@ def _discard(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def logs(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
+    """Logs of jobs that have ended, and what processes of workers that died have left."""
+    for path in sorted((settings.home / "logs" / "jobs").glob("*.log")):
+        if not path.stem.isdecimal() or int(path.stem) in needs.jobs or path.stat().st_mtime >= before:
+            continue
+        yield Item(
+            kind="log",
+            name=str(path),
+            bytes=path.stat().st_size,
+            reason=f"job {path.stem} has ended",
+            needed=partial(_needs_job, job=int(path.stem)),
+            remove=partial(_discard, path),
+        )
+    for path in sorted((settings.home / "logs" / "workers").glob("child-*")):
+        if path.stat().st_mtime < before and not _is_alive(path):
+            yield Item(
+                kind="log",
+                name=str(path),
+                bytes=path.stat().st_size,
+                reason="its worker has ended",
+                needed=lambda now: False,
+                remove=partial(_discard, path),
+            )
+
+
+def _needs_job(needs: Needs, job: int) -> bool:
+    return job in needs.jobs
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether the worker may live that a file of `rankwise.worker.child` names: `child-PID-...`."""
+    pid = path.name.split("-")[1]
+    return pid.isdecimal() and psutil.pid_exists(int(pid))
 
 
 def caches(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:

@@ -5,6 +5,7 @@
 | checkpoint | a pack's checkpoints and results | none of its arms is in an unfinished job, and it is old |
 | aside | the state of an arm that left a pack, beside checkpoints that are needed | its job has ended, and it is old |
 | model | a LoggedModel of a job, with its files | no version stands on it, it is not its job's result, and it is old |
+| log | a job's log, a worker's crash output and stacks | the job, the worker has ended, and it is old |
 | outbox | an outbox | everything in it was delivered and its writer is gone |
 | quantized, adapter, tokens | entries of the cache | no unfinished job needs it, and it is old |
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from rankwise.exceptions import TrackingError
 from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
-from rankwise.tasks.garbage import Item, caches, checkpoints, models, outboxes
+from rankwise.tasks.garbage import Item, caches, checkpoints, logs, models, outboxes
 from rankwise.tasks.needs import Needs
 from rankwise.tasks.sync import every_job
 from rankwise.tracking.store import Store
@@ -52,6 +53,7 @@ def find_garbage(store: Store, queue: JobStore, settings: Settings, *, older_tha
     """
     needs, before = Needs.of(every_job(queue)), time.time() - older_than
     items = [*checkpoints(settings, needs, before), *outboxes(settings), *caches(settings, needs, before)]
+    items += logs(settings, needs, before)
     problems = []
     try:
         items += models(store, needs, before)

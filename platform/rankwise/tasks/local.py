@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rankwise.jobs.job import Worker
+from rankwise.jobs.job import Job, Worker
 from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.logs import note_in_job_log
 from rankwise.settings import Settings, child_environment
 from rankwise.worker.child import ChildProcess
 from rankwise.worker.loop import WorkerLoop
@@ -57,6 +58,10 @@ def local_worker(
     command = [sys.executable, "-m", program, "--width", str(width)]
     if terminal:
         command.append("--terminal")
+
+    def note(job: Job, event: str, more: str | None) -> None:
+        note_in_job_log(settings, job.id, event, attempt=job.attempts, exception=more)
+
     try:
         with WorkerLoop(
             queue,
@@ -67,6 +72,7 @@ def local_worker(
             stop=stop,
             timing=timing,
             info=dict(info or {}),
+            note=note,
         ) as loop:
             yield loop
     finally:

@@ -15,6 +15,7 @@ class Needs:
     """What unfinished jobs need, and what ended ones have made.
 
     Attributes:
+        jobs: Numbers of the unfinished jobs.
         arms: The first 12 digits of the spec hashes of arms that are to be trained or evaluated.
         bases: Source and revision of their bases.
         adapters: Names of the directories of adapters that they start from.
@@ -24,6 +25,7 @@ class Needs:
         experiments: Ids of all experiments.
     """
 
+    jobs: set[int] = field(default_factory=set)
     arms: set[str] = field(default_factory=set)
     bases: set[tuple[str, str | None]] = field(default_factory=set)
     adapters: set[str] = field(default_factory=set)
@@ -49,6 +51,7 @@ class Needs:
 
     def _add(self, job: Job) -> None:
         self.since = job.created_at if self.since is None else min(self.since, job.created_at)
+        self.jobs.add(job.id)
         self.arms.add(job.spec_hash[:12])
         if (arm := _arm(job)) is not None:
             self.bases.add((str(arm["base_model"]), arm.get("base_model_revision")))

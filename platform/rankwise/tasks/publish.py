@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from rankwise.tracking.runs import Run
 from rankwise.training.checkpoint import Checkpoints
 from rankwise.training.values import ArmOutcome
 
+logger = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
 TAKEN_OVER = "another worker has taken over this arm"
 _DRAIN_S = 60.0
@@ -67,7 +69,8 @@ def publish_again(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm]
             # Somebody has removed the files: nothing is left but to train again.
             session.report(arm.job, Outcome.FAILED, error="what was computed is not on this machine any more")
             continue
-        finish_arm(session, base, arm, runs[arm.job.id], outcome)
+        with arm.logged():
+            finish_arm(session, base, arm, runs[arm.job.id], outcome)
 
 
 def stored_outcome(session: Session, base: LoadedBase, arm: ClaimedArm) -> ArmOutcome | None:
@@ -130,6 +133,7 @@ def _publish_or_wait(
     delivered = run.end("FINISHED")
     session.uploading.pop(job.id, None)
     session.report(job, Outcome.SUCCEEDED, result=result)
+    logger.info("trained in %.0f s and stored as %s", outcome.seconds, result["model_uri"])
     waiting = "" if delivered else " (points wait in the outbox: the tracking server does not answer)"
     session.voice.done(f"{name} trained in {outcome.seconds:,.0f} s: {result['model_uri']}{waiting}")
 

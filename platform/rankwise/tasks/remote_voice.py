@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from structlog.contextvars import get_contextvars
 
 from rankwise.worker.protocol import Message
+from rankwise.worker.voice import Kind, Lines
 
 _OFTEN_S = 0.1
+_FIELDS = ("job", "attempt", "arm", "step")
 
 
-class RemoteVoice:
+class RemoteVoice(Lines):
     """Implements `rankwise.worker.voice.Voice`."""
 
     def __init__(self, emit: Callable[[Message], Any], *, width: int, terminal: bool) -> None:
@@ -27,21 +30,9 @@ class RemoteVoice:
         self._terminal = terminal
         self._ids = itertools.count()
 
-    def say(self, text: str) -> None:
-        """One line."""
-        self._emit({"event": "say", "text": text})
-
-    def warn(self, text: str) -> None:
-        """Something to look at, which stops nothing."""
-        self._emit({"event": "warn", "text": text})
-
-    def fail(self, text: str) -> None:
-        """Something that went wrong, while other work goes on."""
-        self._emit({"event": "fail", "text": text})
-
-    def done(self, text: str) -> None:
-        """Something finished."""
-        self._emit({"event": "done_text", "text": text})
+    def line(self, kind: Kind, text: str) -> None:
+        """One line of a kind."""
+        self._emit({"event": "line", "kind": kind, "text": text})
 
     def show(self, renderable: Any) -> None:
         """Something that rich can draw."""
@@ -49,12 +40,6 @@ class RemoteVoice:
         console = Console(file=drawn, force_terminal=self._terminal, width=self._width, highlight=False)
         console.print(renderable)
         self._emit({"event": "show", "text": drawn.getvalue().rstrip("\n")})
-
-    @contextmanager
-    def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Callable[[int], None]]:
-        """See `rankwise.assets.progress.Progress.task`."""
-        with self.noted(description, total, unit) as (advance, _):
-            yield advance
 
     @contextmanager
     def noted(
@@ -107,9 +92,6 @@ class RemoteLog(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        fields = {
-            key: value
-            for key, value in record.__dict__.items()
-            if key in ("job", "attempt", "arm", "step") and isinstance(value, (str, int))
-        }
+        known = {**get_contextvars(), **record.__dict__}
+        fields = {key: known[key] for key in _FIELDS if isinstance(known.get(key), (str, int))}
         self._send({"event": "log", "name": record.name, "level": record.levelno, "text": text, "fields": fields})

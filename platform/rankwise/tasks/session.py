@@ -130,7 +130,8 @@ class Session:
         """Keep what is logged in the files of these jobs."""
         with ExitStack() as files:
             for job in jobs:
-                files.enter_context(job_log(self.settings, job.id, attempt=job.attempts, arm=job.spec_hash[:12]))
+                arm = job.spec_hash[:12] if job.kind is JobKind.TRAIN else None
+                files.enter_context(job_log(self.settings, job.id, attempt=job.attempts, arm=arm))
             yield
 
     def serve(

@@ -49,13 +49,15 @@ def train_claimed(session: Session, jobs: Sequence[Job]) -> None:
         arms = _return_what_does_not_fit(session, base, arms, tasks)
         provenance = collect()
         for arm in arms:
-            runs[arm.spec_hash] = open_run(session, arm, base, provenance)
+            with arm.logged():
+                runs[arm.spec_hash] = open_run(session, arm, base, provenance)
         pack = [arm for arm in arms if arm.spec_hash not in outcomes]
         if pack:
             outcomes |= _train(session, base, pack, tasks, runs)
         for arm in arms:
             if arm.spec_hash in runs:
-                finish_arm(session, base, arm, runs[arm.spec_hash], outcomes[arm.spec_hash])
+                with arm.logged():
+                    finish_arm(session, base, arm, runs[arm.spec_hash], outcomes[arm.spec_hash])
                 del runs[arm.spec_hash]
     except BaseException as error:
         failure = failure_of(error)
@@ -79,7 +81,8 @@ def load_claimed(session: Session, jobs: Sequence[Job]) -> tuple[LoadedBase, lis
 
 
 def _claimed(session: Session, base: LoadedBase, job: Job, work: Work, sources: Sources) -> ClaimedArm:
-    return ClaimedArm(job=job, work=work, rows=session.rows.get(work.arm, sources, base.tokenizer))
+    with bound(arm=work.arm.short):
+        return ClaimedArm(job=job, work=work, rows=session.rows.get(work.arm, sources, base.tokenizer))
 
 
 def _known(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm]) -> dict[str, ArmOutcome]:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.errors import tracking_errors
 
 
@@ -17,8 +18,7 @@ def link_metrics(
     keys: Collection[str],
     step: int,
     *,
-    dataset_name: str | None = None,
-    dataset_digest: str | None = None,
+    dataset: DatasetRecord | None = None,
 ) -> None:
     """Give a LoggedModel the points that a run has at `step`.
 
@@ -31,8 +31,7 @@ def link_metrics(
         model_id: The LoggedModel.
         keys: Which metrics; those that the run does not have at `step` are passed over.
         step: Of the run.
-        dataset_name: What was evaluated on.
-        dataset_digest: Its digest.
+        dataset: What was evaluated on.
 
     Raises:
         TrackingError: The store cannot be reached or refuses.
@@ -52,8 +51,8 @@ def link_metrics(
                     step=step,
                     run_id=run_id,
                     model_id=model_id,
-                    dataset_name=dataset_name,
-                    dataset_digest=dataset_digest,
+                    dataset_name=None if dataset is None else dataset.name,
+                    dataset_digest=None if dataset is None else dataset.short_digest,
                 )
             )
         if points:

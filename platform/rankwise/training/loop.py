@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rankwise.exceptions import JobError
 from rankwise.experiment.metric_names import GREATER_IS_BETTER
+from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.packed_lora import delete_adapter, install
 from rankwise.training.assess import Assessor
@@ -127,7 +128,8 @@ class PackLoop:
                 state = self._checkpoints.newest_of(spec_hash)
             if state is not None:
                 state.restore(arm)
-                logger.info("arm %s goes on from step %d of %d", task.spec.short, arm.step, arm.total_steps)
+                with bound(arm=task.spec.short):
+                    logger.info("arm %s goes on from step %d of %d", task.spec.short, arm.step, arm.total_steps)
             self._observer.on_start(spec_hash, arm.step, arm.total_steps)
 
     def _save(self) -> None:
@@ -186,7 +188,8 @@ class PackLoop:
     def _fail(self, arm: LivingArm, problem: Nonfinite) -> None:
         shown = ", ".join(problem.example_ids[:5]) + (" ..." if len(problem.example_ids) > 5 else "")
         reason = f"nonfinite_{problem.what}: {problem.number} at step {problem.step}, rows {shown}"
-        logger.warning("arm %s stops: %s", arm.task.spec.short, reason)
+        with bound(arm=arm.task.spec.short):
+            logger.warning("arm %s stops: %s", arm.task.spec.short, reason)
         self._leave(arm, self._outcome(arm, "nonfinite", reason, problem.example_ids))
 
     def _leave(self, arm: LivingArm, outcome: ArmOutcome) -> None:

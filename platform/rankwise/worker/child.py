@@ -163,10 +163,10 @@ class ChildProcess:
         """See `Child.close`."""
         self._writer.close()
         self._end()
-        if not self._log.stat().st_size:
-            self._log.unlink()
-        if self._stacks.exists() and not self._stacks.stat().st_size:
-            self._stacks.unlink()
+        for path in (self._log, self._stacks):
+            # `rankwise gc` may have been quicker.
+            if path.exists() and not path.stat().st_size:
+                path.unlink(missing_ok=True)
 
     def _end(self) -> int:
         """Wait for the end of a process whose pipes are closed; its exit status."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from rankwise.jobs.job import Outcome
 from rankwise.worker.child import Child, ChildDiedError
-from rankwise.worker.deaths import explain
+from rankwise.worker.deaths import explain, tail
 from rankwise.worker.heartbeat import Heartbeat
 from rankwise.worker.protocol import Failure, Message
 from rankwise.worker.stopping import Stop
@@ -23,6 +23,8 @@ from rankwise.worker.watchdog import Watchdog
 
 _TICK_S = 0.2
 _INTERRUPTED_S = 5.0
+_KEPT = 50_000
+"""Bytes of a dead process's last words that go into the logs of its jobs."""
 INTERRUPTED = "KeyboardInterrupt"
 logger = logging.getLogger(__name__)
 
@@ -175,10 +177,11 @@ class Conversation:
         self._forget()
         where = f"the stacks of its threads are in {stacks}" if stacks else "its stacks could not be had"
         text = f"the worker's process hung: no sign of life for {watchdog.silence:,.0f} s at: {watchdog.phase}; {where}"
-        return Failure(outcome=str(Outcome.FAILED), type="JobError", text=text)
+        output = None if stacks is None else tail(stacks, _KEPT)
+        return Failure(outcome=str(Outcome.FAILED), type="JobError", text=text, output=output)
 
     def _death(self, death: ChildDiedError, child: Child, phase: str) -> Failure:
         if self._interrupted is not None:
             return Failure(outcome=str(Outcome.PREEMPTED), type=INTERRUPTED, text="stopped at once")
         text = explain(death.code, phase, child.log, killed_for_memory=death.killed_for_memory)
-        return Failure(outcome=str(Outcome.FAILED), type="JobError", text=text)
+        return Failure(outcome=str(Outcome.FAILED), type="JobError", text=text, output=tail(child.log, _KEPT) or None)

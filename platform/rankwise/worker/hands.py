@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 from rankwise.exceptions import JobStoreError
@@ -21,6 +22,10 @@ _LAST_TRY = 2
 _AGAIN_S = 0.5
 
 
+Note = Callable[[Job, str, str | None], None]
+"""Writes into a job's log why an attempt went wrong, and the traceback or the last words that tell more."""
+
+
 class Hands:
     """Does claimed jobs and finishes them."""
 
@@ -33,8 +38,9 @@ class Hands:
         outages: Outages,
         results: Results,
         voice: Voice,
+        note: Note,
     ) -> None:
-        """Nothing is in hand. All of these belong to the worker's loop."""
+        """Nothing is in hand. All of these belong to the worker's loop; `note` writes into a job's log."""
         self._queue = queue
         self._child = child
         self._heart = heart
@@ -42,6 +48,7 @@ class Hands:
         self._outages = outages
         self._results = results
         self._voice = voice
+        self._note = note
 
     def do(self, what: str, claimed: list[Job]) -> Failure | None:
         """Give jobs to the child, and finish each as it comes back; why the rest of them broke, if it did."""
@@ -55,7 +62,10 @@ class Hands:
                 case "result":
                     result = self._results.read(token)
                     assert result is not None, f"the child told of a result of {token} that is not there"
-                    self.finish(unfinished.pop(token), result)
+                    job = unfinished.pop(token)
+                    if result.error is not None:
+                        self._note(job, result.error, None)
+                    self.finish(job, result)
                 case "waiting":
                     self._uploads.add(unfinished.pop(token))
                     self._voice.warn(message["reason"])
@@ -71,6 +81,8 @@ class Hands:
             # A child that died may have left the file without the word.
             result = self._results.read(token)
             if result is None and failure is not None:
+                if not _is_interruption(failure):
+                    self._note(job, failure.text.partition("\n")[0], failure.trace or failure.output)
                 result = Result(token=token, outcome=Outcome(failure.outcome), error=_reason(failure))
             self.finish(
                 job, result or Result(token=token, outcome=Outcome.FAILED, error="the worker said nothing of this job")
@@ -122,6 +134,11 @@ class Hands:
         return self._outages.first_wait if met_outage and not self._outages.fragile else 0.0
 
 
+def _is_interruption(failure: Failure) -> bool:
+    """Whether somebody has interrupted the work."""
+    return failure.outcome == Outcome.PREEMPTED and not failure.environment
+
+
 def _reason(failure: Failure) -> str | None:
     """What a job's row is told: nothing where a person has interrupted the work."""
-    return None if failure.outcome == Outcome.PREEMPTED and not failure.environment else failure.text
+    return None if _is_interruption(failure) else failure.text

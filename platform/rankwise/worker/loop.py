@@ -18,7 +18,7 @@ from rankwise.jobs.store import JobStore
 from rankwise.worker.child import Child
 from rankwise.worker.conversation import CommandFailedError, Conversation
 from rankwise.worker.errors import as_exception
-from rankwise.worker.hands import Hands
+from rankwise.worker.hands import Hands, Note
 from rankwise.worker.heartbeat import Heartbeat
 from rankwise.worker.outages import Outages
 from rankwise.worker.protocol import Message
@@ -70,6 +70,7 @@ class WorkerLoop:
         stop: Stop,
         timing: Timing | None = None,
         info: dict[str, Any] | None = None,
+        note: Note = lambda job, event, more: None,
     ) -> None:
         """Nothing is started yet.
 
@@ -82,6 +83,7 @@ class WorkerLoop:
             stop: The wish to stop.
             timing: Leases, intervals, deadlines.
             info: What the worker says of itself in the queue.
+            note: Writes into a job's log.
         """
         self._queue = queue
         self._worker = worker
@@ -94,7 +96,7 @@ class WorkerLoop:
         self._uploads = Uploads(self._timing)
         self._outages = Outages(self._timing, voice)
         self._child = Conversation(spawn, voice=voice, heart=self._heart, timing=self._timing, stop=stop)
-        self._hands = Hands(queue, self._child, self._heart, self._uploads, self._outages, results, voice)
+        self._hands = Hands(queue, self._child, self._heart, self._uploads, self._outages, results, voice, note)
         self._swept = float("-inf")
         self._settled = float("-inf")
         self._waiting_said = False

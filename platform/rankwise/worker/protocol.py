@@ -17,7 +17,8 @@ Events, up a pipe of its own:
 | `{"event": "hello", "pid": N}` | the child runs |
 | `{"event": "phase", "name": NAME}` | what it does now: decides how long it may be silent |
 | `{"event": "progress", "token": T, "values": {...}}` | how far a job is; with `checkpoint`, the newest saved step |
-| `{"event": "say" / "warn" / "fail" / "done_text" / "show", "text": ...}` | for a person |
+| `{"event": "line", "kind": "say" / "warn" / "fail" / "done", "text": ...}` | a line for a person |
+| `{"event": "show", "text": ...}` | something drawn for a person |
 | `{"event": "task" / "advance" / "note" / "task_end", "id": N, ...}` | a progress bar |
 | `{"event": "log", "name": ..., "level": N, "text": ..., "fields": {...}}` | a log record |
 | `{"event": "result", "token": T}` | the result file of this claim is on disk |
@@ -91,6 +92,7 @@ class Failure:
         text: The message for a person.
         environment: Whether disk, network or a store is at fault, so that other jobs would meet it too.
         trace: The traceback of a bug.
+        output: What a process that died or hung has left: its last words, or the stacks of its threads.
     """
 
     outcome: str
@@ -98,6 +100,7 @@ class Failure:
     text: str
     environment: bool = False
     trace: str | None = None
+    output: str | None = None
 
     @classmethod
     def of(cls, message: Message) -> Failure:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, Protocol
 
 from rich.text import Text
 
 from rankwise.assets.progress import Progress
 from rankwise.worker.protocol import Message
+
+Kind = Literal["say", "warn", "fail", "done"]
 
 
 class Voice(Progress, Protocol):
@@ -37,6 +40,42 @@ class Voice(Progress, Protocol):
         """A task that can be moved on and given a remark."""
 
 
+class Lines(ABC):
+    """The parts of a voice that are the same however it speaks."""
+
+    @abstractmethod
+    def line(self, kind: Kind, text: str) -> None:
+        """One line of a kind."""
+
+    @abstractmethod
+    def noted(
+        self, description: str, total: int | None, unit: str
+    ) -> AbstractContextManager[tuple[Callable[[int], None], Callable[[str], None]]]:
+        """See `Voice.noted`."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.line("say", text)
+
+    def warn(self, text: str) -> None:
+        """Something to look at, which stops nothing."""
+        self.line("warn", text)
+
+    def fail(self, text: str) -> None:
+        """Something that went wrong, while other work goes on."""
+        self.line("fail", text)
+
+    def done(self, text: str) -> None:
+        """Something finished."""
+        self.line("done", text)
+
+    @contextmanager
+    def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Callable[[int], None]]:
+        """See `rankwise.assets.progress.Progress.task`."""
+        with self.noted(description, total, unit) as (advance, _):
+            yield advance
+
+
 class Relay:
     """Gives a child's events for people to a voice."""
 
@@ -48,14 +87,11 @@ class Relay:
     def take(self, message: Message) -> bool:
         """Tell what an event says; False for an event that is not for people."""
         match message["event"]:
-            case "say":
-                self._voice.say(message["text"])
-            case "warn":
-                self._voice.warn(message["text"])
-            case "fail":
-                self._voice.fail(message["text"])
-            case "done_text":
-                self._voice.done(message["text"])
+            case "line":
+                speak = {
+                    "say": self._voice.say, "warn": self._voice.warn, "fail": self._voice.fail, "done": self._voice.done
+                }  # fmt: skip
+                speak[message["kind"]](message["text"])
             case "show":
                 self._voice.show(Text.from_ansi(message["text"]))
             case "task":

@@ -24,8 +24,10 @@ def base(world):
 
 
 @pytest.fixture
-def run(store):
-    experiment = store.get_experiment_by_name("rank") or store.create_experiment("rank")
+def run(world, store):
+    # Without a place of its own, MLflow would keep its artifacts below the working directory.
+    place = (world.settings.artifacts / "rank").as_uri()
+    experiment = store.get_experiment_by_name("rank") or store.create_experiment("rank", artifact_location=place)
     experiment_id = experiment if isinstance(experiment, str) else experiment.experiment_id
     made = store.create_run(experiment_id)
     store.log_param(made.info.run_id, "lora.r", 4)

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from helpers.local_store import prepared_home
 
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.modeling.quantized_cache import CacheKey
 from rankwise.settings import Settings
 from rankwise.tasks.gc import find_garbage, remove_garbage
@@ -32,13 +31,6 @@ def store(tmp_path_factory):
 @pytest.fixture
 def settings(tmp_path):
     return Settings.load({"RANKWISE_HOME": str(tmp_path / "home"), "RANKWISE_CACHE": str(tmp_path / "cache")})
-
-
-@pytest.fixture
-def queue(tmp_path):
-    made = SqlJobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -114,6 +106,24 @@ def test_states_put_aside_of_pruned_arms_go_although_the_pack_is_needed(settings
     remove_garbage(items, queue)
     assert (pack / "aside" / f"arm-{LIVE[:12]}" / "step-00000020" / "state.json").exists()
     assert not (pack / "aside" / f"arm-{DONE[:12]}").exists()
+
+
+def test_logs_of_ended_jobs_and_of_dead_workers_go_when_they_are_old(settings, queue, garbage):
+    for spec_hash in (DONE, OTHER):
+        submit(queue, spec_hash)
+        end(queue)
+    submit(queue, LIVE)
+    jobs, workers = settings.home / "logs" / "jobs", settings.home / "logs" / "workers"
+    for name, days in (("1.log", 30), ("2.log", 3), ("3.log", 30)):
+        write(jobs / name, days=days)
+    dead, alive = write(workers / "child-999999999-1.log"), write(workers / f"child-{os.getpid()}-1.stacks")
+    items = garbage()
+    assert names(items) == [str(jobs / "1.log"), str(dead)]
+    assert [item.reason for item in items] == ["job 1 has ended", "its worker has ended"]
+    queue.retry([1])
+    assert names(remove_garbage(items, queue)) == [str(dead)]
+    assert sorted(path.name for path in jobs.iterdir()) == ["1.log", "2.log", "3.log"]
+    assert alive.exists()
 
 
 def test_what_a_job_needs_by_now_is_left_although_it_was_found(settings, queue, garbage):

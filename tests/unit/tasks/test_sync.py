@@ -7,7 +7,6 @@ import pytest
 from helpers.local_store import prepared_home
 
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.settings import Settings
 from rankwise.tasks.sync import every_job, synchronize
 from rankwise.tracking.outbox import Outbox
@@ -32,13 +31,6 @@ def store(settings):
 @pytest.fixture(scope="module")
 def experiment(store):
     return store.experiment("diamonds")
-
-
-@pytest.fixture
-def queue(tmp_path):
-    made = SqlJobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ class Bench:
         self.stop = Stop()
         self.children = []
         self.log = directory / "child.log"
+        self.notes = []
 
     def work(self, script, plan=None, timing=TIMING):
         def spawn():
@@ -61,6 +62,7 @@ class Bench:
             voice=self.voice,
             stop=self.stop,
             timing=timing,
+            note=lambda job, event, more: self.notes.append((job.id, job.attempts, event, more)),
         ) as loop:
             return loop.work(plan or Plan(drain=True))
 
@@ -85,6 +87,28 @@ def succeed(bench):
         yield DONE
 
     return script
+
+
+def test_what_a_dead_child_has_written_goes_into_the_logs_of_its_jobs(bench):
+    def script(child, command):
+        if command["do"] == "settle":
+            yield SETTLED
+        elif command["jobs"][0]["attempts"] == 1:
+            bench.log.write_text("Fatal Python error: Segmentation fault\n" + "at a.py\n" * 1000)
+            yield reports(bench.results, command["jobs"][0], Outcome.FATAL, error="the loss is not finite")
+            yield DIES
+        else:
+            yield from succeed(bench)(child, command)
+
+    bench.queue.submit([job("a"), job("b")])
+    bench.work(script)
+    (finished, died) = bench.notes
+    assert finished == (1, 1, "the loss is not finite", None)
+    assert died[:2] == (2, 1)
+    assert "was killed (SIGKILL)" in died[2]
+    assert "\n" not in died[2]
+    assert died[3].startswith("Fatal Python error"), "more than the row of the job has"
+    assert bench.queue.get(2).state is JobState.SUCCEEDED
 
 
 def test_a_pack_is_done_by_one_child_and_the_queue_is_told(bench):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 from helpers.fake_child import Listener
 
+from rankwise.logs import bound
 from rankwise.tasks.remote_voice import RemoteLog, RemoteVoice
 from rankwise.worker.voice import Relay
 
@@ -74,3 +75,6 @@ def test_log_lines_of_a_child_are_logged_by_its_parent(ends, caplog):
     RemoteLog(ends[2].take).handle(record)
     (logged,) = caplog.records
     assert (logged.name, logged.getMessage(), logged.job) == ("rankwise.x", "odd it", 7)
+    with bound(arm="0123456789ab", step=3):
+        RemoteLog(ends[2].take).handle(record)
+    assert (caplog.records[1].arm, caplog.records[1].step, caplog.records[1].job) == ("0123456789ab", 3, 7)
