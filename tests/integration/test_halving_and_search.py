@@ -115,7 +115,8 @@ def test_a_search_goes_on_from_results_and_leaves_its_history(files, tmp_path):
     text = definition(files, "searched", TPE)
     comparison, told = run_inline(settings, text)
     assert [arm["status"] for arm in comparison["arms"]] == ["FINISHED"] * 4
-    assert any("2 arms of the next round, proposed from 2 that have ended" in line for line in told)
+    (second,) = (line for line in told if line.startswith("searched: round "))
+    assert second.startswith("searched: round 2 of 2: 2 arms, proposed from 2 that have ended; best so far eval.loss ")
     first = {arm.spec_hash for arm in expand(parse_experiment(text, "x"))}
     queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
     jobs = queue.jobs(kinds=[JobKind.TRAIN])
@@ -130,8 +131,11 @@ def test_a_search_goes_on_from_results_and_leaves_its_history(files, tmp_path):
     assert [trial["spec_hash"] for trial in history["trials"]] == [job.spec_hash for job in jobs]
     values = {arm["spec_hash"]: arm["metrics"]["eval.loss"]["value"] for arm in comparison["arms"]}
     assert {trial["spec_hash"]: trial["value"] for trial in history["trials"]} == pytest.approx(values)
+    better = min(history["trials"][:2], key=lambda trial: trial["value"])
+    rate = better["parameters"]["training.learning_rate"]
+    assert second.endswith(f" {better['value']:.4g} with training.learning_rate={rate}")
     assert history["trials"][-1]["best_so_far"] == pytest.approx(min(values.values()))
-    assert "plotly" in artifact(client, sweep.run_id, "search/history.html", tmp_path)
+    assert "searched: search by tpe" in artifact(client, sweep.run_id, "search/history.html", tmp_path)
 
     _, told = run_inline(settings, text)
     assert told == ["nothing to do: all 4 arms are trained and evaluated"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from rankwise.evaluation.history import History
 from rankwise.experiment.loader import parse_experiment
-from rankwise.experiment.sweep import is_search
+from rankwise.experiment.sweep import is_search, planned_rounds
 from rankwise.jobs.job import Job, JobKind
 from rankwise.tasks.context import Context
 from rankwise.tasks.enqueue import queue_arms
 from rankwise.tasks.payload import Work
-from rankwise.tasks.search import arms_so_far
+from rankwise.tasks.search import arms_so_far, history
 
 
 def submit_next(context: Context, jobs: Collection[Job]) -> list[Job]:
@@ -34,11 +35,22 @@ def submit_next(context: Context, jobs: Collection[Job]) -> list[Job]:
             if not each.settled and (each.arm.spec_hash not in trains or each.arm.eval_hash() not in evaluations)
         ]
         if new:
-            ended = sum(each.settled for each in arms)
-            context.voice.say(f"{spec.name}: {len(new)} arms of the next round, proposed from {ended} that have ended")
+            context.voice.say(_told(history(context, spec), len(planned_rounds(spec)), len(new)))
             found += queue_arms(context, work, new, priority=priority)
         found += [*trains.values(), *evaluations.values()]
     return found
+
+
+def _told(found: History, rounds: int, new: int) -> str:
+    """Which round begins, from how many arms it was proposed, and the best of them."""
+    number = found.trials[-1].round
+    ended = sum(trial.round < number for trial in found.trials)
+    text = f"{found.experiment}: round {number + 1} of {rounds}: {new} arms, proposed from {ended} that have ended"
+    best = found.best_so_far[-1]
+    if best is None:
+        return text
+    trial = next(trial for trial in found.trials if trial.state == "complete" and trial.value == best)
+    return f"{text}; best so far {found.primary_metric} {best:.4g} with {trial.label}"
 
 
 def _sweeps(jobs: Collection[Job]) -> list[tuple[Work, int]]:
