@@ -32,7 +32,6 @@ LIBRARIES = (
     "mlflow.pyfunc",
     "mlflow.models",
     "matplotlib.figure",
-    "plotly.graph_objects",
     "sqlalchemy.orm",
     "alembic.command",
 )

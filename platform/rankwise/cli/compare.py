@@ -13,23 +13,35 @@ from rankwise.settings import Settings
 @click.argument("experiment")
 @click.option("--all", "everything", is_flag=True, help="Also arms of earlier states of the definition.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON instead of a table.")
-def compare(experiment: str, everything: bool, as_json: bool) -> None:
+@click.option("--csv", "as_csv", is_flag=True, help="Print a line of CSV for each arm instead of a table.")
+def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> None:
     """Compare the arms of EXPERIMENT (the `name:` of its definition) across ranks.
+
+    The first line names the smallest rank that is not worse than the best beyond noise, by paired differences over the
+    evaluation examples at 95 % confidence; `rankwise report EXPERIMENT` has the rule, plots and curves.
 
     Its arms are those of the sweep that was submitted last; --all takes those of earlier ones too.
 
     The table shows each configuration's place by the primary metric (mean over seeds), its size and cost, its metrics
-    with their standard errors, and the bare base.
+    with their standard errors, and the bare base. Of many configurations it shows the best ones and the best of each
+    rank; --csv and --json have all.
     """
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv: one of both")
     from rankwise.evaluation.gather import gather
+    from rankwise.evaluation.report_export import comparison_csv, comparison_json
     from rankwise.evaluation.table import comparison_view
+    from rankwise.evaluation.verdict import smallest_rank
     from rankwise.tasks.waiting import with_waiting
     from rankwise.tracking.store import Store
 
     settings = Settings.load()
     with Store.open(settings) as store, open_queue(settings) as queue:
         comparison = with_waiting(store, queue, gather(store, experiment, everything=everything), everything=everything)
+        finding = None if as_csv else smallest_rank(store, comparison)
     if as_json:
-        print_json(comparison.to_json())
+        print_json(comparison_json(comparison, finding))
+    elif as_csv:
+        click.echo(comparison_csv(comparison), nl=False)
     else:
-        show(lambda console: comparison_view(comparison, console))
+        show(lambda console: comparison_view(comparison, console, finding))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from rankwise.evaluation.metrics import MetricValue
@@ -32,7 +32,11 @@ class ArmRecord:
         adapter_bytes: Size of the adapter's weights file.
         metrics: Evaluation results; empty before the evaluation.
         seconds: Time of training.
-        peak_memory_bytes: Of the training process.
+        peak_memory_bytes: Of the training process, so that arms of one pack share it.
+        artifacts: Run id to the URI of its artifacts: the arm's own run, and the one in another experiment that it is
+            linked to (an empty URI: ask for it).
+        effective_rank: Mean over the modules of Roy and Vetterli's effective rank of the delta.
+        rank_99: The smallest rank that keeps 99 % of the energy of all deltas.
     """
 
     spec_hash: str
@@ -46,6 +50,9 @@ class ArmRecord:
     metrics: Mapping[str, MetricValue]
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    effective_rank: float | None = None
+    rank_99: int | None = None
 
     @property
     def pruned(self) -> bool:
@@ -65,6 +72,9 @@ class ArmRecord:
             "metrics": {key: metric.to_json() for key, metric in self.metrics.items()},
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "pruned": self.pruned,
+            "effective_rank": self.effective_rank,
+            "rank_99": self.rank_99,
         }
 
 
@@ -74,7 +84,7 @@ class Configuration:
 
     arms: tuple[ArmRecord, ...]
 
-    @property
+    @cached_property
     def params(self) -> Mapping[str, Param]:
         """What the arms share, the seed left out."""
         return {key: value for key, value in self.arms[0].params.items() if key != SEED}
@@ -98,6 +108,8 @@ class Comparison:
     greater_is_better: bool
     base: Mapping[str, MetricValue]
     arms: tuple[ArmRecord, ...]
+    experiment_id: str | None = None
+    parent_run_id: str | None = None
 
     @cached_property
     def configurations(self) -> tuple[Configuration, ...]:
@@ -144,6 +156,15 @@ class Comparison:
         )
 
     @cached_property
+    def varying(self) -> tuple[str, ...]:
+        """Settings that differ, without rank and seed; alpha is one where it does not follow from the rank."""
+        alphas: dict[Param | None, set[Param | None]] = {}
+        for configuration in self.configurations:
+            alphas.setdefault(configuration.params.get(RANK), set()).add(configuration.params.get(ALPHA))
+        free = any(len(values) > 1 for values in alphas.values())
+        return (ALPHA, *self.axes) if free else self.axes
+
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """Keys of all metrics, in the order of the base's, then of the arms'."""
         sources = [self.base, *(arm.metrics for arm in self.arms)]
@@ -157,6 +178,8 @@ class Comparison:
             "base": {"metrics": {key: metric.to_json() for key, metric in self.base.items()}},
             "arms": [arm.to_json() for arm in self.arms],
             "best": self.best.spec_hash if self.best else None,
+            "experiment_id": self.experiment_id,
+            "parent_run_id": self.parent_run_id,
         }
 
 
@@ -167,6 +190,8 @@ def compare(
     primary_metric: str,
     greater_is_better: bool,
     base: Mapping[str, MetricValue] | None = None,
+    experiment_id: str | None = None,
+    parent_run_id: str | None = None,
 ) -> Comparison:
     """Put arms side by side.
 
@@ -176,6 +201,8 @@ def compare(
         primary_metric: The key that decides, such as `eval.loss`.
         greater_is_better: Its direction.
         base: The bare base's results on the same examples; None or empty while there are none.
+        experiment_id: MLflow's.
+        parent_run_id: The sweep's run.
     """
     return Comparison(
         experiment=experiment,
@@ -183,6 +210,8 @@ def compare(
         greater_is_better=greater_is_better,
         base=dict(base or {}),
         arms=tuple(sorted(arms, key=_order)),
+        experiment_id=experiment_id,
+        parent_run_id=parent_run_id,
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Written by the tasks that own the runs.
 MODEL_URI = "rankwise.model_uri"
 PRIMARY_METRIC = "rankwise.primary_metric"
+LINKED = "rankwise.linked_run"
 DEFAULT_PRIMARY_METRIC = "eval.loss"
 
 # Params that are texts even where all their characters are digits (a commit, a column).
@@ -65,6 +66,8 @@ def gather(store: Store, experiment: str, *, everything: bool = False) -> Compar
         primary_metric=primary,
         greater_is_better=greater_is_better(primary),
         base=from_tracking(bases[-1].metrics) if bases else None,
+        experiment_id=experiment_id,
+        parent_run_id=None if sweep is None else sweep.run_id,
     )
 
 
@@ -83,6 +86,9 @@ def arm_record(run: RunRecord) -> ArmRecord:
         metrics=from_tracking(run.metrics),
         seconds=run.metrics.get("train.seconds"),
         peak_memory_bytes=_whole(run.metrics.get("train.peak_memory_bytes")),
+        artifacts={run.run_id: run.artifact_uri} | ({linked: "" for linked in [run.tags.get(LINKED)] if linked}),
+        effective_rank=run.metrics.get("adapter.effective_rank"),
+        rank_99=_whole(run.metrics.get("adapter.rank_99")),
     )
 
 

@@ -1,21 +1,24 @@
-"""The history of a search: what was tried, in which round, and what came of it; as a table and as a plot."""
+"""The history of a search: what was tried, in which round, and what came of it; as a table and as a page."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from markupsafe import Markup
 
-from rankwise.evaluation.labels import title
-from rankwise.evaluation.plots import COLOURS
+from rankwise.evaluation.compare import Param
+from rankwise.evaluation.labels import format_param, format_value, title
+from rankwise.evaluation.report_cells import Cell, Column, Row
+from rankwise.evaluation.report_quality import metric_axis, value_axis
+from rankwise.evaluation.report_shell import render
+from rankwise.evaluation.report_svg import Chart, axis
 
-COLUMNS = 3
-_SYMBOLS = {"complete": "circle", "pruned": "x", "unknown": "circle-open"}
+# Colour and style of the marks.
+_STATES: Mapping[str, tuple[int | None, str]] = {"complete": (0, ""), "pruned": (4, ""), "unknown": (None, "hollow")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,71 +96,91 @@ class History:
         }
 
 
-def history_plot(history: History) -> Any:
-    """Values by trial, with the best so far and the borders of rounds; below, values by each parameter."""
+def history_page(history: History) -> str:
+    """Values by trial with the best so far, values by each parameter, and all trials, as an HTML page."""
     paths = list(history.trials[0].values) if history.trials else []
-    rows = 1 + -(-len(paths) // COLUMNS)
-    specs: list[list[Any]] = [[{"colspan": COLUMNS}] + [None] * (COLUMNS - 1)]
-    specs += [[{}] * COLUMNS for _ in range(rows - 1)]
-    figure = make_subplots(rows=rows, cols=COLUMNS, specs=specs, subplot_titles=["", *map(escape, paths)])
-    numbers = [trial.number for trial in history.trials]
-    figure.add_trace(
-        go.Scatter(x=numbers, y=history.best_so_far, mode="lines", name="best so far", line={"color": COLOURS[1]}),
-        row=1,
-        col=1,
+    shown = [trial for trial in history.trials if trial.value is not None and math.isfinite(trial.value)]
+    charts = [_by_trial(history, shown), *(_by_value(history, shown, path) for path in paths)] if shown else []
+    known = [best for best in history.best_so_far if best is not None]
+    name = title(history.primary_metric)
+    better = "greater" if history.greater_is_better else "smaller"
+    counts: dict[str, int] = {}
+    for trial in history.trials:
+        counts[trial.state] = counts.get(trial.state, 0) + 1
+    told = ", ".join(f"{count:,} {state}" for state, count in counts.items())
+    return render(
+        "history.html.j2",
+        page_title=f"{history.experiment}: search",
+        experiment=history.experiment,
+        method=history.method,
+        headline=f"Best {name} so far: {format_value(history.primary_metric, known[-1])[0]}"
+        if known
+        else "No result yet.",
+        facts=f"{len(history.trials):,} trials: {told}. {name.capitalize()} decides, {better} is better.",
+        charts=charts,
+        heads=[Column("trial"), Column("round"), Column("", "text"), Column(name), Column("step")]
+        + [Column(path) for path in paths],
+        rows=[_row(history, trial, paths) for trial in history.trials],
     )
-    for state, symbol in _SYMBOLS.items():
-        shown = [trial for trial in history.trials if trial.state == state and trial.value is not None]
-        if shown:
-            figure.add_trace(_points(shown, [trial.number for trial in shown], state, symbol, first=True), row=1, col=1)
-        for index, path in enumerate(paths if shown else ()):
-            place = {"row": 2 + index // COLUMNS, "col": 1 + index % COLUMNS}
-            values = [_coordinate(trial.values[path]) for trial in shown]
-            figure.add_trace(_points(shown, values, state, symbol, first=False), **place)
+
+
+def _by_trial(history: History, shown: Sequence[HistoryTrial]) -> Markup:
+    last = len(history.trials) - 1
+    chart = Chart(
+        title=f"{title(history.primary_metric)} by trial",
+        note="dashed lines part the rounds" if history.trials[-1].round else "",
+        x=axis("trial", [0.0, float(last)], whole=True),
+        y=metric_axis(history.primary_metric, [trial.value for trial in shown if trial.value is not None]),
+    )
     for before, after in zip(history.trials, history.trials[1:], strict=False):
         if after.round != before.round:
-            figure.add_vline(x=before.number + 0.5, line_dash="dot", line_color="#999999", row=1, col=1)
-    figure.update_xaxes(title_text="trial", row=1, col=1)
-    figure.update_yaxes(title_text=title(history.primary_metric), row=1, col=1)
-    for index, path in enumerate(paths):
-        if _spans_magnitudes([trial.values[path] for trial in history.trials]):
-            figure.update_xaxes(type="log", row=2 + index // COLUMNS, col=1 + index % COLUMNS)
-    better = "greater" if history.greater_is_better else "smaller"
-    figure.update_layout(
-        title=escape(f"{history.experiment}: search by {history.method} ({better} is better)"),
-        template="plotly_white",
-        height=360 * rows + 120,
-        hoverlabel={"align": "left"},
+            at = before.number + 0.5
+            chart.line([(at, chart.y.low), (at, chart.y.high)], colour=None, style="dashed")
+    best = [(float(at), value) for at, value in enumerate(history.best_so_far) if value is not None]
+    steps = best[:1]
+    for at, value in best[1:]:
+        steps += [(at, steps[-1][1]), (at, value)]
+    chart.line(steps, colour=0)
+    chart.legend("best so far", 0)
+    _points(history, chart, shown, [float(trial.number) for trial in shown])
+    return chart.draw()
+
+
+def _by_value(history: History, shown: Sequence[HistoryTrial], path: str) -> Markup:
+    values = [_coordinate(trial.values[path]) for trial in shown]
+    places, x = value_axis(path, values)
+    chart = Chart(
+        title=f"by {path}",
+        x=x,
+        y=metric_axis(history.primary_metric, [trial.value for trial in shown if trial.value is not None]),
     )
-    return figure
+    _points(history, chart, shown, [places[value] for value in values])
+    return chart.draw()
 
 
-def _points(trials: Sequence[HistoryTrial], x: Sequence[Any], state: str, symbol: str, *, first: bool) -> Any:
-    return go.Scatter(
-        x=list(x),
-        y=[trial.value for trial in trials],
-        mode="markers",
-        name=state,
-        legendgroup=state,
-        showlegend=first,
-        marker={"symbol": symbol, "size": 9, "color": [trial.number for trial in trials], "colorscale": "Viridis"},
-        hovertext=[_hover(trial) for trial in trials],
-        hoverinfo="text",
-    )
+def _points(history: History, chart: Chart, shown: Sequence[HistoryTrial], places: Sequence[float]) -> None:
+    for trial, place in zip(shown, places, strict=True):
+        colour, style = _STATES.get(trial.state, (None, "hollow"))
+        at = f" at step {trial.step}" if trial.step is not None else ""
+        value = format_value(history.primary_metric, trial.value)[0]
+        tip = f"trial {trial.number}, round {trial.round + 1}, {trial.state}{at}: {value}; {trial.label}"
+        assert trial.value is not None
+        chart.point(place, trial.value, colour=colour, style=style, tip=tip)
+        chart.legend(trial.state, colour, style)
 
 
-def _hover(trial: HistoryTrial) -> str:
-    at = f" at step {trial.step}" if trial.step is not None else ""
-    lines = [f"trial {trial.number}, round {trial.round + 1}: {trial.state}{at}", f"{trial.value}", trial.label]
-    return "<br>".join(map(escape, [*lines, f"arm {trial.spec_hash[:12]}"]))
+def _row(history: History, trial: HistoryTrial, paths: Sequence[str]) -> Row:
+    cells = [
+        Cell(text=str(trial.number)),
+        Cell(text=str(trial.round + 1)),
+        Cell(text=trial.state, kind="text", tag="finished" if trial.state == "complete" else trial.state),
+        Cell(text=format_value(history.primary_metric, trial.value)[0]),
+        Cell(text="" if trial.step is None else str(trial.step)),
+        *(Cell(text=format_param(_coordinate(trial.values[path]))) for path in paths),
+    ]
+    return Row(cells=cells)
 
 
-def _coordinate(value: Any) -> Any:
-    """Numbers as they are, anything else as a category."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if number else value if isinstance(value, str) else json.dumps(value)
-
-
-def _spans_magnitudes(values: Sequence[Any]) -> bool:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    return len(numbers) == len(values) and bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) > 20
+def _coordinate(value: Any) -> Param:
+    """Numbers and texts as they are, anything else as a text."""
+    return value if isinstance(value, int | float | str) else json.dumps(value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rankwise.evaluation.compare import ALPHA, RANK, ArmRecord, Comparison, Param
 from rankwise.evaluation.labels import SECONDARY, SHARES, format_param, title
 from rankwise.evaluation.metrics import MetricValue
+from rankwise.evaluation.report_words import axis_name
 
 MAX_PANELS = 8
 # A base further away than this many times the range of the adapters presses them onto one line.
@@ -127,4 +128,4 @@ def _by_rank(comparison: Comparison, axis: str) -> Sequence[set[Param | None]]:
 def _label(settings: Mapping[str, Param | None]) -> str:
     if not settings:
         return "adapter"
-    return ", ".join(f"{axis.rpartition('.')[2]} {format_param(value)}" for axis, value in settings.items())
+    return ", ".join(f"{axis_name(axis)} {format_param(value)}" for axis, value in settings.items())

@@ -22,6 +22,10 @@ from rankwise.evaluation.labels import (
     title,
     with_error,
 )
+from rankwise.evaluation.verdict import RankFinding
+
+MOST_ROWS = 40
+MOST_NAMED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,25 +37,45 @@ class _Column:
     leading: bool = False
 
 
-def comparison_view(comparison: Comparison, console: Console) -> RenderableType:
-    """The table, in two parts where the console is too narrow for one, with notes on what is not in it."""
-    columns = _columns(comparison)
-    whole = _table(columns, len(comparison.configurations))
+def comparison_view(comparison: Comparison, console: Console, finding: RankFinding | None = None) -> RenderableType:
+    """The table, in two parts where the console is too narrow for one, with notes on what is not in it.
+
+    Args:
+        comparison: The arms.
+        console: What it is drawn for.
+        finding: The smallest rank, for the first line; None where it was not looked for, or no arm has a result.
+    """
+    shown = _shown(comparison, finding)
+    columns = _columns(comparison, shown)
+    whole = _table(columns, len(shown))
     parts: list[RenderableType] = [whole]
     if Measurement.get(console, console.options.update(width=10_000), whole).maximum > console.width:
         leading = [column for column in columns if column.leading]
         rest = [column for column in columns if not column.leading]
         results = [column for column in rest if column.heading not in _COST]
         costs = [column for column in rest if column.heading in _COST]
-        parts = [_table([*leading, *each], len(comparison.configurations)) for each in (results, costs)]
-    return Group(Text(_headline(comparison), style="bold"), *parts, *_notes(comparison))
+        parts = [_table([*leading, *each], len(shown)) for each in (results, costs)]
+    first = [Text(finding.headline, style="bold green")] if finding is not None else []
+    head = Text(_headline(comparison), style="bold" if finding is None else "")
+    return Group(*first, head, *parts, *_notes(comparison, len(shown)))
+
+
+def _shown(comparison: Comparison, finding: RankFinding | None) -> list[Configuration]:
+    """All configurations; of many the best ones and the best of each rank, in their order."""
+    if len(comparison.configurations) <= MOST_ROWS:
+        return list(comparison.configurations)
+    wanted = {id(each) for each, _, _ in finding.by_rank} if finding is not None else set()
+    for each in (*comparison.ranking, *comparison.configurations):
+        if len(wanted) >= MOST_ROWS:
+            break
+        wanted.add(id(each))
+    return [each for each in comparison.configurations if id(each) in wanted]
 
 
 _COST = ("parameters", "size", "time", "peak memory")
 
 
-def _columns(comparison: Comparison) -> list[_Column]:
-    configurations = comparison.configurations
+def _columns(comparison: Comparison, configurations: Sequence[Configuration]) -> list[_Column]:
     places = {id(configuration): place for place, configuration in enumerate(comparison.ranking, start=1)}
     best = comparison.best
 
@@ -110,25 +134,30 @@ def _headline(comparison: Comparison) -> str:
     return f"{head}; best: r = {rank} with {with_error(key, metric.value, metric.stderr)}"
 
 
-def _notes(comparison: Comparison) -> list[Text]:
-    notes = [
+def _notes(comparison: Comparison, shown: int) -> list[Text]:
+    notes = []
+    if (left := len(comparison.configurations) - shown) > 0:
+        notes.append(Text(f"... and {left:,} more configurations: --csv and --json have all", style="yellow"))
+    notes.append(
         Text(
             "★ the best arm; # place by the mean over seeds; ± one standard error over the evaluation rows "
             "(and over seeds where there are several). More metrics: --json.",
             style="dim",
         )
-    ]
+    )
     best = comparison.best
     if best is not None:
         where = f" is {best.model_uri}" if best.model_uri else " is not registered"
         notes.append(Text(f"The best arm {best.spec_hash[:12]} (run {best.run_id}){where}", style="dim"))
     if not comparison.base:
         notes.append(Text("The bare base has not been evaluated yet.", style="yellow"))
-    for arm in comparison.arms:
-        if arm.status != "FINISHED":
-            status = "stopped early" if arm.pruned else arm.status
-            told = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {status}"
-            notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="dim" if arm.pruned else "red"))
+    unfinished = sorted((arm for arm in comparison.arms if arm.status != "FINISHED"), key=lambda arm: arm.pruned)
+    for arm in unfinished[:MOST_NAMED]:
+        status = "stopped early" if arm.pruned else arm.status
+        told = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {status}"
+        notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="dim" if arm.pruned else "red"))
+    if (left := len(unfinished) - MOST_NAMED) > 0:
+        notes.append(Text(f"... and {left:,} more arms without a result: --csv and --json have all", style="yellow"))
     return notes
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.evaluation.gather import gather
+from rankwise.evaluation.report_export import comparison_json
 from rankwise.evaluation.table import comparison_view
+from rankwise.evaluation.verdict import smallest_rank
 from rankwise.experiment.loader import parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.tasks.claimed import open_run
@@ -140,10 +142,11 @@ def _compare(session: Session, command: Message) -> Value:
     session.phase("report")
     context = session.context
     comparison = with_waiting(context.store, context.queue, gather(context.store, command["experiment"]))
+    finding = smallest_rank(context.store, comparison)
     drawn = io.StringIO()
     console = Console(file=drawn, width=command["width"], force_terminal=command["terminal"], highlight=False)
-    console.print(comparison_view(comparison, console))
-    return {"json": comparison.to_json(), "text": drawn.getvalue()}
+    console.print(comparison_view(comparison, console, finding))
+    return {"json": comparison_json(comparison, finding), "text": drawn.getvalue()}
 
 
 COMMANDS: Mapping[str, Callable[[Session, Message], Value]] = {

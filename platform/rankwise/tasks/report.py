@@ -1,14 +1,20 @@
-"""What a finished sweep leaves: the comparison and its plots on the parent run, and the alias on the best version."""
+"""What a finished sweep leaves: comparison and report on the parent run, and the alias on the best version."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rankwise import __version__
 from rankwise.evaluation.compare import ArmRecord, Comparison
 from rankwise.evaluation.gather import gather
-from rankwise.evaluation.labels import format_value, title
-from rankwise.evaluation.plots import rank_figure, rank_plot, to_html
+from rankwise.evaluation.labels import SECONDARY, format_value, title
+from rankwise.evaluation.plots import rank_figure
+from rankwise.evaluation.report_cells import model_route, run_route
+from rankwise.evaluation.report_export import comparison_json
+from rankwise.evaluation.report_make import report_page
+from rankwise.evaluation.report_page import headline
+from rankwise.evaluation.verdict import RankFinding, smallest_rank
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.tasks.context import Context
@@ -16,11 +22,17 @@ from rankwise.tasks.waiting import with_waiting
 from rankwise.tracking.descriptions import arm_note, sweep_note, table
 from rankwise.tracking.runs import Run
 
+REPORT = "report.html"
+"""The page among the artifacts of the sweep's run."""
+
+# A note holds 8,000 characters.
+_MOST_ROWS = 25
+
 
 def publish_report(
     context: Context, spec: ExperimentSpec, arms: Sequence[ArmSpec], parent: Run, command: str
 ) -> Comparison:
-    """Compare the arms of this sweep, store the comparison and the plots, and point the alias to the best version.
+    """Compare the arms of this sweep, store comparison and report, and point the alias to the best version.
 
     Args:
         context: The stores.
@@ -33,10 +45,11 @@ def publish_report(
     everything = with_waiting(context.store, context.queue, known, everything=True)
     hashes = {arm.spec_hash for arm in arms}
     comparison = replace(everything, arms=tuple(arm for arm in everything.arms if arm.spec_hash in hashes))
-    parent.json(comparison.to_json(), "comparison.json")
+    finding = smallest_rank(context.store, comparison)
+    parent.json(comparison_json(comparison, finding), "comparison.json")
+    parent.text(report_page(context.store, comparison, finding, command=command, version=__version__), REPORT)
     parent.figure(rank_figure(comparison), "plots/quality-by-rank.png")
-    parent.text(to_html(rank_plot(comparison)), "plots/quality-by-rank.html")
-    parent.describe(sweep_note(spec, arms, command=command, results=_results(comparison)))
+    parent.describe(sweep_note(spec, arms, command=command, results=_results(comparison, finding)))
     best = comparison.best
     if best is not None:
         _crown(context, spec, best, {arm.spec_hash: arm for arm in arms}[best.spec_hash])
@@ -58,22 +71,27 @@ def _crown(context: Context, spec: ExperimentSpec, best: ArmRecord, arm: ArmSpec
         context.voice.done(f"models:/{name}@{spec.register.alias} is version {version} (r = {arm.lora.r})")
 
 
-def _results(comparison: Comparison) -> str:
-    """The comparison as a Markdown table, best configuration first."""
-    keys = comparison.keys
-    head = ["r", *(title(key) for key in keys), "model"]
+def _results(comparison: Comparison, finding: RankFinding | None) -> str:
+    """The comparison as Markdown, best configuration first; its links work in MLflow's UI wherever that is served."""
+    keys = [key for key in comparison.keys if key not in SECONDARY]
+    head = ["r", *(title(key) for key in keys), "run", "model"]
+    finished = [arm for configuration in comparison.ranking for arm in configuration.finished]
     rows = []
-    for configuration in comparison.ranking:
-        for arm in configuration.finished:
-            cells = [" ± ".join(filter(None, format_value(key, *_value(arm, key)))) for key in keys]
-            rows.append([str(arm.params.get("lora.r", "")), *cells, f"`{arm.model_uri or ''}`"])
+    for arm in finished[:_MOST_ROWS]:
+        cells = [" ± ".join(filter(None, format_value(key, *_value(arm, key)))) for key in keys]
+        run = f"[{arm.run_id[:8]}](#/{run_route(comparison, arm)})"
+        model = f"[{arm.model_uri}](#/{model_route(comparison, arm)})" if arm.model_uri else ""
+        rows.append([str(arm.params.get("lora.r", "")), *cells, run, model])
     base = [
         " ± ".join(filter(None, format_value(key, comparison.base[key].value, comparison.base[key].stderr)))
         if key in comparison.base
         else ""
         for key in keys
     ]
-    text = table(head, [*rows, ["base alone", *base, ""]])
+    text = f"**{headline(comparison, finding)}** The artifact `{REPORT}` has the rule, plots and curves.\n\n"
+    text += table(head, [*rows, ["base alone", *base, "", ""]])
+    if len(finished) > _MOST_ROWS:
+        text += f"\n\n... and {len(finished) - _MOST_ROWS:,} more."
     pruned = sum(arm.pruned for arm in comparison.arms)
     if pruned:
         arms = "arm was" if pruned == 1 else "arms were"

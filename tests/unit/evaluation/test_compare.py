@@ -11,14 +11,22 @@ from rankwise.evaluation.compare import compare
 def test_the_dictionary_is_what_the_json_interface_promises():
     comparison = ranks().to_json()
     assert json.loads(json.dumps(comparison, allow_nan=False)) == comparison
-    assert list(comparison) == ["experiment", "primary_metric", "base", "arms", "best"]
+    assert list(comparison) == [
+        "experiment",
+        "primary_metric",
+        "base",
+        "arms",
+        "best",
+        "experiment_id",
+        "parent_run_id",
+    ]
     assert comparison["experiment"] == "diamonds-rank"
     assert comparison["primary_metric"] == {"name": "eval.loss", "greater_is_better": False}
     assert comparison["base"]["metrics"]["eval.loss"] == {"value": 3.1, "stderr": 0.05, "n": 200}
     first = comparison["arms"][0]
     assert list(first) == [
         "spec_hash", "run_id", "status", "reason", "params", "model_uri", "adapter", "metrics", "seconds",
-        "peak_memory_bytes",
+        "peak_memory_bytes", "pruned", "effective_rank", "rank_99",
     ]  # fmt: skip
     assert first["params"] == {"lora.r": 2, "lora.alpha": 4, "seed": 0}
     assert first["adapter"] == {"parameters": 115200, "bytes": 460800}

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
-from rankwise.evaluation.history import History, HistoryTrial, history_plot
-from rankwise.evaluation.plots import to_html
+from rankwise.evaluation.history import History, HistoryTrial, history_page
 
 
 def trial(number: int, state: str, value: float | None = None, step: int | None = None, **values) -> HistoryTrial:
@@ -43,20 +44,24 @@ def test_the_table_has_every_trial_and_the_best_so_far():
     assert history(greater=True).best_so_far == [None, 2.0, 2.5, 2.5, 2.5]
 
 
-def test_the_plot_has_a_point_for_every_value_and_a_line_between_rounds():
-    figure = history_plot(history())
-    line, *points = figure.data
-    assert list(line.y) == [None, 2.0, 2.0, 2.0, 1.5]
-    by_number = {trace.name: list(trace.x) for trace in points if trace.showlegend}
-    assert by_number == {"complete": [1, 2, 4], "pruned": [0]}
-    assert [shape.x0 for shape in figure.layout.shapes] == [1.5, 3.5]
-    by_rank = next(trace for trace in points if trace.name == "complete" and trace.xaxis == "x2")
-    assert list(by_rank.x) == [2, 4, 16]
-    assert "at step 4" in next(trace for trace in points if trace.name == "pruned").hovertext[0]
-    assert "<b>" not in figure.layout.title.text
+def test_the_page_has_a_mark_for_every_value_and_a_line_between_rounds():
+    page = history_page(history())
+    by_trial, by_rank, by_modules = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    for figure in (by_trial, by_rank, by_modules):
+        assert figure.count("<title>trial ") == 4
+    assert by_trial.count('class="l cx dashed"') == 2
+    assert "pruned at step 4: 3.000; lora.r=1" in by_trial
+    assert "best so far" in by_trial
+    assert "Best loss so far: 1.500" in page
+    assert "a &lt;b&gt;: search by tpe" in page
+    assert "<b>" not in page
+    assert page.count("<tr") == 6
 
 
-def test_the_page_opens_without_a_network_and_an_empty_search_has_one_too():
-    assert "cdn.plot.ly" not in to_html(history_plot(history())).split("</head>")[0]
+def test_a_search_without_results_has_a_page_too():
     empty = History(experiment="x", method="tpe", primary_metric="eval.loss", greater_is_better=False, trials=())
-    assert history_plot(empty).layout.title.text.startswith("x: search by tpe")
+    page = history_page(empty)
+    assert "x: search by tpe" in page
+    assert "No result yet." in page
+    waiting = replace(empty, trials=(trial(0, "waiting"),))
+    assert "1 waiting" in history_page(waiting)

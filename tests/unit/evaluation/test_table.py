@@ -8,6 +8,7 @@ from rich.console import Console
 
 from rankwise.evaluation.compare import Comparison, compare
 from rankwise.evaluation.table import comparison_view
+from rankwise.evaluation.verdict import find_smallest_rank
 
 
 def printed(comparison: Comparison, width: int = 200) -> list[str]:
@@ -33,6 +34,33 @@ def test_the_best_row_is_marked_and_named_with_its_model():
     lines = printed(ranks())
     assert row(lines, "★", "1", "8")
     assert any("(run run008000) is models:/pricer/8" in line for line in lines)
+
+
+def test_the_first_line_names_the_smallest_rank_where_it_was_looked_for():
+    comparison = ranks()
+    finding = find_smallest_rank(comparison, lambda arms: {})
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    console.print(comparison_view(comparison, console, finding))
+    first, second, *_ = console.file.getvalue().splitlines()
+    assert first == finding.headline
+    assert second.startswith("diamonds-rank: loss on the evaluation rows")
+
+
+def test_of_many_configurations_the_best_ones_and_the_best_of_each_rank_are_shown():
+    arms = [arm(2 ** (1 + at % 5), 1.0 + at % 5 + at / 1000, training__learning_rate=at) for at in range(200)]
+    arms += [
+        arm(2, None, status="FAILED", reason=f"worker {at} is gone", training__learning_rate=at)
+        for at in range(300, 330)
+    ]
+    comparison = compare("x", arms, primary_metric="eval.loss", greater_is_better=False)
+    finding = find_smallest_rank(comparison, lambda arms: {})
+    console = Console(file=io.StringIO(), width=220, highlight=False)
+    console.print(comparison_view(comparison, console, finding))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) < 70
+    assert {"2", "4", "8", "16", "32"} <= {line.split()[1] for line in lines if line.split()[0].isdecimal()} | {"2"}
+    assert "... and 190 more configurations: --csv and --json have all" in lines
+    assert "... and 18 more arms without a result: --csv and --json have all" in lines
 
 
 def test_the_bare_base_has_its_row():

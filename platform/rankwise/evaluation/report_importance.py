@@ -1,0 +1,147 @@
+"""Which settings matter: how much of the variance between configurations each of them explains.
+
+Analysis of variance of the configurations' means by an additive model: an effect for each value of each setting, by
+least squares. A setting's sum of squares is what the residual one grows by when the setting is left out (type II
+without interactions: in a full grid that is the variance between its values, elsewhere the other settings' share in it
+is taken off). Its share of the variance is (SS - df * MS_residual) / SS_total, so that what any setting would explain
+by chance does not count (epsilon squared, Kelley 1935, *PNAS* 21, 554), and the F test tells it from noise. A number
+with more than eight values is cut into five groups of equal size. What settings do only together (interactions) is in
+none of the shares; it makes the test more cautious.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import fdtrc
+
+from rankwise.evaluation.compare import ALPHA, RANK, Comparison, Param
+from rankwise.evaluation.report_words import alpha_over_rank, axis_name
+from rankwise.evaluation.verdict import RankFinding
+
+# That many more configurations than effects to estimate, and no fewer than eight.
+LEAST_CONFIGURATIONS, SPARE = 8, 3
+SIGNIFICANT = 0.05
+_MOST_LEVELS, _GROUPS = 8, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One setting, or several that move together.
+
+    Attributes:
+        name: Of the setting.
+        share: Of the variance, 0 to 1.
+        p: Of the F test: how often noise alone explains as much.
+        levels: How many values or groups.
+    """
+
+    name: str
+    share: float
+    p: float
+    levels: int
+
+    @property
+    def real(self) -> bool:
+        """Whether it is told apart from noise, at 5 %."""
+        return self.p <= SIGNIFICANT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """Shares, largest first; of what is left, `noise` is the part that seeds explain (None: one seed each)."""
+
+    shares: tuple[Share, ...]
+    noise: float | None
+    configurations: int
+
+
+def importance(comparison: Comparison, finding: RankFinding, *, seed: int = 0) -> Importance | str:
+    """The shares, or why nothing can be said."""
+    configurations = finding.configurations
+    means = [each.metric(finding.key) for each in configurations]
+    results = np.array([mean.value for mean in means if mean is not None])
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, values in _settings(comparison, finding).items():
+        levels = _levels(values)
+        if len(set(levels)) > 1:
+            groups.setdefault(tuple(levels), []).append(name)
+    if len(groups) < 2:
+        only = next(iter(groups.values()), ["the seed"])
+        return f"Nothing varies but {' with '.join(only)}: there is nothing to weigh against it."
+    effects = {" with ".join(names): _dummies(levels) for levels, names in groups.items()}
+    needed = max(LEAST_CONFIGURATIONS, 1 + sum(table.shape[1] for table in effects.values()) + SPARE)
+    if len(results) < needed:
+        return (
+            f"{len(results)} configurations have a result; for shares of {len(groups)} settings that mean anything, "
+            f"{needed} are needed at least."
+        )
+    total = float(np.sum((results - results.mean()) ** 2))
+    if total == 0:
+        return "All configurations have the same result."
+    shares = _shares(effects, results, total)
+    spreads = [(mean.spread, mean.seeds) for mean in means if mean is not None]
+    of_seeds = [spread**2 / seeds for spread, seeds in spreads if spread is not None]
+    noise = min(1.0, float(np.mean(of_seeds)) * len(results) / total) if of_seeds else None
+    return Importance(
+        shares=tuple(sorted(shares, key=lambda each: -each.share)), noise=noise, configurations=len(results)
+    )
+
+
+def _settings(comparison: Comparison, finding: RankFinding) -> dict[str, list[Param | None]]:
+    """The settings that vary, by name. Alpha counts as alpha / r where that has fewer values: it is what was chosen."""
+    found: dict[str, list[Param | None]] = {}
+    for key in (RANK, *comparison.varying):
+        values = [each.params.get(key) for each in finding.configurations]
+        name = "r" if key == RANK else axis_name(key)
+        if key == ALPHA:
+            ratios: list[Param | None] = [alpha_over_rank(each) for each in finding.configurations]
+            if len(set(ratios)) < len(set(values)):
+                name, values = "alpha / r", ratios
+        found[name] = values
+    return found
+
+
+def _shares(effects: Mapping[str, NDArray[np.float64]], results: NDArray[np.float64], total: float) -> list[Share]:
+    n = len(results)
+
+    def fit(tables: Iterable[NDArray[np.float64]]) -> tuple[float, int]:
+        """Residual sum of squares of an additive model, and how many independent effects it has."""
+        design = np.column_stack([np.ones(n), *tables])
+        solution, _, rank, _ = np.linalg.lstsq(design, results, rcond=None)
+        return float(np.sum((results - design @ solution) ** 2)), int(rank)
+
+    residual, rank = fit(effects.values())
+    free = n - rank
+    within = residual / free
+    found = []
+    for name, table in effects.items():
+        without, fewer = fit(other for key, other in effects.items() if key != name)
+        df, own = rank - fewer, max(0.0, without - residual)
+        if df == 0:  # It follows from the others together.
+            continue
+        p = float(fdtrc(df, free, own / df / within)) if within > 0 else float(own <= 0)
+        share = max(0.0, (own - df * within) / total)
+        found.append(Share(name=name, share=share, p=p, levels=table.shape[1] + 1))
+    return found
+
+
+def _dummies(levels: Sequence[int]) -> NDArray[np.float64]:
+    """A column of zeros and ones for each level but the first."""
+    table: NDArray[np.float64] = (np.array(levels)[:, None] == np.arange(1, max(levels) + 1)[None, :]).astype(float)
+    return table
+
+
+def _levels(values: Sequence[Param | None]) -> list[int]:
+    """Each value's level, counted from 0 in the order of the values."""
+    distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value is None, str(value)))
+    numbers = [float(v) for v in values if isinstance(v, int | float)]
+    if len(distinct) <= _MOST_LEVELS or len(numbers) < len(values):
+        order = {value: at for at, value in enumerate(distinct)}
+        return [order[value] for value in values]
+    edges = np.quantile(numbers, np.linspace(0, 1, _GROUPS + 1)[1:-1])
+    found = np.searchsorted(edges, numbers, side="right")
+    return [int(level) for level in np.unique(found, return_inverse=True)[1]]

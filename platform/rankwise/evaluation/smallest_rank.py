@@ -1,0 +1,232 @@
+"""The smallest rank that is not worse than the best one beyond noise, by a multiple comparison with the best.
+
+A configuration is *excluded* when the one with the best mean beats it: its own mean is worse by more than c * se, where
+se is the standard error of the difference of both and c the one-sided critical value of Student's t at confidence
+1 - alpha / (K - 1), K configurations having a result (Bonferroni: right whatever the results have in common). A
+configuration that is truly best is thereby excluded with probability alpha at most, however many there are and
+whichever of them looks best (subset selection, Gupta 1965, *Technometrics* 7, 225; multiple comparison with the best,
+Hsu 1984, *Annals of Statistics* 12, 1136). The answer is the smallest rank with a configuration that is not excluded.
+So with confidence 1 - alpha
+
+- no configuration of a smaller rank is as good as the best one, and
+- the one that is named is worse than the best by at most `Verdict.at_most` (the largest upper limit of its differences
+  to all that are not excluded; Edwards and Hsu 1983, *JASA* 78, 965: both hold together, at one confidence).
+
+Noise has two sources.
+
+- Examples: all configurations met the same ones, so the error is that of paired differences (linearised, with examples
+  as units; `metrics.weighted_mean` has the formula). Where per-example results are not there, both errors count as
+  independent: too large where what is hard for one adapter is hard for the other, as is usual.
+- Seeds: the variance between seeds of one configuration, pooled over all, or its own where that is larger. With one
+  seed for each it is not known, and the claim is about these adapters only: others of the same settings may differ.
+
+The variances add up (the second holds some of the first, so their sum errs on the large side), and the critical value
+is the mean of both sources' own ones, weighted by their variances (Cochran 1964, *Biometrics* 20, 191), since a handful
+of seeds gives few degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+# Results of single examples are read for no more than this many examples of all arms together, but for this many arms
+# at least: 200 examples of 1,250 arms, or 2,500 of 100.
+MOST_EXAMPLES = 250_000
+LEAST_ARMS = 48
+_AT_ONCE = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """The results of one configuration, greater is better (a loss comes with its sign turned).
+
+    Attributes:
+        rank: Its r.
+        values: One for each seed.
+        stderr: Over the examples, of one seed (root of the mean square over the seeds); None where it is not known.
+        examples: How many; 0 where that is not known.
+    """
+
+    rank: float
+    values: tuple[float, ...]
+    stderr: float | None
+    examples: int
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return math.fsum(self.values) / len(self.values)
+
+
+Influence = NDArray[np.float64]
+"""(n,): how much each example moves a configuration's mean: weight * (value - mean) / sum of weights, over seeds."""
+
+Read = Callable[[Sequence[int]], Mapping[int, Influence | None]]
+"""Reads influences of candidates by index; None where there are none. An example has the same place in all arrays, and
+those that a shorter one does not reach have no influence on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What can be said about ranks.
+
+    Attributes:
+        best: Index of the candidate with the best mean.
+        chosen: Index of the best candidate of the smallest rank that is not excluded.
+        remaining: Indices that are not excluded, ascending.
+        behind: By how much the chosen one's mean is worse than the best one's, 0 or more.
+        at_most: Upper confidence limit of how much worse than the best it truly is; infinite where nothing is known of
+            the noise.
+        confidence: Of everything said here together.
+        comparisons: K - 1.
+        paired: Whether the examples' noise is that of paired differences for every comparison that mattered.
+        seeds: Whether the noise over seeds is known.
+        unread: Candidates that were kept since there were too many to look at each.
+        means: Of all candidates.
+        margins: Of all candidates, critical value times standard error of their difference to the best.
+    """
+
+    best: int
+    chosen: int
+    remaining: tuple[int, ...]
+    behind: float
+    at_most: float
+    confidence: float
+    comparisons: int
+    paired: bool
+    seeds: bool
+    unread: int
+    means: tuple[float, ...]
+    margins: tuple[float, ...]
+
+
+def judge(candidates: Sequence[Candidate], read: Read, *, confidence: float = CONFIDENCE) -> Verdict | None:
+    """Find the smallest rank that is not worse than the best beyond noise; None without candidates.
+
+    Args:
+        candidates: One for each configuration that has a result.
+        read: Called with the indices of candidates whose per-example results are needed, a few times.
+        confidence: Of all statements together, in (0.5, 1).
+    """
+    if not candidates:
+        return None
+    return _Judge(candidates, read, confidence).verdict()
+
+
+class _Judge:
+    def __init__(self, candidates: Sequence[Candidate], read: Read, confidence: float) -> None:
+        self._all = candidates
+        self._read = read
+        self._confidence = confidence
+        self._means = np.array([each.mean for each in candidates])
+        self._best = int(np.argmax(self._means))
+        self._influences: dict[int, Influence | None] = {}
+        self._arms = self._read_examples = 0
+        self._tail = (1 - confidence) / max(1, len(candidates) - 1)
+        self._variances, self._freedom = _seed_variances(candidates)
+
+    def verdict(self) -> Verdict:
+        order = sorted(range(len(self._all)), key=lambda i: (self._all[i].rank, -self._means[i]))
+        # Both errors added is the error of a difference at its largest, so what falls here falls in pairs too.
+        remaining = [i for i in order if not self._beaten(i, self._far)]
+        self._look_at([self._best])
+        if self._influences[self._best] is None:  # Then no difference to it is one of pairs.
+            self._influences = dict.fromkeys(order)
+        remaining = self._until_one_stands(remaining)
+        self._look_at(sorted(remaining, key=lambda i: -self._means[i]))
+        remaining = [i for i in remaining if not self._beaten(i)]
+        chosen = remaining[0]
+        # For the margins that are shown: the best of each rank, also where error bars were enough to put it out.
+        self._look_at([next(i for i in order if self._all[i].rank == rank) for rank in {c.rank for c in self._all}])
+        limits = [self._means[j] - self._means[chosen] + self._limit(chosen, j) for j in remaining if j != chosen]
+        mattered = {self._best, chosen}
+        return Verdict(
+            best=self._best,
+            chosen=chosen,
+            remaining=tuple(sorted(remaining)),
+            behind=float(self._means[self._best] - self._means[chosen]),
+            at_most=max([0.0, *map(float, limits)]),
+            confidence=self._confidence,
+            comparisons=len(self._all) - 1,
+            paired=all(self._influences.get(i) is not None for i in mattered),
+            seeds=self._freedom > 0,
+            unread=sum(i not in self._influences for i in remaining),
+            means=tuple(map(float, self._means)),
+            margins=tuple(0.0 if i == self._best else self._limit(i, self._best) for i in range(len(self._all))),
+        )
+
+    def _until_one_stands(self, remaining: Sequence[int]) -> list[int]:
+        """Look at candidates by rank, best first, until one is not beaten: what is beaten before it is left out."""
+        kept: list[int] = []
+        for start in range(0, len(remaining), _AT_ONCE):
+            part = remaining[start : start + _AT_ONCE]
+            self._look_at(part)
+            kept += [i for i in part if not self._beaten(i)]
+            if kept:
+                return [*kept, *remaining[start + _AT_ONCE :]]
+        return kept
+
+    def _look_at(self, indices: Sequence[int]) -> None:
+        allowed: list[int] = []
+        for i in indices:
+            if i in self._influences:
+                continue
+            arms, examples = len(self._all[i].values), len(self._all[i].values) * self._all[i].examples
+            if self._arms + arms <= LEAST_ARMS or self._read_examples + examples <= MOST_EXAMPLES or not self._arms:
+                self._arms, self._read_examples = self._arms + arms, self._read_examples + examples
+                allowed.append(i)
+        if allowed:
+            found = self._read(allowed)
+            self._influences |= {i: found.get(i) for i in allowed}
+
+    def _beaten(self, i: int, error: Callable[[int, int], float] | None = None) -> bool:
+        return i != self._best and self._means[self._best] - self._means[i] > self._limit(i, self._best, error)
+
+    def _limit(self, i: int, j: int, error: Callable[[int, int], float] | None = None) -> float:
+        """Critical value times standard error of the difference of two candidates."""
+        of_examples = (error or self._error)(i, j) ** 2
+        of_seeds = sum(self._variances[k] / len(self._all[k].values) for k in (i, j))
+        total = of_examples + of_seeds
+        if not math.isfinite(total) or total == 0:
+            return total
+        n = min(self._all[i].examples, self._all[j].examples)
+        critical = of_examples * self._student(n - 1) + of_seeds * self._student(self._freedom)
+        return critical / math.sqrt(total)
+
+    def _student(self, freedom: int) -> float:
+        """The critical value; the normal one where there is nothing to count degrees of freedom by."""
+        return float(stdtrit(freedom if freedom > 0 else 1e9, 1 - self._tail))
+
+    def _far(self, i: int, j: int) -> float:
+        errors = [self._all[k].stderr for k in (i, j)]
+        return sum(math.inf if error is None else error for error in errors)
+
+    def _error(self, i: int, j: int) -> float:
+        """Standard error over the examples of a difference: in pairs, else as if independent."""
+        if i not in self._influences or j not in self._influences:
+            return self._far(i, j)
+        a, b = self._influences[i], self._influences[j]
+        if a is not None and b is not None:
+            n = max(len(a), len(b))
+            difference = np.pad(a, (0, n - len(a))) - np.pad(b, (0, n - len(b)))
+            return float(np.sqrt(np.sum(difference**2) * n / (n - 1))) if n > 1 else math.inf
+        errors = [self._all[k].stderr for k in (i, j)]
+        return math.inf if None in errors else math.hypot(*(error or 0.0 for error in errors))
+
+
+def _seed_variances(candidates: Sequence[Candidate]) -> tuple[list[float], int]:
+    """Of each candidate, the variance over seeds that counts; and the degrees of freedom, 0 where it is not known."""
+    own = [float(np.var(each.values, ddof=1)) if len(each.values) > 1 else None for each in candidates]
+    freedom = sum(len(each.values) - 1 for each in candidates)
+    if not freedom:
+        return [0.0] * len(candidates), 0
+    squares = sum(v * (len(each.values) - 1) for v, each in zip(own, candidates, strict=True) if v is not None)
+    pooled = squares / freedom
+    return [pooled if v is None else max(v, pooled) for v in own], freedom
