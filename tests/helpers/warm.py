@@ -50,6 +50,11 @@ def python() -> str:
     return str(Path(os.environ[_PATH]).with_name(_PROGRAM))
 
 
+def server() -> dict[str, str]:
+    """What the environment of a warm process must have, where that is made from nothing."""
+    return {_PATH: os.environ[_PATH]}
+
+
 def _ask(
     arguments: Sequence[str], directory: str, environment: Mapping[str, str], descriptors: Mapping[int, int]
 ) -> tuple[int, socket.socket]:

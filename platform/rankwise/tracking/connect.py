@@ -12,6 +12,8 @@ import requests
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.environment_variables import (
+    MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD,
+    MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD,
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
     MLFLOW_LOGGING_LEVEL,
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
@@ -69,8 +71,12 @@ def _set_up_client() -> None:
 
     Its links stay out of stdout, which is for results, and its notes about migrations out of stderr. A request that a
     dead server cut off is retried for seconds, not for four minutes: whoever sends tries again, and would not notice
-    that the server is back.
+    that the server is back. Files go through the server: with an object store behind it, it would send clients there,
+    who as a rule can neither reach it nor shall.
     """
+    for direct in (MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD, MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD):
+        if not direct.is_set():
+            direct.set(False)
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     if not MLFLOW_LOGGING_LEVEL.is_set():
         logging.getLogger("mlflow").setLevel(logging.WARNING)
