@@ -41,6 +41,7 @@ faults: setup  ## the slow proofs under injected faults
 	$(BIN)/python -m pytest -m faults
 
 proofs: setup  ## other slow proofs: a real base, a fresh environment
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,proofs]'
 	$(BIN)/python -m pytest -m proof
 
 bench: setup  ## speed and memory against TRL and a plain peft loop, 25 minutes on 2 cores; ARGS="--help"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import mlflow
 import pandas as pd
@@ -34,6 +35,10 @@ def environment(world, monkeypatch):
     monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", world.settings.tracking_uri)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(world.settings.tracking_uri)
+    yield
+    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,7 @@ def wanted(world):
     return QloraModel(flavor.load_model(world.saved, settings=world.settings)).predict(PROMPTS)
 
 
+@pytest.mark.proof
 def test_mlflow_models_predict_answers_a_json_and_a_csv_file(world, environment, wanted, tmp_path):
     frame = pd.DataFrame({"prompt": PROMPTS})
     frame.to_csv(tmp_path / "in.csv", index=False)
@@ -61,10 +67,14 @@ def test_mlflow_models_predict_answers_a_json_and_a_csv_file(world, environment,
 
 
 @pytest.mark.proof
+@pytest.mark.filterwarnings(
+    r"ignore:PySpark does not yet fully support pandas >= 3\.0\.0\. Some features may not work correctly\. It is "
+    r"recommended to use pandas < 3\.0\.0 for now\.:FutureWarning"
+)
 def test_a_spark_udf_answers_a_column_of_prompts(world, environment, wanted, monkeypatch, tmp_path):
     sql = pytest.importorskip("pyspark.sql", reason="`make proofs` installs pyspark; it needs Java 17")
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
-    # The test run's own helpers are on the path of no Spark worker.
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
     spark = (
         sql.SparkSession.builder.master("local[1]")
         .config("spark.ui.enabled", "false")

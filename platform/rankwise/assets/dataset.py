@@ -258,6 +258,9 @@ def _data_errors(resolved: ResolvedData) -> Iterator[None]:
         # Other bytes than the suffix says; no file of a known format in a directory; a format or a compression whose
         # library is not installed.
         raise AssetError(f"cannot read {named}: {error}") from error
+    except StopIteration as error:
+        # `datasets` finds no first block in a file of JSON lines.
+        raise AssetError(f"cannot read {named}: the file is empty") from error
     except ConnectionError as error:
         raise unreachable(resolved.source, resolved.revision, str(error)) from error
     except RuntimeError as error:

@@ -154,8 +154,12 @@ def test_what_is_no_data_is_refused(tmp_path, settings, monkeypatch, source, err
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("x.jsonl", '{"a": 1}\n{"a": '), ("x.parquet", "not parquet"), ("x.csv", "a,b\n1,2\n1,2,3,4")]
-)
+    ("name", "content"),
+    [
+        ("x.jsonl", '{"a": 1}\n{"a": '), ("x.parquet", "not parquet"), ("x.csv", "a,b\n1,2\n1,2,3,4"),
+        ("x.jsonl", ""), ("x.csv", ""),
+    ],
+)  # fmt: skip
 def test_a_broken_file_is_named_and_leaves_nothing(tmp_path, settings, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(AssetError, match=rf"cannot read .*/{name} at sha256:"):
