@@ -15,6 +15,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 
 from rankwise.settings import Settings, set_process_defaults
 from rankwise.worker.protocol import Message, Writer, read
@@ -60,6 +61,7 @@ def main() -> None:
         os._exit(1)
 
     threading.Thread(target=listen, name="parent", daemon=True).start()
+    code = 0
     try:
         from rankwise.tasks.commands import COMMANDS
         from rankwise.tasks.remote_voice import RemoteLog, RemoteVoice
@@ -70,11 +72,14 @@ def main() -> None:
         voice = RemoteVoice(events.send, width=arguments.width, terminal=arguments.terminal)
         session = Session(settings=Settings.load(), voice=voice, emit=events.send, stop=stop, authority=authority)
         session.serve(commands.get, COMMANDS)
-    finally:
-        logging.shutdown()
-        sys.stderr.flush()
-    # Not through the interpreter's teardown: threads of libraries have been seen to hang there.
-    os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    logging.shutdown()
+    sys.stderr.flush()
+    # Not through the interpreter's teardown: threads of libraries have been seen to hang there, and the one that
+    # listens holds a lock on the standard input, at which Python would abort.
+    os._exit(code)
 
 
 if __name__ == "__main__":
