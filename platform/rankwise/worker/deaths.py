@@ -36,7 +36,7 @@ def explain(code: int, phase: str, log: Path, *, killed_for_memory: bool) -> str
         killed_for_memory: Whether the kernel killed something for memory in the meantime.
     """
     if code >= 0:
-        how = f"the worker's process crashed (exit status {code}) while it was at: {phase}"
+        how = f"the worker's process ended with status {code} while it was at: {phase}"
     elif -code == signal.SIGKILL and killed_for_memory:
         how = f"out of memory: the kernel killed the worker's process while it was at: {phase}; {LESS_MEMORY}"
     elif -code == signal.SIGKILL:
