@@ -52,11 +52,13 @@ class Served:
 
     Attributes:
         uri: `models:/NAME/VERSION`.
+        version: The version.
         directory: Plain PEFT files, checked.
         number: A positive number that follows from the content.
     """
 
     uri: str
+    version: str
     directory: Path
     number: int
 
@@ -135,7 +137,7 @@ class Adapters:
             )
         logger.info("%s is %s, served from %s. %s", uri, origin.uri, directory, " ".join(said))
         number = int(hashlib.sha256(metadata.manifest.encode()).hexdigest()[:7], 16) + 1
-        return Served(uri=origin.uri, directory=directory, number=number)
+        return Served(uri=origin.uri, version=str(origin.version), directory=directory, number=number)
 
     def _resolve(self, uri: str, now: float) -> Origin:
         known = self._origins.get(uri)

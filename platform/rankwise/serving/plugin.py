@@ -7,8 +7,10 @@ A request whose `model` is `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME
 adapter, and the answer's `model` says which version it was.
 
 vLLM asks a resolver once for each name and keeps what it got: an alias that has moved is seen after
-`POST /v1/unload_lora_adapter {"lora_name": "models:/NAME@ALIAS"}`, and by servers that start later. The version is in
-the name of what is returned, so that vLLM's prefix cache, which goes by that name, never mixes two versions.
+`POST /v1/unload_lora_adapter {"lora_name": "models:/NAME@ALIAS"}`, and by servers that start later. What is returned
+for an alias is called `models:/NAME@ALIAS (version 3)`: vLLM's prefix cache goes by that name, and must not take the
+keys and values of one version for another's; and adapters of one batch are told apart by it, so that an alias and its
+version, which vLLM loads under two numbers, must not have one name.
 
 vLLM loads its plugins in all of its processes: importing this module costs nothing, and neither does registering.
 """
@@ -74,7 +76,8 @@ def make_resolver(argv: list[str]) -> Any:
                 logger.warning("%s is not served: %s: %s", lora_name, type(error).__name__, error)
                 return None
             # The server gives the request an id of its own.
-            return LoRARequest(lora_name=served.uri, lora_int_id=served.number, lora_path=str(served.directory))
+            shown = lora_name if lora_name == served.uri else f"{lora_name} (version {served.version})"
+            return LoRARequest(lora_name=shown, lora_int_id=served.number, lora_path=str(served.directory))
 
         def _find(self, base_model_name: str, uri: str) -> Any:
             from rankwise.serving.adapters import Adapters

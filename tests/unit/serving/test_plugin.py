@@ -70,9 +70,14 @@ def test_the_plugin_starts_without_the_heavy_libraries():
 
 
 def test_names_of_adapters_are_resolved_and_the_answer_names_the_version(resolver, world):
-    for name in ("models:/served@champion", "served@champion", "models:/served/1"):
+    names = {
+        "models:/served@champion": "models:/served@champion (version 1)",
+        "served@champion": "served@champion (version 1)",
+        "models:/served/1": "models:/served/1",
+    }
+    for name, shown in names.items():
         found = ask(resolver, str(world.base_path), name)
-        assert found.lora_name == "models:/served/1"
+        assert found.lora_name == shown
         assert found.lora_int_id > 0
         assert (Path(found.lora_path) / "adapter_config.json").is_file()
 
