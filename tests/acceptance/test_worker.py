@@ -3,7 +3,25 @@
 import json
 
 from helpers.project import make_project
+from helpers.workers import processes, queue_of
 from mlflow import MlflowClient
+
+
+def test_a_run_on_a_machine_with_several_gpus_has_a_worker_for_each(tmp_path):
+    project = make_project(tmp_path)
+    # Their names are all that this needs: the CPU computes.
+    settings = ["--set", "sweep.parameters={seed: [0, 1, 2, 3], lora.r: [2]}", "--set", "training.max_steps=40"]
+    done = project.run("run", "tiny.yaml", *settings, "--max-arms", "1", "--json", env={"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert done.returncode == 0, done.stderr
+    assert {arm["status"] for arm in json.loads(done.stdout)["arms"]} == {"FINISHED"}
+    with queue_of(project) as queue:
+        attempts = [attempt for job in queue.jobs() for attempt in queue.attempts(job.id)]
+        assert queue.workers() == []
+    assert len({attempt.worker for attempt in attempts}) == 2
+    assert {attempt.outcome for attempt in attempts} == {"succeeded"}
+    assert "[1] " in done.stderr, "what the other worker says is shown, with its GPU"
+    assert done.stderr.count("models:/tiny-adder@best is version") == 1, "one process finishes the sweep"
+    assert not processes(project)
 
 
 def test_what_was_submitted_is_planned_for_all_to_see_and_a_worker_does_all_of_it(tmp_path):

@@ -46,6 +46,12 @@ class JobStoreContract:
         assert store.get(job.id).error == "no answer from postgresql://[redacted]@db/queue"
         assert store.attempts(job.id)[0].error == store.get(job.id).error
 
+    def test_a_claim_can_be_for_one_experiment(self, store):
+        store.submit([new("a"), new("b", experiment="other"), new("c")])
+        assert store.claim(WORKER, lease=60, max_arms=4, experiment="third") == []
+        assert [job.spec_hash for job in store.claim(WORKER, lease=60, max_arms=4, experiment="other")] == ["b"]
+        assert [job.spec_hash for job in store.claim(WORKER, lease=60, max_arms=4)] == ["a", "c"]
+
     def test_a_claim_takes_mates_of_the_same_pack_key_only(self, store):
         store.submit([new("a"), new("x", pack_key="q"), new("b"), new("c")])
         pack = store.claim(WORKER, lease=60, max_arms=2)

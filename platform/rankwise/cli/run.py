@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from rankwise.cli.output import print_json
 from rankwise.cli.progress import Bars
 from rankwise.exceptions import RankwiseError
 from rankwise.experiment.loader import load_experiment
-from rankwise.settings import Settings
+from rankwise.settings import Settings, child_environment
 
 if TYPE_CHECKING:
     from rankwise.worker.loop import WorkerLoop
+    from rankwise.worker.stopping import Stop
 
 _GRACE_S = 600.0
 """A person who waits for a checkpoint can press Ctrl-C once more."""
@@ -37,7 +39,8 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
     """Train, register, evaluate and compare all arms of the experiment FILE.
 
     What has been done already is not done again; what was interrupted goes on from its last checkpoint. Ctrl-C stops
-    after the step under way and keeps a checkpoint; a second one stops at once.
+    after the step under way and keeps a checkpoint; a second one stops at once. On a machine with several GPUs there
+    is a worker for each; CUDA_VISIBLE_DEVICES picks.
     """
     if (file is None) == (source is None):
         raise click.UsageError("give an experiment FILE, or --from RUN_OR_MODEL_URI")
@@ -55,22 +58,39 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
         "command": command,
     }
     from rankwise.tasks.local import local_worker
+    from rankwise.worker.gpus import visible_gpus
     from rankwise.worker.stopping import Stop
     from rankwise.worker.timing import Timing
 
     stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
+    places = visible_gpus(child_environment({}))
+    own = {"CUDA_VISIBLE_DEVICES": places[0]} if len(places) > 1 else {}
     with stop.on_signals(), Bars(console) as bars:
         bars.say("starting ...")
         worker = local_worker(
-            settings, bars, stop, timing=Timing(grace=_GRACE_S), width=console.width, terminal=console.is_terminal
+            settings,
+            bars,
+            stop,
+            timing=Timing(grace=_GRACE_S),
+            width=console.width,
+            terminal=console.is_terminal,
+            changes=own,
+            info={"device": own.get("CUDA_VISIBLE_DEVICES")},
         )
         with worker as loop:
-            return _run(loop, bars, submission, max_arms, as_json, lambda: stop.asked)
+            return _run(loop, bars, submission, places[1:], max_arms, as_json, stop)
 
 
 def _run(
-    loop: WorkerLoop, bars: Bars, submission: dict[str, Any], max_arms: int | None, as_json: bool, stopped: Any
+    loop: WorkerLoop,
+    bars: Bars,
+    submission: dict[str, Any],
+    others: Sequence[str],
+    max_arms: int | None,
+    as_json: bool,
+    stop: Stop,
 ) -> int:
+    from rankwise.cli.run_beside import workers_beside
     from rankwise.worker.loop import MAX_ARMS, Plan
 
     try:
@@ -83,14 +103,15 @@ def _run(
         end = {"do": "end", "parent_run_id": sweep["parent_run_id"]}
         try:
             plan = Plan(among=frozenset(sweep["jobs"]), max_arms=max_arms or MAX_ARMS, fragile=True)
-            jobs = loop.work(plan)
-            if not stopped():
+            with workers_beside(loop, bars, stop, others, sweep["experiment"], max_arms, _GRACE_S):
+                jobs = loop.work(plan)
+            if not stop.asked:
                 finish = {**submission, **sweep, "do": "finish", "jobs": sorted(jobs)}
                 loop.ask(finish, at_once=False)
         except RankwiseError as error:
             _end_quietly(loop, bars, {**end, "killed": False, "reason": str(error)})
             raise
-        if stopped():
+        if stop.asked:
             _end_quietly(loop, bars, {**end, "killed": True, "reason": "interrupted"})
             bars.warn("interrupted; the same command goes on from here")
             return 130

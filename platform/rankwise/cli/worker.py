@@ -14,6 +14,7 @@ from rankwise.cli.progress import Bars
 from rankwise.settings import Settings, child_environment, set_data_root
 
 if TYPE_CHECKING:
+    from rankwise.worker.loop import Plan
     from rankwise.worker.stopping import Stop
     from rankwise.worker.timing import Timing
 
@@ -53,6 +54,7 @@ _GIVING_BACK_S = 30.0
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Read no files for definitions but those below this directory (RANKWISE_DATA_ROOT).",
 )
+@click.option("--experiment", hidden=True, help="Only its jobs, for a `rankwise run` that has started this worker.")
 def worker(
     drain: bool,
     max_arms: int | None,
@@ -61,6 +63,7 @@ def worker(
     grace: float,
     patience: float | None,
     data_root: Path | None,
+    experiment: str | None,
 ) -> int:
     """Do jobs of the queue.
 
@@ -86,7 +89,10 @@ def worker(
         timing = Timing.of_lease(lease, grace=grace, patience=patience)
         # Where nothing was said and no tool lists them, torch finds GPUs by itself.
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(places)} if places or gpus is not None else {}
-        _work(settings, visible, stop, bars, timing, max_arms=max_arms, drain=drain)
+        from rankwise.worker.loop import MAX_ARMS, Plan
+
+        plan = Plan(drain=drain, experiment=experiment, max_arms=max_arms or MAX_ARMS)
+        _work(settings, visible, stop, bars, timing, plan, max_arms)
         if stop.asked:
             bars.say("stopped; its jobs are back in the queue")
     return _STOPPED if drain and stop.asked else 0
@@ -127,13 +133,11 @@ def _work(
     stop: Stop,
     bars: Bars,
     timing: Timing,
-    *,
+    plan: Plan,
     max_arms: int | None,
-    drain: bool,
 ) -> None:
     """The worker of the one GPU, or of a machine without any."""
     from rankwise.tasks.local import local_worker
-    from rankwise.worker.loop import MAX_ARMS, Plan
 
     worker = local_worker(
         settings,
@@ -146,5 +150,5 @@ def _work(
         info={"device": visible.get("CUDA_VISIBLE_DEVICES") or None, "max_arms": max_arms},
     )
     with worker as loop:
-        bars.say(f"worker of {settings.home}" + (", until nothing is left to do" if drain else ""))
-        loop.work(Plan(drain=drain, max_arms=max_arms or MAX_ARMS))
+        bars.say(f"worker of {settings.home}" + (", until nothing is left to do" if plan.drain else ""))
+        loop.work(plan)

@@ -84,12 +84,13 @@ class SqlJobStore:
         max_arms: int = 1,
         kinds: Collection[JobKind] | None = None,
         among: Collection[int] | None = None,
+        experiment: str | None = None,
     ) -> list[Job]:
         """See `JobStore.claim`."""
         return self._write(
             "claiming a pack",
             lambda connection: transitions.claim(
-                connection, worker, lease=lease, max_arms=max_arms, kinds=kinds, among=among
+                connection, worker, lease=lease, max_arms=max_arms, kinds=kinds, among=among, experiment=experiment
             ),
         )
 

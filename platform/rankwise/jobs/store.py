@@ -39,6 +39,7 @@ class JobStore(Protocol):
         max_arms: int = 1,
         kinds: Collection[JobKind] | None = None,
         among: Collection[int] | None = None,
+        experiment: str | None = None,
     ) -> list[Job]:
         """Take the first eligible job and up to `max_arms - 1` more of its pack; empty when there is none now.
 
@@ -51,6 +52,7 @@ class JobStore(Protocol):
             max_arms: The largest pack.
             kinds: Only these kinds.
             among: Only these ids.
+            experiment: Only jobs of this experiment.
         """
 
     def beat(

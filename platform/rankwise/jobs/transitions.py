@@ -29,9 +29,10 @@ def claim(
     max_arms: int,
     kinds: Collection[JobKind] | None,
     among: Collection[int] | None,
+    experiment: str | None,
 ) -> list[Job]:
     """See `JobStore.claim`."""
-    eligible = _eligible(kinds, among)
+    eligible = _eligible(kinds, among, experiment)
     first = select(JobRow.id, JobRow.pack_key, JobRow.pack_id).where(eligible)
     first = first.order_by(JobRow.priority.desc(), JobRow.id).limit(1).with_for_update(skip_locked=True)
     head = connection.execute(first).one_or_none()
@@ -77,7 +78,9 @@ def claim(
     return jobs
 
 
-def _eligible(kinds: Collection[JobKind] | None, among: Collection[int] | None) -> ColumnElement[bool]:
+def _eligible(
+    kinds: Collection[JobKind] | None, among: Collection[int] | None, experiment: str | None
+) -> ColumnElement[bool]:
     earlier = JobRow.__table__.alias("earlier")
     waits = exists().where(
         DependencyRow.job_id == JobRow.id,
@@ -94,6 +97,8 @@ def _eligible(kinds: Collection[JobKind] | None, among: Collection[int] | None) 
         conditions.append(JobRow.kind.in_([str(kind) for kind in kinds]))
     if among is not None:
         conditions.append(one_of(JobRow.id, among))
+    if experiment is not None:
+        conditions.append(JobRow.experiment == experiment)
     return and_(*conditions)
 
 

@@ -6,9 +6,11 @@ import socket
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import rankwise.flavor as flavor
+from rankwise.assets.confine import confine
 from rankwise.assets.digest import file_digest
 from rankwise.exceptions import ConfigError, JobError
 from rankwise.inference.answering import answer_shards, check_adapters
@@ -67,8 +69,11 @@ def _check_reach(session: Session, work: Prediction) -> None:
 
     Raises:
         JobError: A path is not there; another worker may see it.
-        ConfigError: The input is another one.
+        ConfigError: The input is another one, or this machine does not touch such files.
     """
+    directories = [Path(uri) for uri in work.manifest.models.values() if uri.startswith("/")]
+    for key, path in (("INPUT", work.source), ("OUTPUT", work.output), *(("--model", path) for path in directories)):
+        confine(path, session.settings, key)
     here = socket.gethostname()
     shared = f"submitted on {work.host}, claimed on {here}: INPUT and OUTPUT must lie where every worker sees them"
     if not work.source.exists():

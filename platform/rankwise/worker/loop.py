@@ -45,6 +45,7 @@ class Plan:
     Attributes:
         among: Only these jobs; those that they lead to (a search's next arms) join them. None: all.
         drain: End when nothing is left to do.
+        experiment: Only jobs of this experiment, beside a process that has their sweep in hand and finishes it.
         max_arms: The most arms trained together.
         fragile: Whether an environment at fault (a full disk, a server that is away) ends the loop with that error; a
             worker that nobody watches waits and tries again.
@@ -52,6 +53,7 @@ class Plan:
 
     among: frozenset[int] | None = None
     drain: bool = False
+    experiment: str | None = None
     max_arms: int = MAX_ARMS
     fragile: bool = False
 
@@ -101,6 +103,7 @@ class WorkerLoop:
         self._settled = float("-inf")
         self._waiting_said = False
         self._among: set[int] | None = None
+        self._finishes = True
 
     def __enter__(self) -> WorkerLoop:
         """Start the heartbeat."""
@@ -143,6 +146,7 @@ class WorkerLoop:
             RankwiseError: The environment is at fault, and the plan is fragile or was tried for long enough.
         """
         self._among = None if plan.among is None else set(plan.among)
+        self._finishes = plan.among is None and plan.experiment is None
         self._outages.fragile = plan.fragile
         try:
             while not self._stop.asked:
@@ -155,6 +159,15 @@ class WorkerLoop:
             self._let_go()
         return frozenset(self._among or ())
 
+    def await_workers(self, count: int, timeout: float) -> bool:
+        """Wait until so many workers are there, this one too; whether they are."""
+        deadline = time.monotonic() + timeout
+        while self._workers() < count:
+            if self._stop.asked or time.monotonic() > deadline:
+                return False
+            self._pause(self._timing.poll / 5)
+        return True
+
     def failed(self, ids: Collection[int]) -> list[Job]:
         """Those of these jobs that have failed for good."""
         return [job for job in self._queue.jobs(ids=sorted(ids)) if job.state is JobState.FAILED]
@@ -163,7 +176,13 @@ class WorkerLoop:
         """One look at the queue; False when there is nothing left to do."""
         self._reclaim()
         since = time.monotonic()
-        claimed = self._queue.claim(self._worker, lease=self._timing.lease, max_arms=plan.max_arms, among=self._among)
+        claimed = self._queue.claim(
+            self._worker,
+            lease=self._timing.lease,
+            max_arms=plan.max_arms,
+            among=self._among,
+            experiment=plan.experiment,
+        )
         self._outages.over()
         if claimed:
             self._waiting_said = False
@@ -182,13 +201,17 @@ class WorkerLoop:
         """Leave to other workers their part of what waits, in place of taking all of it; a cut-off pack stays whole."""
         if len(claimed) == 1 or any(job.preemptions or job.lost or job.failures for job in claimed):
             return claimed
-        there = [info for info in self._queue.workers() if info.silent < _FORGOTTEN * self._timing.announce]
-        alive = set(psutil.pids())
-        count = sum(info.host != self._worker.host or info.pid in alive for info in there)
+        count = self._workers()
         if count <= 1:
             return claimed
         waiting = len(claimed) + self._queue.counts()[JobState.QUEUED]
         return self._hands.keep(claimed, max(1, math.ceil(waiting / count)))
+
+    def _workers(self) -> int:
+        """How many workers there are, this one too."""
+        there = [info for info in self._queue.workers() if info.silent < _FORGOTTEN * self._timing.announce]
+        alive = set(psutil.pids())
+        return sum(info.host != self._worker.host or info.pid in alive for info in there)
 
     def _do(self, claimed: list[Job], since: float) -> None:
         self._heart.hold(claimed, since)
@@ -200,7 +223,7 @@ class WorkerLoop:
         self._settled = time.monotonic()
         if self._stop.asked:
             return
-        command = {"do": "settle", "jobs": [job.id for job in claimed], "complete": self._among is None}
+        command = {"do": "settle", "jobs": [job.id for job in claimed], "complete": self._finishes}
         try:
             value = self._child.ask(command)
         except CommandFailedError as error:
@@ -246,7 +269,7 @@ class WorkerLoop:
         if self._among is not None:
             left = self._queue.jobs(ids=sorted(self._among), states=_UNFINISHED)
         elif plan.drain:
-            left = self._queue.jobs(states=_UNFINISHED, limit=100)
+            left = self._queue.jobs(states=_UNFINISHED, experiment=plan.experiment, limit=100)
         else:
             if self._queue.held():
                 self._decides_for_the_dead(self._queue.jobs(states=[JobState.QUEUED], limit=_LOOKED_AT))

@@ -17,6 +17,8 @@ class Stop:
         self._on_first = on_first
         self.since: float | None = None
         self.now = False
+        self.followers: list[Stop] = []
+        """Asked whenever this one is."""
 
     @property
     def asked(self) -> bool:
@@ -30,6 +32,8 @@ class Stop:
             self._on_first()
         else:
             self.now = True
+        for follower in self.followers:
+            follower.ask()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

@@ -179,6 +179,15 @@ def test_paths_that_the_worker_does_not_see_are_named(world, rows, tmp_path):
     assert "out.jsonl.parts is not there" in jobs()[0].error
 
 
+def test_a_worker_with_a_data_root_touches_nothing_outside_of_it(world, rows, tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    submit(rows, tmp_path / "shared" / "out.jsonl")
+    monkeypatch.setenv("RANKWISE_DATA_ROOT", str(tmp_path / "shared"))
+    drain(world)
+    assert "INPUT: " in jobs()[0].error
+    assert "outside of RANKWISE_DATA_ROOT" in jobs()[0].error
+
+
 def drain_once(world):
     """One attempt of the first job."""
     with worker(world) as loop:
