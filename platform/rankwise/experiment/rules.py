@@ -17,7 +17,7 @@ from typing import Any
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.document import KeyPath, Problem
 from rankwise.experiment.fields import did_you_mean, get, show
-from rankwise.experiment.metric_names import METRIC_KEYS, facts, keys_of, known_names, means_of
+from rankwise.experiment.metric_names import METRIC_KEYS, PER_TOKEN, facts, keys_of, known_names, means_of
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
@@ -114,6 +114,13 @@ def _best_needs_evaluations(view: View) -> Iterator[Problem]:
     every, steps = view["training.eval_steps"], view["training.max_steps"]
     if not view.given("dataset.eval"):
         yield _at("register.checkpoint", "is best, which needs evaluation rows: give dataset.eval")
+    primary = view["evaluation.primary_metric"]
+    if primary in keys_of(_usable_metrics(view)) and primary not in PER_TOKEN:
+        yield _at(
+            "register.checkpoint",
+            f"is best by {primary}, which needs generated texts or a metric of its own, and during training only "
+            f"{', '.join(sorted(PER_TOKEN))} are measured: take one of these as evaluation.primary_metric, or last",
+        )
     if every is None:
         yield _at("register.checkpoint", "is best, which needs evaluations during training: give training.eval_steps")
     elif steps is not None and every > steps:

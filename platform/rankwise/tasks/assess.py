@@ -141,7 +141,8 @@ class Assessor:
             resolved: dict[str, str | None] = {group.bare: None}
             for uri in group.uris:
                 adapter, resolved[uri] = self._attach(base, uri, other=group.other)
-                stack.callback(delete_adapter, base.model, adapter)
+                if adapter not in adapters.values():  # An alias and its version are one adapter.
+                    stack.callback(delete_adapter, base.model, adapter)
                 adapters[uri] = adapter
             adapters[group.bare] = None
             found = measure(base, used, list(adapters.values()), arm.evaluation, context.voice)

@@ -164,7 +164,7 @@ def _register(
                 "rankwise.attempt": arm.job.attempts,
                 "rankwise.spec_hash": arm.work.arm.spec_hash,
                 "rankwise.experiment": arm.work.experiment,
-                FILE_TAG: file_digest(digests_of(arm.work.arm, arm.rows.examples.train, session.voice)),
+                FILE_TAG: file_digest(digests_of(arm.work.arm, arm.rows.examples.train)),
             },
         )
         model_id = info.model_id

@@ -23,11 +23,11 @@ FILE_TAG = "rankwise.row_digests"
 Seen = Callable[[Example], bool]
 
 
-def digests_of(arm: ArmSpec, examples: Sequence[Example], voice: Voice) -> bytes:
-    """The content of an arm's artifact; the same arm and rows give the same bytes."""
+def digests_of(arm: ArmSpec, examples: Sequence[Example], voice: Voice | None = None) -> bytes:
+    """The content of an arm's artifact; the same arm and rows give the same bytes. A large one is told to `voice`."""
     keys = (row_key(example, arm.dataset.system) for example in examples)
     content = RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
-    if len(examples) > MANY_ROWS:
+    if voice is not None and len(examples) > MANY_ROWS:
         voice.say(f"the digests of {len(examples):,} training rows take {len(content) / 1e6:,.0f} MB in MLflow")
     return content
 

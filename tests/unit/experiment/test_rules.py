@@ -94,3 +94,28 @@ def test_a_promotion_names_means_that_are_produced():
         f"promotion.metric: {must} 'eval.perplexity'",
         f"promotion.max_regression: {must} 'eval.los'; did you mean 'eval.loss'?",
     ]
+
+
+def test_the_best_checkpoint_is_chosen_by_what_is_measured_during_training():
+    document = data()
+    document["lora"]["lora_alpha"] = 16
+    document["training"]["eval_steps"] = 10
+    document["register"] = {"name": "pricer", "alias": None, "checkpoint": "best"}
+    for primary in ("eval.loss", "eval.perplexity"):
+        document["evaluation"]["primary_metric"] = primary
+        assert messages(document) == []
+    document["evaluation"]["primary_metric"] = "eval.within_20_percent"
+    (message,) = messages(document)
+    assert message.startswith("register.checkpoint: is best by eval.within_20_percent, which needs generated texts")
+
+
+def test_the_files_of_a_definition_from_another_machine_need_not_be_here():
+    document = data()
+    document["lora"]["lora_alpha"] = 16
+    document["base_model"], document["base_model_revision"] = "/gone/base", None
+    document["dataset"] |= {"train": "/gone/rows.jsonl", "train_revision": None, "eval": "/gone/eval.jsonl"}
+    assert [message.split(":")[0] for message in messages(document)] == ["base_model", "dataset.train", "dataset.eval"]
+    assert find_problems(View(document, elsewhere=True)) == []
+    # What is wrong anywhere is wrong here too.
+    document["dataset"]["train"] = "/gone/model.gguf"
+    assert [problem.path for problem in find_problems(View(document, elsewhere=True))] == [("dataset", "train")]
