@@ -33,6 +33,8 @@ PART_NAMES = ("throughput", "sweep", "tracking", "halving")
 @click.option("--minutes", type=float, default=None, help="Begin nothing that would end later.")
 @click.option("--threads", type=int, default=None, help="Threads of torch.")
 @click.option("--resume", is_flag=True, help="Keep what was measured to its end with the same options.")
+@click.option("--halving-steps", default=64, help="Steps of an arm of the sweep with early stopping over the subject.")
+@click.option("--halving-seeds", default="0-9", help="Seeds of the sweeps with early stopping over a small base.")
 @click.option("--quick", is_flag=True, help="A tiny base, in seconds: whether the benchmark works.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("mlruns/benchmark"), help="Where numbers and report go."
@@ -51,6 +53,8 @@ def main(
     minutes: float | None,
     threads: int | None,
     resume: bool,
+    halving_steps: int,
+    halving_seeds: str,
     quick: bool,
     out: Path,
 ) -> None:
@@ -63,7 +67,7 @@ def main(
     if unknown := sorted(set(chosen) - set(PART_NAMES)):
         raise click.UsageError(f"--parts: there is no {', '.join(unknown)}; there are {', '.join(PART_NAMES)}")
     if quick:
-        subject, rounds, packs = "tiny", 1, "1,2,4,8"
+        subject, rounds, packs, halving_seeds = "tiny", 1, "1,2,4,8", "0-1"
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -87,8 +91,10 @@ def main(
         rounds=rounds,
         steps=steps,
         sweep_steps=4 if quick else 16,
-        halving_steps=16 if quick else 64,
-        halving_seeds=2 if quick else 10,
+        halving_steps=16 if quick else halving_steps,
+        small_steps=16 if quick else 128,
+        halving_seeds=_seeds(halving_seeds),
+        pretraining_steps=30 if quick else 600,
         sampled_arms=sampled_arms,
         trl=not no_trl,
         full=full,
@@ -102,6 +108,15 @@ def main(
     for problem in problems:
         say(f"PROBLEM: {problem}")
     sys.exit(1 if problems else 0)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """`0-9`, `3` or nothing."""
+    first, _, last = text.strip().partition("-")
+    try:
+        return tuple(range(int(first), int(last or first) + 1)) if first else ()
+    except ValueError as error:
+        raise click.UsageError(f"--halving-seeds: must be like 0-9, got {text!r}") from error
 
 
 if __name__ == "__main__":

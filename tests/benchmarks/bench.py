@@ -41,8 +41,10 @@ class Options:
         sweep_steps: Steps of an arm of the short sweep.
         sweep_arms: Its arms.
         sampled_arms: Arms that P1 trains for the sweep; the rest is extrapolated.
-        halving_steps: Steps of an arm of the sweeps with successive halving.
-        halving_seeds: Sweeps over the small base.
+        halving_steps: Steps of an arm of the sweep with successive halving over the subject's base.
+        small_steps: The same of the sweeps over a small base.
+        halving_seeds: The seeds of these sweeps.
+        pretraining_steps: Steps in which the small base is made.
         trl: Whether TRL takes part.
         full: Every arm of P1, and every arm of P2 and the plain loop in each round.
         minutes: No block begins that would not end by then; None for no limit.
@@ -59,7 +61,9 @@ class Options:
     sweep_arms: int = 8
     sampled_arms: int = 2
     halving_steps: int = 64
-    halving_seeds: int = 10
+    small_steps: int = 128
+    halving_seeds: tuple[int, ...] = tuple(range(10))
+    pretraining_steps: int = 600
     trl: bool = True
     full: bool = False
     minutes: float | None = None

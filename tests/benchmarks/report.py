@@ -116,23 +116,25 @@ def _sweeps(units: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def _halving(unit: Mapping[str, Any]) -> str:
     winners = unit["winners"]
-    text = (
-        f"**Successive halving over {unit['arms']} arms of {unit['steps']} steps**: in {good_winners(unit)} of "
-        f"{len(winners)} sweeps over a small base the winner of the full grid or one within 1 % of its loss "
-        f"(the winner itself in {sum(each['same'] for each in winners)}), for {winners[0]['steps']} of "
-        f"{winners[0]['full_steps']} steps."
-    )
-    if "halved_seconds" in unit:
-        text += f" On the base of the tables, micro-batch 1: {unit['halved_seconds']:.0f} s."
+    text = f"**Successive halving over {unit['arms']} arms.**"
+    if winners:
+        text += (
+            f" In {good_winners(winners)} of {len(winners)} sweeps over a small base it finds the winner of the full "
+            f"grid or one within 1 % of its loss (the winner itself in {sum(each['same'] for each in winners)}), with "
+            f"{winners[0]['steps']:,} of {winners[0]['full_steps']:,} steps."
+        )
+    if (real := unit.get("real")) is not None:
+        text += (
+            f" On the base of the tables, micro-batch 1 and {real['full_steps'] // unit['arms']} steps, it takes "
+            f"{real['seconds']:.0f} s"
+        )
+        text += (
+            " and finds the winner."
+            if real["same"]
+            else f" and finds an arm with loss {real['loss']:.4f}; the best has {real['best']:.4f}."
+        )
     if "share" in unit:
         text += f" The full grid with P2, {unit['p2_step']:.2f} s a step, takes {1 / unit['share']:.1f} times as long."
-    if "real" in unit:
-        real = unit["real"]
-        text += (
-            " There it finds the winner too."
-            if real["same"]
-            else (f" There it finds an arm with loss {real['loss']:.4f}; the best has {real['best']:.4f}.")
-        )
     return text
 
 

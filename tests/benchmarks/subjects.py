@@ -12,7 +12,6 @@ from helpers.random_base import EIGHT_BILLION, make_random_base
 from helpers.tiny import make_base
 from transformers import AutoTokenizer
 
-from benchmarks.pretrained import example, make_pretrained_base
 from rankwise.assets.base import ResolvedBase
 from rankwise.assets.progress import SILENT
 from rankwise.data.encoding import Encoded
@@ -48,7 +47,8 @@ class Subject:
 
     Attributes:
         name: As shown in the report.
-        sections: The top-level keys of an experiment file that say what they are.
+        sections: The top-level keys of an experiment file that say what they are; what they say of `dataset` and
+            `training` holds in place of the benchmark's own settings.
         target_modules: Layers that get adapters.
         learning_rate: Peak of the linear schedule.
     """
@@ -106,16 +106,6 @@ def tiny(directory: Path) -> Subject:
     return Subject(name="tiny", sections={"base_model": str(base), "dataset": _numbers(directory, words=4)})
 
 
-def pretrained(directory: Path) -> Subject:
-    """The small base that has learnt, and rows of what it has not: for sweeps trained to their end many times."""
-    base = make_pretrained_base(directory / "pretrained")
-    rows = directory / "raise.jsonl"
-    examples = [example(n, "raise") for n in range(ROWS + EVALUATION_ROWS)]
-    rows.write_text("".join(json.dumps(row) + "\n" for row in examples), encoding="utf-8")
-    dataset = {"train": str(rows), "prompt": "{prompt}", "completion": "{completion}"}
-    return Subject(name="a small base, pretrained here", sections={"base_model": str(base), "dataset": dataset})
-
-
 def eight_billion(directory: Path) -> Subject:
     """Llama-3.1-8B's shape with random weights: what a step costs does not depend on what the weights are.
 
@@ -155,7 +145,7 @@ def make_workload(
         eval_steps: Steps between evaluations; None for none during training.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    document = _document(subject, micro_batch, steps, evaluation_rows)
+    document = _document(subject, micro_batch, steps, evaluation_rows, device)
     document["training"]["eval_steps"] = eval_steps
     everything = _write(directory / "all.yaml", document, points)
     definition = _write(directory / "sweep.yaml", document, points[:sweep_arms])
@@ -181,19 +171,27 @@ def mixed_ranks(arms: int) -> list[dict[str, Any]]:
     return [{"lora.r": RANKS[n % len(RANKS)], "seed": n} for n in range(arms)]
 
 
-def _document(subject: Subject, micro_batch: int, steps: int, evaluation_rows: int) -> dict[str, Any]:
+def _document(subject: Subject, micro_batch: int, steps: int, evaluation_rows: int, device: str) -> dict[str, Any]:
     """An experiment file but for its sweep."""
+    # On CPUs by name: `auto` means another dtype on another CPU, and figures would not be comparable.
+    dtype = "float32" if device == "cpu" else "auto"
     sections = dict(subject.sections)
     dataset = {
-        **sections.pop("dataset"),
         "eval": {"split_from": "train", "rows": EVALUATION_ROWS, "seed": 0},
         "limit": {"train": ROWS, "eval": evaluation_rows},
+        **sections.pop("dataset"),
     }
+    training = sections.pop("training", {})
     return {
         "version": 1,
         "name": f"benchmark-{micro_batch}",
         **sections,
-        "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "quantization": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        },
         # No dropout: each implementation draws masks of its own, and losses could not be compared.
         "lora": {"r": 2, "lora_alpha": "2*r", "lora_dropout": 0.0, "target_modules": list(subject.target_modules)},
         "dataset": dataset,
@@ -203,6 +201,7 @@ def _document(subject: Subject, micro_batch: int, steps: int, evaluation_rows: i
             "learning_rate": subject.learning_rate,
             "lr_scheduler_type": "linear",
             "max_length": 512,
+            **training,
         },
         "evaluation": {"metrics": ["loss"], "primary_metric": "eval.loss"},
         "register": {"name": "benchmark", "alias": "best"},

@@ -49,3 +49,21 @@ def test_what_was_measured_to_its_end_is_not_measured_again_and_too_little_time_
     other = Options(**{**QUICK, "micro_batches": (3,), "minutes": 0.0})
     problems = run(other, ["tracking"], directory / "short", settings, said.append)
     assert problems == ["tracking-3: not measured to its end: the next block takes about 90 s, 0 s are left"]
+
+
+def test_halving_is_set_against_the_full_grid_of_the_same_arms(tmp_path):
+    options = {"small_steps": 8, "halving_seeds": (3,), "pretraining_steps": 2, "halving_steps": 8}
+    said = []
+    assert run(Options(**QUICK, **options), ["halving"], tmp_path / "out", settings_in(tmp_path), said.append) == []
+    unit = json.loads((tmp_path / "out" / "parts" / "halving-1.json").read_text())
+    for sweep in (*unit["winners"], unit["real"]):
+        # 16 arms to step 1, the best four of them to step 8, and none of these to anything else.
+        assert (sweep["steps"], sweep["full_steps"]) == (16 + 4 * 7, 16 * 8)
+        losses = [arm["loss"] for arm in sweep["arms"]]
+        assert len(losses) == 16
+        assert sweep["best"] == min(losses) <= sweep["loss"]
+        assert sweep["loss"] in sorted(losses)
+        assert sweep["same"] == (sweep["loss"] == sweep["best"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "**Successive halving over 16 arms.** In" in report
+    assert "with 44 of 128 steps." in report
