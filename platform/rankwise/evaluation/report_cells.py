@@ -35,7 +35,7 @@ class Cell:
 
     Attributes:
         text: What it says.
-        kind: Classes of the style: `text` is left aligned, `mono`, `wide`.
+        kind: Classes of the style: `text` is left aligned, `mono`, `wide`, `clip` one line that may be cut off.
         value: What it is sorted by, where that is not the text; empty: last.
         route: Where its link leads, in MLflow's UI.
         tag: The class of the label that its text is.
@@ -84,10 +84,10 @@ def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
     heads = [
         Column("place"),
         *(Column("r" if key == RANK else axis_name(key)) for key in settings),
-        Column("status", "text"),
+        *(Column(name, "text") for name in ("status", "run", "model")),
         *(Column(title(key)) for key in keys),
         *map(Column, ("parameters", "size", "time", "peak memory")),
-        *(Column(name, "text") for name in ("run", "model", "reason")),
+        Column("reason", "text"),
     ]
     chosen = {arm.spec_hash for arm in finding.chosen.arms} if finding is not None else set()
     best = comparison.best
@@ -100,16 +100,16 @@ def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
             Cell(text=str(place or NONE), value=place or ""),
             *(_setting(arm.params.get(key)) for key in settings),
             Cell(text=status, kind="text", tag=status.replace(" ", "-")),
+            Cell(text=arm.run_id[:8] or NONE, kind="text mono", route=run_route(comparison, arm)),
+            Cell(
+                text=(arm.model_uri or NONE).removeprefix("models:/"), kind="text", route=model_route(comparison, arm)
+            ),
             *(_metric(arm, key) for key in keys),
             Cell(text=format_count(arm.adapter_parameters), value=_known(arm.adapter_parameters)),
             Cell(text=format_bytes(arm.adapter_bytes), value=_known(arm.adapter_bytes)),
             Cell(text=format_seconds(arm.seconds), value=_known(arm.seconds)),
             Cell(text=format_bytes(arm.peak_memory_bytes), value=_known(arm.peak_memory_bytes)),
-            Cell(text=arm.run_id[:8] or NONE, kind="text mono", route=run_route(comparison, arm)),
-            Cell(
-                text=(arm.model_uri or NONE).removeprefix("models:/"), kind="text", route=model_route(comparison, arm)
-            ),
-            Cell(text=arm.reason or "", kind="text wide" if arm.reason else ""),
+            Cell(text=arm.reason or "", kind="text clip"),
         ]
         kind = "chosen" if arm.spec_hash in chosen else ""
         rows.append(Row(cells=cells, kind=f"best {kind}".strip() if arm is best else kind))

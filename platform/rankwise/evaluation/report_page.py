@@ -179,11 +179,11 @@ def _costs(comparison: Comparison, finding: RankFinding) -> list[_Part]:
         )
         for row in table[:_MOST_FRONT]
     ]
-    left = f" The {_MOST_FRONT} with the smallest adapters of {len(table)}:" if len(table) > _MOST_FRONT else ""
     text = (
         "The front: configurations that no other one beats or equals in quality, size, memory and time at once while "
-        f"being better in one of them, by their means, without regard to noise.{left}"
+        "being better in one of them, by their means, without regard to noise."
     )
+    left = f"The {_MOST_FRONT} with the smallest adapters of the {len(table)} on the front."
     return [
         _Part(
             id="costs",
@@ -192,6 +192,7 @@ def _costs(comparison: Comparison, finding: RankFinding) -> list[_Part]:
             charts=cost_charts(comparison, finding, found),
             heads=heads,
             rows=rows,
+            notes=[left] if len(table) > _MOST_FRONT else [],
         )
     ]
 
@@ -242,4 +243,4 @@ def _bar(share: float, real: bool) -> Cell:
     drawn = Markup(
         '<svg class="bar{}" width="160" height="12" aria-hidden="true"><rect width="{}" height="12" rx="2"/></svg>'
     )
-    return Cell(text=f"{share:.0%}", kind="text", drawn=drawn.format("" if real else " none", width))
+    return Cell(text=f"{100 * share:.0f} %", kind="text", drawn=drawn.format("" if real else " none", width))

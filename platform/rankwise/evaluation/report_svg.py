@@ -88,7 +88,7 @@ def axis(
         low, high = max(low - extra, bounds[0] - sliver), min(high + extra, bounds[1] + sliver)
     chosen = None if ticks is None else tuple(ticks)
     if whole:
-        chosen = tuple(dict.fromkeys(float(round(tick)) for tick in _nice(low, high, log)))
+        chosen = tuple(_nice(low, high, log, whole=True))
     return Axis(title=title, low=low, high=high, log=log, ticks=chosen, text=text or _plain)
 
 
@@ -254,7 +254,7 @@ def _title(tip: str) -> str:
     return f"<title>{escape(tip)}</title>" if tip else ""
 
 
-def _nice(low: float, high: float, log: bool) -> list[float]:
+def _nice(low: float, high: float, log: bool, *, whole: bool = False) -> list[float]:
     """Ticks at round numbers: about five, on a log axis at 1, 2 and 5 times powers of ten (or at powers alone)."""
     if log and high / low > 3:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -263,6 +263,8 @@ def _nice(low: float, high: float, log: bool) -> list[float]:
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    if whole:
+        step = float(max(1, math.ceil(step)))
     first = math.ceil(low / step - 1e-9)
     return [round(step * n, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -20,6 +20,12 @@
   }
   // A sandboxed frame may not open pages: then the address is put where a person can take it from.
   document.addEventListener("click", (event) => {
+    const place = event.target.closest('nav a[href^="#"]');
+    if (place) {
+      event.preventDefault();
+      document.getElementById(place.getAttribute("href").slice(1)).scrollIntoView();
+      return;
+    }
     const link = event.target.closest("a[data-route]");
     if (!link || window.top === window) return;
     event.preventDefault();
