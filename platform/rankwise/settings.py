@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from rankwise.redact import remember
 _FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
 _FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
 _A_FILE = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_WORK = "RANKWISE_WORK"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _STORAGE_ADVICE = {
@@ -147,6 +149,30 @@ def _level(text: str) -> str:
 def set_data_root(path: Path) -> None:
     """Set `RANKWISE_DATA_ROOT` for this process and its children."""
     os.environ["RANKWISE_DATA_ROOT"] = str(path.expanduser().absolute())
+
+
+@contextmanager
+def at_work(work: Mapping[str, str]) -> Iterator[None]:
+    """Say within the block what this process works on, to itself and to the programs that it starts."""
+    os.environ[_WORK] = json.dumps(dict(work))
+    try:
+        yield
+    finally:
+        os.environ.pop(_WORK, None)
+
+
+def work_context() -> dict[str, str]:
+    """What `at_work` said in this process or in one that started it (`job`, `attempt`, `worker`), and the `device`.
+
+    Empty where nobody is at work.
+    """
+    try:
+        found = json.loads(os.environ.get(_WORK, "{}"))
+    except ValueError:
+        return {}
+    work = {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {**work, "device": devices} if work and devices else work
 
 
 def set_process_defaults() -> None:

@@ -49,6 +49,7 @@ def test_a_place_that_cannot_be_written_is_told_with_the_step(tmp_path):
     assert "file" in found["problem"]
 
 
+@pytest.mark.proof
 def test_the_projects_own_server_is_found_to_be_safe(tmp_path):
     settings = prepared_home(tmp_path / "server")
     with serve(settings, port=0) as server:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -12,7 +14,7 @@ from typing import Any
 
 from rankwise.jobs.job import Job, JobKind, JobState, Outcome
 from rankwise.logs import job_log
-from rankwise.settings import Settings
+from rankwise.settings import Settings, at_work
 from rankwise.tasks.authority import Authority
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context, Voice, open_context
@@ -127,8 +129,9 @@ class Session:
 
     @contextmanager
     def logged(self, jobs: Collection[Job]) -> Iterator[None]:
-        """Keep what is logged in the files of these jobs."""
-        with ExitStack() as files:
+        """Keep what is logged in the files of these jobs, and let MLflow runs that are started meanwhile know them."""
+        work = {"job": _listed(job.id for job in jobs), "attempt": _listed(job.attempts for job in jobs)}
+        with ExitStack() as files, at_work({**work, "worker": _worker()}):
             for job in jobs:
                 arm = job.spec_hash[:12] if job.kind is JobKind.TRAIN else None
                 files.enter_context(job_log(self.settings, job.id, attempt=job.attempts, arm=arm))
@@ -152,6 +155,15 @@ class Session:
 
 Command = Callable[[Session, Message], Any]
 """Does what a message says; its value, if any, is the answer."""
+
+
+def _worker() -> str:
+    """The parent's name in the queue."""
+    return f"{socket.gethostname()}:{os.getppid()}"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def jobs_of(command: Message) -> list[Job]:

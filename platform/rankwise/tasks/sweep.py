@@ -12,6 +12,7 @@ from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.space import SEARCHES
 from rankwise.experiment.sweep import labelled_arms
 from rankwise.jobs.job import Job, JobKind, JobState
+from rankwise.jobs.store import JobStore
 from rankwise.tasks.context import Context
 from rankwise.tasks.halving import end_pruned_runs
 from rankwise.tasks.payload import Work
@@ -72,9 +73,9 @@ def finish_complete(context: Context, jobs: Collection[Job]) -> None:
     """Finish the sweeps of these jobs that have no work left, as the last worker of a sweep does."""
     sweeps = {work.parent_run_id: work for work in (Work.of(job) for job in jobs if "parent_run_id" in job.spec)}
     for parent_run_id, work in sweeps.items():
-        if any(_parent(job) == parent_run_id for job in _pages(context, work.experiment, _UNFINISHED)):
+        if jobs_of_sweep(context.queue, work.experiment, parent_run_id, _UNFINISHED):
             continue
-        own = [job for job in _pages(context, work.experiment, None) if _parent(job) == parent_run_id]
+        own = jobs_of_sweep(context.queue, work.experiment, parent_run_id)
         spec = parse_experiment(work.definition, f"the definition of {work.experiment}")
         failed = sum(job.state is JobState.FAILED for job in own)
         finish_sweep(context, spec, arms_of(spec, own), parent_run_id, failed=failed, command=work.command)
@@ -91,13 +92,15 @@ def arms_of(spec: ExperimentSpec, jobs: Collection[Job]) -> list[ArmSpec]:
     return list(arms.values())
 
 
-def _parent(job: Job) -> str | None:
-    value = job.spec.get("parent_run_id")
-    return None if value is None else str(value)
+def jobs_of_sweep(
+    queue: JobStore, experiment: str, parent_run_id: str, states: Collection[JobState] | None = None
+) -> list[Job]:
+    """The jobs that were submitted for a sweep, those of a search's later rounds too; of all states by default."""
+    return [job for job in _pages(queue, experiment, states) if job.spec.get("parent_run_id") == parent_run_id]
 
 
-def _pages(context: Context, experiment: str, states: Collection[JobState] | None) -> Iterator[Job]:
+def _pages(queue: JobStore, experiment: str, states: Collection[JobState] | None) -> Iterator[Job]:
     last = 0
-    while page := context.queue.jobs(experiment=experiment, states=states, limit=_PAGE, after_id=last):
+    while page := queue.jobs(experiment=experiment, states=states, limit=_PAGE, after_id=last):
         yield from page
         last = page[-1].id

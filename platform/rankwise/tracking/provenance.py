@@ -131,7 +131,7 @@ def collect(directory: Path | None = None) -> Provenance:
         cpu=_cpu(),
         cpu_count=psutil.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
-        gpus=_gpus(),
+        gpus=gpus(),
         source=Path(sys.argv[0]).name or "python",
     )
 
@@ -198,7 +198,8 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpus() -> tuple[str, ...]:
+def gpus() -> tuple[str, ...]:
+    """Name, memory and driver of each NVIDIA GPU, as `nvidia-smi` says."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
