@@ -31,11 +31,12 @@ Tokens = list[tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One way, once."""
+    """One way, once; `peak` is the largest memory allocated on a GPU meanwhile, in bytes."""
 
     tokens: Tokens
     wall: float
     cpu: float
+    peak: int
 
 
 class Fleet:
@@ -70,10 +71,15 @@ class Fleet:
             if way != OURS:
                 uninstall(self.base.model)
             self._wait()
+            cuda = self.base.device.type == "cuda"
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(self.base.device)
             wall, cpu = time.perf_counter(), time.process_time()
             tokens = work(prompts)
             self._wait()
-            return Trial(tokens=tokens, wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            peak = int(torch.cuda.max_memory_allocated(self.base.device)) if cuda else 0
+            return Trial(tokens=tokens, wall=wall, cpu=cpu, peak=peak)
 
     def answers(self, prompts: Sequence[tuple[str, tuple[int, ...]]], batch_size: int) -> Tokens:
         """Through rankwise's engine."""

@@ -22,9 +22,10 @@ from rankwise.settings import Settings, set_process_defaults
 from rankwise.assets.base import resolve_base
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.base import load_base
-source, pin, device, tokens, *directories = sys.argv[1:]
+source, pin, dtype, device, tokens, *directories = sys.argv[1:]
 settings = Settings.load()
-base = load_base(resolve_base(source, pin or None, settings), QuantizationSpec(), settings, device=device)
+quantization = QuantizationSpec(bnb_4bit_compute_dtype=dtype)
+base = load_base(resolve_base(source, pin, settings), quantization, settings, device=device)
 model = None
 for at, directory in enumerate(directories):
     name, path = f"arm-{at}", str(Path(directory) / "adapter")
@@ -74,7 +75,7 @@ def cold_cache(user: Path, scratch: Path) -> Path:
 
 
 def memory(
-    models: Sequence[Path], base: Any, scratch: Path, environment: Mapping[str, str], device: str, tokens: int
+    models: Sequence[Path], base: Any, scratch: Path, environment: Mapping[str, str], tokens: int
 ) -> dict[str, int]:
     """The largest resident memory of a process that answers a row of each model: by the command, and by plain peft."""
     scratch.mkdir(parents=True)
@@ -82,8 +83,9 @@ def memory(
     rows = [{"prompt": f"carat 0.{at}", "model": str(model)} for at, model in enumerate(models)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     ours = [sys.executable, "-m", "rankwise", "predict", str(source), str(scratch / "answers.jsonl"),
-            "--max-new-tokens", str(tokens), "--device", device]  # fmt: skip
-    plain = [sys.executable, "-c", _PEFT, base.source, base.revision if base.pinned else "", device, str(tokens),
+            "--max-new-tokens", str(tokens), "--device", base.device.type]  # fmt: skip
+    dtype = str(base.compute_dtype).removeprefix("torch.")
+    plain = [sys.executable, "-c", _PEFT, base.source, base.revision, dtype, base.device.type, str(tokens),
              *map(str, models)]  # fmt: skip
     found = {}
     for name, command in (("rankwise predict", ours), ("plain peft", plain)):
@@ -94,6 +96,6 @@ def memory(
     return found
 
 
-def environment_of(home: Path, dtype: str, **changes: str) -> dict[str, str]:
+def environment_of(home: Path, **changes: str) -> dict[str, str]:
     """Of a command with a home of its own."""
-    return {**os.environ, "RANKWISE_HOME": str(home), "RANKWISE_COMPUTE_DTYPE": dtype, **changes}
+    return {**os.environ, "RANKWISE_HOME": str(home), **changes}

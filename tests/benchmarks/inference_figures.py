@@ -18,7 +18,6 @@ peft too, as it is in all bases that rankwise loads.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -53,7 +52,7 @@ class Figures:
     rounds: int
     tokens: int
     rows: tuple[int, ...] = (1, 4)
-    rounding_prompts: int = 8
+    rounding_prompts: int = 4
     minutes: float | None = None
 
 
@@ -64,8 +63,11 @@ class Figures:
 @click.option("--dtype", type=click.Choice(list(CLOSE)), default="float32", help="Of all products.")
 @click.option("--rounds", default=3, help="Times that the ways alternate.")
 @click.option("--tokens", default=12, help="Tokens of an answer.")
+@click.option("--rounding-prompts", default=4, help="Prompts of the part rounding; each goes through all 8 adapters.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("mlruns/benchmark-inference"), help="Results.")
-def main(parts: str, subject: str, device: str, dtype: str, rounds: int, tokens: int, out: Path) -> None:
+def main(
+    parts: str, subject: str, device: str, dtype: str, rounds: int, tokens: int, rounding_prompts: int, out: Path
+) -> None:
     """Measure batch inference; writes report.md and one JSON file a part into --out, and exits with 1 on a problem."""
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
     if unknown := sorted(set(chosen) - set(PART_NAMES)):
@@ -75,7 +77,9 @@ def main(parts: str, subject: str, device: str, dtype: str, rounds: int, tokens:
     def say(text: str) -> None:
         click.echo(f"[{time.monotonic() - began:4.0f}s] {text}", err=True)
 
-    figures = Figures(subject=subject, device=device, dtype=dtype, rounds=rounds, tokens=tokens)
+    figures = Figures(
+        subject=subject, device=device, dtype=dtype, rounds=rounds, tokens=tokens, rounding_prompts=rounding_prompts
+    )
     # Deprecations inside of peft, again and again.
     warnings.simplefilter("ignore", FutureWarning)
     problems = measure(figures, chosen, out.absolute(), Settings.load(), say)
@@ -93,21 +97,13 @@ def measure(
 
     results = Results(out, figures)  # type: ignore[arg-type]
     problems: list[str] = []
-    # What `auto` is: definitions, flavor and commands all follow.
-    before = os.environ.get("RANKWISE_COMPUTE_DTYPE")
-    os.environ["RANKWISE_COMPUTE_DTYPE"] = figures.dtype
-    try:
-        with tempfile.TemporaryDirectory(prefix="rankwise-inference-") as scratch:
-            bench = Bench(figures, Path(scratch), settings, say)
-            for part in parts:
-                say(f"{part} ...")
-                data, wrong = getattr(bench, part)()
-                results.save(part, {"complete": True, **data})
-                problems += [f"{part}: {each}" for each in wrong]
-    finally:
-        os.environ.pop("RANKWISE_COMPUTE_DTYPE")
-        if before is not None:
-            os.environ["RANKWISE_COMPUTE_DTYPE"] = before
+    with tempfile.TemporaryDirectory(prefix="rankwise-inference-") as scratch:
+        bench = Bench(figures, Path(scratch), settings, say)
+        for part in parts:
+            say(f"{part} ...")
+            data, wrong = getattr(bench, part)()
+            results.save(part, {"complete": True, **data})
+            problems += [f"{part}: {each}" for each in wrong]
     write_atomically(out / "report.md", report(results.read()).encode())
     return problems
 
@@ -131,7 +127,7 @@ class Bench:
         )  # fmt: skip
         say(f"loading {subject.name} ...")
         self.resolved, self.arm = workload.resolved, workload.arms[0]
-        self.base = workload.load()
+        self.base = self._load(figures.dtype)
         self.rows = RowsCache(settings, SILENT).get(
             self.arm, find_sources(self.arm, settings, SILENT), self.base.tokenizer
         )
@@ -176,6 +172,7 @@ class Bench:
                 "tokens": count,
                 "wall": {way: [trial.wall for trial in made] for way, made in trials.items()},
                 "cpu": {way: [trial.cpu for trial in made] for way, made in trials.items()},
+                "gpu_bytes": {way: max(trial.peak for trial in made) for way, made in trials.items()},
                 "speedup": {
                     way: spread([other.wall / own.wall for other, own in zip(made, trials[OURS], strict=True)])
                     for way, made in trials.items()
@@ -201,10 +198,8 @@ class Bench:
 
         found, problems = {}, []
         dtypes = [self.figures.dtype]
-        os.environ.pop("RANKWISE_COMPUTE_DTYPE")
         if "bfloat16" not in dtypes and resolve_dtype(self.base.device, "auto").name == "bfloat16":
             dtypes.append("bfloat16")
-        os.environ["RANKWISE_COMPUTE_DTYPE"] = self.figures.dtype
         for dtype in dtypes:
             fleet = self.fleet if dtype == self.figures.dtype else self._other(dtype)
             prompts = [
@@ -225,7 +220,7 @@ class Bench:
                 widest = max([widest, *other])
             if widest > CLOSE[dtype]:
                 problems.append(f"{dtype}: answers differ where the two tokens are {widest:.3g} apart")
-            found[str(fleet.base.compute_dtype).removeprefix("torch.")] = {
+            found[dtype] = {
                 "answers": len(prompts),
                 "tokens": sum(map(len, made[1])),
                 "changed": changed,
@@ -234,17 +229,18 @@ class Bench:
             }
         return {"dtypes": found}, problems
 
+    def _load(self, dtype: str) -> Any:
+        """A copy of the base that computes in a dtype."""
+        from rankwise.modeling.base import load_base
+
+        quantization = self.arm.quantization.model_copy(update={"bnb_4bit_compute_dtype": dtype})
+        return load_base(self.resolved, quantization, self.settings, device=self.figures.device)
+
     def _other(self, dtype: str) -> Any:
         """The same adapters over the base in another dtype."""
         from benchmarks.decoding_ways import Fleet
-        from rankwise.modeling.base import load_base
 
-        os.environ["RANKWISE_COMPUTE_DTYPE"] = dtype
-        try:
-            base = load_base(self.resolved, self.arm.quantization, self.settings, device=self.figures.device)
-        finally:
-            os.environ["RANKWISE_COMPUTE_DTYPE"] = self.figures.dtype
-        return Fleet(base, RANKS, self.arm.lora.target_modules, self.figures.tokens)
+        return Fleet(self._load(dtype), RANKS, self.arm.lora.target_modules, self.figures.tokens)
 
     def evaluate(self) -> tuple[dict[str, Any], list[str]]:
         """All adapters in one call, and each in its own."""
@@ -289,7 +285,7 @@ class Bench:
         models = self._models()
         found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
         cache = cold_cache(self.settings.cache, self.scratch / "cold")
-        environment = environment_of(self.scratch / "home", self.figures.dtype, RANKWISE_CACHE=str(cache))
+        environment = environment_of(self.scratch / "home", RANKWISE_CACHE=str(cache))
         # The first finds nothing, the others what it has left.
         for turn in range(1 + min(2, self.figures.rounds)):
             made = first_row(models, self.scratch / f"first-{turn}", environment, self.figures.device, 8)
@@ -302,8 +298,8 @@ class Bench:
         from benchmarks.first_row import environment_of, memory
         from rankwise.modeling.dequantized import dequantized_bytes
 
-        environment = environment_of(self.scratch / "home", self.figures.dtype)
-        peaks = memory(self._models(), self.resolved, self.scratch / "memory", environment, self.figures.device, 8)
+        environment = environment_of(self.scratch / "home")
+        peaks = memory(self._models(), self.base, self.scratch / "memory", environment, 8)
         return {
             "peak_bytes": peaks,
             "base_bytes": self.base.memory_bytes,
@@ -372,8 +368,8 @@ def report(units: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _decode(unit: Mapping[str, Any]) -> list[str]:
     lines = [
-        "| 8 adapters | rows an adapter | tokens a second | rankwise is faster by | other answers |",
-        "|---|---|---|---|---|",
+        "| 8 adapters | rows an adapter | tokens a second | rankwise is faster by | other answers | GPU memory |",
+        "|---|---|---|---|---|---|",
     ]
     for rows, cell in unit["cells"].items():
         for way, walls in cell["wall"].items():
@@ -383,7 +379,8 @@ def _decode(unit: Mapping[str, Any]) -> list[str]:
             shown = "" if way.startswith("rankwise") else shown
             parted = cell["parted"][way]
             other = "none" if not parted["answers"] else f"{parted['answers']}, margin up to {parted['widest']:.1g}"
-            lines.append(f"| {way.strip()} | {rows} | {_spread(speeds)} | {shown} | {other} |")
+            gpu = _mb(cell["gpu_bytes"][way]) if cell["gpu_bytes"][way] else ""
+            lines.append(f"| {way} | {rows} | {_spread(speeds)} | {shown} | {other} | {gpu} |")
     return lines
 
 

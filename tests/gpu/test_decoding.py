@@ -7,7 +7,7 @@ import torch
 from benchmarks.decoding_ways import NAMES, OURS, PLAIN, Fleet
 
 from rankwise.inference.generate import Prompt, generate
-from rankwise.modeling.continuous import engine_of
+from rankwise.modeling.engine_fit import engine_of
 from rankwise.modeling.generation import Decoding
 
 pytestmark = pytest.mark.gpu

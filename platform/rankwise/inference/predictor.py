@@ -8,7 +8,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from threading import Condition, Lock
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 from rankwise.assets.progress import SILENT, Progress
 from rankwise.data.renderer import Message, Renderer, RenderError
@@ -16,6 +16,7 @@ from rankwise.exceptions import ConfigError, DatasetError, JobError
 from rankwise.flavor.loading import LoadedAdapter, load_models
 from rankwise.inference.answer import Answer
 from rankwise.inference.generate import Prompt, generate_each, prompt_problem
+from rankwise.inference.options import Options, decoding_of
 from rankwise.inference.prompts import PromptReader
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.generation import Decoding, row_seed
@@ -23,32 +24,6 @@ from rankwise.settings import Settings
 
 BATCH_SIZE = 16
 WINDOW = 256
-
-
-class Options(TypedDict, total=False):
-    """How rows are answered; defaults are those of `Predictor.predict`.
-
-    Attributes:
-        prompt: A template over columns, such as `"carat {carat}, {cut}"`; by default a row has `messages` or `prompt`.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the likeliest token.
-        top_k: As `Decoding`.
-        top_p: As `Decoding`.
-        stop: As `Decoding`.
-        seed: Of sampling: the row at place i draws from (seed, i), whatever shares its batch.
-        batch_size: Rows that are decoded together; they may be of different adapters.
-        fail_fast: Stop at the first row that cannot be answered, before anything is generated.
-    """
-
-    prompt: str | PromptReader | None
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    stop: Sequence[str]
-    seed: int
-    batch_size: int
-    fail_fast: bool
 
 
 class Predictor:
@@ -232,15 +207,7 @@ class Predictor:
         options: Options,
     ) -> Iterator[tuple[int, Answer]]:
         """The answer of each row with its index, as they come."""
-        if unknown := sorted(set(options) - set(Options.__annotations__)):
-            raise TypeError(f"no such options: {', '.join(unknown)}; there are {', '.join(Options.__annotations__)}")
-        decoding = Decoding(
-            max_new_tokens=options.get("max_new_tokens", 64),
-            temperature=options.get("temperature", 0.0),
-            top_k=options.get("top_k", 0),
-            top_p=options.get("top_p", 1.0),
-            stop=tuple(options.get("stop", ())),
-        )
+        decoding = decoding_of(options)
         prompt = options.get("prompt")
         reader = prompt if isinstance(prompt, PromptReader) else PromptReader.parse(prompt)
         default = next(iter(self.adapters))

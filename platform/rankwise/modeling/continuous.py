@@ -8,15 +8,13 @@ and a prompt above it in pieces). The last one is fed as if it had been generate
 one position of each row, and rows begin and go on in the same step. A row's adapter decides its LoRA in both:
 `packed_lora` by slices in prefill, `decoding_lora` in steps.
 
-Which kinds of models this holds for is not guessed from names: an engine is compared once with the model's own forward,
-and attention over a window or a state in place of keys and values is left to `generation.generate_batch`.
+Which kinds of models this holds for is not guessed from names: see `engine_fit.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,7 +23,6 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from rankwise.modeling.decoding_lora import StackedLora, stackable
 from rankwise.modeling.dequantized import free_memory
@@ -39,9 +36,8 @@ PREFILL_TOKENS = 4096
 """Tokens of one pass over prompts, padding included."""
 STACK_SHARE = 0.1
 """At most this share of the memory that is free goes into copies of the adapters."""
-# Of the largest logit: what other kernels round in another way stays below, a wrong position or mask does not.
-_SAME = {torch.float32: 1e-3}
-_SAME_IN_16_BIT = 5e-2
+CACHE_SHARE = 0.5
+"""At most this share of a CPU's free memory goes into keys and values."""
 
 
 @dataclass
@@ -102,6 +98,24 @@ class Engine:
                 self._backbone(input_ids=piece, use_cache=True, **{self.cache_name: cache}, **self._no_head)
         return cache
 
+    def fitting(self, slots: int, columns: int) -> int:
+        """How many of so many rows may be in work at a time, each of up to so many tokens.
+
+        A CPU's memory is not refused: the kernel would end the process. A GPU's is.
+        """
+        if self.device.type != "cpu":
+            return slots
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row: int = 2 * config.num_hidden_layers * heads * size * columns * self.model.dtype.itemsize
+        most: int = max(1, int(CACHE_SHARE * free_memory()) // row)
+        if most < slots:
+            logger.info(
+                "%d of %d rows are decoded together: keys and values of one take %d MiB", most, slots, row >> 20
+            )
+        return min(slots, most)
+
     def stack(self, adapters: Sequence[str]) -> StackedLora | None:
         """The adapters as one stack, where they are of a kind for it and fit."""
         free = free_memory() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
@@ -152,7 +166,7 @@ class Flight:
         with engine.lock, self._through():
             out = engine.model(
                 input_ids=torch.tensor([[row.token] for row in self.rows], device=engine.device),
-                attention_mask=_mask(seen, engine.model),
+                attention_mask=attention_mask(seen, engine.model),
                 position_ids=where[:, None],
                 use_cache=True,
                 **{engine.cache_name: self._cache},
@@ -169,70 +183,6 @@ class Flight:
             self._stack.assign(owners)
             self._moved = False
         return self._stack.active()
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What was found out about a model."""
-
-    lock: Lock
-    reason: str | None
-
-
-_KNOWN: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
-_FINDING = Lock()
-
-
-def engine_of(model: Any) -> Engine | None:
-    """An engine for a model; None for a model of a kind that it does not fit, which is logged once."""
-    with _FINDING:
-        known = _KNOWN.get(model)
-        if known is None:
-            lock = Lock()
-            known = _KNOWN[model] = _Known(lock, _misfit(Engine(model, lock)))
-            if known.reason:
-                logger.info("%s is decoded by transformers' generate: %s", type(model).__name__, known.reason)
-    return Engine(model, known.lock) if known.reason is None else None
-
-
-def _misfit(engine: Engine) -> str | None:
-    """Why an engine cannot take its model; None if it can."""
-    model = engine.model
-    attention = model.config._attn_implementation
-    if attention not in {"sdpa", "eager"}:
-        return f"its attention is {attention}"
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if kinds != {DynamicLayer}:
-        return f"its layers keep {', '.join(sorted(kind.__name__ for kind in kinds))}"
-    try:
-        difference = _difference(engine)
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    limit = _SAME.get(next(model.parameters()).dtype, _SAME_IN_16_BIT)
-    return None if difference <= limit else f"logits differ by {difference:.3g} of the largest"
-
-
-@torch.no_grad()
-def _difference(engine: Engine) -> float:
-    """How far logits are from those of the model's own forward: two prompts of different lengths, two steps."""
-    vocabulary = engine.model.get_input_embeddings().weight.shape[0]
-    tokens = (torch.arange(9) * 97 % vocabulary).tolist()
-    rows = [Row(index=0, prompt=tokens[:7], adapter=None), Row(index=1, prompt=tokens[3:7], adapter=None)]
-    flight = Flight(engine, slots=2, adapters=())
-    flight.enter(rows)
-    ours = []
-    for token in tokens[7:]:
-        ours.append(flight.logits().float())
-        for row in rows:
-            row.made.append(token)
-    worst = 0.0
-    for at, row in enumerate(rows):
-        whole = torch.tensor([[*row.prompt, *row.made[:-1]]], device=engine.device)
-        with engine.lock, engine.routing.segments([]):
-            own = engine.model(input_ids=whole, use_cache=False).logits[0, -2:].float()
-        mine = torch.stack([step[at] for step in ours])
-        worst = max(worst, float((own - mine).abs().max() / own.abs().max()))
-    return worst
 
 
 def waiting(
@@ -264,7 +214,7 @@ def _groups(rows: Sequence[Row]) -> Iterator[list[int]]:
         yield group
 
 
-def _mask(seen: torch.Tensor, model: Any) -> torch.Tensor:
+def attention_mask(seen: torch.Tensor, model: Any) -> torch.Tensor:
     """(N, 1, 1, W), as the attention takes it: whether it is seen, or a number to add."""
     seen = seen[:, None, None]
     if model.config._attn_implementation == "sdpa":

@@ -11,8 +11,9 @@ import torch
 from helpers.adapted import attach, load_tiny
 
 from rankwise.inference.generate import Prompt, encode_prompts, generate
-from rankwise.modeling import continuous
-from rankwise.modeling.continuous import Flight, Row, engine_of
+from rankwise.modeling import continuous, engine_fit
+from rankwise.modeling.continuous import Flight, Row
+from rankwise.modeling.engine_fit import engine_of
 from rankwise.modeling.generation import Decoding
 
 TEXTS = [
@@ -92,13 +93,13 @@ def test_a_prompt_above_the_budget_goes_through_in_pieces_and_gives_the_same(bas
 def test_eager_attention_takes_its_mask_as_numbers(base, prompts):
     expected = generate(base, prompts, LONG)
     base.model.set_attn_implementation("eager")
-    continuous._KNOWN.pop(base.model)
+    engine_fit._KNOWN.pop(base.model)
     try:
         assert engine_of(base.model) is not None
         assert [row.token_ids for row in generate(base, prompts, LONG)] == [row.token_ids for row in expected]
     finally:
         base.model.set_attn_implementation("sdpa")
-        continuous._KNOWN.pop(base.model)
+        engine_fit._KNOWN.pop(base.model)
 
 
 def test_adapters_too_large_for_a_stack_go_one_after_another(base, prompts, monkeypatch, caplog):
@@ -107,6 +108,23 @@ def test_adapters_too_large_for_a_stack_go_one_after_another(base, prompts, monk
     with caplog.at_level(logging.INFO, logger="rankwise"):
         assert generate(base, prompts, LONG) == expected
     assert "stacked they would take 0 of 0 MiB" in caplog.text
+
+
+def test_rows_in_work_are_as_many_as_memory_has_room_for(base, prompts, monkeypatch, caplog):
+    engine = engine_of(base.model)
+    flight = Flight(engine, slots=3, adapters=())
+    flight.enter([Row(index=0, prompt=[5] * 64, adapter=None)])
+    flight.logits()
+    # Two layers of keys and values; the 64th column made it grow to 64.
+    held = sum(each.nbytes for layer in flight._cache.layers for each in (layer.keys, layer.values))
+    monkeypatch.setattr(continuous, "free_memory", lambda: int(2 * held / continuous.CACHE_SHARE))
+    assert engine.fitting(16, 64) == 6
+    assert engine.fitting(5, 64) == 5
+    expected = generate(base, prompts, LONG)
+    monkeypatch.setattr(continuous, "free_memory", lambda: 0)
+    with caplog.at_level(logging.INFO, logger="rankwise"):
+        assert generate(base, prompts, LONG) == expected
+    assert "1 of 6 rows are decoded together" in caplog.text
 
 
 def test_numbers_that_are_not_finite_stay_in_the_rows_of_their_adapter(base, prompts):
@@ -161,16 +179,16 @@ def test_a_model_with_a_sliding_window_is_left_to_transformers_and_that_is_said(
 
 
 def test_an_engine_that_does_not_agree_with_the_model_is_not_used(base, monkeypatch, caplog):
-    continuous._KNOWN.pop(base.model)
+    engine_fit._KNOWN.pop(base.model)
     # A mask that hides a row's first token.
-    mask = continuous._mask
+    mask = continuous.attention_mask
     monkeypatch.setattr(
-        continuous, "_mask", lambda seen, model: mask(seen.index_fill(1, torch.tensor([0]), False), model)
+        continuous, "attention_mask", lambda seen, model: mask(seen.index_fill(1, torch.tensor([0]), False), model)
     )
     with caplog.at_level(logging.INFO, logger="rankwise"):
         assert engine_of(base.model) is None
     assert "logits differ by" in caplog.text
-    continuous._KNOWN.pop(base.model)
+    engine_fit._KNOWN.pop(base.model)
 
 
 def test_slots_hold_each_row_s_keys_after_any_order_of_leaving(base):
