@@ -20,6 +20,7 @@ from rankwise.jobs.job import Job, JobKind, JobState, Outcome
 from rankwise.modeling.packed_lora import delete_adapter
 from rankwise.tasks.context import Context
 from rankwise.tasks.prediction import Prediction, jobs_of_prediction
+from rankwise.tasks.prediction_run import record_prediction
 from rankwise.tasks.session import Session, token_of
 from rankwise.tasks.stoppable import Stoppable
 
@@ -191,10 +192,12 @@ def _join(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
         raise KeyboardInterrupt
     failed = write_output(work.source, work.output, parts.answers(manifest), list(manifest.survey.columns))
     session.voice.done(f"{work.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
-    return {
+    result = {
         "output": str(work.output),
         "rows": manifest.rows,
         "failed": failed,
+        "completion_tokens": sum(answer.completion_tokens or 0 for answer in parts.answers(manifest)),
         "models": dict(manifest.models),
         "sha256": file_digest(work.output, session.settings),
     }
+    return {**result, "run_id": record_prediction(session, job, work, result)}

@@ -1,11 +1,11 @@
-"""Results of a run as results of the LoggedModel that it made, so that the Models tab shows them."""
+"""Runs and LoggedModels: results of a run as results of the model that it made, and models that a run has used."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import LoggedModelInput, Metric
 
 from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.errors import tracking_errors
@@ -57,3 +57,14 @@ def link_metrics(
             )
         if points:
             client.log_batch(run_id, metrics=points)
+
+
+def link_inputs(client: MlflowClient, run_id: str, model_ids: Collection[str]) -> None:
+    """Show LoggedModels as what a run has used. May be repeated.
+
+    Raises:
+        TrackingError: The store cannot be reached or refuses.
+    """
+    if model_ids:
+        with tracking_errors(f"linking models to run {run_id}"):
+            client.log_inputs(run_id, models=[LoggedModelInput(model_id) for model_id in sorted(model_ids)])

@@ -119,7 +119,19 @@ def test_jobs_make_the_file_that_the_local_command_makes(world, rows, local, tmp
     assert output.read_bytes() == local
     assert {(job.state, job.attempts) for job in jobs()} == {(JobState.SUCCEEDED, 1)}
     assert [job.result["rows"] for job in jobs()] == [4, 4, 3, 11]
-    assert jobs()[-1].result["failed"] == 1
+    result = jobs()[-1].result
+    assert result["failed"] == 1
+    client = mlflow.MlflowClient(world.settings.tracking_uri)
+    shown = client.get_run(result["run_id"])
+    assert (shown.info.run_name, shown.info.status) == ("out.jsonl", "FINISHED")
+    assert shown.data.params["models"] == "models:/one/1, models:/one/2"
+    assert shown.data.metrics["predict.rows"] == 11
+    assert shown.data.metrics["predict.completion_tokens"] == result["completion_tokens"] > 0
+    assert [each.dataset.name for each in shown.inputs.dataset_inputs] == ["rows.jsonl"]
+    versions = client.search_model_versions("name = 'one'")
+    assert {each.model_id for each in shown.inputs.model_inputs} == {
+        each.source.rpartition("/")[2] for each in versions
+    }
     assert sum(line.startswith("base: ") for line in told) == 1, "one load of the base for three jobs"
     assert sorted(path.name for path in tmp_path.glob("*out.jsonl*")) == ["out.jsonl"]
 
