@@ -124,9 +124,10 @@ def endings(comparison: Comparison) -> tuple[list[Column], list[Row]]:
             groups.setdefault((status, _MEASURED.sub("#", arm.reason or "")), []).append(arm)
     rows = []
     for (status, _), arms in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):
-        named = ", ".join(
-            f"r = {format_param(arm.params.get(RANK))} ({arm.spec_hash[:8]})" for arm in arms[:_MOST_NAMED]
-        )
+        by_rank: dict[str, list[str]] = {}
+        for arm in arms[:_MOST_NAMED]:
+            by_rank.setdefault(format_param(arm.params.get(RANK)), []).append(arm.spec_hash[:8])
+        named = "; ".join(f"r = {rank}: {', '.join(hashes)}" for rank, hashes in by_rank.items())
         more = f" and {len(arms) - _MOST_NAMED:,} more" if len(arms) > _MOST_NAMED else ""
         reason = (arms[0].reason or "no reason was recorded") + (" (and the like)" if _differ(arms) else "")
         rows.append(
