@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from helpers.inline_worker import Listener, inline_worker
 from helpers.local_store import local_settings
 from helpers.project import Project, make_project
-from helpers.workers import queue_of, until
+from helpers.workers import queue_of
 from mlflow.exceptions import ExecutionException
 from mlflow.projects.backend.loader import load_backend
 from mlflow.tracking.context.registry import _run_context_provider_registry
@@ -97,23 +98,22 @@ def test_what_is_wrong_is_told_in_one_message(project, arguments, said):
 
 
 @pytest.mark.proof
-def test_the_command_line_of_mlflow_submits_without_an_mlproject_file_and_waits(project):
+def test_the_command_line_of_mlflow_submits_without_an_mlproject_file(project):
     program = [sys.executable, "-m", "mlflow", "run", ".", "--backend", "rankwise", "-P", "experiment=tiny.yaml"]
-    program += ["-P", "training.max_steps=5", "-P", "training.save_steps=5"]
-    environment = project.environment({"MLFLOW_TRACKING_URI": Settings.load().tracking_uri})
-    with (
-        subprocess.Popen(program, cwd=project.directory, env=environment, stderr=subprocess.PIPE, text=True) as process,
-        inline_worker(Settings.load(), Listener()) as loop,
-    ):
-
-        def has_ended() -> bool:
-            loop.work(Plan(drain=True))
-            return process.poll() is not None
-
-        until(has_ended, 150, "the end of mlflow run")
-        said = process.stderr.read()
-    assert process.returncode == 0, said
-    assert "succeeded ===" in said
+    done = subprocess.run(
+        [*program, "-P", "training.max_steps=5"],
+        cwd=project.directory,
+        env=project.environment({"MLFLOW_TRACKING_URI": Settings.load().tracking_uri}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    run_id = re.search(r"=== Run \(ID '([0-9a-f]{32})'\) is in the queue: rankwise worker does it", done.stderr)[1]
+    assert mlflow.MlflowClient().get_run(run_id).info.status == "SCHEDULED"
+    with queue_of(project) as queue:
+        mine = [job for job in queue.jobs() if job.spec.get("parent_run_id") == run_id]
+        assert len(mine) == 5
+        queue.cancel([job.id for job in mine])
 
 
 def test_a_run_that_a_users_code_starts_in_a_worker_has_job_attempt_and_worker(project, monkeypatch):

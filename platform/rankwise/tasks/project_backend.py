@@ -1,7 +1,7 @@
 """The project backend `rankwise`: `mlflow run . --backend rankwise -P experiment=experiments/diamonds-rank.yaml`.
 
-Submits as `rankwise submit` does; workers anywhere do the jobs. `mlflow run` then waits for the end of the sweep, and
-Ctrl-C cancels it.
+Submits as `rankwise submit` does; workers anywhere do the jobs. MLflow's command line ends then, as it does with every
+backend of a plugin; `mlflow.projects.run` waits for the end of the sweep unless told otherwise, and Ctrl-C cancels it.
 """
 
 from __future__ import annotations

@@ -130,7 +130,13 @@ class ProjectBackend(AbstractBackend):  # type: ignore[misc]
                 )
                 mlflow.set_tracking_uri(settings.tracking_uri)
             with _mlflow_as_loud():
-                return ProjectRun(self.submit(request, settings))
+                submission = self.submit(request, settings)
+            # A child of MLflow's logger: its command line shows these lines.
+            logging.getLogger("mlflow.rankwise").info(
+                "=== Run (ID '%s') is in the queue: rankwise worker does it, rankwise status shows ===",
+                submission.run_id,
+            )
+            return ProjectRun(submission)
         except RankwiseError as error:
             raise ExecutionException(redact(str(error))) from error
 
