@@ -62,6 +62,10 @@ gpu: setup  ## the checks that need a CUDA GPU, and the table of `make bench` on
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	PYTHONPATH=tests $(BIN)/python -m gpu $(ARGS)
 
+audit: setup  ## known vulnerabilities of the tested versions; asks the advisory service of PyPI, fails without it
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
+
 ui: setup  ## the MLflow UI on the local store, on loopback
 	$(BIN)/rankwise ui
 
