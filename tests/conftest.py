@@ -32,7 +32,10 @@ def pytest_configure(config):
 def _own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKWISE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RANKWISE_DATABASE_URL", "RANKWISE_BASES"):
+    for name in (
+        *("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RANKWISE_DATABASE_URL", "RANKWISE_BASES"),
+        *("RANKWISE_DATA_ROOT", "RANKWISE_SIGNING_KEY", "RANKWISE_TRUSTED_KEYS", "RANKWISE_WORK"),
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

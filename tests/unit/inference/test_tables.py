@@ -92,3 +92,13 @@ def test_formats_that_are_not_known_and_files_that_are_not_there(tmp_path):
     (tmp_path / "latin.csv").write_bytes(b"a\n\xff\n")
     with pytest.raises(AssetError, match="cannot be read"):
         list(read_rows(tmp_path / "latin.csv"))
+
+
+def test_a_cell_that_a_spreadsheet_would_compute_stays_as_it_is(tmp_path):
+    """A leading quote would protect one program and spoil the data of all others; the documentation says so."""
+    cells = ["=1+1", "@SUM(A1)", "+1", "-1", "\t=1", '=HYPERLINK("http://x","y")']
+    rows = [{"text": cell} for cell in cells]
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        path = tmp_path / f"out{suffix}"
+        write_rows(path, rows, {"text": pa.string()})
+        assert [row.columns["text"] for row in read_rows(path)] == cells
