@@ -69,8 +69,17 @@ def test_mlflow_shows_a_sweep_its_arms_and_the_base(finished, client):
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in runs if run is not parent)
     assert {run.info.status for run in runs} == {"FINISHED"}
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
-    assert {"comparison.json", "experiment.yaml", "data", "plots"} <= names
+    assert {"comparison.json", "report.html", "experiment.yaml", "data", "plots"} <= names
     arm = next(run for run in runs if run.data.tags["rankwise.kind"] == "train")
+    headline = finished[1]["smallest_rank"]["text"]
+    report = Path(client.download_artifacts(parent.info.run_id, "report.html")).read_text()
+    for wanted in (headline, "effective rank by layer", "training loss", f"runs/{arm.info.run_id}"):
+        assert wanted in report
+    assert finished[1]["smallest_rank"]["noise"]["examples"] == "paired"
+    note = parent.data.tags["mlflow.note.content"]
+    assert headline in note
+    assert f"](#/experiments/{experiment.experiment_id}/runs/{arm.info.run_id})" in note
+    assert {"adapter.effective_rank", "adapter.rank_99"} <= arm.data.metrics.keys()
     page = Path(client.download_artifacts(arm.info.run_id, "anatomy.html")).read_text()
     assert f"lora_A {arm.data.params['lora.r']} x 64" in page
     assert "base here, measured" in page

@@ -57,7 +57,11 @@ def comparison_view(comparison: Comparison, console: Console, finding: RankFindi
         parts = [_table([*leading, *each], len(shown)) for each in (results, costs)]
     first = [Text(finding.headline, style="bold green")] if finding is not None else []
     head = Text(_headline(comparison), style="bold" if finding is None else "")
-    return Group(*first, head, *parts, *_notes(comparison, len(shown)))
+    problems = []
+    if finding is not None and finding.problem:
+        text = f"Results of single examples could not be read, so errors count as independent: {finding.problem}"
+        problems.append(Text(text, style="yellow"))
+    return Group(*first, head, *parts, *_notes(comparison, len(shown)), *problems)
 
 
 def _shown(comparison: Comparison, finding: RankFinding | None) -> list[Configuration]:

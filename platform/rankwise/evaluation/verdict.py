@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from rankwise.evaluation.labels import format_param, format_value, title
 from rankwise.evaluation.metrics import find_metrics
 from rankwise.evaluation.report_sources import Influences, read_influences
 from rankwise.evaluation.smallest_rank import CONFIDENCE, Candidate, Influence, Verdict, judge
-from rankwise.exceptions import ConfigError
+from rankwise.exceptions import ConfigError, TrackingError
 from rankwise.experiment.metric_names import facts, greater_is_better, known_names
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class RankFinding:
         verdict: What came out.
         greater_is_better: Of `key`.
         unjudged: Ranks without any result.
+        problem: Why results of single examples could not be read; they count as missing then.
     """
 
     key: str
@@ -45,6 +46,7 @@ class RankFinding:
     verdict: Verdict
     greater_is_better: bool
     unjudged: tuple[float, ...]
+    problem: str | None = None
 
     @property
     def chosen(self) -> Configuration:
@@ -128,6 +130,8 @@ class RankFinding:
                 "Noise over examples: results of single examples are not stored for all, so the errors of both count "
                 "as independent, which is too large where what is hard for one adapter is hard for the other."
             )
+        if self.problem:
+            notes.append(f"Results of single examples could not be read: {self.problem}")
         if verdict.seeds:
             notes.append(
                 "Noise over seeds: the variance between seeds of one configuration, pooled over all, or its own where "
@@ -220,13 +224,19 @@ def find_smallest_rank(comparison: Comparison, read: ReadExamples) -> RankFindin
 
 
 def smallest_rank(store: Store, comparison: Comparison) -> RankFinding | None:
-    """Judge a comparison with the results of single examples out of the store.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
+    """Judge a comparison with the results of single examples out of the store; if they cannot be read, without them."""
     key = source_of(comparison.primary_metric)
-    return find_smallest_rank(comparison, lambda arms: read_influences(store, arms, key))
+    problems: list[str] = []
+
+    def read(arms: Sequence[ArmRecord]) -> Mapping[str, Influences]:
+        try:
+            return read_influences(store, arms, key)
+        except TrackingError as error:  # An artifact store without access must not hide the results that are there.
+            problems.append(str(error))
+            return {}
+
+    finding = find_smallest_rank(comparison, read)
+    return replace(finding, problem=problems[0]) if finding is not None and problems else finding
 
 
 def source_of(key: str) -> str:

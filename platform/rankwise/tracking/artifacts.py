@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.errors import describe, tracking_errors
 from rankwise.tracking.query import get_run, without_collector
 
 _THREADS = 8
@@ -49,9 +49,9 @@ def _text(client: MlflowClient, run_id: str, artifacts: str, path: str) -> str |
         try:
             with TemporaryDirectory() as directory:
                 return Path(download_artifacts(artifact_uri=f"{artifacts}/{path}", dst_path=directory)).read_text()
-        except Exception:  # Each kind of store has its own error for a file that is not there: ask.
+        except Exception as error:  # Each kind of store has its own error for a file that is not there: ask.
             if any(found.path == path for found in client.list_artifacts(run_id, parent)):
-                raise
+                raise TrackingError(f"{path} of run {run_id} cannot be read: {describe(error)}") from error
             return None
 
 

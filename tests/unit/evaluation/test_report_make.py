@@ -17,6 +17,7 @@ from rankwise.cli.report import report
 from rankwise.evaluation.gather import gather
 from rankwise.evaluation.report_make import report_page
 from rankwise.evaluation.verdict import smallest_rank
+from rankwise.exceptions import TrackingError
 from rankwise.tracking.store import Store
 
 ARMS = 12
@@ -91,3 +92,17 @@ def test_without_the_tables_of_single_examples_the_page_says_what_it_does_instea
     page = tmp_path / "page.html"
     CliRunner().invoke(report, ["many", "--output", str(page)], catch_exceptions=False)
     assert "results of single examples are not stored for all" in page.read_text()
+
+
+@pytest.mark.usefixtures("environment")
+def test_tables_that_cannot_be_read_do_not_hide_the_results_and_the_problem_is_told(tmp_path, monkeypatch):
+    def broken(*given):
+        raise TrackingError("predictions.json of run x cannot be read: access denied")
+
+    monkeypatch.setattr("rankwise.evaluation.verdict.read_influences", broken)
+    table = CliRunner().invoke(compare, ["many"], catch_exceptions=False).stdout
+    assert table.startswith("r = ")
+    assert "errors count as independent: predictions.json of run x cannot be read: access denied" in table
+    page = tmp_path / "page.html"
+    CliRunner().invoke(report, ["many", "--output", str(page)], catch_exceptions=False)
+    assert "could not be read: predictions.json of run x cannot be read: access denied" in page.read_text()

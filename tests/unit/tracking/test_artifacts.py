@@ -40,7 +40,7 @@ def test_a_store_elsewhere_is_asked_whether_a_file_is_there(store, monkeypatch):
 
     monkeypatch.setattr("rankwise.tracking.artifacts.download_artifacts", download)
     assert read_json(store.client, {second: places[second]}, "table.json") == {}
-    with pytest.raises(OSError, match="no server"):
+    with pytest.raises(TrackingError, match=rf"table.json of run {first} cannot be read: no server"):
         read_json(store.client, places, "table.json")
 
 
