@@ -12,6 +12,7 @@
 | `RANKWISE_DATA_ROOT` | the directory whose files definitions may name, and no others | none |
 | `RANKWISE_SIGNING_KEY` | file with the Ed25519 private key that signs adapters when they are logged | none |
 | `RANKWISE_TRUSTED_KEYS` | public keys, files or directories as in `PATH`; adapters signed by none are refused | none |
+| `VLLM_API_KEY` | vLLM's own; its plugin tells the server of aliases that have moved | none |
 | `RAY_ADDRESS`, `RAY_AUTH_MODE` | Ray's own; `rankwise doctor` looks at them | none |
 | `HF_HUB_OFFLINE` and other variables of Hugging Face and MLflow | as their documentation says | |
 """
@@ -25,7 +26,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
@@ -67,6 +68,7 @@ class Settings:
     hub: str = "https://huggingface.co"
     ray_address: str | None = None
     ray_token: bool = False
+    vllm_api_key: str | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -92,6 +94,7 @@ class Settings:
             hub=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
             ray_address=env.get("RAY_ADDRESS") or None,
             ray_token=env.get("RAY_AUTH_MODE", "").lower() == "token",
+            vllm_api_key=env.get("VLLM_API_KEY") or None,
         )
 
     @property

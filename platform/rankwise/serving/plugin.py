@@ -4,13 +4,12 @@
         vllm serve ORG/BASE --revision COMMIT --enable-lora --max-lora-rank 64
 
 A request whose `model` is `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME@ALIAS` is then answered by that
-adapter, and the answer's `model` says which version it was.
+adapter, and the answer's `model` says which version it was. An alias that moves is followed within a minute or two (see
+`follow`).
 
-vLLM asks a resolver once for each name and keeps what it got: an alias that has moved is seen after
-`POST /v1/unload_lora_adapter {"lora_name": "models:/NAME@ALIAS"}`, and by servers that start later. What is returned
-for an alias is called `models:/NAME@ALIAS (version 3)`: vLLM's prefix cache goes by that name, and must not take the
-keys and values of one version for another's; and adapters of one batch are told apart by it, so that an alias and its
-version, which vLLM loads under two numbers, must not have one name.
+What is returned for an alias is called `models:/NAME@ALIAS (version 3)`: vLLM's prefix cache goes by that name, and
+must not take the keys and values of one version for another's; and adapters of one batch are told apart by it, so that
+an alias and its version, which vLLM loads under two numbers, must not have one name.
 
 vLLM loads its plugins in all of its processes: importing this module costs nothing, and neither does registering.
 """
@@ -20,7 +19,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from typing import Any
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankwise.serving.adapters import Served
+    from rankwise.serving.server import Server
+    from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -51,41 +57,66 @@ def make_resolver(argv: list[str]) -> Any:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver
 
+    from rankwise.serving.names import model_uri
     from rankwise.serving.server import Server
     from rankwise.settings import Settings
 
-    settings, server = Settings.load(), Server.of(argv)
+    finder = Finder(Settings.load(), Server.of(argv))
 
     class RankwiseResolver(LoRAResolver):  # type: ignore[misc]
         """Finds an adapter in MLflow, checks it, and gives vLLM its directory."""
 
-        def __init__(self) -> None:
-            self._adapters: Any = None
-
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             """The adapter of a name; None, with a line in the log, where it cannot be served."""
-            from rankwise.serving.names import model_uri
-
             uri = model_uri(lora_name)
             if uri is None:
                 return None  # Another resolver's.
             try:
                 # Downloads, hashes and imports: off the server's event loop.
-                served = await asyncio.to_thread(self._find, base_model_name, uri)
+                served = await asyncio.to_thread(finder.find, base_model_name, lora_name, uri)
             except Exception as error:
                 logger.warning("%s is not served: %s: %s", lora_name, type(error).__name__, error)
                 return None
-            # The server gives the request an id of its own.
             shown = lora_name if lora_name == served.uri else f"{lora_name} (version {served.version})"
+            # The server gives the request a number of its own.
             return LoRARequest(lora_name=shown, lora_int_id=served.number, lora_path=str(served.directory))
 
-        def _find(self, base_model_name: str, uri: str) -> Any:
-            from rankwise.serving.adapters import Adapters
-            from rankwise.tracking.connect import connect
-
-            if self._adapters is None:
-                connect(settings)
-                self._adapters = Adapters(settings, server)
-            return self._adapters.find(base_model_name, uri)
-
     return RankwiseResolver()
+
+
+class Finder:
+    """What finds adapters and follows aliases, made at the first request: it needs the heavy libraries."""
+
+    def __init__(self, settings: Settings, server: Server) -> None:
+        """Nothing is opened yet."""
+        self._settings = settings
+        self._server = server
+        self._lock = threading.Lock()
+        self._opened: tuple[Any, Any] | None = None
+
+    def find(self, base_model_name: str, name: str, uri: str) -> Served:
+        """The adapter of a URI that a request has called `name`.
+
+        Raises:
+            RankwiseError: It cannot be served.
+        """
+        from rankwise.serving.follow import Watched
+
+        with self._lock:
+            self._opened = self._opened or self._open()
+        adapters, follower = self._opened
+        served: Served = adapters.find(base_model_name, uri)
+        if follower is not None and served.uri != uri:
+            follower.watch(Watched(name=name, base_model_name=base_model_name, uri=uri, served=served.uri))
+        return served
+
+    def _open(self) -> tuple[Any, Any]:
+        from rankwise.serving.adapters import Adapters
+        from rankwise.serving.follow import Follower, unload
+        from rankwise.tracking.connect import connect
+
+        connect(self._settings)
+        adapters, server = Adapters(self._settings, self._server), self._server
+        if server.url is None:
+            return adapters, None
+        return adapters, Follower(adapters.find, partial(unload, server.url, self._settings.vllm_api_key))

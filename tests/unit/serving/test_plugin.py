@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.serving.plugin import NAME, make_resolver, register
+from rankwise.serving.plugin import NAME, Finder, make_resolver, register
 
 ROOT = Path(__file__).parents[3]
 FAKE = ROOT / "tests" / "helpers" / "fake_vllm"
@@ -97,9 +97,9 @@ def test_the_server_s_event_loop_is_not_held_up(resolver, world, monkeypatch):
     import threading
 
     threads = []
-    find = type(resolver)._find
+    find = Finder.find
     monkeypatch.setattr(
-        type(resolver), "_find", lambda self, *names: threads.append(threading.current_thread()) or find(self, *names)
+        Finder, "find", lambda self, *names: threads.append(threading.current_thread()) or find(self, *names)
     )
     assert ask(resolver, str(world.base_path), "models:/served/1") is not None
     assert threads[0] is not threading.main_thread()

@@ -8,9 +8,23 @@ from rankwise.serving.server import Server
 
 def test_the_command_line_says_rank_revision_and_quantization():
     line = "vllm serve org/base --revision abc --enable-lora --max-lora-rank=64 -q bitsandbytes --port 1"
-    assert Server.of(line.split()) == Server(max_rank=64, revision="abc", quantization="bitsandbytes")
+    assert Server.of(line.split()) == Server(
+        max_rank=64, revision="abc", quantization="bitsandbytes", url="http://127.0.0.1:1"
+    )
     # vLLM's own default.
     assert Server.of(["vllm", "serve", "org/base", "--enable-lora"]).max_rank == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "url"),
+    [
+        ("", "http://127.0.0.1:8000"), ("--host 0.0.0.0 --port 9", "http://127.0.0.1:9"),
+        ("--host 10.0.0.3", "http://10.0.0.3:8000"), ("--host fd00::1", "http://[fd00::1]:8000"),
+        ("--uds /run/vllm", None), ("--ssl-certfile c.pem", None),
+    ],
+)  # fmt: skip
+def test_where_the_server_answers(options, url):
+    assert Server.of(["vllm", "serve", "org/base", "--enable-lora", *options.split()]).url == url
 
 
 def test_a_server_that_another_program_has_started_is_not_guessed_at():
