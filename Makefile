@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-inference gpu ui clean
+.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-compare bench-inference gpu ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -53,6 +53,9 @@ bench-flavor: setup  ## what stored adapters and the cache of quantized bases co
 
 bench-queue: setup  ## the queue on both databases: claims a second, 10,000 arms, 100,000 jobs; sweeps; time to the first step; 8 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.queue_figures $(ARGS)
+
+bench-compare: setup  ## compare and report of 1,000 arms in a real MLflow store, beyond start-up; 6 minutes
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.compare_figures $(ARGS)
 
 bench-inference: setup  ## batch inference against peft and generate: speed, rounding, evaluation, first row, memory; 6 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.inference_figures $(ARGS)
