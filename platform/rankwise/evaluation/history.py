@@ -12,10 +12,11 @@ from markupsafe import Markup
 
 from rankwise.evaluation.compare import Param
 from rankwise.evaluation.labels import format_param, format_value, title
+from rankwise.evaluation.report_axis import axis
 from rankwise.evaluation.report_cells import Cell, Column, Row
 from rankwise.evaluation.report_quality import metric_axis, value_axis
 from rankwise.evaluation.report_shell import render
-from rankwise.evaluation.report_svg import Chart, axis
+from rankwise.evaluation.report_svg import Chart
 
 # Colour and style of the marks.
 _STATES: Mapping[str, tuple[int | None, str]] = {"complete": (0, ""), "pruned": (4, ""), "unknown": (None, "hollow")}

@@ -21,8 +21,8 @@ from rankwise.evaluation.labels import (
     title,
     with_error,
 )
+from rankwise.evaluation.rank_finding import RankFinding
 from rankwise.evaluation.report_words import axis_name, settings_text, status_of
-from rankwise.evaluation.verdict import RankFinding
 
 _MOST_METRICS = 6
 _MOST_NAMED = 12

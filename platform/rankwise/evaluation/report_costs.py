@@ -10,10 +10,11 @@ from markupsafe import Markup
 from rankwise.evaluation.compare import Comparison, Configuration
 from rankwise.evaluation.labels import format_bytes, format_seconds, title, with_error
 from rankwise.evaluation.pareto import front
+from rankwise.evaluation.rank_finding import RankFinding
+from rankwise.evaluation.report_axis import axis
 from rankwise.evaluation.report_quality import metric_axis
-from rankwise.evaluation.report_svg import Chart, axis
+from rankwise.evaluation.report_svg import Chart
 from rankwise.evaluation.report_words import settings_text
-from rankwise.evaluation.verdict import RankFinding
 
 _COSTS = {
     "adapter_bytes": ("adapter size", format_bytes),

@@ -7,9 +7,9 @@ import io
 from dataclasses import asdict
 
 from rankwise.evaluation.compare import Comparison
+from rankwise.evaluation.rank_finding import RankFinding
 from rankwise.evaluation.report_costs import costs
 from rankwise.evaluation.report_importance import importance
-from rankwise.evaluation.verdict import RankFinding
 
 
 def comparison_json(comparison: Comparison, finding: RankFinding | None) -> dict[str, object]:

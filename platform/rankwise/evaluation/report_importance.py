@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy.special import fdtrc
 
 from rankwise.evaluation.compare import ALPHA, RANK, Comparison, Param
+from rankwise.evaluation.rank_finding import RankFinding
 from rankwise.evaluation.report_words import alpha_over_rank, axis_name
-from rankwise.evaluation.verdict import RankFinding
 
 # That many more configurations than effects to estimate, and no fewer than eight.
 LEAST_CONFIGURATIONS, SPARE = 8, 3

@@ -10,10 +10,11 @@ from markupsafe import Markup
 
 from rankwise.evaluation.compare import RANK, ArmRecord, Comparison
 from rankwise.evaluation.labels import format_param, title
+from rankwise.evaluation.rank_finding import RankFinding
+from rankwise.evaluation.report_axis import axis
 from rankwise.evaluation.report_quality import metric_axis
-from rankwise.evaluation.report_svg import COLOURS, Chart, axis, shorten
+from rankwise.evaluation.report_svg import COLOURS, Chart, shorten
 from rankwise.evaluation.report_words import axis_name, status_of
-from rankwise.evaluation.verdict import RankFinding
 from rankwise.tracking.query import Point
 
 MOST_CURVES = 24

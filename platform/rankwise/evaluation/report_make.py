@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rankwise.evaluation.compare import ArmRecord, Comparison
+from rankwise.evaluation.rank_finding import RankFinding
 from rankwise.evaluation.report_learning import chosen_arms
 from rankwise.evaluation.report_page import Material, make_page
 from rankwise.evaluation.report_sources import TRAIN_LOSS, read_curves, read_layers
-from rankwise.evaluation.verdict import RankFinding
 
 if TYPE_CHECKING:
     from rankwise.tracking.store import Store

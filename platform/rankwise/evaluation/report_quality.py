@@ -9,10 +9,11 @@ from markupsafe import Markup
 
 from rankwise.evaluation.compare import Comparison, Configuration, Param
 from rankwise.evaluation.labels import SHARES, format_param, title, with_error
-from rankwise.evaluation.report_svg import COLOURS, Axis, Chart, axis, shorten
+from rankwise.evaluation.rank_finding import RankFinding, rank_of
+from rankwise.evaluation.report_axis import Axis, axis
+from rankwise.evaluation.report_svg import COLOURS, Chart, shorten
 from rankwise.evaluation.report_words import alpha_over_rank, axis_name, settings_text
 from rankwise.evaluation.series import FAR, Panel, panels, ranks
-from rankwise.evaluation.verdict import RankFinding, rank_of
 
 MOST_SLICES = 9
 _MOST_SERIES = COLOURS

@@ -22,7 +22,7 @@ from rankwise.evaluation.labels import (
     title,
     with_error,
 )
-from rankwise.evaluation.verdict import RankFinding
+from rankwise.evaluation.rank_finding import RankFinding
 
 MOST_ROWS = 40
 MOST_NAMED = 12

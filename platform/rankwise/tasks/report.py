@@ -10,11 +10,12 @@ from rankwise.evaluation.compare import ArmRecord, Comparison
 from rankwise.evaluation.gather import gather
 from rankwise.evaluation.labels import SECONDARY, format_value, title
 from rankwise.evaluation.plots import rank_figure
+from rankwise.evaluation.rank_finding import RankFinding
 from rankwise.evaluation.report_cells import model_route, run_route
 from rankwise.evaluation.report_export import comparison_json
 from rankwise.evaluation.report_make import report_page
 from rankwise.evaluation.report_page import headline
-from rankwise.evaluation.verdict import RankFinding, smallest_rank
+from rankwise.evaluation.verdict import smallest_rank
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.tasks.context import Context

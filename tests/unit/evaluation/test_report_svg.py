@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import re
 
-from rankwise.evaluation.report_svg import Chart, axis
+from rankwise.evaluation.report_axis import axis
+from rankwise.evaluation.report_svg import Chart
 
 
 def test_values_lie_between_both_ends_and_equal_factors_are_equal_lengths():
