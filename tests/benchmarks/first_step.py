@@ -23,8 +23,12 @@ from rankwise.settings import Settings, child_environment
 
 DEFINITION = Path(__file__).parents[2] / "experiments" / "diamonds-rank.yaml"
 SMALL = [
-    "training.max_steps=2", "dataset.limit={train: 500, eval: 4}", "evaluation.metrics=[loss]", "register=null",
-]  # fmt: skip
+    "training.max_steps=2",
+    "training.warmup_steps=0",
+    "dataset.limit={train: 500, eval: 4}",
+    "evaluation.metrics=[loss]",
+    "register=null",
+]
 # What a machine has fetched and converted; quantized bases and tokens are made anew in the first case.
 _FETCHED = ("bases", "pypi", "tensor-digests")
 _LONGEST_S = 600.0

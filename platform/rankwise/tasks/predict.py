@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import rankwise.flavor as flavor
 from rankwise.assets.confine import confine
 from rankwise.assets.digest import file_digest
+from rankwise.assets.progress import Advance
 from rankwise.exceptions import ConfigError, JobError
 from rankwise.inference.answering import answer_shards, check_adapters
 from rankwise.inference.output import write_output
@@ -23,6 +25,8 @@ from rankwise.tasks.prediction import Prediction, jobs_of_prediction
 from rankwise.tasks.prediction_run import record_prediction
 from rankwise.tasks.session import Session, token_of
 from rankwise.tasks.stoppable import Stoppable
+
+logger = logging.getLogger(__name__)
 
 
 def predict_claimed(session: Session, jobs: Sequence[Job]) -> None:
@@ -99,12 +103,15 @@ def _answer(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
     left = [shard for shard in span if not parts.has(shard)]
     done = work.rows - sum(len(work.manifest.span(shard)) for shard in left)
     tokens, seconds = 0, 0.0
-    watched = _Watched(session, token, rows=work.rows, done=done, kept=len(span) - len(left))
+    first = work.manifest.span(span.start).start
+    logger.info("rows %d to %d, %d of them answered already", first, first + work.rows - 1, done)
     if left:
         with ExitStack() as stack:
             predictor = _load(session, work, stack)
             check_adapters(work.manifest, predictor.adapters)
             session.phase("answer")
+            advance = stack.enter_context(session.voice.task("answering", work.rows - done, "rows"))
+            watched = _Watched(session, token, advance, rows=work.rows, done=done, kept=len(span) - len(left))
             began = time.perf_counter()
             try:
                 for shard, answers in answer_shards(
@@ -147,11 +154,16 @@ class _Watched(Stoppable):
 
     stops = False
 
-    def __init__(self, session: Session, token: str, *, rows: int, done: int, kept: int) -> None:
+    def __init__(self, session: Session, token: str, advance: Advance, *, rows: int, done: int, kept: int) -> None:
         super().__init__(session, [token])
+        self._advance = advance
         self._rows, self._done, self._kept, self._tokens_made = rows, done, kept, 0
         self._began = time.perf_counter()
         self._tell(0)
+
+    def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+        """One bar for all shards of the job."""
+        return nullcontext(self._advance)
 
     def moved(self, description: str, done: int, total: int | None) -> None:
         """Rows of the shard under way."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rankwise.assets.progress import Advance
 from rankwise.tasks.session import Session
@@ -24,7 +24,7 @@ class Stoppable:
     def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
         """See `rankwise.assets.progress.Progress.task`."""
         done = 0
-        with self._session.voice.task(description, total, unit) as advance:
+        with self.shown(description, total, unit) as advance:
 
             def move(amount: int) -> None:
                 nonlocal done
@@ -35,6 +35,10 @@ class Stoppable:
                 advance(amount)
 
             yield move
+
+    def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+        """Show a task to people."""
+        return self._session.voice.task(description, total, unit)
 
     def moved(self, description: str, done: int, total: int | None) -> None:
         """Tell how far a task is."""
