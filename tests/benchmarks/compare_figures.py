@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -56,15 +57,17 @@ def main() -> None:
             "compare --csv": [*python, "compare", EXPERIMENT, "--csv"],
             "report": [*python, "report", EXPERIMENT, "--output", str(page)],
         }
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
         for _ in range(given.times):
             for name, program in programs.items():
                 seconds[name].append(_seconds(program, home))
         size = page.stat().st_size
-    idle = median(seconds["start-up alone"])
-    print(f"{given.arms} arms, {size / 1e6:.2f} MB of HTML; load {os.getloadavg()[0]:.1f}")
+    print(f"{given.arms} arms, {size / 1e6:.2f} MB of HTML; load {os.getloadavg()[0]:.1f}; medians of {given.times}")
+    idle = [median(each) for each in zip(*seconds["start-up alone"], strict=True)]
     for name, taken in seconds.items():
-        print(f"{name:16} {median(taken):6.2f} s ({min(taken):.2f} to {max(taken):.2f}), {median(taken) - idle:+.2f} s")
+        wall, cpu = (median(each) for each in zip(*taken, strict=True))
+        beyond = f"beyond start-up {wall - idle[0]:.2f} s ({cpu - idle[1]:.2f} s of CPU)"
+        print(f"{name:16} {wall:6.2f} s ({cpu:.2f} s of CPU)  {beyond}")
     if given.json is not None:
         given.json.write_text(json.dumps({"arms": given.arms, "bytes": size, "seconds": seconds}, indent=2) + "\n")
 
@@ -76,14 +79,15 @@ def _fill(home: Path, arms: int) -> None:
             fill(store, EXPERIMENT, arms)
 
 
-def _seconds(program: list[str], home: Path) -> float:
+def _seconds(program: list[str], home: Path) -> tuple[float, float]:
+    """Wall time and CPU time of a process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RANKWISE_", "MLFLOW_"))}
-    since = time.perf_counter()
+    since, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(program, env={**environment, "RANKWISE_HOME": str(home)}, capture_output=True, check=False)
-    taken = time.perf_counter() - since
+    taken, after = time.perf_counter() - since, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(done.stderr.decode())
-    return taken
+    return taken, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":
