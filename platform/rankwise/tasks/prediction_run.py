@@ -61,7 +61,7 @@ def _open(session: Session, job: Job, work: Prediction) -> Run:
     store, request = session.context.store, work.manifest.request
     if job.mlflow_run_id is not None:
         return store.resume_run(job.mlflow_run_id, system_metrics=False, attempt=job.attempts)
-    decoding = ("max_new_tokens", "temperature", "top_p", "seed", "prompt")
+    decoding = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt")
     run = store.start_run(
         store.experiment(EXPERIMENT),
         work.output.name,
