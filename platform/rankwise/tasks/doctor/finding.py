@@ -13,9 +13,9 @@ from rankwise.settings import Settings
 class State(StrEnum):
     """How a finding stands, from good to bad."""
 
-    OK = "ok"
     SKIPPED = "skipped"
     """Not looked at, since there is nothing to look at: no GPU, no server, no queue yet."""
+    OK = "ok"
     WARNING = "warning"
     """Works, but not as it could, or not as safely."""
     PROBLEM = "problem"
@@ -40,8 +40,8 @@ class Finding:
 
     def __post_init__(self) -> None:
         # The one place that all texts come through, those of other programs' errors too.
-        object.__setattr__(self, "seen", redact(self.seen))
-        object.__setattr__(self, "advice", redact(self.advice))
+        object.__setattr__(self, "seen", " ".join(redact(self.seen).split()))
+        object.__setattr__(self, "advice", " ".join(redact(self.advice).split()))
 
     def to_json(self) -> dict[str, str]:
         """The form in `rankwise doctor --json`."""

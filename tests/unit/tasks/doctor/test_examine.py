@@ -69,9 +69,13 @@ def test_secrets_are_taken_out_of_what_the_doctor_says(settings):
         assert "[redacted]" in text
 
 
+def test_what_another_program_said_over_several_lines_is_one_line():
+    assert problem("x", "refused:\n\tIs the server running?", "").seen == "refused: Is the server running?"
+
+
 def test_the_worst_finding_decides():
     assert worst([]) is State.OK
-    assert worst([ok("a", ""), skipped("b", "")]) is State.SKIPPED
+    assert worst([ok("a", ""), skipped("b", "")]) is State.OK
     assert worst([warning("a", "", ""), ok("b", ""), skipped("b", "")]) is State.WARNING
     assert worst([warning("a", "", ""), problem("b", "", ""), ok("c", "")]) is State.PROBLEM
 
