@@ -10,6 +10,8 @@ from rich.console import Console
 
 from rankwise.settings import Settings
 
+_MOST_EXPERIMENTS = 10
+
 
 @click.command()
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
@@ -24,6 +26,7 @@ def ui(port: int, host: str) -> None:
     from rankwise.redact import redact
     from rankwise.tracking.connect import connect
     from rankwise.tracking.server import is_remote, serve
+    from rankwise.tracking.table_view import latest_views
 
     settings = Settings.load()
     console = Console(stderr=True)
@@ -38,11 +41,13 @@ def ui(port: int, host: str) -> None:
         status = console.status("Starting MLflow ...")
         status.start()
         try:
-            connect(settings)
+            client = connect(settings)
             with serve(settings, host, port) as server:
                 status.stop()
                 console.print("MLflow's UI is at the address below; Ctrl-C ends it.", highlight=False)
                 click.echo(server.url)
+                for name, route in latest_views(client, _MOST_EXPERIMENTS):
+                    console.print(f"{name}: {server.url}/{route}", highlight=False, markup=False, soft_wrap=True)
                 server.wait()
         finally:
             status.stop()

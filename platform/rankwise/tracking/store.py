@@ -27,6 +27,7 @@ from rankwise.tracking.replay import ATTEMPT, Replay
 from rankwise.tracking.runs import KIND, NOTE, PARENT, SPEC_HASH, Run, Scalar, shorten
 from rankwise.tracking.sender import Sender
 from rankwise.tracking.system_metrics import SystemMonitor
+from rankwise.tracking.table_view import VIEW_TAG, table_view
 
 if TYPE_CHECKING:
     from rankwise.experiment.schema import ExperimentSpec
@@ -343,6 +344,8 @@ class Store:
 def _experiment_tags(spec: ExperimentSpec | None) -> dict[str, str]:
     # The kind keeps the UI from asking whether this is about training or about language model applications.
     tags = {"mlflow.experimentKind": "custom_model_development"}
+    if spec is not None:
+        tags[VIEW_TAG] = table_view(spec)
     if spec is not None and spec.description:
         tags[NOTE] = shorten(redact(spec.description))
     return tags

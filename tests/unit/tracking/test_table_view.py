@@ -1,0 +1,48 @@
+"""The table of an experiment under its own link has the columns that tell arms apart."""
+
+import json
+
+from helpers.definitions import parse
+
+from rankwise.tracking.table_view import VIEW_TAG, latest_views, table_view, view_route
+
+
+def columns(spec):
+    return json.loads(table_view(spec))["selectedColumns"]
+
+
+def test_rank_alpha_and_dropout_come_first_then_what_the_sweep_varies_then_metrics():
+    swept = (
+        "    lora.r: [4, 8]\n",
+        "    lora.r: [4, 8]\n    lora.lora_alpha: [8, 16]\n    training.learning_rate: [1e-3]\n",
+    )
+    assert columns(parse(swept)) == [
+        "params.`lora.r`",
+        "params.`lora.alpha`",
+        "params.`lora.dropout`",
+        "params.`training.learning_rate`",
+        "metrics.`eval.loss`",
+        "metrics.`eval.perplexity`",
+        "metrics.`eval.mean_absolute_error`",
+        "metrics.`eval.mean_relative_error`",
+        "metrics.`eval.within_20_percent`",
+        "metrics.`eval.parse_failures`",
+        "metrics.`adapter.parameters`",
+        "attributes.`Models`",
+    ]
+
+
+def test_listed_arms_count_too():
+    spec = parse(
+        ("sweep:\n  parameters:\n    lora.r: [4, 8]\n", "sweep: {arms: [{lora.r: 2}, {lora.use_rslora: true}]}\n")
+    )
+    assert "params.`lora.rslora`" in columns(spec)
+
+
+def test_an_experiment_has_the_view_and_is_found_with_its_address(store):
+    spec = parse()
+    experiment = store.experiment(spec.name, spec)
+    store.experiment("another")
+    assert json.loads(store.client.get_experiment(experiment).tags[VIEW_TAG]) == {"selectedColumns": columns(spec)}
+    assert latest_views(store.client, 5) == [(spec.name, view_route(experiment))]
+    assert view_route("7") == "#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=rankwise"
