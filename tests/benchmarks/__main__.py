@@ -33,7 +33,7 @@ PART_NAMES = ("throughput", "sweep", "tracking", "halving")
 @click.option("--minutes", type=float, default=None, help="Begin nothing that would end later.")
 @click.option("--threads", type=int, default=None, help="Threads of torch.")
 @click.option("--resume", is_flag=True, help="Keep what was measured to its end with the same options.")
-@click.option("--halving-steps", default=48, help="Steps of an arm of the sweep with early stopping over the subject.")
+@click.option("--halving-steps", default=80, help="Steps of an arm of the sweep with early stopping over the subject.")
 @click.option("--halving-seeds", default="0-9", help="Seeds of the sweeps with early stopping over a small base.")
 @click.option("--quick", is_flag=True, help="A tiny base, in seconds: whether the benchmark works.")
 @click.option(

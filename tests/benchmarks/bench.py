@@ -60,7 +60,7 @@ class Options:
     sweep_steps: int = 16
     sweep_arms: int = 8
     sampled_arms: int = 2
-    halving_steps: int = 48
+    halving_steps: int = 80
     small_steps: int = 128
     halving_seeds: tuple[int, ...] = tuple(range(10))
     pretraining_steps: int = 600
