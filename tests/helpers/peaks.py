@@ -6,7 +6,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.feed_forward import lean_feed_forwards
 from rankwise.modeling.packed_lora import delete_adapter, install
+from rankwise.training.budget import widest_pass
 from rankwise.training.living import LivingArm
 from rankwise.training.memory import PeakMemory
 from rankwise.training.mode import training_mode
@@ -16,7 +18,11 @@ from rankwise.training.step import Stepper
 def peak_of_step(base, tasks) -> int:
     """Bytes above what is there before a step whose gradients exist already."""
     checkpointing = tasks[0].spec.training.gradient_checkpointing
-    with training_mode(base.model, gradient_checkpointing=checkpointing), keep_dequantized(base.model):
+    with (
+        training_mode(base.model, gradient_checkpointing=checkpointing),
+        keep_dequantized(base.model, tokens=widest_pass(tasks, None)),
+        lean_feed_forwards(base.model),
+    ):
         arms = [LivingArm(task, base.model) for task in tasks]
         try:
             stepper = Stepper(base.model, install(base.model), 3, PeakMemory(base.device))

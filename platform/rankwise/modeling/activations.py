@@ -10,7 +10,8 @@ The base is frozen, so its linear layers keep nothing. What one decoder layer ke
 | inputs of the two norms, and a number each | 2 H + 2, in fp32 |
 | attention: queries, keys, values and result, and a number a head | 2 Q + 2 K + heads |
 | where one layer makes queries, keys and values, the values keep all of its output | Q + K more |
-| gated feed-forward: gate, its activation, up; without a gate the activation's input | 3 F, or F |
+| gated feed-forward: gate and up (`feed_forward`); where that cannot help, the activation too | 2 F, or 3 F |
+| feed-forward without a gate: the activation's input | F |
 | inputs of layers with adapters, each distinct one once | H, Q, F |
 | dropout masks on a CPU, for each module and arm with dropout | a byte for each feature |
 | x A^T of each adapter | R |
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.modeling.estimate import layer_of
+from rankwise.modeling.feed_forward import is_lean
 
 _FLOAT32 = 4
 _BACKWARD_FEATURES = 3
@@ -65,6 +67,7 @@ class ActivationShape:
         fused: Whether one layer makes queries, keys and values.
         intermediate: `F`, times the experts that a token goes to.
         gated: Whether the feed-forward has a gate.
+        lean: Whether `feed_forward` keeps a tensor less of it.
         vocabulary: `V`.
         itemsize: Bytes of a number in the model's dtype.
         keeps_masks: Whether dropout masks are kept (CPU) or drawn again (CUDA).
@@ -78,6 +81,7 @@ class ActivationShape:
     fused: bool
     intermediate: int
     gated: bool
+    lean: bool
     vocabulary: int
     itemsize: int
     keeps_masks: bool
@@ -110,6 +114,7 @@ class ActivationShape:
             fused=heads * head + 2 * keys in others,
             intermediate=experts * intermediate,
             gated=sum(widths) >= 2 * intermediate or experts > 1,
+            lean=experts == 1 and is_lean(linear),
             vocabulary=int(text.vocab_size),
             itemsize=itemsize,
             keeps_masks=cpu,
@@ -131,7 +136,7 @@ class ActivationShape:
         tokens = sum(rows * length for rows, length, _ in passes)
         adapted = {(module.rpartition(".")[0], size) for _, _, each in passes for module, size in each.inputs.items()}
         inputs = sum(size for module, size in adapted)
-        feed_forward = (3 if self.gated else 1) * self.intermediate
+        feed_forward = (2 if self.lean else 3 if self.gated else 1) * self.intermediate
         attention = (3 if self.fused else 2) * (self.attention + self.keys)
         layer = tokens * (_FLOAT32 * (2 * self.hidden + 2) + self.itemsize * (attention + feed_forward))
         layer += tokens * _FLOAT32 * self.heads

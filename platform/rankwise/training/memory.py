@@ -1,6 +1,8 @@
-"""The largest memory seen, and the end of it."""
+"""The largest memory seen, the end of it, and giving it back."""
 
 from __future__ import annotations
+
+import ctypes
 
 import psutil
 import torch
@@ -8,6 +10,12 @@ import torch
 from rankwise.modeling.out_of_memory import is_out_of_memory
 
 __all__ = ["PeakMemory", "is_out_of_memory"]
+
+
+def give_back() -> None:
+    """Let the system have what this process has freed on a CPU: glibc keeps it otherwise (750 MiB after a pack)."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 class PeakMemory:

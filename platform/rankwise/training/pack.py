@@ -9,10 +9,12 @@ from pathlib import Path
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.feed_forward import lean_feed_forwards
 from rankwise.training.assess import METRICS
-from rankwise.training.budget import default_token_budget, plan_pack
+from rankwise.training.budget import default_token_budget, plan_pack, widest_pass
 from rankwise.training.checkpoint import Checkpoints
 from rankwise.training.loop import Evaluate, PackLoop
+from rankwise.training.memory import give_back
 from rankwise.training.mode import training_mode
 from rankwise.training.passes import Passes
 from rankwise.training.values import ArmOutcome, ArmTask, PackObserver, StepRecord
@@ -78,12 +80,18 @@ def train_pack(
     else:
         passes = Passes(parts=parts, max_tokens=max_pack_tokens or default_token_budget(base))
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
-    with training_mode(base.model, gradient_checkpointing=checkpointing), keep_dequantized(base.model):
+    give_back()
+    with (
+        training_mode(base.model, gradient_checkpointing=checkpointing),
+        keep_dequantized(base.model, tokens=widest_pass(tasks, passes.max_tokens)),
+        lean_feed_forwards(base.model),
+    ):
         pack = PackLoop(base, tasks, checkpoints, observer, evaluate, passes)
         try:
             return pack.run(should_stop, should_leave)
         finally:
             pack.close()
+            give_back()
 
 
 def _check(tasks: Sequence[ArmTask], evaluate: Evaluate | None) -> None:

@@ -5,7 +5,7 @@ import torch
 from helpers.packs import load_tiny, make_arm
 
 from rankwise.modeling import dequantized
-from rankwise.modeling.dequantized import free_memory, keep_dequantized
+from rankwise.modeling.dequantized import KEEP_BELOW, dequantized_bytes, free_memory, is_dequantized, keep_dequantized
 from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter, install
 
 
@@ -55,12 +55,12 @@ def test_blocks_can_be_nested_and_the_outermost_ends_it(model):
     assert not is_kept(model)
 
 
-def test_too_little_memory_leaves_the_model_alone(model, caplog, monkeypatch):
+def test_with_too_little_memory_nothing_is_kept(model, caplog, monkeypatch):
     monkeypatch.setattr(dequantized, "free_memory", lambda: 1 << 20)
     with caplog.at_level("INFO"), keep_dequantized(model, memory_share=0.001) as kept:
         assert not kept
-        assert not is_kept(model)
-    assert "dequantized in each pass" in caplog.text
+        assert not is_dequantized(model)
+    assert "dequantized in each pass: keeping them would take" in caplog.text
 
 
 def test_a_model_without_4_bit_layers_is_left_alone(tmp_path):
@@ -81,3 +81,30 @@ def test_a_control_groups_limit_counts(tmp_path, monkeypatch, limit, expected):
     (tmp_path / "memory.current").write_text("1000\n")
     monkeypatch.setattr(dequantized, "_CGROUP", tmp_path)
     assert free_memory() == expected if expected is not None else free_memory() > 1 << 20
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dequantizing_in_passing_changes_no_bit_either(tmp_path, bias, caplog):
+    model = load_tiny(tmp_path).model
+    if bias:
+        for n, module in enumerate(module for module in model.modules() if type(module).__name__ == "Linear4bit"):
+            module.bias = torch.nn.Parameter(torch.linspace(-1, n, module.out_features), requires_grad=False)
+    with keep_dequantized(model):
+        before = forward_and_backward(model)
+    with caplog.at_level("INFO"), keep_dequantized(model, tokens=KEEP_BELOW) as kept:
+        assert not kept
+        with keep_dequantized(model) as inner:
+            assert not inner
+        inside = forward_and_backward(model)
+    assert f"gains little with {KEEP_BELOW} tokens a pass" in caplog.text
+    assert not is_kept(model)
+    for one, two in zip(before, inside, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_is_dequantized_at_a_time_is_counted(model):
+    sizes = [4 * layer.in_features * layer.out_features for layer in dequantized._layers(model)]
+    assert dequantized_bytes(model, tokens=KEEP_BELOW - 1) == sum(sizes)
+    assert dequantized_bytes(model, tokens=KEEP_BELOW) == max(sizes)
+    with keep_dequantized(model):
+        assert dequantized_bytes(model, tokens=KEEP_BELOW) == sum(sizes)
