@@ -149,6 +149,8 @@ def test_an_extended_sweep_trains_only_what_is_missing(tmp_path):
     assert [arm["model_uri"] for arm in linked["arms"]] == [arm["model_uri"] for arm in comparison["arms"]]
     assert [arm["metrics"] for arm in linked["arms"]] == [arm["metrics"] for arm in comparison["arms"]]
     assert linked["base"] == comparison["base"]
+    # The results of single examples are with the runs of the other experiment.
+    assert linked["smallest_rank"]["noise"] == {"examples": "paired", "seeds": False}
 
 
 def test_a_recorded_definition_starts_again_elsewhere(finished, client):
