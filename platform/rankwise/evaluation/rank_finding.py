@@ -83,7 +83,9 @@ class RankFinding:
         if self.chosen is self.best:
             if rank_of(self.chosen) == smallest:
                 return f"r = {rank} is the smallest rank, and no larger one has a better mean."
-            return f"r = {rank} is the best, and every smaller rank is worse beyond noise ({percent})."
+            largest = rank_of(self.chosen) == max(rank_of(each) for each in self.configurations)
+            which = ", the largest that has a result," if largest else ""
+            return f"r = {rank}{which} is the best, and every smaller rank is worse beyond noise ({percent})."
         told = (
             f"{title(self.key)} {self._mean(self.chosen)} against {self._mean(self.best)}, truly worse by "
             f"{self.amount(self.verdict.at_most)} at most ({percent})"

@@ -50,7 +50,10 @@ def test_the_first_line_names_the_smallest_rank_and_what_it_may_cost():
 
 def test_the_first_line_says_when_the_best_stands_alone_and_when_nothing_is_told_apart():
     assert find_smallest_rank(losses(0.93, 0.85, 0.71), alike(0.01)).headline == (
-        "r = 8 is the best, and every smaller rank is worse beyond noise (95 %)."
+        "r = 8, the largest that has a result, is the best, and every smaller rank is worse beyond noise (95 %)."
+    )
+    assert find_smallest_rank(losses(0.93, 0.71, 0.9), alike(0.01)).headline == (
+        "r = 4 is the best, and every smaller rank is worse beyond noise (95 %)."
     )
     tied = find_smallest_rank(losses(0.712, 0.711, 0.71), alike(0.1))
     assert tied.headline.startswith("r = 2, the smallest, is not worse than the best (r = 8) beyond noise")
