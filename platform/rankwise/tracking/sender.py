@@ -23,6 +23,10 @@ _LONGEST_PAUSE = 30.0
 _LONGEST_PAUSE_DRAINING = 2.0
 # How long `remove` waits for a request under way; MLflow's client retries a dead server for minutes.
 _HANGING_SECONDS = 5.0
+# A round of deliveries takes time from the training: 8 ms of CPU time for a run's request over SQLite, and 0.08 ms for a
+# point. So it rests for so many times its own length, which gathers more points for each request.
+_REST = 300
+_MOST_INTERVALS = 6
 # How many outboxes are delivered in the background; others stay in their files for `sync`.
 _MOST_LEFT = 200
 
@@ -47,6 +51,11 @@ class _Post:
     refusals: list[str] = field(default_factory=list)
 
 
+def rest(interval: float, took: float) -> float:
+    """Seconds until the next round, after one that took so many seconds of CPU time."""
+    return min(max(interval, _REST * took), _MOST_INTERVALS * interval)
+
+
 class Sender:
     """Sends what outboxes hold, in order, in batches, until it was accepted.
 
@@ -66,7 +75,8 @@ class Sender:
 
         Args:
             client: Gives the client of the store; may raise a `TrackingError` as long as the store does not answer.
-            interval: Seconds between two looks at the outboxes, so that points travel in batches.
+            interval: Seconds between two looks at the outboxes, so that points travel in batches; up to six times as
+                many where a look takes long, so that deliveries stay below a third of a percent of a core.
             send: What sends one batch.
             unreachable: Says in a moment why the store does not answer, or None: a request of MLflow's client to a dead
                 server is retried for minutes, in which nobody would notice that it came back.
@@ -81,6 +91,7 @@ class Sender:
         self._closing = False
         self._drains = 0
         self._pause = 0.0
+        self._rest = interval
         self._busy: Outbox | None = None
         self._outage: str | None = None
 
@@ -190,7 +201,7 @@ class Sender:
     def _work(self) -> None:
         while True:
             with self._changed:
-                pause = self._pause or self._interval
+                pause = self._pause or self._rest
                 if self._drains:
                     pause = min(self._pause, _LONGEST_PAUSE_DRAINING)
                 if not self._closing and pause:
@@ -199,7 +210,9 @@ class Sender:
                 if self._closing:
                     return
                 posts = list(self._posts.values())
+            began = time.thread_time()
             failed = not self._round([post for post in posts if post.outbox.pending])
+            self._rest = rest(self._interval, time.thread_time() - began)
             self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE) if failed else 0.0
 
     def _round(self, posts: list[_Post]) -> bool:

@@ -10,7 +10,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UN
 from rankwise.exceptions import TrackingError
 from rankwise.tracking import sender as module
 from rankwise.tracking.outbox import Outbox
-from rankwise.tracking.sender import Sender
+from rankwise.tracking.sender import Sender, rest
 
 
 class Server:
@@ -280,3 +280,9 @@ def test_a_flood_of_ended_runs_does_not_hold_open_files_without_end(tmp_path, se
         time.sleep(0.01)
     assert sorted(server.steps) == [("r0", 0), ("r1", 0)]
     assert all(outbox.path.exists() for outbox in outboxes[2:])
+
+
+def test_rounds_that_take_long_come_less_often_but_not_seldom():
+    assert rest(10.0, 0.0) == 10.0
+    assert rest(10.0, 0.064) == pytest.approx(19.2)
+    assert rest(10.0, 30.0) == 60.0
