@@ -79,8 +79,8 @@ def measure(bench: Bench, micro_batch: int, save: Callable[[dict[str, Any]], Non
         "share": observer.seconds / wall + threads / cpu,
     }
     bench.say(
-        f"tracking, micro-batch {micro_batch}: {result['share']:.2%} of the step time: {1000 * observer.seconds:.0f} ms "
-        f"of {wall:.0f} s in the training's thread, {1000 * threads:.0f} ms of {cpu:.0f} s CPU in others"
+        f"tracking, micro-batch {micro_batch}: {result['share']:.2%} of the step time: "
+        f"{1000 * observer.seconds:.0f} ms of {wall:.0f} s in the training's thread, {1000 * threads:.0f} ms of {cpu:.0f} s CPU in others"
     )
     save(result)
 
