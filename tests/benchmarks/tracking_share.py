@@ -78,9 +78,10 @@ def measure(bench: Bench, micro_batch: int, save: Callable[[dict[str, Any]], Non
         "threads": threads,
         "share": observer.seconds / wall + threads / cpu,
     }
+    own, others = 1000 * observer.seconds, 1000 * threads
     bench.say(
-        f"tracking, micro-batch {micro_batch}: {result['share']:.2%} of the step time: "
-        f"{1000 * observer.seconds:.0f} ms of {wall:.0f} s in the training's thread, {1000 * threads:.0f} ms of {cpu:.0f} s CPU in others"
+        f"tracking, micro-batch {micro_batch}: {result['share']:.2%} of the step time: {own:.0f} ms of {wall:.0f} s in "
+        f"the training's thread, {others:.0f} ms of {cpu:.0f} s CPU in others"
     )
     save(result)
 

@@ -23,8 +23,8 @@ _LONGEST_PAUSE = 30.0
 _LONGEST_PAUSE_DRAINING = 2.0
 # How long `remove` waits for a request under way; MLflow's client retries a dead server for minutes.
 _HANGING_SECONDS = 5.0
-# A round of deliveries takes time from the training: 8 ms of CPU time for a request (one a run) over SQLite, and 0.08 ms
-# for a point. So it rests for so many times its own length, which gathers more points for each request.
+# A round of deliveries takes time from the training: 8 ms of CPU time for each run's request over SQLite, and 0.08 ms
+# for each point. So it rests for so many times its own length, which gathers more points for a request.
 _REST = 300
 _MOST_INTERVALS = 6
 # How many outboxes are delivered in the background; others stay in their files for `sync`.
