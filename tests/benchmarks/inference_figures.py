@@ -386,7 +386,8 @@ def _decode(unit: Mapping[str, Any]) -> list[str]:
             shown = "" if way.startswith("rankwise") else shown
             parted = cell["parted"][way]
             other = "none" if not parted["answers"] else f"{parted['answers']}, margin up to {parted['widest']:.1g}"
-            gpu = _mb(cell["gpu_bytes"][way]) if cell["gpu_bytes"][way] else ""
+            peak = cell.get("gpu_bytes", {}).get(way, 0)
+            gpu = _mb(peak) if peak else ""
             lines.append(f"| {way} | {rows} | {_spread(speeds)} | {shown} | {other} | {gpu} |")
     return lines
 
