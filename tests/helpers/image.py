@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PYTHON = Path(sys.executable).resolve()
 KNOWN = {"FROM", "ARG", "ENV", "WORKDIR", "RUN", "COPY", "USER", "LABEL", "VOLUME", "CMD"}
 
 
@@ -125,8 +126,9 @@ class Image:
             if keyword == "FROM":
                 base, _, name = rest.partition(" AS ")
                 assert base == "${PYTHON_IMAGE}", "the stages begin with the base image"
-                # What python's image has.
-                stages.append(Stage(name, environment={"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}))
+                # What Python's image has.
+                search = f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+                stages.append(Stage(name, environment={"PATH": search}))
                 given = {}
                 continue
             if not stages:
@@ -188,13 +190,12 @@ class Image:
         for name in ("root", "upper", "work"):
             (place / name).mkdir(parents=True, exist_ok=True)
         root = place / "root"
-        python = Path(sys.executable).resolve()
         return "\n".join([
             f"mount -t overlay overlay -o lowerdir=/,upperdir={place}/upper,workdir={place}/work {root}",
             f"mount -t proc proc {root}/proc && mount --rbind /dev {root}/dev",
-            # The base image has its Python there, and everybody may run it.
-            f"ln -sf {python} {root}/usr/local/bin/python",
-            f"chmod o+x {' '.join(f'{root}{parent}' for parent in python.parents)}",
+            # Everybody may run the Python of the base image, under its usual name.
+            f"ln -sfn {PYTHON.name} {root}{PYTHON.parent}/python",
+            f"chmod o+x {' '.join(f'{root}{parent}' for parent in PYTHON.parents)}",
             # No process of the build sees this checkout.
             f"mount -t tmpfs tmpfs {root}{ROOT}",
         ])  # fmt: skip

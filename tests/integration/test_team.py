@@ -67,8 +67,9 @@ def team(directory):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"), fresh=True)
+def project(directory):
+    # Where the workers' containers see it.
+    return make_project(directory / "experiments" / "tiny", fresh=True)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_no_secret_is_in_any_log_run_object_or_table(team, anna, project, passwo
     assert len(secrets) == 11
     texts = {}
     # The files of the servers, of the workers' homes, of people.
-    for root in (team.data / "logs", team.data / "volumes" / "home", project.home):
+    for root in (team.data / "logs", team.data / "volumes" / "home", project.directory):
         for path in root.rglob("*"):
             if path.is_file():
                 texts[str(path)] = path.read_bytes()

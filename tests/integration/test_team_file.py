@@ -107,6 +107,13 @@ def test_stores_have_no_way_out_and_workers_none_to_the_object_store(directory, 
         assert not [key for key in services[name]["environment"] if key.startswith("AWS_")]
 
 
+def test_definitions_read_files_of_the_experiments_only(services):
+    for name in ("worker-cpu", "worker-gpu", "ray-node", "rankwise"):
+        root = services[name]["environment"]["RANKWISE_DATA_ROOT"]
+        (mount,) = [mount for mount in services[name]["volumes"] if mount["type"] == "bind"]
+        assert (mount["target"], mount["read_only"]) == (root, True)
+
+
 def test_every_lasting_service_has_a_probe_that_allows_for_its_start(services):
     for name, service in services.items():
         if name in ONCE:
