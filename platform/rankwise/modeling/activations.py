@@ -21,7 +21,7 @@ backward pass makes and drops inside one layer. Logits are counted three times i
 its gradient; in 16 bit twice more for the head's output and its gradient.
 
 Compared with the peak of torch's allocations in a step on a CPU (activations and logits together, estimate / peak):
-for SmolLM2-135M with adapters on q, k, v, o (4 arms, 640 tokens) 1.06, with gradient checkpointing 0.99; for tiny bases
+for SmolLM2-135M with adapters on q, k, v, o (4 arms, 640 tokens) 1.08, with gradient checkpointing 0.99; for tiny bases
 of llama's and gpt_neox's kind 1.08 to 1.21.
 """
 
