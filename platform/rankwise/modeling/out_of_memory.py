@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 # What torch's allocator for CPUs and C++ say; there is no class of its own for it.
-_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
+_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    # CUDA's own libraries ask for memory past torch's allocator.
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

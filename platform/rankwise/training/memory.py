@@ -9,7 +9,7 @@ import torch
 
 from rankwise.modeling.out_of_memory import is_out_of_memory
 
-__all__ = ["PeakMemory", "is_out_of_memory"]
+__all__ = ["PeakMemory", "give_back", "is_out_of_memory"]
 
 
 def give_back() -> None:
