@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-compare bench-inference gpu ui clean
+.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-compare bench-inference gpu audit ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14

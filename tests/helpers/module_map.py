@@ -1,6 +1,6 @@
 """The map of modules in the documentation: the first sentence of each module's docstring.
 
-    PYTHONPATH=tests python -m helpers.module_map > platform/docs/modules.md
+PYTHONPATH=tests python -m helpers.module_map > platform/docs/modules.md
 """
 
 import ast

@@ -41,10 +41,16 @@ def _sections(node: Node, path: KeyPath, title: str) -> Iterator[str]:
 def _row(path: KeyPath, node: Node) -> str:
     text = " ".join(str(node.get("description", "")).split())
     name = dotted(path)
-    marks = ", ".join(mark for mark, there in (("*e*", name in numbers() and name != "version"), ("*s*", name in sweepable())) if there)
+    marks = {"*e*": name in numbers() and name != "version", "*s*": name in sweepable()}
     only_section = keys(node) and not any(option.get("type") == "string" for option in options(node))
     values = f"see `{name}` below" if only_section else allowed(path)
-    cells = [f"`{path[-1]}`", marks, text, values, "" if only_section else _default(node)]
+    cells = [
+        f"`{path[-1]}`",
+        ", ".join(mark for mark, there in marks.items() if there),
+        text,
+        values,
+        "" if only_section else _default(node),
+    ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -16,6 +16,8 @@ from rankwise.tracking.errors import tracking_errors
 _KEY = "rankwise"
 VIEW_TAG = f"mlflow.sharedViewState.{_KEY}"
 _ALWAYS = ("lora.r", "lora.alpha", "lora.dropout")
+# In pixels: settings are short numbers, of metrics the name is long.
+_NARROW, _WIDE = 100, 130
 # What MLflow calls these parameters in runs of rankwise.
 _PARAMS = {"lora.lora_alpha": "lora.alpha", "lora.lora_dropout": "lora.dropout", "lora.use_rslora": "lora.rslora"}
 
@@ -33,7 +35,8 @@ def table_view(spec: ExperimentSpec) -> str:
         *(f"metrics.`{name}`" for name in metrics),
         "attributes.`Models`",
     ]
-    return json.dumps({"selectedColumns": columns})
+    widths = {column: _NARROW if column.startswith("params.") else _WIDE for column in columns}
+    return json.dumps({"selectedColumns": columns, "columnOrder": columns, "columnWidths": widths})
 
 
 def view_route(experiment_id: str) -> str:

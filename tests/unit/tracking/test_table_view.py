@@ -43,6 +43,7 @@ def test_an_experiment_has_the_view_and_is_found_with_its_address(store):
     spec = parse()
     experiment = store.experiment(spec.name, spec)
     store.experiment("another")
-    assert json.loads(store.client.get_experiment(experiment).tags[VIEW_TAG]) == {"selectedColumns": columns(spec)}
+    view = json.loads(store.client.get_experiment(experiment).tags[VIEW_TAG])
+    assert view["selectedColumns"] == view["columnOrder"] == list(view["columnWidths"]) == columns(spec)
     assert latest_views(store.client, 5) == [(spec.name, view_route(experiment))]
     assert view_route("7") == "#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=rankwise"
