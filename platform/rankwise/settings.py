@@ -9,7 +9,7 @@
 | `MLFLOW_TRACKING_URI` | the MLflow store | SQLite in the home |
 | `RANKWISE_LOG_LEVEL` | the lowest level of logs on stderr: DEBUG, INFO, WARNING or ERROR | WARNING |
 | `RANKWISE_COMPUTE_DTYPE` | what `compute_dtype: auto` is on this machine: float32, bfloat16 or float16 | by hardware |
-| `RANKWISE_DATA_ROOT` | the directory whose files definitions may name, and no others | none |
+| `RANKWISE_DATA_ROOT` | directories as in `PATH`: definitions and predictions name files below them, no others | none |
 | `RANKWISE_SIGNING_KEY` | file with the Ed25519 private key that signs adapters when they are logged | none |
 | `RANKWISE_TRUSTED_KEYS` | public keys, files or directories as in `PATH`; adapters signed by none are refused | none |
 | `VLLM_API_KEY` | vLLM's own; its plugin tells the server of aliases that have moved | none |
@@ -23,8 +23,9 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Settings:
     bases: tuple[Path, ...] = ()
     offline: bool = False
     log_level: str = "WARNING"
-    data_root: Path | None = None
+    data_roots: tuple[Path, ...] = ()
     signing_key: Path | None = None
     trusted_keys: tuple[Path, ...] = ()
     hub: str = "https://huggingface.co"
@@ -88,7 +89,7 @@ class Settings:
             bases=_paths(env.get("RANKWISE_BASES", "")),
             offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
             log_level=_level(env.get("RANKWISE_LOG_LEVEL") or "WARNING"),
-            data_root=next(iter(_paths(env.get("RANKWISE_DATA_ROOT", ""), several=False)), None),
+            data_roots=_paths(env.get("RANKWISE_DATA_ROOT", "")),
             signing_key=next(iter(_paths(env.get("RANKWISE_SIGNING_KEY", ""), several=False)), None),
             trusted_keys=_paths(env.get("RANKWISE_TRUSTED_KEYS", "")),
             hub=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
@@ -149,9 +150,9 @@ def _level(text: str) -> str:
     return text.upper()
 
 
-def set_data_root(path: Path) -> None:
+def set_data_roots(paths: Sequence[Path]) -> None:
     """Set `RANKWISE_DATA_ROOT` for this process and its children."""
-    os.environ["RANKWISE_DATA_ROOT"] = str(path.expanduser().absolute())
+    os.environ["RANKWISE_DATA_ROOT"] = os.pathsep.join(str(path.expanduser().absolute()) for path in paths)
 
 
 @contextmanager
@@ -260,7 +261,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with storage_errors(path, f"writing {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # On a shared file system a process of another machine may have the same number.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             yield temporary
             with temporary.open("rb") as file:

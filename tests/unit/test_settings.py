@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from rankwise.exceptions import ConfigError, StorageError
-from rankwise.settings import Settings, compute_dtype, set_process_defaults, storage_errors, write_atomically
+from rankwise.settings import (
+    Settings,
+    compute_dtype,
+    replacing,
+    set_process_defaults,
+    storage_errors,
+    write_atomically,
+)
 
 
 def test_everything_lies_in_mlruns_by_default(tmp_path, monkeypatch):
@@ -105,3 +112,12 @@ def test_the_dtype_of_a_machine_is_auto_or_one_that_there_is():
     message = r"RANKWISE_COMPUTE_DTYPE must be one of auto, float32, bfloat16, float16, got 'fp32'"
     with pytest.raises(ConfigError, match=message):
         compute_dtype({"RANKWISE_COMPUTE_DTYPE": "fp32"})
+
+
+def test_two_writers_of_one_file_have_names_of_their_own_also_with_one_number(tmp_path):
+    with replacing(tmp_path / "file") as one, replacing(tmp_path / "file") as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "one"

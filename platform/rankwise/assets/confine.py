@@ -7,6 +7,7 @@ how they are called. Directories of `RANKWISE_BASES` are the operator's own, and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,23 @@ def confine(path: Path, settings: Settings, key: str) -> Path:
 
     Args:
         path: A file or directory, absolute.
-        settings: With the root, or without.
+        settings: With roots, or without.
         key: The key of the experiment file that names it, for messages.
 
     Raises:
-        ConfigError: It lies outside of the root, or holds a link that leads outside.
+        ConfigError: It lies outside of all roots, or holds a link that leads outside.
     """
-    if settings.data_root is None:
+    if not settings.data_roots:
         return path
-    roots = [root.resolve() for root in (settings.data_root, *settings.bases)]
+    roots = [root.resolve() for root in (*settings.data_roots, *settings.bases)]
+    allowed = os.pathsep.join(map(str, settings.data_roots))
     for each in [path, *(sorted(path.rglob("*")) if path.is_dir() else [])]:
         real = each.resolve()
         if not any(real.is_relative_to(root) for root in roots):
             leads = "" if each == real else f" (it is {real})"
             raise ConfigError(
-                f"{key}: {each}{leads} is outside of RANKWISE_DATA_ROOT {settings.data_root}, and this machine reads "
-                "no other files for a definition; put the data there, or ask whoever runs the workers"
+                f"{key}: {each}{leads} is outside of RANKWISE_DATA_ROOT {allowed}, and this machine touches no other "
+                "files for a definition or a prediction; put the data there, or ask whoever runs the workers"
             )
     return path
 

@@ -103,7 +103,8 @@ def _run(
         end = {"do": "end", "parent_run_id": sweep["parent_run_id"]}
         try:
             plan = Plan(among=frozenset(sweep["jobs"]), max_arms=max_arms or MAX_ARMS, fragile=True)
-            with workers_beside(loop, bars, stop, others, sweep["experiment"], max_arms, _GRACE_S):
+            sweep_of = (sweep["experiment"], sweep["parent_run_id"])
+            with workers_beside(loop, bars, stop, others, *sweep_of, max_arms, _GRACE_S):
                 jobs = loop.work(plan)
             if not stop.asked:
                 finish = {**submission, **sweep, "do": "finish", "jobs": sorted(jobs)}

@@ -24,6 +24,7 @@ def workers_beside(
     stop: Stop,
     gpus: Sequence[str],
     experiment: str,
+    watched: str,
     max_arms: int | None,
     grace: float,
 ) -> Iterator[None]:
@@ -37,6 +38,7 @@ def workers_beside(
         stop: The wish to stop, which is passed on.
         gpus: As `CUDA_VISIBLE_DEVICES` takes them; none for no workers.
         experiment: Whose jobs they do.
+        watched: The run of the sweep that this process finishes itself.
         max_arms: The most arms trained together.
         grace: Seconds for a checkpoint after a wish to stop.
     """
@@ -44,9 +46,9 @@ def workers_beside(
         yield
         return
     end = Stop()
-    command = [sys.executable, "-m", "rankwise", "worker", "--experiment", experiment, f"--grace={grace}"]
+    command = [sys.executable, "-m", "rankwise", "worker", "--experiment", experiment, "--watched", watched]
     placer = LocalPlacer(
-        [*command, *([] if max_arms is None else [f"--max-arms={max_arms}"])],
+        [*command, f"--grace={grace}", *([] if max_arms is None else [f"--max-arms={max_arms}"])],
         gpus,
         environment=child_environment({"PYTHONSAFEPATH": "1"}),
         stop=end,

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from rankwise.cli.progress import Bars
-from rankwise.settings import Settings, child_environment, set_data_root
+from rankwise.settings import Settings, child_environment, set_data_roots
 
 if TYPE_CHECKING:
     from rankwise.worker.loop import Plan
@@ -51,10 +51,13 @@ _GIVING_BACK_S = 30.0
 )
 @click.option(
     "--data-root",
+    "data_roots",
+    multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Read no files for definitions but those below this directory (RANKWISE_DATA_ROOT).",
+    help="Read no files for definitions but those below this directory (RANKWISE_DATA_ROOT); repeatable.",
 )
 @click.option("--experiment", hidden=True, help="Only its jobs, for a `rankwise run` that has started this worker.")
+@click.option("--watched", hidden=True, help="The run of the sweep that this `rankwise run` finishes.")
 def worker(
     drain: bool,
     max_arms: int | None,
@@ -62,16 +65,17 @@ def worker(
     lease: float,
     grace: float,
     patience: float | None,
-    data_root: Path | None,
+    data_roots: tuple[Path, ...],
     experiment: str | None,
+    watched: str | None,
 ) -> int:
     """Do jobs of the queue.
 
     SIGTERM or Ctrl-C keeps a checkpoint after the step under way, gives the jobs back and ends; a second one ends at
     once. Whoever claims the jobs goes on from there.
     """
-    if data_root is not None:
-        set_data_root(data_root)
+    if data_roots:
+        set_data_roots(data_roots)
     settings = Settings.load()
     _try_keys(settings)
     console = Console(stderr=True, highlight=False)
@@ -91,7 +95,7 @@ def worker(
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(places)} if places or gpus is not None else {}
         from rankwise.worker.loop import MAX_ARMS, Plan
 
-        plan = Plan(drain=drain, experiment=experiment, max_arms=max_arms or MAX_ARMS)
+        plan = Plan(drain=drain, experiment=experiment, watched=watched, max_arms=max_arms or MAX_ARMS)
         _work(settings, visible, stop, bars, timing, plan, max_arms)
         if stop.asked:
             bars.say("stopped; its jobs are back in the queue")

@@ -84,7 +84,7 @@ def _settle(session: Session, command: Message) -> Value:
     settle_rungs(session.context, jobs)
     submitted = [job.id for job in submit_next(session.context, jobs)]
     if command["complete"]:
-        finish_complete(session.context, jobs)
+        finish_complete(session.context, [job for job in jobs if job.spec.get("parent_run_id") != command["watched"]])
     return {"submitted": submitted}
 
 

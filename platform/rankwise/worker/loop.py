@@ -45,7 +45,8 @@ class Plan:
     Attributes:
         among: Only these jobs; those that they lead to (a search's next arms) join them. None: all.
         drain: End when nothing is left to do.
-        experiment: Only jobs of this experiment, beside a process that has their sweep in hand and finishes it.
+        experiment: Only jobs of this experiment, beside a process that has one of its sweeps in hand.
+        watched: The run of that sweep: it is finished by the process beside.
         max_arms: The most arms trained together.
         fragile: Whether an environment at fault (a full disk, a server that is away) ends the loop with that error; a
             worker that nobody watches waits and tries again.
@@ -54,6 +55,7 @@ class Plan:
     among: frozenset[int] | None = None
     drain: bool = False
     experiment: str | None = None
+    watched: str | None = None
     max_arms: int = MAX_ARMS
     fragile: bool = False
 
@@ -103,7 +105,9 @@ class WorkerLoop:
         self._settled = float("-inf")
         self._waiting_said = False
         self._among: set[int] | None = None
+        self._unsettled = True
         self._finishes = True
+        self._watched: str | None = None
 
     def __enter__(self) -> WorkerLoop:
         """Start the heartbeat."""
@@ -146,7 +150,9 @@ class WorkerLoop:
             RankwiseError: The environment is at fault, and the plan is fragile or was tried for long enough.
         """
         self._among = None if plan.among is None else set(plan.among)
-        self._finishes = plan.among is None and plan.experiment is None
+        self._unsettled = True
+        self._finishes = plan.among is None
+        self._watched = plan.watched
         self._outages.fragile = plan.fragile
         try:
             while not self._stop.asked:
@@ -223,14 +229,27 @@ class WorkerLoop:
         self._settled = time.monotonic()
         if self._stop.asked:
             return
-        command = {"do": "settle", "jobs": [job.id for job in claimed], "complete": self._finishes}
+        self._unsettled = True
+        unended = bool(self._among) and bool(self._unfinished())
+        command = {
+            "do": "settle",
+            "jobs": [job.id for job in claimed],
+            "complete": self._finishes,
+            "watched": self._watched,
+        }
         try:
             value = self._child.ask(command)
         except CommandFailedError as error:
             self._voice.warn(f"after {', '.join(job.title for job in claimed)}: {error.failure.text}")
             return
         if self._among is not None:
-            self._among |= set(value["submitted"])
+            new = set(value["submitted"]) - self._among
+            self._among |= new
+            self._unsettled = unended or bool(new)
+
+    def _unfinished(self) -> list[Job]:
+        """Those of the plan's jobs that have not ended."""
+        return self._queue.jobs(ids=sorted(self._among or ()), states=_UNFINISHED)
 
     def _have_done(self, what: str, jobs: list[Job]) -> None:
         """Have the child work on jobs; then what follows from them, or what a failure means for the loop."""
@@ -267,7 +286,7 @@ class WorkerLoop:
                 )
             return False
         if self._among is not None:
-            left = self._queue.jobs(ids=sorted(self._among), states=_UNFINISHED)
+            left = self._unfinished()
         elif plan.drain:
             left = self._queue.jobs(states=_UNFINISHED, experiment=plan.experiment, limit=100)
         else:
@@ -275,8 +294,8 @@ class WorkerLoop:
                 self._decides_for_the_dead(self._queue.jobs(states=[JobState.QUEUED], limit=_LOOKED_AT))
             return False
         if not left:
-            # Another worker may have ended the last of these jobs, and what follows from that is not known here.
-            return not (self._waiting_said and self._leads_on())
+            # Another worker may have ended one of these jobs since, and what follows from that is not known here.
+            return self._among is None or not self._unsettled or not self._leads_on()
         if not self._decides_for_the_dead(left) and not self._waiting_said:
             self._waiting_said = True
             self._voice.say(f"waiting: {len(left)} jobs are held by another worker or wait for another try")

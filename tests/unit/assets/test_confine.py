@@ -40,6 +40,15 @@ def test_files_outside_are_refused_however_they_are_named(root, settings):
             resolve_data(str(name), None, settings)
 
 
+def test_several_roots_are_separated_as_in_path(root):
+    (root.parent / "other").mkdir()
+    several = Settings.load({"RANKWISE_DATA_ROOT": f"{root}:{root.parent / 'other'}"})
+    for path in (root / "rows.jsonl", root.parent / "other" / "out.jsonl"):
+        assert confine(path, several, "OUTPUT") == path
+    with pytest.raises(ConfigError, match=r"outside of RANKWISE_DATA_ROOT .*/root:.*/other,"):
+        confine(root.parent / "secret.jsonl", several, "INPUT")
+
+
 def test_a_root_that_only_begins_alike_is_another_directory(root, settings):
     (root.parent / "root-other").mkdir()
     with pytest.raises(ConfigError, match="outside of RANKWISE_DATA_ROOT"):

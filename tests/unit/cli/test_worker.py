@@ -1,7 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 
 from rankwise.cli.main import cli
+from rankwise.cli.run_beside import workers_beside
 from rankwise.worker import gpus, local_placer
+from rankwise.worker.loop import Plan
+from rankwise.worker.stopping import Stop
 
 
 @pytest.fixture
@@ -42,3 +47,32 @@ def test_the_gpus_of_the_machine_are_taken_without_being_named(placed, monkeypat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     invoke("--drain")
     assert placed[0][1] == ("2", "3")
+
+
+def test_a_worker_beside_a_run_is_told_which_sweep_is_not_its_own(monkeypatch):
+    given = []
+    monkeypatch.setattr("rankwise.cli.worker._work", lambda *values: given.extend(values))
+    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    invoke("--experiment", "e", "--watched", "run-1")
+    (plan,) = [value for value in given if isinstance(value, Plan)]
+    assert (plan.experiment, plan.watched, plan.drain) == ("e", "run-1", False)
+
+
+def test_a_run_names_its_sweep_to_the_workers_beside_it(monkeypatch):
+    commands = []
+
+    class Placer:
+        def __init__(self, command, places, **named):
+            commands.append(command)
+
+        def run(self):
+            return 0
+
+    monkeypatch.setattr("rankwise.cli.run_beside.LocalPlacer", Placer)
+    loop = SimpleNamespace(await_workers=lambda count, timeout: True)
+    bars = SimpleNamespace(say=lambda text: None)
+    with workers_beside(loop, bars, Stop(), ["1"], "e", "run-1", 4, 5.0):
+        pass
+    assert commands[0][2:] == [
+        "rankwise", "worker", "--experiment", "e", "--watched", "run-1", "--grace=5.0", "--max-arms=4"
+    ]  # fmt: skip

@@ -452,6 +452,42 @@ def test_a_run_goes_on_with_what_another_worker_has_proposed(bench):
     assert bench.states() == {"a": "succeeded", "b": "succeeded"}
 
 
+def test_a_run_goes_on_although_another_worker_ended_the_last_job_while_what_follows_was_decided(bench):
+    first, second = bench.queue.submit([job("a"), job("b", pack_key="q")])
+    (elsewhere,) = bench.queue.claim(replace(ME, name="other"), lease=60, among=[second.id])
+    proposed = []
+
+    def script(child, command):
+        if command["do"] == "settle":
+            if len(child.commands("settle")) == 1:
+                bench.queue.finish(elsewhere.token, Outcome.SUCCEEDED)
+            elif not proposed:
+                proposed.extend(bench.queue.submit([job("c")]))
+            yield {"event": "done", "value": {"submitted": [each.id for each in proposed]}}
+            return
+        yield from succeed(bench)(child, command)
+
+    jobs = bench.work(script, Plan(among=frozenset([first.id, second.id])))
+    assert jobs == {first.id, second.id, *(each.id for each in proposed)}
+    assert bench.states() == {"a": "succeeded", "b": "succeeded", "c": "succeeded"}
+    assert len(bench.children[0].commands("settle")) == 3, "what nobody else has changed is not settled again"
+
+
+def test_a_worker_beside_a_run_finishes_all_sweeps_but_the_one_of_that_run(bench):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        if command["do"] == "settle":
+            bench.stop.ask()
+            yield SETTLED
+            return
+        yield from succeed(bench)(child, command)
+
+    bench.work(script, Plan(experiment="e", watched="run-1"))
+    (settled,) = bench.children[0].commands("settle")
+    assert (settled["complete"], settled["watched"]) == (True, "run-1")
+
+
 def test_two_workers_share_what_waits(bench):
     bench.queue.announce(Worker(name="second", host="there", pid=3), {})
     bench.queue.submit([job(str(number)) for number in range(6)])
