@@ -146,7 +146,7 @@ def begun(project, queue):
     found = 0
     for job in queue.jobs(kinds=[JobKind.PREDICT], states=[JobState.RUNNING]):
         if job.spec["span"] is not None:
-            parts = Parts(project.directory / f"{job.spec['output'].rpartition('/')[2]}")
+            parts = Parts(project.directory / f"{job.spec['output'].rpartition('/')[2]}", job.spec["whole"])
             found = max(found, sum(parts.has(shard) for shard in range(*job.spec["span"])))
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from rankwise.cli.output import note, print_json
+from rankwise.cli.queue import open_queue
 from rankwise.settings import Settings
 
 
@@ -94,7 +95,9 @@ def predict(
         # Late: torch and MLflow take seconds to import.
         from rankwise.cli.predict_jobs import Jobs, submit_and_watch
         from rankwise.inference.predict import Request, predict_file
+        from rankwise.inference.shards import Queued, Stand
         from rankwise.modeling.generation import Decoding
+        from rankwise.tasks.prediction import stand_of
         from rankwise.tracking.connect import connect
 
         request = Request(
@@ -116,6 +119,11 @@ def predict(
             jobs = Jobs(shards=shards or 1, priority=priority or 0, watch=watch, overwrite=overwrite, restart=restart)
             return submit_and_watch(settings, bars, request, source, output, jobs, as_json=as_json)
         connect(settings)
+
+        def stand(queued: Queued) -> Stand:
+            with open_queue(settings) as queue:
+                return stand_of(queue, output, queued.whole)
+
         summary = predict_file(
             request,
             source,
@@ -124,6 +132,7 @@ def predict(
             tracking_uri=settings.tracking_uri,
             overwrite=overwrite,
             restart=restart,
+            stand=stand,
             progress=bars,
         )
     for asked, resolved in summary.models.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +48,9 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
         StorageError: The target holds something else, or the disk is full or not writable.
     """
     check_target(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with storage_errors(target, doing):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
             yield temporary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rankwise.inference.begin import check_paths, check_unchanged, new_manifest
 from rankwise.inference.output import write_output
 from rankwise.inference.predictor import Predictor
 from rankwise.inference.request import Request
-from rankwise.inference.shards import Manifest, Parts
+from rankwise.inference.shards import Manifest, Parts, Queued, Stand
 from rankwise.settings import Settings
 
 __all__ = ["Request", "Summary", "predict_file"]
@@ -66,6 +66,7 @@ def predict_file(
     tracking_uri: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    stand: Callable[[Queued], Stand] = lambda queued: Stand.OPEN,
     progress: Progress = SILENT,
 ) -> Summary:
     """Answer every row of a table.
@@ -81,6 +82,7 @@ def predict_file(
         tracking_uri: Of the registry; MLflow's current one by default.
         overwrite: Replace an output that is there.
         restart: Throw away what an interrupted run has done.
+        stand: Says how far jobs of the queue are that began it; by default they are taken to be at work.
         progress: Told of rows.
 
     Raises:
@@ -95,7 +97,10 @@ def predict_file(
     digest = file_digest(source, settings, progress=progress)
     parts = Parts(output)
     with parts.held():
-        if restart:
+        queued = parts.queued()
+        if queued is not None:
+            _check_ended(stand(queued), output, restart=restart)
+        if restart or queued is not None:
             parts.remove()
         manifest = parts.manifest()
         if manifest is None:
@@ -106,7 +111,6 @@ def predict_file(
             manifest = new_manifest(request, source, output, digest, tracking_uri, progress)
             parts.begin(manifest)
         else:
-            _check_own(manifest, output)
             check_unchanged(manifest, request, digest, parts)
             parts.sweep()
         left = [shard for shard in range(manifest.shards) if not parts.has(shard)]
@@ -128,8 +132,19 @@ def predict_file(
     )
 
 
-def _check_own(manifest: Manifest, output: Path) -> None:
-    if manifest.queued is not None:
+def _check_ended(stand: Stand, output: Path, *, restart: bool) -> None:
+    """Leave to jobs of the queue what is theirs.
+
+    Raises:
+        ConfigError: They have not ended, or not well and may be tried again.
+    """
+    if stand is Stand.OPEN and restart:
+        raise ConfigError(
+            f"{output} is made by jobs of the queue that have not ended (rankwise jobs list --kind predict): begin "
+            "anew with rankwise predict --submit --restart, or cancel the jobs"
+        )
+    # An output that is there was put together by them, and only the directory was left behind.
+    if not restart and (stand is not Stand.DONE or not output.exists()):
         raise ConfigError(
             f"{output} is made by jobs of the queue (rankwise jobs list --kind predict); the same command with "
             "--submit shows them and tries failed ones again, --restart throws what they have done away"

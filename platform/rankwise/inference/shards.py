@@ -6,6 +6,8 @@ together from the input's rows and the answers, and the directory goes away. Ali
 made: a run that is gone on with uses the versions that it began with, wherever an alias points by then.
 
 The shards may also be answered by jobs of the queue, each a range of them, on any machine that sees the directory.
+Their files carry the first digits of the prediction's name: what a worker writes that has not heard yet of a
+`--restart` is never taken for an answer of the new prediction.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from __future__ import annotations
 import glob
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +33,7 @@ from rankwise.settings import storage_errors, write_atomically
 
 FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
+_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,19 @@ class Queued:
 
     whole: str
     spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From the manifest's file."""
+        return cls(whole=values["whole"], spans=tuple((first, end) for first, end in values["spans"]))
+
+
+class Stand(StrEnum):
+    """How far the jobs of a prediction are: some have not ended, all have ended well, or all have ended."""
+
+    OPEN = "open"
+    DONE = "done"
+    ENDED = "ended"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +89,7 @@ class Manifest:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        queued = values["queued"]
-        if queued is not None:
-            queued = Queued(whole=queued["whole"], spans=tuple((first, end) for first, end in queued["spans"]))
+        queued = None if values["queued"] is None else Queued.of(values["queued"])
         return cls(**{**values, "survey": Survey.of(values["survey"]), "queued": queued})
 
     @property
@@ -94,9 +110,10 @@ class Manifest:
 class Parts:
     """The directory `OUTPUT.parts`."""
 
-    def __init__(self, output: Path) -> None:
-        """Of this output."""
+    def __init__(self, output: Path, whole: str | None = None) -> None:
+        """Of this output; `whole` names the queued prediction whose shards are written, None where one command does."""
         self.output = output
+        self._whole = whole
         self.directory = output.with_name(output.name + ".parts")
 
     @contextmanager
@@ -128,9 +145,8 @@ class Parts:
         Raises:
             ConfigError: Another release began it.
         """
-        try:
-            document = json.loads((self.directory / _MANIFEST).read_bytes())
-        except FileNotFoundError:
+        document = self._document()
+        if document is None:
             return None
         version = document.pop("format_version", None)
         if version != FORMAT_VERSION:
@@ -140,14 +156,32 @@ class Parts:
             )
         return Manifest.of(document)
 
+    def queued(self) -> Queued | None:
+        """Whose work was begun, whatever release began it; None where no jobs of the queue have it."""
+        values = (self._document() or {}).get("queued")
+        return None if values is None else Queued.of(values)
+
+    def _document(self) -> dict[str, Any] | None:
+        try:
+            document: dict[str, Any] = json.loads((self.directory / _MANIFEST).read_bytes())
+        except FileNotFoundError:
+            return None
+        return document
+
     def begin(self, manifest: Manifest) -> None:
         """Note what is to be done."""
         document = {"format_version": FORMAT_VERSION, **manifest.to_json()}
         write_atomically(self.directory / _MANIFEST, json.dumps(document, indent=1).encode())
 
+    @property
+    def own(self) -> bool:
+        """Whether the directory is that of the queued prediction still."""
+        queued = self.queued()
+        return queued is not None and queued.whole == self._whole
+
     def has(self, shard: int) -> bool:
         """Whether a shard is done."""
-        return self._path(shard).exists()
+        return self._found(shard) is not None
 
     def write(self, shard: int, answers: Sequence[Answer]) -> None:
         """Keep a shard's answers.
@@ -156,7 +190,7 @@ class Parts:
             StorageError: The disk is full, or the directory is not writable.
         """
         lines = [json.dumps(_compact(answer)) for answer in answers]
-        write_atomically(self._path(shard), "".join(line + "\n" for line in lines).encode())
+        write_atomically(self._path(shard, self._whole), "".join(line + "\n" for line in lines).encode())
 
     def answers(self, manifest: Manifest) -> Iterator[Answer]:
         """The answers of all rows, in order.
@@ -166,10 +200,11 @@ class Parts:
         """
         known = {each.name for each in fields(Answer)}
         for shard in range(manifest.shards):
-            lines = self._path(shard).read_text(encoding="utf-8").splitlines()
+            path = self._found(shard) or self._path(shard, self._whole)
+            lines = path.read_text(encoding="utf-8").splitlines()
             if len(lines) != len(manifest.span(shard)):
                 raise ConfigError(
-                    f"{self._path(shard)} has {len(lines)} answers for {len(manifest.span(shard))} rows; remove the "
+                    f"{path} has {len(lines)} answers for {len(manifest.span(shard))} rows; remove the "
                     "file and run the same command again"
                 )
             for line in lines:
@@ -177,7 +212,7 @@ class Parts:
 
     def remove(self) -> None:
         """Throw everything away; in one step, so that a manifest never lacks its shards."""
-        gone = self.output.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
+        gone = self.output.with_name(f".{self.directory.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             self.directory.rename(gone)
         except FileNotFoundError:
@@ -193,8 +228,14 @@ class Parts:
             else:
                 path.unlink(missing_ok=True)
 
-    def _path(self, shard: int) -> Path:
-        return self.directory / f"shard-{shard:06d}.jsonl"
+    def _found(self, shard: int) -> Path | None:
+        """Where a shard lies. A queued prediction goes on with what a local command has answered."""
+        places = (self._path(shard, self._whole), self._path(shard, None))
+        return next((path for path in places if path.exists()), None)
+
+    def _path(self, shard: int, whole: str | None) -> Path:
+        owner = "" if whole is None else f"-{whole[:_DIGITS]}"
+        return self.directory / f"shard-{shard:06d}{owner}.jsonl"
 
 
 def _compact(answer: Answer) -> dict[str, Any]:

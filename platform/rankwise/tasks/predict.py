@@ -6,12 +6,10 @@ import logging
 import socket
 import time
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 import rankwise.flavor as flavor
-from rankwise.assets.confine import confine
 from rankwise.assets.digest import file_digest
 from rankwise.assets.progress import Advance
 from rankwise.exceptions import ConfigError, JobError
@@ -21,7 +19,7 @@ from rankwise.inference.predictor import Predictor
 from rankwise.jobs.job import Job, JobKind, JobState, Outcome
 from rankwise.modeling.packed_lora import delete_adapter
 from rankwise.tasks.context import Context
-from rankwise.tasks.prediction import Prediction, jobs_of_prediction
+from rankwise.tasks.prediction import Prediction, confine_files, jobs_of_prediction
 from rankwise.tasks.prediction_run import record_prediction
 from rankwise.tasks.session import Session, token_of
 from rankwise.tasks.stoppable import Stoppable
@@ -56,17 +54,15 @@ def settle_predictions(context: Context, jobs: Collection[Job]) -> None:
         if job.kind is not JobKind.PREDICT:
             continue
         work = Prediction.of(job)
-        if job.state is JobState.SUCCEEDED and work.span is None and _owns_parts(work):
-            work.parts.remove()
-            work.parts.sweep()
+        if job.state is JobState.SUCCEEDED and work.span is None and work.parts.own:
+            # Whoever holds it is at a prediction into the same output, and removes what has ended well.
+            with suppress(ConfigError), work.parts.held():
+                if work.parts.own:
+                    work.parts.remove()
+                    work.parts.sweep()
         if job.state is JobState.FAILED and work.request.fail_fast:
             others = jobs_of_prediction(context.queue, work.output, work.whole)
             context.queue.cancel([other.id for other in others if not other.ended])
-
-
-def _owns_parts(work: Prediction) -> bool:
-    manifest = work.parts.manifest()
-    return manifest is not None and manifest.queued is not None and manifest.queued.whole == work.whole
 
 
 def _check_reach(session: Session, work: Prediction) -> None:
@@ -76,14 +72,12 @@ def _check_reach(session: Session, work: Prediction) -> None:
         JobError: A path is not there; another worker may see it.
         ConfigError: The input is another one, or this machine does not touch such files.
     """
-    directories = [Path(uri) for uri in work.manifest.models.values() if uri.startswith("/")]
-    for key, path in (("INPUT", work.source), ("OUTPUT", work.output), *(("--model", path) for path in directories)):
-        confine(path, session.settings, key)
+    confine_files(work.source, work.output, work.manifest.models.values(), session.settings)
     here = socket.gethostname()
     shared = f"submitted on {work.host}, claimed on {here}: INPUT and OUTPUT must lie where every worker sees them"
     if not work.source.exists():
         raise JobError(f"there is no input {work.source} on this machine ({shared})")
-    if not _owns_parts(work):
+    if not work.parts.own:
         raise JobError(
             f"{work.parts.directory} is not there, or belongs to another prediction ({shared}); if somebody has "
             "removed it, submit again with --restart"
@@ -117,8 +111,7 @@ def _answer(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
                 for shard, answers in answer_shards(
                     work.request, work.manifest, work.source, set(left), predictor, watched
                 ):
-                    if not session.may_publish(job):
-                        raise KeyboardInterrupt
+                    _check_still_own(session, job, work)
                     parts.write(shard, answers)
                     tokens += sum(answer.completion_tokens or 0 for answer in answers)
                     watched.keep(len(answers), tokens)
@@ -130,6 +123,22 @@ def _answer(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
                 raise
             seconds = time.perf_counter() - began
     return {"rows": work.rows, "reused": done, "completion_tokens": tokens, "seconds": seconds}
+
+
+def _check_still_own(session: Session, job: Job, work: Prediction) -> None:
+    """Before each write: the job may have been taken over, and its output given to another prediction meanwhile.
+
+    Raises:
+        KeyboardInterrupt: Another attempt has the job, or nobody wants it any more.
+        ConfigError: The directory belongs to another prediction, or is gone.
+    """
+    if not session.may_publish(job):
+        raise KeyboardInterrupt
+    if not work.parts.own:
+        raise ConfigError(
+            f"{work.parts.directory} was removed, or given to another prediction, while this job answered its rows: "
+            "nothing more is written there; submit again with --restart if it is still wanted"
+        )
 
 
 def _load(session: Session, work: Prediction, stack: ExitStack) -> Predictor:
@@ -200,8 +209,7 @@ def _join(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
             f"{parts.directory} lacks {len(missing)} of {manifest.shards} shards, the first is {missing[0]}, although "
             "all jobs that answer them have succeeded: somebody has removed files; submit again with --restart"
         )
-    if not session.may_publish(job):
-        raise KeyboardInterrupt
+    _check_still_own(session, job, work)
     failed = write_output(work.source, work.output, parts.answers(manifest), list(manifest.survey.columns))
     session.voice.done(f"{work.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
     result = {

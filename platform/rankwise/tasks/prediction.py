@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from rankwise.assets.confine import confine
 from rankwise.experiment.hashing import digest
 from rankwise.inference.request import Request
-from rankwise.inference.shards import Manifest, Parts
-from rankwise.jobs.job import Job, JobKind, NewJob
+from rankwise.inference.shards import Manifest, Parts, Stand
+from rankwise.jobs.job import Job, JobKind, JobState, NewJob
 from rankwise.jobs.store import JobStore
+from rankwise.settings import Settings
 
 _LONGEST = 255
 
@@ -54,7 +57,7 @@ class Prediction:
     @property
     def parts(self) -> Parts:
         """Where the answers are kept."""
-        return Parts(self.output)
+        return Parts(self.output, self.whole)
 
     @property
     def rows(self) -> int:
@@ -103,3 +106,28 @@ def jobs_of_prediction(queue: JobStore, output: Path, whole: str) -> list[Job]:
         found += [job for job in page if job.spec["whole"] == whole]
         last = page[-1].id
     return sorted(found, key=lambda job: (job.spec["span"] is None, job.id))
+
+
+def confine_files(source: Path, output: Path, models: Iterable[str], settings: Settings) -> None:
+    """Refuse files that this machine does not touch for others.
+
+    Args:
+        source: The input.
+        output: The output.
+        models: Resolved URIs; those that are absolute paths are directories.
+        settings: With `RANKWISE_DATA_ROOT`, or without.
+
+    Raises:
+        ConfigError: One is outside of `RANKWISE_DATA_ROOT`.
+    """
+    directories = [Path(uri) for uri in models if uri.startswith("/")]
+    for key, path in (("INPUT", source), ("OUTPUT", output), *(("--model", path) for path in directories)):
+        confine(path, settings, key)
+
+
+def stand_of(queue: JobStore, output: Path, whole: str) -> Stand:
+    """How far the jobs of a prediction are; those that nobody has queued have ended."""
+    jobs = jobs_of_prediction(queue, output, whole)
+    if not all(job.ended for job in jobs):
+        return Stand.OPEN
+    return Stand.DONE if jobs and jobs[-1].state is JobState.SUCCEEDED else Stand.ENDED

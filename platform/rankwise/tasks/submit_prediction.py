@@ -20,7 +20,7 @@ from rankwise.inference.request import Request
 from rankwise.inference.shards import Manifest, Parts, Queued
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.tasks.context import Context
-from rankwise.tasks.prediction import Prediction, jobs_of_prediction
+from rankwise.tasks.prediction import Prediction, confine_files, jobs_of_prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,29 +62,31 @@ def submit_prediction(
         restart: Throw away what was begun, and cancel its jobs.
 
     Raises:
-        ConfigError: The request, or what was begun, does not fit; the output is there already.
+        ConfigError: The request, or what was begun, does not fit; the output is there already; a file is outside of
+            `RANKWISE_DATA_ROOT`.
         AssetError: The input cannot be read.
         TrackingError: The registry cannot be reached.
     """
     source, output = source.absolute(), output.absolute()
     check_paths(source, output)
+    # What workers with the same roots would refuse later.
+    confine_files(source, output, (), context.settings)
     input_digest = file_digest(source, context.settings, progress=context.voice)
     parts = Parts(output)
     with parts.held():
-        known = parts.manifest()
-        if known is not None and known.queued is not None:
-            if restart:
-                _cancel(context, jobs_of_prediction(context.queue, output, known.queued.whole))
-            elif _is_done(context, known.queued):
-                parts.remove()
-                known = None
-        if restart:
+        queued = parts.queued()
+        if queued is not None and restart:
+            _cancel(context, jobs_of_prediction(context.queue, output, queued.whole))
+        anew = restart or (queued is not None and _is_done(context, queued))
+        known = None if anew else parts.manifest()
+        if known is None:
+            # Without a manifest nothing says what the shards in a directory answer.
             parts.remove()
-            known = None
         if known is not None:
             check_unchanged(known, request, input_digest, parts)
         uri, voice = context.settings.tracking_uri, context.voice
         manifest = known or new_manifest(request, source, output, input_digest, uri, voice)
+        confine_files(source, output, manifest.models.values(), context.settings)
         if manifest.queued is None:
             whole, before = _name(context, manifest, source, output)
             if before and not overwrite and not restart and _is_there(context, output, before[-1]):

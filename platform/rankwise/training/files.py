@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     """
     with storage_errors(path, f"writing {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _beside(path)
         temporary.mkdir()
         try:
             yield temporary
@@ -47,8 +47,7 @@ def copy_directory(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a directory so that no half of it stays behind under its name."""
-    doomed = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = _beside(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -57,6 +56,11 @@ def sweep(directory: Path) -> None:
     """Remove what killed processes left half-written in a directory."""
     for path in directory.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other process has, also not one of another machine that shares the directory."""
+    return path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _fsync_tree(directory: Path) -> None:

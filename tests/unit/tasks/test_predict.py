@@ -198,6 +198,9 @@ def test_a_worker_with_a_data_root_touches_nothing_outside_of_it(world, rows, tm
     drain(world)
     assert "INPUT: " in jobs()[0].error
     assert "outside of RANKWISE_DATA_ROOT" in jobs()[0].error
+    told = submit("--restart", rows, tmp_path / "shared" / "out.jsonl", code=2)
+    assert told.startswith(f"INPUT: {rows} is outside of RANKWISE_DATA_ROOT"), "said at once where it is known"
+    assert len(jobs()) == 2
 
 
 def drain_once(world):
@@ -276,6 +279,83 @@ def test_local_work_and_jobs_do_not_mix_unasked(world, rows, local, tmp_path, mo
         predict_file(REQUEST, rows, output, settings=world.settings, tracking_uri=world.settings.tracking_uri)
     drain(world)
     assert output.read_bytes() == local
+
+
+def predict_here(*arguments, code=0):
+    """`rankwise predict` without --submit; what it tells people."""
+    options = ["--model=models:/one@champion", "--max-new-tokens=4", "--temperature=1.0", "--shard-rows=2"]
+    arguments = ["predict", *options, *map(str, arguments)]
+    done = CliRunner().invoke(cli, arguments, standalone_mode=False)
+    if isinstance(done.exception, RankwiseError):
+        assert done.exception.exit_code == code
+        return str(done.exception)
+    assert done.exception is None
+    assert done.return_value == code
+    return done.stderr
+
+
+def test_a_worker_that_has_not_heard_of_a_restart_writes_nothing_that_counts(world, rows, local, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    submit("--seed=7", rows, output)
+    write = Parts.write
+    written = []
+
+    def late(self, shard, answers):
+        if not written:
+            submit("--restart", rows, output)
+        written.append(shard)
+        write(self, shard, answers)
+
+    monkeypatch.setattr(Parts, "write", late)
+    drain_once(world)
+    assert written == [0]
+    assert len(list((tmp_path / "out.jsonl.parts").glob("shard-*"))) == 1
+    drain(world)
+    assert [job.state for job in jobs(joins=False)] == [JobState.CANCELLED, JobState.SUCCEEDED]
+    assert jobs(joins=False)[-1].result["reused"] == 0
+    assert output.read_bytes() == local
+
+
+def test_a_worker_whose_directory_is_taken_away_stops(world, rows, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    submit(rows, output)
+    write = Parts.write
+
+    def taken(self, shard, answers):
+        write(self, shard, answers)
+        self.remove()
+
+    monkeypatch.setattr(Parts, "write", taken)
+    drain_once(world)
+    assert jobs()[0].state is JobState.FAILED
+    assert "was removed, or given to another prediction" in jobs()[0].error
+    assert not Parts(output).directory.exists()
+
+
+def test_a_local_command_leaves_to_jobs_what_they_have_not_ended(world, rows, local, tmp_path):
+    output = tmp_path / "out.jsonl"
+    submit(rows, output)
+    assert "rankwise predict --submit --restart, or cancel the jobs" in predict_here("--restart", rows, output, code=2)
+    assert Parts(output).manifest() is not None
+    with open_queue() as queue:
+        queue.cancel([job.id for job in jobs()])
+    assert "--restart throws" in predict_here(rows, output, code=2)
+    predict_here("--batch-size=3", "--restart", rows, output, code=1)
+    assert output.read_bytes() == local
+
+
+def test_a_directory_that_was_left_behind_is_in_nobodys_way(world, rows, local, tmp_path):
+    output = tmp_path / "out.jsonl"
+    parts = Parts(output)
+    parts.directory.mkdir()
+    (parts.directory / "shard-000000.jsonl").write_text('{"text": "of nobody"}\n' * 2)
+    submit(rows, output)
+    with parts.held():
+        drain(world)
+        assert parts.manifest() is not None, "whoever holds it is at it"
+    assert output.read_bytes() == local
+    assert "is there already" in predict_here(rows, output, code=2)
+    assert not parts.directory.exists()
 
 
 def test_a_warm_base_serves_evaluation_and_prediction_and_one_with_other_dtypes_is_loaded_as_recorded(

@@ -48,6 +48,13 @@ def test_a_full_disk_is_a_storage_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_processes_of_two_machines_with_one_number_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    with whole_directory(tmp_path / "result") as one, whole_directory(tmp_path / "result") as other:
+        assert one != other
+        assert one.is_dir()
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path):
     (tmp_path / ".tmp-step-1-99").mkdir()
     fill(tmp_path / ".tmp-step-1-99")

@@ -1,0 +1,36 @@
+"""The directory beside an output."""
+
+from __future__ import annotations
+
+import os
+
+from rankwise.inference.answer import Answer
+from rankwise.inference.shards import Parts
+
+ONE, OTHER = "1" * 64, "2" * 64
+
+
+def answers(text):
+    return [Answer(text=text)]
+
+
+def test_what_another_prediction_has_written_is_no_answer_of_this_one(tmp_path):
+    output = tmp_path / "out.jsonl"
+    Parts(output, ONE).write(0, answers("one"))
+    assert Parts(output, ONE).has(0)
+    assert not Parts(output, OTHER).has(0)
+    assert not Parts(output).has(0)
+    Parts(output).write(1, answers("local"))
+    assert Parts(output, OTHER).has(1), "jobs go on with what a local command has answered"
+
+
+def test_a_leftover_of_the_same_name_is_in_nobodys_way_and_swept(tmp_path):
+    parts = Parts(tmp_path / "out.jsonl")
+    left = tmp_path / f".out.jsonl.parts.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "shard-000000.jsonl").write_text("{}")
+    parts.write(0, answers("a"))
+    parts.remove()
+    assert not parts.directory.exists()
+    parts.sweep()
+    assert not list(tmp_path.iterdir())
