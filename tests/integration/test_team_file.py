@@ -109,9 +109,13 @@ def test_stores_have_no_way_out_and_workers_none_to_the_object_store(directory, 
 
 def test_definitions_read_files_of_the_experiments_only(services):
     for name in ("worker-cpu", "worker-gpu", "ray-node", "rankwise"):
-        root = services[name]["environment"]["RANKWISE_DATA_ROOT"]
+        rows, predictions = services[name]["environment"]["RANKWISE_DATA_ROOT"].split(":")
         (mount,) = [mount for mount in services[name]["volumes"] if mount["type"] == "bind"]
-        assert (mount["target"], mount["read_only"]) == (root, True)
+        assert (mount["target"], mount["read_only"]) == (rows, True)
+        (mount,) = [mount for mount in services[name]["volumes"] if mount["target"] == predictions]
+        assert (mount["type"], mount["source"]) == ("volume", "predictions")
+        # A new volume belongs to whom the directory of the image belongs to.
+        assert f" {predictions}\n" in (ROOT / "platform" / "Dockerfile").read_text()
 
 
 def test_every_lasting_service_has_a_probe_that_allows_for_its_start(services):
