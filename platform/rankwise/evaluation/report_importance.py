@@ -5,7 +5,8 @@ least squares. A setting's sum of squares is what the residual one grows by when
 without interactions: in a full grid that is the variance between its values, elsewhere the other settings' share in it
 is taken off). Its share of the variance is (SS - df * MS_residual) / SS_total, so that what any setting would explain
 by chance does not count (epsilon squared, Kelley 1935, *PNAS* 21, 554), and the F test tells it from noise. A number
-with more than eight values is cut into five groups of equal size. What settings do only together (interactions) is in
+with more than eight values is cut into five groups of equal size. Settings that divide the configurations in the same
+way, whatever their values, move together and are one setting here. What settings do only together (interactions) is in
 none of the shares; it makes the test more cautious.
 """
 
@@ -136,12 +137,11 @@ def _dummies(levels: Sequence[int]) -> NDArray[np.float64]:
 
 
 def _levels(values: Sequence[Param | None]) -> list[int]:
-    """Each value's level, counted from 0 in the order of the values."""
-    distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value is None, str(value)))
+    """Each value's level, counted from 0 as they first appear: equal lists divide the configurations in one way."""
     numbers = [float(v) for v in values if isinstance(v, int | float)]
-    if len(distinct) <= _MOST_LEVELS or len(numbers) < len(values):
-        order = {value: at for at, value in enumerate(distinct)}
-        return [order[value] for value in values]
-    edges = np.quantile(numbers, np.linspace(0, 1, _GROUPS + 1)[1:-1])
-    found = np.searchsorted(edges, numbers, side="right")
-    return [int(level) for level in np.unique(found, return_inverse=True)[1]]
+    cut: Sequence[Param | None] = values
+    if len(set(values)) > _MOST_LEVELS and len(numbers) == len(values):
+        edges = np.quantile(numbers, np.linspace(0, 1, _GROUPS + 1)[1:-1])
+        cut = [int(level) for level in np.searchsorted(edges, numbers, side="right")]
+    order = {value: at for at, value in enumerate(dict.fromkeys(cut))}
+    return [order[value] for value in cut]

@@ -77,6 +77,17 @@ def test_settings_that_move_together_share_one_line():
     assert "learning rate with warmup" in {each.name for each in weighed(moved).shares}
 
 
+def test_settings_that_move_against_each_other_share_one_line():
+    arms = grid(lambda s, draw: s["r"] + draw.normal(), r=(2, 4, 8, 16), training__learning_rate=(1, 2, 3))
+    moved = [
+        replace(each, params={**each.params, "training.warmup": 9 - each.params["training.learning_rate"]})
+        for each in arms
+    ]
+    found = weighed(moved)
+    assert isinstance(found, Importance)
+    assert "learning rate with warmup" in {each.name for each in found.shares}
+
+
 def test_numbers_of_many_values_are_cut_into_groups():
     draw = np.random.default_rng(0)
     rates = draw.uniform(0, 1, 60)
