@@ -15,6 +15,7 @@ from rankwise.tracking.registry import JOB
 from rankwise.tracking.runs import Run
 
 EXPERIMENT = "predictions"
+_LAST_TRY_S = 10.0
 
 
 def record_prediction(session: Session, job: Job, work: Prediction, result: dict[str, Any]) -> str | None:
@@ -29,6 +30,7 @@ def record_prediction(session: Session, job: Job, work: Prediction, result: dict
     Returns:
         The run; None where the tracking server does not answer.
     """
+    run: Run | None = None
     try:
         run = _open(session, job, work)
         manifest = work.manifest
@@ -51,8 +53,15 @@ def record_prediction(session: Session, job: Job, work: Prediction, result: dict
         link_inputs(store.client, run.run_id, {each.model_id for each in resolved if each.model_id is not None})
         run.end("FINISHED")
     except TrackingError as error:
-        session.voice.warn(f"{work.output} is there, and MLflow does not show it: {error}")
-        return None
+        session.voice.warn(f"{work.output} is there, and MLflow does not show all of it: {error}")
+        if run is None:
+            return None
+        # What it lacks is delivered when the server answers; the work has ended all the same.
+        run.end("FINISHED", f"not all of the prediction is shown: {error}", timeout=_LAST_TRY_S)
+    except BaseException:
+        if run is not None:
+            run.leave(timeout=0.0)
+        raise
     return run.run_id
 
 

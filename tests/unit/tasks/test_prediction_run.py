@@ -1,0 +1,62 @@
+"""The run of a prediction, where the tracking server fails half way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rankwise.exceptions import TrackingError
+from rankwise.tasks.prediction_run import record_prediction
+
+RESULT = {"rows": 1, "failed": 0, "completion_tokens": 3, "sha256": "sha256:0"}
+
+
+class OpenRun:
+    """Takes everything, and fails to deliver it."""
+
+    run_id = "run-1"
+
+    def __init__(self, error):
+        self.error = error
+        self.ends = []
+
+    def input(self, record):
+        pass
+
+    metrics = tags = json = lambda self, *values: None
+
+    def flush(self):
+        raise self.error
+
+    def end(self, status, reason=None, timeout=60.0):
+        self.ends.append((status, reason))
+
+    def leave(self, timeout):
+        self.ends.append(("left", None))
+
+
+def record(run):
+    warned = []
+    store = SimpleNamespace(resume_run=lambda *_, **__: run)
+    session = SimpleNamespace(context=SimpleNamespace(store=store), voice=SimpleNamespace(warn=warned.append))
+    manifest = SimpleNamespace(request={"input": "sha256:1"}, rows=1, models={}, to_json=dict)
+    work = SimpleNamespace(manifest=manifest, source=Path("rows.jsonl"), output=Path("out.jsonl"))
+    job = SimpleNamespace(mlflow_run_id="run-1", attempts=2)
+    return record_prediction(session, job, work, RESULT), warned
+
+
+def test_a_server_that_goes_away_leaves_no_run_open():
+    run = OpenRun(TrackingError("away"))
+    run_id, warned = record(run)
+    assert run_id == "run-1"
+    assert run.ends == [("FINISHED", "not all of the prediction is shown: away")]
+    assert warned == ["out.jsonl is there, and MLflow does not show all of it: away"]
+
+
+def test_another_error_lets_go_of_the_run_for_the_next_attempt():
+    run = OpenRun(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        record(run)
+    assert run.ends == [("left", None)]
