@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from rankwise.cli.output import print_json, show
-from rankwise.cli.queue import open_queue
+from rankwise.cli.queue import with_waiting_arms
 from rankwise.settings import Settings
 
 
@@ -32,12 +32,12 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
     from rankwise.evaluation.report_export import comparison_csv, comparison_json
     from rankwise.evaluation.table import comparison_view
     from rankwise.evaluation.verdict import smallest_rank
-    from rankwise.tasks.waiting import with_waiting
     from rankwise.tracking.store import Store
 
     settings = Settings.load()
-    with Store.open(settings) as store, open_queue(settings) as queue:
-        comparison = with_waiting(store, queue, gather(store, experiment, everything=everything), everything=everything)
+    with Store.open(settings) as store:
+        gathered = gather(store, experiment, everything=everything)
+        comparison = with_waiting_arms(settings, store, gathered, everything=everything)
         finding = None if as_csv else smallest_rank(store, comparison)
     if as_json:
         print_json(comparison_json(comparison, finding))

@@ -8,7 +8,7 @@ import click
 
 from rankwise import __version__
 from rankwise.cli.output import note
-from rankwise.cli.queue import open_queue
+from rankwise.cli.queue import with_waiting_arms
 from rankwise.settings import Settings, write_atomically
 
 
@@ -25,13 +25,13 @@ def report(experiment: str, output: Path | None, everything: bool) -> None:
     from rankwise.evaluation.report_make import report_page
     from rankwise.evaluation.report_page import headline
     from rankwise.evaluation.verdict import smallest_rank
-    from rankwise.tasks.waiting import with_waiting
     from rankwise.tracking.store import Store
 
     target = output or Path(f"{experiment.replace('/', '-')}.html")
     settings = Settings.load()
-    with Store.open(settings) as store, open_queue(settings) as queue:
-        comparison = with_waiting(store, queue, gather(store, experiment, everything=everything), everything=everything)
+    with Store.open(settings) as store:
+        gathered = gather(store, experiment, everything=everything)
+        comparison = with_waiting_arms(settings, store, gathered, everything=everything)
         finding = smallest_rank(store, comparison)
         page = report_page(store, comparison, finding, command=f"rankwise report {experiment}", version=__version__)
     write_atomically(target, page.encode())

@@ -42,11 +42,8 @@ def open_engine(url: str) -> Engine:
     Raises:
         JobStoreError: The URL is not one of SQLite or PostgreSQL, or the SQLite file is on a network file system.
     """
-    try:
-        parsed = make_url(url)
-        backend = parsed.get_backend_name()
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise JobStoreError(f"RANKWISE_DATABASE_URL: cannot read it as a database URL ({error})") from error
+    parsed = _parsed(url)
+    backend = parsed.get_backend_name()
     if backend == "postgresql":
         return _open_postgresql(parsed)
     if backend != "sqlite":
@@ -77,6 +74,15 @@ def open_engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _parsed(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise JobStoreError(f"RANKWISE_DATABASE_URL: cannot read it as a database URL ({error})") from error
+    return parsed
 
 
 def _open_postgresql(url: URL) -> Engine:
@@ -117,6 +123,22 @@ def current_revision(engine: Engine) -> str | None:
     """The revision of the schema that the database has; None for an empty one."""
     with database_errors("reading the revision of the queue"), engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
+
+
+def has_queue(url: str) -> bool:
+    """Whether there is a queue in the database that a URL names. Nothing is made.
+
+    Raises:
+        JobStoreError: The database cannot be reached.
+    """
+    parsed = _parsed(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
+        return False
+    engine = open_engine(url)
+    try:
+        return current_revision(engine) is not None
+    finally:
+        engine.dispose()
 
 
 def head_revision() -> str:
