@@ -53,10 +53,12 @@ def describe(error: BaseException) -> str:
     elif _STATUS_401.search(lowered):
         advice = "check MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
     elif _STATUS_403.search(lowered):
-        text = "permission denied"
-        advice = (
-            f"{_account()} may not do this: ask an administrator of the server for the right to, or name another "
-            "account by MLFLOW_TRACKING_USERNAME and _PASSWORD"
+        if not isinstance(error, MlflowException):
+            # An artifact store or a proxy refuses, to which the account is nobody.
+            return text
+        return (
+            f"permission denied ({_account()} may not do this: ask an administrator of the server for the right to, or "
+            f"name another account by MLFLOW_TRACKING_USERNAME and _PASSWORD); the server said: {text}"
         )
     elif isinstance(error, requests.RequestException) or "failed with exception" in lowered:
         advice = "check MLFLOW_TRACKING_URI and that the server runs; unset it to use the store in RANKWISE_HOME"

@@ -18,6 +18,12 @@ from rankwise.tracking.errors import UndeliverableError, is_final, tracking_erro
         (MlflowException("failed with error code 401"), "check MLFLOW_TRACKING_USERNAME"),
         (MlflowException("You are not authenticated."), "check MLFLOW_TRACKING_USERNAME"),
         (MlflowException("error code 403 != 200. 'Permission denied'"), r"^reading: permission denied \(who gives no"),
+        (MlflowException("error code 403 != 200: no right to runs"), r"; the server said: .*no right to runs$"),
+        (requests.HTTPError("403 Client Error for url: http://store/x"), r"^reading: 403 Client Error .*/x$"),
+        (
+            type("ClientError", (Exception,), {"__module__": "botocore.exceptions"})("403: Permission denied"),
+            r"^reading: 403: Permission denied$",
+        ),
         (MlflowException("403: Invalid Host header"), r"^reading: the server does not answer to .*--allowed-hosts\)$"),
         (MlflowException("no run 4037401"), r"^reading: no run 4037401$"),
         (MlflowException("Detected out-of-date database schema (found a)"), "mlflow db upgrade"),
