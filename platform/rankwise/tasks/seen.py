@@ -59,7 +59,7 @@ def seen_by(context: Context, candidate: ModelVersion, setting: Setting, assesso
             if version is not candidate:
                 raise GateError(
                     f"{candidate.uri} goes on from {version.uri}, and which rows that was trained on is not known: its "
-                    f"run has no {FILE}. {_WAYS_OUT}"
+                    f"run has no {FILE}. {_BY_FORCE}"
                 )
             digests = _from_data(candidate, setting, assessor)
         found.append(digests)
@@ -73,6 +73,7 @@ def seen_by(context: Context, candidate: ModelVersion, setting: Setting, assesso
     return seen
 
 
+_BY_FORCE = 'The alias can be moved without knowing it: --force --reason "..."'
 _WAYS_OUT = (
     "Name a definition whose dataset.train is the training data and on this machine (--experiment FILE), or move the "
     'alias without knowing it (--force --reason "...")'
@@ -89,12 +90,12 @@ def _stored(context: Context, version: ModelVersion) -> RowDigests | None:
     if expected is not None and file_digest(content) != expected:
         raise GateError(
             f"{where} is not what was stored: the tag {FILE_TAG} of {version.uri} says {expected}, found "
-            f"{file_digest(content)}. {_WAYS_OUT}"
+            f"{file_digest(content)}. {_BY_FORCE}"
         )
     try:
         return RowDigests.from_bytes(content, where)
     except AssetError as error:
-        raise GateError(f"{error}. {_WAYS_OUT}") from error
+        raise GateError(f"{error}. {_BY_FORCE}") from error
 
 
 def _from_data(candidate: ModelVersion, setting: Setting, assessor: Assessor) -> RowDigests:
