@@ -19,6 +19,8 @@ from rankwise.tracking.provenance import Provenance
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.runs import Run
 
+_TAKEN = "{} was taken over by another worker"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimedArm:
@@ -61,8 +63,12 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
         return session.runs.pop(job.id)
     # Submitting notes the run after the job: a quick worker has claimed it in between.
     run_id = job.mlflow_run_id or context.queue.get(job.id).mlflow_run_id
+    adopted = _adopt(session, arm) if run_id is None and job.attempts > 1 else None
+    run_id = run_id or adopted
     if run_id is not None:
         run = context.store.resume_run(run_id, attempt=job.attempts, fence=session.fence(job))
+        if adopted is not None:
+            run.params(work.arm.params)  # They may have been lost with the process that made it.
     else:
         created = context.store.start_run(
             work.experiment_id,
@@ -74,9 +80,17 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
             kind="train",
             spec_hash=work.arm.spec_hash,
         )
-        if not context.queue.set_run(token_of(job), created.run_id):
-            created.end("KILLED", "another worker has taken over this arm")
-            raise JobError(f"{job.title} was taken over by another worker")
+        try:
+            noted = context.queue.set_run(token_of(job), created.run_id)
+        except BaseException:
+            created.leave(timeout=0.0)
+            raise
+        if not noted:
+            if context.queue.get(job.id).mlflow_run_id == created.run_id:
+                created.leave(timeout=0.0)  # It has been found, and is gone on with.
+            else:
+                created.end("KILLED", "another worker has taken over this arm")
+            raise JobError(_TAKEN.format(job.title))
         run = created
     # An earlier attempt may have ended before this, or have given the arm to another worker without opening its run.
     if not arm.done_steps:
@@ -98,3 +112,17 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
         }
     )
     return run
+
+
+def _adopt(session: Session, arm: ClaimedArm) -> str | None:
+    """The run that an earlier attempt made and was killed before it noted it; noted now.
+
+    Raises:
+        JobError: Another worker has taken over the job.
+        TrackingError: The server does not answer.
+    """
+    job, context = arm.job, session.context
+    run_id = context.store.find_running(arm.work.experiment_id, job.id, "train")
+    if run_id is not None and not context.queue.set_run(token_of(job), run_id):
+        raise JobError(_TAKEN.format(job.title))
+    return run_id

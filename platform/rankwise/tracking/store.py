@@ -259,6 +259,15 @@ class Store:
         """All runs of an experiment that fit, oldest first (see `query.search_runs`)."""
         return search_runs(self.client, experiment_id, kind=kind, parent=parent)
 
+    def find_running(self, experiment_id: str, job: int, kind: Kind) -> str | None:
+        """The first run that says it is at a job (the tag `rankwise.job`); None where there is none.
+
+        Raises:
+            TrackingError: The server cannot be reached.
+        """
+        found = search_runs(self.client, experiment_id, kind=kind, tags={JOB: str(job)}, status="RUNNING")
+        return found[0].run_id if found else None
+
     def sync(self, timeout: float = 60.0, *, run_id: str | None = None) -> SyncReport:
         """Deliver what earlier processes left in the outbox; files of living processes are not touched.
 

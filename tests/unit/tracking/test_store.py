@@ -12,6 +12,7 @@ from rankwise.settings import Settings
 from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import get_run
+from rankwise.tracking.registry import JOB
 from rankwise.tracking.store import Store
 
 
@@ -127,6 +128,16 @@ def test_a_run_that_was_killed_is_running_again_when_resumed(store, experiment):
     assert get_run(store.client, run.run_id).status == "RUNNING"
     resumed.end()
     assert get_run(store.client, run.run_id).status == "FINISHED"
+
+
+def test_the_run_of_a_job_is_found_while_nobody_has_ended_it(store, experiment):
+    other = store.start_run(experiment, "other", kind="train", tags={JOB: 70}, system_metrics=False)
+    run = store.start_run(experiment, "killed", kind="train", tags={JOB: 7}, system_metrics=False)
+    assert store.find_running(experiment, 7, "train") == run.run_id
+    assert store.find_running(experiment, 7, "evaluate") is None
+    for each in (run, other):
+        each.end()
+    assert store.find_running(experiment, 7, "train") is None
 
 
 def test_an_open_run_is_not_opened_twice(store, experiment):
