@@ -10,6 +10,7 @@ is not kept (of SmolLM2's activations a fifth).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +46,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
         ctx.act = act
         ctx.save_for_backward(gate, up)
-        return act(gate).mul_(up)
+        return _times(act(gate), up, gate)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -55,7 +56,13 @@ class _Gated(torch.autograd.Function):
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)
         (grad_gate,) = torch.autograd.grad(activated, leaf, grad * up)
-        return grad_gate, activated.detach().mul_(grad), None
+        return grad_gate, _times(activated.detach(), grad, gate), None
+
+
+def _times(activated: torch.Tensor, other: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """The product, in the activation's memory where that is not the gate's: a linear activation gives its input."""
+    shared = activated.untyped_storage().data_ptr() == gate.untyped_storage().data_ptr()
+    return activated * other if shared else activated.mul_(other)
 
 
 @contextmanager
@@ -63,15 +70,18 @@ def lean_feed_forwards(model: Any) -> Iterator[int]:
     """Run a model's gated feed-forwards this way inside the block; others are left alone.
 
     A module counts when it has `gate_proj`, `up_proj`, `down_proj` and `act_fn`, and when both ways give the same to
-    the bit for a test input.
+    the bit for a test input, small numbers and large ones. Each module is asked: layers of one type may differ.
 
     Yields:
         How many modules run this way.
     """
     found = [module for module in model.modules() if _is_gated(module)]
     dtype = model.get_input_embeddings().weight.dtype
-    agrees = {kind: _agrees(module, dtype) for kind, module in {type(module): module for module in found}.items()}
-    lean = [module for module in found if agrees[type(module)]]
+    reasons = [_misfit(module, dtype) for module in found]
+    lean = [module for module, reason in zip(found, reasons, strict=True) if reason is None]
+    told = Counter((type(module).__name__, reason) for module, reason in zip(found, reasons, strict=True) if reason)
+    for (name, reason), count in told.items():
+        logger.info("%s keeps its own forward in %d of %d modules: %s", name, count, len(found), reason)
     for module in lean:
         module.forward = _Lean(module)
     try:
@@ -93,12 +103,44 @@ def _is_gated(module: Any) -> bool:
     return parts and "forward" not in module.__dict__ and callable(getattr(module, "act_fn", None))
 
 
+def _misfit(module: Any, dtype: torch.dtype) -> str | None:
+    """Why a module cannot run the lean way; None if it can. A trial is no reason to end a training."""
+    try:
+        if not (_same_output(module, dtype) and _same_gradients(module, dtype)):
+            return "the lean one gives something else"
+    except Exception as error:
+        return f"the trial ended with {type(error).__name__}: {error}"
+    return None
+
+
 @torch.no_grad()
-def _agrees(module: Any, dtype: torch.dtype) -> bool:
-    layer = getattr(module.gate_proj, "base_layer", module.gate_proj)
-    count = 2 * layer.in_features
-    x = torch.linspace(-2, 2, count, device=layer.weight.device).to(dtype).view(1, 2, layer.in_features)
-    if torch.equal(module(x), _Lean(module)(x)):
-        return True
-    logger.info("%s keeps its own forward: the lean one gives something else", type(module).__name__)
-    return False
+def _same_output(module: Any, dtype: torch.dtype) -> bool:
+    width = _first_layer(module).in_features
+    x = torch.linspace(-2, 2, 2 * width, device=_first_layer(module).weight.device).view(1, 2, width)
+    # Large ones too: what clamps its input shows there only.
+    x = torch.cat([x, 1000 * x], dim=1).to(dtype)
+    return _same(module(x), _Lean(module)(x))
+
+
+@torch.enable_grad()
+def _same_gradients(module: Any, dtype: torch.dtype) -> bool:
+    """Of the product alone: the projections' are not touched."""
+    numbers = torch.linspace(-8, 8, 64, device=_first_layer(module).weight.device).to(dtype)
+
+    def gradients(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        gate, up = numbers.clone().requires_grad_(), numbers.flip(0).clone().requires_grad_()
+        # Not on the leaves: an activation may work in place.
+        made = product(gate.clone(), up.clone())
+        return [made, *torch.autograd.grad(made, (gate, up), numbers + 1)]
+
+    own = gradients(lambda gate, up: module.act_fn(gate) * up)
+    lean = gradients(lambda gate, up: _Gated.apply(gate, up, module.act_fn))  # type: ignore[no-untyped-call]
+    return all(map(_same, own, lean))
+
+
+def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return one.dtype == two.dtype and torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def _first_layer(module: Any) -> Any:
+    return getattr(module.gate_proj, "base_layer", module.gate_proj)
