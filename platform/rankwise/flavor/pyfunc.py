@@ -7,18 +7,20 @@ may be said at load is `model_config={"base_model": ..., "device": ..., "allow_b
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.renderer import Renderer
 from rankwise.exceptions import ConfigError, TrackingError
 from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri
-from rankwise.flavor.inputs import read_input
+from rankwise.flavor.inputs import Chat, read_input
 from rankwise.flavor.loading import LoadedAdapter, load_directory
 from rankwise.flavor.options import LoadOptions
 from rankwise.flavor.package import MODEL_CONFIG
 from rankwise.flavor.signature import read_params
-from rankwise.modeling.generation import generate_batch, length_batches, row_seed
+from rankwise.modeling.generation import Decoding, generate_batch, length_batches, row_seed
+from rankwise.modeling.pass_lock import pass_lock
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class QloraModel:
         self.renderer = Renderer.create(adapter.tokenizer, base=adapter.base.path)
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """Answer prompts.
+        """Answer prompts; several threads take turns.
 
         Args:
             data: Any form of the table in `rankwise.flavor.inputs`: a text, a list of texts, one chat, a list of
@@ -49,6 +51,11 @@ class QloraModel:
         """
         decoding, seed, batch_size = read_params(params)
         chats = read_input(data, self.adapter.metadata.system)
+        # Neither `generate` nor tokenizers are made for several threads at a time.
+        with pass_lock(self.adapter.model):
+            return self._answers(chats, decoding, seed, batch_size)
+
+    def _answers(self, chats: Sequence[Chat], decoding: Decoding, seed: int, batch_size: int) -> list[str]:
         texts = self.renderer.texts(chats, add_generation_prompt=True)
         prompts = self.renderer.tokens(texts)
         answers: dict[int, str] = {}

@@ -22,6 +22,7 @@ from rankwise.modeling.engine_fit import engine_of
 from rankwise.modeling.forward import evaluating, segments_of
 from rankwise.modeling.generation import Decoding, Generated, generate_batch, length_batches
 from rankwise.modeling.packed_lora import install
+from rankwise.modeling.pass_lock import pass_lock
 
 __all__ = ["Prompt", "encode_prompts", "generate", "generate_each", "greedy", "prompt_problem"]
 
@@ -96,11 +97,11 @@ def generate_each(
 def _in_batches(
     base: LoadedBase, prompts: Sequence[Prompt], decoding: Decoding, tokenizer: Any, batch_size: int
 ) -> Iterator[tuple[int, Generated]]:
-    routing = install(base.model)
     for batch in length_batches([len(prompt.token_ids) for prompt in prompts], batch_size):
         order = sorted(batch, key=lambda index: prompts[index].adapter or "")
         rows = [prompts[index] for index in order]
-        with routing.segments(segments_of(base.model, [row.adapter for row in rows])):
+        segments = segments_of(base.model, [row.adapter for row in rows])
+        with pass_lock(base.model), install(base.model).segments(segments):
             made = generate_batch(
                 base.model, tokenizer, [row.token_ids for row in rows], decoding, seeds=[row.seed for row in rows]
             )

@@ -27,8 +27,9 @@ from transformers import DynamicCache
 from rankwise.modeling.decoding_lora import StackedLora, stackable
 from rankwise.modeling.dequantized import free_memory
 from rankwise.modeling.forward import segments_of
+from rankwise.modeling.out_of_memory import is_out_of_memory
 from rankwise.modeling.packed_lora import install
-from rankwise.modeling.slot_cache import SlotCache
+from rankwise.modeling.slot_cache import SlotCache, most_columns
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Engine:
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row: int = 2 * config.num_hidden_layers * heads * size * columns * self.model.dtype.itemsize
+        row: int = 2 * config.num_hidden_layers * heads * size * most_columns(columns) * self.model.dtype.itemsize
         most: int = max(1, int(CACHE_SHARE * free_memory()) // row)
         if most < slots:
             logger.info(
@@ -119,9 +120,15 @@ class Engine:
     def stack(self, adapters: Sequence[str]) -> StackedLora | None:
         """The adapters as one stack, where they are of a kind for it and fit."""
         free = free_memory() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
-        if not adapters or not stackable(self.model, adapters, int(STACK_SHARE * free)):
-            return None
-        return StackedLora(self.model, adapters)
+        try:
+            if not adapters or not stackable(self.model, adapters, int(STACK_SHARE * free)):
+                return None
+            return StackedLora(self.model, adapters)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        logger.warning("out of memory for a stack of %d adapters: they are run one after another", len(adapters))
+        return None
 
 
 class Flight:
@@ -142,6 +149,7 @@ class Flight:
         first = len(self.rows)
         self.rows += rows
         self._moved = True
+        self._cache.clear(slice(first, len(self.rows)))
         for group in _groups(rows):
             group.sort(key=lambda at: rows[at].adapter or "")
             self._cache.put([first + at for at in group], self._engine.prefill([rows[at] for at in group]))
@@ -151,7 +159,7 @@ class Flight:
         for slot in sorted(slots, reverse=True):
             last = self.rows.pop()
             if slot < len(self.rows):
-                self._cache.move(len(self.rows), slot, last.position)
+                self._cache.move(len(self.rows), slot)
                 self.rows[slot] = last
             self._moved = True
 

@@ -8,6 +8,7 @@ of keys and values, shows too late for that, and is known by what transformers k
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from dataclasses import dataclass
 from threading import Lock
@@ -18,6 +19,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rankwise.modeling.continuous import Engine, Flight, Row
+from rankwise.modeling.out_of_memory import is_out_of_memory
+from rankwise.modeling.pass_lock import pass_lock
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,6 @@ _SAME_IN_16_BIT = 5e-2
 class _Known:
     """What was found out about a model."""
 
-    lock: Lock
     reason: str | None
 
 
@@ -43,11 +45,10 @@ def engine_of(model: Any) -> Engine | None:
     with _FINDING:
         known = _KNOWN.get(model)
         if known is None:
-            lock = Lock()
-            known = _KNOWN[model] = _Known(lock, _misfit(Engine(model, lock)))
+            known = _KNOWN[model] = _Known(_misfit(Engine(model, pass_lock(model))))
             if known.reason:
                 logger.info("%s is decoded by transformers' generate: %s", type(model).__name__, known.reason)
-    return Engine(model, known.lock) if known.reason is None else None
+    return Engine(model, pass_lock(model)) if known.reason is None else None
 
 
 def _misfit(engine: Engine) -> str | None:
@@ -56,12 +57,15 @@ def _misfit(engine: Engine) -> str | None:
     attention = model.config._attn_implementation
     if attention not in {"sdpa", "eager"}:
         return f"its attention is {attention}"
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    if kinds != {DynamicLayer}:
-        return f"its layers keep {', '.join(sorted(kind.__name__ for kind in kinds))}"
     try:
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        if kinds != {DynamicLayer}:
+            return f"its layers keep {', '.join(sorted(kind.__name__ for kind in kinds))}"
         difference = _difference(engine)
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:
+        # What a model does in a trial that it was not made for cannot be foretold; that memory ran out says nothing.
+        if is_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {error}"
     limit = _SAME.get(next(model.parameters()).dtype, _SAME_IN_16_BIT)
     return None if difference <= limit else f"logits differ by {difference:.3g} of the largest"
@@ -86,5 +90,7 @@ def _difference(engine: Engine) -> float:
         with engine.lock, engine.routing.segments([]):
             own = engine.model(input_ids=whole, use_cache=False).logits[0, -2:].float()
         mine = torch.stack([step[at] for step in ours])
-        worst = max(worst, float((own - mine).abs().max() / own.abs().max()))
+        far = float((own - mine).abs().max() / own.abs().max())
+        # Not by `max` alone, which keeps the first of two where one is NaN.
+        worst = math.inf if math.isnan(far) else max(worst, far)
     return worst

@@ -9,6 +9,7 @@ results unseen): what decides is in `Decoding`. Rows are sampled each from its o
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,11 +101,15 @@ def end_token_ids(model: Any, tokenizer: Any, stop: Sequence[str] = ()) -> tuple
     """Tokens that end a row.
 
     They are the tokenizer's end token, those of the base's generation configuration, and the special tokens among the
-    stop texts: `<|im_end|>` is never in a text, from which special tokens are left out.
+    stop texts: `<|im_end|>` is never in a text, from which special tokens are left out. Not all of them have a role, by
+    which `all_special_tokens` knows them.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
     ends += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens]
+    if stop:
+        added = tokenizer.added_tokens_decoder.items()
+        ends += [number for number, token in added if token.special and token.content in stop]
     return tuple(sorted({int(end) for end in ends if end is not None}))
 
 
@@ -213,10 +218,12 @@ def _first_stop(text: str, stop: Sequence[str]) -> int | None:
 
 def _until_stop(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> list[int]:
     """The tokens up to the one that completed a stop text: the row was padded from there on."""
-    for count in range(1, len(tokens) + 1):
-        if _first_stop(tokenizer.decode(tokens[:count], skip_special_tokens=True), stop) is not None:
-            return tokens[:count]
-    return tokens
+
+    def stopped(count: int) -> bool:
+        return _first_stop(tokenizer.decode(tokens[:count], skip_special_tokens=True), stop) is not None
+
+    # Once a stop text is there, it stays: a few looks find the first token by which it was.
+    return tokens[: bisect_left(range(len(tokens)), True, lo=1, key=stopped)]
 
 
 @contextmanager

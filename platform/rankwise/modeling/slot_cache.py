@@ -3,8 +3,8 @@
 Letters: S slots, N rows in work (N <= S, in slots 0 to N-1), H heads of keys and values, C columns, D size of a head.
 
 A cache that is grown by concatenation copies all keys and values of all rows in every step, and its rows must come and
-go together. Here a step writes one column of each row and reads a view, a finished row's slot is taken by another row,
-and columns past a row's end, whatever they hold, are masked.
+go together. Here a step writes one column of each row and reads a view, and a finished row's slot is taken by another
+row. Columns past a row's end are masked, and are zero: a NaN that a row before has left there would get through a mask.
 """
 
 from __future__ import annotations
@@ -117,12 +117,29 @@ class SlotCache(Cache):  # type: ignore[misc]
             mine.keys[where, :, :columns] = other.keys
             mine.values[where, :, :columns] = other.values
 
-    def move(self, source: int, target: int, columns: int) -> None:
-        """Move a row of so many columns to another slot."""
+    def clear(self, slots: slice) -> None:
+        """Make slots empty for the rows that come."""
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys[target, :, :columns] = layer.keys[source, :, :columns]
-                layer.values[target, :, :columns] = layer.values[source, :, :columns]
+                layer.keys[slots] = 0
+                layer.values[slots] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Move a row to another slot, of which nothing stays."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[target] = layer.keys[source]
+                layer.values[target] = layer.values[source]
+
+
+def most_columns(columns: int) -> int:
+    """Columns that there are at most once so many are needed, however the cache has grown to them."""
+    before = columns - 1
+    return _rounded(max(columns, before + before // 4))
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // _COLUMNS) * _COLUMNS
 
 
 def _empty(slots: int, like: torch.Tensor) -> torch.Tensor:
@@ -135,7 +152,7 @@ def _grown(tensor: torch.Tensor, columns: int) -> torch.Tensor:
     if columns <= have:
         return tensor
     # By a quarter at least, so that all growing together copies each column a few times.
-    wanted = -(-max(columns, have + have // 4) // _COLUMNS) * _COLUMNS
+    wanted = _rounded(max(columns, have + have // 4))
     grown = tensor.new_zeros((*tensor.shape[:2], wanted, tensor.shape[3]))
     grown[:, :, :have] = tensor
     return grown

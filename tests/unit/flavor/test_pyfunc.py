@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from threading import Thread
+from time import sleep
 
 import mlflow
 import numpy as np
@@ -14,6 +16,7 @@ from helpers.tiny import make_base
 
 import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
+from rankwise.flavor import pyfunc
 
 FEW = {"max_new_tokens": 4}
 
@@ -50,6 +53,36 @@ def test_answers_keep_the_order_of_prompts_whatever_the_batches(model):
     alone = [model.predict(prompt, params=FEW)[0] for prompt in prompts]
     for batch_size in (1, 3, 8):
         assert model.predict(prompts, params={**FEW, "batch_size": batch_size}) == alone
+
+
+def test_threads_take_turns_each_with_its_own_parameters(model, monkeypatch):
+    lengths = (3, 9)
+    expected = {length: model.predict("carat 0.23", params={"max_new_tokens": length}) for length in lengths}
+    batch, running, together = pyfunc.generate_batch, [], []
+
+    def slow(*args, **options):
+        running.append(args)
+        together.append(len(running))
+        sleep(0.05)
+        try:
+            return batch(*args, **options)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(pyfunc, "generate_batch", slow)
+    found = {}
+    threads = [
+        Thread(target=lambda n=n: found.update({n: model.predict("carat 0.23", params={"max_new_tokens": n})}))
+        for n in lengths
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+    assert together == [1, 1]
+    # Nothing that cannot be copied or pickled is part of it.
+    assert vars(model._model_impl).keys() == {"adapter", "renderer"}
 
 
 def test_sampling_is_repeatable_by_its_seed(model):

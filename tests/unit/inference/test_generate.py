@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from threading import Thread
+from time import sleep
 
 import pytest
 import torch
 from helpers.adapted import attach, load_tiny
+from transformers import AddedToken
 
 from rankwise.exceptions import ConfigError, JobError
+from rankwise.inference import flight
+from rankwise.inference import generate as module
 from rankwise.inference.generate import Prompt, encode_prompts, generate, greedy, prompt_problem
 from rankwise.modeling.continuous import Flight
 from rankwise.modeling.generation import Decoding, end_token_ids
@@ -78,6 +84,53 @@ def test_a_sampled_row_depends_on_its_own_seed_only(base, prompts):
     assert [row.token_ids for row in together] == [row.token_ids for row in reversed(turned)]
     other = generate(base, [replace(prompt, seed=prompt.seed + 100) for prompt in prompts], decoding)
     assert [row.token_ids for row in together] != [row.token_ids for row in other]
+
+
+def test_rows_in_work_have_generators_and_in_greedy_decoding_none(base, prompts, monkeypatch):
+    held = []
+    choose = flight._Choice.__call__
+
+    def spy(self, rows, logits):
+        tokens = choose(self, rows, logits)
+        held.append((set(self._generators), {row.index for row in rows}))
+        return tokens
+
+    monkeypatch.setattr(flight._Choice, "__call__", spy)
+    generate(base, prompts, Decoding(max_new_tokens=3, temperature=1.0), batch_size=2)
+    assert all(generators == rows for generators, rows in held)
+    held.clear()
+    generate(base, prompts, Decoding(max_new_tokens=3), batch_size=2)
+    assert held
+    assert not any(generators for generators, _ in held)
+
+
+def test_threads_take_turns_over_a_model_that_the_engine_does_not_take(base, prompts, monkeypatch):
+    monkeypatch.setattr(module, "engine_of", lambda model: None)
+    decoding = Decoding(max_new_tokens=4)
+    expected = generate(base, prompts, decoding, batch_size=2)
+    batch, running, together = module.generate_batch, [], []
+
+    def slow(*args, **options):
+        running.append(args)
+        together.append(len(running))
+        sleep(0.05)
+        try:
+            return batch(*args, **options)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(module, "generate_batch", slow)
+    results = {}
+    threads = [
+        Thread(target=lambda turn=turn: results.update({turn: generate(base, prompts[::turn], decoding, batch_size=2)}))
+        for turn in (1, -1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(together) == {1}
+    assert results == {1: expected, -1: expected[::-1]}
 
 
 def test_results_say_how_long_prompt_and_answer_were_and_why_they_ended(base, prompts):
@@ -151,6 +204,16 @@ def test_out_of_memory_lowers_the_number_of_rows_and_changes_no_answer(base, pro
     monkeypatch.setattr(Flight, "logits", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(JobError, match="out of memory on cpu with a single row"):
         generate(base, prompts, decoding)
+
+
+def test_a_special_token_without_a_role_is_an_end_token_when_it_is_a_stop_text(base):
+    tokenizer = deepcopy(base.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|eom|>", special=True)])
+    assert "<|eom|>" not in tokenizer.all_special_tokens
+    number = tokenizer.convert_tokens_to_ids("<|eom|>")
+    assert tokenizer.decode([number], skip_special_tokens=True) == ""
+    assert number in end_token_ids(base.model, tokenizer, ("<|eom|>",))
+    assert number not in end_token_ids(base.model, tokenizer, ("other",))
 
 
 def test_a_special_token_among_the_stop_texts_ends_a_row(base, prompts):

@@ -11,7 +11,7 @@ import torch
 from helpers.adapted import attach, load_tiny
 
 from rankwise.inference.generate import Prompt, encode_prompts, generate
-from rankwise.modeling import continuous, engine_fit
+from rankwise.modeling import continuous, engine_fit, slot_cache
 from rankwise.modeling.continuous import Flight, Row
 from rankwise.modeling.engine_fit import engine_of
 from rankwise.modeling.generation import Decoding
@@ -115,11 +115,12 @@ def test_rows_in_work_are_as_many_as_memory_has_room_for(base, prompts, monkeypa
     flight = Flight(engine, slots=3, adapters=())
     flight.enter([Row(index=0, prompt=[5] * 64, adapter=None)])
     flight.logits()
-    # Two layers of keys and values; the 64th column made it grow to 64.
+    # Two layers of keys and values; the 64th column made it grow to 64, the 65th would to 128.
     held = sum(each.nbytes for layer in flight._cache.layers for each in (layer.keys, layer.values))
     monkeypatch.setattr(continuous, "free_memory", lambda: int(2 * held / continuous.CACHE_SHARE))
-    assert engine.fitting(16, 64) == 6
-    assert engine.fitting(5, 64) == 5
+    assert engine.fitting(16, 52) == 6
+    assert engine.fitting(5, 52) == 5
+    assert engine.fitting(16, 65) == 3
     expected = generate(base, prompts, LONG)
     monkeypatch.setattr(continuous, "free_memory", lambda: 0)
     with caplog.at_level(logging.INFO, logger="rankwise"):
@@ -131,6 +132,48 @@ def test_numbers_that_are_not_finite_stay_in_the_rows_of_their_adapter(base, pro
     expected = generate(base, prompts, LONG)
     mixed = generate(base, [*prompts, replace(prompts[0], adapter="broken")], LONG, batch_size=7)
     assert mixed[:-1] == expected
+
+
+def test_what_a_row_leaves_in_its_slot_does_not_reach_the_row_that_takes_it(base, prompts):
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    good = [prompt for prompt in prompts if prompt is not longest]
+    expected = generate(base, good, LONG)
+    # The second of the longest ones: its slot is taken by a row that is shorter than the one beside it.
+    mixed = generate(base, [longest, replace(longest, adapter="broken"), *good], LONG, batch_size=2)
+    assert mixed[2:] == expected
+
+
+def test_a_row_that_moves_into_a_slot_finds_nothing_of_the_row_before(base):
+    engine = engine_of(base.model)
+    broken = Row(index=0, prompt=list(range(5, 21)), adapter="broken")
+    long = Row(index=1, prompt=list(range(5, 17)), adapter=None)
+    short = Row(index=2, prompt=[7, 8, 9], adapter=None)
+    flight = Flight(engine, slots=3, adapters=["broken"])
+    flight.enter([broken, long, short])
+    assert flight.logits()[0].isnan().any()
+    flight.leave([0])
+    assert flight.rows == [short, long]
+    flight.enter([Row(index=3, prompt=[4, 5], adapter=None)])
+    assert flight.logits().isfinite().all()
+
+
+def test_a_cache_never_has_more_columns_than_is_foretold():
+    tensor = torch.zeros(1, 1, 0, 1)
+    for columns in range(1, 700):
+        tensor = slot_cache._grown(tensor, columns)
+        at_once = slot_cache._grown(torch.zeros(1, 1, columns - 1, 1), columns)
+        assert columns <= max(tensor.shape[2], at_once.shape[2]) <= slot_cache.most_columns(columns)
+
+
+def test_without_memory_for_a_stack_adapters_go_one_after_another(base, prompts, monkeypatch, caplog):
+    expected = generate(base, prompts, LONG)
+
+    def scarce(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(continuous, "StackedLora", scarce)
+    assert generate(base, prompts, LONG) == expected
+    assert "out of memory for a stack of 2 adapters" in caplog.text
 
 
 def test_what_peft_s_own_forward_was_given_back_for_is_routed_again(base, prompts):
@@ -189,6 +232,40 @@ def test_an_engine_that_does_not_agree_with_the_model_is_not_used(base, monkeypa
         assert engine_of(base.model) is None
     assert "logits differ by" in caplog.text
     engine_fit._KNOWN.pop(base.model)
+
+
+@pytest.fixture
+def unknown(base):
+    """The base as one that nothing was found out about."""
+    engine_fit._KNOWN.pop(base.model, None)
+    yield base.model
+    engine_fit._KNOWN.pop(base.model, None)
+
+
+def test_logits_that_are_no_numbers_are_no_agreement(unknown, monkeypatch, caplog):
+    logits = Flight.logits
+    monkeypatch.setattr(Flight, "logits", lambda self: logits(self) * float("nan"))
+    with caplog.at_level(logging.INFO, logger="rankwise"):
+        assert engine_of(unknown) is None
+    assert "logits differ by inf" in caplog.text
+
+
+def test_whatever_a_model_does_in_the_trial_is_a_reason_but_that_memory_ran_out(unknown, monkeypatch, caplog):
+    def no_memory(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Flight, "logits", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine_of(unknown)
+    assert unknown not in engine_fit._KNOWN
+
+    def unexpected(self):
+        raise KeyError("rotary")
+
+    monkeypatch.setattr(Flight, "logits", unexpected)
+    with caplog.at_level(logging.INFO, logger="rankwise"):
+        assert engine_of(unknown) is None
+    assert "KeyError: 'rotary'" in caplog.text
 
 
 def test_slots_hold_each_row_s_keys_after_any_order_of_leaving(base):

@@ -7,7 +7,7 @@ import torch
 from helpers.tiny import make_base
 
 from rankwise.exceptions import ConfigError
-from rankwise.modeling.generation import Decoding, end_token_ids, generate_batch, length_batches, row_seed
+from rankwise.modeling.generation import Decoding, end_token_ids, finish, generate_batch, length_batches, row_seed
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [40, 41, 42, 43]]
 
@@ -81,6 +81,21 @@ def test_a_stop_text_ends_its_row_and_is_cut_from_the_text(loaded):
     assert len(rows[0].token_ids) < len(free[0].token_ids)
     for row, other in zip(rows[1:], free[1:], strict=True):
         assert row.text == (other.text.split(stop)[0] if stop in other.text else other.text)
+
+
+@pytest.mark.parametrize("at", [0, 1, 500, 999])
+def test_the_token_that_completed_a_stop_text_is_found_with_few_looks(at):
+    looks = []
+
+    class Tokenizer:
+        def decode(self, tokens, skip_special_tokens):
+            looks.append(len(tokens))
+            return "".join("x" if token else "a" for token in tokens)
+
+    tokens = [0] * at + [1] + [0] * (999 - at)
+    row = finish(Tokenizer(), tokens, Decoding(max_new_tokens=1000, stop=("x",)), (), 3)
+    assert (row.text, row.token_ids) == ("a" * at, tuple(tokens[: at + 1]))
+    assert len(looks) < 14
 
 
 def test_finish_reason_tells_an_end_token_from_the_length_limit(loaded):
