@@ -32,7 +32,7 @@ from rankwise.flavor.place import placed
 from rankwise.modeling.adapter import read_adapter
 from rankwise.modeling.adapter_config import CONFIG_NAME
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
-from rankwise.modeling.manifest import check_manifest
+from rankwise.modeling.manifest import check_manifest, write_manifest
 from rankwise.serving.limits import differences, max_rank_for, obstacles, served_quantization
 from rankwise.serving.server import Server
 from rankwise.settings import Settings
@@ -64,6 +64,15 @@ class Served:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """An adapter in the cache: its directory, the digest of the manifest put there, and what it says of itself."""
+
+    directory: Path
+    digest: str
+    metadata: AdapterMetadata
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Base:
     """The base that the server holds, with what `check_base` shows of it."""
 
@@ -90,7 +99,7 @@ class Adapters:
         self._lock = threading.Lock()
         self._origins: OrderedDict[str, tuple[float, Origin]] = OrderedDict()
         self._refused: OrderedDict[str, tuple[float, Exception]] = OrderedDict()
-        self._checked: dict[str, tuple[Path, AdapterMetadata]] = {}
+        self._checked: dict[str, _Kept] = {}
         self._bases: dict[str, _Base] = {}
 
     def find(self, base_model_name: str, uri: str) -> Served:
@@ -158,22 +167,20 @@ class Adapters:
     def _directory(self, origin: Origin) -> tuple[Path, AdapterMetadata]:
         """The checked files of a version, and what it says of itself."""
         known = self._checked.get(origin.uri)
-        if known is not None:
-            try:
-                check_manifest(known[0])
-                return known
-            except AdapterIntegrityError as error:
-                logger.warning("%s is not what was put there and is fetched again: %s", known[0], error)
+        if known is not None and _is_whole(known.directory, known.digest):
+            return known.directory, known.metadata
         with fetch(origin.uri, self._settings.tracking_uri) as fetched:
             read_adapter(fetched.adapter)
             digest = fetched.metadata.manifest.removeprefix("sha256:")
             target = self._settings.cache / "served-adapters" / digest[:32]
-            if known is not None:
-                shutil.rmtree(target)
+            # Also what an earlier server has left there.
+            if target.exists() and (known is not None or not _is_whole(target)):
+                shutil.rmtree(target, ignore_errors=True)
             with placed(target, f"keeping {origin.uri} for the server") as temporary:
                 shutil.copytree(fetched.adapter, temporary, dirs_exist_ok=True)
-            self._checked[origin.uri] = (target, fetched.metadata)
-        return self._checked[origin.uri]
+                kept = _Kept(directory=target, digest=write_manifest(temporary), metadata=fetched.metadata)
+            self._checked[origin.uri] = kept
+            return target, fetched.metadata
 
     def _base(self, name: str) -> _Base:
         """The base that the server holds, by the content of its files."""
@@ -204,6 +211,16 @@ class Adapters:
                 "be compared with what adapters were trained on: serve it from that cache, or from a directory"
             )
         return source.repo, commit, path
+
+
+def _is_whole(directory: Path, digest: str | None = None) -> bool:
+    """Whether a directory of the cache holds what was put there; `digest` is its manifest's, where that is known."""
+    try:
+        check_manifest(directory, digest=digest)
+    except (AdapterIntegrityError, OSError) as error:
+        logger.warning("%s is not what was put there and is fetched again: %s", directory, error)
+        return False
+    return True
 
 
 def _is_outage(error: TrackingError) -> bool:

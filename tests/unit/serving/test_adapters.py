@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from helpers.tiny import make_base
 from safetensors import safe_open
 
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError, TrackingError
-from rankwise.modeling.manifest import check_manifest
+from rankwise.modeling.manifest import check_manifest, write_manifest
 from rankwise.serving import adapters as module
 from rankwise.serving.adapters import REFUSED_S, TTL_S, Adapters
 from rankwise.serving.server import Server
@@ -77,6 +78,30 @@ def test_a_version_is_fetched_once_and_what_is_spoilt_in_the_cache_again(world, 
     assert adapters.find(str(world.base_path), URI).directory == first.directory
     assert weights.read_bytes() == content
     assert len(fetched) == 2
+
+
+def test_a_directory_that_somebody_has_removed_is_made_again(world, adapters):
+    first = adapters.find(str(world.base_path), URI)
+    shutil.rmtree(first.directory)
+    assert adapters.find(str(world.base_path), URI) == first
+    check_manifest(first.directory)
+
+
+def test_what_an_earlier_server_has_left_unwhole_is_made_again(world, adapters, client):
+    first = adapters.find(str(world.base_path), URI)
+    (first.directory / "adapter_config.json").write_text("{}")
+    assert Adapters(world.settings, Server(max_rank=16)).find(str(world.base_path), URI) == first
+    check_manifest(first.directory)
+
+
+def test_other_content_with_a_manifest_of_its_own_is_not_what_was_fetched(world, adapters):
+    first = adapters.find(str(world.base_path), URI)
+    weights = first.directory / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    write_manifest(first.directory)
+    assert adapters.find(str(world.base_path), URI) == first
+    assert weights.read_bytes() == content
 
 
 def test_an_outage_of_mlflow_leaves_an_alias_where_it_was(world, adapters, clock, monkeypatch, caplog):
