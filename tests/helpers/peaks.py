@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.feed_forward import lean_feed_forwards
 from rankwise.modeling.packed_lora import delete_adapter, install
-from rankwise.training.budget import widest_pass
+from rankwise.training.budget import usual_pass
 from rankwise.training.living import LivingArm
 from rankwise.training.memory import PeakMemory
 from rankwise.training.mode import training_mode
@@ -20,7 +20,7 @@ def peak_of_step(base, tasks) -> int:
     checkpointing = tasks[0].spec.training.gradient_checkpointing
     with (
         training_mode(base.model, gradient_checkpointing=checkpointing),
-        keep_dequantized(base.model, tokens=widest_pass(tasks, None)),
+        keep_dequantized(base.model, tokens=usual_pass(tasks, None)),
         lean_feed_forwards(base.model),
     ):
         arms = [LivingArm(task, base.model) for task in tasks]

@@ -93,7 +93,7 @@ def keep_dequantized(model: Any, *, memory_share: float = MEMORY_SHARE, tokens: 
     Args:
         model: A model with or without 4-bit layers and adapters.
         memory_share: The largest share of the free memory to use.
-        tokens: Tokens of a forward pass, where that is known: with `KEEP_BELOW` and more, keeping gains little.
+        tokens: Tokens of a usual forward pass, where that is known: with `KEEP_BELOW` and more, keeping gains little.
 
     Yields:
         Whether weights are kept.

@@ -12,6 +12,7 @@ through the base, one after another, in each micro-step.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -140,7 +141,7 @@ def plan_pack(
     )
     max_tokens = default_token_budget(base) if token_budget is None else token_budget
     shares = [_share(task, linear) for task in tasks]
-    kept = dequantized_bytes(base.model, tokens=widest_pass(tasks, max_tokens))
+    kept = dequantized_bytes(base.model, tokens=usual_pass(tasks, max_tokens))
     free = free_for_packs(base, kept) if free_bytes is None else free_bytes
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
 
@@ -181,9 +182,13 @@ def plan_pack(
     return PackPlan(fits=tuple(tasks[:fitting]), left=tuple(tasks[fitting:]), passes=passes, estimate=estimate)
 
 
-def widest_pass(tasks: Sequence[ArmTask], max_tokens: int | None) -> int:
-    """Tokens of the largest pass of these arms, with padding, where memory does not make it smaller."""
-    sizes = [_rows_and_length(task) for task in tasks]
+def usual_pass(tasks: Sequence[ArmTask], max_tokens: int | None) -> int:
+    """Tokens of the largest pass of these arms, with padding, in a usual micro-step; memory may make it smaller.
+
+    It follows from the arms and their data alone. A single long row does not decide, as it does for what memory must
+    hold: of n rows that are drawn, the longest is as often above the quantile 0.5^(1/n) of all lengths as below it.
+    """
+    sizes = [_usual_rows_and_length(task) for task in tasks]
     groups = Passes(max_tokens=max_tokens).split(sizes, lambda each: each)
     return max(sum(rows for rows, _ in group) * max(length for _, length in group) for group in groups)
 
@@ -224,6 +229,13 @@ def _rows_and_length(task: ArmTask) -> tuple[int, int]:
     """Rows of a micro-batch, and tokens of the longest row: the longest ones may come together."""
     rows = min(task.spec.training.per_device_train_batch_size, len(task.train))
     return rows, max(len(row.input_ids) for row in task.train)
+
+
+def _usual_rows_and_length(task: ArmTask) -> tuple[int, int]:
+    """Rows of a micro-batch, and the median of the longest row's tokens."""
+    rows, _ = _rows_and_length(task)
+    lengths = sorted(len(row.input_ids) for row in task.train)
+    return rows, lengths[math.ceil(len(lengths) * 0.5 ** (1 / rows)) - 1]
 
 
 def _split(passes: Passes, shares: Sequence[_Share]) -> Iterator[list[_Share]]:

@@ -11,7 +11,7 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.feed_forward import lean_feed_forwards
 from rankwise.training.assess import METRICS
-from rankwise.training.budget import default_token_budget, plan_pack, widest_pass
+from rankwise.training.budget import default_token_budget, plan_pack, usual_pass
 from rankwise.training.checkpoint import Checkpoints
 from rankwise.training.loop import Evaluate, PackLoop
 from rankwise.training.memory import give_back
@@ -83,7 +83,7 @@ def train_pack(
     give_back()
     with (
         training_mode(base.model, gradient_checkpointing=checkpointing),
-        keep_dequantized(base.model, tokens=widest_pass(tasks, passes.max_tokens)),
+        keep_dequantized(base.model, tokens=usual_pass(tasks, passes.max_tokens)),
         lean_feed_forwards(base.model),
     ):
         pack = PackLoop(base, tasks, checkpoints, observer, evaluate, passes)

@@ -8,7 +8,7 @@ from helpers.packs import load_tiny, make_arm, make_rows
 from helpers.peaks import peak_of_step
 
 from rankwise.exceptions import ConfigError
-from rankwise.training.budget import CPU_TOKENS, plan_pack
+from rankwise.training.budget import CPU_TOKENS, plan_pack, usual_pass
 from rankwise.training.pack import ArmTask, train_pack
 
 ROWS = make_rows(12)
@@ -70,6 +70,22 @@ def test_a_token_budget_makes_passes(base):
     longest = max(len(row.input_ids) for row in ROWS)
     plan = plan_pack(base, some(4), token_budget=2 * 2 * longest)
     assert (plan.parts, plan.estimate.passes, plan.estimate.tokens) == (1, 2, 2 * 2 * longest)
+
+
+def test_a_single_long_row_does_not_say_how_large_a_usual_pass_is():
+    def rows(*lengths):
+        return [make_rows(1, shortest=length, longest=length)[0] for length in lengths]
+
+    short = rows(*[10] * 60)
+    assert usual_pass(some(3), None) <= 3 * 2 * max(len(row.input_ids) for row in ROWS)
+    assert usual_pass(tasks(make_arm(), rows=short), None) == 2 * 10
+    assert usual_pass(tasks(make_arm(), rows=[*short, *rows(400)]), None) == 2 * 10
+    # Of two rows that are drawn out of these, one is a long one more often than not.
+    assert usual_pass(tasks(make_arm(), rows=[*short, *rows(*[400] * 30)]), None) == 2 * 400
+    assert usual_pass(tasks(make_arm(), rows=rows(7)), None) == 7
+    four = tasks(*(make_arm(seed=seed) for seed in range(4)), rows=short)
+    assert usual_pass(four, None) == 8 * 10
+    assert usual_pass(four, 40) == 40
 
 
 def test_unknown_modules_and_no_arms_are_refused(base):
