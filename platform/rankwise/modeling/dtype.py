@@ -49,7 +49,9 @@ def resolve_dtype(device: torch.device, requested: str = "auto") -> ResolvedDtyp
         version = f"CUDA capability {capability[0]}.{capability[1]}"
         if capability >= (8, 0):
             return ResolvedDtype(dtype=torch.bfloat16, reason=f"bfloat16: {version}")
-        return ResolvedDtype(dtype=torch.float16, reason=f"float16: {version} has no bfloat16")
+        # Small gradients would be zero in float16.
+        reason = f"float32: {version} has no bfloat16; float16 would need loss scaling"
+        return ResolvedDtype(dtype=torch.float32, reason=reason)
     if device.type == "cpu":
         fast = _fast_bfloat16_on_cpu()
         if fast is not None:

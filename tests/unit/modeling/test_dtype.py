@@ -32,7 +32,7 @@ def test_a_cpu_without_it_computes_in_float32_and_says_why(monkeypatch):
     [
         ((9, 0), torch.bfloat16, "bfloat16: CUDA capability 9.0"),
         ((8, 0), torch.bfloat16, "bfloat16: CUDA capability 8.0"),
-        ((7, 5), torch.float16, "float16: CUDA capability 7.5 has no bfloat16"),
+        ((7, 5), torch.float32, "float32: CUDA capability 7.5 has no bfloat16; float16 would need loss scaling"),
     ],
 )
 def test_a_gpu_is_told_by_its_capability(monkeypatch, capability, dtype, reason):
