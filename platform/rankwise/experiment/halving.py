@@ -122,7 +122,8 @@ def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> De
     """Who goes on, or None while there is nothing to decide.
 
     Of the configurations that were to reach the rung, failures included, one of `eta` goes on, at least `finalists`,
-    and no arm whose value is not a finite number. A configuration's value is the mean over its seeds that have one;
+    and no arm whose value is not a finite number. An arm that a person has cancelled while it waited at the rung is a
+    failure there, and none on the way to the next. A configuration's value is the mean over its seeds that have one;
     equal ones are ordered by their names. An arm that has no such rung, because it ends before it, takes no part; the
     others wait for its end.
     """
@@ -131,17 +132,29 @@ def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> De
         return None
     rung = min(each.rung for each in paused)
     here = [each for each in paused if each.rung == rung]
-    lost = [each for each in competitors if each.standing is Standing.FAILED and each.rung == rung - 1]
-    going = kept(stopping, len({each.configuration for each in [*here, *lost]}))
+    lost = [each for each in competitors if each.standing is Standing.FAILED and each.rung in (rung - 1, rung)]
+    present = len({each.configuration for each in here})
+    # Whether an arm has failed behind the rung before or was cancelled at it, nothing tells: no more were promoted.
+    entered = min(len({each.configuration for each in [*here, *lost]}), _promoted(stopping, competitors, rung))
+    going = kept(stopping, max(present, entered))
     ranking = _ranked(here, greater=greater_is_better(stopping.metric))
     said = f"{PRUNED} {stopping.min_steps * stopping.eta**rung}: {stopping.metric}"
-    better = f"is not among the best {len(ranking[:going])} of {len({each.configuration for each in here})}"
+    better = f"is not among the best {len(ranking[:going])} of {present}"
     prune = {each.spec_hash: f"{said} is not a finite number" for each in here if not _has_value(each)}
     for arms in ranking[going:]:
         value = f"{_mean(arms):.4g}" if len(arms) == 1 else f"{_mean(arms):.4g}, the mean over {len(arms)} seeds,"
         prune |= {each.spec_hash: f"{said} {value} {better}" for each in arms}
     promote = tuple(each.spec_hash for arms in ranking[:going] for each in arms)
     return Decision(rung=rung, promote=promote, prune=prune)
+
+
+def _promoted(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor], rung: int) -> int:
+    """How many configurations were to reach a rung, at most."""
+    took_part = [each for each in competitors if each.standing is not Standing.FINISHED or each.rung >= 0]
+    count = len({each.configuration for each in took_part})
+    for _ in range(rung):
+        count = kept(stopping, count)
+    return count
 
 
 def _ranked(here: Sequence[Competitor], *, greater: bool) -> list[list[Competitor]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +81,15 @@ def test_a_failure_frees_a_place_for_nobody_and_takes_none():
     assert decide(STOPPING, [*at(0, 6, 5, 4, 3, 2, 1), *failed]).promote == ("005", "004")
     # Those that failed before an earlier rung do not count any more.
     assert len(decide(STOPPING, [*at(1, 6, 5, 4, 3), *failed]).promote) == 1
+
+
+def test_an_arm_cancelled_while_it_waited_at_a_rung_was_to_be_compared_there_and_at_no_other():
+    cancelled = [replace(one(name, Standing.FAILED), rung=0) for name in ("e", "f", "g", "h")]
+    assert len(decide(STOPPING, [*at(0, 7, 6, 5, 4), *cancelled]).promote) == 2
+    # 4 of 16 were promoted, and 4 of the others had been cancelled: the next decision is about the 4.
+    pruned = at(0, *range(8), standing=Standing.PRUNED)
+    others = [replace(each, configuration=f"other {each.configuration}") for each in pruned]
+    assert len(decide(STOPPING, [*at(1, 4, 3, 2, 1), *cancelled, *others]).promote) == 1
 
 
 def test_finalists_are_left_however_great_eta_is():

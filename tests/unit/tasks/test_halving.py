@@ -147,6 +147,17 @@ def test_arms_that_diverge_or_are_cancelled_hold_nobody_up(context):
     assert not is_pruned(context.queue.get(trains[1].id))
 
 
+def test_an_arm_that_is_cancelled_while_it_waits_frees_no_place_and_takes_none(context):
+    trains, _ = submit(context)
+    first = claim(context)
+    pause(context, first[:4], [8, 7, 6, 5])
+    context.queue.cancel([trains[3].id])
+    assert paused_at(context.queue.get(trains[3].id)) == 5, "what it has shown stays in its row"
+    pause(context, first[4:], [4, 3, 2, 1])
+    settle_rungs(context, first)
+    assert states(context, trains) == ["cancelled"] * 4 + ["queued"] * 4
+
+
 def test_the_last_arm_does_not_stop_at_further_rungs(context):
     submit(context, ARMS[:2], stops=stops_of(SPEC, [arm for _, arm in ARMS[:2]]))
     pause(context, claim(context), [2, 1])
