@@ -118,5 +118,9 @@ class Finder:
         connect(self._settings)
         adapters, server = Adapters(self._settings, self._server), self._server
         if server.url is None:
+            logger.warning(
+                "aliases that move are not followed: it is not known where the server answers over plain HTTP; a name "
+                "that it has loaded stays the version that it was"
+            )
             return adapters, None
         return adapters, Follower(adapters.find, partial(unload, server.url, self._settings.vllm_api_key))

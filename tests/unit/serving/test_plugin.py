@@ -93,6 +93,13 @@ def test_what_cannot_be_served_is_none_with_a_line_in_the_log(resolver, world, c
     assert caplog.text == ""
 
 
+def test_that_aliases_are_not_followed_is_said(vllm, world, client, monkeypatch, caplog):
+    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
+    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    assert ask(make_resolver([*LINE, "--uds", "/run/vllm"]), str(world.base_path), "served@champion") is not None
+    assert caplog.text.count("aliases that move are not followed") == 1
+
+
 def test_the_server_s_event_loop_is_not_held_up(resolver, world, monkeypatch):
     import threading
 

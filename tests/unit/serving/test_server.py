@@ -27,6 +27,28 @@ def test_where_the_server_answers(options, url):
     assert Server.of(["vllm", "serve", "org/base", "--enable-lora", *options.split()]).url == url
 
 
+def test_options_may_have_underscores_and_a_file(tmp_path):
+    line = ["vllm", "serve", "org/base", "--enable_lora", "--max_lora_rank=32", "--ssl_certfile", "c.pem"]
+    assert Server.of(line) == Server(max_rank=32)
+    config = tmp_path / "vllm.yaml"
+    config.write_text("port: 9001\nenable-lora: true\nmax_lora_rank: 64\nquantization: bitsandbytes\ncors: [a, b]\n")
+    line = ["vllm", "serve", "org/base", "--config", str(config)]
+    expected = Server(max_rank=64, quantization="bitsandbytes", url="http://127.0.0.1:9001")
+    assert Server.of(line) == expected
+    assert Server.of([*line, "--port", "9002"]).url == "http://127.0.0.1:9002"
+    config.write_text("port: 9001\nenable-lora: false\n")
+    assert Server.of(line) == Server()
+
+
+@pytest.mark.parametrize("content", [None, "[1", "- a"])
+def test_of_a_file_that_cannot_be_read_nothing_is_guessed(tmp_path, content, caplog):
+    config = tmp_path / "vllm.yaml"
+    if content is not None:
+        config.write_text(content)
+    assert Server.of(["vllm", "serve", "b", "--enable-lora", "--config", str(config)]) == Server()
+    assert "the file of --config cannot be read" in caplog.text
+
+
 def test_a_server_that_another_program_has_started_is_not_guessed_at():
     assert Server.of(["app.py", "--port", "1"]) == Server()
 
