@@ -7,6 +7,9 @@ model and the tag `rankwise.signature` of the LoggedModel and the version.
 With `RANKWISE_TRUSTED_KEYS`, what none of these keys has signed is refused. Without it, unsigned adapters are loaded as
 ever; a signature that is there must fit all the same. The environment's policy counts, whatever settings a caller hands
 over. A signature says nothing about names: that an older signed version comes back under an alias, it does not prevent.
+
+A plain PEFT directory that is named by its path (`evaluate DIR`, `inspect DIR`) has no signature and is asked for none:
+who names a local directory trusts it. `import` makes a stored model of one, and signs it with the importer's key.
 """
 
 from __future__ import annotations
