@@ -145,7 +145,7 @@ def test_what_a_row_leaves_in_its_slot_does_not_reach_the_row_that_takes_it(base
 
 def test_a_row_that_moves_into_a_slot_finds_nothing_of_the_row_before(base):
     engine = engine_of(base.model)
-    broken = Row(index=0, prompt=list(range(5, 21)), adapter="broken")
+    broken = Row(index=0, prompt=list(range(5, 11)), adapter="broken")
     long = Row(index=1, prompt=list(range(5, 17)), adapter=None)
     short = Row(index=2, prompt=[7, 8, 9], adapter=None)
     flight = Flight(engine, slots=3, adapters=["broken"])
