@@ -66,12 +66,17 @@ def evaluate(
         from rankwise.tasks.assess import Assessor
         from rankwise.tasks.assessed import publish_assessment
         from rankwise.tasks.context import open_context
-        from rankwise.tasks.setting import recorded_setting
+        from rankwise.tasks.setting import recorded_setting, without_aliases
 
         wanted: dict[str, QuantizationSpec | None] = {name: quantization_of(name) for name in _names(quantizations)}
         with open_context(Settings.load(), bars) as context:
+            versions = without_aliases(context, uris)
+            for asked, version in versions.items():
+                if asked != version:
+                    bars.say(f"{asked} is {version}")
+            names = list(versions.values())
             # The first that knows what it was made from.
-            source = next((uri for uri in uris if uri.startswith(("models:", "runs:"))), uris[0])
+            source = next((uri for uri in names if uri.startswith(("models:", "runs:"))), names[0])
             setting = recorded_setting(context, source, file).changed(
                 data=data, split=split, metrics=_names(metrics), limit=limit
             )
@@ -79,7 +84,7 @@ def evaluate(
             found: dict[str, Assessment] = {}
             runs: dict[str, dict[str, str]] = {}
             for name, quantization in (wanted or {"": None}).items():
-                found[name] = assessor.assess(setting, uris, quantization=quantization)
+                found[name] = assessor.assess(setting, names, quantization=quantization)
                 if not no_tracking:
                     runs[name] = publish_assessment(context, found[name], note=f" ({name})" if name else "")
     document = _document(found, runs)

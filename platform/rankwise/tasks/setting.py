@@ -76,7 +76,20 @@ def recorded_setting(context: Context, uri: str, file: Path | None = None) -> Se
         TrackingError: There is no such version.
     """
     spec = load_experiment(file) if file is not None else _parsed(context, uri)
-    return Setting(spec=spec, arm=_arm(context, spec, uri))
+    return Setting(spec=spec, arm=_arm(context, spec, uri, recorded=file is None))
+
+
+def without_aliases(context: Context, uris: Sequence[str]) -> dict[str, str]:
+    """The version that each alias points to now, so that it stays the same to the end; other names stay as they are.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such alias.
+    """
+    found = {}
+    for uri in uris:
+        version = context.store.registry.resolve(uri).version if uri.startswith("models:") and "@" in uri else None
+        found[uri] = uri if version is None else version.uri
+    return found
 
 
 def _parsed(context: Context, uri: str) -> ExperimentSpec:
@@ -84,11 +97,11 @@ def _parsed(context: Context, uri: str) -> ExperimentSpec:
     return parse_experiment(recorded_definition(context, uri), uri, elsewhere=True)
 
 
-def _arm(context: Context, spec: ExperimentSpec, uri: str) -> ArmSpec:
-    """The arm behind a version: as the queue has it, else as the definition gives it."""
+def _arm(context: Context, spec: ExperimentSpec, uri: str, *, recorded: bool) -> ArmSpec:
+    """The arm behind a version: as the queue has it, where the definition is the recorded one, else out of that."""
     version = context.store.registry.resolve(uri).version if uri.startswith("models:") else None
     spec_hash = "" if version is None else version.tags.get("rankwise.spec_hash", "")
-    if job := context.queue.find(JobKind.TRAIN, [spec_hash]).get(spec_hash):
+    if recorded and (job := context.queue.find(JobKind.TRAIN, [spec_hash]).get(spec_hash)):
         return Work.of(job).arm
     arms = () if is_search(spec) else expand(spec)
     return next((arm for arm in arms if arm.spec_hash == spec_hash), ArmSpec.of(spec))
