@@ -9,18 +9,22 @@ from pathlib import Path
 
 import rankwise.flavor as flavor
 from rankwise.assets.base import ResolvedBase, resolve_base
+from rankwise.data.template import apply_template
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.bases import describe_quantization, find_base
-from rankwise.flavor.metadata import BaseFacts
-from rankwise.modeling.base import LoadedBase
+from rankwise.flavor.metadata import BaseFacts, template_digest
+from rankwise.modeling.base import LoadedBase, load_tokenizer
 from rankwise.modeling.fingerprint import fingerprint_base
+from rankwise.modeling.quiet import quiet_transformers
 from rankwise.tasks.context import Context
 from rankwise.tasks.setting import Setting, recorded_setting
 
 BARE = "base"
 """How the setting's bare base is named among the models; another base is `base of URI`."""
+_NO_TEMPLATE = "none"
+_TEMPLATE = ("chat_template", "chat_template_revision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Models over one base.
+    """Models over one base, whose rows have one form.
 
     Attributes:
         experiment: Of the definition, for messages.
@@ -88,6 +92,9 @@ def group_by_base(
 ) -> list[Group]:
     """Group models by their base; the setting's own base comes first, also where no adapter lies over it.
 
+    Adapters over one base that were trained with different chat templates are groups of their own: each reads the rows
+    as it has learned to.
+
     Args:
         context: The stores.
         setting: On what and by what.
@@ -99,11 +106,12 @@ def group_by_base(
         AssetError: A base cannot be had.
     """
     arm = setting.arm
-    recorded = {
-        uri: flavor.read_metadata(uri, tracking_uri=context.settings.tracking_uri).base
+    metadata = {
+        uri: flavor.read_metadata(uri, tracking_uri=context.settings.tracking_uri)
         for uri in uris
         if not is_plain_directory(uri)
     }
+    recorded = {uri: found.base for uri, found in metadata.items()}
     resolved = _own_base(context, arm, recorded)
     chosen = quantization or arm.quantization
     own = Group(
@@ -114,12 +122,18 @@ def group_by_base(
         other=describe_quantization(chosen) != describe_quantization(arm.quantization),
     )
     fingerprint = fingerprint_base(resolved.path, context.settings)
-    groups = {(fingerprint.digest, describe_quantization(arm.quantization)): own}
+    own_base = (fingerprint.digest, describe_quantization(arm.quantization))
+    own_template = _template_of(arm, resolved) if metadata else _NO_TEMPLATE
+    groups = {(*own_base, own_template): own}
     for uri in uris:
         if (facts := recorded.get(uri)) is None:
             own.uris.append(uri)
             continue
-        key = (facts.fingerprint.digest, describe_quantization(facts.quantization))
+        template = metadata[uri].chat_template
+        base = (facts.fingerprint.digest, describe_quantization(facts.quantization))
+        if base == own_base and template != own_template and _recorded_template(context, uri) is None:
+            template = own_template  # Whoever chose the setting knows better.
+        key = (*base, template)
         if key not in groups:
             found = find_base(facts, uri, context.settings)
             used = quantization or facts.quantization
@@ -134,6 +148,14 @@ def group_by_base(
     return list(groups.values())
 
 
+def _template_of(arm: ArmSpec, base: ResolvedBase) -> str:
+    """The digest of the chat template that an arm's rows are rendered with."""
+    dataset = arm.dataset
+    with quiet_transformers():
+        tokenizer = load_tokenizer(base.path)
+    return template_digest(apply_template(tokenizer, dataset.chat_template, dataset.chat_template_revision))
+
+
 def _own_base(context: Context, arm: ArmSpec, recorded: Mapping[str, BaseFacts]) -> ResolvedBase:
     """The setting's base. Where an adapter over it says what is in it, it may lie elsewhere (`RANKWISE_BASES`)."""
     for uri, facts in recorded.items():
@@ -145,11 +167,7 @@ def _own_base(context: Context, arm: ArmSpec, recorded: Mapping[str, BaseFacts])
 def _over(context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantization: QuantizationSpec) -> ArmSpec:
     """The setting's arm over another base, with the chat template that the adapter there was trained with."""
     # Of a model that was not made by a run of this program: the base's own template.
-    template = {"chat_template": None, "chat_template_revision": None}
-    with suppress(ConfigError):
-        if uri.startswith(("models:", "runs:")):
-            dataset = recorded_setting(context, uri).arm.dataset
-            template = {name: getattr(dataset, name) for name in template}
+    template = _recorded_template(context, uri) or dict.fromkeys(_TEMPLATE)
     return arm.model_copy(
         update={
             "base_model": base.source,
@@ -158,3 +176,12 @@ def _over(context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantiza
             "dataset": arm.dataset.model_copy(update=template),
         }
     )
+
+
+def _recorded_template(context: Context, uri: str) -> dict[str, str | None] | None:
+    """The chat template of the definition that an adapter was made from; None where none is recorded."""
+    if uri.startswith(("models:", "runs:")):
+        with suppress(ConfigError):
+            dataset = recorded_setting(context, uri).arm.dataset
+            return {name: getattr(dataset, name) for name in _TEMPLATE}
+    return None

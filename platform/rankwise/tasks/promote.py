@@ -18,7 +18,7 @@ from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import ConfigError, GateError
 from rankwise.jobs.aliases import AliasMove
-from rankwise.tasks.assess import Assessment, Assessor
+from rankwise.tasks.assess import Assessed, Assessment, Assessor
 from rankwise.tasks.context import Context
 from rankwise.tasks.seen import seen_by
 from rankwise.tasks.setting import Setting
@@ -197,8 +197,13 @@ def _decide(
         metrics=evaluation.metrics,
         primary_metric=evaluation.primary_metric,
         overlapping=overlapping,
-        same_tokens=theirs is None or theirs.base.tokenizer == mine.base.tokenizer,
+        same_tokens=theirs is None or _form(theirs) == _form(mine),
     )
+
+
+def _form(model: Assessed) -> tuple[str, str]:
+    """What decides the tokens of a row: the tokenizer and the chat template."""
+    return model.base.tokenizer, model.rows.renderer.template
 
 
 def _write_evidence(

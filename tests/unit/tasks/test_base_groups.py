@@ -1,0 +1,63 @@
+"""Which adapters are evaluated together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers.definitions import parse
+
+from rankwise.exceptions import ConfigError
+from rankwise.experiment.arm import ArmSpec
+from rankwise.tasks import base_groups
+from rankwise.tasks.base_groups import group_by_base
+from rankwise.tasks.setting import Setting
+
+OWN, OTHER = "sha256:own", "sha256:other"
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    spec = parse()
+    arm = ArmSpec.of(spec)
+    fingerprint = SimpleNamespace(digest="sha256:base")
+    found = SimpleNamespace(path=Path("base"), source=arm.base_model, revision=arm.base_model_revision)
+    facts = SimpleNamespace(
+        fingerprint=fingerprint, quantization=arm.quantization, source=found.source, revision=found.revision
+    )
+    other = arm.model_copy(update={"dataset": arm.dataset.model_copy(update={"chat_template": "plain"})})
+    monkeypatch.setattr(base_groups, "find_base", lambda facts, uri, settings: found)
+    monkeypatch.setattr(base_groups, "fingerprint_base", lambda path, settings: fingerprint)
+    monkeypatch.setattr(base_groups, "_template_of", lambda arm, base: OWN)
+
+    def recorded_setting(context, uri):
+        if uri.startswith("models:/m-"):
+            raise ConfigError("it was not made by a run")
+        return Setting(spec=spec, arm=other)
+
+    monkeypatch.setattr(base_groups, "recorded_setting", recorded_setting)
+    context = SimpleNamespace(settings=SimpleNamespace(tracking_uri=""), voice=None)
+
+    def group(templates):
+        monkeypatch.setattr(
+            base_groups.flavor,
+            "read_metadata",
+            lambda uri, tracking_uri: SimpleNamespace(base=facts, chat_template=templates[uri]),
+        )
+        return group_by_base(context, Setting(spec=spec, arm=arm), list(templates), None)
+
+    return group
+
+
+def test_adapters_of_one_base_with_other_chat_templates_are_groups_of_their_own(grouped):
+    first, second = grouped({"models:/m/1": OWN, "models:/m/2": OTHER, "models:/m/3": OWN, "models:/m/4": OTHER})
+    assert (first.uris, first.bare) == (["models:/m/1", "models:/m/3"], "base")
+    assert (second.uris, second.bare) == (["models:/m/2", "models:/m/4"], "base of models:/m/2")
+    assert (first.arm.dataset.chat_template, second.arm.dataset.chat_template) == (None, "plain")
+
+
+@pytest.mark.parametrize("template", ["none", OTHER])
+def test_an_adapter_without_a_definition_takes_the_rows_of_the_setting(grouped, template):
+    (only,) = grouped({"models:/m-1": template})
+    assert only.uris == ["models:/m-1"]
