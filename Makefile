@@ -60,7 +60,7 @@ bench-compare: setup  ## compare and report of 1,000 arms in a real MLflow store
 bench-inference: setup  ## batch inference against peft and generate: speed, rounding, evaluation, first row, memory; 6 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.inference_figures $(ARGS)
 
-gpu: setup  ## the checks that need a CUDA GPU, and the table of `make bench` on it with the shape of an 8B model
+gpu: setup  ## the checks that need a CUDA GPU, and the tables of `make bench` and `make bench-inference` on it with the shape of an 8B model
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	PYTHONPATH=tests $(BIN)/python -m gpu $(ARGS)

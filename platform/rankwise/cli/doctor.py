@@ -62,6 +62,11 @@ def _drawn(findings: Sequence[Finding]) -> RenderableType:
             text.append(f"\n→ {finding.advice}", style=style if style != "dim" else "")
         table.add_row(Text(mark, style=style), Text(finding.name, style=style), text)
     counts = Counter(finding.state for finding in findings)
-    words = {State.PROBLEM: "problems", State.WARNING: "warnings", State.OK: "ok", State.SKIPPED: "skipped"}
+    words = {
+        State.PROBLEM: "problem" if counts[State.PROBLEM] == 1 else "problems",
+        State.WARNING: "warning" if counts[State.WARNING] == 1 else "warnings",
+        State.OK: "ok",
+        State.SKIPPED: "skipped",
+    }
     summary = ", ".join(f"{counts[state]} {word}" for state, word in words.items())
     return Group(table, Padding(Text(summary), (1, 0, 0, 0)))
