@@ -58,6 +58,9 @@ def main(path):
                 if key.fileobj is server:
                     client, _ = server.accept()
                     pid = serve(client)
+                    if pid is None:
+                        client.close()
+                        continue
                     clients[pid] = client
                     selector.register(client, selectors.EVENT_READ, pid)
                 elif key.data is None:
@@ -83,7 +86,13 @@ def report(clients, selector):
 
 
 def serve(client):
-    message, descriptors, _, _ = socket.recv_fds(client, 1 << 20, _MOST_DESCRIPTORS)
+    """Start what is asked for and return its pid; None where whoever asked was killed before it had said what."""
+    try:
+        message, descriptors, _, _ = socket.recv_fds(client, 1 << 20, _MOST_DESCRIPTORS)
+    except OSError:
+        return None
+    if not message:
+        return None
     request = json.loads(message)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -101,9 +110,11 @@ def serve(client):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    client.sendall(f"{pid}\n".encode())
     for descriptor in descriptors:
         os.close(descriptor)
+    # One that was killed in the meantime has closed its end: the selector sees that, and ends the process.
+    with contextlib.suppress(OSError):
+        client.sendall(f"{pid}\n".encode())
     return pid
 
 
