@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from threading import Thread
-from time import sleep
 
 import mlflow
 import numpy as np
@@ -13,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from helpers.tiny import make_base
+from helpers.turns import count_together, in_threads
 
 import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
@@ -58,27 +57,8 @@ def test_answers_keep_the_order_of_prompts_whatever_the_batches(model):
 def test_threads_take_turns_each_with_its_own_parameters(model, monkeypatch):
     lengths = (3, 9)
     expected = {length: model.predict("carat 0.23", params={"max_new_tokens": length}) for length in lengths}
-    batch, running, together = pyfunc.generate_batch, [], []
-
-    def slow(*args, **options):
-        running.append(args)
-        together.append(len(running))
-        sleep(0.05)
-        try:
-            return batch(*args, **options)
-        finally:
-            running.pop()
-
-    monkeypatch.setattr(pyfunc, "generate_batch", slow)
-    found = {}
-    threads = [
-        Thread(target=lambda n=n: found.update({n: model.predict("carat 0.23", params={"max_new_tokens": n})}))
-        for n in lengths
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together = count_together(monkeypatch, pyfunc, "generate_batch")
+    found = in_threads(lambda length: model.predict("carat 0.23", params={"max_new_tokens": length}), lengths)
     assert found == expected
     assert together == [1, 1]
     # Nothing that cannot be copied or pickled is part of it.

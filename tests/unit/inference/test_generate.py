@@ -5,12 +5,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from threading import Thread
-from time import sleep
 
 import pytest
 import torch
 from helpers.adapted import attach, load_tiny
+from helpers.turns import count_together, in_threads
 from transformers import AddedToken
 
 from rankwise.exceptions import ConfigError, JobError
@@ -108,27 +107,8 @@ def test_threads_take_turns_over_a_model_that_the_engine_does_not_take(base, pro
     monkeypatch.setattr(module, "engine_of", lambda model: None)
     decoding = Decoding(max_new_tokens=4)
     expected = generate(base, prompts, decoding, batch_size=2)
-    batch, running, together = module.generate_batch, [], []
-
-    def slow(*args, **options):
-        running.append(args)
-        together.append(len(running))
-        sleep(0.05)
-        try:
-            return batch(*args, **options)
-        finally:
-            running.pop()
-
-    monkeypatch.setattr(module, "generate_batch", slow)
-    results = {}
-    threads = [
-        Thread(target=lambda turn=turn: results.update({turn: generate(base, prompts[::turn], decoding, batch_size=2)}))
-        for turn in (1, -1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together = count_together(monkeypatch, module, "generate_batch")
+    results = in_threads(lambda turn: generate(base, prompts[::turn], decoding, batch_size=2), (1, -1))
     assert set(together) == {1}
     assert results == {1: expected, -1: expected[::-1]}
 

@@ -67,11 +67,8 @@ def local(world, rows, tmp_path):
     return output.read_bytes()
 
 
-def submit(*arguments, code=0, **request):
-    """`rankwise predict --submit`; what it tells people."""
-    values = {"model": "models:/one@champion", "max-new-tokens": 4, "temperature": 1.0, "shard-rows": 2, **request}
-    options = [f"--{name}={value}" for name, value in values.items()]
-    arguments = ["predict", *options, "--submit", *map(str, arguments)]
+def said(arguments, code):
+    """What a command tells people, or the error that it ends with; its exit code must be `code`."""
     done = CliRunner().invoke(cli, arguments, standalone_mode=False)
     if isinstance(done.exception, RankwiseError):
         assert done.exception.exit_code == code
@@ -79,6 +76,13 @@ def submit(*arguments, code=0, **request):
     assert done.exception is None
     assert done.return_value == code
     return done.stderr
+
+
+def submit(*arguments, code=0, **request):
+    """`rankwise predict --submit`; what it tells people."""
+    values = {"model": "models:/one@champion", "max-new-tokens": 4, "temperature": 1.0, "shard-rows": 2, **request}
+    options = [f"--{name}={value}" for name, value in values.items()]
+    return said(["predict", *options, "--submit", *map(str, arguments)], code)
 
 
 def jobs(*, joins=True):
@@ -284,14 +288,7 @@ def test_local_work_and_jobs_do_not_mix_unasked(world, rows, local, tmp_path, mo
 def predict_here(*arguments, code=0):
     """`rankwise predict` without --submit; what it tells people."""
     options = ["--model=models:/one@champion", "--max-new-tokens=4", "--temperature=1.0", "--shard-rows=2"]
-    arguments = ["predict", *options, *map(str, arguments)]
-    done = CliRunner().invoke(cli, arguments, standalone_mode=False)
-    if isinstance(done.exception, RankwiseError):
-        assert done.exception.exit_code == code
-        return str(done.exception)
-    assert done.exception is None
-    assert done.return_value == code
-    return done.stderr
+    return said(["predict", *options, *map(str, arguments)], code)
 
 
 def test_a_worker_that_has_not_heard_of_a_restart_writes_nothing_that_counts(world, rows, local, tmp_path, monkeypatch):
