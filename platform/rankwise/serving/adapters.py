@@ -101,6 +101,7 @@ class Adapters:
         self._refused: OrderedDict[str, tuple[float, Exception]] = OrderedDict()
         self._checked: dict[str, _Kept] = {}
         self._bases: dict[str, _Base] = {}
+        self._said: OrderedDict[str, tuple[float, str]] = OrderedDict()
 
     def find(self, base_model_name: str, uri: str) -> Served:
         """The adapter of a URI, for the base that the server holds.
@@ -144,7 +145,10 @@ class Adapters:
                 f"The server was started with --quantization {self._server.quantization or '(none)'}; nearest to the "
                 f"training is {served_quantization(metadata.base.quantization) or '(none)'}."
             )
-        logger.info("%s is %s, served from %s. %s", uri, origin.uri, directory, " ".join(said))
+        # Whoever follows an alias asks again and again.
+        if self._said.get(uri, (now, ""))[1] != origin.uri:
+            logger.info("%s is %s, served from %s. %s", uri, origin.uri, directory, " ".join(said))
+        _keep(self._said, uri, (now, origin.uri))
         number = int(hashlib.sha256(metadata.manifest.encode()).hexdigest()[:7], 16) + 1
         return Served(uri=origin.uri, version=str(origin.version), directory=directory, number=number)
 

@@ -65,6 +65,17 @@ def test_an_alias_that_moves_is_seen_after_the_time_to_live_and_has_a_path_of_it
     check_manifest(first.directory)
 
 
+def test_what_is_served_is_said_once_however_often_it_is_asked_for(world, adapters, clock, client, caplog):
+    caplog.set_level("INFO", module.__name__)
+    for _ in range(3):
+        adapters.find(str(world.base_path), URI)
+        clock.now += TTL_S
+    assert caplog.text.count("models:/served@champion is models:/served/1, served from ") == 1
+    client.set_registered_model_alias("served", "champion", "2")
+    adapters.find(str(world.base_path), URI)
+    assert caplog.text.count("models:/served@champion is models:/served/2, served from ") == 1
+
+
 def test_a_version_is_fetched_once_and_what_is_spoilt_in_the_cache_again(world, adapters, monkeypatch):
     fetched = []
     real = module.fetch

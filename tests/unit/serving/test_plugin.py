@@ -29,7 +29,13 @@ def vllm(monkeypatch):
 def resolver(vllm, world, client, monkeypatch):
     monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
     monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
-    return make_resolver(LINE)
+    opened = []
+    real = Finder._open
+    monkeypatch.setattr(Finder, "_open", lambda self: opened.append(real(self)) or opened[-1])
+    yield make_resolver(LINE)
+    for _, follower in opened:
+        # A server follows aliases as long as it lives; the next tests are not to hear of it.
+        follower.close()
 
 
 def ask(resolver, base, name):
