@@ -46,13 +46,15 @@ class JobModel:
 def versions_of_jobs(registry: Registry) -> dict[tuple[int, str], list[ModelVersion]]:
     """All versions of all registered models that jobs have made, by job and run, oldest first.
 
+    A copy of a version has its tags and its run, and is of whoever made it.
+
     Raises:
         TrackingError: The store cannot be reached.
     """
     found: dict[tuple[int, str], list[ModelVersion]] = {}
     for version in registry.search():
         job = version.tags.get(JOB, "")
-        if job.isdecimal() and version.run_id is not None:
+        if job.isdecimal() and version.run_id is not None and not version.is_copy:
             found.setdefault((int(job), version.run_id), []).append(version)
     return found
 

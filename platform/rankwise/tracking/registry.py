@@ -19,6 +19,7 @@ CANDIDATE = "rankwise.candidate_for"
 _PAGE = 1000
 _LOGGED_MODEL = re.compile(r"m-[0-9a-f]{32}")
 _LOGGED_SOURCE = re.compile(r"models:/(m-[0-9a-f]{32})")
+_VERSION_SOURCE = re.compile(r"models:/[^/]+/[0-9]+")
 _VERSIONS = "mlflow.modelVersions"
 _FORMS = "`models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/m-ID` or `runs:/RUN_ID/NAME`"
 
@@ -53,6 +54,11 @@ class ModelVersion:
     def uri(self) -> str:
         """`models:/NAME/VERSION`."""
         return f"models:/{self.name}/{self.version}"
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether somebody made it of another version (`copy_model_version`): with its tags, run and job among them."""
+        return _VERSION_SOURCE.fullmatch(self.source) is not None
 
     @classmethod
     def of(cls, version: MlflowVersion) -> ModelVersion:
@@ -164,10 +170,10 @@ class Registry:
         """Versions that a job has registered under its run, oldest first.
 
         The numbers of jobs begin anew with every queue, and several queues may share one MLflow: the run tells them
-        apart. None takes any run.
+        apart. None takes any run. Copies of versions are of whoever made them.
         """
         found = self.find_by_tag(name, JOB, str(job))
-        return [version for version in found if run_id is None or version.run_id == run_id]
+        return [version for version in found if run_id in (None, version.run_id) and not version.is_copy]
 
     def search(self) -> list[ModelVersion]:
         """All versions of all registered models."""
