@@ -270,6 +270,8 @@ def _data_errors(resolved: ResolvedData) -> Iterator[None]:
             "convert the data to Parquet or JSON lines yourself"
         ) from error
     except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise DatasetError(f"{named} has no rows") from error
         raise DatasetError(f"{named}, split {resolved.split!r}, name {resolved.name!r}: {error}") from error
 
 

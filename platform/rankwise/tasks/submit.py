@@ -22,7 +22,7 @@ from rankwise.jobs.job import Job
 from rankwise.modeling.base import load_tokenizer
 from rankwise.modeling.embeddings import embedding_rows
 from rankwise.tasks.bases import BaseHolder
-from rankwise.tasks.check import check_rows
+from rankwise.tasks.check import check_names, check_rows
 from rankwise.tasks.context import Context
 from rankwise.tasks.enqueue import all_done, queue_arms
 from rankwise.tasks.payload import Work
@@ -175,12 +175,13 @@ def _identity(spec: ExperimentSpec) -> str:
 def _check(
     context: Context, arms: Sequence[ArmSpec], rows: RowsCache, bases: BaseHolder | None
 ) -> dict[str, tuple[Report, str]]:
-    """Preflight of every distinct table. Raises `DatasetError` with all of its errors."""
+    """Names, then the preflight of every distinct table. Raises `ConfigError` with all errors of either."""
     reports: dict[str, tuple[Report, str]] = {}
     seen: set[int] = set()
     tokenizers: dict[str, tuple[Any, int]] = {}
-    for arm in arms:
-        sources = find_sources(arm, context.settings, context.voice)
+    found = [(arm, find_sources(arm, context.settings, context.voice)) for arm in arms]
+    check_names(context, found)
+    for arm, sources in found:
         if bases is not None:
             base = bases.get(sources.base, arm.quantization)
             tokenizer, vocab_size = base.tokenizer, embedding_rows(base.model)

@@ -1,4 +1,4 @@
-"""Arms that MLflow does not know yet: their run is made when a worker claims them; until then the queue has them."""
+"""Arms whose run has not begun, or is not there yet: until a worker begins with them the queue knows how they are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STATUS: Mapping[JobState, str] = {
 
 
 def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, everything: bool = False) -> Comparison:
-    """Add the arms that have no run, with the state of their job in MLflow's words.
+    """Take the arms without a run that has begun from the queue, with the state of their job in MLflow's words.
 
     Args:
         store: The MLflow store.
@@ -37,8 +37,9 @@ def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, every
         JobStoreError: The queue's database cannot be reached.
         TrackingError: The store cannot be reached.
     """
-    known = {arm.spec_hash for arm in comparison.arms}
-    jobs = [job for job in _train_jobs(queue, comparison.experiment) if job.spec_hash not in known]
+    known = {arm.spec_hash: arm for arm in comparison.arms}
+    begun = {spec_hash for spec_hash, arm in known.items() if arm.status != "SCHEDULED"}
+    jobs = [job for job in _train_jobs(queue, comparison.experiment) if job.spec_hash not in begun]
     if jobs and not everything and comparison.experiment_id is not None:
         sweep = current_sweep(store.runs(comparison.experiment_id, kind="sweep"))
         if sweep is not None:
@@ -46,9 +47,10 @@ def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, every
             jobs = [job for job in jobs if belongs(job.spec.get("parent_run_id"), job.spec_hash)]
     if not jobs:
         return comparison
+    waiting = {job.spec_hash: _record(job, known.get(job.spec_hash)) for job in jobs}
     sorted_arms = compare(
         comparison.experiment,
-        [*comparison.arms, *map(_record, jobs)],
+        list({**known, **waiting}.values()),
         primary_metric=comparison.primary_metric,
         greater_is_better=comparison.greater_is_better,
     ).arms
@@ -64,7 +66,9 @@ def _train_jobs(queue: JobStore, experiment: str) -> Iterator[Job]:
         last = page[-1].id
 
 
-def _record(job: Job) -> ArmRecord:
+def _record(job: Job, planned: ArmRecord | None) -> ArmRecord:
+    if planned is not None:
+        return replace(planned, status=_STATUS[job.state], reason=job.error)
     params = Work.of(job).arm.params
     return ArmRecord(
         spec_hash=job.spec_hash,

@@ -167,6 +167,13 @@ def test_a_broken_file_is_named_and_leaves_nothing(tmp_path, settings, name, con
     assert list((settings.cache / "datasets").iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "content"), [("x.csv", "a,b\n"), ("x.json", "[]")])
+def test_a_table_without_rows_is_named(tmp_path, settings, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DatasetError, match=rf"/{name} at sha256:\w+ has no rows"):
+        rows(tmp_path / name, settings)
+
+
 def test_a_directory_without_data_is_named(tmp_path, settings):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "notes").write_text("nothing that is a table")

@@ -63,10 +63,12 @@ def test_arms_without_a_run_are_shown_as_the_queue_has_them(settings):
     with open_queue(settings) as queue:
         jobs = queue.jobs(kinds=[JobKind.TRAIN])
         queue.cancel([jobs[2].id])
-        (claimed,) = queue.claim(Worker(name="w", host="h", pid=1), lease=60, among=[jobs[3].id])
-        queue.finish(claimed.token, Outcome.FATAL, error="the rows are not there")
+        for job in (jobs[1], jobs[3]):
+            (claimed,) = queue.claim(Worker(name="w", host="h", pid=1), lease=60, among=[job.id])
+            queue.finish(claimed.token, Outcome.FATAL, error="the rows are not there")
     ended, _, other = ask(settings, COMPARE, submission([2, 32]), COMPARE)
     shown = arms(ended)
+    assert shown[4] == ("FAILED", "the rows are not there", list(runs.values())[1]), "its run has not begun"
     assert shown[8][0] == "KILLED"
     assert shown[16] == ("FAILED", "the rows are not there", None)
     assert len(other["json"]["arms"]) == 2, "arms that the sweep submitted last does not have are left out"
