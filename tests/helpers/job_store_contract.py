@@ -39,6 +39,19 @@ class JobStoreContract:
         assert (failed.state, failed.failures, failed.error) == (JobState.QUEUED, 0, None)
         assert succeeded.state is JobState.SUCCEEDED
 
+    def test_submitting_again_takes_what_is_given_now_and_brings_back_only_that(self, store):
+        store.submit([new("b")])
+        (train,) = store.submit([new("a", priority=1)])
+        (evaluate,) = store.submit([new("a", kind=JobKind.EVALUATE, after=(train.id,))])
+        (running,) = store.claim(WORKER, lease=60)
+        store.finish(running.token, Outcome.FATAL, error="wrong")
+        changes = {"spec": {"r": 4}, "experiment": "f", "pack_key": "q", "priority": 7}
+        (back,) = store.submit([new("a", **changes)], again=True)
+        assert {name: getattr(back, name) for name in changes} == changes
+        assert store.get(evaluate.id).state is JobState.CANCELLED
+        (other,) = store.find(JobKind.TRAIN, ["b"]).values()
+        assert (other.spec, other.experiment, other.pack_key, other.priority) == ({"r": 8}, "e", "p", 0)
+
     def test_secrets_in_an_error_are_not_stored(self, store):
         store.submit([new("a")])
         (job,) = store.claim(WORKER, lease=60)
@@ -354,6 +367,13 @@ class JobStoreContract:
         store.retire(OTHER)
         assert [each.name for each in store.workers()] == ["w1"]
 
+    def test_a_worker_that_was_silent_for_a_day_is_not_listed(self, store):
+        for worker in (WORKER, OTHER):
+            store.announce(worker, {})
+        with store._engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE worker SET seen_at = seen_at - 86400 WHERE name = 'w1'")
+        assert [each.name for each in store.workers()] == ["w2"]
+
     def test_jobs_are_found_by_id_and_kind(self, store):
         jobs = store.submit([new("a"), new("b"), new("a", kind=JobKind.EVALUATE)])
         assert [job.id for job in store.jobs(ids=[jobs[2].id, jobs[0].id])] == [jobs[0].id, jobs[2].id]
@@ -380,8 +400,9 @@ class JobStoreContract:
         assert set(store.find(JobKind.TRAIN, ["0", "nope"])) == {"0"}
 
     def test_a_job_that_is_not_there_is_an_error(self, store):
-        with pytest.raises(JobError, match=r"no job 7; `rankwise jobs list`"):
-            store.get(7)
+        for number in (7, 2**31, 2**64):
+            with pytest.raises(JobError, match=rf"no job {number}; `rankwise jobs list`"):
+                store.get(number)
 
     def test_eight_claimers_share_two_hundred_jobs_without_a_double(self, store):
         store.submit([new(f"{number:03}") for number in range(200)])

@@ -121,7 +121,9 @@ def _configuration(engine: Engine) -> Config:
 
 def current_revision(engine: Engine) -> str | None:
     """The revision of the schema that the database has; None for an empty one."""
-    with database_errors("reading the revision of the queue"), engine.connect() as connection:
+    # As a reader, which waits for nobody who writes.
+    reader = engine.execution_options(rankwise_read_only=True)
+    with database_errors("reading the revision of the queue"), reader.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 

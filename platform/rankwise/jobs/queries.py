@@ -15,6 +15,7 @@ from rankwise.jobs.sets import one_of
 
 PAGE = 1000
 """Jobs of one page, where nothing else is asked for."""
+_LARGEST = 2**31 - 1
 
 
 def holds(connection: Connection, token: str) -> bool:
@@ -24,7 +25,9 @@ def holds(connection: Connection, token: str) -> bool:
 
 def get(connection: Connection, job_id: int) -> Job:
     """See `JobStore.get`."""
-    row = connection.execute(job_columns().where(JobRow.id == job_id)).one_or_none()
+    # A number that the database has no room for is no job's either.
+    known = job_id <= _LARGEST
+    row = connection.execute(job_columns().where(JobRow.id == job_id)).one_or_none() if known else None
     if row is None:
         raise JobError(f"there is no job {job_id}; `rankwise jobs list` shows those there are")
     return as_job(row)

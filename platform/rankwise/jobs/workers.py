@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import ColumnElement, Connection, delete, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from rankwise.jobs.clock import now
@@ -25,7 +25,7 @@ def announce(connection: Connection, worker: Worker, info: Mapping[str, Any]) ->
         .values(name=worker.name, started_at=now(), **values)
         .on_conflict_do_update(index_elements=["name"], set_=values)
     )
-    connection.execute(delete(WorkerRow).where(WorkerRow.seen_at < now() - _FORGOTTEN_S))
+    connection.execute(delete(WorkerRow).where(_silent() >= _FORGOTTEN_S))
 
 
 def retire(connection: Connection, worker: Worker) -> None:
@@ -35,6 +35,11 @@ def retire(connection: Connection, worker: Worker) -> None:
 
 def workers(connection: Connection) -> list[WorkerInfo]:
     """See `JobStore.workers`."""
-    columns = (*WorkerRow.__table__.columns, (now() - WorkerRow.seen_at).label("silent"))
-    rows = connection.execute(select(*columns).order_by(WorkerRow.name))
+    columns = (*WorkerRow.__table__.columns, _silent().label("silent"))
+    rows = connection.execute(select(*columns).where(_silent() < _FORGOTTEN_S).order_by(WorkerRow.name))
     return [WorkerInfo(**row._mapping) for row in rows]
+
+
+def _silent() -> ColumnElement[float]:
+    """Seconds since a worker was heard of."""
+    return now() - WorkerRow.seen_at

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from rankwise.worker.protocol import Message, Writer, read
 
 _DYING_S = 10.0
 _DUMPING_S = 5.0
+_LEFT_S = 1.0
 
 
 class ChildDiedError(Exception):
@@ -58,7 +60,7 @@ class Child(Protocol):
         """Have the stacks of all its threads written, and say where they are."""
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """End it and what it has started, whatever it does."""
 
     def close(self) -> None:
         """Let an idle child end by itself."""
@@ -102,6 +104,9 @@ class ChildProcess:
                     pass_fds=[theirs],
                     start_new_session=True,
                 )
+        except BaseException:
+            os.close(events)
+            raise
         finally:
             os.close(theirs)
         assert self._process.stdin is not None
@@ -129,6 +134,9 @@ class ChildProcess:
         try:
             message = self._events.get(timeout=timeout)
         except queue.Empty:
+            if self._process.poll() is not None:
+                # Something that it has started holds its pipe open, so that the end of it would never be seen.
+                self._end()
             return None
         if message is None:
             self._events.put(None)
@@ -156,7 +164,7 @@ class ChildProcess:
 
     def kill(self) -> None:
         """See `Child.kill`."""
-        self._process.kill()
+        self._kill()
         self._end()
 
     def close(self) -> None:
@@ -174,10 +182,21 @@ class ChildProcess:
         try:
             code = self._process.wait(_DYING_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             code = self._process.wait()
-        self._reader.join()
+        self._reader.join(_LEFT_S)
+        if self._reader.is_alive():
+            # What it has started, and left behind.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._reader.join(_DYING_S)
         return code
+
+    def _kill(self) -> None:
+        """Kill it and what it has started."""
+        # Not once it has been waited for: the number may be another process's.
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> bool:
         try:

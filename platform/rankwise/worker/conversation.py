@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from rankwise.exceptions import StorageError
 from rankwise.jobs.job import Outcome
 from rankwise.worker.child import Child, ChildDiedError
 from rankwise.worker.deaths import explain, tail
@@ -74,7 +75,8 @@ class Conversation:
     @property
     def pid(self) -> int | None:
         """Of the child, if there is one."""
-        return None if self._child is None else self._child.pid
+        child = self._child  # Another thread asks, while this one may let go of it.
+        return None if child is None else child.pid
 
     def ask(
         self, command: Message, on_event: Callable[[Message], None] = lambda message: None, *, at_once: bool = False
@@ -93,7 +95,10 @@ class Conversation:
             CommandFailedError: It broke, the child died or hung, or it was stopped at once.
         """
         fresh = self._child is None
-        self.start()
+        try:
+            self.start()
+        except StorageError as error:
+            raise CommandFailedError(_fault(error)) from error
         child = self._child
         assert child is not None
         watchdog = Watchdog(self._timing.deadlines)
@@ -185,3 +190,8 @@ class Conversation:
             return Failure(outcome=str(Outcome.PREEMPTED), type=INTERRUPTED, text="stopped at once")
         text = explain(death.code, phase, child.log, killed_for_memory=death.killed_for_memory)
         return Failure(outcome=str(Outcome.FAILED), type="JobError", text=text, output=tail(child.log, _KEPT) or None)
+
+
+def _fault(error: StorageError) -> Failure:
+    """No child, for want of a disk: no job's fault."""
+    return Failure(outcome=str(Outcome.PREEMPTED), type=type(error).__name__, text=str(error), environment=True)

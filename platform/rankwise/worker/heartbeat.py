@@ -39,6 +39,7 @@ class Heartbeat:
         self._jobs: dict[str, int] = {}
         self._until: dict[str, float] = {}
         self._progress: dict[str, Mapping[str, Any]] = {}
+        self._untold: set[str] = set()
         self._lost: set[str] = set()
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
@@ -63,8 +64,8 @@ class Heartbeat:
         with self._lock:
             for known in (self._jobs, self._until, self._progress):
                 known.pop(token, None)
-            self._lost.discard(token)
-            self._cancelled.discard(token)
+            for marked in (self._untold, self._lost, self._cancelled):
+                marked.discard(token)
 
     def holds(self, token: str) -> bool:
         """Whether no heartbeat has said that the claim is lost."""
@@ -83,6 +84,7 @@ class Heartbeat:
         with self._lock:
             if token in self._jobs:
                 self._progress[token] = {**self._progress.get(token, {}), **progress}
+                self._untold.add(token)
 
     def news(self) -> dict[str, Any]:
         """What the child must know: until when claims are confirmed, and which are lost or cancelled."""
@@ -128,6 +130,9 @@ class Heartbeat:
                     self._announce()
             except JobStoreError as error:
                 logger.warning("no heartbeat: %s", error)
+            except Exception:
+                # A thread that ends here would let every lease run out while the work goes on.
+                logger.exception("no heartbeat")
 
     def _announce(self) -> None:
         self._announced = time.monotonic()
@@ -136,7 +141,8 @@ class Heartbeat:
     def _beat(self) -> None:
         with self._lock:
             asked = [token for token in self._jobs if token not in self._lost]
-            progress = {token: self._progress[token] for token in asked if token in self._progress}
+            # Only what is new: the queue notes when a job was heard of last.
+            progress = {token: self._progress[token] for token in asked if token in self._untold}
         if not asked:
             return
         # By the clock before the statement: the lease began at some moment after it.
@@ -150,6 +156,7 @@ class Heartbeat:
                     self._until[token] = sent + self._timing.lease
                 else:
                     self._lost.add(token)
+            self._untold -= {token for token, told in progress.items() if self._progress.get(token) is told}
             self._cancelled |= beat.cancelled & self._jobs.keys()
             self.changes += 1
 

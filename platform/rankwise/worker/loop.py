@@ -207,10 +207,15 @@ class WorkerLoop:
         """Leave to other workers their part of what waits, in place of taking all of it; a cut-off pack stays whole."""
         if len(claimed) == 1 or any(job.preemptions or job.lost or job.failures for job in claimed):
             return claimed
-        count = self._workers()
+        try:
+            count = self._workers()
+            waiting = len(claimed) + self._queue.counts()[JobState.QUEUED]
+        except JobStoreError as error:
+            # They are in hand: an error of this look would leave them held, and done by nobody.
+            logger.warning("nothing is left to other workers: %s", error)
+            return claimed
         if count <= 1:
             return claimed
-        waiting = len(claimed) + self._queue.counts()[JobState.QUEUED]
         return self._hands.keep(claimed, max(1, math.ceil(waiting / count)))
 
     def _workers(self) -> int:

@@ -40,9 +40,10 @@ def test_an_attempt_whose_job_was_not_read_is_left_out():
 
 def test_the_pace_of_late_counts_pauses_neither_once_nor_twice():
     # Two workers side by side for 10 s, a long pause, one for 10 s: 4 jobs in 20 s of work.
-    recent = [attempt(1, 0, 10), attempt(2, 0, 10), attempt(3, 1000, 1005), attempt(4, 1005, 1010)]
+    recent = [attempt(4, 1005, 1010), attempt(3, 1000, 1005), attempt(2, 0, 10), attempt(1, 0, 10)]
     running = [attempt(5, 2000, progress={"step": 5, "steps": 10})]
     assert remaining_seconds(queued=3, running=running, recent=recent, time=2001) == pytest.approx(3.5 / (4 / 20))
+    assert remaining_seconds(queued=0, running=running, recent=recent, time=2001) == pytest.approx(0.5 / (4 / 20))
 
 
 def test_before_anything_has_succeeded_the_steps_tell():
@@ -54,8 +55,14 @@ def test_before_anything_has_succeeded_the_steps_tell():
 
 @pytest.mark.parametrize(
     ("queued", "running", "expected"),
-    [(0, [], 0.0), (5, [], None), (5, [attempt(1)], None)],
-    ids=["nothing left", "nobody works", "nothing known yet"],
+    [
+        (0, [], 0.0),
+        (5, [], None),
+        (5, [attempt(1)], None),
+        (5, [attempt(1, progress={"phase": "load", "steps": 40})], None),
+        (5, [attempt(1, progress={"phase": "evaluate", "step": 3})], None),
+    ],
+    ids=["nothing left", "nobody works", "nothing known yet", "no step yet", "nobody knows how many steps"],
 )
 def test_what_cannot_be_told_is_not_told(queued, running, expected):
     assert remaining_seconds(queued=queued, running=running, recent=[], time=10) == expected

@@ -1,8 +1,10 @@
 import shutil
+import sqlite3
 
 import pytest
-from helpers.job_store_contract import JobStoreContract
+from helpers.job_store_contract import JobStoreContract, new
 
+from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Limits
 from rankwise.jobs.sql_store import SqlJobStore
 
@@ -22,3 +24,15 @@ class TestSqlite(JobStoreContract):
         store = SqlJobStore(f"sqlite:///{path}", lock=tmp_path / "lock", limits=Limits(backoff=0.1))
         yield store
         store.close()
+
+    def test_whoever_only_looks_waits_for_nobody_who_writes(self, store, tmp_path, monkeypatch):
+        store.submit([new("a")])
+        monkeypatch.setattr("rankwise.jobs.database.BUSY_TIMEOUT_S", 0.1)
+        writer = sqlite3.connect(tmp_path / "q.db", isolation_level=None)
+        writer.execute("BEGIN IMMEDIATE")
+        other = SqlJobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock")
+        assert (len(other.jobs()), other.workers(), other.held()) == (1, [], 0)
+        with pytest.raises(JobStoreError, match="locked"):
+            other.submit([new("b")])
+        other.close()
+        writer.close()

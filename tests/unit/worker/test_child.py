@@ -23,6 +23,8 @@ for line in sys.stdin:
     command = json.loads(line)["do"]
     if command == "die": os.kill(os.getpid(), signal.SIGSEGV)
     if command == "half": events.write(b'{"event": "do'); sys.stderr.write("last words"); sys.exit(3)
+    if command == "fork":
+        if os.fork() == 0: time.sleep(60); os._exit(0)
     if command == "hang":
         def in_the_data_loader(): time.sleep(100)
         in_the_data_loader()
@@ -88,6 +90,30 @@ def test_the_stacks_of_a_hung_child_are_kept(child):
     with pytest.raises(ChildDiedError) as death:
         child.receive(5)
     assert death.value.code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("end", ["kill", "close", "die"])
+def test_what_a_child_leaves_behind_ends_with_it(child, end):
+    child.send({"do": "fork"})
+    answer(child)
+    (left,) = psutil.Process(child.pid).children()
+    began = time.monotonic()
+    if end == "die":
+        child.send({"do": "die"})
+        with pytest.raises(ChildDiedError):
+            answer(child)
+    else:
+        getattr(child, end)()
+    assert time.monotonic() - began < 15, "it holds the pipe for a minute"
+    psutil.wait_procs([left], timeout=10)
+    assert not left.is_running()
+
+
+def test_a_program_that_cannot_be_started_leaves_nothing_open(tmp_path):
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(FileNotFoundError):
+        ChildProcess([str(tmp_path / "none")], tmp_path / "logs", os.environ)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_child_ends_with_the_pipe_of_a_parent_that_was_killed(tmp_path):

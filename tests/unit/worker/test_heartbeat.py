@@ -90,6 +90,35 @@ def test_progress_travels_with_the_heartbeat(queue):
         until(lambda: queue.attempts(job.id)[0].progress == {"step": 3, "checkpoint": 2})
 
 
+def test_a_job_that_says_nothing_new_is_seen_to_be_silent(queue):
+    (job,) = claim(queue)
+    with beating(queue, [job]) as heart:
+        heart.note(job.token, {"step": 3})
+        until(lambda: queue.attempts(job.id)[0].progress_at)
+        heard = queue.attempts(job.id)[0]
+        until(lambda: queue.attempts(job.id)[0].lease_until > heard.lease_until + 0.1)
+        assert queue.attempts(job.id)[0].progress_at == heard.progress_at
+
+
+def test_what_breaks_one_beat_does_not_end_the_heart(queue, caplog):
+    (job,) = claim(queue, lease=0.6)
+    said = []
+
+    def info():
+        said.append(None)
+        if len(said) == 2:
+            raise AttributeError("a bug")
+        return {}
+
+    heart = Heartbeat(queue, replace(QUICK, lease=0.6, announce=0.05), WORKER, info)
+    heart.hold([job], time.monotonic())
+    with heart:
+        until(lambda: len(said) > 3)
+        assert "AttributeError: a bug" in caplog.text
+        time.sleep(0.6)
+        assert heart.confirmed(job.token)
+
+
 def test_an_outage_of_the_database_loses_nothing_until_the_lease_is_over(queue, monkeypatch, caplog):
     (job,) = claim(queue)
     away = threading.Event()

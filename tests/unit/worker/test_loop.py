@@ -49,15 +49,15 @@ class Bench:
         self.log = directory / "child.log"
         self.notes = []
 
-    def work(self, script, plan=None, timing=TIMING):
-        def spawn():
+    def work(self, script, plan=None, timing=TIMING, spawn=None):
+        def start():
             self.children.append(FakeChild(script, self.log))
             return self.children[-1]
 
         with WorkerLoop(
             self.queue,
             worker=ME,
-            spawn=spawn,
+            spawn=spawn or start,
             results=self.results,
             voice=self.voice,
             stop=self.stop,
@@ -328,6 +328,43 @@ def test_an_outage_of_the_queue_shorter_than_the_lease_costs_nothing(bench, monk
     bench.work(succeed(bench))
     assert bench.states() == {"a": "succeeded"}
     assert len(calls) == 3
+
+
+def test_what_was_claimed_just_before_an_outage_is_done(bench, monkeypatch):
+    bench.queue.announce(Worker(name="second", host="there", pid=3), {})
+    bench.queue.submit([job("a"), job("b")])
+    looks = []
+
+    def away():
+        looks.append(None)
+        bench.stop.ask()  # Nothing else would end a loop whose claim nobody does.
+        raise JobStoreError("away")
+
+    def script(child, command):
+        for each in command["jobs"]:
+            yield reports(bench.results, each)
+        yield DONE
+
+    monkeypatch.setattr(bench.queue, "workers", away)
+    bench.work(script)
+    assert len(looks) == 1
+    assert bench.states() == {"a": "succeeded", "b": "succeeded"}
+
+
+def test_a_disk_too_full_to_start_a_child_is_waited_for(bench):
+    bench.queue.submit([job("a")])
+    starts = []
+
+    def spawn():
+        starts.append(None)
+        if len(starts) == 1:
+            raise StorageError("the disk is full")
+        return FakeChild(succeed(bench), bench.log)
+
+    bench.work(succeed(bench), spawn=spawn)
+    after = bench.queue.get(1)
+    assert (after.state, after.failures, after.lost) == ("succeeded", 0, 0)
+    assert "the disk is full; trying again in" in bench.voice.texts("warn")
 
 
 def test_what_waits_for_the_tracking_server_is_held_and_published_later_without_training(bench):
