@@ -82,7 +82,7 @@ def remember(environment: Mapping[str, str]) -> None:
     for name, value in environment.items():
         if _SECRET_NAME.search(name) and not value.startswith("/"):
             _keep([value])
-        elif "://" in value and "@" in value:
+        else:
             _keep(_password(value))
 
 

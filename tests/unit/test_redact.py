@@ -31,6 +31,7 @@ def test_tokens_with_a_known_shape_are_taken_out(secret):
         ('password = "hunter2"', f'password = "{REDACTED}"'),
         ("+MLFLOW_TRACKING_PASSWORD=correcthorse99battery", f"+MLFLOW_TRACKING_PASSWORD={REDACTED}"),
         ("api_key: 'abc'", f"api_key: '{REDACTED}'"),
+        ("the secret: 0123456789ab is old", f"the secret: {REDACTED} is old"),
         ('{"client_secret": "s3cr3t"}', f'{{"client_secret": "{REDACTED}"}}'),
         ("Authorization: Bearer abcdefghijkl.mnop", f"Authorization: Bearer {REDACTED}"),
         ("https://ann:pa55@host.example/x", f"https://{REDACTED}@host.example/x"),
@@ -90,19 +91,21 @@ def remembered(monkeypatch):
             "RANKWISE_DATABASE_URL": "postgresql://ann:pa%40ssword@db/queue",
             "AWS_SECRET_ACCESS_KEY": "AbCdEfGhIj",
             "TOKENIZERS_PARALLELISM": "false-but-long",
-            "SHORT_TOKEN": "abc",
+            "PGPASSWORD": "8letters",
+            "SHORT_TOKEN": "letters",
+            "HTTPS_PROXY": "http://proxyuser@proxy:3128",
             "GOOGLE_APPLICATION_CREDENTIALS": "/etc/google/key.json",
         }
     )
 
 
 def test_the_environments_secrets_are_taken_out_wherever_they_stand(remembered):
-    text = "server said: plainlooking / correct horse / pa@ssword / pa%40ssword / AbCdEfGhIj"
-    assert redact(text) == "server said: " + " / ".join([REDACTED] * 5)
+    text = "server said: plainlooking / correct horse / pa@ssword / pa%40ssword / AbCdEfGhIj / 8letters"
+    assert redact(text) == "server said: " + " / ".join([REDACTED] * 6)
 
 
 def test_what_only_sounds_like_a_secret_stays(remembered):
-    text = "false-but-long abc /etc/google/key.json"
+    text = "false-but-long letters /etc/google/key.json proxyuser"
     assert redact(text) == text
 
 
