@@ -1,7 +1,8 @@
-"""Progress bars on stderr: everything that takes more than a second or two says how far it is."""
+"""Progress on stderr, as bars or as lines: everything that takes more than a second or two says how far it is."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -22,7 +23,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from rankwise.cli.output import size
 from rankwise.worker.voice import Kind, Lines
+
+_LINE_EVERY = 30.0
+"""Seconds between two lines of one task in a log."""
 
 _LABELS: Mapping[Kind, tuple[str, str]] = {
     "say": ("", ""),
@@ -46,8 +51,34 @@ class _Amount(ProgressColumn):
         return Text.assemble(self._count.render(task), f" {unit}", style="progress.download")
 
 
+class _Logged:
+    """A task in a log: a line when it begins, then one now and then."""
+
+    def __init__(self, say: Callable[[str], None], description: str, total: int | None, unit: str) -> None:
+        self._say, self._description, self._total, self._unit = say, description, total, unit
+        self._done, self._note, self._told = 0, "", time.monotonic()
+        say(description)
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told < _LINE_EVERY or self._done == self._total:
+            return
+        self._told = now
+        of = "" if self._total is None else f" of {self._amount(self._total)}"
+        unit = "" if self._unit == "B" else f" {self._unit}"
+        remark = f", {self._note}" if self._note else ""
+        self._say(f"{self._description}: {self._amount(self._done)}{of}{unit}{remark}")
+
+    def note(self, note: str) -> None:
+        self._note = note
+
+    def _amount(self, count: int) -> str:
+        return size(count) if self._unit == "B" else f"{count:,}"
+
+
 class Bars(Lines):
-    """Draws tasks as bars; on something that is not a terminal, a line when each begins.
+    """Draws tasks as bars; on something that is not a terminal, writes a line when each begins and every half a minute.
 
     Implements `rankwise.assets.progress.Progress`.
     """
@@ -95,7 +126,9 @@ class Bars(Lines):
     ) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
         """A task with a changing remark at its end (a loss, a speed)."""
         if not self.console.is_terminal:
-            self.say(description)
+            logged = _Logged(self.say, description, total, unit)
+            yield logged.advance, logged.note
+            return
         task = self._progress.add_task(description, total=total, unit=unit, note="")
         try:
             yield (
