@@ -22,6 +22,8 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from rankwise.assets.bounded_yaml import read_yaml
@@ -37,6 +39,7 @@ from rankwise.flavor.metadata import (
 from rankwise.flavor.package import check_tokenizer_files
 from rankwise.flavor.signing import SIGNATURE_NAME, Signer, Statement, check_signature
 from rankwise.modeling.manifest import WRITTEN_BY_MLFLOW, check_manifest
+from rankwise.redact import redact
 from rankwise.tracking.errors import tracking_errors
 
 logger = logging.getLogger(__name__)
@@ -140,6 +143,7 @@ def obtain(origin: Origin, tracking_uri: str | None = None) -> Iterator[Path]:
 
     Raises:
         TrackingError: They cannot be fetched.
+        AdapterIntegrityError: They are gone.
     """
     if Path(origin.location).is_dir():
         # Files of a local store are read where they lie.
@@ -149,6 +153,11 @@ def obtain(origin: Origin, tracking_uri: str | None = None) -> Iterator[Path]:
         with tracking_errors(f"fetching {origin.uri}"):
             repository = get_artifact_repository(origin.location, tracking_uri=tracking_uri)
             directory = Path(repository.download_artifacts("", dst_path=scratch))
+        if not any(directory.iterdir()):
+            raise AdapterIntegrityError(
+                f"the files of {origin.uri} are gone from {redact(origin.location)} (`mlflow gc` removes those of "
+                "deleted models): restore them, or take another version"
+            )
         yield directory
 
 
@@ -227,7 +236,8 @@ def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
     # MLflow's SQL store leaves the version's model_id empty; the source names the LoggedModel.
     named = _MODEL_ID.fullmatch(found.source or "")
     model_id = found.model_id or (named["id"] if named else None)
-    tags = dict(client.get_logged_model(model_id).tags) if model_id else {}
+    # A deleted one, or a registry apart from the tracking store: what was set on the version itself is left.
+    model = _logged_model(client, model_id) if model_id else None
     return Origin(
         uri=f"models:/{name}/{version}",
         location=local_path(client.get_model_version_download_uri(name, version)),
@@ -235,7 +245,7 @@ def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
         version=str(version),
         model_id=model_id,
         run_id=found.run_id or None,
-        tags={**tags, **found.tags},
+        tags={**(model.tags if model is not None else {}), **found.tags},
     )
 
 
@@ -253,7 +263,8 @@ def _of_logged_model(model_id: str, uri: str, tracking_uri: str | None) -> Origi
 def _of_run(run_id: str, name: str | None, tracking_uri: str | None) -> Origin:
     client = MlflowClient(tracking_uri=tracking_uri)
     outputs = client.get_run(run_id).outputs
-    models = [client.get_logged_model(output.model_id) for output in (outputs.model_outputs if outputs else [])]
+    put_out = [_logged_model(client, output.model_id) for output in (outputs.model_outputs if outputs else [])]
+    models = [model for model in put_out if model is not None]
     names = sorted({model.name for model in models})
     matching = [model for model in models if name in (None, model.name)]
     if not matching:
@@ -261,8 +272,19 @@ def _of_run(run_id: str, name: str | None, tracking_uri: str | None) -> Origin:
         raise AssetError(f"run {run_id} has put out no {wanted}; it has {names}")
     if name is None and len(names) > 1:
         raise AssetError(f"run {run_id} has put out models of several names; say which: runs:/{run_id}/{names[0]}")
-    newest = max(matching, key=lambda model: model.creation_timestamp)
+    # One whose upload was cut off is FAILED or PENDING for ever.
+    newest = max(matching, key=lambda model: (str(model.status) == "READY", model.creation_timestamp))
     return _of_logged_model(newest.model_id, f"models:/{newest.model_id}", tracking_uri)
+
+
+def _logged_model(client: MlflowClient, model_id: str) -> LoggedModel | None:
+    """A LoggedModel, or None where the store has none of that id (any more)."""
+    try:
+        return client.get_logged_model(model_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 def local_path(location: str) -> str:

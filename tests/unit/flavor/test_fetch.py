@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, TrackingError
-from rankwise.flavor.fetch import check, fetch, resolve_uri
+from rankwise.flavor.fetch import check, fetch, obtain, resolve_uri
 from rankwise.flavor.metadata import MANIFEST_TAG, SECTION_TAG
 from rankwise.modeling.manifest import write_manifest
 
@@ -243,6 +243,41 @@ def test_every_form_of_uri_names_the_model(world, store, registered):
 def test_a_uri_that_names_nothing_is_refused(store, registered, uri, error, message):
     with pytest.raises(error, match=message):
         resolve_uri(uri)
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    return world.load_base()
+
+
+def test_a_version_whose_logged_model_was_deleted_loads_and_is_checked_as_long_as_its_files_are_there(
+    world, store, base, tmp_path
+):
+    info = flavor.log_adapter(world.adapter, base, registered_model_name="deleted")
+    store.delete_logged_model(info.model_id)
+    origin = resolve_uri("models:/deleted/1")
+    assert (origin.model_id, MANIFEST_TAG in origin.tags, SECTION_TAG in origin.tags) == (info.model_id, True, True)
+    with fetch("models:/deleted/1") as fetched:
+        assert fetched.metadata.lora["r"] == 4
+    shutil.move(origin.location, tmp_path / "gone")
+    with (
+        pytest.raises(AdapterIntegrityError, match=r"files of models:/deleted/1 are gone from /.* another version$"),
+        obtain(origin),
+    ):
+        pass
+
+
+def test_a_run_s_model_is_the_newest_whole_one_that_is_left(world, store, base):
+    run_id = store.create_run("0").info.run_id
+    first, second, third = (flavor.log_adapter(world.adapter, base, run_id=run_id).model_id for _ in range(3))
+    store.finalize_logged_model(third, "FAILED")
+    assert resolve_uri(f"runs:/{run_id}/adapter").model_id == second
+    store.delete_logged_model(second)
+    assert resolve_uri(f"runs:/{run_id}").model_id == first
+    for model_id in (first, third):
+        store.delete_logged_model(model_id)
+    with pytest.raises(AssetError, match=r"has put out no model 'adapter'; it has \[\]"):
+        resolve_uri(f"runs:/{run_id}/adapter")
 
 
 def test_what_lies_in_the_store_is_checked_against_the_tags(world, store, registered, tmp_path):
