@@ -152,7 +152,9 @@ def _renderer_warnings(renderer: Renderer) -> Iterator[Finding]:
 
 def _reading_warnings(examples: Examples) -> Iterator[Finding]:
     for reason, count in examples.dropped.items():
-        yield Finding(code="left_out", message=f"{count:,} rows are left out: {reason}", count=count)
+        yield Finding(
+            code="left_out", message=f"{count:,} {'row' if count == 1 else 'rows'} left out: {reason}", count=count
+        )
     for note in examples.notes:
         yield _finding("reading", note)
 

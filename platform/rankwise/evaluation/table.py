@@ -132,10 +132,12 @@ def _headline(comparison: Comparison) -> str:
     key = comparison.primary_metric
     better = "greater" if comparison.greater_is_better else "smaller"
     head = f"{comparison.experiment}: {title(key)} on the evaluation rows, {better} is better"
-    if comparison.best is None:
+    if not comparison.ranking:
         return f"{head}; no arm has a result yet"
-    metric, rank = comparison.best.metrics[key], format_param(comparison.best.params.get(RANK))
-    return f"{head}; best: r = {rank} with {with_error(key, metric.value, metric.stderr)}"
+    best = comparison.ranking[0]
+    mean, rank = best.metric(key), format_param(best.params.get(RANK))
+    assert mean is not None, "what is ranked has a value"
+    return f"{head}; best: r = {rank} with {with_error(key, mean.value, mean.stderr)}"
 
 
 def _notes(comparison: Comparison, shown: int) -> list[Text]:

@@ -165,8 +165,9 @@ def test_a_template_with_the_date_is_a_warning():
 
 
 def test_what_reading_left_out_or_noted_is_a_warning():
-    report = check(rows(make_renderer()), dropped={"train: empty cell": 1200}, notes=("a note",))
-    assert [str(finding) for finding in report.warnings] == ["1,200 rows are left out: train: empty cell", "a note"]
+    report = check(rows(make_renderer()), dropped={"train: empty cell": 1200, "eval: empty cell": 1}, notes=("a note",))
+    left_out = ["1,200 rows left out: train: empty cell", "1 row left out: eval: empty cell"]
+    assert [str(finding) for finding in report.warnings] == [*left_out, "a note"]
 
 
 def test_errors_stop_a_run_with_all_of_them():

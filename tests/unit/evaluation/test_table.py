@@ -100,6 +100,8 @@ def test_several_seeds_are_one_row_with_their_number_and_spread():
     lines = printed(seeds_and_rates(), width=220)
     best = row(lines, "★", "1", "16", "32", "0.002", "3")
     assert "0.030" in best
+    mean = lines[0].rpartition("best: r = 16 with ")[2]
+    assert mean in best, "the first line names the row's mean, not one seed's value"
     some = [arm(2, 0.5, seed=0), arm(2, None, seed=1, status="KILLED", reason="interrupted")]
     lines = printed(compare("x", some, primary_metric="eval.loss", greater_is_better=False))
     assert "1 of 2" in row(lines, "★", "1", "2")
