@@ -111,7 +111,7 @@ def _table(made: Plan) -> Table:
     table = Table(title=title, caption="\n".join(_captions(made)) or None)
     table.add_column("spec hash", no_wrap=True)
     table.add_column("arm")
-    columns = ["steps", "tokens (at most)", "parameters", "adapter, fp32", "memory"]
+    columns = ["steps", "tokens (at most)", "parameters", "adapter, fp32", "memory before\nactivations"]
     for name in columns:
         table.add_column(name, justify="right")
     for planned in made.arms:
