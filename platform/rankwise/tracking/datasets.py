@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
-from rankwise.redact import redact
+from rankwise.tracking.texts import storable
 
 Context = Literal["train", "eval", "predict"]
 # MLflow's column holds 36 characters.
@@ -50,10 +50,10 @@ class DatasetRecord:
             "mlflow_colspec": [{"type": kind, "name": name, "required": True} for name, kind in self.columns.items()]
         }
         dataset = Dataset(
-            name=self.name[:500],
+            name=storable(self.name)[:500],
             digest=self.short_digest,
             source_type=self.source_type,
-            source=json.dumps({"uri": redact(self.source)}),
+            source=json.dumps({"uri": storable(self.source)}),
             schema=json.dumps(schema) if self.columns else None,
             profile=json.dumps(dict(self.profile)) if self.profile else None,
         )

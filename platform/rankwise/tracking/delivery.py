@@ -6,7 +6,7 @@ import json
 import posixpath
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.errors import UndeliverableError
-from rankwise.tracking.outbox import Entry
+from rankwise.tracking.outbox import Entry, line_of
 
 # Limits of one log_batch request: 1,000 metrics, 100 params, 100 tags, 1 MB. Half of the bytes leaves room for the
 # longer form that a record takes in the request.
@@ -56,6 +56,25 @@ def batches(entries: Sequence[Entry]) -> Iterator[Batch]:
         size += len(entry.line)
     if held:
         yield Batch(kind=kind, entries=tuple(held))
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch] | None:
+    """A batch in two parts: of its entries or, of a single one, of its items. None where it has but one item."""
+    if len(batch.entries) > 1:
+        middle = len(batch.entries) // 2
+        return replace(batch, entries=batch.entries[:middle]), replace(batch, entries=batch.entries[middle:])
+    (entry,) = batch.entries
+    items = list(entry.record[batch.kind].items()) if entry.record is not None and batch.kind in _BATCHED else []
+    if len(items) < 2:
+        return None
+    middle = len(items) // 2
+    return _with(batch, entry, dict(items[:middle])), _with(batch, entry, dict(items[middle:]))
+
+
+def _with(batch: Batch, entry: Entry, items: Mapping[str, Any]) -> Batch:
+    assert entry.record is not None
+    record = {**entry.record, batch.kind: items}
+    return replace(batch, entries=(replace(entry, record=record, line=line_of(record)),))
 
 
 def deliver(client: MlflowClient, run_id: str, files: Path, batch: Batch) -> None:

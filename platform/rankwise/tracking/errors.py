@@ -16,6 +16,8 @@ from rankwise.redact import redact
 _LONGEST = 600
 # The server understood the request and will never accept it. All else may pass: a restart, a lock, an expired token.
 _FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"})
+# A value that cannot be written down; databases that this process writes to let these errors through.
+_NO_VALUE = (UnicodeEncodeError, OverflowError)
 
 # What MLflow's client says of an answer; the server's own words differ by release.
 _STATUS_401 = re.compile(r"\b401\b|unauthenticated|not authenticated")
@@ -32,7 +34,7 @@ class UndeliverableError(TrackingError):
 
 def is_final(error: BaseException) -> bool:
     """Whether sending the same request again cannot succeed."""
-    if isinstance(error, UndeliverableError):
+    if isinstance(error, (UndeliverableError, *_NO_VALUE)) or isinstance(error.__cause__, _NO_VALUE):
         return True
     return isinstance(error, MlflowException) and error.error_code in _FINAL
 

@@ -41,6 +41,11 @@ _READABLE = (1, 2)
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """A record as it stands in the file, with its newline."""
+    return _encode(record).encode() + b"\n"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One line of the file.
@@ -100,7 +105,7 @@ class Outbox:
             "once": once,
             "created": time.time_ns() // 1_000_000,
         }
-        line = _encode(header).encode() + b"\n"
+        line = line_of(header)
         with storage_errors(path, "writing the outbox"):
             directory.mkdir(parents=True, exist_ok=True)
             # Locked and filled under a name that nobody looks for: `adopt` never sees a file without its header.
@@ -174,7 +179,7 @@ class Outbox:
         Raises:
             StorageError: The disk is full.
         """
-        line = _encode(record).encode() + b"\n"
+        line = line_of(record)
         with self._lock, storage_errors(self.path, "writing the outbox"):
             written = os.write(self._descriptor, line)
             if written < len(line):  # The disk filled up within the line: take it back, or the next one would join it.

@@ -24,6 +24,7 @@ from rankwise.redact import redact
 from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.sender import Sender
+from rankwise.tracking.texts import encoded, storable
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Scalar = str | int | float | bool | None
@@ -145,7 +146,7 @@ class Run:
 
     def text(self, text: str, path: str) -> None:
         """A text as the artifact `path`; secrets are taken out, but for pages, whose scripts that would break."""
-        self.data((text if path.endswith(".html") else redact(text)).encode(), path)
+        self.data(encoded(text if path.endswith(".html") else redact(text)), path)
 
     def data(self, content: bytes, path: str) -> None:
         """Bytes as the artifact `path`."""
@@ -153,7 +154,7 @@ class Run:
 
     def json(self, value: Any, path: str) -> None:
         """A value as JSON in the artifact `path`."""
-        self._file((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), path)
+        self._file(encoded(json.dumps(value, indent=2, ensure_ascii=False) + "\n"), path)
 
     def table(self, rows: Sequence[Mapping[str, Any]], path: str) -> None:
         """Rows as a table that the UI shows and `MlflowClient.load_table` reads; replaces an earlier one.
@@ -166,7 +167,7 @@ class Run:
             raise ValueError(f"a table's artifact path must end with .json, got {path!r}")
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[_plain(row.get(column)) for column in columns] for row in rows]
-        self._file(json.dumps({"columns": columns, "data": data}, ensure_ascii=False).encode(), path, table=True)
+        self._file(encoded(json.dumps({"columns": columns, "data": data}, ensure_ascii=False)), path, table=True)
 
     def figure(self, figure: Any, path: str) -> None:
         """A figure of matplotlib (`.png`, `.svg`, `.pdf`)."""
@@ -271,7 +272,7 @@ def shorten(text: str, limit: int = _LONGEST_NOTE) -> str:
 
 
 def _texts(values: Mapping[str, Scalar]) -> dict[str, str]:
-    return {key: redact(str(value)) for key, value in values.items() if value is not None}
+    return {key: storable(str(value)) for key, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from rankwise.exceptions import RankwiseError, TrackingError
-from rankwise.tracking.delivery import Batch, batches, deliver
+from rankwise.tracking.delivery import Batch, batches, deliver, halves
 from rankwise.tracking.errors import describe, is_final
 from rankwise.tracking.outbox import Outbox
 
@@ -225,10 +225,16 @@ class Sender:
             # What a run said later must not overtake what it said before.
             if post.outbox.run_id in blocked or post.fenced:
                 continue
-            if not self._empty(post):
+            try:
+                if not self._empty(post):
+                    blocked.add(post.outbox.run_id)
+                elif post.left and (post.fenced or not post.outbox.pending):
+                    self.remove(post.outbox)  # What is left in it behind a fence is for whoever speaks for the run now.
+            except (RankwiseError, OSError) as error:
+                # A disk that is full or away: nothing can be remembered until it is back. Or nobody can say who may
+                # speak.
+                self._report_outage(str(error))
                 blocked.add(post.outbox.run_id)
-            elif post.left and (post.fenced or not post.outbox.pending):
-                self.remove(post.outbox)  # What is left in it behind a fence is for whoever speaks for the run now.
         return not blocked
 
     def _empty(self, post: _Post) -> bool:
@@ -244,10 +250,6 @@ class Sender:
                     return True
                 if not self._deliver(post, batch):
                     return False
-        except RankwiseError as error:
-            # A full disk: nothing can be remembered until there is room again. Or nobody can say who may speak.
-            self._report_outage(str(error))
-            return False
         finally:
             with self._changed:
                 self._busy = None
@@ -282,8 +284,9 @@ class Sender:
             else:
                 client = self._client()
                 wanted = batch if post.missing is None else post.missing(client, batch)
-                if wanted is not None:
-                    self._send(client, outbox.run_id, outbox.files, wanted)
+                if wanted is not None and (reason := self._refusal(client, outbox, wanted)) is not None:
+                    for part, why in self._divided(client, outbox, wanted, reason):
+                        self._refuse(post, part, why)
         except Exception as error:  # Artifact stores raise errors of their own libraries; nothing is lost by waiting.
             if not is_final(error):
                 self._report_outage(describe(error))
@@ -296,6 +299,25 @@ class Sender:
         with self._changed:
             self._changed.notify_all()
         return True
+
+    def _refusal(self, client: MlflowClient, outbox: Outbox, batch: Batch) -> str | None:
+        """Send a batch, and return why the store refuses it for good; None where it was taken."""
+        try:
+            self._send(client, outbox.run_id, outbox.files, batch)
+        except Exception as error:
+            if not is_final(error):
+                raise
+            return describe(error)
+        return None
+
+    def _divided(self, client: MlflowClient, outbox: Outbox, batch: Batch, reason: str) -> list[tuple[Batch, str]]:
+        """Send what is taken of a batch that was refused, and return the rest: one bad value takes nothing along."""
+        parts = halves(batch)
+        reasons = [] if parts is None else [self._refusal(client, outbox, part) for part in parts]
+        if parts is None or reasons == [reason, reason]:  # Not about a value: the run was deleted, say.
+            return [(batch, reason)]
+        divided = [(part, why) for part, why in zip(parts, reasons, strict=True) if why is not None]
+        return [found for part, why in divided for found in self._divided(client, outbox, part, why)]
 
     def _refuse(self, post: _Post, batch: Batch, reason: str) -> None:
         post.outbox.refuse(list(batch.entries))

@@ -111,6 +111,44 @@ def test_what_mlflow_refuses_is_kept_and_the_rest_arrives(store, experiment):
     assert record.params == {"lora.r": "4"}
 
 
+def test_a_param_that_mlflow_refuses_takes_no_other_along(store, experiment):
+    run = start(store, experiment)
+    store.client.log_param(run.run_id, "lora.r", 4)
+    run.params({"lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.1})
+    run.params({"seed": 0})
+    assert run.end()
+    assert get_run(store.client, run.run_id).params == {
+        "lora.r": "4", "lora.alpha": "16", "lora.dropout": "0.1", "seed": "0"
+    }  # fmt: skip
+    assert run._outbox.refused.read_text() == '{"params":{"lora.r":"8"}}\n'
+
+
+def test_texts_that_no_database_takes_hold_up_nothing(store, experiment):
+    name = "caf\udce9\0.csv"  # As Python gives the name of a file that is no UTF-8, and what PostgreSQL has not.
+    written = "caf\\udce9\\x00.csv"
+    run = store.start_run(experiment, "r=4", tags={"from": name}, params={"data": name}, system_metrics=False)
+    run.tags({"later": name})
+    run.input(DatasetRecord(name=name, digest="sha256:" + "0" * 64, source=name, source_type="local", context="train"))
+    run.text(name, "a.txt")
+    run.json({"name": name}, "a.json")
+    run.table([{"name": name}], "table.json")
+    assert run.end(timeout=20)
+    record = get_run(store.client, run.run_id)
+    assert (record.tags["from"], record.tags["later"], record.params["data"]) == (written, written, written)
+    (read,) = store.client.get_run(run.run_id).inputs.dataset_inputs
+    assert (read.dataset.name, json.loads(read.dataset.source)) == (written, {"uri": written})
+    assert {info.path for info in store.client.list_artifacts(run.run_id)} == {"a.txt", "a.json", "table.json"}
+
+
+def test_a_number_that_no_database_takes_holds_up_nothing(store, experiment):
+    run = start(store, experiment)
+    run.metric("train.loss", 1.0, 2**70)
+    run.metric("train.loss", 2.0, 1)
+    assert run.end(timeout=20)
+    assert get_run(store.client, run.run_id).metrics == {"train.loss": 2.0}
+    assert len(run.refusals) == 1
+
+
 def test_files_directories_and_texts_become_artifacts(store, experiment, tmp_path):
     directory = tmp_path / "preview"
     (directory / "deep").mkdir(parents=True)

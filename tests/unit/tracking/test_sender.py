@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import threading
 import time
 
@@ -19,6 +20,7 @@ class Server:
     def __init__(self):
         self.steps = []
         self.error = None
+        self.bad = set()
         self.calls = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -28,6 +30,8 @@ class Server:
         self.gate.wait(20)
         if self.error is not None:
             raise self.error
+        if any(entry.record["s"] in self.bad for entry in batch.entries):
+            raise MlflowException(f"bad value in {len(batch.entries)}", INVALID_PARAMETER_VALUE)
         self.steps += [(run_id, entry.record["s"]) for entry in batch.entries]
 
 
@@ -110,6 +114,32 @@ def test_a_final_refusal_is_kept_reported_and_does_not_block_the_rest(tmp_path, 
     assert '"s":0' in outbox.refused.read_text()
 
 
+def test_a_bad_value_takes_nothing_along_that_went_into_the_same_request(tmp_path, sender, server):
+    sender._interval = 60  # Only a drain starts a delivery.
+    outbox = make(tmp_path, sender)
+    time.sleep(0.2)
+    server.bad = {3, 700}
+    put(outbox, range(900))
+    assert sender.drain(outbox, 10)
+    assert sorted(step for _, step in server.steps) == [step for step in range(900) if step not in server.bad]
+    assert server.calls < 40
+    assert sender.remove(outbox) == ["bad value in 1"] * 2
+    assert [line for line in outbox.refused.read_text().splitlines() if '"s":3,' in line or '"s":700,' in line]
+    assert len(outbox.refused.read_text().splitlines()) == 2
+
+
+def test_a_run_that_takes_nothing_is_not_asked_value_by_value(tmp_path, sender, server):
+    sender._interval = 60
+    outbox = make(tmp_path, sender)
+    time.sleep(0.2)
+    server.error = MlflowException("the run is deleted", INVALID_PARAMETER_VALUE)
+    put(outbox, range(900))
+    assert sender.drain(outbox, 10)
+    assert server.calls <= 6
+    assert set(sender.remove(outbox)) == {"the run is deleted"}
+    assert len(outbox.refused.read_text().splitlines()) == 900
+
+
 def test_a_damaged_line_is_set_aside(tmp_path, sender, server):
     outbox = make(tmp_path, sender)
     outbox.append({"unheard": 1})
@@ -171,6 +201,32 @@ def test_a_full_disk_does_not_end_the_thread(tmp_path, sender, server, monkeypat
     put(outbox, [0])
     assert sender.drain(outbox, 10)
     assert server.steps == [("r1", 0), ("r1", 0)]  # Sent twice: MLflow keeps one row of it.
+
+
+@pytest.mark.parametrize("what", ["read", "commit", "close"])
+def test_a_disk_that_is_away_for_a_while_does_not_end_the_thread(tmp_path, sender, server, monkeypatch, what):
+    outbox = make(tmp_path, sender)
+    work, failures = getattr(outbox, what), []
+
+    def away_once(*arguments):
+        if not failures:
+            failures.append(what)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return work(*arguments)
+
+    monkeypatch.setattr(outbox, what, away_once)
+    put(outbox, [0])
+    sender.let_go(outbox)
+    other = make(tmp_path, sender, "r2")
+    put(other, [1])
+    assert sender.drain(other, 10)
+    assert failures == [what]
+    deadline = time.monotonic() + 10
+    while ("r1", 0) not in server.steps and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ("r1", 0) in server.steps
+    if what == "close":
+        outbox.release()
 
 
 def test_nothing_is_sent_for_a_writer_that_may_not_speak_any_more(tmp_path, sender, server, caplog):
