@@ -124,12 +124,11 @@ def _of_mlflow(directory: Path, named: str) -> Foreign:
     folder = flavor.get("peft_adaptor")
     if not folder:
         raise ConfigError(f"{named} is a whole model without an adapter; only LoRA adapters are adopted")
-    if Path(str(folder)).name != folder:
-        raise AdapterIntegrityError(f"{directory / 'MLmodel'} names {folder!r}, which is not a directory beside it")
-    peft = _of_peft(directory / folder)
+    peft = _of_peft(_beside(directory, folder))
     source = flavor.get("local_base_model_path") or flavor.get("source_model_name") or peft.base_model
     tokenizer = directory / "components" / "tokenizer"
-    saved = directory / str(flavor["model_binary"]) if flavor.get("model_binary") else None
+    # What it is said to be a copy of must not be found by it: it would agree with itself.
+    saved = _beside(directory, flavor["model_binary"]) if flavor.get("model_binary") else None
     recorded, findings = peft.quantization, list(peft.findings)
     if saved is not None and (saved / "config.json").is_file():
         recorded = recorded or _of_config(saved)
@@ -162,6 +161,13 @@ def _of_mlflow(directory: Path, named: str) -> Foreign:
         saved_base=saved if saved is not None and weight_files(saved) else None,
         findings=tuple(findings),
     )
+
+
+def _beside(directory: Path, name: Any) -> Path:
+    found = directory / str(name)
+    if found.resolve().parent != directory.resolve():
+        raise AdapterIntegrityError(f"{directory / 'MLmodel'} names {name!r}, which is no file or directory beside it")
+    return found
 
 
 def _corrupted(names: list[str]) -> Finding:

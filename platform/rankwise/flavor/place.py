@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rankwise.exceptions import AdapterIntegrityError, StorageError
@@ -20,6 +21,12 @@ def check_target(target: Path) -> None:
     Raises:
         StorageError: The target is a file, or a directory with something else in it.
     """
+    if target.exists():
+        with _turn(target.parent):
+            _check(target)
+
+
+def _check(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -39,24 +46,25 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
     """A temporary directory beside `target` to fill; at the end of the block it gets a manifest and takes its place.
 
     An earlier output that is unchanged is replaced; one of the same content stays. After an error nothing is left.
+    Of several processes that fill one target at a time, the last one counts.
 
     Args:
-        target: An absolute path; its parents are made.
+        target: An absolute path; its parents are made. A link stands for what it points to.
         doing: What is being done, for messages.
 
     Raises:
         StorageError: The target holds something else, or the disk is full or not writable.
     """
+    target = target.resolve()
     check_target(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old.tmp")
     with storage_errors(target, doing):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.mkdir()
             yield temporary
             manifest = write_manifest(temporary)
-            if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
-                return
             for path in temporary.rglob("*"):
                 if path.is_file():
                     with path.open("rb") as file:
@@ -64,10 +72,25 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
                 else:
                     fsync_directory(path)
             fsync_directory(temporary)
-            check_target(target)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
-            fsync_directory(target.parent)
+            with _turn(target.parent):
+                _check(target)
+                if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
+                    return
+                with suppress(FileNotFoundError):
+                    target.rename(old)  # Whoever reads from it still does not see it shrink file by file.
+                temporary.rename(target)
+                fsync_directory(target.parent)
         finally:
+            shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """One process at a time; the lock is on the directory itself, so that none is left lying about."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from helpers.bases import logits
+from helpers.turns import in_threads
 
 from rankwise.exceptions import AdapterIntegrityError, StorageError
 from rankwise.flavor import download_adapter
-from rankwise.modeling.manifest import check_manifest
+from rankwise.flavor.place import placed
+from rankwise.modeling.manifest import check_manifest, write_manifest
 
 
 def test_a_download_is_a_plain_peft_directory_at_the_root_of_a_new_directory(world, tmp_path):
@@ -41,6 +43,28 @@ def test_an_earlier_download_is_replaced_and_anything_else_is_not(world, tmp_pat
     assert (target / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     check_manifest(download_adapter(world.saved, tmp_path / "empty"))
+
+
+def test_a_link_stands_for_the_directory_that_it_points_to(world, tmp_path):
+    target = download_adapter(world.saved, tmp_path / "adapter")
+    (target / "README.md").unlink()
+    write_manifest(target)
+    (tmp_path / "link").symlink_to(target)
+    assert download_adapter(world.saved, tmp_path / "link") == tmp_path / "link"
+    assert (target / "README.md").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_several_may_fill_one_directory_at_a_time(tmp_path):
+    def fill(content):
+        for _ in range(15):
+            with placed(tmp_path / "adapter", "filling") as temporary:
+                (temporary / "file").write_text(content)
+        return True
+
+    assert in_threads(fill, ["a", "b", "c"]) == dict.fromkeys("abc", True)
+    check_manifest(tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_spoilt_model_leaves_nothing_behind(world, tmp_path):

@@ -114,6 +114,21 @@ def test_the_copy_of_a_base_tells_whether_it_is_the_named_one(world, saved, tmp_
         compare_saved_base(copy, make_base(tmp_path / "other", seed=6), "other")
 
 
+@pytest.mark.parametrize("key", ["model_binary", "peft_adaptor"])
+@pytest.mark.parametrize("how", ["up", "absolute", "parent", "link"])
+def test_a_model_leads_to_nothing_but_what_lies_beside_it(world, saved, tmp_path, key, how):
+    copy = tmp_path / "above" / "model"
+    shutil.copytree(saved["plain"], copy)
+    shutil.copytree(world.adapter, copy.parent, dirs_exist_ok=True)
+    (copy / "a-link").symlink_to(world.base_path if key == "model_binary" else world.adapter)
+    names = {"up": "../../elsewhere", "absolute": str(world.base_path), "parent": "..", "link": "a-link"}
+    mlmodel = yaml.safe_load((copy / "MLmodel").read_text())
+    mlmodel["flavors"]["transformers"][key] = names[how]
+    (copy / "MLmodel").write_text(yaml.safe_dump(mlmodel))
+    with pytest.raises(AdapterIntegrityError, match="which is no file or directory beside it"):
+        read_foreign(copy, "x")
+
+
 def test_weights_in_a_pickle_are_refused_with_the_way_out_and_a_trainer_s_state_is_left_out(world, tmp_path):
     directory = shutil.copytree(world.adapter, tmp_path / "a")
     (directory / "optimizer.pt").write_bytes(b"x")
@@ -146,7 +161,7 @@ def test_what_is_neither_is_named_so(world, saved, tmp_path):
     for flavors, message in (
         ({"sklearn": {}}, r"no model of mlflow.transformers; it has the flavors \['sklearn'\]"),
         ({"transformers": {"source_model_name": "x"}}, "a whole model without an adapter"),
-        ({"transformers": {"peft_adaptor": "../peft"}}, "not a directory beside it"),
+        ({"transformers": {"peft_adaptor": "../peft"}}, "no file or directory beside it"),
     ):
         (tmp_path / "MLmodel").write_text(yaml.safe_dump({"flavors": flavors}))
         error = AdapterIntegrityError if "beside" in message else ConfigError
