@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
 REDACTED = "[redacted]"
@@ -26,7 +27,7 @@ _SHAPES = re.compile(
 # A secret by what stands before it. Code such as `token = next(tokens)` stays: the value must be a quoted literal, or a
 # long run of characters without the brackets, dots and spaces of an expression.
 _NAMED = re.compile(
-    r"""(?P<name>(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|credential)s?["']?\s{0,20}[:=]\s{0,20})
+    r"""(?P<name>(?:password|passwd|secret|token|(?:api|access|account)[_-]?key|credential)s?["']?\s{0,20}[:=]\s{0,20})
         (?: (?P<quote>["'])(?:(?!(?P=quote)).){1,4000}(?P=quote)
           | (?=\S{0,200}[0-9])[A-Za-z0-9+/=_-]{12,}(?![\w.(\[]) )""",
     re.VERBOSE | re.IGNORECASE,
@@ -34,6 +35,11 @@ _NAMED = re.compile(
 # As shells, environments and libpq's connection strings write it: a short one too.
 _PASSWORD = re.compile(r"(?P<name>(?:password|passwd|pwd)=)(?!\[redacted\])[^\s&;,'\"()]+", re.IGNORECASE)
 _BEARER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[\w.~+/=-]{12,}", re.IGNORECASE)
+# A password that is not percent-encoded may have a slash, in databases' URLs it works. `host:5000/x@y` has a port.
+_PASSWORD_WITH_SLASH = re.compile(
+    r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}://)[^\s/:@'\"\[]{0,200}:(?!\d{1,5}[/?#])(?P<password>[^\s@'\"]{1,500})@",
+    re.IGNORECASE,
+)
 _USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}://)[^\s/'\"]{1,500}@", re.IGNORECASE)
 _QUERY = re.compile(
     r"(?P<name>[?&](?:x-amz-(?:signature|credential|security-token)|sig|signature|token|access_token|auth|api_?key|key)=)"
@@ -56,8 +62,9 @@ def redact(text: str) -> str:
         quote = match["quote"] or ""
         return f"{match['name']}{quote}{REDACTED}{quote}"
 
-    for value in _known:
+    for value in sorted(_known, key=len, reverse=True):  # One may be the beginning of another.
         text = text.replace(value, REDACTED)
+    text = _PASSWORD_WITH_SLASH.sub(lambda match: f"{match['scheme']}{REDACTED}@", text)
     text = _USERINFO.sub(lambda match: f"{match['scheme']}{REDACTED}@", text)
     text = _SHAPES.sub(REDACTED, text)
     text = _QUERY.sub(lambda match: f"{match['name']}{REDACTED}", text)
@@ -68,7 +75,7 @@ def redact(text: str) -> str:
 
 def holds_secret(text: str) -> bool:
     """Whether a text has what can only be a secret: a token of a known shape, a private key, a URL with a password."""
-    return any(pattern.search(text) for pattern in (_SHAPES, _QUERY)) or any(
+    return any(pattern.search(text) for pattern in (_SHAPES, _QUERY, _PASSWORD_WITH_SLASH)) or any(
         ":" in match[0].partition("://")[2] for match in _USERINFO.finditer(text)
     )
 
@@ -91,8 +98,7 @@ def _keep(values: Iterable[str]) -> None:
 
 
 def _password(url: str) -> list[str]:
-    try:
-        password = urlsplit(url).password
-    except ValueError:
-        return []
-    return [] if password is None else [password, unquote(password)]
+    found = [match["password"] for match in _PASSWORD_WITH_SLASH.finditer(url)]
+    with suppress(ValueError):
+        found.append(urlsplit(url).password or "")
+    return [*found, *map(unquote, found)]

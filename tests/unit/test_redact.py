@@ -59,6 +59,7 @@ def test_a_private_key_is_taken_out_whole_even_when_it_is_cut_off():
         "https://host.example/path?x=1",
         "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "git@github.com:org/name.git",
+        "http://127.0.0.1:5000/#/models/pricer@best and http://[::1]:5000/x@y",
         "task-1234567890-abcdefghijklmnop",
     ],
 )
@@ -74,11 +75,28 @@ def test_ordinary_code_stays_as_it_is(code):
         ("https://ann:p@ss@host/x", f"https://{REDACTED}@host/x"),
         ("host=db password=abc dbname=q", f"host=db password={REDACTED} dbname=q"),
         ("PGPASSWORD=abc psql", f"PGPASSWORD={REDACTED} psql"),
+        ("postgresql://u:aB/c+9@db:5432/mlflow", f"postgresql://{REDACTED}@db:5432/mlflow"),
+        ("AccountName=a;AccountKey=abcd1234abcd1234==;", f"AccountName=a;AccountKey={REDACTED};"),
         ("pypi-" + "AgEIcHlwaS5vcmc" * 4, REDACTED),
     ],
 )
 def test_secrets_of_urls_and_connection_strings_are_found(text, cleaned):
     assert redact(text) == cleaned
+
+
+def test_a_secret_that_begins_with_another_one_is_taken_out_whole(monkeypatch):
+    names = [f"{letter}_TOKEN" for letter in "ABCDEFGH"]
+    for longest in range(9, 17):
+        monkeypatch.setattr("rankwise.redact._known", set())
+        remember({name: "0123456789abcdef"[: longest - number] for number, name in enumerate(names)})
+        assert redact("0123456789abcdef"[:longest]) == REDACTED
+
+
+def test_a_password_with_a_slash_is_known_wherever_it_stands(monkeypatch):
+    monkeypatch.setattr("rankwise.redact._known", set())
+    remember({"RANKWISE_DATABASE_URL": "postgresql://ann:pass/word@db/queue"})
+    assert redact("FATAL: pass/word is wrong") == f"FATAL: {REDACTED} is wrong"
+    assert holds_secret("data: postgresql://ann:a/b@db/queue")
 
 
 @pytest.fixture
