@@ -37,7 +37,7 @@ class Assessor:
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        self._max_rows = MAX_ROWS
+        self._max_rows = self._rows = MAX_ROWS
 
     @torch.no_grad()
     def assess(self, arms: Sequence[LivingArm]) -> dict[str, dict[str, float]]:
@@ -55,14 +55,14 @@ class Assessor:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._max_rows == 1:
+                if self._rows == 1:
                     raise JobError(
                         f"out of memory with one row of evaluation on {self._device}: lower training.max_length: "
                         f"{error}"
                     ) from error
             # Outside of the handler: the traceback holds on to the tensors of the failed pass.
             torch.cuda.empty_cache()
-            self._max_rows //= 2
+            self._max_rows = self._rows // 2
             logger.warning("out of memory: at most %d rows are evaluated together from now on", self._max_rows)
 
     def _assess(self, arms: Sequence[LivingArm]) -> dict[str, dict[str, float]]:
@@ -74,6 +74,7 @@ class Assessor:
         size = max(arm.task.spec.evaluation.per_device_eval_batch_size for arm in arms) * len(arms)
         longest = max(int(row.supervised.sum()) for _, row in work)
         size = max(1, min(size, self._max_rows, MAX_LOGITS // (self._vocabulary * max(1, longest))))
+        self._rows = size
         sums: list[list[float]] = [[0.0, 0.0, 0.0] for _ in arms]
         for start in range(0, len(work), size):
             for index, loss, correct, tokens in self._pass(
