@@ -33,8 +33,8 @@ def memory(settings: Settings) -> Sequence[Finding]:
 def disks(settings: Settings) -> Sequence[Finding]:
     """Room in the home and in the cache, and whether this user can write there."""
     return [
-        _room("disk.home", settings.home, _HOME, "`rankwise gc` frees some, RANKWISE_HOME moves it"),
-        _room("disk.cache", settings.cache, _CACHE, "`rankwise bases prune` frees some, RANKWISE_CACHE moves it"),
+        _room("disk.home", settings.home, _HOME, "rankwise gc", "RANKWISE_HOME"),
+        _room("disk.cache", settings.cache, _CACHE, "rankwise bases prune", "RANKWISE_CACHE"),
     ]
 
 
@@ -78,13 +78,16 @@ def _sqlite_path(url: str) -> Path | None:
     return Path(path) if prefix.startswith("sqlite") and path not in {"", ":memory:"} else None
 
 
-def _room(name: str, path: Path, limits: tuple[float, float], advice: str) -> Finding:
+def _room(name: str, path: Path, limits: tuple[float, float], command: str, variable: str) -> Finding:
     there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return problem(name, f"{there} cannot be written by this user", "make it writable, or " + advice)
+    if not there.is_dir():
+        return problem(name, f"{there} is a file, and must be a directory", f"name another place with {variable}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        advice = f"make it writable, or name another place with {variable}"
+        return problem(name, f"{there} cannot be written by this user", advice)
     usage = shutil.disk_usage(there)
     seen = f"{_size(usage.free)} of {_size(usage.total)} free at {path} ({file_system(there)[0]})"
-    return _judge(name, usage.free, limits, seen, advice)
+    return _judge(name, usage.free, limits, seen, f"`{command}` frees some; {variable} names another place")
 
 
 def _judge(name: str, free: float, limits: tuple[float, float], seen: str, advice: str) -> Finding:

@@ -33,12 +33,14 @@ def test_a_home_that_cannot_be_written_is_a_problem(monkeypatch):
     found = machine.disks(Settings.load())
     assert {each.state for each in found} == {State.PROBLEM}
     assert "cannot be written" in found[0].seen
+    assert found[0].advice == "make it writable, or name another place with RANKWISE_HOME"
 
 
 def test_a_home_below_a_file_is_a_problem(tmp_path):
     (tmp_path / "file").write_text("")
     found = machine.disks(Settings.load({"RANKWISE_HOME": str(tmp_path / "file" / "home")}))
     assert found[0].state is State.PROBLEM
+    assert found[0].seen == f"{tmp_path / 'file'} is a file, and must be a directory"
 
 
 @pytest.mark.parametrize(("free", "state"), [(8e9, State.OK), (1e9, State.WARNING), (0.2e9, State.PROBLEM)])
