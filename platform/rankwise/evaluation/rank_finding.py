@@ -80,9 +80,10 @@ class RankFinding:
                 f"r = {best} has the best mean; how far the others are behind cannot be told: the noise is not known."
             )
         smallest = min(rank_of(each) for each in self.configurations)
+        with_result = " with a result" if any(rank < smallest for rank in self.unjudged) else ""
         if self.chosen is self.best:
             if rank_of(self.chosen) == smallest:
-                return f"r = {rank} is the smallest rank, and no larger one has a better mean."
+                return f"r = {rank} is the smallest rank{with_result}, and no larger one has a better mean."
             largest = rank_of(self.chosen) == max(rank_of(each) for each in self.configurations)
             which = ", the largest that has a result," if largest else ""
             return f"r = {rank}{which} is the best, and every smaller rank is worse beyond noise ({percent})."
@@ -96,7 +97,7 @@ class RankFinding:
         told_apart = any(not stands for _, _, stands in self.by_rank)
         end = "" if told_apart else " No rank is told apart from the best."
         same = "another configuration of it" if rank == best else f"r = {best}"
-        return f"r = {rank}, the smallest, is not worse than the best ({same}) beyond noise: {told}.{end}"
+        return f"r = {rank}, the smallest{with_result}, is not worse than the best ({same}) beyond noise: {told}.{end}"
 
     @property
     def notes(self) -> list[str]:

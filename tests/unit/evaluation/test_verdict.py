@@ -63,6 +63,15 @@ def test_the_first_line_says_when_the_best_stands_alone_and_when_nothing_is_told
     )
 
 
+def test_the_first_line_does_not_call_a_rank_the_smallest_where_smaller_ones_have_no_result():
+    best = find_smallest_rank(losses(None, 0.71, 0.72), alike(0.1))
+    assert best.headline == "r = 4 is the smallest rank with a result, and no larger one has a better mean."
+    tied = find_smallest_rank(losses(None, 0.711, 0.71), alike(0.1))
+    assert tied.headline.startswith("r = 4, the smallest with a result, is not worse than the best (r = 8)")
+    larger = find_smallest_rank(losses(0.71, 0.72, None), alike(0.1))
+    assert larger.headline == "r = 2 is the smallest rank, and no larger one has a better mean."
+
+
 def test_one_rank_alone_and_no_result_claim_nothing():
     only = find_smallest_rank(losses(0.7), alike(0.1))
     assert "nothing to compare it with" in only.headline
