@@ -142,6 +142,13 @@ class JobStoreContract:
         assert store.beat([job.token], lease=60, progress={job.token: {"step": 3}}).held == {job.token}
         assert store.reclaim() == []
 
+    def test_a_heartbeat_keeps_no_other_lease_alive(self, store):
+        store.submit([new("a"), new("b", pack_key="q")])
+        (mine,) = store.claim(WORKER, lease=-1)
+        (theirs,) = store.claim(OTHER, lease=-1)
+        assert store.beat([mine.token], lease=60).held == {mine.token}
+        assert [job.id for job in store.reclaim()] == [theirs.id]
+
     def test_jobs_of_dead_processes_on_this_host_come_back_at_once(self, store):
         store.submit([new("a"), new("b", pack_key="q")])
         (mine,) = store.claim(WORKER, lease=600)
@@ -227,6 +234,7 @@ class JobStoreContract:
         (predict,) = store.submit([new("p", kind=JobKind.PREDICT, after=(evaluate.id,))])
         (claimed,) = store.claim(WORKER, lease=60)
         store.finish(claimed.token, outcome, error="why")
+        assert store.get(train.id).failures == (outcome is Outcome.FATAL)
         after = store.get(evaluate.id)
         assert (after.state, after.cancelled_by) == (JobState.CANCELLED, train.id)
         assert after.error == f"job {train.id} (train abcdef012345) {ending}"
@@ -349,6 +357,19 @@ class JobStoreContract:
         assert failed.started_at <= failed.ended_at
         assert store.open_attempts() == []
         assert store.recent(JobKind.TRAIN) == []
+
+    def test_what_succeeded_of_late_is_told_by_kind_the_latest_first(self, store):
+        store.submit([new("a"), new("b"), new("a", kind=JobKind.EVALUATE), new("c"), new("d")])
+        ended = {}
+        for outcome in (*[Outcome.SUCCEEDED] * 4, Outcome.FATAL):
+            (job,) = store.claim(WORKER, lease=60)
+            store.finish(job.token, outcome)
+            time.sleep(0.005)  # The database's clock goes in steps.
+            ended[job.kind, job.spec_hash] = job.token
+        train = [ended[JobKind.TRAIN, name] for name in ("c", "b", "a")]
+        assert [attempt.token for attempt in store.recent(JobKind.TRAIN)] == train
+        assert [attempt.token for attempt in store.recent(JobKind.TRAIN, limit=2)] == train[:2]
+        assert [attempt.token for attempt in store.recent(JobKind.EVALUATE)] == [ended[JobKind.EVALUATE, "a"]]
 
     def test_a_run_is_assigned_once(self, store):
         (job,) = store.submit([new("a")])

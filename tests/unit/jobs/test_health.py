@@ -12,8 +12,9 @@ from rankwise.jobs.sql_store import SqlJobStore
 def path(tmp_path):
     path = tmp_path / "q.db"
     store = SqlJobStore(f"sqlite:///{path}", lock=tmp_path / "lock")
-    store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=name, spec={}) for name in "abc"])
-    store.claim(Worker(name="w", host="h", pid=1), lease=60)
+    store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=name, spec={}) for name in "abcd"])
+    for _ in range(2):
+        store.claim(Worker(name="w", host="h", pid=1), lease=60)
     store.close()
     return path
 
@@ -31,7 +32,7 @@ def edit(path, statement):
 def test_a_queue_in_order_has_no_problems(path):
     found = health.check(f"sqlite:///{path}")
     assert found.problems == ()
-    assert (found.jobs, found.revision) == (3, found.head)
+    assert (found.jobs, found.revision) == (4, found.head)
 
 
 def test_a_queue_that_is_not_there_is_said_and_not_made(tmp_path):
@@ -41,9 +42,9 @@ def test_a_queue_that_is_not_there_is_said_and_not_made(tmp_path):
 
 
 @pytest.mark.parametrize(("statement", "problem"), [
-    ("UPDATE attempt SET ended_at = 1", "1 jobs are held by nobody"),
-    ("UPDATE job SET state = 'queued'", "1 jobs that nobody holds have a token"),
-    ("UPDATE job SET token = 'x' WHERE token IS NOT NULL", "1 attempts go on whose job is held by another one"),
+    ("UPDATE attempt SET ended_at = 1 WHERE job_id = 1", "1 jobs are held by nobody"),
+    ("UPDATE job SET state = 'queued' WHERE id = 1", "1 jobs that nobody holds have a token"),
+    ("UPDATE job SET token = 'x' WHERE id = 1", "1 attempts go on whose job is held by another one"),
     ("UPDATE alembic_version SET version_num = '9999'", "written by a newer rankwise; install that one"),
     ("DELETE FROM alembic_version", "the database is empty"),
     ("INSERT INTO job_dependency VALUES (1, 99)", "1 rows name jobs that are not there"),
@@ -54,8 +55,8 @@ def test_what_is_wrong_is_said(path, statement, problem):
 
 
 def test_jobs_that_wait_in_vain_are_said(path):
-    edit(path, "INSERT INTO job_dependency VALUES (2, 3)")
-    edit(path, "UPDATE job SET state = 'failed' WHERE id = 3")
+    edit(path, "INSERT INTO job_dependency VALUES (3, 4)")
+    edit(path, "UPDATE job SET state = 'failed' WHERE id = 4")
     assert problems(path) == ("1 jobs wait for one that has failed or was cancelled",)
 
 

@@ -3,6 +3,7 @@ import sqlite3
 
 import pytest
 from helpers.job_store_contract import JobStoreContract, new
+from sqlalchemy.exc import DBAPIError
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Limits
@@ -24,6 +25,28 @@ class TestSqlite(JobStoreContract):
         store = SqlJobStore(f"sqlite:///{path}", lock=tmp_path / "lock", limits=Limits(backoff=0.1))
         yield store
         store.close()
+
+    @pytest.mark.parametrize(
+        ("state", "tries", "more"), [("40P01", 5, 0), ("40P01", 5, 1), ("40001", 2, 0), ("23505", 1, 1)]
+    )
+    def test_the_victim_of_a_deadlock_tries_again_but_not_for_ever(self, store, state, tries, more):
+        class Refused(Exception):
+            sqlstate = state
+
+        tried = []
+
+        def work(connection):
+            tried.append(connection)
+            if len(tried) < tries + more:
+                raise DBAPIError("UPDATE job", {}, Refused("refused"))
+            return "done"
+
+        if more:
+            with pytest.raises(JobStoreError, match="testing: the queue's database refused: refused"):
+                store._write("testing", work)
+        else:
+            assert store._write("testing", work) == "done"
+        assert len(tried) == tries
 
     def test_whoever_only_looks_waits_for_nobody_who_writes(self, store, tmp_path, monkeypatch):
         store.submit([new("a")])
