@@ -100,7 +100,7 @@ def inspect(
         write_atomically(html.absolute(), make_page(view.anatomy, view.title, view.over).encode())
         console.print(f"page with plots: {html}")
     if as_json:
-        signer = None if view.signer is None else {"key": view.signer.key, "name": view.signer.name}
+        signer = None if view.signer is None else vars(view.signer)
         print_json({**view.anatomy.to_dict(), "signer": signer})
     else:
         _show(view)

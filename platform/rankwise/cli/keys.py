@@ -11,7 +11,7 @@ from rankwise.cli.output import note, print_json
 
 @click.group()
 def keys() -> None:
-    """Make keys that sign adapters, and show public ones."""
+    """Make keys that sign adapters, sign with them, and show public ones."""
 
 
 @keys.command()
@@ -35,6 +35,29 @@ def new(directory: Path, name: str, as_json: bool) -> None:
     click.echo(key)
     note(f"to sign, where adapters are logged:   export RANKWISE_SIGNING_KEY={private}")
     note(f"to trust, where they are loaded:      export RANKWISE_TRUSTED_KEYS={public}")
+
+
+@keys.command()
+@click.argument("uri")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def sign(uri: str, as_json: bool) -> None:
+    """Sign a version (models:/NAME/VERSION or models:/NAME@ALIAS) for the name that it has, with RANKWISE_SIGNING_KEY.
+
+    For a copy of a version under another name, a registered model that was renamed, a version that was not signed when
+    it was logged. Its files are checked first and stay as they are.
+    """
+    from rankwise.flavor.countersign import sign_version
+    from rankwise.settings import Settings
+    from rankwise.tracking.connect import connect
+
+    settings = Settings.load()
+    connect(settings)
+    signed, key = sign_version(uri, settings.tracking_uri)
+    if as_json:
+        print_json({"model_uri": signed, "key": key})
+        return
+    click.echo(signed)
+    note(f"signed by {key}")
 
 
 @keys.command()

@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -162,10 +162,21 @@ def obtain(origin: Origin, tracking_uri: str | None = None) -> Iterator[Path]:
 
 
 def check(directory: Path, origin: Origin) -> Fetched:
-    """Check a model directory against its manifest, and both against the digests in the tags.
+    """Check a model directory against its manifest, both against the digests in the tags, and who has signed it.
 
     Raises:
         AdapterIntegrityError: Something is not what was stored, or is not signed as `RANKWISE_TRUSTED_KEYS` asks.
+        ConfigError: It is no model of this flavor, or of a newer release.
+    """
+    found, statement = check_content(directory, origin)
+    return replace(found, signer=check_signature(directory, statement, origin.tags, origin.uri, origin.name))
+
+
+def check_content(directory: Path, origin: Origin) -> tuple[Fetched, Statement]:
+    """The same without a look at signatures, and what a signature of it is over.
+
+    Raises:
+        AdapterIntegrityError: Something is not what was stored.
         ConfigError: It is no model of this flavor, or of a newer release.
     """
     mlmodel = read_mlmodel(directory)
@@ -186,13 +197,7 @@ def check(directory: Path, origin: Origin) -> Fetched:
     statement = Statement(
         manifest=metadata.manifest, section=section_digest(mlmodel), base=metadata.base.fingerprint.digest
     )
-    return Fetched(
-        directory=directory,
-        adapter=adapter,
-        metadata=metadata,
-        origin=origin,
-        signer=check_signature(directory, statement, origin.tags, origin.uri),
-    )
+    return Fetched(directory=directory, adapter=adapter, metadata=metadata, origin=origin), statement
 
 
 def read_mlmodel(directory: Path) -> dict[str, Any]:

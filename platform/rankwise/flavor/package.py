@@ -86,6 +86,7 @@ def build(
     tokenizer: Any,
     facts: BaseFacts,
     options: PackageOptions,
+    name: str | None = None,
 ) -> Package:
     """Fill an empty directory.
 
@@ -95,6 +96,7 @@ def build(
         tokenizer: The tokenizer to use with the adapter, its chat template included.
         facts: The base that the adapter was trained on.
         options: What goes in beside the adapter.
+        name: Of the registered model that it is for, where it is known: it is signed too.
 
     Raises:
         AdapterIntegrityError: The PEFT directory is not whole, not plain LoRA, or asks for code.
@@ -135,7 +137,7 @@ def build(
     )
     description.model_size_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     section = section_digest(description.to_dict())
-    statement = Statement(manifest=stored.manifest, section=section, base=facts.fingerprint.digest)
+    statement = Statement(manifest=stored.manifest, section=section, base=facts.fingerprint.digest, name=name)
     return Package(
         directory=directory,
         metadata=stored,

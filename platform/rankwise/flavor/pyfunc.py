@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rankwise.assets.bounded_yaml import read_yaml
 from rankwise.data.renderer import Renderer
 from rankwise.exceptions import ConfigError, TrackingError
 from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri
@@ -19,6 +21,7 @@ from rankwise.flavor.loading import LoadedAdapter, load_directory
 from rankwise.flavor.options import LoadOptions
 from rankwise.flavor.package import MODEL_CONFIG
 from rankwise.flavor.signature import read_params
+from rankwise.flavor.signing import NAME_TAG
 from rankwise.modeling.generation import Decoding, generate_batch, length_batches, row_seed
 from rankwise.modeling.pass_lock import pass_lock
 from rankwise.settings import Settings
@@ -106,13 +109,23 @@ def _origin(directory: Path) -> Origin:
     """Which stored model MLflow downloaded, where it left a note that it did: then the tags take part in the check.
 
     A directory that was carried elsewhere (an image of `mlflow models build-docker`) keeps the note, and its store may
-    not be reachable from there: that is said, and the files are checked against their own manifest.
+    not be reachable from there: that is said, and the files are checked against their own manifest. The name in the
+    note is that of the registered model: a signature may be for another one.
     """
-    if not (directory / "registered_model_meta").is_file():
+    note = directory / "registered_model_meta"
+    if not note.is_file():
         return resolve_uri(directory)
-    model_id = read_mlmodel(directory).get("model_id")
+    noted: Any = read_yaml(note.read_text(encoding="utf-8")) or {}
+    name, model_id = noted.get("model_name"), read_mlmodel(directory).get("model_id")
+    version = None
     try:
-        return resolve_uri(f"models:/{model_id}")
+        version = resolve_uri(f"models:/{name}/{noted.get('model_version')}") if name else None
+        if version is not None and version.model_id == model_id:
+            return version
+        # A copy, whose own name and signature count.
+        origin = resolve_uri(f"models:/{model_id}")
     except (TrackingError, ConfigError) as error:
         logger.warning("the tags of %s are not checked: %s", directory, error)
-        return resolve_uri(directory)
+        origin = resolve_uri(directory)
+    signature = {} if version is None else {key: value for key, value in version.tags.items() if key == NAME_TAG}
+    return replace(origin, name=name, tags={**origin.tags, **signature})

@@ -4,9 +4,16 @@ What is signed names all content: the digests of the manifest (every file but `M
 `MLmodel` (the flavor's section, signature, example), and of the base. The signature is the file `signature.json` of the
 model and the tag `rankwise.signature` of the LoggedModel and the version.
 
+An adapter that is registered when it is logged is signed for the name of its registered model: under another name the
+signature does not count, so that whoever may write to the registry cannot put a signed adapter in the place of others.
+`sign_version` signs a version for the name that it has (a copy, a renamed model, one that was not signed): the tag
+`rankwise.signature.name` of the version. What was signed without a name (by releases before names were signed, or not
+registered when it was logged) counts under every name.
+
 With `RANKWISE_TRUSTED_KEYS`, what none of these keys has signed is refused. Without it, unsigned adapters are loaded as
-ever; a signature that is there must fit all the same. The environment's policy counts, whatever settings a caller hands
-over. A signature says nothing about names: that an older signed version comes back under an alias, it does not prevent.
+ever, and under every name; a signature that is there must fit the content all the same. The environment's policy
+counts, whatever settings a caller hands over. A signature does not prevent that an alias goes back to an older signed
+version of the same name.
 
 A plain PEFT directory that is named by its path (`evaluate DIR`, `inspect DIR`) has no signature and is asked for none:
 who names a local directory trusts it. `import` makes a stored model of one, and signs it with the importer's key.
@@ -16,8 +23,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +36,40 @@ from rankwise.settings import Settings, write_atomically
 
 SIGNATURE_NAME = "signature.json"
 SIGNATURE_TAG = "rankwise.signature"
+NAME_TAG = "rankwise.signature.name"
 _FORMAT = "rankwise-signature"
-_VERSION = 1
+_WITHOUT_NAME, _WITH_NAME = 1, 2
+_HOW = "`rankwise keys sign models:/NAME/VERSION`"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """What is signed: digests (`sha256:...`) of the manifest, of the sealed parts of MLmodel, and of the base."""
+    """What is signed.
+
+    Attributes:
+        manifest: Digest (`sha256:...`) of the manifest.
+        section: Of the sealed parts of MLmodel.
+        base: Of the base's fingerprint.
+        name: Of the registered model that it is for; None for every one.
+    """
 
     manifest: str
     section: str
     base: str
+    name: str | None = None
+
+    @property
+    def version(self) -> int:
+        """Of the format; without a name it is what the first release signed, and reads."""
+        return _WITHOUT_NAME if self.name is None else _WITH_NAME
+
+    def to_dict(self) -> dict[str, str]:
+        """As plain values."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
     def message(self) -> bytes:
         """The bytes that are signed; they name format and version, so that they mean nothing elsewhere."""
-        content = {"format": _FORMAT, "version": _VERSION, **vars(self)}
+        content = {"format": _FORMAT, "version": self.version, **self.to_dict()}
         return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -54,16 +80,28 @@ class Signer:
     Attributes:
         key: Id of the key.
         name: What the key is called among the trusted ones; None where it is none of them.
+        model: Name of the registered model that it was signed for; None for every one.
     """
 
     key: str
     name: str | None
+    model: str | None = None
 
     def __str__(self) -> str:
         """For people."""
+        meant = "" if self.model is None else f" for {self.model}"
         if self.name is None:
-            return f"signed by {self.key}, which is not among RANKWISE_TRUSTED_KEYS"
-        return f"signed by {self.name} ({self.key})"
+            return f"signed{meant} by {self.key}, which is not among RANKWISE_TRUSTED_KEYS"
+        return f"signed{meant} by {self.name} ({self.key})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Signature:
+    """One signature that was read: by which key, for which name, and its bytes."""
+
+    key: TrustedKey
+    model: str | None
+    content: bytes
 
 
 def sign(directory: Path, statement: Statement) -> str | None:
@@ -76,32 +114,45 @@ def sign(directory: Path, statement: Statement) -> str | None:
         ConfigError: The key cannot be used.
         StorageError: The signature cannot be written.
     """
+    document = signed(statement)
+    if document is None:
+        return None
+    write_atomically(directory / SIGNATURE_NAME, json.dumps(document, indent=1, sort_keys=True).encode() + b"\n")
+    return f"{document['key']} {document['signature']}"
+
+
+def signed(statement: Statement) -> dict[str, Any] | None:
+    """The content of `signature.json` and of the tag `rankwise.signature.name`; None without `RANKWISE_SIGNING_KEY`.
+
+    Raises:
+        ConfigError: The key cannot be used.
+    """
     path = Settings.load().signing_key
     if path is None:
         return None
     key = private_key(path)
-    signature = key.sign(statement.message())
     public = key.public_key()
-    document = {
+    return {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": statement.version,
         "key": key_id(public),
         "public_key": _text(public.public_bytes_raw()),
-        "statement": vars(statement),
-        "signature": _text(signature),
+        "statement": statement.to_dict(),
+        "signature": _text(key.sign(statement.message())),
     }
-    write_atomically(directory / SIGNATURE_NAME, json.dumps(document, indent=1, sort_keys=True).encode() + b"\n")
-    return _tag(key_id(public), signature)
 
 
-def check_signature(directory: Path, statement: Statement, tags: Mapping[str, str], where: str) -> Signer | None:
-    """Check a model directory's signature.
+def check_signature(
+    directory: Path, statement: Statement, tags: Mapping[str, str], where: str, name: str | None = None
+) -> Signer | None:
+    """Check a stored model's signatures.
 
     Args:
         directory: Where `signature.json` lies, or not.
         statement: What the directory turns out to be.
         tags: Of the LoggedModel and the version; empty for a directory.
         where: The model's URI or path, for messages.
+        name: Of the registered model that it is a version of; None for a LoggedModel or a directory.
 
     Returns:
         Who has signed; None for an unsigned adapter where no keys are trusted.
@@ -112,49 +163,73 @@ def check_signature(directory: Path, statement: Statement, tags: Mapping[str, st
     """
     paths = Settings.load().trusted_keys
     trusted = trusted_keys(paths)
+    found = _signatures(directory, statement, tags, where)
+    if not paths:
+        return _signer(found[0], trusted) if found else None
+    if not found:
+        raise AdapterIntegrityError(
+            f"{where} is not signed, and RANKWISE_TRUSTED_KEYS asks for a signature by one of {_names(trusted)}; log "
+            f"it again with RANKWISE_SIGNING_KEY, take a signed version, or sign this one ({_HOW})"
+        )
+    known = [each for each in found if each.key.id in trusted]
+    if not known:
+        raise AdapterIntegrityError(
+            f"{where} is signed by {', '.join(each.key.id for each in found)}, which is none of RANKWISE_TRUSTED_KEYS "
+            f"({_names(trusted)}); if its owner is to be trusted, put the public key there"
+        )
+    meant = [each for each in known if name is None or each.model in (None, name)]
+    if not meant:
+        raise AdapterIntegrityError(
+            f"{where} was signed for the registered model {' and '.join(str(each.model) for each in known)}, and is a "
+            f"version of {name} here: somebody has put it in another's place; if it belongs there, sign it for that "
+            f"name ({_HOW})"
+        )
+    return _signer(meant[0], trusted)
+
+
+def _signatures(directory: Path, statement: Statement, tags: Mapping[str, str], where: str) -> list[_Signature]:
+    """The signatures that a model has, each compared with its content: that of its file, and that of its name's tag."""
+    found = []
     path = directory / SIGNATURE_NAME
-    if not path.is_file():
-        if SIGNATURE_TAG in tags:
-            raise AdapterIntegrityError(
-                f"{where} was signed, says the tag {SIGNATURE_TAG}, and {SIGNATURE_NAME} is gone: fetch it again"
-            )
-        if paths:
-            raise AdapterIntegrityError(
-                f"{where} is not signed, and RANKWISE_TRUSTED_KEYS asks for a signature by one of "
-                f"{_names(trusted)}; log it again with RANKWISE_SIGNING_KEY, or take a signed version"
-            )
-        return None
-    key, signature = _read(path, where)
-    if not key.verifies(signature, statement.message()):
+    if path.is_file():
+        signature = _read(path.read_bytes, statement, where)
+        tag = f"{signature.key.id} {_text(signature.content)}"
+        if tags.get(SIGNATURE_TAG, tag) != tag:
+            raise AdapterIntegrityError(f"the signature of {where} is another one than its tag {SIGNATURE_TAG} says")
+        found.append(signature)
+    elif SIGNATURE_TAG in tags:
         raise AdapterIntegrityError(
-            f"the signature of {where} is of other content than what is there; take another version, or fetch it again"
+            f"{where} was signed, says the tag {SIGNATURE_TAG}, and {SIGNATURE_NAME} is gone: fetch it again"
         )
-    if tags.get(SIGNATURE_TAG, _tag(key.id, signature)) != _tag(key.id, signature):
-        raise AdapterIntegrityError(f"the signature of {where} is another one than its tag {SIGNATURE_TAG} says")
-    if paths and key.id not in trusted:
-        raise AdapterIntegrityError(
-            f"{where} is signed by {key.id}, which is none of RANKWISE_TRUSTED_KEYS ({_names(trusted)}); if its owner "
-            "is to be trusted, put the public key there"
-        )
-    return Signer(key=key.id, name=trusted[key.id].name if key.id in trusted else None)
+    if NAME_TAG in tags:
+        found.append(_read(lambda: tags[NAME_TAG], statement, f"{where}, in its tag {NAME_TAG},"))
+    return found
 
 
-def _read(path: Path, where: str) -> tuple[TrustedKey, bytes]:
+def _read(read: Callable[[], str | bytes], content: Statement, where: str) -> _Signature:
     try:
-        document: Any = json.loads(path.read_bytes())
-        if document["format"] != _FORMAT or document["version"] != _VERSION:
+        document: Any = json.loads(read())
+        statement = replace(content, name=document["statement"].get("name"))
+        if document["format"] != _FORMAT or document["version"] != statement.version:
             raise ValueError(f"format {document['format']!r} version {document['version']!r}")
         raw = base64.b64decode(document["public_key"], validate=True)
         key = TrustedKey(name="", key=Ed25519PublicKey.from_public_bytes(raw))
         if document["key"] != key.id:
             raise ValueError("its key is not the one that it names")
-        return key, base64.b64decode(document["signature"], validate=True)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        signature = base64.b64decode(document["signature"], validate=True)
+        fits = key.verifies(signature, statement.message())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterIntegrityError(f"the signature of {where} cannot be read: {error!r}; fetch it again") from error
+    if not fits:
+        raise AdapterIntegrityError(
+            f"the signature of {where} is of other content than what is there; take another version, or fetch it again"
+        )
+    return _Signature(key=key, model=statement.name, content=signature)
 
 
-def _tag(key: str, signature: bytes) -> str:
-    return f"{key} {_text(signature)}"
+def _signer(signature: _Signature, trusted: Mapping[str, TrustedKey]) -> Signer:
+    known = trusted.get(signature.key.id)
+    return Signer(key=signature.key.id, name=None if known is None else known.name, model=signature.model)
 
 
 def _text(content: bytes) -> str:

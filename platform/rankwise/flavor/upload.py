@@ -56,7 +56,7 @@ def log_directory(
         TrackingError: MLflow cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
-        package = build(Path(scratch) / "model", adapter, tokenizer, facts, options)
+        package = build(Path(scratch) / "model", adapter, tokenizer, facts, options, registered_model_name)
         run_id = options.run_id
         if run_id is None and (active := mlflow.active_run()) is not None:
             run_id = active.info.run_id

@@ -14,8 +14,9 @@ from rankwise.assets.keys import new_pair
 from rankwise.cli.inspect import inspect
 from rankwise.cli.keys import keys
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
+from rankwise.flavor.countersign import sign_version
 from rankwise.flavor.fetch import fetch
-from rankwise.flavor.signing import SIGNATURE_NAME, SIGNATURE_TAG
+from rankwise.flavor.signing import NAME_TAG, SIGNATURE_NAME, SIGNATURE_TAG, Statement
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _home(world, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", world.settings.tracking_uri)
+    world.enter(monkeypatch)
 
 
 @pytest.fixture
@@ -88,6 +87,97 @@ def test_with_trusted_keys_only_what_they_have_signed_loads(world, trusting, tmp
 
 
 @pytest.fixture
+def client(world):
+    return mlflow.MlflowClient(tracking_uri=world.settings.tracking_uri)
+
+
+def put_in_place_of(client, name, how):
+    """Make what `team` has signed for the model `signed` a version of another one, as whoever may write can."""
+    if how == "copied":
+        return client.copy_model_version("models:/signed/2", name)
+    client.create_registered_model(name)
+    source = client.get_model_version("signed", "2").source
+    if how == "by its files":
+        source = client.get_logged_model(source.removeprefix("models:/")).artifact_location
+    return client.create_model_version(name, source)
+
+
+@pytest.mark.parametrize("how", ["copied", "registered", "by its files"])
+def test_under_another_name_a_signature_does_not_count_until_it_is_signed_for_that(
+    world, client, how, monkeypatch, tmp_path
+):
+    mlflow.set_tracking_uri(world.settings.tracking_uri)
+    name = f"champion-{how.replace(' ', '-')}"
+    put_in_place_of(client, name, how)
+    ways = [
+        lambda: flavor.read_metadata(f"models:/{name}/1", tracking_uri=world.settings.tracking_uri),
+        lambda: mlflow.pyfunc.load_model(f"models:/{name}/1"),
+    ]
+    for way in ways:
+        way()
+    monkeypatch.setenv("RANKWISE_TRUSTED_KEYS", str(world.root / "team"))
+    for way in ways:
+        with pytest.raises(
+            AdapterIntegrityError,
+            match=f"was signed for the registered model signed, and is a version of {name} here",
+        ):
+            way()
+    monkeypatch.setenv("RANKWISE_SIGNING_KEY", str(world.root / "team" / "team.key"))
+    done = CliRunner().invoke(keys, ["sign", f"models:/{name}/1"], catch_exceptions=False)
+    assert done.stdout == f"models:/{name}/1\n"
+    for way in ways:
+        way()
+    # The new signature is for that name, whoever carries it on.
+    client.copy_model_version(f"models:/{name}/1", f"{name}-2")
+    with (
+        pytest.raises(AdapterIntegrityError, match=f"registered model signed and {name}, and is a version of {name}-2"),
+        fetch(f"models:/{name}-2/1", world.settings.tracking_uri),
+    ):
+        pass
+
+
+def test_what_nobody_or_a_stranger_has_signed_counts_once_it_is_signed(world, client, trusting, monkeypatch):
+    monkeypatch.setenv("RANKWISE_SIGNING_KEY", str(world.root / "team" / "team.key"))
+    for number in (1, 3):
+        copy = client.copy_model_version(f"models:/signed/{number}", "taken-over")
+        uri = f"models:/taken-over/{copy.version}"
+        sign_version(uri, world.settings.tracking_uri)
+        with fetch(uri, world.settings.tracking_uri) as fetched:
+            assert (fetched.signer.name, fetched.signer.model) == ("team", "taken-over")
+    monkeypatch.delenv("RANKWISE_TRUSTED_KEYS")
+    client.set_model_version_tag("taken-over", "1", NAME_TAG, "{}")
+    with (
+        pytest.raises(AdapterIntegrityError, match=f"in its tag {NAME_TAG}, cannot be read"),
+        fetch("models:/taken-over/1", world.settings.tracking_uri),
+    ):
+        pass
+
+
+def test_only_versions_are_signed_for_a_name_and_only_with_a_key(world, monkeypatch):
+    with pytest.raises(ConfigError, match="RANKWISE_SIGNING_KEY names no key to sign with"):
+        sign_version("models:/signed/1", world.settings.tracking_uri)
+    with pytest.raises(ConfigError, match="a version of a registered model is signed for its name"):
+        sign_version(str(world.saved), world.settings.tracking_uri)
+
+
+def test_what_was_signed_without_a_name_is_what_the_first_release_signed_and_counts_under_every_name(
+    world, client, trusting, monkeypatch
+):
+    monkeypatch.setenv("RANKWISE_SIGNING_KEY", str(world.root / "team" / "team.key"))
+    mlflow.set_tracking_uri(world.settings.tracking_uri)
+    info = flavor.log_adapter(world.adapter, world.load_base(), tracking_uri=world.settings.tracking_uri)
+    for name in ("any", "every"):
+        mlflow.register_model(f"models:/{info.model_id}", name)
+        with fetch(f"models:/{name}/1", world.settings.tracking_uri) as fetched:
+            assert (fetched.signer.name, fetched.signer.model) == ("team", None)
+            document = json.loads((fetched.directory / SIGNATURE_NAME).read_bytes())
+    assert (document["version"], set(document["statement"])) == (1, {"manifest", "section", "base"})
+    assert Statement(manifest="m", section="s", base="b").message() == (
+        b'{"base":"b","format":"rankwise-signature","manifest":"m","section":"s","version":1}'
+    )
+
+
+@pytest.fixture
 def copy(world, tmp_path):
     """A signed model as a directory, without tags."""
     with fetch("models:/signed/2", world.settings.tracking_uri) as fetched:
@@ -119,7 +209,16 @@ def test_a_changed_section_breaks_the_signature_of_a_directory(copy):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"signature": "AAAA"}, {"key": "sha256:0"}, {"public_key": "no"}, {"version": 2}, {"signature": None}],
+    [
+        {"signature": "AAAA"},
+        {"key": "sha256:0"},
+        {"public_key": "no"},
+        {"version": 1},
+        {"signature": None},
+        {"statement": {"name": "other"}},
+        {"statement": {}},
+        {"statement": []},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_a_signature_that_was_changed_is_refused_with_and_without_trusted_keys(copy, changes):
@@ -167,9 +266,9 @@ def test_the_private_key_is_in_no_file_no_tag_and_no_log(world, monkeypatch, cap
 
 def test_inspect_tells_who_signed(world, trusting):
     told = CliRunner().invoke(inspect, ["models:/signed/2", "--no-measure"], catch_exceptions=False)
-    assert "signed by team (sha256:" in " ".join(told.stdout.split())
+    assert "signed for signed by team (sha256:" in " ".join(told.stdout.split())
     found = CliRunner().invoke(inspect, ["models:/signed/2", "--no-measure", "--json"], catch_exceptions=False)
-    assert json.loads(found.stdout)["signer"] == {"key": signer(world, 2).key, "name": "team"}
+    assert json.loads(found.stdout)["signer"] == {"key": signer(world, 2).key, "name": "team", "model": "signed"}
 
 
 def test_the_command_makes_a_pair_and_shows_its_id(tmp_path):
