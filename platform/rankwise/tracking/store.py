@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
-from rankwise.redact import redact
 from rankwise.settings import Settings
 from rankwise.tracking.connect import connect, unreachable
 from rankwise.tracking.errors import is_final, tracking_errors
@@ -28,6 +27,7 @@ from rankwise.tracking.runs import KIND, NOTE, PARENT, SPEC_HASH, Run, Scalar, s
 from rankwise.tracking.sender import Sender
 from rankwise.tracking.system_metrics import SystemMonitor
 from rankwise.tracking.table_view import VIEW_TAG, table_view
+from rankwise.tracking.texts import storable
 
 if TYPE_CHECKING:
     from rankwise.experiment.schema import ExperimentSpec
@@ -173,7 +173,7 @@ class Store:
             created = self.client.create_run(
                 experiment_id,
                 start_time=started,
-                tags={key: redact(str(value)) for key, value in merged.items() if value is not None},
+                tags={key: storable(str(value)) for key, value in merged.items() if value is not None},
                 run_name=name,
             )
             run_id = str(created.info.run_id)
@@ -356,5 +356,5 @@ def _experiment_tags(spec: ExperimentSpec | None) -> dict[str, str]:
     if spec is not None:
         tags[VIEW_TAG] = table_view(spec)
     if spec is not None and spec.description:
-        tags[NOTE] = shorten(redact(spec.description))
+        tags[NOTE] = shorten(storable(spec.description))
     return tags
