@@ -32,6 +32,27 @@ class World:
         resolved = resolve_base(str(self.base_path), None, self.settings)
         return load_base(resolved, QuantizationSpec(**quantization), self.settings, device="cpu")
 
+    def enter(self, monkeypatch) -> None:
+        """Make its home, cache and store those that commands find in the environment."""
+        monkeypatch.setenv("RANKWISE_HOME", str(self.settings.home))
+        monkeypatch.setenv("RANKWISE_CACHE", str(self.settings.cache))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", self.settings.tracking_uri)
+
+    def register(self, name: str) -> Any:
+        """Register the adapter as the model `name`, with the alias `champion`; MLflow's ModelInfo."""
+        import mlflow
+
+        import rankwise.flavor as flavor
+
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(self.settings.tracking_uri)
+        try:
+            info = flavor.log_adapter(self.adapter, self.load_base(), registered_model_name=name)
+            mlflow.MlflowClient().set_registered_model_alias(name, "champion", info.registered_model_version)
+        finally:
+            mlflow.set_tracking_uri(before)
+        return info
+
     def copy(self, target: Path) -> Path:
         """A copy of the model directory, to be spoilt."""
         shutil.copytree(self.saved, target)

@@ -17,8 +17,6 @@ from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
 from rankwise.training.values import ArmOutcome, PackObserver, StepRecord
 
-UNQUANTIZED = {"load_in_4bit": False}
-
 
 def load_tiny(
     tmp: Path, architecture: Any = "llama", quantization: dict[str, Any] | None = None, **sizes: int

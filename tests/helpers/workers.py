@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,15 +73,6 @@ def processes(project: Project) -> dict[int, psutil.Process]:
             ):
                 found[process.pid] = process
     return found
-
-
-def until(condition: Callable[[], object], timeout: float = 120, what: str = "it") -> float:
-    """Wait for a condition; the seconds that it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, f"{what} did not happen within {timeout} s"
-        time.sleep(0.05)
-    return time.monotonic() - began
 
 
 def send(project: Project, number: signal.Signals) -> None:

@@ -4,7 +4,8 @@ import time
 
 import pytest
 from helpers.fault_table import record
-from helpers.workers import Process, adapters, at_rest, queue_of, saved_steps, submitted, until
+from helpers.waiting import until
+from helpers.workers import Process, adapters, at_rest, queue_of, saved_steps, submitted
 
 from rankwise.jobs.job import JobKind, JobState
 

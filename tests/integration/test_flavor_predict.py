@@ -21,19 +21,13 @@ URI = "models:/predicted@champion"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("predict"))
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(world.settings.tracking_uri)
-    flavor.log_adapter(world.adapter, world.load_base(), registered_model_name="predicted")
-    mlflow.MlflowClient().set_registered_model_alias("predicted", "champion", "1")
-    mlflow.set_tracking_uri(before)
+    world.register("predicted")
     return world
 
 
 @pytest.fixture
 def environment(world, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", world.settings.tracking_uri)
+    world.enter(monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(world.settings.tracking_uri)

@@ -10,7 +10,8 @@ import time
 import pytest
 from helpers.fault_table import record
 from helpers.predicting import COMMAND, left_behind, make_predicting, shards_of
-from helpers.workers import Process, processes, queue_of, until
+from helpers.waiting import until
+from helpers.workers import Process, processes, queue_of
 
 from rankwise.inference.shards import Parts
 from rankwise.jobs.job import JobKind, JobState

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.databases import emptied
 from helpers.fault_table import record
+from helpers.waiting import until
 
 from rankwise.cli.cluster import cluster as cluster_command
 from rankwise.cli.status import status
@@ -77,13 +78,6 @@ def workers(notes):
         for process in psutil.process_iter(["cmdline"])
         if notes in (process.info["cmdline"] or []) and "rankwise.worker.tether" not in process.info["cmdline"]
     ]
-
-
-def until(condition, limit=60.0):
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def finish_with_a_local_worker(command):
@@ -155,7 +149,7 @@ def test_a_head_that_is_stopped_costs_workers_and_no_job(cluster, store, command
         until(lambda: store.counts()[JobState.SUCCEEDED] >= 6)
     cluster.remove_node(cluster.head_node, allow_graceful=False)
     before = store.counts()[JobState.SUCCEEDED]
-    until(lambda: not workers(command[5]), limit=90)
+    until(lambda: not workers(command[5]), timeout=90)
     after = store.counts()[JobState.SUCCEEDED]
     finish_with_a_local_worker(command)
     outcomes = assert_each_job_ended_once(store)

@@ -17,7 +17,7 @@ import pytest
 import requests
 from helpers.project import Project, make_project
 from helpers.team import Team, compose_command, new_team
-from helpers.workers import until
+from helpers.waiting import until
 
 pytestmark = pytest.mark.proof
 PROMOTION = "promotion={min_examples: 5, max_overlap: 1}"

@@ -33,7 +33,6 @@ BUILT_IN = {
         "{% endfor %}"
     ),
 }
-FILE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
 def apply_template(tokenizer: Any, chat_template: str | None, revision: str | None = None) -> Any:

@@ -9,8 +9,6 @@ from rankwise.assets.dataset import resolve_data
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.settings import Settings
 
-CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n---\n# Data\n"
-
 
 @pytest.fixture
 def root(tmp_path):

@@ -16,8 +16,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _home(world, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    world.enter(monkeypatch)
 
 
 def test_export_states_the_choice_and_the_agreement_and_prints_the_directory(world, tmp_path):

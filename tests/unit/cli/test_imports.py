@@ -18,8 +18,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _home(world, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    world.enter(monkeypatch)
 
 
 def test_import_tells_what_it_found_and_prints_the_version(world):

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import json
 
-import mlflow
 import pytest
 from click.testing import CliRunner
 from helpers.flavored import make_world
 
-import rankwise.flavor as flavor
 from rankwise.cli.registry import pull
 from rankwise.exceptions import AssetError, TrackingError
 from rankwise.modeling.manifest import check_manifest
@@ -16,17 +14,13 @@ from rankwise.modeling.manifest import check_manifest
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("pull"))
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(world.settings.tracking_uri)
-    flavor.log_adapter(world.adapter, world.load_base(), registered_model_name="pulled")
-    mlflow.MlflowClient().set_registered_model_alias("pulled", "champion", "1")
-    mlflow.set_tracking_uri(before)
+    world.register("pulled")
     return world
 
 
 @pytest.fixture(autouse=True)
 def _home(world, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
+    world.enter(monkeypatch)
 
 
 def test_pull_puts_the_files_at_the_root_and_prints_the_directory(tmp_path):

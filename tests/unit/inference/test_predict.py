@@ -30,7 +30,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _home(world, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
+    world.enter(monkeypatch)
 
 
 @pytest.fixture

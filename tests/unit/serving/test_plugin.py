@@ -27,8 +27,7 @@ def vllm(monkeypatch):
 
 @pytest.fixture
 def resolver(vllm, world, client, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    world.enter(monkeypatch)
     opened = []
     real = Finder._open
     monkeypatch.setattr(Finder, "_open", lambda self: opened.append(real(self)) or opened[-1])
@@ -100,8 +99,7 @@ def test_what_cannot_be_served_is_none_with_a_line_in_the_log(resolver, world, c
 
 
 def test_that_aliases_are_not_followed_is_said(vllm, world, client, monkeypatch, caplog):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    world.enter(monkeypatch)
     assert ask(make_resolver([*LINE, "--uds", "/run/vllm"]), str(world.base_path), "served@champion") is not None
     assert caplog.text.count("aliases that move are not followed") == 1
 

@@ -45,8 +45,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _environment(world, monkeypatch, tmp_path):
     """A queue of its own for each test; the registry is shared."""
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    world.enter(monkeypatch)
     monkeypatch.setenv("RANKWISE_DATABASE_URL", f"sqlite:///{tmp_path / 'queue.db'}")
 
 

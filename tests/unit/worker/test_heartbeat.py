@@ -3,6 +3,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from helpers.waiting import until
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
@@ -34,13 +35,6 @@ def beating(queue, jobs, timing=QUICK):
     heart = Heartbeat(queue, timing, WORKER)
     heart.hold(jobs, time.monotonic())
     return heart
-
-
-def until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_claim_stays_alive_while_its_worker_computes(queue):

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
+from helpers.waiting import until
 
 from rankwise.worker.local_placer import LocalPlacer, Patience
 from rankwise.worker.stopping import Stop
@@ -41,13 +41,6 @@ def placer(code, *arguments, gpus, said, stop=None, **options):
         patience=Patience(crashes=3, pause=0.01),
         **options,
     )
-
-
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_each_gpu_gets_a_worker_and_all_end_when_asked(tmp_path, said):

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from helpers.waiting import until
 
 from rankwise.worker import tether
 
@@ -41,13 +42,6 @@ def start(tmp_path):
         process.stdin.close()
         process.kill()
         process.wait()
-
-
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_closed_pipe_asks_the_command_to_stop(start):
