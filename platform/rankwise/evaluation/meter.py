@@ -59,11 +59,7 @@ def compare_quantizations(
                     found = paired_difference(
                         [metric(each)[key] for each in evaluation.observations],
                         [metric(each)[key] for each in before],
-                    )
-                    shown = (
-                        "not defined"
-                        if found.value is None
-                        else f"{found.value:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
+                        clusters=[each.prompt for each in before],
                     )
                     same = "" if equal is None else f"; {equal:.0%} of the generated texts are the same"
                     lines.append(
@@ -77,7 +73,7 @@ def compare_quantizations(
                             "high": found.high,
                             "n": found.n,
                             "equal_generations": equal,
-                            "text": f"{model}: {key} from {reference} to {other}: {shown} (n = {found.n}){same}",
+                            "text": f"{model}: {key} from {reference} to {other}: {found.text}{same}",
                         }
                     )
     return lines

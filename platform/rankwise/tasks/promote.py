@@ -19,6 +19,7 @@ from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import ConfigError, GateError
 from rankwise.jobs.aliases import AliasMove
 from rankwise.tasks.assess import Assessed, Assessment, Assessor
+from rankwise.tasks.contenders import contenders
 from rankwise.tasks.context import Context
 from rankwise.tasks.seen import seen_by
 from rankwise.tasks.setting import Setting
@@ -112,7 +113,10 @@ def promote(
     compared = [candidate.uri, *([champion.uri] if champion is not None else [])]
     assessment = assessor.assess(on, compared, leave_out=seen)
     overlapping = None if seen is None else assessment.left_out
-    decision = _decide(assessment, candidate, champion, overlapping)
+    # Rows of one's own took no part in the choice of the candidate.
+    chosen_on = (setting.arm.dataset.eval, setting.arm.dataset.eval_split)
+    among = contenders(context.store, candidate) if (on.arm.dataset.eval, on.arm.dataset.eval_split) == chosen_on else 1
+    decision = _decide(assessment, candidate, champion, overlapping, among)
     moving = decision.passed or force is not None
     run_id = _write_evidence(context, assessment, candidate, champion, alias, decision, force)
     registry.tag_version(candidate.name, candidate.version, {EVIDENCE: run_id})
@@ -176,7 +180,11 @@ def _standing(moves: Sequence[AliasMove]) -> list[AliasMove]:
 
 
 def _decide(
-    assessment: Assessment, candidate: ModelVersion, champion: ModelVersion | None, overlapping: int | None
+    assessment: Assessment,
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    overlapping: int | None,
+    among: int,
 ) -> Decision:
     spec, evaluation = assessment.setting.spec, assessment.setting.arm.evaluation
     mine = assessment.models[candidate.uri]
@@ -198,6 +206,7 @@ def _decide(
         primary_metric=evaluation.primary_metric,
         overlapping=overlapping,
         same_tokens=theirs is None or _form(theirs) == _form(mine),
+        contenders=among,
     )
 
 

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 
+from rankwise.evaluation import gate_checks
 from rankwise.evaluation.gate import decide
 from rankwise.evaluation.observation import Observation
+from rankwise.evaluation.paired import paired_difference
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import PromotionSpec
 
@@ -16,17 +21,17 @@ def observations(loss, *, n=200, right=5, price=1000, seed=0):
     noise = np.random.default_rng(7).normal(0, 0.5, n) + np.random.default_rng(seed).normal(0, 0.05, n)
     return [
         Observation(
-            id=str(at), prompt="p", reference="1000", loss_sum=10 * (loss + noise[at]), tokens=10,
+            id=str(at), prompt=f"p{at}", reference="1000", loss_sum=10 * (loss + noise[at]), tokens=10,
             correct_tokens=right, prediction=str(price),
         )
         for at in range(n)
     ]  # fmt: skip
 
 
-def weigh(candidate, champion, base, *, overlapping=0, primary="eval.loss", same_tokens=True, **limits):
+def weigh(candidate, champion, base, *, overlapping=0, primary="eval.loss", same_tokens=True, contenders=1, **limits):
     return decide(
-        candidate, champion, base, PromotionSpec(**limits),
-        metrics=METRICS, primary_metric=primary, overlapping=overlapping, same_tokens=same_tokens,
+        candidate, champion, base, PromotionSpec(**limits), metrics=METRICS, primary_metric=primary,
+        overlapping=overlapping, same_tokens=same_tokens, contenders=contenders,
     )  # fmt: skip
 
 
@@ -82,7 +87,8 @@ def test_another_metric_may_not_get_worse_than_its_limit():
 def test_what_is_not_defined_does_not_pass():
     champion, silent = observations(2.0, price=1010), observations(1.5, price="nothing")
     limits = {"max_regression": {"eval.mean_absolute_error": 1e9}}
-    (reason,) = weigh(silent, champion, BASE, **limits).reasons
+    silence, reason = weigh(silent, champion, BASE, **limits).reasons
+    assert silence.startswith("eval.mean_absolute_error has a value for 0 of 200 answers of the candidate, and for 200")
     assert reason.startswith("eval.mean_absolute_error against the champion: not defined (n = 0)")
 
 
@@ -134,3 +140,85 @@ def test_over_bases_that_cut_texts_otherwise_only_metrics_of_texts_compare():
     assert len(weigh(better, champion, worse_base, max_regression={"eval.loss": 1.0}, **by_texts).reasons) == 1
     # With nobody to compare with, the candidate and its own base share a tokenizer.
     assert weigh(better, None, BASE, same_tokens=False).passed
+
+
+def talking(spoken, *, n=200, error=100):
+    """Predictions that are `error` off; examples that are not in `spoken` have an answer without a number."""
+    return [
+        replace(each, prediction=str(1000 + error) if at in spoken else "I do not know")
+        for at, each in enumerate(observations(2.0, n=n))
+    ]
+
+
+def test_nobody_wins_by_silence():
+    by_price = {"primary": "eval.mean_absolute_error"}
+    champion, base = talking(range(200)), talking(range(200), error=500)
+    assert weigh(talking(range(200), error=0), champion, base, **by_price).passed
+    # Three answers without any error, and 197 times nothing.
+    refused = weigh(talking(range(3), error=0), champion, base, **by_price).reasons
+    assert refused[0] == (
+        "eval.mean_absolute_error has a value for 3 of 200 answers of the candidate, and for 200 of the champion; at "
+        "least 100 are asked for, and not fewer than of the champion beyond noise"
+    )
+    # Enough of them, and yet a fifth that the champion has answered.
+    assert not weigh(talking(range(160), error=0), champion, base, **by_price).passed
+    # As often as the champion, by noise, on other examples; and a base that says nothing costs the candidate nothing.
+    assert weigh(talking(range(10, 200), error=0), talking(range(190)), base, **by_price).passed
+    assert weigh(talking(range(200), error=0), champion, talking(range(30), error=500), **by_price).passed
+
+
+def test_examples_with_one_prompt_are_one_measurement():
+    few = [observations(loss, n=20, seed=seed) for loss, seed in ((1.99, 1), (2.0, 2), (5.0, 3))]
+    copies = [[replace(each, id=f"{each.id}.{copy}") for each in side for copy in range(10)] for side in few]
+    assert weigh(*copies).reasons[0] == "200 examples with 20 different prompts; at least 100 are asked for"
+    once, ten = (weigh(*sides, min_examples=20).checks[2].difference for sides in (few, copies))
+    assert (ten.n, ten.clusters, once.clusters) == (200, 20, 20)
+    assert (ten.low, ten.high) == pytest.approx((once.low, once.high))
+    assert "(n = 200 in 20 clusters)" in weigh(*copies).checks[2].text
+
+
+def test_one_example_shows_nothing():
+    one = [observations(loss, n=1) for loss in (1.0, 2.0, 5.0)]
+    decision = weigh(*one, min_examples=1)
+    assert not decision.passed
+    assert decision.reasons[0].startswith("eval.loss against the champion: -1 no interval (n = 1)")
+
+
+def best_of(count, draw):
+    """The luckiest of equal arms, as the comparison chooses it, and their equal champion."""
+    losses = draw.normal(2.0, 0.3, (count, 100))
+    best = losses[np.argmin(losses.mean(axis=1))]
+    champion, hopeless = draw.normal(2.0, 0.3, 100), np.full(100, 9.0)
+    return [
+        [
+            Observation(id=str(at), prompt=str(at), reference="", loss_sum=loss, tokens=1, correct_tokens=0)
+            for at, loss in enumerate(side)
+        ]
+        for side in (best, champion, hopeless)
+    ]
+
+
+def rate_of_false_promotions(monkeypatch, contenders, trials, arms=16):
+    """How often the luckiest of equal arms passes, with as few resamples as the tails need."""
+    draw = np.random.default_rng(3)
+    monkeypatch.setattr(gate_checks, "paired_difference", partial(paired_difference, resamples=1000))
+    return np.mean([weigh(*best_of(arms, draw), contenders=contenders).passed for _ in range(trials)])
+
+
+def test_the_luckiest_of_many_equal_arms_is_not_promoted_for_its_luck(monkeypatch):
+    # One sided, 2.5 % are promised; three standard errors of counting on top.
+    assert rate_of_false_promotions(monkeypatch, 16, 100) <= 0.025 + 3 * (0.025 * 0.975 / 100) ** 0.5
+    assert rate_of_false_promotions(monkeypatch, 1, 40) > 0.1
+
+
+def test_the_choice_among_many_is_said():
+    decision = weigh(observations(1.9, seed=2), observations(2.0, seed=3), BASE, contenders=10)
+    (chosen,) = [check for check in decision.checks if check.name == "chosen"]
+    assert decision.passed
+    assert (
+        "is one of 10 arms that were compared on these rows, so intervals are at 0.995 in place of 0.95" in chosen.text
+    )
+    alone = weigh(observations(1.9, seed=2), observations(2.0, seed=3), BASE).checks[2].difference
+    among = decision.checks[3].difference
+    assert (among.low, among.high) != (alone.low, alone.high)
+    assert among.low < alone.low < alone.high < among.high
