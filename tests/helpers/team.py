@@ -228,7 +228,7 @@ class Team:
     def environment(self, name: str) -> dict[str, str]:
         """A service's environment, and what of it has to be another one here."""
         service = self.services[name]
-        own = {} if "build" not in service else image_environment()
+        own = image_environment() if service["image"].startswith("rankwise:") else {}
         values = {**own, **(service.get("environment") or {})}
         mapped = {key: self._here(name, str(value)) for key, value in values.items()}
         if "PGHOST" in mapped or name == "postgres":

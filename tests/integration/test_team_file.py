@@ -140,6 +140,18 @@ def test_images_are_pinned(services):
     assert "PYTHON_IMAGE=python:3.11." in text
 
 
+def test_the_image_is_built_by_one_service_and_never_fetched(directory, services):
+    own = {name for name, service in services.items() if service["image"].startswith("rankwise:")}
+    assert len(own) == 11
+    assert {services[name]["pull_policy"] for name in own} == {"never"}
+    assert {name for name, service in services.items() if "build" in service} == {"bucket"}
+    assert "bucket" in configuration(directory, "open")["services"], "every team has it"
+
+
+def test_the_command_line_starts_nothing_again(services):
+    assert not services["rankwise"].get("depends_on")
+
+
 def test_mlflow_runs_nothing_for_strangers(services):
     for name in ("mlflow", "mlflow-open"):
         command = [*services[name]["entrypoint"], *services[name]["command"]]
