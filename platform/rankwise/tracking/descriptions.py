@@ -23,10 +23,11 @@ def sweep_note(
         results: Markdown that is put first once there are results.
     """
     parts = [f"# {spec.name}"]
+    # MLflow folds a note after some lines: the answer comes before the question.
+    if results:
+        parts.append(results.strip())
     if spec.description:
         parts.append(spec.description.strip())
-    if results:
-        parts.append(f"## Results\n\n{results.strip()}")
     varying = varying_params(arms)
     shown = arms[:_MOST_ARMS]
     rows = [[f"`{arm.short}`", *(_text(arm.params.get(key, "")) for key in varying)] for arm in shown]
