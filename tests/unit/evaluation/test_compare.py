@@ -28,6 +28,7 @@ def test_the_dictionary_is_what_the_json_interface_promises():
         "spec_hash", "run_id", "status", "reason", "params", "model_uri", "adapter", "metrics", "seconds",
         "peak_memory_bytes", "pruned", "effective_rank", "rank_99",
     ]  # fmt: skip
+    assert first["run_id"] == ranks().arms[0].run_id != ""
     assert first["params"] == {"lora.r": 2, "lora.alpha": 4, "seed": 0}
     assert first["adapter"] == {"parameters": 115200, "bytes": 460800}
     assert first["metrics"]["eval.loss"] == {"value": 0.93, "stderr": 0.02, "n": 200}

@@ -109,13 +109,20 @@ def test_every_row_of_a_mixed_batch_gets_what_it_gets_alone(base, examples, enco
     assert len({round(evaluation.metrics["eval.loss"].value, 3) for evaluation in evaluations.values()}) == 3
 
 
-@pytest.mark.parametrize(("name", "limit"), [("MAX_ROWS", 1), ("MAX_LOGITS", 1)])
-def test_limits_on_memory_change_the_batches_and_not_the_result(base, examples, encoded, monkeypatch, name, limit):
-    free = evaluate(base, ADAPTERS, examples, encoded, SPEC)
+def sizes_of_batches(monkeypatch):
     sizes = []
     forward = module._forward
-    monkeypatch.setattr(module, name, limit)
     monkeypatch.setattr(module, "_forward", lambda *args: sizes.append(len(args[3])) or forward(*args))
+    return sizes
+
+
+@pytest.mark.parametrize(("name", "limit"), [("MAX_ROWS", 1), ("MAX_LOGITS", 1)])
+def test_limits_on_memory_change_the_batches_and_not_the_result(base, examples, encoded, monkeypatch, name, limit):
+    sizes = sizes_of_batches(monkeypatch)
+    free = evaluate(base, ADAPTERS, examples, encoded, SPEC)
+    assert sizes == [6, 6, 3], "two rows of each adapter"
+    sizes.clear()
+    monkeypatch.setattr(module, name, limit)
     bound = evaluate(base, ADAPTERS, examples, encoded, SPEC)
     assert sizes == [1] * len(ADAPTERS) * len(examples)
     for adapter in ADAPTERS:
@@ -127,7 +134,11 @@ def test_limits_on_memory_change_the_batches_and_not_the_result(base, examples, 
 def test_a_base_that_needs_all_logits_computed_gives_the_same_loss(base, examples, encoded, monkeypatch):
     expected = evaluate(base, ADAPTERS, examples, encoded, SPEC)
     monkeypatch.setattr(SupervisedLogits, "_is_direct", lambda self: False)
+    longest = max(len(row.input_ids) for row in encoded)
+    monkeypatch.setattr(module, "MAX_LOGITS", 2 * longest * base.model.get_input_embeddings().weight.shape[0])
+    sizes = sizes_of_batches(monkeypatch)
     got = evaluate(base, ADAPTERS, examples, encoded, SPEC)
+    assert sizes[0] == 2, "the logits of all tokens count"
     for adapter in ADAPTERS:
         value = expected[adapter].metrics["eval.loss"].value
         assert got[adapter].metrics["eval.loss"].value == pytest.approx(value, rel=1e-5)

@@ -124,6 +124,13 @@ def test_one_seed_says_so_and_several_widen_the_limits():
     assert min(margin for margin in noisy.margins if margin) > 3 * max(one.margins)
 
 
+def test_seeds_that_vary_more_than_those_of_others_count_for_themselves():
+    values = [(0.0, 2.0), (0.0, 0.2), (1.0,)]
+    candidates = [Candidate(rank=2, values=each, stderr=0.1, examples=9) for each in values]
+    pooled = (2.0 + 0.02) / 2
+    assert smallest_rank._seed_variances(candidates) == (pytest.approx([2.0, pooled, pooled]), 2)
+
+
 def test_too_many_examples_to_read_keep_candidates_and_never_put_one_out(monkeypatch):
     ranks = tuple(range(1, 31))
     candidates, read = sweep(np.random.default_rng(5), tuple(rank / 300 for rank in ranks), ranks=ranks)
