@@ -191,7 +191,8 @@ def _check_shapes(base: Any, config: LoraConfig, tensors: dict[str, torch.Tensor
 def _attach(model: Any, config: LoraConfig, adapter_name: str) -> None:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     # The random numbers that peft fills new parameters with are overwritten; the caller's generator must not notice.
-    with torch.random.fork_rng(), expected_warning(SEVERAL_ADAPTERS):
+    # They are drawn on the CPU: keeping the state of the GPUs' generators would begin a context on each GPU.
+    with torch.random.fork_rng(devices=[]), expected_warning(SEVERAL_ADAPTERS):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
         else:

@@ -91,7 +91,8 @@ def add_rows(model: Any, config: LoraConfig) -> bool:
             "not known. Take a base with more rows, or train the adapter again with all new rows in "
             "LoraConfig(trainable_token_indices=...)"
         )
-    with torch.random.fork_rng():
+    device = model.get_input_embeddings().weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.resize_token_embeddings(needed, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:

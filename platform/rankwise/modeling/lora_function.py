@@ -97,7 +97,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, slices: list[Slice], matrices: li
     """Add the adapters' outputs to the base layer's.
 
     Args:
-        y: Output of the base layer, (B, T, O); it is changed in place.
+        y: Output of the base layer, (B, T, O); it is changed in place, unless it is a view and gradients are wanted:
+            autograd refuses that for views that a function of its own has made, as bitsandbytes' 8-bit products are.
         x: Input of the layer, (B, T, I).
         slices: The arms' rows.
         matrices: A (R, I) and B (O, R) of each slice in turn, in fp32 or the dtype of `x`.
@@ -106,7 +107,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, slices: list[Slice], matrices: li
         The sum, (B, T, O).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(matrix.requires_grad for matrix in matrices)):
-        return _AddLora.apply(y, x, slices, *matrices)  # type: ignore[no-any-return, no-untyped-call]
+        return _AddLora.apply(y.clone() if y._is_view() else y, x, slices, *matrices)  # type: ignore[no-any-return, no-untyped-call]
     for index, part in enumerate(slices):
         _forward(y, x, part, part.mask(x), matrices[2 * index], matrices[2 * index + 1])
     return y

@@ -77,7 +77,7 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
     add_rows(plain, config)
     own = copy.deepcopy(config)
     own.base_model_name_or_path = plain.name_or_path  # peft warns where it is another.
-    with torch.random.fork_rng(), expected_warning(_DEPRECATED):
+    with torch.random.fork_rng(devices=[]), expected_warning(_DEPRECATED):
         model = get_peft_model(plain, own, adapter_name=_NAME)
     _check_tied(plain)
     places = adapter_tensors(model, _NAME)

@@ -11,7 +11,9 @@ _TEXTS = (
     "std::bad_alloc",
     # CUDA's own libraries ask for memory past torch's allocator.
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
 )
 
 

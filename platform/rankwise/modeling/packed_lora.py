@@ -46,6 +46,7 @@ __all__ = [
     "create_adapter",
     "delete_adapter",
     "install",
+    "packed_forwards",
     "uninstall",
 ]
 
@@ -174,15 +175,27 @@ def install(model: Any) -> Routing:
     if routing is None:
         routing = Routing()
         setattr(model, _ROUTING, routing)
-    for name, layer in _lora_layers(model):
+    for layer, forward in packed_forwards(model, routing):
         if not isinstance(layer.__dict__.get("forward"), _PackedForward):
-            if len(layer.lora_embedding_A) or isinstance(layer.get_base_layer(), nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                raise ConfigError(
-                    f"module {name} is a {type(layer.get_base_layer()).__name__}: only adapters of linear layers can "
-                    "be trained and run together"
-                )
-            layer.forward = _PackedForward(routing, layer, name)
+            layer.forward = forward
     return routing
+
+
+def packed_forwards(model: Any, routing: Routing) -> list[tuple[Any, _PackedForward]]:
+    """Each LoRA layer of a model with the forward that `install` would give it, for those who lay it on for a pass.
+
+    Raises:
+        ConfigError: A LoRA layer is not a linear one.
+    """
+    forwards = []
+    for name, layer in _lora_layers(_unwrap(model)):
+        if len(layer.lora_embedding_A) or isinstance(layer.get_base_layer(), nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise ConfigError(
+                f"module {name} is a {type(layer.get_base_layer()).__name__}: only adapters of linear layers can "
+                "be trained and run together"
+            )
+        forwards.append((layer, _PackedForward(routing, layer, name)))
+    return forwards
 
 
 def uninstall(model: Any) -> None:
@@ -232,9 +245,12 @@ def create_adapter(model: Any, arm: ArmSpec) -> str:
     for module, layer in _lora_layers(model):
         if name not in layer.lora_A:
             continue
+        base_layer = layer.get_base_layer()
+        mode = base_layer.training
         layer.eval()  # peft leaves new layers in training mode, with its dropout on for peft's own forward
+        base_layer.train(mode)  # bitsandbytes' 8-bit layers choose their arithmetic by it
         a, b = layer.lora_A[name], layer.lora_B[name]
-        device = layer.get_base_layer().weight.device
+        device = base_layer.weight.device
         start = uniform(tuple(a.weight.shape), 1.0 / math.sqrt(a.weight.shape[1]), arm.seed, module)
         # New parameters: peft may have created them in the base's compute dtype.
         a.weight = nn.Parameter(start.to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rankwise.data.encoding import Encoded
 from rankwise.data.sampler import Sampler
 from rankwise.exceptions import ConfigError
-from rankwise.modeling.adapter import read_adapter
+from rankwise.modeling.adapter import PREFIX, read_adapter
 from rankwise.modeling.lora_random import DropoutKey
 from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter
+from rankwise.modeling.scaling import scaling_of
 from rankwise.training.optimizers import load_state, make_optimizer, state_tensors
 from rankwise.training.schedule import Schedule
 from rankwise.training.values import ArmTask
@@ -61,8 +64,9 @@ class LivingArm:
         self.parameters = adapter_parameters(model, self.name)
         try:
             if task.init_adapter is not None:
-                _, tensors = read_adapter(task.init_adapter)
+                config, tensors = read_adapter(task.init_adapter)
                 self.load(tensors, str(task.init_adapter))
+                self._take_over_scaling(config)
             self.optimizer = make_optimizer(list(self.parameters.values()), training)
         except BaseException:
             delete_adapter(model, self.name)
@@ -163,6 +167,16 @@ class LivingArm:
             )
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
+
+    @torch.no_grad()
+    def _take_over_scaling(self, config: LoraConfig) -> None:
+        """Let the arm begin as what the adapter computes, scaling * B A, where its own scaling is another."""
+        lora = self.task.spec.lora
+        own = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+        for name, parameter in self.parameters.items():
+            module, _, matrix = name.removeprefix(PREFIX).rpartition(".lora_")
+            if matrix == "B.weight":
+                parameter.mul_(scaling_of(config, module, rank=lora.r) / own)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """AdamW's state under the matrices' names."""

@@ -76,6 +76,8 @@ class _Work:
     losses: list[tuple[list[Encoded], torch.Tensor, torch.Tensor]]
     """For each micro-batch its rows, the row of each supervised token, and their losses."""
     seconds: float = 0.0
+    padded: int = 0
+    """Tokens of its passes so far, with the padding of its own rows."""
 
     def size(self, micro_step: int) -> tuple[int, int]:
         """Rows of a micro-batch, and tokens of the longest."""
@@ -155,8 +157,12 @@ class Stepper:
             torch.stack([part.sum() for _, _, part in work.losses]).sum() / max(1, work.supervised) for work in works
         ]
         norms = [work.arm.grad_norm() for work in works]
-        # The one wait for the device in a step.
+        # The one wait for the device in a step: on a GPU the passes' whole time is here, and belongs to all arms.
         numbers = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
+        waited = time.perf_counter() - began
+        for work in works:
+            work.seconds += waited * work.padded / sum(each.padded for each in works)
+        began = time.perf_counter()
         results: dict[str, StepRecord | Nonfinite] = {}
         for work, loss, grad_norm, norm in zip(works, numbers[0], numbers[1], norms, strict=True):
             arm = work.arm
@@ -232,6 +238,7 @@ class Stepper:
         for work, segment, part, place, share in zip(works, segments, parts, places, shares, strict=True):
             work.losses.append((work.window[micro_step], place - segment.start, part.detach()))
             work.seconds += elapsed * share / sum(shares)
+            work.padded += share
 
 
 def _nonfinite(work: _Work, loss: float, grad_norm: float) -> Nonfinite:

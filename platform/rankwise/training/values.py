@@ -19,7 +19,8 @@ class ArmTask:
         spec: Its settings.
         train: Its training rows.
         evaluation: Rows for evaluation during training; needed where `training.eval_steps` is set.
-        init_adapter: A PEFT directory to start from in place of fresh values.
+        init_adapter: A PEFT directory to start from in place of fresh values. Its rank and its modules must be the
+            arm's; its scaling need not be: B is scaled so that the arm begins as what the adapter computes.
         stop_at: After so many of its optimizer steps the arm is evaluated, saved aside and leaves the pack as `paused`;
             a later pack with a larger `stop_at` or None goes on from there. The learning rate's schedule is that of all
             steps. None, or all steps and more: it trains to its end.

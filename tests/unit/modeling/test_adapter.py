@@ -302,3 +302,12 @@ def test_stored_rows_beyond_the_embedding_are_refused(bases, tmp_path):
     save_adapter(base.model, "arm-1", tmp_path, base_source=None, base_revision=None, base_path=base.path)
     with pytest.raises(BaseMismatchError, match=r"rows for tokens \[320, 321\], the base's embedding has 320 rows"):
         load_adapter(bases().model, tmp_path, "x")
+
+
+def test_attaching_an_adapter_begins_nothing_on_gpus(bases, saved, monkeypatch):
+    """Each context takes hundreds of MB, on GPUs that others work on."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=None: pytest.fail(f"a context begins on {device}"))
+    state = torch.get_rng_state()
+    load_adapter(bases().model, saved, "attached")
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,12 +1,14 @@
 """One arm and many: what an arm gets in a pack is what it gets alone."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers.packs import Recorder, distance, make_arm, make_rows, read_weights
+from bitsandbytes.autograd import _functions
+from helpers.packs import Recorder, distance, load_tiny, make_arm, make_rows, read_weights
 
 from rankwise.data.encoding import Encoded
 from rankwise.exceptions import ConfigError
@@ -72,6 +74,60 @@ def packed(base, tmp_path_factory):
 def test_an_arm_in_a_pack_gets_what_it_gets_alone(base, packed, tmp_path, index):
     arm = different_arms()[index]
     assert_same(packed, train(base, [arm], tmp_path), arm)
+
+
+@pytest.fixture(scope="module")
+def eight_bit(tmp_path_factory):
+    return load_tiny(tmp_path_factory.mktemp("eight-bit"), quantization={"load_in_4bit": False, "load_in_8bit": True})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_arms_over_an_8_bit_base_get_in_a_pack_what_they_get_alone(eight_bit, tmp_path, checkpointing):
+    quantization = {"load_in_4bit": False, "load_in_8bit": True}
+    arms = [
+        make_arm(
+            seed=seed,
+            quantization=quantization,
+            lora={"target_modules": "all-linear", "lora_dropout": 0.1},
+            training={"gradient_checkpointing": checkpointing, "per_device_train_batch_size": seed},
+        )
+        for seed in (1, 2)
+    ]
+    together = train(eight_bit, arms, tmp_path / "together")
+    for arm in arms:
+        assert_same(together, train(eight_bit, [arm], tmp_path / "alone"), arm)
+
+
+def test_products_of_an_8_bit_base_are_those_of_training_and_not_rounded_to_8_bit(eight_bit, tmp_path, monkeypatch):
+    """bitsandbytes rounds the inputs too in evaluation mode, into which a new adapter must not put its layer."""
+    used = set()
+    for name in ("MatMul8bitFp", "MatMul8bitLt"):
+        own = getattr(_functions, name).forward
+        monkeypatch.setattr(
+            getattr(_functions, name), "forward", staticmethod(lambda *a, n=name, f=own: used.add(n) or f(*a))
+        )
+    arm = make_arm(quantization={"load_in_4bit": False, "load_in_8bit": True}, lora={"target_modules": "all-linear"})
+    train(eight_bit, [arm], tmp_path)
+    assert used == {"MatMul8bitFp"}
+
+
+def test_the_wait_for_the_device_counts_for_all_arms(base, tmp_path, monkeypatch):
+    """On a GPU passes return at once, and the time that they take is where their numbers are read."""
+    own = torch.Tensor.tolist
+
+    def late(tensor):
+        if tensor.dim() == 2 and len(tensor) == 2:
+            time.sleep(0.5)
+        return own(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", late)
+    arms = [
+        make_arm(seed=seed, training={"max_steps": 2, "per_device_train_batch_size": 1 + seed % 2}) for seed in (1, 2)
+    ]
+    _, recorder = train(base, arms, tmp_path, rows=make_rows(12, shortest=9, longest=9))
+    (_, large), (_, small) = (recorder.steps[arm.spec_hash] for arm in arms)
+    assert large.seconds + small.seconds > 0.5
+    assert large.seconds == pytest.approx(2 * small.seconds, rel=0.3)
 
 
 def test_the_order_of_arms_and_gradient_checkpointing_change_nothing(base, packed, tmp_path):
@@ -324,6 +380,22 @@ def test_an_adapter_can_be_continued(base, tmp_path):
     task = ArmTask(spec=second, train=ROWS, init_adapter=start)
     continued = train_pack(base, [task], directory=tmp_path / "second")[second.spec_hash]
     assert distance(read_weights(start), read_weights(continued.adapter)) < 1e-6
+
+
+@pytest.mark.parametrize("lora", [{"lora_alpha": 64}, {"lora_alpha": 3, "use_rslora": True}])
+def test_an_adapter_with_another_scaling_is_continued_as_what_it_computes(base, tmp_path, lora):
+    first = make_arm(training={"max_steps": 4})
+    outcomes, _ = train(base, [first], tmp_path / "first")
+    start = outcomes[first.spec_hash].adapter
+
+    def first_loss(lora):
+        arm = make_arm(lora=lora, training={"max_steps": 1, "per_device_train_batch_size": 12}, init_from="models:/x/1")
+        recorder = Recorder()
+        task = ArmTask(spec=arm, train=ROWS, init_adapter=start)
+        train_pack(base, [task], directory=tmp_path / "second", observer=recorder)
+        return recorder.losses(arm.spec_hash)[0]
+
+    assert first_loss(lora) == pytest.approx(first_loss({}), rel=1e-6)
 
 
 def test_an_adapter_of_another_rank_cannot_be_continued(base, tmp_path):

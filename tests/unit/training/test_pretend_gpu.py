@@ -1,0 +1,143 @@
+"""The engine's way on a CUDA GPU, without one: see `helpers.pretend_gpu`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from helpers.packs import Recorder, distance, load_tiny, make_arm, make_rows, read_weights
+from helpers.pretend_gpu import GPU, PretendTensor, pretend_gpu, to_gpu
+
+from rankwise.modeling.adapter import load_adapter
+from rankwise.modeling.forward import segments_of
+from rankwise.modeling.packed_lora import install
+from rankwise.training.pack import ArmTask, train_pack
+
+pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
+ROWS = make_rows(12)
+BASES = {
+    "not quantized": {"load_in_4bit": False},
+    "4 bit": {},
+    "8 bit": {"load_in_4bit": False, "load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Gives the base of a kind on the CPU and on the pretended GPU; each is loaded once."""
+    loaded = {}
+
+    def load(kind, architecture="llama"):
+        if (kind, architecture) not in loaded:
+            on = tmp_path_factory.mktemp("base")
+            cpu, other = (load_tiny(on, architecture, quantization=BASES[kind]) for _ in range(2))
+            with pretend_gpu():
+                loaded[kind, architecture] = cpu, replace(other, model=to_gpu(other.model), device=GPU)
+        return loaded[kind, architecture]
+
+    return load
+
+
+def arm(seed, kind, *, dropout=0.0, **training):
+    return make_arm(
+        seed=seed,
+        quantization=BASES[kind],
+        lora={"r": 4 + 2 * seed, "lora_dropout": dropout, "target_modules": ["q_proj", "down_proj"]},
+        training={
+            "max_steps": 2,
+            "eval_steps": 2,
+            "per_device_train_batch_size": 1 + seed,
+            "gradient_accumulation_steps": seed,
+            **training,
+        },
+    )
+
+
+def train(base, arms, directory, **options):
+    recorder = Recorder()
+    tasks = [ArmTask(spec=each, train=ROWS, evaluation=ROWS[:5]) for each in arms]
+    outcomes = train_pack(base, tasks, directory=directory, observer=recorder, **options)
+    return outcomes, recorder
+
+
+def assert_same(arm, first, second, *, losses=1e-5, weights=1e-4):
+    (outcomes, recorder), (others, other) = first, second
+    assert recorder.losses(arm.spec_hash) == pytest.approx(other.losses(arm.spec_hash), rel=losses)
+    mine, theirs = (each[arm.spec_hash] for each in (outcomes, others))
+    assert dict(mine.metrics)["eval.loss"] == pytest.approx(dict(theirs.metrics)["eval.loss"], rel=losses)
+    assert distance(read_weights(mine.adapter), read_weights(theirs.adapter)) < weights
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("not quantized", False), ("4 bit", True)])
+def test_a_pack_on_a_gpu_gets_what_it_gets_on_a_cpu(load, tmp_path, kind, checkpointing):
+    cpu, gpu = load(kind)
+    arms = [arm(seed, kind, gradient_checkpointing=checkpointing) for seed in (1, 2)]
+    expected = train(cpu, arms, tmp_path / "cpu")
+    with pretend_gpu():
+        found = train(gpu, arms, tmp_path / "gpu")
+    for each in arms:
+        assert_same(each, found, expected)
+
+
+@pytest.mark.parametrize("kind", ["4 bit", "8 bit"])
+def test_masks_that_are_drawn_again_on_a_gpu_are_the_same_alone_and_after_a_stop(load, tmp_path, kind, monkeypatch):
+    _, gpu = load(kind)
+    for module in gpu.model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            # Outliers of all rows together decide which columns are not rounded to 8 bit.
+            monkeypatch.setattr(module.state, "threshold", 0.0)
+    arms = [arm(seed, kind, dropout=0.3) for seed in (1, 2)]
+    with pretend_gpu():
+        together = train(gpu, arms, tmp_path / "together")
+        asked = iter(range(100))
+        train(gpu, arms, tmp_path / "stopped", should_stop=lambda: next(asked) == 1)
+        stopped, _ = train(gpu, arms, tmp_path / "stopped")
+        for each in arms:
+            assert_same(each, together, train(gpu, [each], tmp_path / "alone"))
+            weights = [read_weights(outcomes[each.spec_hash].adapter) for outcomes in (together[0], stopped)]
+            assert distance(*weights) == 0
+
+
+def test_moments_in_8_bit_are_kept_on_the_gpu_and_come_back(load, tmp_path):
+    _, gpu = load("4 bit")
+    spec = arm(1, "4 bit", optim="paged_adamw_8bit").model_copy(update={"lora": arm(1, "4 bit").lora.model_copy(update={"r": 64})})
+    with pretend_gpu():
+        whole, _ = train(gpu, [spec], tmp_path / "whole")
+        asked = iter(range(100))
+        train(gpu, [spec], tmp_path / "cut", should_stop=lambda: next(asked) == 1)
+        cut, _ = train(gpu, [spec], tmp_path / "cut")
+    assert distance(*(read_weights(each[spec.spec_hash].adapter) for each in (whole, cut))) == 0
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_stored_adapter_runs_on_a_gpu_as_on_a_cpu(load, tmp_path, kind):
+    cpu, gpu = load(kind)
+    spec = arm(1, kind)
+    outcomes, _ = train(cpu, [spec], tmp_path)
+    tokens = torch.tensor([row.input_ids[:5].tolist() for row in ROWS[:3]])
+
+    @torch.no_grad()
+    def logits(base, tokens):
+        load_adapter(base.model, outcomes[spec.spec_hash].adapter, "stored")
+        with install(base.model).segments(segments_of(base.model, ["stored", None, "stored"])):
+            return base.model(input_ids=tokens).logits
+
+    expected = logits(cpu, tokens)
+    with pretend_gpu():
+        found = logits(gpu, tokens.to(GPU))
+    assert isinstance(found, PretendTensor)
+    assert torch.allclose(found.held, expected, atol=1e-5)
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
+    with pretend_gpu():
+        there = torch.ones(2, 3, device="cuda")
+        with pytest.raises(RuntimeError, match=r"same device.*aten::add"):
+            there + torch.ones(2, 3)
+        with pytest.raises(RuntimeError, match=r"same device.*aten::mm"):
+            torch.ones(4, 2) @ there
+        assert (there + torch.tensor(1.0)).sum().tolist() == 12
+        assert (there.cpu() + torch.ones(2, 3)).sum() == 12
+        assert there[torch.tensor([0])].device == GPU
