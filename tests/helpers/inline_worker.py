@@ -22,7 +22,7 @@ from rankwise.worker.results import Results
 from rankwise.worker.stopping import Stop
 from rankwise.worker.timing import Timing
 
-QUICK = Timing(poll=0.05, watch=0.05)
+QUICK = Timing(beat=0.2, poll=0.05, watch=0.05, pause=0.5)
 
 
 class InlineChild:

@@ -59,8 +59,10 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
         TrackingError: There is no run yet, and the server does not answer.
     """
     job, work, context = arm.job, arm.work, session.context
-    if job.id in session.runs:
-        return session.runs.pop(job.id)
+    computed = session.computed_by(job)
+    if computed is not None and computed.run is not None:
+        run, computed.run = computed.run, None
+        return run
     # Submitting notes the run after the job: a quick worker has claimed it in between.
     run_id = job.mlflow_run_id or context.queue.get(job.id).mlflow_run_id
     adopted = _adopt(session, arm) if run_id is None and job.attempts > 1 else None
@@ -70,6 +72,7 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
         if adopted is not None:
             run.params(work.arm.params)  # They may have been lost with the process that made it.
     else:
+        noted, may_speak = False, session.fence(job)
         created = context.store.start_run(
             work.experiment_id,
             work.run_name,
@@ -79,6 +82,9 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
             description=arm_note(work.arm),
             kind="train",
             spec_hash=work.arm.spec_hash,
+            attempt=job.attempts,
+            # Nobody else knows of it before it is noted.
+            fence=lambda: not noted or may_speak(),
         )
         try:
             noted = context.queue.set_run(token_of(job), created.run_id)

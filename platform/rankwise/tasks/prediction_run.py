@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rankwise.exceptions import TrackingError
+from rankwise.exceptions import JobError, TrackingError
 from rankwise.jobs.job import Job
 from rankwise.tasks.prediction import Prediction
 from rankwise.tasks.session import Session, token_of
@@ -29,6 +29,9 @@ def record_prediction(session: Session, job: Job, work: Prediction, result: dict
 
     Returns:
         The run; None where the tracking server does not answer.
+
+    Raises:
+        JobError: Another worker has taken over the job.
     """
     run: Run | None = None
     try:
@@ -69,7 +72,8 @@ def _open(session: Session, job: Job, work: Prediction) -> Run:
     """The job's run: a new one, or that of an earlier attempt."""
     store, request = session.context.store, work.manifest.request
     if job.mlflow_run_id is not None:
-        return store.resume_run(job.mlflow_run_id, system_metrics=False, attempt=job.attempts)
+        return store.resume_run(job.mlflow_run_id, system_metrics=False, attempt=job.attempts, fence=session.fence(job))
+    noted, may_speak = False, session.fence(job)
     decoding = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt")
     run = store.start_run(
         store.experiment(EXPERIMENT),
@@ -84,6 +88,12 @@ def _open(session: Session, job: Job, work: Prediction) -> Run:
         tags={**collect().tags(), JOB: job.id},
         kind="predict",
         system_metrics=False,
+        attempt=job.attempts,
+        # Nobody else knows of it before it is noted.
+        fence=lambda: not noted or may_speak(),
     )
-    session.context.queue.set_run(token_of(job), run.run_id)
+    noted = session.context.queue.set_run(token_of(job), run.run_id)
+    if not noted:
+        run.end("KILLED", "another worker has taken over this prediction")
+        raise JobError(f"{job.title} was taken over by another worker")
     return run

@@ -17,7 +17,7 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.tasks.claimed import ClaimedArm
 from rankwise.tasks.halving import paused_result
 from rankwise.tasks.seen import FILE_TAG, digests_of, file_digest
-from rankwise.tasks.session import Session, token_of
+from rankwise.tasks.session import Computed, Session, token_of
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.runs import Run
 from rankwise.training.checkpoint import Checkpoints
@@ -25,7 +25,6 @@ from rankwise.training.values import ArmOutcome
 
 logger = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
-TAKEN_OVER = "another worker has taken over this arm"
 _DRAIN_S = 60.0
 
 
@@ -67,10 +66,14 @@ def publish_again(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm]
         outcome = stored_outcome(session, base, arm)
         if outcome is None:
             # Somebody has removed the files: nothing is left but to train again.
-            session.report(arm.job, Outcome.FAILED, error="what was computed is not on this machine any more")
+            gone = "what was computed is not on this machine any more"
+            session.computed.pop(arm.job.id, None)
+            runs.pop(arm.job.id).end("FAILED", gone)
+            session.report(arm.job, Outcome.FAILED, error=gone)
             continue
         with arm.logged():
             finish_arm(session, base, arm, runs[arm.job.id], outcome)
+        del runs[arm.job.id]
 
 
 def stored_outcome(session: Session, base: LoadedBase, arm: ClaimedArm) -> ArmOutcome | None:
@@ -82,7 +85,8 @@ def stored_outcome(session: Session, base: LoadedBase, arm: ClaimedArm) -> ArmOu
 
 
 def _row(session: Session, job: Job) -> dict[str, Any]:
-    return session.uploading.get(job.id) or job.result or {}
+    computed = session.computed_by(job)
+    return (job.result or {}) if computed is None else computed.row
 
 
 def _chosen(arm: ClaimedArm, outcome: ArmOutcome) -> tuple[Path | None, int]:
@@ -100,7 +104,8 @@ def _publish_or_wait(
     job, name = arm.job, arm.work.run_name
     weights = adapter / "adapter_model.safetensors"
     step = _chosen(arm, outcome)[1]
-    if job.id not in session.uploading:
+    computed = session.computed_by(job)
+    if computed is None:
         anatomy = trained_anatomy(adapter, base)
         run.metrics(
             {
@@ -115,8 +120,8 @@ def _publish_or_wait(
         run.text(trained_page(anatomy, base, name), PAGE_NAME)
         run.json(anatomy.to_dict(), TABLE_NAME)
         composition = _composition(session, job) or _row(session, job)["composition"]
-        session.uploading[job.id] = {"steps": outcome.steps, "composition": list(composition)}
-        told = session.uploading[job.id]
+        told = {"steps": outcome.steps, "composition": list(composition)}
+        computed = session.computed[job.id] = Computed(token=token_of(job), row=told)
         session.authority.patiently(token_of(job), lambda: session.context.queue.uploading(token_of(job), told))
     try:
         if not run.drain(_DRAIN_S):
@@ -127,11 +132,11 @@ def _publish_or_wait(
             return
         result = {**_register(session, base, arm, run, adapter, step), "steps": outcome.steps}
     except (TrackingError, StorageError) as error:
-        session.runs[job.id] = run
+        computed.run = run
         session.wait_for_upload(job, f"{name} is trained and waits to be registered: {error}")
         return
     delivered = run.end("FINISHED")
-    session.uploading.pop(job.id, None)
+    del session.computed[job.id]
     session.report(job, Outcome.SUCCEEDED, result=result)
     logger.info("trained in %.0f s and stored as %s", outcome.seconds, result["model_uri"])
     waiting = "" if delivered else " (points wait in the outbox: the tracking server does not answer)"

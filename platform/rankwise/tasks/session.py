@@ -25,6 +25,7 @@ from rankwise.worker.protocol import Message
 from rankwise.worker.results import Result, Results
 
 _OFTEN_S = 1.0
+_FENCED_S = 2.0
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,21 @@ class Composition:
 
     spec_hashes: tuple[str, ...]
     open: set[int]
+
+
+@dataclass(kw_only=True)
+class Computed:
+    """An arm that is computed and not published yet.
+
+    Attributes:
+        token: Of the claim that it was computed under.
+        row: What the queue was told of it.
+        run: Its run, open while it waits for the tracking server.
+    """
+
+    token: str
+    row: dict[str, Any]
+    run: Run | None = None
 
 
 @dataclass(kw_only=True)
@@ -45,8 +61,7 @@ class Session:
         stop: Set when the parent wants a checkpoint and the end.
         authority: Which claims may be spoken for.
         emit: Sends an event to the parent.
-        runs: Open runs of arms that are computed and wait for publication, by job.
-        uploading: What the queue was told of these arms, by job.
+        computed: Arms that are computed and not published yet, by job; see `computed_by`.
         compositions: Packs whose files are still needed.
     """
 
@@ -55,8 +70,7 @@ class Session:
     emit: Callable[[Message], Any]
     stop: threading.Event = field(default_factory=threading.Event)
     authority: Authority = field(default_factory=Authority)
-    runs: dict[int, Run] = field(default_factory=dict)
-    uploading: dict[int, dict[str, Any]] = field(default_factory=dict)
+    computed: dict[int, Computed] = field(default_factory=dict)
     compositions: list[Composition] = field(default_factory=list)
     _begun: set[str] = field(default_factory=set)
     _opened: ExitStack = field(default_factory=ExitStack)
@@ -111,6 +125,17 @@ class Session:
     def wait_for_upload(self, job: Job, reason: str) -> None:
         """Say that a job is computed, and that its publication must be tried again."""
         self.emit({"event": "waiting", "token": token_of(job), "reason": reason})
+
+    def computed_by(self, job: Job) -> Computed | None:
+        """What this claim of a job has computed. What an earlier claim has left is let go, its run too."""
+        found = self.computed.get(job.id)
+        if found is None or found.token == token_of(job):
+            return found
+        del self.computed[job.id]
+        if found.run is not None:
+            # For so long, for the fence to be seen: what waits behind it is then free for who goes on with the run.
+            found.run.leave(timeout=_FENCED_S)
+        return None
 
     def may_publish(self, job: Job) -> bool:
         """Whether the job's claim still stands: asked before every external write."""

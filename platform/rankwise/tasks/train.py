@@ -73,6 +73,7 @@ def load_claimed(session: Session, jobs: Sequence[Job]) -> tuple[LoadedBase, lis
     """The base of a pack, and its arms with their rows."""
     session.phase("load")
     works = [Work.of(job) for job in jobs]
+    assert len({work.arm.pack_key for work in works}) == 1, "they share one base, which is loaded once"
     sources = [find_sources(work.arm, session.settings, session.voice) for work in works]
     base = session.bases.get(sources[0].base, works[0].arm.quantization)
     session.phase("tokenize")

@@ -142,6 +142,8 @@ class Store:
         spec_hash: str | None = None,
         status: Literal["RUNNING", "SCHEDULED"] = "RUNNING",
         system_metrics: bool = True,
+        attempt: int | None = None,
+        fence: Callable[[], bool] | None = None,
     ) -> Run:
         """Create a run.
 
@@ -157,6 +159,8 @@ class Store:
             spec_hash: The arm: the tag `rankwise.spec_hash`.
             status: SCHEDULED for what somebody else will do (`resume_run`): `leave` it. No system metrics then.
             system_metrics: Whether the monitor of the process writes its samples to this run.
+            attempt: As in `resume_run`.
+            fence: Likewise.
 
         Raises:
             TrackingError: The server cannot be reached or refuses.
@@ -167,6 +171,7 @@ class Store:
             SPEC_HASH: spec_hash,
             NOTE: None if description is None else shorten(description),
         }
+        special |= {} if attempt is None else {ATTEMPT: str(attempt)}
         merged = {**(tags or {}), **{key: value for key, value in special.items() if value is not None}}
         started = time.time_ns() // 1_000_000
         with tracking_errors(f"creating the run {name!r}"):
@@ -179,9 +184,9 @@ class Store:
             run_id = str(created.info.run_id)
             if status != "RUNNING":  # MLflow creates every run as RUNNING.
                 self.client.update_run(run_id, status=status)
-        outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, once=True)
+        outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, attempt=attempt, once=True)
         # The process that makes a run knows that it has nothing yet.
-        self._sender.add(outbox)
+        self._sender.add(outbox, fence=fence)
         run = self._open_run(outbox, started, system_metrics and status == "RUNNING")
         run.params(params or {})
         return run

@@ -37,11 +37,14 @@ class Uploads:
         self._next = now + self._pause
 
     def take(self) -> list[Job]:
-        """What is to be tried now; the pause after another failure is longer."""
+        """What is to be tried now, all of it over one base; the pause after another failure is longer."""
         if not self._jobs or time.monotonic() < self._next:
             return []
         self._pause = min(2 * self._pause, self._timing.longest_pause)
-        jobs, self._jobs = self.all(), {}
+        first = next(iter(self._jobs.values()))
+        jobs = [job for job in self._jobs.values() if job.pack_key == first.pack_key]
+        for job in jobs:
+            del self._jobs[job.id]
         return jobs
 
     def forget(self, jobs: Collection[Job]) -> None:

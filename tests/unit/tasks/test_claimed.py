@@ -8,6 +8,7 @@ import pytest
 
 from rankwise.exceptions import JobError
 from rankwise.tasks.claimed import open_run
+from rankwise.tasks.session import Computed, Session
 
 
 class Took(SimpleNamespace):
@@ -38,7 +39,10 @@ class Bench:
         work = SimpleNamespace(arm=work_arm, experiment_id="1", run_name="r=4", parent_run_id="p")
         self.arm = SimpleNamespace(job=self.job, work=work, done_steps=1)
         context = SimpleNamespace(store=self, queue=self, worker=SimpleNamespace(host="here"))
-        self.session = SimpleNamespace(runs={}, context=context, fence=lambda job: None)
+        self.holds = True
+        self.session = Session(settings=None, voice=None, emit=None)
+        self.session.context = context
+        self.session.fence = lambda job: lambda: self.holds
 
     def get(self, job_id):
         return SimpleNamespace(mlflow_run_id=self.noted if self.run is not None else None)
@@ -59,6 +63,7 @@ class Bench:
 
     def start_run(self, *values, **named):
         self.run = Took("new")
+        self.named = named
         return self.run
 
     def open(self, monkeypatch):
@@ -71,6 +76,28 @@ def test_the_first_attempt_makes_a_run_and_asks_nobody(monkeypatch):
     bench = Bench(attempts=1, ghost="ghost")
     assert bench.open(monkeypatch).run_id == "new"
     assert (bench.looked, bench.set) == ([], ["new"])
+
+
+def test_a_run_is_made_for_this_attempt_which_may_write_while_it_holds_the_job(monkeypatch):
+    bench = Bench(attempts=1)
+    bench.open(monkeypatch)
+    assert bench.named["attempt"] == 1
+    may_speak = bench.named["fence"]
+    assert may_speak()
+    bench.holds = False
+    assert not may_speak()
+
+
+def test_what_an_earlier_claim_has_computed_is_not_spoken_for(monkeypatch):
+    bench = Bench(attempts=2, ghost="ghost")
+    bench.session.computed[7] = Computed(token="earlier", row={"steps": 3}, run=Took("ghost"))
+    earlier = bench.session.computed[7].run
+    assert bench.open(monkeypatch) is bench.run
+    assert earlier.acts == ["left"]
+    bench.session.computed[7] = Computed(token="t", row={"steps": 3}, run=Took("ghost"))
+    own = bench.session.computed[7].run
+    assert bench.open(monkeypatch) is own
+    assert (own.acts, bench.session.computed[7].run) == ([], None)
 
 
 def test_a_later_attempt_goes_on_with_the_run_that_nobody_noted(monkeypatch):
@@ -91,6 +118,8 @@ def test_who_was_overtaken_ends_its_run_unless_that_is_gone_on_with(monkeypatch,
     with pytest.raises(JobError, match="job 7 was taken over"):
         bench.open(monkeypatch)
     assert bench.run.acts == [act]
+    bench.holds = False
+    assert bench.named["fence"](), "nobody else knows of this run: its end is told"
 
 
 def test_a_queue_that_is_away_leaves_the_run_to_the_next_attempt(monkeypatch):

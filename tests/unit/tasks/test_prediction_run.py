@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rankwise.exceptions import TrackingError
+from rankwise.exceptions import JobError, TrackingError
 from rankwise.tasks.prediction_run import record_prediction
 
 RESULT = {"rows": 1, "failed": 0, "completion_tokens": 3, "sha256": "sha256:0"}
@@ -37,13 +37,20 @@ class OpenRun:
         self.ends.append(("left", None))
 
 
-def record(run):
+def record(run, run_id="run-1", ours=True):
     warned = []
-    store = SimpleNamespace(resume_run=lambda *_, **__: run)
-    session = SimpleNamespace(context=SimpleNamespace(store=store), voice=SimpleNamespace(warn=warned.append))
+    store = SimpleNamespace(
+        resume_run=lambda *_, **__: run, start_run=lambda *_, **__: run, experiment=lambda name: "1"
+    )
+    queue = SimpleNamespace(set_run=lambda token, run_id: ours)
+    session = SimpleNamespace(
+        context=SimpleNamespace(store=store, queue=queue),
+        voice=SimpleNamespace(warn=warned.append),
+        fence=lambda job: lambda: True,
+    )
     manifest = SimpleNamespace(request={"input": "sha256:1"}, rows=1, models={}, to_json=dict)
     work = SimpleNamespace(manifest=manifest, source=Path("rows.jsonl"), output=Path("out.jsonl"))
-    job = SimpleNamespace(mlflow_run_id="run-1", attempts=2)
+    job = SimpleNamespace(id=7, token="t", title="job 7", mlflow_run_id=run_id, attempts=2)
     return record_prediction(session, job, work, RESULT), warned
 
 
@@ -60,3 +67,10 @@ def test_another_error_lets_go_of_the_run_for_the_next_attempt():
     with pytest.raises(KeyboardInterrupt):
         record(run)
     assert run.ends == [("left", None)]
+
+
+def test_a_prediction_that_another_worker_has_now_is_shown_by_that_one_alone():
+    run = OpenRun(None)
+    with pytest.raises(JobError, match="job 7 was taken over by another worker"):
+        record(run, run_id=None, ours=False)
+    assert run.ends == [("KILLED", "another worker has taken over this prediction")]

@@ -191,10 +191,15 @@ def leave_behind(store, run, steps):
     store._sender._interval = 0.1
 
 
-def test_what_an_earlier_attempt_left_changes_nothing_that_a_later_one_said(store, experiment, settings):
-    run = store.start_run(experiment, "r=4", status="SCHEDULED")
-    run.leave()
-    first = store.resume_run(run.run_id, system_metrics=False, attempt=1)
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_what_an_earlier_attempt_left_changes_nothing_that_a_later_one_said(store, experiment, settings, scheduled):
+    if scheduled:
+        run = store.start_run(experiment, "r=4", status="SCHEDULED")
+        run.leave()
+        first = store.resume_run(run.run_id, system_metrics=False, attempt=1)
+    else:
+        run = first = store.start_run(experiment, "r=4", system_metrics=False, attempt=1)
+    first.tags({"rankwise.host": "a"})
     for step in range(3):
         first.metric("train.loss", 10 - step, step)
     leave_behind(store, first, range(3, 6))
@@ -217,6 +222,18 @@ def test_what_an_earlier_attempt_left_changes_nothing_that_a_later_one_said(stor
     assert [step for step, _ in sorted(points(store, run.run_id))] == list(range(8))
     assert (record.status, record.tags["rankwise.attempt"], record.tags["rankwise.host"]) == ("FINISHED", "2", "b")
     assert list(settings.outbox.iterdir()) == []
+
+
+def test_an_attempt_that_made_the_run_may_write_to_it_only_while_it_holds_the_job(store, experiment, settings):
+    holds = [True]
+    run = store.start_run(experiment, "r=4", system_metrics=False, attempt=1, fence=lambda: holds[0])
+    run.metric("train.loss", 3.0, 0)
+    run.flush()
+    holds[0] = False
+    run.metric("train.loss", 2.0, 1)
+    assert not run.end("KILLED", timeout=10)
+    assert points(store, run.run_id) == [(0, 3.0)]
+    assert get_run(store.client, run.run_id).status == "RUNNING"
 
 
 def test_sync_delivers_what_a_dead_process_left_and_leaves_living_ones_alone(store, experiment, settings):

@@ -390,6 +390,21 @@ def test_what_waits_for_the_tracking_server_is_held_and_published_later_without_
     assert bench.queue.get(1).attempts == 1
 
 
+def test_what_waits_over_two_bases_is_published_base_by_base(bench):
+    bench.queue.submit([job("a"), job("other", pack_key="q"), job("b")])
+
+    def script(child, command):
+        if command["do"] == "train":
+            for each in command["jobs"]:
+                yield {"event": "waiting", "token": each["token"], "reason": "no server"}
+            yield DONE
+        yield from succeed(bench)(child, command)
+
+    bench.work(script, timing=replace(TIMING, upload=10))
+    assert bench.packs("publish") == [["a", "b"], ["other"]]
+    assert set(bench.states().values()) == {"succeeded"}
+
+
 def test_a_worker_that_would_end_gives_up_on_the_server_after_a_while(bench):
     bench.queue.submit([job("a")])
 
