@@ -14,7 +14,7 @@ from typing import Any
 from rankwise.assets.base import ResolvedBase, local_bases, resolve_base
 from rankwise.assets.digest import directory_digest
 from rankwise.assets.layout import base_files
-from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError, QuantizationMismatchError
+from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError, QuantizationMismatchError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import LocalSource, parse_source
 from rankwise.flavor.metadata import BaseFacts
@@ -78,7 +78,8 @@ def find_base(
         if fingerprint_base(other.path, settings) == facts.fingerprint or allow_base_mismatch:
             return other
         tried.append(f"{facts.source}: another base than the one trained on")
-    except (AssetError, ConfigError) as error:
+    except (AssetError, ConfigError, StorageError) as error:
+        # A cache that cannot be written: the base may lie where nothing has to be.
         tried.append(f"{facts.source}: {error}")
     for path in local_bases(settings):
         try:

@@ -65,8 +65,9 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
-    """An adapter in the cache: its directory, the digest of the manifest put there, and what it says of itself."""
+    """An adapter in the cache: where it came from, its directory, its manifest's digest, and what it says of itself."""
 
+    location: str
     directory: Path
     digest: str
     metadata: AdapterMetadata
@@ -171,6 +172,8 @@ class Adapters:
     def _directory(self, origin: Origin) -> tuple[Path, AdapterMetadata]:
         """The checked files of a version, and what it says of itself."""
         known = self._checked.get(origin.uri)
+        if known is not None and known.location != origin.location:
+            known = None  # The registered model was deleted and made anew: the same number is another version.
         if known is not None and _is_whole(known.directory, known.digest):
             return known.directory, known.metadata
         with fetch(origin.uri, self._settings.tracking_uri) as fetched:
@@ -182,7 +185,12 @@ class Adapters:
                 shutil.rmtree(target, ignore_errors=True)
             with placed(target, f"keeping {origin.uri} for the server") as temporary:
                 shutil.copytree(fetched.adapter, temporary, dirs_exist_ok=True)
-                kept = _Kept(directory=target, digest=write_manifest(temporary), metadata=fetched.metadata)
+                kept = _Kept(
+                    location=origin.location,
+                    directory=target,
+                    digest=write_manifest(temporary),
+                    metadata=fetched.metadata,
+                )
             self._checked[origin.uri] = kept
             return target, fetched.metadata
 

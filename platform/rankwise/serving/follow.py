@@ -35,13 +35,13 @@ class Watched:
         name: As requests give it.
         base_model_name: The server's base.
         uri: The alias.
-        served: The `models:/NAME/VERSION` that it was then.
+        served: What it was then.
     """
 
     name: str
     base_model_name: str
     uri: str
-    served: str
+    served: Served
 
 
 class Follower:
@@ -77,16 +77,16 @@ class Follower:
             try:
                 self._look(each)
             except Exception as error:
-                logger.warning("%s stays %s: %s: %s", each.name, each.served, type(error).__name__, error)
+                logger.warning("%s stays %s: %s: %s", each.name, each.served.uri, type(error).__name__, error)
 
     def _look(self, each: Watched) -> None:
         found = self._find(each.base_model_name, each.uri)
-        if found.uri == each.served:
+        if found == each.served:
             return
         self._unload(each.name)
-        logger.info("%s was %s and is %s from its next request on", each.name, each.served, found.uri)
+        logger.info("%s was %s and is %s from its next request on", each.name, each.served.uri, found.uri)
         with self._lock:
-            self._watched[each.name] = replace(each, served=found.uri)
+            self._watched[each.name] = replace(each, served=found)
 
     def _run(self) -> None:
         while not self._end.wait(EVERY_S):

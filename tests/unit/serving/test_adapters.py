@@ -76,6 +76,19 @@ def test_what_is_served_is_said_once_however_often_it_is_asked_for(world, adapte
     assert caplog.text.count("models:/served@champion is models:/served/2, served from ") == 1
 
 
+def test_a_version_of_a_model_that_was_deleted_and_made_anew_is_another_one(world, adapters, clock, client):
+    client.copy_model_version("models:/served/1", "anew")
+    first = adapters.find(str(world.base_path), "models:/anew/1")
+    client.delete_registered_model("anew")
+    client.copy_model_version("models:/served/2", "anew")
+    clock.now = TTL_S
+    second = adapters.find(str(world.base_path), "models:/anew/1")
+    assert second.uri == first.uri
+    assert second.number != first.number
+    assert second.directory != first.directory
+    check_manifest(first.directory)
+
+
 def test_a_version_is_fetched_once_and_what_is_spoilt_in_the_cache_again(world, adapters, monkeypatch):
     fetched = []
     real = module.fetch

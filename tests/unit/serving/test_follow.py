@@ -14,7 +14,8 @@ from rankwise.serving.adapters import TTL_S, Adapters, Served
 from rankwise.serving.follow import Follower, Watched, unload
 from rankwise.serving.server import Server
 
-ALIAS = Watched(name="m@best", base_model_name="base", uri="models:/m@best", served="models:/m/1")
+FIRST = Served(uri="models:/m/1", version="1", directory=Path("/x"), number=1)
+ALIAS = Watched(name="m@best", base_model_name="base", uri="models:/m@best", served=FIRST)
 
 
 class World:
@@ -120,7 +121,7 @@ def test_an_alias_of_the_registry_is_followed(world, client):
     follower = Follower(adapters.find, unloaded.append)
     base, uri = str(world.base_path), "models:/served@champion"
     first = adapters.find(base, uri)
-    follower.watch(Watched(name=uri, base_model_name=base, uri=uri, served=first.uri))
+    follower.watch(Watched(name=uri, base_model_name=base, uri=uri, served=first))
     client.set_registered_model_alias("served", "champion", "2")
     now[0] = TTL_S
     follower.look()
