@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from rankwise.cli.queue import open_queue
 from rankwise.jobs.job import JobKind, JobState, WorkerInfo
 from rankwise.jobs.outlook import packs, remaining_seconds
 from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.worker.host import host
 
 # A worker announces itself more often than this.
 _SILENT_S = 120.0
@@ -38,14 +38,14 @@ def status(experiment: str | None, as_json: bool, alive: bool) -> int:
 
 def _alive(workers: Sequence[WorkerInfo]) -> int:
     """For a container's probe."""
-    host = socket.gethostname()
-    mine = [worker for worker in workers if worker.host == host]
+    here = host()
+    mine = [worker for worker in workers if worker.host == here]
     if any(worker.silent <= _SILENT_S for worker in mine):
         return 0
     if mine:
-        note(f"no worker of {host} was heard of for {_duration(min(worker.silent for worker in mine))}")
+        note(f"no worker of {here} was heard of for {_duration(min(worker.silent for worker in mine))}")
     else:
-        note(f"the queue knows no worker of {host}")
+        note(f"the queue knows no worker of {here}")
     return 1
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from rankwise.jobs.job import Worker
 from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.settings import Settings
 from rankwise.tracking.store import Store
+from rankwise.worker.host import this_worker
 from rankwise.worker.voice import Voice
 
 __all__ = ["Context", "Voice", "open_context"]
@@ -31,8 +30,7 @@ class Context:
     @property
     def worker(self) -> Worker:
         """Who this process is in the queue."""
-        host = socket.gethostname()
-        return Worker(name=f"{host}:{os.getpid()}", host=host, pid=os.getpid())
+        return this_worker()
 
 
 @contextmanager

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rankwise.jobs.job import Job, Worker
+from rankwise.jobs.job import Job
 from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.logs import note_in_job_log
 from rankwise.settings import Settings, child_environment
 from rankwise.worker.child import ChildProcess
+from rankwise.worker.host import this_worker
 from rankwise.worker.loop import WorkerLoop
 from rankwise.worker.results import Results
 from rankwise.worker.stopping import Stop
@@ -60,7 +59,6 @@ def local_worker(
         StorageError: The home cannot be written.
     """
     queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
-    host = socket.gethostname()
     # A user's `queue.py` in the working directory must not stand in for a module of Python's.
     environment = child_environment({"PYTHONSAFEPATH": "1", **(changes or {})}, ALLOCATOR)
     command = [sys.executable, "-m", program, "--width", str(width)]
@@ -73,7 +71,7 @@ def local_worker(
     try:
         with WorkerLoop(
             queue,
-            worker=Worker(name=f"{host}:{os.getpid()}", host=host, pid=os.getpid()),
+            worker=this_worker(),
             spawn=lambda: ChildProcess(command, settings.home / "logs" / "workers", environment),
             results=Results(settings.home / "results"),
             voice=voice,

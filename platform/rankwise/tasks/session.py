@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from rankwise.tasks.context import Context, Voice, open_context
 from rankwise.tasks.outcomes import failure_of
 from rankwise.tasks.rows import RowsCache
 from rankwise.tracking.runs import Run
+from rankwise.worker.host import worker_name
 from rankwise.worker.protocol import Message
 from rankwise.worker.results import Result, Results
 
@@ -156,7 +156,7 @@ class Session:
     def logged(self, jobs: Collection[Job]) -> Iterator[None]:
         """Keep what is logged in the files of these jobs, and let MLflow runs that are started meanwhile know them."""
         work = {"job": _listed(job.id for job in jobs), "attempt": _listed(job.attempts for job in jobs)}
-        with ExitStack() as files, at_work({**work, "worker": _worker()}):
+        with ExitStack() as files, at_work({**work, "worker": worker_name(os.getppid())}):
             for job in jobs:
                 arm = job.spec_hash[:12] if job.kind is JobKind.TRAIN else None
                 files.enter_context(job_log(self.settings, job.id, attempt=job.attempts, arm=arm))
@@ -180,11 +180,6 @@ class Session:
 
 Command = Callable[[Session, Message], Any]
 """Does what a message says; its value, if any, is the answer."""
-
-
-def _worker() -> str:
-    """The parent's name in the queue."""
-    return f"{socket.gethostname()}:{os.getppid()}"
 
 
 def _listed(numbers: Iterable[int]) -> str:
