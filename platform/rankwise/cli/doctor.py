@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from rankwise import __version__
-from rankwise.cli.output import print_json, show
+from rankwise.cli.output import print_json, show, waiting
 from rankwise.settings import Settings
 from rankwise.tasks.doctor.checks import CHECKS
 from rankwise.tasks.doctor.examine import examine, worst
@@ -44,7 +44,7 @@ def doctor(as_json: bool) -> int:
             }
         )
     else:
-        with Console(stderr=True).status("Looking ..."):
+        with waiting("Looking ..."):
             findings = examine(settings, CHECKS)
         show(lambda console: _drawn(findings))
     return 1 if worst(findings) is State.PROBLEM else 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,12 @@ def definition(command: Command) -> Command:
         help="Override a key, such as training.max_steps=5; may be given several times.",
     )
     return click.argument("file", type=click.Path(path_type=Path))(option(command))
+
+
+def command_line(file: Path | None, overrides: Sequence[str], source: str | None = None) -> str:
+    """The `rankwise run` that does the same, as runs and reports show it."""
+    named = str(file) if file is not None else f"--from={source}"
+    return shlex.join(["rankwise", "run", named, *(f"--set={each}" for each in overrides)])
 
 
 @click.command()

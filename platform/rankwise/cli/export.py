@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rankwise.cli.output import note, print_json
+from rankwise.cli.output import note, print_json, waiting
 from rankwise.settings import Settings
 
 
@@ -58,9 +58,7 @@ def export(
     rankwise_export.json and the card beside the weights (safetensors only).
     """
     # Late: MLflow and torch take seconds to import.
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"Merging {uri} ...") as status:
+    with waiting(f"Merging {uri} ...") as status:
         from rankwise.flavor.export import MERGED_INTO, export_merged
         from rankwise.flavor.prompts import read_prompts
         from rankwise.tracking.connect import connect

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from rankwise.cli.output import note, print_json, size
+from rankwise.cli.output import note, print_json, size, waiting
 from rankwise.settings import Settings
 
 _QUANTIZATIONS = ("nf4", "nf4-single", "fp4", "fp4-single", "8bit", "none")
@@ -45,9 +45,7 @@ def import_(
     saved wrong, is told and recorded with the version. It is loaded over its base once before it is registered.
     """
     # Late: MLflow and torch take seconds to import.
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"Importing {source} ...") as status:
+    with waiting(f"Importing {source} ...") as status:
         from rankwise.flavor.imports import QUANTIZATIONS, import_adapter
         from rankwise.tracking.connect import connect
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from rankwise.cli.inspect_source import locate
-from rankwise.cli.output import print_json
+from rankwise.cli.output import note, plain_console, print_json, waiting
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.settings import Settings, write_atomically
 
@@ -70,7 +71,7 @@ def inspect(
     MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, a run (its id, or runs:/ID), or a PEFT directory. Without it an
     adapter is planned: --base, --r and --target-modules say which; no weight is read.
     """
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     settings = Settings.load()
     spec = _QUANTIZATIONS[quantization] if quantization else None
     planned = {"--r": r, "--target-modules": target_modules}
@@ -84,7 +85,7 @@ def inspect(
         assert r is not None
         assert target_modules is not None
         lora = _lora(r, target_modules, lora_alpha, lora_dropout, use_rslora)
-        with console.status("building the model without weights"):
+        with waiting("building the model without weights"):
             view = _plan(base, lora, spec or QuantizationSpec(), settings)
     else:
         given = [name for name, value in planned.items() if value is not None]
@@ -92,13 +93,13 @@ def inspect(
             raise click.UsageError(
                 f"{', '.join(given)} plan an adapter, and MODEL names one that exists; give only one"
             )
-        with console.status(f"inspecting {model}") as status:
-            view = _stored(model, base, spec, settings, measure, status.update, console)
+        with waiting(f"inspecting {model}") as status:
+            view = _stored(model, base, spec, settings, measure, lambda text: status.update(Text(text)), console)
     if html is not None:
         from rankwise.modeling.anatomy_page import make_page
 
         write_atomically(html.absolute(), make_page(view.anatomy, view.title, view.over).encode())
-        console.print(f"page with plots: {html}")
+        note(f"page with plots: {html}")
     if as_json:
         signer = None if view.signer is None else vars(view.signer)
         print_json({**view.anatomy.to_dict(), "signer": signer})
@@ -111,9 +112,9 @@ def _show(view: _View) -> None:
 
     spec = view.quantization
     layer = "Linear4bit" if spec.load_in_4bit else "Linear8bitLt" if spec.load_in_8bit else "Linear"
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+        console = plain_console(width=_WIDTH)
     console.print(render(view.anatomy, view.title, view.over, layer if view.anatomy.base else "Linear"))
 
 
@@ -149,9 +150,7 @@ def _stored(
 ) -> _View:
     from rankwise.modeling.anatomy_reader import adapter_anatomy
 
-    with locate(
-        model, base, settings, lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True)
-    ) as found:
+    with locate(model, base, settings, lambda text: console.print(text, style="yellow", soft_wrap=True)) as found:
         used = quantization or found.quantization
         anatomy = adapter_anatomy(found.directory, base_config=found.config, quantization=used)
         if measure and found.base is not None:

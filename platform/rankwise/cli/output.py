@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 
 def print_json(value: Any) -> None:
@@ -19,19 +21,24 @@ def print_json(value: Any) -> None:
 
 def print_table(table: Table) -> None:
     """A result for people, on stdout. Into a file or a pipe it is as wide as its content, so that nothing is cut."""
-    width = None if sys.stdout.isatty() else max(80, Console(width=10_000).measure(table).maximum)
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
+    width = None if sys.stdout.isatty() else max(80, plain_console(width=10_000).measure(table).maximum)
+    plain_console(file=sys.stdout, width=width).print(table)
 
 
 def show(draw: Callable[[Console], Any]) -> None:
     """A result that fits itself to the console, on stdout; a file or a pipe is taken for a wide one."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = plain_console(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
     console.print(draw(console))
 
 
 def note(text: str) -> None:
     """A remark for people, on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    plain_console(stderr=True, soft_wrap=True).print(text)
+
+
+def waiting(text: str) -> Status:
+    """A moving sign on stderr while something takes its time; nothing where that is no terminal."""
+    return plain_console(stderr=True).status(Text(text))
 
 
 def size(count: int) -> str:
@@ -42,3 +49,8 @@ def size(count: int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that shows texts as they are: rich takes square brackets and colons in an error for its own."""
+    return Console(**options, highlight=False, markup=False, emoji=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rankwise.cli.output import note, print_json
+from rankwise.cli.output import note, print_json, waiting
 from rankwise.settings import Settings
 
 
@@ -23,9 +23,7 @@ def pull(uri: str, directory: Path, as_json: bool) -> None:
     base's source and revision are in adapter_config.json. The `vllm serve` line for it goes to stderr.
     """
     # Late: MLflow and torch take seconds to import.
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"Fetching {uri} ...") as status:
+    with waiting(f"Fetching {uri} ...") as status:
         from rankwise.flavor.download import download_adapter, read_metadata
         from rankwise.flavor.fetch import resolve_uri
         from rankwise.serving.command import serve_command

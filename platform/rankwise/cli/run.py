@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from rankwise.cli.experiment import command_line
 from rankwise.cli.output import print_json
 from rankwise.cli.progress import Bars
 from rankwise.exceptions import RankwiseError
@@ -48,14 +48,13 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
     # A wrong file is told before anything is started.
     spec = load_experiment(file, overrides) if file is not None else None
     console = Console(stderr=True, highlight=False)
-    command = shlex.join(["rankwise", "run", str(file) if file is not None else f"--from={source}"])
     submission = {
         "do": "submit",
         "definition": None if spec is None else spec.to_yaml(),
         "name": str(file),
         "source": source,
         "overrides": list(overrides),
-        "command": command,
+        "command": command_line(file, overrides, source),
     }
     from rankwise.tasks.local import local_worker
     from rankwise.worker.gpus import visible_gpus

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from rankwise.cli.experiment import definition
+from rankwise.cli.experiment import command_line, definition
 from rankwise.cli.output import print_json, print_table
 from rankwise.cli.progress import Bars
 from rankwise.experiment.loader import load_experiment
@@ -44,7 +43,7 @@ def submit(
         with open_context(settings, bars) as context:
             prepared = prepare(context, spec, RowsCache(settings, bars), preflight=preflight)
             # Once more for jobs that are done: it completes what an earlier submission left out.
-            command = shlex.join(["rankwise", "run", str(file), *(f"--set={each}" for each in overrides)])
+            command = command_line(file, overrides)
             submitted = submit_prepared(context, prepared, command=command, priority=priority, after=after)
         waiting = sum(not job.ended for job in submitted.jobs)
         bars.say(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rankwise.evaluation.compare import ArmRecord, Comparison, Param, compare
-from rankwise.evaluation.summary import from_tracking
+from rankwise.evaluation.summary import finite, from_tracking
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.redact import redact
@@ -74,6 +74,7 @@ def gather(store: Store, experiment: str, *, everything: bool = False) -> Compar
 def arm_record(run: RunRecord) -> ArmRecord:
     """An arm out of its run."""
     assert run.spec_hash is not None
+    metrics = finite(run.metrics)
     return ArmRecord(
         spec_hash=run.spec_hash,
         run_id=run.run_id,
@@ -81,14 +82,14 @@ def arm_record(run: RunRecord) -> ArmRecord:
         reason=run.reason,
         params=typed_params(run.params),
         model_uri=run.tags.get(MODEL_URI),
-        adapter_parameters=_whole(run.metrics.get("adapter.parameters")),
-        adapter_bytes=_whole(run.metrics.get("adapter.bytes")),
-        metrics=from_tracking(run.metrics),
-        seconds=run.metrics.get("train.seconds"),
-        peak_memory_bytes=_whole(run.metrics.get("train.peak_memory_bytes")),
+        adapter_parameters=_whole(metrics.get("adapter.parameters")),
+        adapter_bytes=_whole(metrics.get("adapter.bytes")),
+        metrics=from_tracking(metrics),
+        seconds=metrics.get("train.seconds"),
+        peak_memory_bytes=_whole(metrics.get("train.peak_memory_bytes")),
         artifacts={run.run_id: run.artifact_uri} | ({linked: "" for linked in [run.tags.get(LINKED)] if linked}),
-        effective_rank=run.metrics.get("adapter.effective_rank"),
-        rank_99=_whole(run.metrics.get("adapter.rank_99")),
+        effective_rank=metrics.get("adapter.effective_rank"),
+        rank_99=_whole(metrics.get("adapter.rank_99")),
     )
 
 

@@ -26,13 +26,22 @@ def to_tracking(metrics: Mapping[str, MetricValue]) -> dict[str, float]:
 
 
 def from_tracking(flat: Mapping[str, float]) -> dict[str, MetricValue]:
-    """The metric values among a run's metrics: every `eval.` key that has a count (others are no means of examples)."""
+    """The metric values among a run's metrics: every `eval.` key that has a count (others are no means of examples).
+
+    MLflow can hold NaN and infinity, of other writers too: such a value is not defined.
+    """
+    flat = finite(flat)
     values: dict[str, MetricValue] = {}
     for name, count in flat.items():
         if name.startswith(PREFIX) and name.endswith(COUNT):
             key = name.removesuffix(COUNT)
             values[key] = MetricValue(value=flat.get(key), stderr=flat.get(key + STDERR), n=int(count))
     return values
+
+
+def finite(flat: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are numbers."""
+    return {name: value for name, value in flat.items() if math.isfinite(value)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from rankwise.evaluation.rank_finding import RankFinding
 
 MOST_ROWS = 40
 MOST_NAMED = 12
+MOST_PRUNED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +159,19 @@ def _notes(comparison: Comparison, shown: int) -> list[Text]:
         notes.append(Text(f"The best arm {best.spec_hash[:12]} (run {best.run_id}){where}", style="dim"))
     if not comparison.base:
         notes.append(Text("The bare base has not been evaluated yet.", style="yellow"))
-    unfinished = sorted((arm for arm in comparison.arms if arm.status != "FINISHED"), key=lambda arm: arm.pruned)
-    for arm in unfinished[:MOST_NAMED]:
+    pruned = [arm for arm in comparison.arms if arm.pruned]
+    failed = [arm for arm in comparison.arms if arm.status != "FINISHED" and not arm.pruned]
+    named = [*failed[:MOST_NAMED], *(pruned if len(pruned) <= MOST_PRUNED else [])]
+    for arm in named:
         status = "stopped early" if arm.pruned else arm.status
         told = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {status}"
         notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="dim" if arm.pruned else "red"))
-    if (left := len(unfinished) - MOST_NAMED) > 0:
+    if (left := len(failed) - MOST_NAMED) > 0:
         notes.append(Text(f"... and {left:,} more arms without a result: --csv and --json have all", style="yellow"))
+    if len(pruned) > MOST_PRUNED:
+        rungs = Counter((arm.reason or "").partition(":")[0] for arm in pruned)
+        told = ", ".join(f"{count:,} {rung}" for rung, count in rungs.items())
+        notes.append(Text(f"{len(pruned):,} arms stopped early: {told}; why each: --csv and --json", style="dim"))
     return notes
 
 

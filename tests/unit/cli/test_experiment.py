@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.definitions import DEFINITION, changed
 
-from rankwise.cli.experiment import plan, schema, validate
+from rankwise.cli.experiment import command_line, plan, schema, validate
 from rankwise.cli.submit import submit
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.loader import load_experiment
@@ -158,3 +158,9 @@ def test_a_first_rung_within_the_warm_up_is_spoken_of(tmp_path):
     assert advice in run(plan, file, "--no-estimates").stderr
     file.write_text(changed((grid, early.replace("min_steps: 5", "min_steps: 7"))))
     assert run(validate, file).stderr == ""
+
+
+def test_the_command_that_is_recorded_has_the_overrides():
+    told = command_line(Path("my file.yaml"), ("training.max_steps=5", "sweep.parameters={lora.r: [2]}"))
+    assert told == "rankwise run 'my file.yaml' --set=training.max_steps=5 '--set=sweep.parameters={lora.r: [2]}'"
+    assert command_line(None, ("seed=1",), "models:/m/1") == "rankwise run --from=models:/m/1 --set=seed=1"

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
-from rankwise.cli.output import note, print_json, print_table, size
+from rankwise.cli.output import note, print_json, print_table, show, size, waiting
+from rankwise.cli.progress import Bars
 
 
 @pytest.mark.parametrize(
@@ -32,3 +35,31 @@ def test_a_table_in_a_pipe_is_never_cut(capsys):
     out = capsys.readouterr().out
     assert "x" * 150 in out
     assert "y" * 150 in out
+
+
+@pytest.mark.parametrize("text", ["an error of [q_proj] at [/tmp/x]", "models:x:1 [red]"])
+def test_texts_are_shown_as_they_are(capsys, monkeypatch, text):
+    table = Table(text)
+    table.add_row(text)
+    print_table(table)
+    show(lambda console: text)
+    note(text)
+    out, err = capsys.readouterr()
+    assert out.count(text) == 3
+    assert err == f"{text}\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with waiting(text):
+        pass
+    assert text in capsys.readouterr().err
+
+
+def test_bars_show_texts_as_they_are():
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=200, highlight=False)
+    with Bars(console) as bars, bars.noted("reading [/rows.csv]", 3, "rows") as (advance, remark):
+        remark("loss [nan]")
+        advance(1)
+        bars._progress.refresh()
+    assert "reading [/rows.csv]" in drawn.getvalue()
+    assert "loss [nan]" in drawn.getvalue()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from click.testing import CliRunner
 
 from rankwise.cli.compare import compare as command
-from rankwise.evaluation.gather import PRIMARY_METRIC, gather, typed_params
+from rankwise.evaluation.gather import PRIMARY_METRIC, arm_record, gather, typed_params
 from rankwise.evaluation.metrics import MetricValue
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import ConfigError
 from rankwise.settings import Settings
+from rankwise.tracking.query import RunRecord
 from rankwise.tracking.store import Store
 from rankwise.tracking.sweeps import sweep_tags
 
@@ -169,3 +171,14 @@ def test_texts_of_digits_stay_texts_and_numbers_become_numbers():
         "training.lr_scheduler_type": "cosine",
         "note": "nan",
     }
+
+
+def test_an_arm_with_metrics_that_are_no_numbers_is_still_shown():
+    metrics = {"eval.loss": math.nan, "eval.loss.n": 9.0, "adapter.rank_99": math.nan, "train.seconds": math.inf}
+    run = RunRecord(
+        run_id="r", experiment_id="1", name="r", status="FAILED", started_ms=0, ended_ms=1, artifact_uri="", params={},
+        metrics=metrics, tags={"rankwise.spec_hash": "a" * 64},
+    )  # fmt: skip
+    arm = arm_record(run)
+    assert (arm.rank_99, arm.seconds, arm.metrics["eval.loss"].value) == (None, None, None)
+    json.dumps(arm.to_json(), allow_nan=False)

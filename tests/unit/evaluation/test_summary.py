@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -27,6 +29,12 @@ def test_values_come_back_from_tracking_as_they_went():
 
 def test_other_metrics_of_a_run_are_no_evaluation_results():
     assert from_tracking({"train.loss": 1.0, "eval.loss": 2.0, "train.n": 3.0}) == {}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_in_mlflow_is_not_defined(bad):
+    flat = {"eval.loss": bad, "eval.loss.stderr": bad, "eval.loss.n": 5.0, "eval.other": 1.0, "eval.other.n": bad}
+    assert from_tracking(flat) == {"eval.loss": MetricValue(value=None, stderr=None, n=5)}
 
 
 def test_one_seed_keeps_its_error_and_has_no_spread():

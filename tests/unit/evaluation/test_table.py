@@ -87,6 +87,16 @@ def test_a_pruned_arm_is_shown_as_such_and_is_no_failure():
     assert not arm(4, None, status="KILLED", reason="cancelled").pruned
 
 
+def test_many_pruned_arms_are_one_line_and_hide_no_failure():
+    reasons = [f"pruned at step {4 if at % 3 else 16}: eval.loss {at} is not among the best" for at in range(90)]
+    arms = [arm(at + 1, None, status="KILLED", reason=reason) for at, reason in enumerate(reasons)]
+    arms += [arm(100, 0.5), arm(101, None, status="FAILED", reason="CUDA out of memory")]
+    lines = printed(compare("x", arms, primary_metric="eval.loss", greater_is_better=False))
+    assert "90 arms stopped early: 30 pruned at step 16, 60 pruned at step 4; why each: --csv and --json" in lines
+    assert not any("not among the best" in line for line in lines)
+    assert any(line.endswith("FAILED: CUDA out of memory") for line in lines)
+
+
 def test_a_narrow_terminal_gets_two_tables_and_loses_nothing():
     lines = printed(ranks(), width=100)
     assert all(len(line) <= 100 for line in lines)
