@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -11,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.assets.digest import digests
 from rankwise.assets.entry import ensure_entry
 from rankwise.assets.layout import check_base, read_json
 from rankwise.assets.progress import SILENT, Progress
-from rankwise.assets.weights import tensors_digest
-from rankwise.exceptions import AssetError
-from rankwise.settings import Settings
+from rankwise.assets.weights import tensors_digest, weight_files
+from rankwise.exceptions import AssetError, StorageError
+from rankwise.settings import Settings, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +72,12 @@ def convert_gguf(path: Path, digest: str, settings: Settings, progress: Progress
         progress: Told of the tensors as they are unpacked.
 
     Raises:
-        AssetError: transformers cannot read the file.
+        AssetError: transformers cannot read the file, or what it was converted to has changed since.
         StorageError: The cache cannot be written.
     """
     entry = converted_entry(digest, settings)
+    if entry.is_dir():
+        _check_undamaged(entry, path.name, settings)
     ensure_entry(
         entry, settings, lambda folder: _convert(path, digest, folder, progress), doing=f"converting {path.name}"
     )
@@ -83,6 +87,41 @@ def convert_gguf(path: Path, digest: str, settings: Settings, progress: Progress
 def converted_entry(digest: str, settings: Settings) -> Path:
     """Where the cache keeps what the GGUF file with this digest becomes."""
     return settings.cache / "bases" / f"gguf-{digest.removeprefix('sha256:')[:32]}-v{VERSION}"
+
+
+def converted_digest(path: Path, settings: Settings, *, verify: bool = False) -> str:
+    """The digest of a converted base's tensors. The contents of its files decide it, so it is remembered by them.
+
+    Args:
+        path: The base.
+        settings: Where digests are remembered.
+        verify: Read everything anew, whatever is remembered.
+
+    Raises:
+        AssetError: A file is missing, cannot be read or is not in the format.
+    """
+    contents = sorted(digests(weight_files(path), settings, verify=verify).values())
+    key = hashlib.sha256(json.dumps(contents, separators=(",", ":")).encode()).hexdigest()
+    remembered = settings.cache / "tensor-digests" / key
+    if remembered.is_file() and not verify:
+        return remembered.read_text(encoding="utf-8").strip()
+    digest = tensors_digest(path)
+    try:
+        write_atomically(remembered, f"{digest}\n".encode())
+    except StorageError as error:
+        # A cache that many share is often read-only, and serves all the same.
+        logger.warning("the digest of the tensors in %s is not remembered: %s", path, error)
+    return digest
+
+
+def _check_undamaged(entry: Path, name: str, settings: Settings) -> None:
+    conversion = read_conversion(entry)
+    found = converted_digest(entry, settings)
+    if conversion is None or conversion.tensors != found:
+        what = "it has no record" if conversion is None else f"its tensors were {conversion.tensors} and are {found}"
+        raise AssetError(
+            f"the base that {name} was converted to is damaged: {what}; remove {entry}, and it is converted anew"
+        )
 
 
 def read_conversion(path: Path) -> Conversion | None:

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.assets.conversion import read_conversion
+from rankwise.assets.conversion import converted_digest, read_conversion
 from rankwise.assets.digest import digests
 from rankwise.assets.layout import read_json
-from rankwise.assets.weights import tensors_digest, weight_files
+from rankwise.assets.weights import weight_files
 from rankwise.exceptions import AssetError
-from rankwise.settings import Settings, write_atomically
+from rankwise.settings import Settings
 
 # Who wrote the file, where it lay, and how it is loaded: saving a base again changes these and not one logit.
 NOT_IDENTITY = frozenset(
@@ -148,18 +148,9 @@ def _weights(path: Path, settings: Settings, verify: bool) -> list[str]:
             f"{path} lacks {', '.join(missing) or 'safetensors weights'}; fetch the base again, or name one that has "
             "them (other formats of weights are not read)"
         )
-    contents = sorted(digests(files, settings, verify=verify).values())
-    return contents if read_conversion(path) is None else [_tensors(path, contents, settings, verify)]
-
-
-def _tensors(path: Path, contents: list[str], settings: Settings, verify: bool) -> str:
-    """The digest of a converted base's tensors. The contents of the files decide it, so it is remembered by them."""
-    remembered = settings.cache / "tensor-digests" / _digest(contents).removeprefix("sha256:")
-    if remembered.is_file() and not verify:
-        return remembered.read_text(encoding="utf-8").strip()
-    digest = tensors_digest(path)
-    write_atomically(remembered, f"{digest}\n".encode())
-    return digest
+    if read_conversion(path) is not None:
+        return [converted_digest(path, settings, verify=verify)]
+    return sorted(digests(files, settings, verify=verify).values())
 
 
 def _tokenizer_digest(path: Path) -> str:

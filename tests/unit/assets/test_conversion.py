@@ -8,7 +8,7 @@ from helpers.gguf_file import make_gguf
 from helpers.tiny import CHATML
 
 from rankwise.assets.base import resolve_base
-from rankwise.assets.conversion import RECORD, Conversion, convert_gguf, read_conversion
+from rankwise.assets.conversion import RECORD, Conversion, convert_gguf, converted_digest, read_conversion
 from rankwise.assets.digest import file_digest
 from rankwise.assets.weights import tensors, tensors_digest
 from rankwise.exceptions import AssetError
@@ -96,6 +96,29 @@ def test_a_gguf_is_converted_once_and_the_result_is_not_touched(gguf, converted,
     assert base.source == str(gguf)
     assert base.revision == file_digest(gguf, settings)
     assert states(settings) == before
+
+
+def test_a_converted_base_of_which_a_byte_has_changed_is_not_given_out(gguf, tmp_path):
+    settings = Settings.load({"RANKWISE_CACHE": str(tmp_path / "cache")})
+    entry = resolve_base(str(gguf), None, settings).path
+    assert resolve_base(str(gguf), None, settings).path == entry
+    weights = entry / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(AssetError, match=rf"the base that {gguf.name} was converted to is damaged: .* remove {entry}"):
+        resolve_base(str(gguf), None, settings)
+    weights.write_bytes(content)
+    assert resolve_base(str(gguf), None, settings).path == entry
+    (entry / RECORD).unlink()
+    with pytest.raises(AssetError, match="is damaged: it has no record"):
+        resolve_base(str(gguf), None, settings)
+
+
+def test_a_digest_that_cannot_be_remembered_is_computed_again(converted, settings, tmp_path, caplog):
+    (tmp_path / "tensor-digests").touch()
+    elsewhere = replace(settings, cache=tmp_path)
+    assert converted_digest(converted, elsewhere) == converted_digest(converted, settings) == tensors_digest(converted)
+    assert "is not remembered" in caplog.text
 
 
 def test_nothing_is_printed_while_converting(gguf, settings, tmp_path, capfd):
