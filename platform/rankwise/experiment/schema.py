@@ -138,7 +138,7 @@ class DatasetSpec(Section):
     completion: Text | None = None
     """Template over columns of what the assistant answers: the tokens that are learnt."""
     messages: Text | None = None
-    """The column with chat messages, in place of prompt and completion."""
+    """The column with chat messages, lists of {role, content}, in place of prompt and completion."""
     system: str | None = None
     """What the system says first; an empty text leaves out a default of the template where it can."""
     chat_template: Text | None = None
