@@ -13,6 +13,9 @@ dropout run on its own slice. Which rows belong to whom is said by a `Routing`, 
 The routing is no context variable and no thread-local, since backward runs in other threads and must see the same rows.
 Rows without a segment, or with adapter None, get the bare base; outside `segments` every row does.
 
+Over an 8-bit base a row's numbers do depend on its neighbours a little, in all but training on a CPU: the outliers of
+all rows of a batch together decide which columns of an input LLM.int8 does not round to 8 bit (Dettmers et al. 2022).
+
 NB: with routing installed peft's own notion of active adapters has no effect; `uninstall` gives peft's forward back.
 """
 

@@ -11,8 +11,9 @@
 
 A composition is the set of arms that were started together. One rename publishes all of its arms at one pack step; two
 generations are kept. A pack of the same arms goes on from the newest generation whose every file is what was written,
-and gives the same bytes as without the interruption. A pack of other arms takes each arm from its newest state in any
-composition; what it gives is the same within rounding.
+and gives the same bytes as without the interruption; on a GPU the same within rounding, since the backward pass of
+torch's fused attention adds up in an order of its own there. A pack of other arms takes each arm from its newest state
+in any composition; what it gives is the same within rounding.
 
 Tensors are safetensors, everything else JSON. `DIRECTORY` may be shared by all packs of a home.
 """

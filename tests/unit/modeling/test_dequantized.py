@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from helpers.bases import resolved, settings_in
 from helpers.packs import load_tiny, make_arm
+from helpers.tiny import make_base
 
+from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling import dequantized
+from rankwise.modeling.base import load_base
 from rankwise.modeling.dequantized import KEEP_BELOW, dequantized_bytes, free_memory, is_dequantized, keep_dequantized
 from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter, install
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,27 @@ def test_logits_and_gradients_are_the_same_to_the_bit(model):
     for one, two, three in zip(before, inside, after, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("module_dtype", ["float32", "bfloat16", "float16"])
+def test_logits_are_the_same_to_the_bit_whatever_dtype_a_base_was_loaded_in(
+    tmp_path, path, compute_dtype, module_dtype
+):
+    base = load_base(
+        resolved(path),
+        QuantizationSpec(bnb_4bit_compute_dtype=compute_dtype),
+        settings_in(tmp_path),
+        device="cpu",
+        module_dtype=module_dtype,
+    )
+    ids = torch.arange(4, 20).view(2, 8)
+    with torch.no_grad():
+        expected = base.model(input_ids=ids).logits
+        for share in (1.0, 0.0):
+            with keep_dequantized(base.model, memory_share=share) as kept:
+                assert kept == (share > 0)
+                assert torch.equal(base.model(input_ids=ids).logits, expected)
 
 
 def test_blocks_can_be_nested_and_the_outermost_ends_it(model):
