@@ -338,6 +338,21 @@ class JobStoreContract:
         store.beat([again.token], lease=60, progress={again.token: {"checkpoint": 40}})
         assert store.get(again.id).lost == 0
 
+    def test_a_pack_that_failed_as_a_whole_is_due_again_as_a_whole(self, store):
+        store.submit([new("a"), new("b"), new("c")])
+        pack = store.claim(WORKER, lease=60, max_arms=3)
+        assert store.finish(pack[2].token, Outcome.SUCCEEDED)
+        tokens = [job.token for job in pack]
+        assert store.finish_together(tokens, Outcome.FAILED, error="crash") == {*tokens[:2]}
+        assert store.finish_together(tokens[:1], Outcome.FAILED, error="crash") == {tokens[0]}, "said once more"
+        first, second, done = store.jobs()
+        assert first.not_before == second.not_before > first.updated_at
+        assert [(job.failures, job.error) for job in (first, second)] == [(1, "crash")] * 2
+        assert done.state is JobState.SUCCEEDED
+        while not (again := store.claim(WORKER, lease=60, max_arms=3)):
+            time.sleep(0.02)
+        assert [job.id for job in again] == [first.id, second.id]
+
     def test_attempts_tell_who_did_what(self, store):
         store.submit([new("a")])
         (job,) = store.claim(WORKER, lease=-1)

@@ -140,6 +140,18 @@ class SqlJobStore:
             ),
         )
 
+    def finish_together(
+        self, tokens: Collection[str], outcome: Outcome, *, error: str | None = None, wait: float = 0.0
+    ) -> frozenset[str]:
+        """See `JobStore.finish_together`."""
+        said = None if error is None else redact(error)
+        return self._write(
+            "finishing jobs",
+            lambda connection: transitions.finish_together(
+                connection, tokens, outcome, self._limits, error=said, wait=wait
+            ),
+        )
+
     def reclaim(self, *, host: str | None = None, alive: Collection[int] = ()) -> list[Job]:
         """See `JobStore.reclaim`."""
         return self._write(

@@ -103,6 +103,15 @@ class JobStore(Protocol):
                 backoff.
         """
 
+    def finish_together(
+        self, tokens: Collection[str], outcome: Outcome, *, error: str | None = None, wait: float = 0.0
+    ) -> frozenset[str]:
+        """End several attempts as `finish` does, at one moment: a pack that goes back to the queue goes back whole.
+
+        Returns:
+            Those tokens for which `finish` would have said yes.
+        """
+
     def reclaim(self, *, host: str | None = None, alive: Collection[int] = ()) -> list[Job]:
         """Put jobs back whose lease ran out, and those held on `host` by a process that is not among `alive`."""
 

@@ -140,8 +140,9 @@ def finish(
     result: Mapping[str, Any] | None,
     error: str | None,
     wait: float,
+    time: ColumnElement[float] | float | None = None,
 ) -> bool:
-    """See `JobStore.finish`."""
+    """See `JobStore.finish`; `time` is the moment that waiting counts from, now by default."""
     if outcome is Outcome.LOST:
         raise ValueError("only `reclaim` says that an attempt is lost")
     if not _end_attempts(connection, [token], outcome, error):
@@ -149,7 +150,7 @@ def finish(
         said = select(AttemptRow.outcome).where(AttemptRow.token == token)
         return connection.scalar(said) == str(outcome)
     failures = connection.scalars(select(JobRow.failures).where(*holding(token))).one()
-    values = _after(outcome, failures, limits, wait)
+    values = _after(outcome, failures, limits, wait, now() if time is None else time)
     if result is not None:
         values["result"] = dict(result)
     if error is not None or outcome is Outcome.SUCCEEDED:
@@ -162,7 +163,22 @@ def finish(
     return True
 
 
-def _after(outcome: Outcome, failures: int, limits: Limits, wait: float) -> dict[str, Any]:
+def finish_together(
+    connection: Connection, tokens: Collection[str], outcome: Outcome, limits: Limits, *, error: str | None, wait: float
+) -> frozenset[str]:
+    """See `JobStore.finish_together`."""
+    # One moment for all: those that have to wait are due together too.
+    time = connection.scalars(select(now())).one()
+    return frozenset(
+        token
+        for token in sorted(tokens)
+        if finish(connection, token, outcome, limits, result=None, error=error, wait=wait, time=time)
+    )
+
+
+def _after(
+    outcome: Outcome, failures: int, limits: Limits, wait: float, time: ColumnElement[float] | float
+) -> dict[str, Any]:
     """What a job becomes when an attempt ended so."""
     ended = {"token": None}
     if outcome is Outcome.SUCCEEDED:
@@ -174,15 +190,15 @@ def _after(outcome: Outcome, failures: int, limits: Limits, wait: float) -> dict
     # Whatever goes back to the queue goes no further when a person wants it stopped.
     back = case((JobRow.cancel_requested, str(JobState.CANCELLED)), else_=str(JobState.QUEUED))
     if outcome is Outcome.PREEMPTED:
-        return queued(state=back, preemptions=JobRow.preemptions + 1, not_before=now() + wait)
+        return queued(state=back, preemptions=JobRow.preemptions + 1, not_before=time + wait)
     if outcome is Outcome.RETURNED:
-        return queued(state=back, pack_id=None, not_before=now() + wait)
+        return queued(state=back, pack_id=None, not_before=time + wait)
     if outcome is Outcome.PAUSED:
         return queued(state=back, pack_id=None, held=~JobRow.cancel_requested)
     failures += 1
     if failures >= limits.failures:
         return {**ended, "state": str(JobState.FAILED), "failures": failures}
-    return queued(state=back, failures=failures, not_before=now() + max(wait, limits.wait_after(failures)))
+    return queued(state=back, failures=failures, not_before=time + max(wait, limits.wait_after(failures)))
 
 
 def reclaim(connection: Connection, limits: Limits, *, host: str | None, alive: Collection[int]) -> list[Job]:

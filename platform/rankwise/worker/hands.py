@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, Outcome
@@ -53,6 +55,7 @@ class Hands:
     def do(self, what: str, claimed: list[Job]) -> Failure | None:
         """Give jobs to the child, and finish each as it comes back; why the rest of them broke, if it did."""
         unfinished = {job.token: job for job in claimed if job.token is not None}
+        ended: list[tuple[Job, Result]] = []
 
         def on_event(message: Message) -> None:
             token = message["token"]
@@ -63,6 +66,10 @@ class Hands:
                     result = self._results.read(token)
                     assert result is not None, f"the child told of a result of {token} that is not there"
                     job = unfinished.pop(token)
+                    if result.outcome is Outcome.PREEMPTED and self._heart.holds(token):
+                        # Back with the others of its pack: alone, another worker would claim it out of the pack.
+                        ended.append((job, result))
+                        return
                     if result.error is not None:
                         self._note(job, result.error, None)
                     self.finish(job, result)
@@ -84,9 +91,9 @@ class Hands:
                 if not _is_interruption(failure):
                     self._note(job, failure.text.partition("\n")[0], failure.trace or failure.output)
                 result = Result(token=token, outcome=Outcome(failure.outcome), error=_reason(failure))
-            self.finish(
-                job, result or Result(token=token, outcome=Outcome.FAILED, error="the worker said nothing of this job")
-            )
+            silent = Result(token=token, outcome=Outcome.FAILED, error="the worker said nothing of this job")
+            ended.append((job, result or silent))
+        self._finish_all(ended)
         return failure
 
     def without_suspects(self, claimed: list[Job]) -> list[Job]:
@@ -105,28 +112,46 @@ class Hands:
 
     def finish(self, job: Job, result: Result) -> None:
         """Tell the queue, through an outage that is shorter than the lease."""
+        wait = self._wait_after(result)
+
+        def tell() -> Collection[str]:
+            told = self._queue.finish(result.token, result.outcome, result=result.result, error=result.error, wait=wait)
+            return [result.token] if told else []
+
+        self._tell([(job, result)], tell)
+
+    def _finish_all(self, ended: Sequence[tuple[Job, Result]]) -> None:
+        """The same for several; those that have ended alike, and made nothing, end at one moment."""
+        alike: dict[tuple[Outcome, str | None], list[tuple[Job, Result]]] = defaultdict(list)
+        for job, result in ended:
+            if result.result is None:
+                alike[result.outcome, result.error].append((job, result))
+            else:
+                self.finish(job, result)
+        for (outcome, error), pack in alike.items():
+            tokens, wait = [result.token for _, result in pack], self._wait_after(pack[0][1])
+            self._tell(pack, partial(self._queue.finish_together, tokens, outcome, error=error, wait=wait))
+
+    def _tell(self, ended: Sequence[tuple[Job, Result]], tell: Callable[[], Collection[str]]) -> None:
+        """Tell the queue until it answers with the tokens that still spoke for their jobs, or the leases are over."""
         while True:
             try:
-                told = self._queue.finish(
-                    result.token,
-                    result.outcome,
-                    result=result.result,
-                    error=result.error,
-                    wait=self._wait_after(result),
-                )
+                told = tell()
                 break
             except JobStoreError as error:
-                if not self._heart.confirmed(result.token):
-                    self._voice.warn(f"{job.title}: the queue was away for longer than the lease: {error}")
-                    self._heart.release(result.token)
+                if not any(self._heart.confirmed(result.token) for _, result in ended):
+                    for job, result in ended:
+                        self._voice.warn(f"{job.title}: the queue was away for longer than the lease: {error}")
+                        self._heart.release(result.token)
                     return
                 time.sleep(_AGAIN_S)
-        self._heart.release(result.token)
-        self._results.remove(result.token)
-        if not told:
-            self._voice.warn(f"{job.title} was taken over by another worker; nothing of this attempt counts")
-        elif result.outcome in (Outcome.FAILED, Outcome.FATAL):
-            self._voice.fail(f"{job.title}: {result.error}")
+        for job, result in ended:
+            self._heart.release(result.token)
+            self._results.remove(result.token)
+            if result.token not in told:
+                self._voice.warn(f"{job.title} was taken over by another worker; nothing of this attempt counts")
+            elif result.outcome in (Outcome.FAILED, Outcome.FATAL):
+                self._voice.fail(f"{job.title}: {result.error}")
 
     def _wait_after(self, result: Result) -> float:
         """Seconds until a job that met an environment at fault may be claimed again; a person tries when they like."""
