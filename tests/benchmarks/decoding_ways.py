@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 
-from rankwise.inference.generate import Prompt, generate
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.generation import Decoding, end_token_ids
+from rankwise.modeling.mixed_batch import Prompt, generate
 from rankwise.modeling.packed_lora import uninstall
 from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning
 

@@ -20,8 +20,11 @@ def load_tiny(directory: Path, architecture="llama", *, load_in_4bit: bool = Fal
     return load_base(resolved, QuantizationSpec(load_in_4bit=load_in_4bit), settings, device="cpu")
 
 
-def attach(model, name: str, *, r: int = 4, seed: int = 0, scale: float = 0.5) -> str:
-    """Inject a frozen adapter whose B is random too, so that it changes what the base says."""
+def attach(model, name: str, *, r: int = 4, seed: int = 0, scale: float = 0.5, **settings) -> str:
+    """Inject a frozen adapter whose B is random too, so that it changes what the base says.
+
+    `settings` are more of `LoraConfig`.
+    """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -30,7 +33,8 @@ def attach(model, name: str, *, r: int = 4, seed: int = 0, scale: float = 0.5) -
 
     linear = {"q_proj", "v_proj", "o_proj", "down_proj", "query_key_value", "dense_4h_to_h"}
     present = {module.rpartition(".")[2] for module, _ in model.named_modules()}
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(linear & present), lora_dropout=0.3)
+    settings = {"target_modules": sorted(linear & present), **settings}
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.3, **settings)
     with torch.random.fork_rng(devices=[]), expected_warning(SEVERAL_ADAPTERS):
         inject_adapter_in_model(config, model, name)
         torch.manual_seed(seed)

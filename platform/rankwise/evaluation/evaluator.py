@@ -39,7 +39,7 @@ MAX_LOGITS = 2**27
 
 
 class Generated(Protocol):
-    """What the evaluator reads of a generation (`inference.generate.Generation` is one)."""
+    """What the evaluator reads of a generation (`modeling.generation.Generated` is one)."""
 
     @property
     def text(self) -> str: ...  # noqa: D102

@@ -7,7 +7,8 @@ may be said at load is `model_config={"base_model": ..., "device": ..., "allow_b
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from rankwise.assets.bounded_yaml import read_yaml
 from rankwise.data.renderer import Renderer
 from rankwise.exceptions import ConfigError, TrackingError
 from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri
-from rankwise.flavor.inputs import Chat, read_input
+from rankwise.flavor.inputs import read_input
 from rankwise.flavor.loading import LoadedAdapter, load_directory
 from rankwise.flavor.options import LoadOptions
 from rankwise.flavor.package import MODEL_CONFIG
 from rankwise.flavor.signature import read_params
 from rankwise.flavor.signing import NAME_TAG
-from rankwise.modeling.generation import Decoding, generate_batch, length_batches, row_seed
+from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.generation import row_seed
+from rankwise.modeling.mixed_batch import Prompt, generate
 from rankwise.modeling.pass_lock import pass_lock
 from rankwise.settings import Settings
 
@@ -30,11 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 class QloraModel:
-    """What `mlflow.pyfunc` wraps."""
+    """What `mlflow.pyfunc` wraps: one adapter, decoded as batch inference does it (`modeling.mixed_batch`)."""
 
     def __init__(self, adapter: LoadedAdapter) -> None:
         self.adapter = adapter
         self.renderer = Renderer.create(adapter.tokenizer, base=adapter.base.path)
+        # For as long as this object lives, which MLflow never closes; no attribute, since it cannot be pickled.
+        kept = ExitStack()
+        kept.enter_context(keep_dequantized(adapter.model))
+        weakref.finalize(self, kept.close).atexit = False
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Answer prompts; several threads take turns.
@@ -54,24 +61,14 @@ class QloraModel:
         """
         decoding, seed, batch_size = read_params(params)
         chats = read_input(data, self.adapter.metadata.system)
-        # Neither `generate` nor tokenizers are made for several threads at a time.
         with pass_lock(self.adapter.model):
-            return self._answers(chats, decoding, seed, batch_size)
-
-    def _answers(self, chats: Sequence[Chat], decoding: Decoding, seed: int, batch_size: int) -> list[str]:
-        texts = self.renderer.texts(chats, add_generation_prompt=True)
-        prompts = self.renderer.tokens(texts)
-        answers: dict[int, str] = {}
-        for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
-            made = generate_batch(
-                self.adapter.model,
-                self.adapter.tokenizer,
-                [prompts[index] for index in batch],
-                decoding,
-                seeds=[row_seed(seed, index) for index in batch],
-            )
-            answers.update({index: row.text for index, row in zip(batch, made, strict=True)})
-        return [answers[index] for index in range(len(prompts))]
+            rows = self.renderer.tokens(self.renderer.texts(chats, add_generation_prompt=True))
+        prompts = [
+            Prompt(token_ids=tuple(ids), adapter=self.adapter.adapter_name, seed=row_seed(seed, index))
+            for index, ids in enumerate(rows)
+        ]
+        made = generate(self.adapter.base, prompts, decoding, tokenizer=self.adapter.tokenizer, batch_size=batch_size)
+        return [row.text for row in made]
 
     def get_raw_model(self) -> LoadedAdapter:
         """The loaded adapter, for `PyFuncModel.get_raw_model`."""

@@ -1,4 +1,4 @@
-"""Generation with several adapters in one batch, and batch inference from files to files."""
+"""Batch inference: rows of a table or of a program, answered by several adapters over one base."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from rankwise.data.renderer import Message, Renderer, RenderError
 from rankwise.exceptions import ConfigError, DatasetError, JobError
 from rankwise.flavor.loading import LoadedAdapter, load_models
 from rankwise.inference.answer import Answer
-from rankwise.inference.generate import Prompt, generate_each, prompt_problem
 from rankwise.inference.options import Options, decoding_of
 from rankwise.inference.prompts import PromptReader
 from rankwise.modeling.dequantized import keep_dequantized
 from rankwise.modeling.generation import Decoding, row_seed
+from rankwise.modeling.mixed_batch import Prompt, generate_each, prompt_problem
 from rankwise.settings import Settings
 
 BATCH_SIZE = 16

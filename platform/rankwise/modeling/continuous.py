@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -28,7 +28,8 @@ from rankwise.modeling.decoding_lora import StackedLora, stackable
 from rankwise.modeling.dequantized import free_memory
 from rankwise.modeling.forward import segments_of
 from rankwise.modeling.out_of_memory import is_out_of_memory
-from rankwise.modeling.packed_lora import install
+from rankwise.modeling.packed_lora import Routing, Segment, packed_forwards
+from rankwise.modeling.replaced_forward import replaced_forward
 from rankwise.modeling.slot_cache import SlotCache, most_columns
 
 logger = logging.getLogger(__name__)
@@ -75,15 +76,29 @@ class Engine:
         """Of a causal language model of transformers, with or without LoRA layers, that `lock` belongs to."""
         self.model = model
         self.device = model.get_input_embeddings().weight.device
-        # Held through a pass: which rows go through which adapter is said to the layers themselves.
-        self.lock = lock
-        with lock:
-            self.routing = install(model)
+        self._lock = lock
+        self._routing = Routing()
+        self._attached: tuple[str, ...] | None = None
+        self._forwards: list[tuple[Any, Any]] = []
         names = inspect.signature(model.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         self._backbone = model.base_model
         own = self._backbone is model and "logits_to_keep" in names
         self._no_head: dict[str, int] = {"logits_to_keep": 1} if own else {}
+
+    @contextmanager
+    def running(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Hold the model for a pass whose rows go through these adapters and through no other.
+
+        Between passes somebody else may make another adapter active or attach one: peft's own forward would run it on
+        all rows. So the layers get their forwards for each pass anew, and those that they had after it.
+        """
+        with self._lock:
+            attached = tuple(getattr(self.model, "peft_config", None) or ())
+            if attached != self._attached:
+                self._forwards, self._attached = packed_forwards(self.model, self._routing), attached
+            with replaced_forward(self._forwards), self._routing.segments(segments):
+                yield
 
     def prefill(self, rows: Sequence[Row]) -> Any:
         """Keys and values of all tokens but the last of each row, of which each has two tokens at least."""
@@ -93,7 +108,7 @@ class Engine:
         ids = torch.tensor(padded, device=self.device)
         cache = DynamicCache(config=self.model.config)
         lengths = [len(row.prompt) - 1 for row in rows]
-        with self.lock, self.routing.segments(segments_of(self.model, [row.adapter for row in rows], lengths)):
+        with self.running(segments_of(self.model, [row.adapter for row in rows], lengths)):
             # Several pieces mean a single row, without padding.
             for piece in torch.split(ids, PREFILL_TOKENS, dim=1):
                 self._backbone(input_ids=piece, use_cache=True, **{self.cache_name: cache}, **self._no_head)
@@ -171,7 +186,7 @@ class Flight:
         width = max(row.position for row in self.rows) + 1
         self._cache.step(where, width)
         seen = torch.arange(width, device=engine.device)[None] <= where[:, None]
-        with engine.lock, self._through():
+        with self._through():
             out = engine.model(
                 input_ids=torch.tensor([[row.token] for row in self.rows], device=engine.device),
                 attention_mask=attention_mask(seen, engine.model),
@@ -182,15 +197,19 @@ class Flight:
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
-    def _through(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _through(self) -> Iterator[None]:
         """Each row through its adapter."""
         owners = [row.adapter for row in self.rows]
         if self._stack is None:
-            return self._engine.routing.segments(segments_of(self._engine.model, owners))
+            with self._engine.running(segments_of(self._engine.model, owners)):
+                yield
+            return
         if self._moved:
             self._stack.assign(owners)
             self._moved = False
-        return self._stack.active()
+        with self._engine.running(()), self._stack.active():
+            yield
 
 
 def waiting(

@@ -16,8 +16,8 @@ Nothing leaks: zeros are written, not multiplied in, and adapters with a B that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
 from rankwise.exceptions import ConfigError
+from rankwise.modeling.own_forward import not_plain
+from rankwise.modeling.replaced_forward import replaced_forward
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +64,9 @@ class StackedLora:
             self._foreign[ranks] = foreign.to(self._device) if bool(foreign.any()) else None
         return self._foreign[ranks]
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """Run the model's LoRA layers over the stack inside the block."""
-        before = [layer.__dict__.get("forward") for layer, _ in self._forwards]
-        for layer, forward in self._forwards:
-            layer.forward = forward
-        try:
-            yield
-        finally:
-            for (layer, _), kept in zip(self._forwards, before, strict=True):
-                if kept is None:
-                    del layer.forward
-                else:
-                    layer.forward = kept
+        return replaced_forward(self._forwards)
 
 
 class _StackedForward:
@@ -127,8 +118,7 @@ def stackable(model: Any, adapters: Sequence[str], free: int) -> bool:
             free >> 20,
         )
         return False
-    plain = not any(name in layer.lora_variant or layer.lora_bias.get(name) for _, layer in layers for name in adapters)
-    return plain and all(bool(torch.isfinite(matrix).all()) for matrix in matrices)
+    return not not_plain(model, set(adapters)) and all(bool(torch.isfinite(matrix).all()) for matrix in matrices)
 
 
 def _layers(model: Any) -> list[tuple[str, Any]]:

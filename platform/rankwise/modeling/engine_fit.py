@@ -87,7 +87,7 @@ def _difference(engine: Engine) -> float:
     worst = 0.0
     for at, row in enumerate(rows):
         whole = torch.tensor([[*row.prompt, *row.made[:-1]]], device=engine.device)
-        with engine.lock, engine.routing.segments([]):
+        with engine.running(()):
             own = engine.model(input_ids=whole, use_cache=False).logits[0, -2:].float()
         mine = torch.stack([step[at] for step in ours])
         far = float((own - mine).abs().max() / own.abs().max())

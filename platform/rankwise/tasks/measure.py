@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rankwise.assets.progress import Progress
 from rankwise.evaluation.evaluator import MAX_ROWS, Evaluation, evaluate
 from rankwise.experiment.schema import EvaluationSpec
-from rankwise.inference.generate import greedy
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.mixed_batch import greedy
 from rankwise.tasks.rows import Rows
 
 

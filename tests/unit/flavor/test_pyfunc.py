@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 
@@ -9,21 +10,28 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from helpers.adapted import attach
 from helpers.tiny import make_base
 from helpers.turns import count_together, in_threads
 
 import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
-from rankwise.flavor import pyfunc
+from rankwise.flavor.signature import read_params
+from rankwise.modeling import mixed_batch
+from rankwise.modeling.continuous import Flight
+from rankwise.modeling.dequantized import is_dequantized
+from rankwise.modeling.generation import Decoding, generate_batch, row_seed
+from rankwise.modeling.packed_lora import Routing, packed_forwards
+from rankwise.modeling.replaced_forward import replaced_forward
 
 FEW = {"max_new_tokens": 4}
 
 
 @pytest.fixture
 def _settings(world, monkeypatch):
-    monkeypatch.setenv("RANKWISE_HOME", str(world.settings.home))
-    monkeypatch.setenv("RANKWISE_CACHE", str(world.settings.cache))
+    world.enter(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +62,71 @@ def test_answers_keep_the_order_of_prompts_whatever_the_batches(model):
         assert model.predict(prompts, params={**FEW, "batch_size": batch_size}) == alone
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "seed": 7},
+        {"stop": ["0", "<|im_end|>"]},
+        {"temperature": 1.0},
+    ],
+)
+def test_rows_come_and_go_and_answers_are_those_of_peft_and_generate(model, monkeypatch, params):
+    prompts = ["a", "carat 0.23, cut Ideal, color E", "carat", "0 1 2 3 4 5 6 7", "Price is"]
+    params = {"max_new_tokens": 12, **params}
+    adapter = model.get_raw_model()
+    decoding, seed, _ = read_params(params)
+    adapter.activate()
+    renderer = model._model_impl.renderer
+    texts = renderer.texts([[{"role": "user", "content": text}] for text in prompts], add_generation_prompt=True)
+    expected = generate_batch(
+        adapter.model,
+        adapter.tokenizer,
+        renderer.tokens(texts),
+        decoding,
+        seeds=[row_seed(seed, at) for at in range(len(prompts))],
+    )
+    entered, enter = [], Flight.enter
+    monkeypatch.setattr(Flight, "enter", lambda self, rows: (entered.append(len(rows)), enter(self, rows)))
+    assert model.predict(prompts, params={**params, "batch_size": 2}) == [row.text for row in expected]
+    assert sum(entered) == len(prompts)
+    assert len(entered) > 1
+
+
+def test_the_raw_model_goes_through_the_adapter_before_and_after_a_prediction(model):
+    adapter = model.get_raw_model()
+    ids = torch.tensor([[5, 9, 11]])
+    with torch.no_grad():
+        before = adapter.model(ids).logits
+        model.predict("carat 0.23", params=FEW)
+        assert torch.equal(adapter.model(ids).logits, before)
+        with replaced_forward(packed_forwards(adapter.model, Routing())):
+            assert not torch.allclose(adapter.model(ids).logits, before)
+
+
+@pytest.mark.usefixtures("_settings")
+def test_an_adapter_that_is_not_plain_lora_is_answered_by_peft_s_own_forward_and_that_is_said(world, tmp_path, caplog):
+    base = world.load_base()
+    name = attach(base.model, "dora", use_dora=True)
+    flavor.save_model(base.model, tmp_path / "saved", base.tokenizer, base=base, adapter_name=name)
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "saved"))
+    adapter = loaded.get_raw_model()
+    ids = adapter.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    (expected,) = generate_batch(adapter.model, adapter.tokenizer, [ids], Decoding(max_new_tokens=4))
+    with caplog.at_level(logging.WARNING, "rankwise"):
+        assert loaded.predict("a", params=FEW) == [expected.text]
+    assert "not plain LoRA (DoRA or a bias), so decoded by peft's own forward" in caplog.text
+
+
 def test_threads_take_turns_each_with_its_own_parameters(model, monkeypatch):
     lengths = (3, 9)
     expected = {length: model.predict("carat 0.23", params={"max_new_tokens": length}) for length in lengths}
-    together = count_together(monkeypatch, pyfunc, "generate_batch")
+    found = in_threads(lambda length: model.predict("carat 0.23", params={"max_new_tokens": length}), lengths)
+    assert found == expected
+    monkeypatch.setattr(mixed_batch, "engine_of", lambda model: None)
+    together = count_together(monkeypatch, mixed_batch, "generate_batch")
     found = in_threads(lambda length: model.predict("carat 0.23", params={"max_new_tokens": length}), lengths)
     assert found == expected
     assert together == [1, 1]
@@ -93,6 +162,16 @@ def test_a_wrong_input_is_refused_by_the_loader_itself(model):
 def test_the_stored_example_is_one_that_the_model_answers(model):
     assert model.input_example is not None
     assert len(model.predict(model.input_example, params=FEW)) == 1
+
+
+@pytest.mark.usefixtures("_settings")
+def test_weights_are_kept_dequantized_as_long_as_the_model_lives(world):
+    loaded = flavor._load_pyfunc(str(world.saved))
+    raw = loaded.get_raw_model()
+    assert is_dequantized(raw.model)
+    del loaded
+    gc.collect()
+    assert not is_dequantized(raw.model)
 
 
 @pytest.mark.usefixtures("_settings")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers.adapted import attach, load_tiny
 
-from rankwise.inference.generate import Prompt, encode_prompts, generate
 from rankwise.modeling import continuous, engine_fit, slot_cache
 from rankwise.modeling.continuous import Flight, Row
 from rankwise.modeling.engine_fit import engine_of
 from rankwise.modeling.generation import Decoding
+from rankwise.modeling.mixed_batch import Prompt, encode_prompts, generate, generate_each
+from rankwise.modeling.packed_lora import delete_adapter
 
 TEXTS = [
     "How much is this diamond?",
@@ -184,6 +185,28 @@ def test_what_peft_s_own_forward_was_given_back_for_is_routed_again(base, prompt
     assert generate(base, prompts, LONG) == expected
 
 
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_an_adapter_made_active_or_attached_between_two_rows_gets_into_neither(base, prompts, monkeypatch, batch_size):
+    from rankwise.flavor.loading import activate
+
+    expected = generate(base, prompts, LONG)
+    changes = [
+        lambda: activate(base.model, "a"),
+        lambda: attach(base.model, "new", r=2, seed=9, target_modules=["up_proj"]),
+        lambda: activate(base.model, "new"),
+        lambda: delete_adapter(base.model, "new"),
+    ]
+    for share in (continuous.STACK_SHARE, 0.0):
+        monkeypatch.setattr(continuous, "STACK_SHARE", share)
+        made = {}
+        for change, (at, row) in zip(
+            [*changes, *[lambda: None] * 2], generate_each(base, prompts, LONG, batch_size=batch_size), strict=True
+        ):
+            made[at] = row
+            change()
+        assert [made[at] for at in range(len(prompts))] == expected
+
+
 def test_two_threads_decode_over_one_model_without_mixing_their_rows(base, prompts):
     expected = generate(base, prompts, LONG)
     results: dict[int, list] = {}
@@ -277,6 +300,6 @@ def test_slots_hold_each_row_s_keys_after_any_order_of_leaving(base):
         row.made.append(int(logits.argmax()))
     flight.leave([0, 1])
     assert flight.rows == [rows[2]]
-    with torch.no_grad(), engine.routing.segments([]):
+    with torch.no_grad(), engine.running(()):
         own = base.model(torch.tensor([[*rows[2].prompt, *rows[2].made]]), use_cache=False).logits[0, -1]
     torch.testing.assert_close(flight.logits()[0], own)

@@ -13,12 +13,12 @@ from helpers.turns import count_together, in_threads
 from transformers import AddedToken
 
 from rankwise.exceptions import ConfigError, JobError
-from rankwise.inference import flight
-from rankwise.inference import generate as module
-from rankwise.inference.generate import Prompt, encode_prompts, generate, greedy, prompt_problem
+from rankwise.modeling import flight
+from rankwise.modeling import mixed_batch as module
 from rankwise.modeling.continuous import Flight
 from rankwise.modeling.generation import Decoding, end_token_ids
-from rankwise.modeling.packed_lora import install, uninstall
+from rankwise.modeling.mixed_batch import Prompt, encode_prompts, generate, greedy, prompt_problem
+from rankwise.modeling.packed_lora import delete_adapter, install, uninstall
 
 TEXTS = ["How much is this diamond?", "carat 0.23", "0 1 2 3 4 5 6 7 8 9 10 20", "Price is $326 user", "E"]
 ADAPTERS = ["b", None, "a", "a", "b"]
@@ -111,6 +111,18 @@ def test_threads_take_turns_over_a_model_that_the_engine_does_not_take(base, pro
     results = in_threads(lambda turn: generate(base, prompts[::turn], decoding, batch_size=2), (1, -1))
     assert set(together) == {1}
     assert results == {1: expected, -1: expected[::-1]}
+
+
+def test_an_adapter_that_is_not_plain_lora_goes_by_itself_and_changes_nothing_for_others(base, prompts, caplog):
+    attach(base.model, "dora", r=2, seed=4, use_dora=True)
+    try:
+        mixed = [*prompts[:3], replace(prompts[0], adapter="dora"), *prompts[3:], replace(prompts[1], adapter="dora")]
+        made = generate(base, mixed, Decoding(max_new_tokens=6), batch_size=3)
+        assert [row.token_ids for row in made] == [alone(base, prompt, 6) for prompt in mixed]
+        assert made[3].token_ids != made[0].token_ids
+        assert "dora: not plain LoRA" in caplog.text
+    finally:
+        delete_adapter(base.model, "dora")
 
 
 def test_results_say_how_long_prompt_and_answer_were_and_why_they_ended(base, prompts):

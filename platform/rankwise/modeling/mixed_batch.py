@@ -6,23 +6,29 @@ seed: what a row generates depends neither on its neighbours nor on the batch si
 products, by which a choice between two all but equal tokens can flip (`make bench-inference` measures how often).
 
 A model whose layers keep something else than keys and values (a window, a state) is decoded by transformers' own
-`generate` in batches of similar length, sorted by adapter.
+`generate` in batches of similar length, sorted by adapter; so are rows of an adapter that is not plain LoRA, by itself.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rankwise.assets.progress import SILENT, Progress
 from rankwise.exceptions import ConfigError
-from rankwise.inference.flight import Prompt, in_flight
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.engine_fit import engine_of
+from rankwise.modeling.flight import Prompt, in_flight
 from rankwise.modeling.forward import evaluating, segments_of
 from rankwise.modeling.generation import Decoding, Generated, generate_batch, length_batches
-from rankwise.modeling.packed_lora import install
+from rankwise.modeling.own_forward import not_plain, own_forward
+from rankwise.modeling.packed_lora import Routing, packed_forwards
 from rankwise.modeling.pass_lock import pass_lock
+from rankwise.modeling.replaced_forward import replaced_forward
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Prompt", "encode_prompts", "generate", "generate_each", "greedy", "prompt_problem"]
 
@@ -86,26 +92,46 @@ def generate_each(
     if not prompts:
         return
     tokenizer = base.tokenizer if tokenizer is None else tokenizer
+    alone = not_plain(base.model, {prompt.adapter for prompt in prompts if prompt.adapter is not None})
+    if alone:
+        logger.warning(
+            "%s: not plain LoRA (DoRA or a bias), so decoded by peft's own forward, one adapter after another",
+            ", ".join(alone),
+        )
     with evaluating(base.model):
-        engine = engine_of(base.model)
-        if engine is None:
-            yield from _in_batches(base, prompts, decoding, tokenizer, batch_size)
-        else:
-            yield from in_flight(engine, prompts, decoding, tokenizer, batch_size)
+        for own in [None, *alone]:
+            places = [at for at, one in enumerate(prompts) if own == (one.adapter if one.adapter in alone else None)]
+            rows = [prompts[at] for at in places]
+            engine = engine_of(base.model) if own is None and rows else None
+            if engine is None:
+                made = _in_batches(base, rows, decoding, tokenizer, batch_size, own)
+            else:
+                made = in_flight(engine, rows, decoding, tokenizer, batch_size)
+            for at, one in made:
+                yield places[at], one
 
 
 def _in_batches(
-    base: LoadedBase, prompts: Sequence[Prompt], decoding: Decoding, tokenizer: Any, batch_size: int
+    base: LoadedBase, prompts: Sequence[Prompt], decoding: Decoding, tokenizer: Any, batch_size: int, own: str | None
 ) -> Iterator[tuple[int, Generated]]:
+    """By transformers' `generate`: all rows through the adapter `own`, or, where it is None, each through its own."""
     for batch in length_batches([len(prompt.token_ids) for prompt in prompts], batch_size):
         order = sorted(batch, key=lambda index: prompts[index].adapter or "")
         rows = [prompts[index] for index in order]
-        segments = segments_of(base.model, [row.adapter for row in rows])
-        with pass_lock(base.model), install(base.model).segments(segments):
+        with pass_lock(base.model), _routed(base.model, rows) if own is None else own_forward(base.model, own):
             made = generate_batch(
                 base.model, tokenizer, [row.token_ids for row in rows], decoding, seeds=[row.seed for row in rows]
             )
         yield from zip(order, made, strict=True)
+
+
+@contextmanager
+def _routed(model: Any, rows: Sequence[Prompt]) -> Iterator[None]:
+    """Each row through its adapter."""
+    routing = Routing()
+    segments = segments_of(model, [row.adapter for row in rows])
+    with replaced_forward(packed_forwards(model, routing)), routing.segments(segments):
+        yield
 
 
 def greedy(
