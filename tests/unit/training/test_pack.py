@@ -325,13 +325,18 @@ def test_without_a_checkpoint_there_is_no_adapter_of_a_non_finite_arm(base, tmp_
     assert outcomes[arm.spec_hash].steps == 1
 
 
-def test_weights_that_overflow_in_the_last_update_are_not_a_result(base, tmp_path):
-    arm = make_arm(training={"learning_rate": 3e38, "max_steps": 2, "weight_decay": 1.0})
-    outcomes, _ = train(base, [arm], tmp_path)
-    outcome = outcomes[arm.spec_hash]
-    assert outcome.status == "nonfinite"
-    assert outcome.reason.startswith("nonfinite_")
-    assert outcome.adapter is None
+@pytest.mark.parametrize(
+    ("training", "stop_at"),
+    [({"max_steps": 1}, None), ({"max_steps": 3}, 1), ({"max_steps": 3, "save_steps": 1}, None)],
+    ids=["at the end", "at a pause", "at a checkpoint"],
+)
+def test_weights_that_overflow_in_an_update_are_kept_nowhere(base, tmp_path, training, stop_at):
+    arm = make_arm(training={"learning_rate": 3e38, "weight_decay": 1.0, **training})
+    task = ArmTask(spec=arm, train=ROWS, evaluation=ROWS[:5], stop_at=stop_at)
+    outcome = train_pack(base, [task], directory=tmp_path)[arm.spec_hash]
+    assert (outcome.status, outcome.adapter, outcome.best) == ("nonfinite", None, None)
+    assert outcome.reason.startswith("nonfinite_weights: nan at step 1, rows ")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_evaluation_during_training_finds_the_best_state(base, tmp_path):
