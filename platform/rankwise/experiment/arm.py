@@ -44,6 +44,8 @@ HASH_VERSION = 1
 _WITHOUT_EFFECT = {"save_steps", "logging_steps", "eval_steps"}
 # Fields younger than HASH_VERSION count where they are set to something else than what there was before them.
 _ADDED = ("optim", "train_sampling_strategy")
+# Fields whose params have a shorter name.
+_PARAM_NAMES = {"lora.lora_alpha": "lora.alpha", "lora.lora_dropout": "lora.dropout", "lora.use_rslora": "lora.rslora"}
 
 
 class ArmSpec(Section):
@@ -150,10 +152,10 @@ class ArmSpec(Section):
             "init_from": self.init_from,
             "seed": self.seed,
             "lora.r": lora.r,
-            "lora.alpha": lora.lora_alpha,
-            "lora.dropout": lora.lora_dropout,
+            param_name("lora.lora_alpha"): lora.lora_alpha,
+            param_name("lora.lora_dropout"): lora.lora_dropout,
             "lora.target_modules": modules if isinstance(modules, str) else ",".join(modules),
-            "lora.rslora": lora.use_rslora,
+            param_name("lora.use_rslora"): lora.use_rslora,
             "dataset.train": self.dataset.train,
             "dataset.train_revision": self.dataset.train_revision,
             "dataset.limit.train": self.dataset.limit.train,
@@ -250,6 +252,11 @@ class ArmSpec(Section):
             "rows": self._eval_rows(),
             "texts": self._texts(),
         }
+
+
+def param_name(path: str) -> str:
+    """What a field of a definition is called among the params of an arm's run, and so in MLflow's table."""
+    return _PARAM_NAMES.get(path, path)
 
 
 def _quantization(spec: QuantizationSpec) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
+from rankwise.experiment.arm import param_name
 from rankwise.flavor.metadata import MANIFEST_TAG, SECTION_TAG, BaseFacts
 from rankwise.flavor.options import LogOptions
 from rankwise.flavor.package import Package, build, describe_into
@@ -166,8 +167,8 @@ def _tags(package: Package, metrics: Mapping[str, float] | None) -> dict[str, st
         SECTION_TAG: package.section,
         **({SIGNATURE_TAG: package.signature} if package.signature else {}),
         "lora.r": str(lora["r"]),
-        "lora.alpha": str(lora["lora_alpha"]),
-        "lora.dropout": str(lora.get("lora_dropout", 0.0)),
+        param_name("lora.lora_alpha"): str(lora["lora_alpha"]),
+        param_name("lora.lora_dropout"): str(lora.get("lora_dropout", 0.0)),
         "lora.target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
         "base.model": base.source,
         "base.revision": base.revision,

@@ -9,17 +9,16 @@ import json
 
 from mlflow import MlflowClient
 
+from rankwise.experiment.arm import param_name
 from rankwise.experiment.metric_names import keys_of
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.tracking.errors import tracking_errors
 
 _KEY = "rankwise"
 VIEW_TAG = f"mlflow.sharedViewState.{_KEY}"
-_ALWAYS = ("lora.r", "lora.alpha", "lora.dropout")
+_ALWAYS = ("lora.r", "lora.lora_alpha", "lora.lora_dropout")
 # In pixels: settings are short numbers, of metrics the name is long.
 _NARROW, _WIDE = 100, 130
-# What MLflow calls these parameters in runs of rankwise.
-_PARAMS = {"lora.lora_alpha": "lora.alpha", "lora.lora_dropout": "lora.dropout", "lora.use_rslora": "lora.rslora"}
 
 
 def table_view(spec: ExperimentSpec) -> str:
@@ -28,7 +27,7 @@ def table_view(spec: ExperimentSpec) -> str:
     The order of runs stays MLflow's own, by time: in any other it does not nest arms under their sweep.
     """
     swept = [*spec.sweep.parameters, *(path for arm in spec.sweep.arms for path in arm)]
-    params = dict.fromkeys([*_ALWAYS, *(_PARAMS.get(path, path) for path in swept)])
+    params = dict.fromkeys(map(param_name, [*_ALWAYS, *swept]))
     metrics = dict.fromkeys([*keys_of(spec.evaluation.metrics), "adapter.parameters"])
     columns = [
         *(f"params.`{name}`" for name in params),

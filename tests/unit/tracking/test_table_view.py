@@ -4,6 +4,7 @@ import json
 
 from helpers.definitions import parse
 
+from rankwise.experiment.sweep import expand
 from rankwise.tracking.table_view import VIEW_TAG, latest_views, table_view, view_route
 
 
@@ -37,6 +38,16 @@ def test_listed_arms_count_too():
         ("sweep:\n  parameters:\n    lora.r: [4, 8]\n", "sweep: {arms: [{lora.r: 2}, {lora.use_rslora: true}]}\n")
     )
     assert "params.`lora.rslora`" in columns(spec)
+
+
+def test_columns_have_the_names_that_runs_give_their_params():
+    values = {"r": "4", "lora_alpha": "8", "lora_dropout": "0.1", "target_modules": "[q_proj]", "use_rslora": "true"}
+    swept = "".join(f"    lora.{field}: [{value}]\n" for field, value in values.items())
+    spec = parse(("    lora.r: [4, 8]\n", swept))
+    (arm,) = expand(spec)
+    named = [column for column in columns(spec) if column.startswith("params.")]
+    assert len(named) == len(values)
+    assert {column.removeprefix("params.").strip("`") for column in named} <= arm.params.keys()
 
 
 def test_an_experiment_has_the_view_and_is_found_with_its_address(store):
