@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from rankwise.cli.job_log import follow, tail
 from rankwise.cli.output import note, print_json, print_table
 from rankwise.cli.queue import open_queue
 from rankwise.exceptions import JobError
-from rankwise.jobs.job import Attempt, Job, JobKind, JobState
+from rankwise.jobs.job import ENDED, Attempt, Job, JobKind, JobState
+from rankwise.jobs.store import JobStore
 from rankwise.logs import human, job_log_path
 from rankwise.settings import Settings
 
 _PAGE = 1000
 _TAIL = 20
-_ids = click.argument("job_ids", type=int, nargs=-1, required=True)
+_ids = click.argument("job_ids", type=int, nargs=-1)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -50,10 +51,11 @@ def list_jobs(
             limit=limit,
             after_id=after,
         )
+        time = queue.time()
     if as_json:
         print_json([job.to_json() for job in found])
     else:
-        _print_jobs(found)
+        _print_jobs(found, time)
     if len(found) == limit:
         note(f"only {limit} are shown; raise --limit for more, or go on with --after {found[-1].id}")
 
@@ -66,33 +68,36 @@ def show(job_id: int, as_json: bool) -> None:
     settings = Settings.load()
     with open_queue(settings) as queue:
         job, attempts, earlier = queue.get(job_id), queue.attempts(job_id), queue.waits_for(job_id)
+        time = queue.time()
     path = job_log_path(settings, job_id)
     last = tail(path, _TAIL) if path.exists() else []
     if as_json:
         print_json({**_everything(job, attempts, earlier), "log": [_parsed(line) for line in last]})
         return
-    _print_job(job, attempts, earlier)
+    _print_job(job, attempts, earlier, time)
     for line in last:
         click.echo(human(line))
 
 
 @jobs.command()
 @_ids
+@click.option("--experiment", help="All jobs of this experiment that have not ended.")
 @_json
-def cancel(job_ids: tuple[int, ...], as_json: bool) -> None:
+def cancel(job_ids: tuple[int, ...], experiment: str | None, as_json: bool) -> None:
     """Cancel jobs: queued ones at once, running ones after the step under way."""
     with open_queue() as queue:
-        changed = queue.cancel([queue.get(job_id).id for job_id in job_ids])
+        changed = queue.cancel(_named(queue, job_ids, experiment, set(JobState) - ENDED))
     _tell(changed, as_json)
 
 
 @jobs.command()
 @_ids
+@click.option("--experiment", help="All jobs of this experiment that have failed.")
 @_json
-def retry(job_ids: tuple[int, ...], as_json: bool) -> None:
+def retry(job_ids: tuple[int, ...], experiment: str | None, as_json: bool) -> None:
     """Put failed and cancelled jobs back into the queue, and what was cancelled because of them."""
     with open_queue() as queue:
-        changed = queue.retry([queue.get(job_id).id for job_id in job_ids])
+        changed = queue.retry(_named(queue, job_ids, experiment, {JobState.FAILED}))
     _tell(changed, as_json)
 
 
@@ -127,9 +132,27 @@ def _parsed(line: str) -> Any:
         return line
 
 
-def _state(job: Job) -> str:
+def _named(queue: JobStore, ids: Sequence[int], experiment: str | None, states: Collection[JobState]) -> list[int]:
+    """The jobs that a command is about: those with these numbers, or those of an experiment in these states."""
+    if bool(ids) == (experiment is not None):
+        raise click.UsageError("give the numbers of jobs, or --experiment NAME")
+    if experiment is None:
+        return [queue.get(job_id).id for job_id in ids]
+    found: list[int] = []
+    while page := queue.jobs(experiment=experiment, states=states, limit=_PAGE, after_id=found[-1] if found else 0):
+        found += [job.id for job in page]
+    if not found:
+        said = " or ".join(sorted(states))
+        raise JobError(f"no job of experiment {experiment!r} is {said}; `rankwise jobs list` shows those there are")
+    return found
+
+
+def _state(job: Job, time: float | None = None) -> str:
+    """The state in words; `time` is now, for a job that waits after a failure or an outage."""
     if job.held and job.state is JobState.QUEUED:
         return f"{job.state} (held)"
+    if time is not None and job.state is JobState.QUEUED and job.not_before > time:
+        return f"{job.state} (again in {job.not_before - time:.0f} s)"
     return f"{job.state} (asked to stop)" if job.cancel_requested and not job.ended else str(job.state)
 
 
@@ -161,19 +184,19 @@ def _everything(job: Job, attempts: Sequence[Attempt], earlier: Sequence[Job]) -
     }
 
 
-def _print_jobs(found: Sequence[Job]) -> None:
+def _print_jobs(found: Sequence[Job], time: float) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("id", "kind", "state", "experiment", "arm", "tries", "failed", "preempted", "lost", "error"):
         table.add_column(column)
     for job in found:
         counts = (str(count) for count in (job.attempts, job.failures, job.preemptions, job.lost))
         error = (job.error or "").partition("\n")[0]
-        table.add_row(str(job.id), job.kind, _state(job), job.experiment, job.spec_hash[:12], *counts, error)
+        table.add_row(str(job.id), job.kind, _state(job, time), job.experiment, job.spec_hash[:12], *counts, error)
     print_table(table)
 
 
-def _print_job(job: Job, attempts: Sequence[Attempt], earlier: Sequence[Job]) -> None:
-    click.echo(f"{job.title} of {job.experiment}: {_state(job)}")
+def _print_job(job: Job, attempts: Sequence[Attempt], earlier: Sequence[Job], time: float) -> None:
+    click.echo(f"{job.title} of {job.experiment}: {_state(job, time)}")
     for each in earlier:
         click.echo(f"waits for {each.title}, which is {each.state}")
     if job.error:

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -98,6 +99,26 @@ def test_jobs_are_cancelled_and_tried_again(queue):
         call(jobs, "retry", "3", "99")
 
 
+def test_all_jobs_of_an_experiment_are_cancelled_and_its_failed_ones_tried_again(queue):
+    with pytest.raises(click.UsageError, match="give the numbers of jobs, or --experiment NAME"):
+        CliRunner().invoke(jobs, ["cancel"], standalone_mode=False, catch_exceptions=False)
+    with pytest.raises(click.UsageError):
+        CliRunner().invoke(jobs, ["retry", "3", "--experiment", "e"], standalone_mode=False, catch_exceptions=False)
+    said = call(jobs, "cancel", "--experiment", "e").stderr.splitlines()
+    assert said == ["job 2: running (asked to stop)", "job 4: cancelled"]
+    back = json.loads(call(jobs, "retry", "--experiment", "e", "--json").stdout)
+    assert [row["id"] for row in back] == [3, 5], "what was cancelled stays so, but for what waits for a failed one"
+    with pytest.raises(JobError, match="no job of experiment 'e' is failed; `rankwise jobs list`"):
+        call(jobs, "retry", "--experiment", "e")
+
+
+def test_a_job_that_waits_after_a_failure_says_until_when(queue):
+    queue.finish(queue.get(2).token, Outcome.FAILED, error="crash")
+    row = next(line for line in call(jobs, "list").stdout.splitlines() if line.startswith("2 "))
+    assert "queued (again in 10 s)" in row or "queued (again in 9 s)" in row
+    assert "queued (again in" in call(jobs, "show", "2").stdout.splitlines()[0]
+
+
 def test_a_log_that_is_not_here_says_where_it_may_be(queue):
     with pytest.raises(JobError, match=r"job 4 \(train queued-hash\) has no log: no worker has started it yet"):
         call(jobs, "logs", "4")
@@ -158,13 +179,13 @@ def test_status_tells_depth_packs_workers_and_the_time_left():
 
 @pytest.mark.usefixtures("queue")
 def test_a_probe_tells_whether_a_worker_of_this_host_was_heard_of(monkeypatch):
-    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    monkeypatch.setattr("rankwise.cli.status.host", lambda: "here")
     assert probe() == (0, "")
     monkeypatch.setattr("rankwise.cli.status._SILENT_S", -1)
     code, said = probe()
     assert code == 1
     assert "no worker of here was heard of for" in said
-    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setattr("rankwise.cli.status.host", lambda: "elsewhere")
     assert probe() == (1, "the queue knows no worker of elsewhere\n")
 
 
