@@ -8,8 +8,8 @@ models can be compared pair by pair, and gives each mean its standard error in t
 Decisions:
 
 - Standard error: the linearised variance of a ratio with examples as clusters (Cochran, *Sampling Techniques*, 3rd
-  ed., section 6.4): tokens of one example are not independent, so they do not count as so many measurements. With
-  equal weights it is the usual s / sqrt(n). Fewer than two examples have none (None).
+  ed., section 6.4): tokens of one example are not independent, so they do not count as so many measurements, and
+  neither do examples with one prompt. With equal weights it is the usual s / sqrt(n). Fewer than two have none (None).
 - `n` is the number of examples with weight above 0.
 - No example to count: value None, stderr None, n 0. A mean that is not finite (the loss of a diverged adapter): value
   None, stderr None, n > 0. NaN and infinity never leave this module: they are not JSON, and MLflow's charts break on
@@ -27,7 +27,7 @@ keys begin with `eval.` and are of no other metric.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,10 +165,11 @@ def _find(name: str) -> Metric:
 def compute(metrics: Sequence[Metric], observations: Sequence[Observation]) -> dict[str, MetricValue]:
     """Every key of every metric over these observations (none at all is allowed: each value is then None)."""
     values: dict[str, MetricValue] = {}
+    prompts = [observation.prompt for observation in observations]
     for each in metrics:
         samples = [each(observation) for observation in observations]
         for key in each.keys:
-            values[key] = weighted_mean([sample[key] for sample in samples])
+            values[key] = weighted_mean([sample[key] for sample in samples], prompts)
         for key, transform in each.derived.items():
             values[key] = _transformed(values[transform.source], transform)
     return values
@@ -179,22 +180,30 @@ def scores(metrics: Sequence[Metric], observation: Observation) -> dict[str, flo
     return {key: sample.score for each in metrics for key, sample in each(observation).items()}
 
 
-def weighted_mean(samples: Sequence[Sample]) -> MetricValue:
-    """Sum of totals over sum of weights, with the standard error of a ratio (see the module)."""
-    counted = [sample for sample in samples if sample.weight > 0]
+def weighted_mean(samples: Sequence[Sample], clusters: Sequence[Hashable] | None = None) -> MetricValue:
+    """Sum of totals over sum of weights, with the standard error of a ratio (see the module).
+
+    Args:
+        samples: The examples' shares.
+        clusters: Examples with equal ones are one measurement; None: each is one of its own.
+    """
+    names: Sequence[Hashable] = range(len(samples)) if clusters is None else clusters
+    counted = [(name, sample) for name, sample in zip(names, samples, strict=True) if sample.weight > 0]
     n = len(counted)
     if n == 0:
         return MetricValue(value=None, stderr=None, n=0)
-    totals = np.array([sample.total for sample in counted], dtype=np.float64)
-    weights = np.array([sample.weight for sample in counted], dtype=np.float64)
+    places = {name: place for place, name in enumerate(dict.fromkeys(name for name, _ in counted))}
+    at, m = [places[name] for name, _ in counted], len(places)
+    totals = np.bincount(at, [sample.total for _, sample in counted], m)
+    weights = np.bincount(at, [sample.weight for _, sample in counted], m)
     with np.errstate(over="ignore", invalid="ignore"):
         mean = float(totals.sum() / weights.sum())
         if not math.isfinite(mean):
             return MetricValue(value=None, stderr=None, n=n)
-        if n == 1:
+        if m == 1:
             return MetricValue(value=mean, stderr=None, n=n)
         residuals = totals - mean * weights
-        stderr = float(np.sqrt(n / (n - 1) * np.sum(residuals**2)) / weights.sum())
+        stderr = float(np.sqrt(m / (m - 1) * np.sum(residuals**2)) / weights.sum())
     return MetricValue(value=mean, stderr=stderr if math.isfinite(stderr) else None, n=n)
 
 

@@ -11,7 +11,9 @@ from rankwise.evaluation.metrics import find_metrics, scores
 def prediction_rows(
     evaluation: Evaluation, metric_names: Sequence[str], *, log_examples: bool = True
 ) -> list[dict[str, object]]:
-    """Rows of id, prompt, reference, prediction, finish reason and the example's own scores.
+    """Rows of id, group, prompt, reference, prediction, finish reason and the example's own scores.
+
+    Rows with one prompt are one group, which has the id of its first row.
 
     Args:
         evaluation: What one adapter did.
@@ -20,8 +22,10 @@ def prediction_rows(
     """
     metrics = find_metrics(metric_names)
     rows: list[dict[str, object]] = []
+    groups: dict[str, str] = {}
     for observation in evaluation.observations:
-        row: dict[str, object] = {"id": observation.id}
+        group = groups.setdefault(observation.prompt, observation.id)
+        row: dict[str, object] = {"id": observation.id, "group": group}
         if log_examples:
             row |= {
                 "prompt": observation.prompt,

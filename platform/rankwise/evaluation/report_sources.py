@@ -27,7 +27,7 @@ class Influences(NamedTuple):
     """How much each example moves a mean: weight * (value - mean) / sum of weights.
 
     Attributes:
-        ids: Of the examples.
+        ids: Of the examples; those with one prompt are one, under the id of the first.
         values: (n,), in their order; the sum is 0.
     """
 
@@ -65,7 +65,7 @@ def influences(table: Mapping[str, Any], key: str, mean: MetricValue) -> Influen
     columns = table.get("columns", [])
     if mean.value is None or key not in columns or "id" not in columns:
         return None
-    at, name = columns.index(key), columns.index("id")
+    at, name = columns.index(key), columns.index("group" if "group" in columns else "id")
     rows = [row for row in table["data"] if row[at] is not None]
     if not rows or len(rows) != mean.n:
         return None
@@ -78,7 +78,10 @@ def influences(table: Mapping[str, Any], key: str, mean: MetricValue) -> Influen
         whole = weights.sum()
         own = float(weights @ values / whole) if whole else math.nan
         if math.isclose(own, mean.value, rel_tol=1e-6, abs_tol=1e-9):
-            return Influences(tuple(str(row[name]) for row in rows), weights * (values - own) / whole)
+            moves: dict[str, float] = {}
+            for row, move in zip(rows, weights * (values - own) / whole, strict=True):
+                moves[str(row[name])] = moves.get(str(row[name]), 0.0) + float(move)
+            return Influences(tuple(moves), np.array(list(moves.values())))
     return None
 
 

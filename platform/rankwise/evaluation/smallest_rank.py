@@ -15,8 +15,9 @@ So with confidence 1 - alpha
 Noise has two sources.
 
 - Examples: all configurations met the same ones, so the error is that of paired differences (linearised, with examples
-  as units; `metrics.weighted_mean` has the formula). Where per-example results are not there, both errors count as
-  independent: too large where what is hard for one adapter is hard for the other, as is usual.
+  as units, those with one prompt as one; `metrics.weighted_mean` has the formula). Where per-example results are not
+  there, both errors count as independent: too large where what is hard for one adapter is hard for the other, as is
+  usual.
 - Seeds: the variance between seeds of one configuration, pooled over all, or its own where that is larger. With one
   seed for each it is not known, and the claim is about these adapters only: others of the same settings may differ.
 
@@ -196,7 +197,11 @@ class _Judge:
         total = of_examples + of_seeds
         if not math.isfinite(total) or total == 0:
             return total
-        n = min(self._all[i].examples, self._all[j].examples)
+        # Examples with one prompt have one influence.
+        n = min(
+            *(self._all[k].examples for k in (i, j)),
+            *(len(a) for k in (i, j) if (a := self._influences.get(k)) is not None),
+        )
         critical = of_examples * self._student(n - 1) + of_seeds * self._student(self._freedom)
         return critical / math.sqrt(total)
 

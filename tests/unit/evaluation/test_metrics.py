@@ -46,7 +46,10 @@ def test_loss_weighs_tokens_and_takes_examples_as_clusters_for_its_error():
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 9, 40)
     sums = tokens * rng.normal(2.0, 0.5, 40)
-    observations = [replace(ONE, loss_sum=s, tokens=int(t)) for s, t in zip(sums, tokens, strict=True)]
+    observations = [
+        replace(ONE, prompt=str(at), loss_sum=s, tokens=int(t))
+        for at, (s, t) in enumerate(zip(sums, tokens, strict=True))
+    ]
     values = compute(find_metrics(["loss"]), observations)
     mean = sums.sum() / tokens.sum()
     assert values["eval.loss"].value == pytest.approx(mean)
@@ -64,6 +67,19 @@ def test_equal_weights_give_the_usual_standard_error():
     result = weighted_mean([Sample(total=value) for value in values])
     assert result.value == pytest.approx(values.mean())
     assert result.stderr == pytest.approx(values.std(ddof=1) / 2)
+
+
+def test_examples_with_one_prompt_are_one_measurement():
+    rng = np.random.default_rng(0)
+    once = [
+        replace(ONE, id=str(at), prompt=str(at), loss_sum=loss, tokens=2)
+        for at, loss in enumerate(rng.normal(4, 1, 30))
+    ]
+    copies = [replace(each, id=f"{each.id}.{copy}") for each in once for copy in range(9)]
+    one, nine = (compute(find_metrics(["loss"]), each)["eval.loss"] for each in (once, copies))
+    assert (one.n, nine.n) == (30, 270)
+    assert (nine.value, nine.stderr) == pytest.approx((one.value, one.stderr))
+    assert weighted_mean([Sample(total=1.0), Sample(total=2.0)], ["a", "a"]) == MetricValue(value=1.5, stderr=None, n=2)
 
 
 def test_one_example_has_a_value_and_no_error():
@@ -95,7 +111,10 @@ def test_squares_too_large_for_a_float_leave_the_value_without_an_error():
 
 
 def test_examples_without_supervised_tokens_do_not_count_for_the_loss():
-    values = compute(find_metrics(["loss"]), [ONE, ONE, replace(ONE, loss_sum=0.0, tokens=0, correct_tokens=0)])
+    values = compute(
+        find_metrics(["loss"]),
+        [ONE, replace(ONE, prompt="another"), replace(ONE, loss_sum=0.0, tokens=0, correct_tokens=0)],
+    )
     assert values["eval.loss"] == MetricValue(value=1.0, stderr=0.0, n=2)
 
 

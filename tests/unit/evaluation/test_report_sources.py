@@ -31,6 +31,17 @@ def test_examples_that_do_not_count_are_left_out():
     assert found.values == pytest.approx([-0.5, 0.5])
 
 
+def test_examples_with_one_prompt_have_one_influence():
+    rows = [["a", "a", 1.0], ["b", "b", 2.0], ["c", "a", 6.0]]
+    table = {"columns": ["id", "group", "eval.exact_match"], "data": rows}
+    found = influences(table, "eval.exact_match", MetricValue(value=3.0, stderr=1.0, n=3))
+    assert found.ids == ("a", "b")
+    assert found.values == pytest.approx([(1 - 3 + 6 - 3) / 3, (2 - 3) / 3])
+    # They have the standard error that the metric itself states.
+    mean = weighted_mean([Sample(total=row[2]) for row in rows], [row[1] for row in rows])
+    assert np.sqrt(2 / 1 * np.sum(found.values**2)) == pytest.approx(mean.stderr)
+
+
 def test_a_table_that_does_not_give_back_the_logged_mean_does_not_count():
     assert influences(TABLE, "eval.loss", MetricValue(value=2.4, stderr=0.1, n=3)) is None
     assert influences(TABLE, "eval.loss", MetricValue(value=2.5, stderr=0.1, n=4)) is None
