@@ -55,3 +55,25 @@ def test_what_was_submitted_is_planned_for_all_to_see_and_a_worker_does_all_of_i
     assert not list((project.home / "checkpoints").iterdir())
     assert not list((project.home / "results").iterdir())
     assert not list((project.home / "logs" / "workers").iterdir()), "nothing went wrong, nothing is kept"
+
+    # A worker that was killed after the last job, or met a server that was away, leaves a sweep open.
+    def left_open():
+        client.set_terminated(sweep.info.run_id, status="RUNNING")
+        client.delete_registered_model_alias("tiny-adder", "best")
+        assert "best" not in client.get_registered_model("tiny-adder").aliases
+
+    def is_finished():
+        assert client.get_run(sweep.info.run_id).info.status == "FINISHED"
+        return "best" in client.get_registered_model("tiny-adder").aliases
+
+    left_open()
+    synced = json.loads(project.succeed("sync", "--json"))
+    assert synced["finished"] == [sweep.info.run_id]
+    assert is_finished()
+    assert json.loads(project.succeed("sync", "--json"))["finished"] == []
+    left_open()
+    project.succeed(
+        "submit", "tiny.yaml", "--set", "name=another", "--set", "seed=1", "--set", "sweep.parameters={lora.r: [2]}"
+    )
+    project.succeed("worker", "--drain")
+    assert is_finished(), "whoever has work next makes up for it"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import click
+from rich.console import Console
 
 from rankwise.cli.output import note, print_json
+from rankwise.cli.progress import Bars
 from rankwise.exceptions import TrackingError
-from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.settings import Settings
 
 
@@ -16,23 +17,18 @@ from rankwise.settings import Settings
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sync(timeout: float, as_json: bool) -> int:
-    """Deliver what MLflow has missed, and remove model versions that no job counts as its result.
+    """Deliver what MLflow has missed, finish sweeps, and remove model versions that no job counts as its result.
 
     Points, parameters, texts and files that could not be sent wait in the outbox of RANKWISE_HOME, also those of
     processes that have died; each is delivered once, with its own time. Exit code 1 says that something still waits or
     needs a look, 3 that MLflow does not answer.
     """
     # Late: MLflow takes seconds to import.
+    from rankwise.tasks.context import open_context
     from rankwise.tasks.sync import synchronize
-    from rankwise.tracking.store import Store
 
-    settings = Settings.load()
-    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
-    try:
-        with Store.open(settings) as store:
-            synced = synchronize(store, queue, settings, timeout=timeout)
-    finally:
-        queue.close()
+    with Bars(Console(stderr=True, highlight=False)) as bars, open_context(Settings.load(), bars) as context:
+        synced = synchronize(context, timeout=timeout)
     code = TrackingError.exit_code if synced.error else 0 if synced.complete else 1
     if as_json:
         print_json(synced.to_json())
@@ -43,6 +39,8 @@ def sync(timeout: float, as_json: bool) -> int:
         click.echo(f"removed: {uri}, registered twice")
     for run_id, status in synced.ended.items():
         click.echo(f"ended: run {run_id} is {status}, as its job")
+    for run_id in synced.finished:
+        click.echo(f"finished: the sweep of run {run_id} has its comparison")
     for run_id, reason in synced.outbox.waiting.items():
         note(f"waiting: run {run_id}: {reason}")
     for uri, reason in synced.kept.items():

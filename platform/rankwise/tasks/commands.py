@@ -25,7 +25,7 @@ from rankwise.tasks.recorded import recorded_definition
 from rankwise.tasks.rounds import submit_next
 from rankwise.tasks.session import Session, jobs_of
 from rankwise.tasks.submit import prepare, submit
-from rankwise.tasks.sweep import arms_of, begin_sweep, end_sweep, finish_complete, finish_sweep
+from rankwise.tasks.sweep import arms_of, begin_sweep, end_sweep, finish_complete, finish_open, finish_sweep
 from rankwise.tasks.train import load_claimed, train_claimed
 from rankwise.tasks.waiting import with_waiting
 from rankwise.tracking.provenance import collect
@@ -84,7 +84,10 @@ def _settle(session: Session, command: Message) -> Value:
     settle_rungs(session.context, jobs)
     submitted = [job.id for job in submit_next(session.context, jobs)]
     if command["complete"]:
-        finish_complete(session.context, [job for job in jobs if job.spec.get("parent_run_id") != command["watched"]])
+        watched = command["watched"]
+        finish_complete(session.context, [job for job in jobs if job.spec.get("parent_run_id") != watched])
+        if command["open"]:
+            finish_open(session.context, watched=watched)
     return {"submitted": submitted}
 
 

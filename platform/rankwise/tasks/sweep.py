@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 
 from rankwise.evaluation.compare import Comparison
+from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.loader import parse_experiment
 from rankwise.experiment.schema import ExperimentSpec
@@ -18,6 +19,7 @@ from rankwise.tasks.halving import end_pruned_runs
 from rankwise.tasks.payload import Work
 from rankwise.tasks.report import publish_report
 from rankwise.tasks.search import publish_history
+from rankwise.tracking.leavings import open_sweeps
 
 logger = logging.getLogger(__name__)
 _PAGE = 1000
@@ -69,8 +71,9 @@ def end_sweep(context: Context, parent_run_id: str, *, killed: bool, reason: str
     parent.end("KILLED" if killed else "FAILED", reason, timeout=10)
 
 
-def finish_complete(context: Context, jobs: Collection[Job]) -> None:
-    """Finish the sweeps of these jobs that have no work left, as the last worker of a sweep does."""
+def finish_complete(context: Context, jobs: Collection[Job]) -> list[str]:
+    """Finish the sweeps of these jobs that have no work left, as the last worker of a sweep does; their run ids."""
+    finished = []
     sweeps = {work.parent_run_id: work for work in (Work.of(job) for job in jobs if "parent_run_id" in job.spec)}
     for parent_run_id, work in sweeps.items():
         if jobs_of_sweep(context.queue, work.experiment, parent_run_id, _UNFINISHED):
@@ -80,6 +83,35 @@ def finish_complete(context: Context, jobs: Collection[Job]) -> None:
         failed = sum(job.state is JobState.FAILED for job in own)
         finish_sweep(context, spec, arms_of(spec, own), parent_run_id, failed=failed, command=work.command)
         context.voice.done(f"{work.experiment}: all jobs of the sweep have ended; rankwise compare {work.experiment}")
+        finished.append(parent_run_id)
+    return finished
+
+
+def finish_open(context: Context, *, watched: str | None = None) -> tuple[str, ...]:
+    """Finish the sweeps whose runs look open although all of their jobs have ended.
+
+    Whoever did the last job was killed before it could, or met a tracking server that was away.
+
+    Args:
+        context: The stores.
+        watched: The run of a sweep that another process has in hand.
+
+    Returns:
+        The run ids of the sweeps.
+
+    Raises:
+        TrackingError: The store cannot be reached or refuses.
+    """
+    finished = []
+    for run_id, experiment in open_sweeps(context.store.client).items():
+        if run_id == watched or context.store.is_open(run_id):
+            continue
+        own = jobs_of_sweep(context.queue, experiment, run_id)
+        try:
+            finished += finish_complete(context, own[:1])
+        except ConfigError as error:  # Its definition is no longer one: the others are to be finished all the same.
+            context.voice.warn(f"the sweep of {experiment} cannot be finished: {error}")
+    return tuple(finished)
 
 
 def arms_of(spec: ExperimentSpec, jobs: Collection[Job]) -> list[ArmSpec]:

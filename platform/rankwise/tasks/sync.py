@@ -4,6 +4,7 @@
 2. Versions that a job has registered beside its result are removed: two attempts may have registered at one time, since
    MLflow has no compare-and-set. At rest a job has one version.
 3. Runs that look as if they went on, of jobs that have ended, get the state of their job.
+4. Sweeps whose jobs have all ended and whose run looks open get their comparison, their report and their alias.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 from rankwise.exceptions import TrackingError
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import JobStore
-from rankwise.settings import Settings
+from rankwise.tasks.context import Context
+from rankwise.tasks.sweep import finish_open
 from rankwise.tracking.leavings import close_run, open_runs, remove_version, versions_of_jobs
 from rankwise.tracking.leftovers import SyncReport, refused_records
 from rankwise.tracking.registry import ModelVersion
@@ -40,6 +42,7 @@ class Synced:
         removed: URIs of versions that were removed.
         kept: URIs of versions that should have been removed, and why they were not.
         ended: Run ids that got the state of their job, with that state.
+        finished: Run ids of sweeps that were compared and ended.
         error: Why the rest could not be done: the store did not answer.
     """
 
@@ -48,6 +51,7 @@ class Synced:
     removed: tuple[str, ...]
     kept: Mapping[str, str]
     ended: Mapping[str, str]
+    finished: tuple[str, ...] = ()
     error: str | None = None
 
     @property
@@ -65,35 +69,43 @@ class Synced:
             "removed": list(self.removed),
             "kept": [{"model_uri": uri, "reason": reason} for uri, reason in self.kept.items()],
             "ended": [{"run_id": run_id, "status": status} for run_id, status in self.ended.items()],
+            "finished": list(self.finished),
             "error": self.error,
         }
 
 
-def synchronize(store: Store, queue: JobStore, settings: Settings, *, timeout: float) -> Synced:
+def synchronize(context: Context, *, timeout: float) -> Synced:
     """Do all of it.
 
     Args:
-        store: The MLflow store.
-        queue: The job store.
-        settings: Where the outbox is.
+        context: The stores.
         timeout: Seconds for the outboxes.
 
     Raises:
         JobStoreError: The queue's database cannot be reached.
     """
+    store = context.store
     outbox = store.sync(timeout)
-    jobs = {job.id: job for job in map(_slim, every_job(queue))}
+    jobs = {job.id: job for job in map(_slim, every_job(context.queue))}
     removed: tuple[str, ...] = ()
     kept: Mapping[str, str] = {}
     ended: Mapping[str, str] = {}
+    finished: tuple[str, ...] = ()
     error = None
     try:
         removed, kept = remove_duplicates(store, jobs)
         ended = _end_runs(store, jobs, frozenset(outbox.waiting))
+        finished = finish_open(context)
     except TrackingError as raised:  # What has been done already is told all the same.
         error = str(raised)
     return Synced(
-        outbox=outbox, refused=refused_records(settings), removed=removed, kept=kept, ended=ended, error=error
+        outbox=outbox,
+        refused=refused_records(context.settings),
+        removed=removed,
+        kept=kept,
+        ended=ended,
+        finished=finished,
+        error=error,
     )
 
 

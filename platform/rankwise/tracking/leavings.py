@@ -20,6 +20,7 @@ from rankwise.tracking.registry import JOB, ModelVersion, Registry
 from rankwise.tracking.runs import REASON, Status, shorten
 
 _PAGE = 100
+_EXPERIMENTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,28 @@ def open_runs(client: MlflowClient, experiment_ids: Collection[str]) -> list[Run
         for status in ("RUNNING", "SCHEDULED")
         for run in search_runs(client, experiment_id, status=status)
     ]
+
+
+def open_sweeps(client: MlflowClient) -> dict[str, str]:
+    """The runs of sweeps that are RUNNING or SCHEDULED, each with the name of its experiment.
+
+    Raises:
+        TrackingError: The store cannot be reached.
+    """
+    names: dict[str, str] = {}
+    token: str | None = None
+    while True:
+        with tracking_errors("listing the experiments"):
+            page = client.search_experiments(max_results=_EXPERIMENTS, page_token=token)
+        names |= {each.experiment_id: each.name for each in page}
+        token = page.token
+        if not token:
+            break
+    found: dict[str, str] = {}
+    for status in ("RUNNING", "SCHEDULED"):
+        for run in search_runs(client, *names, kind="sweep", status=status):
+            found[run.run_id] = names[run.experiment_id]
+    return found
 
 
 def close_run(client: MlflowClient, run_id: str, status: Status, reason: str | None, ended_ms: int) -> None:

@@ -89,18 +89,17 @@ class RunRecord:
 
 def search_runs(
     client: MlflowClient,
-    experiment_id: str,
-    *,
+    *experiment_ids: str,
     kind: str | None = None,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     status: str | None = None,
 ) -> list[RunRecord]:
-    """All runs of an experiment that fit, oldest first.
+    """All runs of experiments that fit, oldest first.
 
     Args:
         client: The client of the store.
-        experiment_id: The experiment.
+        experiment_ids: The experiments; none, no runs.
         kind: Only runs of this kind.
         parent: Only children of this run.
         tags: Only runs with these tags.
@@ -120,10 +119,10 @@ def search_runs(
     filters = " AND ".join(conditions)
     found: list[RunRecord] = []
     token: str | None = None
-    while True:
-        with tracking_errors(f"reading the runs of experiment {experiment_id}"), without_collector():
+    while experiment_ids:
+        with tracking_errors(f"reading the runs of experiment {', '.join(experiment_ids[:3])}"), without_collector():
             page = client.search_runs(
-                [experiment_id],
+                list(experiment_ids),
                 filter_string=filters,
                 max_results=_PAGE,
                 order_by=["attributes.start_time ASC"],
@@ -132,7 +131,8 @@ def search_runs(
         found += [RunRecord.of(run) for run in page]
         token = page.token
         if not token:
-            return found
+            break
+    return found
 
 
 @contextmanager

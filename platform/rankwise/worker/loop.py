@@ -21,6 +21,7 @@ from rankwise.worker.errors import as_exception
 from rankwise.worker.hands import Hands, Note
 from rankwise.worker.heartbeat import Heartbeat
 from rankwise.worker.outages import Outages
+from rankwise.worker.owed import Owed
 from rankwise.worker.protocol import Message
 from rankwise.worker.results import Result, Results
 from rankwise.worker.stopping import Stop
@@ -103,6 +104,8 @@ class WorkerLoop:
         self._hands = Hands(queue, self._child, self._heart, self._uploads, self._outages, results, voice, note)
         self._swept = float("-inf")
         self._settled = float("-inf")
+        self._owed = Owed(self._timing)
+        self._looked = False
         self._waiting_said = False
         self._among: set[int] | None = None
         self._unsettled = True
@@ -198,6 +201,9 @@ class WorkerLoop:
             self._have_done("publish", due)
             self._uploads.forget(due)
             return True
+        if self._owed.due():
+            self._settle([])
+            return True
         if self._is_done(plan):
             return False
         self._pause(self._timing.poll)
@@ -230,23 +236,38 @@ class WorkerLoop:
         self._have_done(str(claimed[0].kind), claimed)
 
     def _settle(self, claimed: list[Job]) -> None:
-        """What follows from ended jobs: files to remove, arms to promote, prune or propose, a sweep to finish."""
+        """What follows from ended jobs: files to remove, arms to promote, prune or propose, a sweep to finish.
+
+        Where the tracking server or a disk is away, it is owed, and tried again later. The first time also finishes
+        sweeps that a worker which is gone has left so.
+        """
         self._settled = time.monotonic()
         if self._stop.asked:
             return
         self._unsettled = True
+        ids = sorted(self._owed.jobs | {job.id for job in claimed})
         unended = bool(self._among) and bool(self._unfinished())
         command = {
             "do": "settle",
-            "jobs": [job.id for job in claimed],
+            "jobs": ids,
+            "open": not self._looked,
             "complete": self._finishes,
             "watched": self._watched,
         }
         try:
             value = self._child.ask(command)
         except CommandFailedError as error:
-            self._voice.warn(f"after {', '.join(job.title for job in claimed)}: {error.failure.text}")
+            if not claimed:
+                logger.warning("what follows from jobs %s is still to be done: %s", ids, error.failure.text)
+            else:
+                self._voice.warn(f"after {', '.join(job.title for job in claimed)}: {error.failure.text}")
+            if error.failure.environment:
+                self._owed.add(ids)
+            else:
+                self._owed.paid()
             return
+        self._looked = True
+        self._owed.paid()
         if self._among is not None:
             new = set(value["submitted"]) - self._among
             self._among |= new
@@ -297,6 +318,13 @@ class WorkerLoop:
         else:
             if self._queue.held():
                 self._decides_for_the_dead(self._queue.jobs(states=[JobState.QUEUED], limit=_LOOKED_AT))
+            return False
+        if not left and self._among is None and self._owed.any:
+            if self._owed.given_up():
+                raise TrackingError(
+                    f"the tracking server has taken nothing for {self._timing.upload:,.0f} s: every job has ended, but "
+                    "sweeps lack their comparison and their alias; `rankwise sync` makes up for it"
+                )
             return False
         if not left:
             # Another worker may have ended one of these jobs since, and what follows from that is not known here.

@@ -22,5 +22,7 @@ def test_the_sweep_that_another_process_has_in_hand_is_left_to_it(monkeypatch, w
     monkeypatch.setattr(commands, "finish_complete", lambda context, jobs: told.extend(job.id for job in jobs))
     context = SimpleNamespace(queue=SimpleNamespace(jobs=lambda ids: jobs))
     session = SimpleNamespace(context=context, compositions=[])
-    commands.COMMANDS["settle"](session, {"do": "settle", "jobs": [1, 2], "complete": True, "watched": watched})
+    commands.COMMANDS["settle"](
+        session, {"do": "settle", "jobs": [1, 2], "complete": True, "watched": watched, "open": False}
+    )
     assert told == finished

@@ -4,10 +4,12 @@ import json
 import os
 
 import pytest
+from helpers.fake_child import Listener
 from helpers.local_store import prepared_home
 
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.settings import Settings
+from rankwise.tasks.context import Context
 from rankwise.tasks.sync import every_job, synchronize
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import get_run
@@ -35,7 +37,8 @@ def experiment(store):
 
 @pytest.fixture
 def sync(store, queue, settings):
-    return lambda: synchronize(store, queue, settings, timeout=20)
+    context = Context(settings=settings, store=store, queue=queue, voice=Listener())
+    return lambda: synchronize(context, timeout=20)
 
 
 def submit(store, queue, experiment, name="a", kind=JobKind.TRAIN):
@@ -141,7 +144,8 @@ def test_a_server_that_is_away_does_not_hide_what_waits(queue, tmp_path):
     outbox.append({"tags": {"a": "b"}})
     outbox.close()
     with Store.open(settings) as store:
-        synced = synchronize(store, queue, settings, timeout=1)
+        context = Context(settings=settings, store=store, queue=queue, voice=Listener())
+        synced = synchronize(context, timeout=1)
     assert list(synced.outbox.waiting) == ["r1"]
     assert "does not answer" in synced.error
 

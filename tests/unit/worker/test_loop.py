@@ -161,6 +161,9 @@ def test_a_child_that_dies_costs_a_failure_and_the_others_are_tried_without_the_
     bench.work(script)
     assert bench.states() == {"good": "succeeded", "poison": "failed"}
     assert bench.packs() == [["good", "poison"]] * 2 + [["good"], ["poison"]]
+    said = bench.voice.texts("fail")
+    assert said.count("job 2 (train poison) has failed, and is tried again in 0 s: the worker's process crashed") == 2
+    assert said.count("job 2 (train poison) has failed for good: the worker's process crashed (SIGSEGV)") == 1
     error = bench.queue.get(2).error
     assert "crashed (SIGSEGV) while it was at: " in error
     assert error.endswith("Segmentation fault")
@@ -234,6 +237,58 @@ def test_nobody_watches_a_worker_so_it_waits_for_the_environment(bench):
     assert "away; trying again in" in bench.voice.texts("warn")
 
 
+AWAY = {
+    "event": "failed", "outcome": "preempted", "type": "TrackingError", "text": "away", "environment": True,
+    "trace": None,
+}  # fmt: skip
+
+
+def test_what_follows_from_ended_jobs_is_tried_again_when_the_tracking_server_is_back(bench):
+    bench.queue.submit([job("a"), job("b", pack_key="q")])
+    settles = []
+
+    def script(child, command):
+        if command["do"] == "settle":
+            settles.append((command["jobs"], command["open"]))
+            yield AWAY if len(settles) < 5 else SETTLED
+            return
+        yield from succeed(bench)(child, command)
+
+    bench.work(script, timing=replace(TIMING, upload=30.0))
+    assert settles[0] == ([1], True)
+    assert settles[4] == ([1, 2], True), "both, and what an earlier worker has left"
+    assert len(settles) == 5, "and then it is done"
+    assert bench.voice.texts("warn").count("away") <= 2, "said when the jobs have ended, and not at every try"
+
+
+def test_a_worker_that_is_to_end_does_not_wait_for_the_tracking_server_for_ever(bench):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        if command["do"] == "settle":
+            yield AWAY
+            return
+        yield from succeed(bench)(child, command)
+
+    with pytest.raises(TrackingError, match=r"every job has ended, but sweeps lack .* `rankwise sync`"):
+        bench.work(script)
+    assert bench.states() == {"a": "succeeded"}
+
+
+def test_a_bug_in_what_follows_is_told_once_and_not_tried_again(bench):
+    bench.queue.submit([job("a")])
+
+    def script(child, command):
+        if command["do"] == "settle":
+            yield {**AWAY, "type": "KeyError", "text": "'x'", "environment": False}
+            return
+        yield from succeed(bench)(child, command)
+
+    bench.work(script)
+    assert len(bench.children[0].commands("settle")) == 1
+    assert bench.voice.texts("warn") == "after job 1 (train a): 'x'"
+
+
 def test_the_first_wish_to_stop_is_passed_on_and_the_jobs_come_back(bench):
     bench.queue.submit([job("a"), job("later", pack_key="q")])
 
@@ -249,6 +304,23 @@ def test_the_first_wish_to_stop_is_passed_on_and_the_jobs_come_back(bench):
     assert (after.state, after.preemptions, after.failures) == ("queued", 1, 0)
     assert bench.packs() == [["a"]], "nothing more is claimed, nothing is settled"
     assert bench.children[0].acts == ["close"]
+
+
+def test_a_pack_that_is_stopped_goes_back_whole_whoever_waits_for_work(bench):
+    bench.queue.submit([job("a"), job("b")])
+    other, taken = replace(ME, name="other"), []
+
+    def script(child, command):
+        bench.stop.ask()
+        for each in command["jobs"]:
+            yield reports(bench.results, each, Outcome.PREEMPTED)
+            taken.extend(bench.queue.claim(other, lease=60, max_arms=16))
+        yield DONE
+
+    bench.work(script)
+    assert taken == [], "half of a pack"
+    again = bench.queue.claim(other, lease=60, max_arms=16)
+    assert [(each.spec_hash, each.preemptions) for each in again] == [("a", 1), ("b", 1)]
 
 
 @pytest.mark.parametrize("how", ["twice", "grace"])
