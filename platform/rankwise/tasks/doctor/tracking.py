@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from rankwise.settings import Settings
 from rankwise.tasks.doctor.finding import Finding, ok, problem, skipped, warning
@@ -50,6 +51,10 @@ def _transport(facts: dict[str, Any]) -> Finding:
         return ok("mlflow.transport", "https")
     if server["loopback"]:
         return ok("mlflow.transport", "http, on this machine only")
+    host = urlsplit(facts["uri"]).hostname or ""
+    if not set(host) & {".", ":"}:
+        # A service of compose.yaml, or of a Kubernetes namespace.
+        return ok("mlflow.transport", f"http to {host}: a name without a domain, known in this network only")
     if server["credentials"]:
         seen = "http to another host: the password travels in clear"
         return problem("mlflow.transport", seen, "put the server behind TLS and say https:// in MLFLOW_TRACKING_URI")
@@ -103,6 +108,10 @@ def _artifacts(facts: dict[str, Any]) -> Finding:
     if found["step"]:
         seen = f"{found['location']}: {found['step']} failed: {found['problem']}"
         advice = "see the server's log and the credentials and bucket of its artifact store"
+        if found["step"] == "delete" and "403" in found["problem"]:
+            return warning(
+                name, seen, "MLflow lets administrators delete artifacts: run `rankwise gc` with the account of one"
+            )
         if found["step"] == "delete":
             return warning(name, seen, f"`rankwise gc` cannot free space there; {advice}")
         return problem(name, seen, advice)

@@ -67,12 +67,32 @@ def test_each_setting_of_a_server_is_judged(look, changes, name, state):
 
 
 @pytest.mark.parametrize(
+    ("uri", "state"),
+    [
+        ("http://mlflow:5000", State.OK),
+        ("http://mlflow.example:5000", State.PROBLEM),
+        ("http://[fd00::1]:5000", State.PROBLEM),
+    ],
+)
+def test_a_name_of_this_network_needs_no_tls(look, uri, state):
+    found = look({**FACTS, "uri": uri, "server": {**SERVER, "https": False}})["mlflow.transport"]
+    assert found.state is state
+
+
+@pytest.mark.parametrize(
     ("step", "state"), [("write", State.PROBLEM), ("read", State.PROBLEM), ("delete", State.WARNING)]
 )
 def test_an_artifact_store_that_fails_is_told_with_the_step(look, step, state):
     found = look({**FACTS, "artifacts": {**ARTIFACTS, "step": step, "problem": "AccessDenied"}})["mlflow.artifacts"]
     assert found.state is state
     assert f"{step} failed: AccessDenied" in found.seen
+
+
+def test_who_may_not_delete_artifacts_is_told_who_may(look):
+    problem = "403 Client Error: Forbidden for url: http://mlflow:5000/api"
+    found = look({**FACTS, "artifacts": {**ARTIFACTS, "step": "delete", "problem": problem}})["mlflow.artifacts"]
+    assert found.state is State.WARNING
+    assert "run `rankwise gc` with the account of one" in found.advice
 
 
 def test_a_store_that_does_not_answer_and_one_that_is_not_there_yet(look):
