@@ -1,4 +1,4 @@
-"""The engine's way on a CUDA GPU, without one: see `helpers.pretend_gpu`."""
+"""Training, scores and answers the way they go on a CUDA GPU, without one: see `helpers.pretend_gpu`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from helpers.packs import Recorder, distance, load_tiny, make_arm, make_rows, read_weights
-from helpers.pretend_gpu import GPU, PretendTensor, pretend_gpu, to_gpu
+from helpers.pretend_gpu import GPU, pretend_gpu, to_gpu
 
+from rankwise.data.renderer import Message
+from rankwise.data.rows import Example
+from rankwise.evaluation.evaluator import evaluate
+from rankwise.experiment.schema import EvaluationSpec
 from rankwise.modeling.adapter import load_adapter
-from rankwise.modeling.forward import segments_of
-from rankwise.modeling.packed_lora import install
+from rankwise.modeling.generation import Decoding
+from rankwise.modeling.mixed_batch import Prompt, generate
+from rankwise.modeling.packed_lora import delete_adapter
 from rankwise.training.pack import ArmTask, train_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
@@ -102,7 +107,9 @@ def test_masks_that_are_drawn_again_on_a_gpu_are_the_same_alone_and_after_a_stop
 
 def test_moments_in_8_bit_are_kept_on_the_gpu_and_come_back(load, tmp_path):
     _, gpu = load("4 bit")
-    spec = arm(1, "4 bit", optim="paged_adamw_8bit").model_copy(update={"lora": arm(1, "4 bit").lora.model_copy(update={"r": 64})})
+    spec = arm(1, "4 bit", optim="paged_adamw_8bit").model_copy(
+        update={"lora": arm(1, "4 bit").lora.model_copy(update={"r": 64})}
+    )
     with pretend_gpu():
         whole, _ = train(gpu, [spec], tmp_path / "whole")
         asked = iter(range(100))
@@ -112,23 +119,40 @@ def test_moments_in_8_bit_are_kept_on_the_gpu_and_come_back(load, tmp_path):
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_stored_adapter_runs_on_a_gpu_as_on_a_cpu(load, tmp_path, kind):
+def test_stored_adapters_score_and_answer_on_a_gpu_as_on_a_cpu(load, tmp_path, kind):
     cpu, gpu = load(kind)
-    spec = arm(1, kind)
-    outcomes, _ = train(cpu, [spec], tmp_path)
-    tokens = torch.tensor([row.input_ids[:5].tolist() for row in ROWS[:3]])
+    arms = [arm(seed, kind, learning_rate=0.1) for seed in (1, 2)]
+    outcomes, _ = train(cpu, arms, tmp_path)
+    stored = {each.adapter_name: outcomes[each.spec_hash].adapter for each in arms}
+    wanted = [*stored, None]
+    examples = [
+        Example(id=row.id, messages=(Message(role="assistant", content="x"),), prompt="x", completion="x")
+        for row in ROWS
+    ]
+    spec = EvaluationSpec(metrics=("loss", "token_accuracy"), per_device_eval_batch_size=4)
 
-    @torch.no_grad()
-    def logits(base, tokens):
-        load_adapter(base.model, outcomes[spec.spec_hash].adapter, "stored")
-        with install(base.model).segments(segments_of(base.model, ["stored", None, "stored"])):
-            return base.model(input_ids=tokens).logits
+    def found(base):
+        for name, directory in stored.items():
+            load_adapter(base.model, directory, name)
+        try:
+            scores = evaluate(base, wanted, examples, ROWS, spec)
+            prompts = [
+                Prompt(token_ids=tuple(row.input_ids[:5].tolist()), adapter=wanted[at % 3], seed=at)
+                for at, row in enumerate(ROWS[:6])
+            ]
+            answers = [
+                [row.token_ids for row in generate(base, prompts, decoding, batch_size=4)]
+                for decoding in (Decoding(max_new_tokens=5), Decoding(max_new_tokens=5, temperature=1.0, top_k=20))
+            ]
+            return [scores[name].metrics["eval.loss"].value for name in wanted], answers
+        finally:
+            for name in stored:
+                delete_adapter(base.model, name)
 
-    expected = logits(cpu, tokens)
+    losses, answers = found(cpu)
+    assert len(set(losses)) == 3
     with pretend_gpu():
-        found = logits(gpu, tokens.to(GPU))
-    assert isinstance(found, PretendTensor)
-    assert torch.allclose(found.held, expected, atol=1e-5)
+        assert found(gpu) == (pytest.approx(losses, rel=1e-5), answers)
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
