@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 
 from rankwise.exceptions import JobStoreError
-from rankwise.jobs.job import Job, Outcome
+from rankwise.jobs.job import Job, JobState, Outcome
 from rankwise.jobs.store import JobStore
 from rankwise.worker.conversation import CommandFailedError, Conversation
 from rankwise.worker.heartbeat import Heartbeat
@@ -151,7 +151,17 @@ class Hands:
             if result.token not in told:
                 self._voice.warn(f"{job.title} was taken over by another worker; nothing of this attempt counts")
             elif result.outcome in (Outcome.FAILED, Outcome.FATAL):
-                self._voice.fail(f"{job.title}: {result.error}")
+                self._voice.fail(f"{job.title}{self._goes_on(job)}: {result.error}")
+
+    def _goes_on(self, job: Job) -> str:
+        """What becomes of a job that has failed, for a person who reads why."""
+        try:
+            after, time = self._queue.get(job.id), self._queue.time()
+        except JobStoreError:
+            return ""
+        if after.state is JobState.QUEUED:
+            return f" has failed, and is tried again in {max(0.0, after.not_before - time):.0f} s"
+        return " has failed for good" if after.state is JobState.FAILED else ""
 
     def _wait_after(self, result: Result) -> float:
         """Seconds until a job that met an environment at fault may be claimed again; a person tries when they like."""

@@ -367,9 +367,7 @@ def test_what_another_worker_has_taken_over_is_not_finished(bench):
 
     def script(child, command):
         if command["do"] == "train":
-            with bench.queue._engine.begin() as connection:
-                connection.exec_driver_sql("UPDATE attempt SET lease_until = 0")
-            bench.queue.reclaim()
+            bench.queue.reclaim(host=ME.host)
             (again,) = bench.queue.claim(other, lease=60)
             while not any(message["lost"] for message in child.commands("beat")):
                 time.sleep(0.01)
