@@ -7,7 +7,6 @@ the version are created: MLflow has no compare-and-set, so who comes later must 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 from mlflow.environment_variables import MLFLOW_TRACKING_URI
-from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
@@ -30,8 +28,7 @@ from rankwise.flavor.package import Package, build, describe_into
 from rankwise.flavor.signing import SIGNATURE_TAG
 from rankwise.tracking.errors import tracking_errors
 from rankwise.tracking.linking import link_metrics
-
-_MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # The Models tab finds the versions of a LoggedModel by it.
+from rankwise.tracking.registry import Registry
 
 
 def log_directory(
@@ -67,14 +64,14 @@ def log_directory(
             info = _upload(client, package, name, run_id, tags, options)
             if registered_model_name is not None:
                 with _current_store(options.tracking_uri):
-                    info.registered_model_version = _register(
-                        client,
+                    version = Registry(lambda: client).create_version(
                         registered_model_name,
                         str(info.model_id),
                         run_id=run_id,
                         tags=tags,
                         description=options.description,
                     )
+                info.registered_model_version = str(version.version)
         return info
 
 
@@ -133,28 +130,6 @@ def _upload(
         raise
     logged = client.finalize_logged_model(logged.model_id, "READY")
     return description.get_model_info(logged)
-
-
-def _register(
-    client: MlflowClient, name: str, model_id: str, *, run_id: str | None, tags: dict[str, str], description: str | None
-) -> str:
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code not in {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"}:
-            raise
-    version = client.create_model_version(
-        name,
-        source=f"models:/{model_id}",
-        run_id=run_id,
-        tags=tags,
-        description=description,
-        model_id=model_id,
-    )
-    known = json.loads(client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]"))
-    listed = json.dumps([*known, {"name": name, "version": str(version.version)}])
-    client.set_logged_model_tags(model_id, {_MODEL_VERSIONS_TAG: listed})
-    return str(version.version)
 
 
 def _tags(package: Package, metrics: Mapping[str, float] | None) -> dict[str, str]:

@@ -114,7 +114,7 @@ class Registry:
             try:
                 self._client.create_registered_model(name, description=description)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                if error.error_code not in {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"}:
                     raise
 
     def create_version(
@@ -124,32 +124,25 @@ class Registry:
         *,
         run_id: str | None = None,
         tags: Mapping[str, str] | None = None,
-        job: str | None = None,
         description: str | None = None,
     ) -> ModelVersion:
-        """Register a LoggedModel as a version, or return the version that this job has registered already.
-
-        MLflow has no compare-and-set: two processes that do this for one job at the same time make two versions.
+        """Register a LoggedModel as a version.
 
         Args:
             name: Of the registered model, created if need be.
             model_id: The LoggedModel (`m-...`); it is told of its version, so that the UI links both.
             run_id: The run that made it; the LoggedModel's own when left out.
             tags: Set at creation.
-            job: The tag `rankwise.job`, by which, with the run, a repetition finds what it did before.
             description: Markdown.
         """
-        if job is not None and (existing := self.of_job(name, job, run_id)):
-            return existing[0]
         self.ensure_model(name)
-        values = {**(tags or {}), **({} if job is None else {JOB: job})}
         with tracking_errors(f"registering a version of {name!r}"):
             version = self._client.create_model_version(
-                name, f"models:/{model_id}", run_id, tags=values, description=description, model_id=model_id
+                name, f"models:/{model_id}", run_id, tags=dict(tags or {}), description=description, model_id=model_id
             )
             model = self._client.get_logged_model(model_id)
             links = json.loads(model.tags.get(_VERSIONS, "[]"))
-            links.append({"name": name, "version": int(version.version)})
+            links.append({"name": name, "version": str(version.version)})
             self._client.set_logged_model_tags(model_id, {_VERSIONS: json.dumps(links)})
         return ModelVersion.of(version)
 
@@ -262,7 +255,8 @@ class Registry:
             )
         if not models:
             raise TrackingError(f"{uri}: run {run_id} has no logged model named {name!r}")
-        newest = models[0]
+        # One whose upload was cut off is FAILED or PENDING for ever.
+        newest = next((model for model in models if str(model.status) == "READY"), models[0])
         return ResolvedModel(
             uri=f"models:/{newest.model_id}",
             source=newest.artifact_location,

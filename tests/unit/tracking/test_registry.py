@@ -39,13 +39,12 @@ def test_versions_are_listed_oldest_first_with_tags(store, run):
     assert versions[3].run_id == run.run_id
 
 
-def test_a_job_registers_one_version_however_often_it_tries(store, run):
-    first = register(store, run, job="job-7")
-    second = register(store, run, job="job-7")
-    other = register(store, run, job="job-8")
-    assert first.version == second.version == 1
-    assert other.version == 2
-    assert [version.version for version in store.registry.find_by_tag("pricer", JOB, "job-7")] == [1]
+def test_what_a_job_has_registered_is_found_again(store, run):
+    register(store, run, tags={JOB: "7"})
+    register(store, run, tags={JOB: "8"})
+    assert [version.version for version in store.registry.find_by_tag("pricer", JOB, "7")] == [1]
+    assert [version.version for version in store.registry.of_job("pricer", 8, run.run_id)] == [2]
+    assert store.registry.of_job("pricer", 8, "0" * 32) == []
 
 
 def test_an_alias_moves_and_resolves(store, run):
@@ -79,6 +78,8 @@ def test_tags_of_a_version_can_be_set_later(store, run):
 def test_a_logged_model_resolves_by_run_and_by_id(store, experiment, run):
     logged(store, run)
     model = store.client.get_logged_model(logged(store, run))
+    cut_off = store.client.create_logged_model(experiment, "adapter", run.run_id)
+    store.client.finalize_logged_model(cut_off.model_id, "FAILED")
     by_run = store.registry.resolve(f"runs:/{run.run_id}/adapter")
     assert by_run.uri == f"models:/{model.model_id}"
     assert store.registry.resolve(by_run.uri).source == model.artifact_location
@@ -87,7 +88,7 @@ def test_a_logged_model_resolves_by_run_and_by_id(store, experiment, run):
     assert version.model_id == model.model_id
     assert store.registry.resolve(version.uri).model_id == model.model_id
     tags = store.client.get_logged_model(model.model_id).tags
-    assert json.loads(tags["mlflow.modelVersions"]) == [{"name": "pricer", "version": 1}]
+    assert json.loads(tags["mlflow.modelVersions"]) == [{"name": "pricer", "version": "1"}]
 
 
 @pytest.mark.parametrize(
