@@ -79,19 +79,18 @@ class Settings:
             ConfigError: A variable has a value that it cannot have.
         """
         env = os.environ if environ is None else environ
-        home = Path(env.get("RANKWISE_HOME") or "mlruns").expanduser().absolute()
-        cache = env.get("RANKWISE_CACHE")
+        home = _path("RANKWISE_HOME", env.get("RANKWISE_HOME") or "mlruns")
         return cls(
             home=home,
-            cache=Path(cache).expanduser().absolute() if cache else Path(platformdirs.user_cache_dir("rankwise")),
+            cache=_path("RANKWISE_CACHE", env.get("RANKWISE_CACHE") or platformdirs.user_cache_dir("rankwise")),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
             database_url=env.get("RANKWISE_DATABASE_URL") or f"sqlite:///{home / 'rankwise.db'}",
-            bases=_paths(env.get("RANKWISE_BASES", "")),
+            bases=_paths(env, "RANKWISE_BASES"),
             offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
             log_level=_level(env.get("RANKWISE_LOG_LEVEL") or "WARNING"),
-            data_roots=_paths(env.get("RANKWISE_DATA_ROOT", "")),
-            signing_key=next(iter(_paths(env.get("RANKWISE_SIGNING_KEY", ""), several=False)), None),
-            trusted_keys=_paths(env.get("RANKWISE_TRUSTED_KEYS", "")),
+            data_roots=_paths(env, "RANKWISE_DATA_ROOT"),
+            signing_key=next(iter(_paths(env, "RANKWISE_SIGNING_KEY", several=False)), None),
+            trusted_keys=_paths(env, "RANKWISE_TRUSTED_KEYS"),
             hub=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
             ray_address=env.get("RAY_ADDRESS") or None,
             ray_token=env.get("RAY_AUTH_MODE", "").lower() == "token",
@@ -139,9 +138,18 @@ def set_log_level(level: str) -> None:
     os.environ["RANKWISE_LOG_LEVEL"] = _level(level)
 
 
-def _paths(text: str, *, several: bool = True) -> tuple[Path, ...]:
+def _paths(env: Mapping[str, str], variable: str, *, several: bool = True) -> tuple[Path, ...]:
+    text = env.get(variable, "")
     parts = text.split(os.pathsep) if several else [text]
-    return tuple(Path(part).expanduser().absolute() for part in parts if part)
+    return tuple(_path(variable, part) for part in parts if part)
+
+
+def _path(variable: str, text: str) -> Path:
+    """An absolute path. A user without a home directory (any number in a container) has no `~` to expand."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{variable}: there is no home directory for {text!r}; set {variable} to an absolute path")
+    return Path(expanded).absolute()
 
 
 def _level(text: str) -> str:

@@ -2,6 +2,7 @@ import errno
 import os
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from rankwise.exceptions import ConfigError, StorageError
@@ -45,6 +46,21 @@ def test_variables_move_the_stores(tmp_path):
     assert not settings.local_store
     assert settings.offline
     assert settings.outbox == tmp_path / "home" / "outbox"
+
+
+@pytest.mark.parametrize("variable", ["RANKWISE_HOME", "RANKWISE_CACHE", "RANKWISE_BASES", "RANKWISE_SIGNING_KEY"])
+def test_a_home_directory_that_is_not_there_is_said(variable):
+    with pytest.raises(
+        ConfigError, match=rf"^{variable}: there is no home directory for '~nobody-here/x'; set {variable}"
+    ):
+        Settings.load({variable: "~nobody-here/x"})
+
+
+def test_a_user_without_a_home_directory_is_asked_for_a_cache(monkeypatch):
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: f"~/.cache/{name}")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match=r"RANKWISE_CACHE: there is no home directory for '~/\.cache/rankwise'"):
+        Settings.load({})
 
 
 @pytest.mark.parametrize(

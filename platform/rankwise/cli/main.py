@@ -1,25 +1,31 @@
 """The command `rankwise`: groups its subcommands, and turns errors into messages and exit codes.
 
-Exit codes: 0 ok, 1 a job failed or was refused, 2 usage or configuration, 3 environment, 130 interrupted. Human text
-goes to stderr, results to stdout. Subcommands are imported when they are called, so that `--help` stays quick.
+Exit codes: 0 ok, 1 a job failed or was refused, 2 usage or configuration, 3 environment, 130 interrupted, 141 nobody
+reads the output any more. Human text goes to stderr, results to stdout. Subcommands are imported when they are called,
+so that `--help` stays quick.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from rankwise import __version__
-from rankwise.exceptions import RankwiseError
+from rankwise.exceptions import RankwiseError, StorageError
 from rankwise.logs import configure
 from rankwise.redact import redact
 from rankwise.settings import Settings, set_log_level, set_process_defaults
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""As a shell says of a program that SIGPIPE has ended."""
 _COMMANDS = {
     "validate": ("rankwise.cli.experiment:validate", "Check an experiment file."),
     "plan": ("rankwise.cli.experiment:plan", "Show the arms of an experiment, their hashes and what they cost."),
@@ -56,6 +62,17 @@ _COMMANDS = {
 class _LazyGroup(click.Group):
     """A group that imports a subcommand when it is needed."""
 
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError as error:
+            # Left to click, the exit code would be that of a job that failed, and no word of it.
+            if not _reader_gone():
+                raise RuntimeError("a pipe to another process broke") from error
+            # Python would complain once more when it flushes stdout at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            context.exit(BROKEN_PIPE)
+
     def list_commands(self, context: click.Context) -> list[str]:
         return list(_COMMANDS)
 
@@ -82,6 +99,14 @@ def cli(verbose: int) -> None:
     configure(Settings.load().log_level)
 
 
+def _reader_gone() -> bool:
+    """Whether what reads stdout or stderr (`| head`) has ended."""
+    polling = select.poll()
+    for descriptor in (1, 2):
+        polling.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in polling.poll(0))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     set_process_defaults()
@@ -100,10 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = redact(str(error))
         click.echo(f"error: {text}" if "\n" not in text else text, err=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of a pipe (`| head`) has gone; Python would complain once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as error:
+        # Without a name of a file it is what has no name: stdout or stderr.
+        if error.filename is not None or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        click.echo(f"error: the output cannot be written: {error.strerror}", err=True)
+        sys.exit(StorageError.exit_code)
 
 
 if __name__ == "__main__":

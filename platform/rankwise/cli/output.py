@@ -21,14 +21,19 @@ def print_json(value: Any) -> None:
 
 def print_table(table: Table) -> None:
     """A result for people, on stdout. Into a file or a pipe it is as wide as its content, so that nothing is cut."""
-    width = None if sys.stdout.isatty() else max(80, plain_console(width=10_000).measure(table).maximum)
+    width = None if on_terminal() else max(80, plain_console(width=10_000).measure(table).maximum)
     plain_console(file=sys.stdout, width=width).print(table)
 
 
 def show(draw: Callable[[Console], Any]) -> None:
     """A result that fits itself to the console, on stdout; a file or a pipe is taken for a wide one."""
-    console = plain_console(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
+    console = plain_console(file=sys.stdout, width=None if on_terminal() else 200)
     console.print(draw(console))
+
+
+def on_terminal() -> bool:
+    """Whether stdout is a terminal; it is none where it is closed."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def note(text: str) -> None:
@@ -53,4 +58,10 @@ def size(count: int) -> str:
 
 def plain_console(**options: Any) -> Console:
     """A console that shows texts as they are: rich takes square brackets and colons in an error for its own."""
-    return Console(**options, highlight=False, markup=False, emoji=False)
+    return _Console(**options, highlight=False, markup=False, emoji=False)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `main`: rich would exit with the code of a job that failed."""
+        raise BrokenPipeError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 from rich.console import Console
 
 from rankwise.cli.experiment import command_line
-from rankwise.cli.output import print_json
+from rankwise.cli.output import on_terminal, print_json
 from rankwise.cli.progress import Bars
 from rankwise.exceptions import RankwiseError
 from rankwise.experiment.loader import load_experiment
@@ -119,14 +118,14 @@ def _run(
     compare = {
         "do": "compare",
         "experiment": sweep["experiment"],
-        "width": bars.console.width if sys.stdout.isatty() else 200,
-        "terminal": sys.stdout.isatty(),
+        "width": bars.console.width if on_terminal() else 200,
+        "terminal": on_terminal(),
     }
     comparison = loop.ask(compare)
     if as_json:
         print_json(comparison["json"])
     else:
-        sys.stdout.write(comparison["text"])
+        click.echo(comparison["text"], nl=False)
     bars.say(f"look at it: rankwise ui (in a checkout: make ui), experiment {sweep['experiment']}")
     for job in failed:
         bars.fail(f"{job.title}: {job.error}")

@@ -174,6 +174,8 @@ def did_you_mean(name: str, known: Iterable[str], elsewhere: Iterable[str] = ())
     names = list(known)
     if _SYNONYMS.get(name) in names:
         return f"; did you mean {_SYNONYMS[name]!r}?"
+    if same := [each for each in names if each.lower() == name.lower()]:
+        return f"; did you mean {same[0]!r}?"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
         return f"; did you mean {near[0]!r}?"
     wanted = _SYNONYMS.get(name, name)
@@ -222,6 +224,8 @@ def _bounded(what: str, node: Node) -> str:
         bounds.append(f"of at least {node['minimum']}")
     if "exclusiveMinimum" in node:
         bounds.append(f"greater than {node['exclusiveMinimum']}")
+    if "maximum" in node:
+        bounds.append(f"at most {node['maximum']}")
     if "exclusiveMaximum" in node:
         bounds.append(f"less than {node['exclusiveMaximum']}")
     return " ".join([what, " and ".join(bounds)]) if bounds else what

@@ -31,6 +31,8 @@ def test_every_field_has_words_for_what_it_allows():
         ("lora.r", "a whole number of at least 1"),
         ("lora.lora_dropout", "a number of at least 0 and less than 1"),
         ("training.max_steps", "a whole number of at least 1, or null"),
+        ("sweep.trials", "a whole number of at least 1 and at most 1000, or null"),
+        ("promotion.max_overlap", "a number of at least 0 and at most 1"),
         ("quantization.bnb_4bit_quant_type", "nf4 or fp4"),
         ("lora.use_rslora", "true or false"),
         ("version", "1"),
@@ -72,6 +74,7 @@ def test_values_are_found_by_path_or_by_default():
 
 def test_near_misses_synonyms_and_keys_of_other_sections_are_suggested():
     assert did_you_mean("learnin_rate", ["learning_rate", "r"]) == "; did you mean 'learning_rate'?"
+    assert did_you_mean("R", ["r", "lora_alpha"]) == "; did you mean 'r'?"
     assert did_you_mean("lr", ["learning_rate"]) == "; did you mean 'learning_rate'?"
     assert did_you_mean("zzz", ["learning_rate"]) == ""
     assert did_you_mean("max_steps", ["r"], leaves()) == "; did you mean training.max_steps?"
