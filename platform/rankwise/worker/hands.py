@@ -160,8 +160,8 @@ class Hands:
         except JobStoreError:
             return ""
         if after.state is JobState.QUEUED:
-            return f" has failed, and is tried again in {max(0.0, after.not_before - time):.0f} s"
-        return " has failed for good" if after.state is JobState.FAILED else ""
+            return f", tried again in {max(0.0, after.not_before - time):.0f} s"
+        return ", for good" if after.state is JobState.FAILED else ""
 
     def _wait_after(self, result: Result) -> float:
         """Seconds until a job that met an environment at fault may be claimed again; a person tries when they like."""

@@ -1,12 +1,18 @@
-"""The wish to stop: the first SIGINT or SIGTERM asks for a checkpoint, the second one ends the work at once."""
+"""The wish to stop: the first SIGINT or SIGTERM asks for a checkpoint, the second one ends the work at once.
+
+The end of the terminal (SIGHUP) asks for a checkpoint too, however often it is told.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_STANDARD = (0, 1, 2)
 
 
 class Stop:
@@ -37,12 +43,29 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM for wishes while the block runs. Only in a main thread."""
+        """Take SIGINT, SIGTERM and SIGHUP (unless `nohup` has it ignored) for wishes while the block runs.
+
+        Only in a main thread.
+        """
+        terminals = [descriptor for descriptor in _STANDARD if os.isatty(descriptor)]
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.ask()
 
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        def on_hangup(number: int, frame: FrameType | None) -> None:
+            # What is still said to a terminal that is gone would be an error, and end the work.
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for descriptor in terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            # The shell and the kernel both tell.
+            if not self.asked:
+                self.ask()
+
+        handlers = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handlers[signal.SIGHUP] = on_hangup
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:

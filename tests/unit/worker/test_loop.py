@@ -162,8 +162,8 @@ def test_a_child_that_dies_costs_a_failure_and_the_others_are_tried_without_the_
     assert bench.states() == {"good": "succeeded", "poison": "failed"}
     assert bench.packs() == [["good", "poison"]] * 2 + [["good"], ["poison"]]
     said = bench.voice.texts("fail")
-    assert said.count("job 2 (train poison) has failed, and is tried again in 0 s: the worker's process crashed") == 2
-    assert said.count("job 2 (train poison) has failed for good: the worker's process crashed (SIGSEGV)") == 1
+    assert said.count("job 2 (train poison), tried again in 0 s: the worker's process crashed") == 2
+    assert said.count("job 2 (train poison), for good: the worker's process crashed (SIGSEGV)") == 1
     error = bench.queue.get(2).error
     assert "crashed (SIGSEGV) while it was at: " in error
     assert error.endswith("Segmentation fault")
