@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from helpers.flavored import make_versions
 
 from rankwise.cli.predict import predict
-from rankwise.exceptions import ConfigError, JobError, StorageError
+from rankwise.exceptions import AdapterIntegrityError, ConfigError, JobError, StorageError
 from rankwise.inference import Predictor
 from rankwise.inference.predict import Request, predict_file
 from rankwise.inference.shards import Parts
@@ -74,6 +74,7 @@ def test_each_row_has_its_own_adapter_s_answer_and_says_where_it_comes_from(worl
     assert len({row["adapter_sha256"] for row in out}) == 2
     assert all(row["finish_reason"] in {"stop", "length"} for row in out)
     assert all(0 < row["completion_tokens"] <= 5 for row in out)
+    assert summary.completion_tokens == sum(row["completion_tokens"] for row in out)
     assert len({row["base_fingerprint"] for row in out}) == 1
     # Each alone, by MLflow's own way, gives the same text.
     mlflow.set_tracking_uri(world.settings.tracking_uri)
@@ -147,15 +148,46 @@ def test_cut_off_between_the_output_and_the_end(world, rows, tmp_path, monkeypat
     assert not (tmp_path / "out.jsonl.parts").exists()
 
 
-def test_another_request_does_not_go_on_where_the_first_was(world, rows, tmp_path, monkeypatch):
-    write = Parts.write
-    monkeypatch.setattr(Parts, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
-    with pytest.raises(StorageError):
-        run(world, rows, tmp_path / "out.jsonl")
-    monkeypatch.setattr(Parts, "write", write)
+@pytest.fixture
+def begun(world, rows, tmp_path, monkeypatch):
+    """A prediction that has answered nothing yet, as its manifest says; the manifest's file."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+        with pytest.raises(StorageError):
+            run(world, rows, tmp_path / "out.jsonl")
+    return tmp_path / "out.jsonl.parts" / "manifest.json"
+
+
+@pytest.mark.usefixtures("begun")
+def test_another_request_does_not_go_on_where_the_first_was(world, rows, tmp_path):
     with pytest.raises(ConfigError, match=r"another prediction \(max_new_tokens was 5, is 4\).*--restart"):
         run(world, rows, tmp_path / "out.jsonl", decoding=Decoding(max_new_tokens=4))
     assert run(world, rows, tmp_path / "out.jsonl", decoding=Decoding(max_new_tokens=4), restart=True).reused == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda begun: begun["adapters"].update({"models:/one/2": "sha256:0"}),
+            AdapterIntegrityError,
+            r"models:/one/2 is another adapter \(.+\) than the one that the prediction began with \(sha256:0\); begin",
+        ),
+        (
+            lambda begun: begun.update(format_version=99),
+            ConfigError,
+            r"has format 99, this release reads \d+: finish it",
+        ),
+    ],
+    ids=["other files of a version", "another release"],
+)
+def test_what_began_otherwise_is_not_gone_on_with(world, rows, tmp_path, begun, change, error, message):
+    document = json.loads(begun.read_text())
+    change(document)
+    begun.write_text(json.dumps(document))
+    with pytest.raises(error, match=message):
+        run(world, rows, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_an_output_that_is_there_is_not_replaced_unasked(world, rows, tmp_path):

@@ -181,6 +181,7 @@ def test_all_linear_means_every_linear_layer_but_the_head(model):
     name = create_adapter(model, make_arm(seed=2, lora={"target_modules": "all-linear"}))
     modules = {key.split(".")[-3] for key in adapter_parameters(model, name)}
     assert modules == set(ALL)
+    assert set(model.peft_config[name].target_modules) == set(ALL), "short names, as peft's own files have them"
     assert len(adapter_parameters(model, name)) == 2 * 7 * 2
     assert len(adapter_parameters(model, narrow)) == 2 * 2 * 2
 

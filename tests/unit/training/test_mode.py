@@ -45,6 +45,11 @@ def test_an_architecture_without_blocks_is_refused():
         pass
 
 
+def test_an_architecture_without_blocks_is_trained_without_checkpointing():
+    with training_mode(nn.Linear(2, 2), gradient_checkpointing=False):
+        pass
+
+
 def test_the_bases_own_dropout_stays_off(tmp_path, caplog):
     model = load_tiny(tmp_path, "gpt_neox").model
     model.gpt_neox.emb_dropout.p = 0.5
