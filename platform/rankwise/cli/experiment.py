@@ -49,7 +49,8 @@ def validate(file: Path, overrides: tuple[str, ...]) -> None:
     spec = load_experiment(file, overrides)
     arms = expand(spec)
     count = sum(planned_rounds(spec)) or len(arms)
-    rounds = f" in {len(planned_rounds(spec))} rounds ({spec.sweep.method})" if is_search(spec) else ""
+    parts = len(planned_rounds(spec))
+    rounds = f" in {parts} {'round' if parts == 1 else 'rounds'} ({spec.sweep.method})" if is_search(spec) else ""
     click.echo(f"{file}: valid: {spec.name}, {count} {'arm' if count == 1 else 'arms'}{rounds}")
     for advice in rung_advice(spec.sweep.early_stopping, arms):
         note(advice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -33,8 +34,8 @@ def new(directory: Path, name: str, as_json: bool) -> None:
         print_json({"private": str(private), "public": str(public), "id": key})
         return
     click.echo(key)
-    note(f"to sign, where adapters are logged:   export RANKWISE_SIGNING_KEY={private}")
-    note(f"to trust, where they are loaded:      export RANKWISE_TRUSTED_KEYS={public}")
+    note(f"to sign, where adapters are logged:   export RANKWISE_SIGNING_KEY={shlex.quote(str(private))}")
+    note(f"to trust, where they are loaded:      export RANKWISE_TRUSTED_KEYS={shlex.quote(str(public))}")
 
 
 @keys.command()

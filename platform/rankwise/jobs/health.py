@@ -68,8 +68,11 @@ class Glance:
 
 
 def shown(url: str) -> str:
-    """A database URL without its password."""
-    return make_url(url).render_as_string(hide_password=True)
+    """A database URL without its password; of a SQLite file its path as people write it."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return f"sqlite:///{parsed.database}"
+    return parsed.render_as_string(hide_password=True)
 
 
 def check(url: str) -> Health:

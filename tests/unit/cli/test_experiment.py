@@ -138,6 +138,8 @@ def test_a_search_with_early_stopping_says_what_is_known(tmp_path):
     search = "  method: tpe\n  trials: 12\n  early_stopping: {min_steps: 5}\n  parameters:\n    lora.r: {int: [2, 64]}"
     file.write_text(changed(("  parameters:\n    lora.r: [4, 8]", search)))
     assert run(validate, file).stdout == f"{file}: valid: small, 12 arms in 2 rounds (tpe)\n"
+    once = run(validate, file, "--set", "sweep.trials=8").stdout
+    assert once == f"{file}: valid: small, 8 arms in 1 round (tpe)\n"
     shown = " ".join(run(plan, file, "--no-estimates").stdout.split())
     assert "small: 12 arms" in shown
     assert "The other 4 arms are proposed from results (tpe, 2 rounds)." in shown

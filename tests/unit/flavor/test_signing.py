@@ -272,8 +272,8 @@ def test_inspect_tells_who_signed(world, trusting):
 
 
 def test_the_command_makes_a_pair_and_shows_its_id(tmp_path):
-    made = CliRunner().invoke(keys, ["new", str(tmp_path / "keys"), "--name", "ann"], catch_exceptions=False)
-    assert (tmp_path / "keys" / "ann.key").is_file()
-    assert f"export RANKWISE_SIGNING_KEY={tmp_path}/keys/ann.key" in made.stderr
-    shown = CliRunner().invoke(keys, ["show", str(tmp_path / "keys")], catch_exceptions=False)
+    made = CliRunner().invoke(keys, ["new", str(tmp_path / "my keys"), "--name", "ann"], catch_exceptions=False)
+    assert (tmp_path / "my keys" / "ann.key").is_file()
+    assert f"export RANKWISE_SIGNING_KEY='{tmp_path}/my keys/ann.key'" in made.stderr
+    shown = CliRunner().invoke(keys, ["show", str(tmp_path / "my keys")], catch_exceptions=False)
     assert shown.stdout == f"{made.stdout.strip()}  ann\n"

@@ -73,3 +73,7 @@ def test_a_damaged_file_is_said(path):
 
 def test_a_password_is_never_shown():
     assert health.shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+
+
+def test_the_path_of_a_file_is_shown_as_people_write_it():
+    assert health.shown("sqlite:////home/Jürgen K/rankwise.db") == "sqlite:////home/Jürgen K/rankwise.db"
