@@ -166,6 +166,15 @@ class JobStoreContract:
         assert (after.state, after.lost) == (JobState.FAILED, 10)
         assert "lost 10 times" in after.error
 
+    def test_a_job_that_is_asked_to_stop_and_lost_for_the_last_time_is_cancelled_and_no_poison(self, store):
+        store.submit([new("a")])
+        for _ in range(10):
+            (job,) = store.claim(WORKER, lease=-1)
+            store.cancel([job.id] if job.lost == 9 else [])
+            store.reclaim()
+        after = store.get(job.id)
+        assert (after.state, after.lost, after.error) == (JobState.CANCELLED, 10, None)
+
     def test_cancelling_ends_the_queued_and_asks_the_running(self, store):
         running, queued = store.submit([new("a"), new("b")])
         (claimed,) = store.claim(WORKER, lease=60)

@@ -212,7 +212,7 @@ def reclaim(connection: Connection, limits: Limits, *, host: str | None, alive: 
     if not tokens:
         return []
     _end_attempts(connection, tokens, Outcome.LOST, None)
-    poison = JobRow.lost + 1 >= limits.lost
+    poison = and_(JobRow.lost + 1 >= limits.lost, ~JobRow.cancel_requested)
     returned = connection.execute(
         update(JobRow)
         .where(JobRow.token.in_(tokens), JobRow.state.in_(HELD_STATES))

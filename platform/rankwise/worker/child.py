@@ -110,7 +110,11 @@ class ChildProcess:
         finally:
             os.close(theirs)
         assert self._process.stdin is not None
-        self._writer = Writer(self._process.stdin)
+        # A pipe takes some minutes of heartbeats, and then holds up who writes: a child that reads no more must not
+        # keep its parent from noticing.
+        self._commands: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        writer = Writer(self._process.stdin)
+        threading.Thread(target=self._write, args=(writer,), name="child-commands", daemon=True).start()
         self._events: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, args=(events,), name="child-events", daemon=True)
         self._reader.start()
@@ -127,7 +131,7 @@ class ChildProcess:
 
     def send(self, message: Message) -> None:
         """See `Child.send`."""
-        self._writer.send(message)
+        self._commands.put(message)
 
     def receive(self, timeout: float) -> Message | None:
         """See `Child.receive`."""
@@ -169,7 +173,6 @@ class ChildProcess:
 
     def close(self) -> None:
         """See `Child.close`."""
-        self._writer.close()
         self._end()
         for path in (self._log, self._stacks):
             # `rankwise gc` may have been quicker.
@@ -177,8 +180,8 @@ class ChildProcess:
                 path.unlink(missing_ok=True)
 
     def _end(self) -> int:
-        """Wait for the end of a process whose pipes are closed; its exit status."""
-        self._writer.close()
+        """Close its pipe and wait for its end; its exit status."""
+        self._commands.put(None)
         try:
             code = self._process.wait(_DYING_S)
         except subprocess.TimeoutExpired:
@@ -204,6 +207,11 @@ class ChildProcess:
         except ProcessLookupError:
             return False
         return True
+
+    def _write(self, writer: Writer) -> None:
+        while (message := self._commands.get()) is not None:
+            writer.send(message)
+        writer.close()
 
     def _read(self, descriptor: int) -> None:
         with open(descriptor, "rb") as stream:

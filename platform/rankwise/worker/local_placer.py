@@ -146,7 +146,7 @@ class LocalPlacer:
         count = len(place.crashes)
         if count >= self._patience.crashes:
             place.code = code
-            self._say(f"[{place.name}] the worker ended with status {code} for the {count}th time: given up")
+            self._say(f"[{place.name}] the worker ended with status {code} {count} times: given up")
             return
         pause = min(self._patience.longest, self._patience.pause * 2 ** (count - 1))
         place.due = now + pause

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -107,6 +108,18 @@ def test_what_a_child_leaves_behind_ends_with_it(child, end):
     assert time.monotonic() - began < 15, "it holds the pipe for a minute"
     psutil.wait_procs([left], timeout=10)
     assert not left.is_running()
+
+
+def test_a_child_that_hears_nothing_any_more_does_not_hold_up_its_parent(child):
+    child.send({"do": "hang"})
+    beat = {"do": "beat", "until": {f"{number:032x}": 1.0 for number in range(16)}}
+    told = threading.Thread(target=lambda: [child.send(beat) for _ in range(200)], daemon=True)
+    told.start()
+    told.join(10)
+    assert not told.is_alive(), "a pipe holds 64 KiB: some minutes of heartbeats"
+    child.kill()
+    with pytest.raises(ChildDiedError):
+        answer(child)
 
 
 def test_a_program_that_cannot_be_started_leaves_nothing_open(tmp_path):

@@ -74,7 +74,7 @@ def test_a_worker_that_crashes_is_started_again_and_given_up_in_the_end(tmp_path
     )
     assert placer(code, tmp_path, gpus=["0", "1"], said=said).run() == 128 + signal.SIGSEGV
     assert len(list(tmp_path.iterdir())) == 3 + 1
-    assert said[-1] == "[0] the worker ended with status 139 for the 3th time: given up"
+    assert said[-1] == "[0] the worker ended with status 139 3 times: given up"
     assert said[0] == "[0] the worker ended with status 139; it is started again in 0 s"
 
 
