@@ -29,6 +29,7 @@ from rankwise.training.values import ArmOutcome, ArmTask
 logger = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
 _ENDING_S = 10.0
+_MOST_NAMES = 4
 
 
 def train_claimed(session: Session, jobs: Sequence[Job]) -> None:
@@ -127,6 +128,11 @@ def _return_what_does_not_fit(
     return [arm for arm in arms if arm.spec_hash not in left]
 
 
+def pack_label(names: Sequence[str]) -> str:
+    """The arms of a pack by name (a name may have commas), as far as they fit beside a bar; more are counted."""
+    return "; ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} arms"
+
+
 def _train(
     session: Session,
     base: LoadedBase,
@@ -138,7 +144,7 @@ def _train(
     jobs = {arm.spec_hash: arm.job for arm in arms}
     session.compositions.append(Composition(spec_hashes=tuple(jobs), open={job.id for job in jobs.values()}))
     steps = max(arm.work.arm.training.optimizer_steps(len(arm.rows.train)) for arm in arms)
-    names = ", ".join(arm.work.run_name for arm in arms)
+    names = pack_label([arm.work.run_name for arm in arms])
 
     def should_leave(spec_hash: str) -> bool:
         token = token_of(jobs[spec_hash])
