@@ -59,6 +59,16 @@ class JobStoreContract:
         assert store.get(job.id).error == "no answer from postgresql://[redacted]@db/queue"
         assert store.attempts(job.id)[0].error == store.get(job.id).error
 
+    @pytest.mark.parametrize("text", ["last words\0of a crash", "no file caf\udce9.csv"])
+    def test_whatever_a_process_has_left_can_be_told_as_an_error(self, store, text):
+        store.submit([new("a")])
+        (job,) = store.claim(WORKER, lease=60)
+        assert store.finish(job.token, Outcome.FATAL, error=text)
+        after = store.get(job.id)
+        assert after.error == store.attempts(job.id)[0].error
+        assert after.error.startswith(text[:10])
+        assert after.error.endswith(text[-4:])
+
     def test_a_claim_can_be_for_one_experiment(self, store):
         store.submit([new("a"), new("b", experiment="other"), new("c")])
         assert store.claim(WORKER, lease=60, max_arms=4, experiment="third") == []

@@ -132,7 +132,7 @@ class SqlJobStore:
         wait: float = 0.0,
     ) -> bool:
         """See `JobStore.finish`. Errors of other programs may hold secrets, which are not stored."""
-        said = None if error is None else redact(error)
+        said = None if error is None else _storable(error)
         return self._write(
             "finishing a job",
             lambda connection: transitions.finish(
@@ -144,7 +144,7 @@ class SqlJobStore:
         self, tokens: Collection[str], outcome: Outcome, *, error: str | None = None, wait: float = 0.0
     ) -> frozenset[str]:
         """See `JobStore.finish_together`."""
-        said = None if error is None else redact(error)
+        said = None if error is None else _storable(error)
         return self._write(
             "finishing jobs",
             lambda connection: transitions.finish_together(
@@ -247,3 +247,8 @@ class SqlJobStore:
     def workers(self) -> list[WorkerInfo]:
         """See `JobStore.workers`."""
         return self._read("listing workers", announced.workers)
+
+
+def _storable(text: str) -> str:
+    """A text as a database takes it: without secrets, without the odd bytes that a crash leaves in its last words."""
+    return redact(text).encode(errors="backslashreplace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -51,7 +51,9 @@ class Writer:
 
     def send(self, message: Message) -> bool:
         """Write one message; False when nobody reads any more."""
-        line = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        text = json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+        # Half a character (of a file's name that is no UTF-8) is then as JSON escapes it.
+        line = text.encode(errors="backslashreplace") + b"\n"
         with self._lock:
             if self._closed:
                 return False
