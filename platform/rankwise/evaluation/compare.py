@@ -121,8 +121,26 @@ class Comparison:
         return tuple(Configuration(arms=tuple(arms)) for arms in groups.values())
 
     @cached_property
+    def silent(self) -> tuple[ArmRecord, ...]:
+        """Finished arms whose primary metric is about less than half as large a share of their examples as another's.
+
+        A metric that leaves out predictions without a number would otherwise be won by saying nothing.
+        """
+        shares = [
+            (arm, arm.metrics[self.primary_metric].n / max(1, *(each.n for each in arm.metrics.values())))
+            for arm in self.arms
+            if arm.status == "FINISHED" and _has_value(arm, self.primary_metric)
+        ]
+        most = max((share for _, share in shares), default=0.0)
+        return tuple(arm for arm, share in shares if 2 * share < most)
+
+    @cached_property
     def ranking(self) -> tuple[Configuration, ...]:
-        """Configurations with a value of the primary metric, best mean first; equal ones by fewer parameters."""
+        """Configurations with a value of the primary metric, best mean first; equal ones by fewer parameters.
+
+        Those with a silent arm have no place.
+        """
+        silent = {arm.spec_hash for arm in self.silent}
 
         def order(configuration: Configuration) -> tuple[float, int]:
             summary = configuration.metric(self.primary_metric)
@@ -130,7 +148,12 @@ class Comparison:
             parameters = configuration.arms[0].adapter_parameters
             return (-summary.value if self.greater_is_better else summary.value, parameters or 0)
 
-        return tuple(sorted((each for each in self.configurations if each.metric(self.primary_metric)), key=order))
+        placed = [
+            each
+            for each in self.configurations
+            if each.metric(self.primary_metric) and not silent & {arm.spec_hash for arm in each.arms}
+        ]
+        return tuple(sorted(placed, key=order))
 
     @cached_property
     def best(self) -> ArmRecord | None:

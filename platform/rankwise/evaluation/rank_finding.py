@@ -141,7 +141,7 @@ class RankFinding:
             )
         if self.unjudged:
             ranks = ", ".join(format_param(rank) for rank in self.unjudged)
-            notes.append(f"Not judged, since no arm has a result: r = {ranks}.")
+            notes.append(f"Not judged, since no arm has a result that counts: r = {ranks}.")
         return notes
 
     def to_json(self) -> dict[str, object]:

@@ -168,6 +168,12 @@ def _notes(comparison: Comparison, shown: int) -> list[Text]:
         notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="dim" if arm.pruned else "red"))
     if (left := len(failed) - MOST_NAMED) > 0:
         notes.append(Text(f"... and {left:,} more arms without a result: --csv and --json have all", style="yellow"))
+    for arm in comparison.silent[:MOST_NAMED]:
+        told = (
+            f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]} has no place: "
+            f"{title(comparison.primary_metric)} is about {arm.metrics[comparison.primary_metric].n:,} examples only"
+        )
+        notes.append(Text(told, style="red"))
     if len(pruned) > MOST_PRUNED:
         rungs = Counter((arm.reason or "").partition(":")[0] for arm in pruned)
         told = ", ".join(f"{count:,} {rung}" for rung, count in rungs.items())

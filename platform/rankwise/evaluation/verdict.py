@@ -31,10 +31,13 @@ def find_smallest_rank(comparison: Comparison, read: ReadExamples) -> RankFindin
         read: Gives the influences of examples on the judged metric, by run id.
     """
     key = source_of(comparison.primary_metric)
+    silent = {arm.spec_hash for arm in comparison.silent}
     judged = [
         each
         for each in comparison.configurations
-        if each.metric(key) and isinstance(each.params.get(RANK), int | float)
+        if each.metric(key)
+        and isinstance(each.params.get(RANK), int | float)
+        and not silent & {arm.spec_hash for arm in each.arms}
     ]
     greater = comparison.greater_is_better if key == comparison.primary_metric else greater_is_better(key)
     places: dict[str, int] = {}

@@ -6,6 +6,8 @@ from dataclasses import replace
 from helpers.comparisons import BASE, arm, ranks, seeds_and_rates, values
 
 from rankwise.evaluation.compare import compare
+from rankwise.evaluation.metrics import MetricValue
+from rankwise.evaluation.verdict import find_smallest_rank
 
 
 def test_the_dictionary_is_what_the_json_interface_promises():
@@ -110,3 +112,22 @@ def test_a_thousand_arms_are_compared_in_well_under_a_second():
     assert len(comparison.ranking) == 100
     assert comparison.to_json()["best"] is not None
     assert time.perf_counter() - begun < 2.0
+
+
+def answering(r, error, answered, examples=90):
+    """An arm that gives a number for some of its examples."""
+    counts = {"eval.mean_absolute_error": (error, answered), "eval.parse_failures": (1 - answered / examples, examples)}
+    metrics = {key: MetricValue(value=value, stderr=0.1, n=n) for key, (value, n) in counts.items()}
+    return replace(arm(r, None), metrics=metrics)
+
+
+def test_an_arm_that_hardly_answers_is_not_the_best_by_what_it_says():
+    arms = [answering(2, 0.0, 3), answering(4, 50.0, 90), answering(8, 60.0, 80)]
+    comparison = compare("x", arms, primary_metric="eval.mean_absolute_error", greater_is_better=False)
+    assert [each.params["lora.r"] for each in comparison.silent] == [2]
+    assert comparison.best.params["lora.r"] == 4
+    assert [each.params["lora.r"] for each in comparison.ranking] == [4, 8]
+    assert find_smallest_rank(comparison, lambda _: {}).chosen.params["lora.r"] == 4
+    # What all are silent on says nothing, and neither does a larger evaluation.
+    same = [answering(2, 40.0, 9), answering(4, 50.0, 10), answering(8, 60.0, 90, 900)]
+    assert compare("x", same, primary_metric="eval.mean_absolute_error", greater_is_better=False).silent == ()

@@ -87,6 +87,14 @@ def test_a_pruned_arm_is_shown_as_such_and_is_no_failure():
     assert not arm(4, None, status="KILLED", reason="cancelled").pruned
 
 
+def test_an_arm_that_hardly_answers_is_said_to_have_no_place():
+    silent = arm(2, 0.1)
+    silent = replace(silent, metrics={**silent.metrics, "eval.loss": replace(silent.metrics["eval.loss"], n=3)})
+    lines = printed(compare("x", [silent, arm(4, 0.5)], primary_metric="eval.loss", greater_is_better=False))
+    assert any(line.startswith("r = 2, arm ") and line.endswith("loss is about 3 examples only") for line in lines)
+    assert row(lines, "★", "1", "4")
+
+
 def test_many_pruned_arms_are_one_line_and_hide_no_failure():
     reasons = [f"pruned at step {4 if at % 3 else 16}: eval.loss {at} is not among the best" for at in range(90)]
     arms = [arm(at + 1, None, status="KILLED", reason=reason) for at, reason in enumerate(reasons)]

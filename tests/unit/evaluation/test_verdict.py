@@ -105,7 +105,7 @@ def test_the_rule_its_confidence_and_where_it_comes_from_are_told():
 def test_ranks_whose_arms_have_failed_or_were_pruned_are_named_as_not_judged():
     finding = find_smallest_rank(ranks(), alike(0.01))
     assert finding.unjudged == (16.0,)
-    assert "Not judged, since no arm has a result: r = 16." in finding.notes
+    assert "Not judged, since no arm has a result that counts: r = 16." in finding.notes
 
 
 def test_a_greater_metric_is_judged_the_other_way():
