@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 MODEL_URI = "rankwise.model_uri"
 PRIMARY_METRIC = "rankwise.primary_metric"
 LINKED = "rankwise.linked_run"
+EVAL_HASH = "rankwise.eval_hash"
+"""On the run of an arm or of the bare base: which evaluation its results are of."""
+BASE_EVALUATIONS = "rankwise.base_evaluations"
+"""On a sweep's run: the evaluations of the bare base that belong to it, separated by commas."""
 DEFAULT_PRIMARY_METRIC = "eval.loss"
 
 # Params that are texts even where all their characters are digits (a commit, a column).
@@ -58,7 +62,7 @@ def gather(store: Store, experiment: str, *, everything: bool = False) -> Compar
     arms = [arm_record(_decisive(of_arm)) for of_arm in by_spec_hash(trained).values()]
     if not arms:
         raise ConfigError(f"experiment {experiment!r} has no arms yet; start them with `rankwise run FILE`")
-    bases = [run for run in _of_kind(runs, "base") if run.status == "FINISHED"]
+    bases = _bases(sweep, [run for run in _of_kind(runs, "base") if run.status == "FINISHED"])
     primary = DEFAULT_PRIMARY_METRIC if sweep is None else sweep.tags.get(PRIMARY_METRIC, DEFAULT_PRIMARY_METRIC)
     return compare(
         experiment,
@@ -69,6 +73,12 @@ def gather(store: Store, experiment: str, *, everything: bool = False) -> Compar
         experiment_id=experiment_id,
         parent_run_id=None if sweep is None else sweep.run_id,
     )
+
+
+def _bases(sweep: RunRecord | None, bases: Sequence[RunRecord]) -> Sequence[RunRecord]:
+    """The runs of the bare base on the rows of a sweep; all of them where it does not say which these are."""
+    named = "" if sweep is None else sweep.tags.get(BASE_EVALUATIONS, "")
+    return [run for run in bases if run.tags.get(EVAL_HASH) in named.split(",")] if named else bases
 
 
 def arm_record(run: RunRecord) -> ArmRecord:

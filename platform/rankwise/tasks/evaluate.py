@@ -8,6 +8,7 @@ from typing import Any
 
 import rankwise.flavor as flavor
 from rankwise.evaluation.evaluator import Evaluation
+from rankwise.evaluation.gather import EVAL_HASH
 from rankwise.evaluation.predictions import prediction_rows
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import JobError
@@ -15,7 +16,7 @@ from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.packed_lora import delete_adapter
 from rankwise.tasks.context import Context
-from rankwise.tasks.link import EVAL_HASH, run_of_arm
+from rankwise.tasks.link import run_of_arm
 from rankwise.tasks.measure import measure
 from rankwise.tasks.payload import Work
 from rankwise.tasks.prepare import find_sources

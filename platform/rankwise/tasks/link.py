@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rankwise.evaluation.gather import EVAL_HASH, LINKED
 from rankwise.evaluation.metrics import MetricValue
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import JobError
@@ -13,9 +14,6 @@ from rankwise.tasks.payload import Work
 from rankwise.tracking.descriptions import arm_note, base_note
 from rankwise.tracking.query import RunRecord, get_run, search_runs
 from rankwise.tracking.runs import SPEC_HASH
-
-LINKED = "rankwise.linked_run"
-EVAL_HASH = "rankwise.eval_hash"
 
 
 def link_done(context: Context, pairs: Sequence[tuple[Work, Job]], evaluations: Iterable[Job]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rankwise.assets.layout import read_json
 from rankwise.data.preflight import Report
-from rankwise.evaluation.gather import PRIMARY_METRIC
+from rankwise.evaluation.gather import BASE_EVALUATIONS, PRIMARY_METRIC
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.hashing import digest
 from rankwise.experiment.schema import ExperimentSpec
@@ -227,7 +227,8 @@ def _create_parent(context: Context, prepared: Prepared, command: str) -> str:
 def _store_reports(context: Context, prepared: Prepared, parent_run_id: str) -> None:
     run = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
     # The sweep that was submitted last is the one that `compare` shows.
-    run.tags(sweep_tags([arm.spec_hash for arm in prepared.arms]))
+    bases = sorted({arm.base_eval_hash() for arm in prepared.arms})
+    run.tags({**sweep_tags([arm.spec_hash for arm in prepared.arms]), BASE_EVALUATIONS: ",".join(bases)})
     for name, (report, preview) in prepared.reports.items():
         run.json(asdict(report), f"{name}/preflight.json")
         if prepared.spec.tracking.log_examples:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from rankwise.cli.compare import compare as command
-from rankwise.evaluation.gather import PRIMARY_METRIC, arm_record, gather, typed_params
+from rankwise.evaluation.gather import BASE_EVALUATIONS, EVAL_HASH, PRIMARY_METRIC, arm_record, gather, typed_params
 from rankwise.evaluation.metrics import MetricValue
 from rankwise.evaluation.summary import to_tracking
 from rankwise.exceptions import ConfigError
@@ -117,6 +117,28 @@ def test_the_arms_are_those_of_the_sweep_that_was_submitted_last(store):
     again.tags(sweep_tags(["a" * 64, "b" * 64]))
     again.leave()
     assert found() == ["a", "b"]
+
+
+def test_the_base_is_the_one_on_the_rows_of_the_sweep(store):
+    experiment = store.experiment("other rows and back")
+
+    def base(evaluation, loss):
+        run = store.start_run(experiment, "base", kind="base", tags={EVAL_HASH: evaluation}, system_metrics=False)
+        run.metrics(to_tracking({"eval.loss": MetricValue(value=loss, stderr=0.1, n=200)}), 0)
+        run.end("FINISHED")
+
+    tags = {**sweep_tags(["a" * 64]), BASE_EVALUATIONS: "0000,1111"}
+    sweep = store.start_run(experiment, "sweep", kind="sweep", tags=tags, system_metrics=False)
+    arm = store.start_run(
+        experiment, "arm", parent=sweep.run_id, kind="train", spec_hash="a" * 64, system_metrics=False
+    )
+    arm.end()
+    sweep.end()
+    assert gather(store, "other rows and back").base == {}
+    base("1111", 3.0)
+    # The definition had other rows for a while. What was evaluated before is not evaluated again.
+    base("2222", 4.0)
+    assert gather(store, "other rows and back").base["eval.loss"].value == 3.0
 
 
 def test_a_very_large_sweep_lists_its_arms_in_several_tags():
