@@ -6,6 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.eight_bit import lean_8_bit_layers
 from rankwise.modeling.feed_forward import lean_feed_forwards
 from rankwise.modeling.packed_lora import delete_adapter, install
 from rankwise.training.budget import usual_pass
@@ -21,6 +22,7 @@ def peak_of_step(base, tasks) -> int:
     with (
         training_mode(base.model, gradient_checkpointing=checkpointing),
         keep_dequantized(base.model, tokens=usual_pass(tasks, None)),
+        lean_8_bit_layers(base.model),
         lean_feed_forwards(base.model),
     ):
         arms = [LivingArm(task, base.model) for task in tasks]

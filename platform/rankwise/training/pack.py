@@ -9,6 +9,7 @@ from pathlib import Path
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.dequantized import keep_dequantized
+from rankwise.modeling.eight_bit import lean_8_bit_layers
 from rankwise.modeling.feed_forward import lean_feed_forwards
 from rankwise.training.assess import METRICS
 from rankwise.training.budget import default_token_budget, plan_pack, usual_pass
@@ -84,6 +85,7 @@ def train_pack(
     with (
         training_mode(base.model, gradient_checkpointing=checkpointing),
         keep_dequantized(base.model, tokens=usual_pass(tasks, passes.max_tokens)),
+        lean_8_bit_layers(base.model),
         lean_feed_forwards(base.model),
     ):
         pack = PackLoop(base, tasks, checkpoints, observer, evaluate, passes)

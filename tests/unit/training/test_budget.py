@@ -102,17 +102,19 @@ def test_training_in_the_passes_of_a_plan_says_what_it_will_take(base, tmp_path,
     assert "activations" in caplog.text
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_of_a_step_is_its_measured_peak(tmp_path, architecture, checkpointing):
+@pytest.mark.parametrize(("architecture", "bits"), [("llama", 4), ("gpt_neox", 4), ("llama", 8)])
+def test_the_estimate_of_a_step_is_its_measured_peak(tmp_path, architecture, bits, checkpointing):
     """Against the peak of torch's allocations, told by its profiler. Tiny bases: logits and layers weigh alike."""
     torch.set_num_threads(1)
-    base = load_tiny(tmp_path, architecture, hidden_size=128, layers=4)
+    quantization = {f"load_in_{each}bit": each == bits for each in (4, 8)}
+    base = load_tiny(tmp_path, architecture, quantization, hidden_size=128, layers=4)
     rows = make_rows(12, shortest=60, longest=60)
     targets = "all-linear" if architecture == "gpt_neox" else ["q_proj", "v_proj", "down_proj"]
     arms = [
         make_arm(
             seed=seed,
+            quantization=quantization,
             lora={"r": 4 + seed, "lora_dropout": 0.1 * seed, "target_modules": targets},
             training={"per_device_train_batch_size": 3, "gradient_checkpointing": checkpointing},
         )
@@ -121,5 +123,5 @@ def test_the_estimate_of_a_step_is_its_measured_peak(tmp_path, architecture, che
     estimate = plan_pack(base, tasks(*arms, rows=rows)).estimate
     peak = peak_of_step(base, tasks(*arms, rows=rows))
     ratio = (estimate.activations + estimate.logits) / peak
-    print(f"{architecture}, checkpointing {checkpointing}: estimate / peak = {ratio:.2f}")
+    print(f"{architecture}, {bits} bit, checkpointing {checkpointing}: estimate / peak = {ratio:.2f}")
     assert 0.9 < ratio < 1.35
