@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.assets.bounded_yaml import read_yaml
 from rankwise.data.renderer import Renderer
-from rankwise.exceptions import ConfigError, TrackingError
+from rankwise.exceptions import AdapterIntegrityError, ConfigError, TrackingError
 from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri
 from rankwise.flavor.inputs import read_input
 from rankwise.flavor.loading import LoadedAdapter, load_directory
@@ -28,6 +28,7 @@ from rankwise.modeling.generation import row_seed
 from rankwise.modeling.mixed_batch import Prompt, generate
 from rankwise.modeling.pass_lock import pass_lock
 from rankwise.settings import Settings
+from rankwise.tracking.errors import is_final
 
 logger = logging.getLogger(__name__)
 
@@ -112,17 +113,32 @@ def _origin(directory: Path) -> Origin:
     note = directory / "registered_model_meta"
     if not note.is_file():
         return resolve_uri(directory)
-    noted: Any = read_yaml(note.read_text(encoding="utf-8")) or {}
-    name, model_id = noted.get("model_name"), read_mlmodel(directory).get("model_id")
-    version = None
+    name, number = _noted(note)
+    model_id = read_mlmodel(directory).get("model_id")
+    logged, version, problem, away = None, None, "", False
     try:
-        version = resolve_uri(f"models:/{name}/{noted.get('model_version')}") if name else None
-        if version is not None and version.model_id == model_id:
-            return version
-        # A copy, whose own name and signature count.
-        origin = resolve_uri(f"models:/{model_id}")
+        logged = resolve_uri(f"models:/{model_id}")
     except (TrackingError, ConfigError) as error:
-        logger.warning("the tags of %s are not checked: %s", directory, error)
-        origin = resolve_uri(directory)
-    signature = {} if version is None else {key: value for key, value in version.tags.items() if key == NAME_TAG}
-    return replace(origin, name=name, tags={**origin.tags, **signature})
+        problem, away = str(error), isinstance(error, TrackingError) and not is_final(error.__cause__ or error)
+    if name is not None and not away:
+        with suppress(TrackingError, ConfigError):  # Deleted, or of another store: the LoggedModel's tags are left.
+            version = resolve_uri(f"models:/{name}/{number}")
+    if version is not None and version.model_id == model_id:
+        return version
+    if logged is None:
+        logger.warning("the tags of %s are not checked: %s", directory, problem)
+        return replace(resolve_uri(directory), name=name)
+    # Of a copy, which has the LoggedModel's files: its own name and signature count.
+    own = {key: value for key, value in (version.tags if version else {}).items() if key == NAME_TAG}
+    return replace(logged, name=name, tags={**logged.tags, **own})
+
+
+def _noted(note: Path) -> tuple[str | None, str]:
+    """Name and version of the registered model; no name where MLflow was given a LoggedModel."""
+    try:
+        noted: Any = read_yaml(note.read_text(encoding="utf-8"))
+        return noted["model_name"], str(noted["model_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterIntegrityError(
+            f"MLflow's note {note} cannot be read ({error!r}): fetch the model again"
+        ) from error

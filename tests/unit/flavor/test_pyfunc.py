@@ -218,6 +218,31 @@ def test_a_registered_model_is_checked_against_its_tags_and_a_carried_one_says_t
     assert "the tags of" in caplog.text
 
 
+def test_a_version_whose_logged_model_was_deleted_is_checked_against_its_own_tags(world, store, caplog):
+    info = flavor.log_adapter(world.adapter, world.load_base(), registered_model_name="orphan")
+    store.delete_logged_model(info.model_id)
+    loaded = mlflow.pyfunc.load_model("models:/orphan/1").get_raw_model()
+    assert (loaded.origin.uri, "rankwise.manifest" in loaded.origin.tags) == ("models:/orphan/1", True)
+    assert "the tags of" not in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[1]", "a: {", "model_name: x", "null"])
+def test_a_note_that_mlflow_has_not_written_is_refused(world, tmp_path, content):
+    carried = world.copy(tmp_path / "carried")
+    (carried / "registered_model_meta").write_text(content)
+    with pytest.raises(AdapterIntegrityError, match="MLflow's note"):
+        flavor._load_pyfunc(str(carried))
+
+
+def test_a_carried_model_is_not_compared_with_another_store_s_version_of_that_name(world, store, tmp_path):
+    flavor.log_adapter(world.adapter, world.load_base(), registered_model_name="namesake")
+    store.set_model_version_tag("namesake", "1", "rankwise.signature.name", "of other content")
+    store.set_model_version_tag("namesake", "1", "rankwise.manifest", "sha256:0")
+    carried = world.copy(tmp_path / "carried")
+    (carried / "registered_model_meta").write_text("model_name: namesake\nmodel_version: 1\n")
+    assert flavor._load_pyfunc(str(carried)).adapter.origin.name == "namesake"
+
+
 def test_an_unknown_model_config_is_refused(world):
     with pytest.raises(ConfigError, match="model_config: not known: temperature"):
         flavor._load_pyfunc(str(world.saved), {"temperature": 1})
