@@ -262,7 +262,7 @@ class RegisterSpec(Section):
     name: Annotated[str, Field(pattern=r"^[^/:\s]([^/:]*[^/:\s])?$", max_length=256)]
     """Name of the registered model; '/' and ':' are MLflow's own."""
     alias: Annotated[str, Field(pattern=r"^[\w-]+$", max_length=255)] | None = None
-    """Alias that the best arm gets."""
+    """Alias that the best arm gets, of the sweep that ended last."""
     checkpoint: Literal["last", "best"] = "last"
     """Which state of an arm is registered; best is by the primary metric and needs training.eval_steps."""
 
