@@ -8,7 +8,7 @@ from helpers.project import make_project, sums, write_rows
 from helpers.tiny import make_base
 from mlflow import MlflowClient
 
-PROMOTION = "promotion={min_examples: 10, max_overlap: 0.5}"
+PROMOTION = "promotion={min_examples: 5, max_overlap: 0.5}"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_promote_and_roll_back(project, client):
     assert alias(client) is None
     done = project.run("promote", "tiny-adder", "--candidate", "1", "--force", "--reason", "somebody must begin")
     assert done.returncode == 0, done.stderr
-    assert "models:/tiny-adder@champion is version 1 now" in done.stderr
+    assert "models:/tiny-adder@champion is version 1 now (by force; it was unset)" in done.stderr
     # The better one passes.
     found = json.loads(project.succeed("promote", "tiny-adder", "--candidate", "2", "--json"))
     assert (found["passed"], found["moved"], found["forced"]) == (True, True, False)
@@ -59,6 +59,9 @@ def test_promote_and_roll_back(project, client):
     back = project.run("rollback", "tiny-adder")
     assert (back.returncode, alias(client)) == (0, 1), back.stderr
     assert "models:/tiny-adder@champion is version 1 again; it was version 2" in back.stderr
+    back = project.run("rollback", "tiny-adder")
+    assert "models:/tiny-adder@champion is unset again; it was version 1" in back.stderr
+    assert alias(client) is None
 
 
 def test_an_alias_that_somebody_else_moved_is_not_rolled_back(project, client):

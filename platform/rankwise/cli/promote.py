@@ -75,7 +75,7 @@ def promote(
     if done.decision is None:
         note(f"{version.uri} is models:/{name}@{alias} already")
         return 0
-    holder = "nobody" if done.champion is None else f"version {done.champion.version}"
+    holder = "unset" if done.champion is None else f"version {done.champion.version}"
     if done.moved:
         how = "by force" if done.forced else "through the gate"
         note(f"models:/{name}@{alias} is version {candidate} now ({how}; it was {holder}); evidence: run {done.run_id}")
@@ -100,6 +100,4 @@ def rollback(name: str, alias: str, reason: str) -> None:
 
         with open_context(Settings.load(), bars) as context:
             before, after = undo(context, name, alias, reason=reason)
-    note(
-        f"models:/{name}@{alias} is {'nobody' if after is None else f'version {after}'} again; it was version {before}"
-    )
+    note(f"models:/{name}@{alias} is {'unset' if after is None else f'version {after}'} again; it was version {before}")
