@@ -13,6 +13,7 @@ help:  ## this list
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"rankwise needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.12 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing rankwise and the libraries it was tested with into $(VENV): some minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
