@@ -121,6 +121,7 @@ def test_with_the_best_checkpoint_the_evaluations_choose_the_result(change):
     assert one.checkpoint == "best"
     assert ArmSpec.of(parse(change, text=text)).spec_hash != one.spec_hash
     assert one.spec_hash != arm(OWN_EVAL).spec_hash
+    assert (one.params["register.checkpoint"], one.params["training.eval_steps"]) == ("best", 5)
 
 
 def test_settings_of_a_quantization_that_is_off_do_not_count():
@@ -198,7 +199,8 @@ def test_params_are_flat_under_mlflow_s_names_with_json_numbers():
     assert params["seed"] == 0
     assert params["base_model_revision"] == COMMIT
     assert params["dataset.eval.rows"] == 20
-    assert "init_from" not in params
+    assert params["quantization.bnb_4bit_quant_type"] == "nf4"
+    assert not {"init_from", "register.checkpoint", "training.eval_steps"} & params.keys()
     assert json.loads(json.dumps(params)) == params
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,6 +91,26 @@ def test_an_arm_cancelled_while_it_waited_at_a_rung_was_to_be_compared_there_and
     pruned = at(0, *range(8), standing=Standing.PRUNED)
     others = [replace(each, configuration=f"other {each.configuration}") for each in pruned]
     assert len(decide(STOPPING, [*at(1, 4, 3, 2, 1), *cancelled, *others]).promote) == 1
+
+
+def many(count: int, standing: Standing, rung: int) -> list[Competitor]:
+    return [replace(one(f"{standing}{number}", standing), rung=rung) for number in range(count)]
+
+
+@pytest.mark.parametrize(("failed_at", "going"), [(0, 2), (-1, 1)])
+def test_only_those_that_failed_on_the_way_to_a_rung_were_to_be_compared_there(failed_at, going):
+    """Of 16 the half was to go on; 2 have come, and 6 were not finite at the rung before."""
+    halved = EarlyStoppingSpec(min_steps=4, eta=2)
+    others = [*many(6, Standing.PRUNED, 0), *many(8, Standing.FAILED, failed_at)]
+    assert len(decide(halved, [*at(1, 2.0, 1.0), *others]).promote) == going
+
+
+@pytest.mark.parametrize(("finished_at", "going"), [(0, 2), (-1, 1)])
+def test_an_arm_that_has_finished_took_part_where_it_came_to_a_rung(finished_at, going):
+    """Of 8 the half was to go on, of 4 two; 2 have come and 2 have failed on the way."""
+    halved = EarlyStoppingSpec(min_steps=4, eta=2)
+    others = [*many(2, Standing.FAILED, 0), *many(4, Standing.FINISHED, finished_at)]
+    assert len(decide(halved, [*at(1, 2.0, 1.0), *others]).promote) == going
 
 
 def test_finalists_are_left_however_great_eta_is():
@@ -198,4 +219,8 @@ def test_arms_of_different_lengths_share_the_chance_to_go_on():
     planned = budget(STOPPING, [[2], [8], [8], [8], [8]])
     assert planned.rungs[0].arms == 4
     assert planned.expected == 2 + 4 * 4 + 4
+    # What ends at a rung competes no more there: the one that is longer goes on in any case.
+    halved = budget(EarlyStoppingSpec(min_steps=4, eta=2), [[4], [4], [8]])
+    assert [(rung.step, rung.arms, rung.kept) for rung in halved.rungs] == [(4, 1, 1)]
+    assert halved.expected == 3 * 4 + 4
     assert budget(STOPPING, []).expected == 0

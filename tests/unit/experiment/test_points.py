@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from rankwise.experiment import points
 from rankwise.experiment.points import MAX_POINTS, read_points
 
 
@@ -61,6 +62,10 @@ ALLOWED = "allowed: lora.*, training.*, quantization.*, dataset.limit.train, see
         ({"lora.lora_alpha": [8, 8.0]}, "8.0 is listed twice; remove one"),
         ({"lora.target_modules": [["q", "v"], ["v", "q"]]}, '["v", "q"] is listed twice; remove one'),
         ({"base_model": ["a/b"]}, f"cannot differ between arms; {ALLOWED}"),
+        (
+            {"lora.r": {"int": [2, 64]}},
+            'is a range, got {"int": [2, 64]}; a grid needs a list of values, a range needs method: random or tpe',
+        ),
         ({"rank": [8]}, f"is not a field that can be swept; did you mean lora.r?; {ALLOWED}"),
     ],
 )  # fmt: skip
@@ -83,6 +88,12 @@ def test_a_grid_that_explodes_is_refused_before_it_is_made():
     assert problems({"parameters": axes}) == [
         f"make a grid of 1,000,000,000 points; at most {MAX_POINTS:,} are allowed"
     ]
+
+
+def test_a_list_of_too_many_arms_is_refused(monkeypatch):
+    monkeypatch.setattr(points, "MAX_ARMS", 2)
+    assert len(values({"arms": [{"seed": 0}, {"seed": 1}]})) == 2
+    assert problems({"arms": [{"seed": 0}, {"seed": 1}, {"seed": 2}]}) == ["has 3 arms; at most 2 are allowed"]
 
 
 def test_a_condition_is_parsed_and_its_names_are_checked():
