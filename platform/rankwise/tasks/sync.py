@@ -17,6 +17,7 @@ from rankwise.exceptions import TrackingError
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import JobStore
 from rankwise.tasks.context import Context
+from rankwise.tasks.prediction_run import EXPERIMENT as PREDICTIONS
 from rankwise.tasks.sweep import finish_open
 from rankwise.tracking.leavings import close_run, open_runs, remove_version, versions_of_jobs
 from rankwise.tracking.leftovers import SyncReport, refused_records
@@ -187,6 +188,8 @@ def _end_runs(store: Store, jobs: Mapping[int, Job], waiting: frozenset[str]) ->
         else:
             living.add(job.mlflow_run_id)
     experiments = {str(job.spec["experiment_id"]) for job in ended.values() if "experiment_id" in job.spec}
+    if any(job.kind is JobKind.PREDICT for job in ended.values()):
+        experiments |= {found for found in [store.find_experiment(PREDICTIONS)] if found is not None}
     done: dict[str, str] = {}
     for run in open_runs(store.client, experiments):
         if run.run_id not in ended or run.run_id in living | waiting or store.is_open(run.run_id):

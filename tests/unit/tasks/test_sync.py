@@ -123,6 +123,17 @@ def test_runs_of_jobs_that_have_ended_get_their_state(store, queue, experiment, 
     assert sync().ended == {}
 
 
+def test_the_run_of_a_prediction_that_was_given_up_gets_its_state_too(store, queue, sync):
+    queue.submit([NewJob(kind=JobKind.PREDICT, experiment="predict out.jsonl", spec_hash="p", spec={})])
+    run = store.start_run(store.experiment("predictions"), "out.jsonl", kind="predict", system_metrics=False)
+    run.leave()
+    (claimed,) = queue.claim(WORKER, lease=60)
+    queue.set_run(claimed.token, run.run_id)
+    queue.finish(claimed.token, Outcome.FATAL, error="the input has changed")
+    assert dict(sync().ended) == {run.run_id: "FAILED"}
+    assert get_run(store.client, run.run_id).reason == "the input has changed"
+
+
 def test_what_waits_and_what_was_refused_is_told(store, queue, settings, sync):
     outbox = Outbox.create(settings.outbox, "nosuchrun", settings.tracking_uri)
     outbox.append({"tags": {"a": "b"}})
