@@ -49,7 +49,7 @@ _COMMANDS = {
     "pull": ("rankwise.cli.registry:pull", "Fetch a registered adapter as a plain PEFT directory."),
     "import": ("rankwise.cli.imports:import_", "Register an adapter that another program has stored."),
     "export": ("rankwise.cli.export:export", "Merge a registered adapter into its base, as a model of its own."),
-    "keys": ("rankwise.cli.keys:keys", "Make keys that sign adapters, and show public ones."),
+    "keys": ("rankwise.cli.keys:keys", "Make keys that sign adapters, sign with them, and show public ones."),
     "bases": ("rankwise.cli.bases:bases", "List, add, verify and prune bases on this machine."),
     "sync": ("rankwise.cli.sync:sync", "Deliver what MLflow has missed, and remove duplicates from the registry."),
     "gc": ("rankwise.cli.gc:gc", "Remove checkpoints, models, outboxes and caches that no job needs."),
