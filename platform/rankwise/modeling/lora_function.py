@@ -135,8 +135,9 @@ class _AddLora(torch.autograd.Function):
         ]
         ctx.mark_dirty(y)
         ctx.slices = slices
-        ctx.masks = masks if x.device.type == "cpu" else None
-        ctx.save_for_backward(x, *matrices, *inners)
+        ctx.keeps_masks = x.device.type == "cpu"
+        # All of it by autograd's own way: gradient checkpointing lets go of nothing else.
+        ctx.save_for_backward(x, *matrices, *inners, *(masks if ctx.keeps_masks else ()))
         return y
 
     @staticmethod
@@ -144,12 +145,13 @@ class _AddLora(torch.autograd.Function):
         grad = grads[0]
         slices: list[Slice] = ctx.slices
         x, *saved = ctx.saved_tensors
-        matrices, inners = saved[: 2 * len(slices)], saved[2 * len(slices) :]
+        count = len(slices)
+        matrices, inners, masks = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
         grad_x = _grad_like(x, slices) if ctx.needs_input_grad[1] else None
         grad_matrices: list[torch.Tensor | None] = []
         for index, part in enumerate(slices):
             a, b = matrices[2 * index].to(x.dtype), matrices[2 * index + 1].to(grad.dtype)
-            mask = part.mask(x) if ctx.masks is None else ctx.masks[index]
+            mask = masks[index] if ctx.keeps_masks else part.mask(x)
             grad_y = grad[part.start : part.stop, : part.length].reshape(-1, grad.shape[-1])
             needs_a, needs_b = ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
             # Products with the rank as their rows: with the rank as their columns they take two to four times as long.

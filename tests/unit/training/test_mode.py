@@ -1,11 +1,15 @@
 """The state of the model while it trains."""
 
+import weakref
+
 import pytest
 import torch
-from helpers.packs import load_tiny
+from helpers.packs import load_tiny, make_arm
 from torch import nn
 
 from rankwise.exceptions import ConfigError
+from rankwise.modeling.lora_function import Slice
+from rankwise.modeling.packed_lora import DropoutKey, Segment, create_adapter, delete_adapter, install
 from rankwise.training.mode import training_mode
 
 
@@ -35,6 +39,33 @@ def test_checkpointed_blocks_are_run_again_in_backward_and_not_without_gradients
             assert len(calls) == 3
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_masks_wait_for_the_backward_pass_without_checkpointing_only(base, monkeypatch, checkpointing):
+    made = []
+    own = Slice.mask
+
+    def mask(part, x):
+        drawn = own(part, x)
+        made.append(weakref.ref(drawn))
+        return drawn
+
+    monkeypatch.setattr(Slice, "mask", mask)
+    arm = make_arm(lora={"lora_dropout": 0.5})
+    name = create_adapter(base.model, arm)
+    segment = Segment(adapter=name, start=0, stop=2, dropout=DropoutKey(seed=0, step=0, micro_step=0))
+    try:
+        with (
+            training_mode(base.model, gradient_checkpointing=checkpointing),
+            install(base.model).segments([segment]),
+        ):
+            loss = base.model(input_ids=torch.arange(4, 20).view(2, 8), use_cache=False).logits.sum()
+            assert len(made) == 4
+            assert sum(each() is not None for each in made) == (0 if checkpointing else 4)
+            loss.backward()
+    finally:
+        delete_adapter(base.model, name)
 
 
 def test_an_architecture_without_blocks_is_refused():
