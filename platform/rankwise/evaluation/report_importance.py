@@ -13,7 +13,7 @@ none of the shares; it makes the test more cautious.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,8 @@ class Share:
     Attributes:
         name: Of the setting.
         share: Of the variance, 0 to 1.
-        p: Of the F test: how often noise alone explains as much.
+        p: Of the F test: how often noise alone explains as much, corrected for the number of settings (Holm 1979,
+            *Scandinavian Journal of Statistics* 6, 65): where no setting does anything, one is `real` in 5 % of sweeps.
         levels: How many values or groups.
     """
 
@@ -127,7 +128,16 @@ def _shares(effects: Mapping[str, NDArray[np.float64]], results: NDArray[np.floa
         p = float(fdtrc(df, free, own / df / within)) if within > 0 else float(own <= 0)
         share = max(0.0, (own - df * within) / total)
         found.append(Share(name=name, share=share, p=p, levels=table.shape[1] + 1))
-    return found
+    return _corrected(found)
+
+
+def _corrected(shares: Sequence[Share]) -> list[Share]:
+    """With each p times the number of settings that are not told apart before it, none smaller than one before it."""
+    corrected: list[Share] = []
+    for place, share in enumerate(sorted(shares, key=lambda each: each.p)):
+        before = corrected[-1].p if corrected else 0.0
+        corrected.append(replace(share, p=max(before, min(1.0, share.p * (len(shares) - place)))))
+    return corrected
 
 
 def _dummies(levels: Sequence[int]) -> NDArray[np.float64]:

@@ -83,7 +83,8 @@ def _importance(comparison: Comparison, finding: RankFinding) -> Part:
     note = (
         f"Of the variance of {title(finding.key)} between {found.configurations:,} configurations, the share that a "
         "setting explains, the others being held, less what it would by chance (epsilon squared of an additive "
-        "analysis of variance); p by the F test. What settings do only in combination is in none of the shares."
+        "analysis of variance); p by the F test, corrected for the number of settings (Holm). What settings do only in "
+        "combination is in none of the shares."
     )
     return Part(id="importance", title=name, heads=heads, rows=rows, notes=[note])
 
