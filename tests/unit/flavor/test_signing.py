@@ -214,6 +214,7 @@ def test_a_changed_section_breaks_the_signature_of_a_directory(copy):
         {"key": "sha256:0"},
         {"public_key": "no"},
         {"version": 1},
+        {"format": "another"},
         {"signature": None},
         {"statement": {"name": "other"}},
         {"statement": {}},
