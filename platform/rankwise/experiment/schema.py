@@ -277,11 +277,11 @@ class PromotionSpec(Section):
     max_regression: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Key of a metric to how much worse it may become, likewise."""
     min_examples: Count = 100
-    """Fewest examples that are compared."""
+    """Fewest examples that are compared; equal prompts count once."""
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the examples that may have been in the candidate's training data; they are left out."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Of the intervals."""
+    """Of the intervals; of one of K arms that were compared on the same rows, 1 - (1 - confidence) / K."""
 
 
 class TrackingSpec(Section):
