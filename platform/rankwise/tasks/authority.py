@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.store import JobStore
+from rankwise.worker.timing import lease_clock
 
 _AGAIN_S = 0.5
 
@@ -15,7 +16,7 @@ _AGAIN_S = 0.5
 class Authority:
     """What is known of the claims. Thread-safe.
 
-    Time is `time.monotonic()`, in which a process that was stopped (SIGSTOP) or a machine that slept has aged: after
+    Time is that of `lease_clock`, in which a process that was stopped (SIGSTOP) or a machine that slept has aged: after
     that a claim counts as unconfirmed until the parent says otherwise.
     """
 
@@ -39,7 +40,7 @@ class Authority:
 
     def confirmed(self, token: str) -> bool:
         """Whether the lease still runs, as far as this process knows."""
-        return self.holds(token) and time.monotonic() < self._until[token]
+        return self.holds(token) and lease_clock() < self._until[token]
 
     def cancelled(self, token: str) -> bool:
         """Whether a person wants the job stopped."""

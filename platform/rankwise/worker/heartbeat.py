@@ -15,7 +15,7 @@ from typing import Any
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, Worker
 from rankwise.jobs.store import JobStore
-from rankwise.worker.timing import Timing
+from rankwise.worker.timing import Timing, lease_clock
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Heartbeat:
         """Grows whenever a claim was confirmed, lost or cancelled."""
 
     def hold(self, jobs: Collection[Job], since: float) -> None:
-        """Beat for claimed jobs, whose leases began at `since` (`time.monotonic()`) or later."""
+        """Beat for claimed jobs, whose leases began at `since` (by `lease_clock`) or later."""
         with self._lock:
             for job in jobs:
                 assert job.token is not None
@@ -73,7 +73,7 @@ class Heartbeat:
 
     def confirmed(self, token: str) -> bool:
         """Whether the lease still runs, as far as this process knows."""
-        return self.holds(token) and time.monotonic() < self._until[token]
+        return self.holds(token) and lease_clock() < self._until[token]
 
     def cancelled(self, token: str) -> bool:
         """Whether a person wants the job stopped."""
@@ -146,7 +146,7 @@ class Heartbeat:
         if not asked:
             return
         # By the clock before the statement: the lease began at some moment after it.
-        sent = time.monotonic()
+        sent = lease_clock()
         beat = self._queue.beat(asked, lease=self._timing.lease, progress=progress or None)
         with self._lock:
             for token in asked:

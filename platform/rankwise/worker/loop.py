@@ -25,7 +25,7 @@ from rankwise.worker.owed import Owed
 from rankwise.worker.protocol import Message
 from rankwise.worker.results import Result, Results
 from rankwise.worker.stopping import Stop
-from rankwise.worker.timing import Timing
+from rankwise.worker.timing import Timing, lease_clock
 from rankwise.worker.uploads import Uploads
 from rankwise.worker.voice import Voice
 
@@ -184,7 +184,7 @@ class WorkerLoop:
     def _round(self, plan: Plan) -> bool:
         """One look at the queue; False when there is nothing left to do."""
         self._reclaim()
-        since = time.monotonic()
+        since = lease_clock()
         claimed = self._queue.claim(
             self._worker,
             lease=self._timing.lease,

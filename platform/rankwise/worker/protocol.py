@@ -26,7 +26,7 @@ Events, up a pipe of its own:
 | `{"event": "done", "value": {...}}` | the work has ended |
 | `{"event": "failed", "outcome": ..., "type": ..., "text": ..., ...}` | it broke: the fields of `Failure` |
 
-`until` is `time.monotonic()`, which all processes of a machine share.
+`until` is a time of `rankwise.worker.timing.lease_clock`, which all processes of a machine share.
 """
 
 from __future__ import annotations

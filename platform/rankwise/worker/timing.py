@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,6 +22,14 @@ DEADLINES: Mapping[str, float] = MappingProxyType(
 )
 """Silence after which a child counts as hung, by phase. Downloads, tokenizing and steps tell of themselves; quantizing
 a large base and a step of a large model on a CPU do not for many minutes, hence the large numbers."""
+
+
+def lease_clock() -> float:
+    """Seconds on a clock that all processes of a machine share, and that goes on while the machine sleeps.
+
+    `time.monotonic()` stands still then, and a claim that others have taken over would look as if it still stood.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import pytest
 
 from rankwise.exceptions import JobStoreError
 from rankwise.tasks.authority import Authority
+from rankwise.worker.timing import lease_clock
 
 
 class Queue:
@@ -23,7 +24,7 @@ class Queue:
 def authority(monkeypatch):
     monkeypatch.setattr("rankwise.tasks.authority._AGAIN_S", 0.01)
     made = Authority()
-    made.update({"t": time.monotonic() + 0.3}, [], [])
+    made.update({"t": lease_clock() + 0.3}, [], [])
     return made
 
 
@@ -35,7 +36,7 @@ def test_a_claim_is_confirmed_until_its_lease_is_over(authority):
 
 
 def test_what_the_parent_says_counts(authority):
-    authority.update({"t": time.monotonic() + 60, "u": time.monotonic() + 60}, lost=["t"], cancelled=["u"])
+    authority.update({"t": lease_clock() + 60, "u": lease_clock() + 60}, lost=["t"], cancelled=["u"])
     assert not authority.holds("t")
     assert not authority.confirmed("t")
     assert authority.cancelled("u")

@@ -9,7 +9,7 @@ from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.sql_store import SqlJobStore
 from rankwise.worker.heartbeat import Heartbeat
-from rankwise.worker.timing import Timing
+from rankwise.worker.timing import Timing, lease_clock
 
 WORKER = Worker(name="w", host="h", pid=1)
 QUICK = Timing(lease=60.0, beat=0.01, watch=0.01)
@@ -33,7 +33,7 @@ def claim(queue, count=1, lease=60.0):
 
 def beating(queue, jobs, timing=QUICK):
     heart = Heartbeat(queue, timing, WORKER)
-    heart.hold(jobs, time.monotonic())
+    heart.hold(jobs, lease_clock())
     return heart
 
 
@@ -94,6 +94,16 @@ def test_a_job_that_says_nothing_new_is_seen_to_be_silent(queue):
         assert queue.attempts(job.id)[0].progress_at == heard.progress_at
 
 
+def test_after_the_machine_has_slept_for_longer_than_the_lease_nothing_is_certain(queue, monkeypatch):
+    (job,) = claim(queue)
+    heart = beating(queue, [job])
+    assert heart.confirmed(job.token)
+    real = time.clock_gettime
+    slept = {time.CLOCK_BOOTTIME: 61.0}  # The clocks that count it; `monotonic` does not (clock_gettime(2)).
+    monkeypatch.setattr("time.clock_gettime", lambda clock: real(clock) + slept.get(clock, 0.0))
+    assert not heart.confirmed(job.token)
+
+
 def test_what_breaks_one_beat_does_not_end_the_heart(queue, caplog):
     (job,) = claim(queue, lease=0.6)
     said = []
@@ -105,7 +115,7 @@ def test_what_breaks_one_beat_does_not_end_the_heart(queue, caplog):
         return {}
 
     heart = Heartbeat(queue, replace(QUICK, lease=0.6, announce=0.05), WORKER, info)
-    heart.hold([job], time.monotonic())
+    heart.hold([job], lease_clock())
     with heart:
         until(lambda: len(said) > 3)
         assert "AttributeError: a bug" in caplog.text
