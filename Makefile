@@ -58,7 +58,7 @@ bench-queue: setup  ## the queue on both databases: claims a second, 10,000 arms
 bench-compare: setup  ## compare and report of 1,000 arms in a real MLflow store, beyond start-up; 6 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.compare_figures $(ARGS)
 
-bench-inference: setup  ## batch inference against peft and generate: speed, rounding, evaluation, first row, memory; 6 minutes
+bench-inference: setup  ## batch inference against peft and generate: speed, answers of uneven length, rounding, evaluation, first row, memory; 7 minutes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.inference_figures $(ARGS)
 
 gpu: setup  ## the checks that need a CUDA GPU, and the tables of `make bench` and `make bench-inference` on it with the shape of an 8B model

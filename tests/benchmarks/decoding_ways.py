@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -27,16 +27,21 @@ NAMES = "peft, adapter_names= in one batch"
 NAMES_KEPT = "adapter_names= over weights kept dequantized"
 WAYS = (OURS, PLAIN, KEPT, NAMES, NAMES_KEPT)
 Tokens = list[tuple[int, ...]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One way, once; `peak` is the largest memory allocated on a GPU meanwhile, in bytes."""
+    """One way, once.
+
+    `peak` is the largest memory allocated on a GPU meanwhile, in bytes; `passes` are those through the base.
+    """
 
     tokens: Tokens
     wall: float
     cpu: float
     peak: int
+    passes: int
 
 
 class Fleet:
@@ -62,24 +67,43 @@ class Fleet:
         self.peft.requires_grad_(False)
         self.peft.eval()
 
-    def run(self, way: str, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Trial:
-        """Answer prompts, each under the adapter that it names, greedily."""
+    @contextmanager
+    def ending(self, ends: Sequence[int], max_new_tokens: int) -> Iterator[None]:
+        """Let rows end at other tokens and at another length inside the block, whatever the way."""
+        config = self.base.model.generation_config
+        kept = self.ends, self.max_new_tokens, config.eos_token_id
+        config.eos_token_id = list(ends)
+        self.max_new_tokens = max_new_tokens
+        self.ends = end_token_ids(self.base.model, self.base.tokenizer)
+        try:
+            yield
+        finally:
+            self.ends, self.max_new_tokens, config.eos_token_id = kept
+
+    def run(self, way: str, prompts: Sequence[tuple[str, tuple[int, ...]]], batch_size: int | None = None) -> Trial:
+        """Answer prompts, each under the adapter that it names, greedily, at most so many at a time."""
+        batch_size = batch_size or len(prompts)
         kept = way in {OURS, KEPT, NAMES_KEPT}
         with keep_dequantized(self.base.model) if kept else nullcontext():
-            work: Callable[[Sequence[tuple[str, tuple[int, ...]]]], Tokens]
-            work = self._ours if way == OURS else self._names if way in {NAMES, NAMES_KEPT} else self._plain
+            work: Callable[[Sequence[tuple[str, tuple[int, ...]]], int], Tokens]
+            work = self.answers if way == OURS else self._names if way in {NAMES, NAMES_KEPT} else self._plain
             if way != OURS:
                 uninstall(self.base.model)
             self._wait()
             cuda = self.base.device.type == "cuda"
             if cuda:
                 torch.cuda.reset_peak_memory_stats(self.base.device)
-            wall, cpu = time.perf_counter(), time.process_time()
-            tokens = work(prompts)
-            self._wait()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            passes: list[None] = []
+            hook = self.base.model.base_model.register_forward_pre_hook(lambda *_: passes.append(None))
+            try:
+                wall, cpu = time.perf_counter(), time.process_time()
+                tokens = work(prompts, batch_size)
+                self._wait()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            finally:
+                hook.remove()
             peak = int(torch.cuda.max_memory_allocated(self.base.device)) if cuda else 0
-            return Trial(tokens=tokens, wall=wall, cpu=cpu, peak=peak)
+            return Trial(tokens=tokens, wall=wall, cpu=cpu, peak=peak, passes=len(passes))
 
     def answers(self, prompts: Sequence[tuple[str, tuple[int, ...]]], batch_size: int) -> Tokens:
         """Through rankwise's engine."""
@@ -87,21 +111,21 @@ class Fleet:
         made = generate(self.base, rows, Decoding(max_new_tokens=self.max_new_tokens), batch_size=batch_size)
         return [row.token_ids for row in made]
 
-    def _ours(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Tokens:
-        return self.answers(prompts, batch_size=len(prompts))
-
-    def _plain(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Tokens:
+    def _plain(self, prompts: Sequence[tuple[str, tuple[int, ...]]], batch_size: int) -> Tokens:
         found: dict[int, tuple[int, ...]] = {}
         for name in self.names:
             self.peft.set_adapter(name)
             mine = [at for at, (adapter, _) in enumerate(prompts) if adapter == name]
-            if mine:
-                found |= dict(zip(mine, self._generate([prompts[at][1] for at in mine]), strict=True))
+            for some in _chunks(mine, batch_size):
+                found |= dict(zip(some, self._generate([prompts[at][1] for at in some]), strict=True))
         self.peft.requires_grad_(False)
         return [found[at] for at in range(len(prompts))]
 
-    def _names(self, prompts: Sequence[tuple[str, tuple[int, ...]]]) -> Tokens:
-        return self._generate([ids for _, ids in prompts], adapter_names=[adapter for adapter, _ in prompts])
+    def _names(self, prompts: Sequence[tuple[str, tuple[int, ...]]], batch_size: int) -> Tokens:
+        made: Tokens = []
+        for some in _chunks(prompts, batch_size):
+            made += self._generate([ids for _, ids in some], adapter_names=[adapter for adapter, _ in some])
+        return made
 
     def _generate(self, prompts: Sequence[tuple[int, ...]], **extra: Any) -> Tokens:
         pad = self.base.tokenizer.pad_token_id
@@ -140,3 +164,7 @@ class Fleet:
             logits = self.base.model(input_ids=tokens, use_cache=False).logits[0, -1].float()
         self.peft.requires_grad_(False)
         return float((logits[answer[at]] - logits[other[at]]).abs())
+
+
+def _chunks(entries: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))

@@ -4,6 +4,9 @@
 
 - decode: tokens a second of mixed batches against plain peft and `generate`, one adapter after another and with
   `adapter_names=`, at 1 and at 4 rows an adapter. The ways alternate; all must give the same tokens.
+- uneven: the same of answers that end at very different lengths, in batches of 8 rows: a batch of `generate` goes on
+  until its longest answer ends, whereas a waiting row takes the place of one that has ended. Rows end at tokens that
+  are chosen so that answers of at most `UNEVEN_TOKENS` have a third of that on average.
 - rounding: how many greedy answers differ between batch sizes, in the dtype of the other parts and in bfloat16 where
   the device is good at it, and how close the two likeliest tokens are where they part.
 - evaluate: the 8 adapters in one call against 8 calls.
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +39,11 @@ from rankwise.settings import Settings, set_process_defaults, write_atomically
 # Before torch is imported: OpenMP reads its variable once. Commands that are measured inherit all of it.
 set_process_defaults()
 
-PART_NAMES = ("decode", "rounding", "evaluate", "first", "memory")
+PART_NAMES = ("decode", "uneven", "rounding", "evaluate", "first", "memory")
 RANKS = (2, 4, 8, 16, 2, 4, 8, 16)
 TARGET = 2.5
+UNEVEN_TOKENS = 24
+UNEVEN_BATCH = 8
 EVALUATED = 4
 """Rows of the part evaluate: on a CPU each costs as much with every adapter as in training."""
 CLOSE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
@@ -54,6 +60,7 @@ class Figures:
     rounds: int
     tokens: int
     rows: tuple[int, ...] = (1, 4)
+    uneven_rows: int = 3
     rounding_prompts: int = 4
     minutes: float | None = None
 
@@ -145,46 +152,78 @@ class Bench:
 
     def decode(self) -> tuple[dict[str, Any], list[str]]:
         """Tokens a second of each way."""
-        from benchmarks.decoding_ways import OURS, PLAIN, WAYS
-        from benchmarks.meter import spread
+        from benchmarks.decoding_ways import PLAIN, WAYS
 
         problems: list[str] = []
         cells = {}
         for rows in self.figures.rows:
-            prompts = self.mixture(rows)
             # In 4 bit each pass dequantizes every weight: the larger cell shows the ways that do not suffer from it.
             ways = [way for way in WAYS if rows == min(self.figures.rows) or way not in {PLAIN}]
-            trials: dict[str, list[Any]] = {way: [] for way in ways}
-            self.fleet.run(OURS, prompts[:2])
-            for turn in range(self.figures.rounds):
-                for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
-                    trials[way].append(self.fleet.run(way, prompts))
-                    self.say(f"  {rows} rows an adapter, {way}: {trials[way][-1].wall:.1f} s")
-            reference = trials[OURS][0].tokens
-            parted = {}
-            for way in ways:
-                found = [self._parted(prompts, reference, trial.tokens) for trial in trials[way]]
-                widest = max((margin for each in found for margin in each), default=0.0)
-                parted[way] = {"answers": sum(map(len, found)), "widest": widest}
-                if widest > CLOSE[self.figures.dtype]:
-                    problems.append(f"{rows} rows an adapter: {way} gives other answers (margin {widest:.3g})")
-            count = sum(map(len, reference))
-            cells[str(rows)] = {
-                "answers": len(prompts),
-                "tokens": count,
-                "wall": {way: [trial.wall for trial in made] for way, made in trials.items()},
-                "cpu": {way: [trial.cpu for trial in made] for way, made in trials.items()},
-                "gpu_bytes": {way: max(trial.peak for trial in made) for way, made in trials.items()},
-                "speedup": {
-                    way: spread([other.wall / own.wall for other, own in zip(made, trials[OURS], strict=True)])
-                    for way, made in trials.items()
-                },
-                "parted": parted,
-            }
+            cells[str(rows)], wrong = self._alternate(
+                ways, self.mixture(rows), f"{rows} rows an adapter", self.figures.rounds
+            )
+            problems += wrong
         reached = cells[str(min(self.figures.rows))]["speedup"][PLAIN]["median"]
         if self.figures.subject != "tiny" and reached < TARGET:
             problems.append(f"{reached:.2f} times as fast as {PLAIN}; at least {TARGET} is promised")
         return {"cells": cells, "target": TARGET}, problems
+
+    def uneven(self) -> tuple[dict[str, Any], list[str]]:
+        """Tokens a second where answers have very different lengths."""
+        from benchmarks.decoding_ways import KEPT, NAMES_KEPT, OURS
+
+        prompts = self.mixture(self.figures.uneven_rows)
+        with self.fleet.ending(self.fleet.ends, UNEVEN_TOKENS):
+            ends = spreading_ends(self.fleet.answers(prompts, len(prompts)), self.fleet.ends, UNEVEN_TOKENS / 3)
+        with self.fleet.ending(ends, UNEVEN_TOKENS):
+            cell, problems = self._alternate(
+                [OURS, KEPT, NAMES_KEPT], prompts, "uneven", min(2, self.figures.rounds), UNEVEN_BATCH
+            )
+        lengths = cell["lengths"]
+        if max(lengths) < 2 * statistics.mean(lengths):
+            problems.append(f"answers are not uneven: their lengths are {lengths}")
+        return {"cell": cell, "batch": UNEVEN_BATCH}, problems
+
+    def _alternate(
+        self,
+        ways: Sequence[str],
+        prompts: Sequence[tuple[str, tuple[int, ...]]],
+        label: str,
+        rounds: int,
+        batch_size: int | None = None,
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Let ways answer the same prompts by turns; what each took, and which answers differ."""
+        from benchmarks.decoding_ways import OURS
+        from benchmarks.meter import spread
+
+        trials: dict[str, list[Any]] = {way: [] for way in ways}
+        self.fleet.run(OURS, prompts[:2])
+        for turn in range(rounds):
+            for way in [*ways[turn % len(ways) :], *ways[: turn % len(ways)]]:
+                trials[way].append(self.fleet.run(way, prompts, batch_size))
+                self.say(f"  {label}, {way}: {trials[way][-1].wall:.1f} s")
+        reference = trials[OURS][0].tokens
+        parted, problems = {}, []
+        for way in ways:
+            found = [self._parted(prompts, reference, trial.tokens) for trial in trials[way]]
+            widest = max((margin for each in found for margin in each), default=0.0)
+            parted[way] = {"answers": sum(map(len, found)), "widest": widest}
+            if widest > CLOSE[self.figures.dtype]:
+                problems.append(f"{label}: {way} gives other answers (margin {widest:.3g})")
+        return {
+            "answers": len(prompts),
+            "tokens": sum(map(len, reference)),
+            "lengths": sorted(map(len, reference)),
+            "passes": {way: made[0].passes for way, made in trials.items()},
+            "wall": {way: [trial.wall for trial in made] for way, made in trials.items()},
+            "cpu": {way: [trial.cpu for trial in made] for way, made in trials.items()},
+            "gpu_bytes": {way: max(trial.peak for trial in made) for way, made in trials.items()},
+            "speedup": {
+                way: spread([other.wall / own.wall for other, own in zip(made, trials[OURS], strict=True)])
+                for way, made in trials.items()
+            },
+            "parted": parted,
+        }, problems
 
     def _parted(
         self, prompts: Sequence[tuple[str, tuple[int, ...]]], answers: Sequence[Any], others: Sequence[Any]
@@ -328,6 +367,19 @@ class Bench:
         return self._saved
 
 
+def spreading_ends(answers: Sequence[Sequence[int]], ends: Sequence[int], mean: float) -> list[int]:
+    """End tokens by which answers get very different lengths: as many more as keep the mean above `mean`."""
+    chosen = list(ends)
+    # Rare ones first: one that all answers begin with would make all of them short.
+    counts = Counter(token for answer in answers for token in set(answer))
+    for token in sorted(counts, key=lambda token: (counts[token], token)):
+        ending = {*chosen, token}
+        lengths = [next((at for at, made in enumerate(answer, 1) if made in ending), len(answer)) for answer in answers]
+        if statistics.mean(lengths) >= mean and max(lengths) == max(map(len, answers)):
+            chosen.append(token)
+    return chosen
+
+
 class Margins:
     """Notes by how much the likeliest token leads in every step inside the block."""
 
@@ -379,17 +431,40 @@ def _decode(unit: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for rows, cell in unit["cells"].items():
-        for way, walls in cell["wall"].items():
-            speeds = [cell["tokens"] / wall for wall in walls]
-            gain = cell["speedup"][way]
-            shown = f"{gain['median']:.2f} x ({gain['min']:.2f} to {gain['max']:.2f})"
-            shown = "" if way.startswith("rankwise") else shown
-            parted = cell["parted"][way]
-            other = "none" if not parted["answers"] else f"{parted['answers']}, margin up to {parted['widest']:.1g}"
+        for way in cell["wall"]:
+            speed, gain, other = _way(cell, way)
             peak = cell.get("gpu_bytes", {}).get(way, 0)
             gpu = _mb(peak) if peak else ""
-            lines.append(f"| {way} | {rows} | {_spread(speeds)} | {shown} | {other} | {gpu} |")
+            lines.append(f"| {way} | {rows} | {speed} | {gain} | {other} | {gpu} |")
     return lines
+
+
+def _uneven(unit: Mapping[str, Any]) -> list[str]:
+    cell = unit["cell"]
+    lengths = cell["lengths"]
+    lines = [
+        f"{cell['answers']} answers of {lengths[0]} to {lengths[-1]} tokens (mean {statistics.mean(lengths):.1f}), "
+        f"{unit['batch']} rows at a time:",
+        "",
+        "| 8 adapters | passes of the base | tokens a second | rankwise is faster by | other answers |",
+        "|---|---|---|---|---|",
+    ]
+    for way, passes in cell["passes"].items():
+        speed, gain, other = _way(cell, way)
+        lines.append(f"| {way} | {passes} | {speed} | {gain} | {other} |")
+    return lines
+
+
+def _way(cell: Mapping[str, Any], way: str) -> tuple[str, str, str]:
+    """Tokens a second, what rankwise gains, and how many answers differ."""
+    gain, parted = cell["speedup"][way], cell["parted"][way]
+    shown = f"{gain['median']:.2f} x ({gain['min']:.2f} to {gain['max']:.2f})"
+    other = "none" if not parted["answers"] else f"{parted['answers']}, margin up to {parted['widest']:.1g}"
+    return (
+        _spread([cell["tokens"] / wall for wall in cell["wall"][way]]),
+        "" if way.startswith("rankwise") else shown,
+        other,
+    )
 
 
 def _rounding(unit: Mapping[str, Any]) -> list[str]:
