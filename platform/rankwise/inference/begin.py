@@ -8,11 +8,12 @@ from rankwise.assets.progress import Progress
 from rankwise.exceptions import AssetError, ConfigError, TrackingError
 from rankwise.flavor.fetch import Origin, check, resolve_uri
 from rankwise.flavor.metadata import MANIFEST_TAG
+from rankwise.inference.arrow_types import ArrowTypes
 from rankwise.inference.prompts import PromptReader
 from rankwise.inference.request import Request
 from rankwise.inference.shards import Manifest, Parts
 from rankwise.inference.survey import Survey, survey
-from rankwise.inference.tables import table_format
+from rankwise.inference.tables import plain_row, table_format
 
 
 def check_paths(source: Path, output: Path) -> None:
@@ -63,8 +64,7 @@ def new_manifest(
         AssetError: The input cannot be read.
         AdapterIntegrityError: A directory is not what was stored.
     """
-    found = survey(source, request.model_column, progress)
-    _check_types(source, output, found)
+    found = _look_through(source, output, request.model_column, progress)
     reader = PromptReader.parse(request.prompt)
     if reader.template is not None and found.rows:
         reader.template.check(found.columns)
@@ -91,13 +91,17 @@ def adapter_digest(origin: Origin) -> str | None:
     return origin.tags.get(MANIFEST_TAG)
 
 
-def _check_types(source: Path, output: Path, found: Survey) -> None:
-    parquet = table_format(output) == ".parquet" and table_format(source) != ".parquet"
-    if parquet and (mixed := found.mixed()):
-        shown = "; ".join(f"{name}: {', '.join(kinds)}" for name, kinds in mixed.items())
-        raise ConfigError(
-            f"a column of Parquet has one type, and {source} has columns of several ({shown}); write .jsonl"
-        )
+def _look_through(source: Path, output: Path, model_column: str, progress: Progress) -> Survey:
+    """Survey an input, and refuse values that the output could not hold: now, not when all rows are answered."""
+    of, into = table_format(source), table_format(output)
+    if of == ".parquet" and into != ".parquet":
+        return survey(source, model_column, progress, lambda columns: plain_row(columns, output))
+    if of == ".parquet" or into != ".parquet":
+        return survey(source, model_column, progress)
+    types = ArrowTypes(output)
+    found = survey(source, model_column, progress, types.add)
+    types.types()
+    return found
 
 
 def _resolve(request: Request, found: Survey, tracking_uri: str | None) -> dict[str, Origin]:

@@ -44,10 +44,12 @@ def decoding_of(options: Options) -> Decoding:
     """
     if unknown := sorted(set(options) - set(Options.__annotations__)):
         raise TypeError(f"no such options: {', '.join(unknown)}; there are {', '.join(Options.__annotations__)}")
+    stop = options.get("stop", ())
     return Decoding(
         max_new_tokens=options.get("max_new_tokens", 64),
         temperature=options.get("temperature", 0.0),
         top_k=options.get("top_k", 0),
         top_p=options.get("top_p", 1.0),
-        stop=tuple(options.get("stop", ())),
+        # A text is one, not its letters.
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )

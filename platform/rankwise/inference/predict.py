@@ -119,7 +119,7 @@ def predict_file(
             tokens, seconds = _answer(request, source, manifest, left, parts, settings, tracking_uri, progress)
         if file_digest(source, settings) != digest:
             raise AssetError(f"{source} changed while it was worked on; begin anew with --restart")
-        failed = write_output(source, output, parts.answers(manifest), list(manifest.survey.columns))
+        failed = write_output(source, output, parts.answers(manifest), manifest.survey)
         parts.remove()
     return Summary(
         output=output,

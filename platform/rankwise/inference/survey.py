@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +14,7 @@ from rankwise.inference.tables import read_rows, table_format
 
 Number = Literal["int", "float"]
 _PER_STEP = 1000
+_LONGEST_NUMBER = 300
 _READ: Mapping[str, type[int] | type[float]] = {"int": int, "float": float}
 # Not those with zeros in front: they are names, such as postcodes.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
@@ -63,15 +64,17 @@ class Survey:
             for name, value in columns.items()
         }
 
-    def mixed(self) -> dict[str, list[str]]:
-        """Columns with values of several types that no column of one type holds."""
-        return {
-            name: sorted(kinds) for name, kinds in self.columns.items() if len(kinds) > 1 and not kinds <= _READ.keys()
-        }
 
-
-def survey(path: Path, model_column: str, progress: Progress) -> Survey:
+def survey(
+    path: Path, model_column: str, progress: Progress, check: Callable[[Mapping[str, Any]], object] | None = None
+) -> Survey:
     """Read an input once.
+
+    Args:
+        path: The input.
+        model_column: The column in which a row may name its model.
+        progress: Told of rows.
+        check: Given the columns of each row, to refuse what could not be written at the end.
 
     Raises:
         ConfigError: The format is not known.
@@ -94,6 +97,8 @@ def survey(path: Path, model_column: str, progress: Progress) -> Survey:
                 if texts and value != "":
                     numbers[name] = _wider(numbers.get(name, "int"), value)
             if row.error is None:
+                if check is not None:
+                    check(row.columns)
                 named = named_model(row.columns, model_column)
                 if named is None:
                     unnamed += 1
@@ -110,6 +115,9 @@ def survey(path: Path, model_column: str, progress: Progress) -> Survey:
 
 def _wider(kind: Number | None, text: str) -> Number | None:
     """The kind of number that holds this text too; None where there is none."""
+    # Of a longer one Python makes no number.
+    if len(text) > _LONGEST_NUMBER:
+        return None
     if kind == "int" and _INTEGER.fullmatch(text):
         return "int"
     return "float" if kind is not None and _NUMBER.fullmatch(text) else None

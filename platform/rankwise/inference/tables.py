@@ -11,9 +11,11 @@ import datetime
 import decimal
 import json
 import math
+import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,12 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankwise.exceptions import AssetError, ConfigError
+from rankwise.inference.arrow_types import to_array
 from rankwise.settings import replacing
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ROWS_AT_ONCE = 1024
+_ROWS_OF_A_GROUP = 16384
 # Cells of a prompt may be long; the default of the csv module is 128 KiB.
 _LONGEST_CELL = 64 << 20
+_DEEPEST = 100
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]')
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,11 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from read(path)
     except FileNotFoundError as error:
         raise AssetError(f"there is no {path}; name a file of rows ({', '.join(SUFFIXES)})") from error
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except UnicodeDecodeError as error:
+        raise AssetError(
+            f"{path} cannot be read: it is not UTF-8 text ({error}); convert it first, for instance with iconv -t UTF-8"
+        ) from error
+    except (OSError, pa.ArrowException) as error:
         raise AssetError(f"{path} cannot be read: {error}") from error
 
 
@@ -78,10 +89,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[s
     Args:
         path: Where; its suffix says the format.
         rows: The rows; a column that a row lacks is left out (JSONL), empty (CSV) or null (Parquet).
-        columns: All columns in order, with their types where they are known; Parquet finds the others out.
+        columns: All columns in order, with their types, which only Parquet needs.
 
     Raises:
-        ConfigError: A value cannot be written in this format, or a column of Parquet has several types.
+        ConfigError: A value cannot be written in this format, or does not have its column's type.
         StorageError: The disk is full, or the directory is not writable.
     """
     form = table_format(path)
@@ -98,43 +109,76 @@ def parquet_types(path: Path) -> dict[str, pa.DataType]:
     return {entry.name: entry.type for entry in pq.read_schema(path)}
 
 
+def plain_row(columns: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A row as JSON and CSV have it.
+
+    Raises:
+        ConfigError: A value, of a kind that is named, cannot be written to `path`.
+    """
+    return {name: _plain(value, name, path) for name, value in columns.items()}
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         index = 0
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                columns = json.loads(line)
+                yield Row(index=index, columns=_json_object(line))
             except ValueError as error:
-                yield Row(index=index, error=f"line {number} is not JSON: {error}")
-            else:
-                if isinstance(columns, dict):
-                    yield Row(index=index, columns=columns)
-                else:
-                    kind = type(columns).__name__
-                    yield Row(index=index, error=f"line {number} must be a JSON object, got {kind}")
+                yield Row(index=index, error=f"line {number} {error}")
             index += 1
+
+
+def _json_object(line: str) -> dict[str, Any]:
+    """A line's columns; a ValueError says what they are in place of a row that can be worked on and written."""
+    # Further in, reading or writing would end in Python's own limit, and with it the work on all other rows.
+    if line.count("[") + line.count("{") > _DEEPEST and _depth(line) > _DEEPEST:
+        raise ValueError(f"is nested more than {_DEEPEST} deep")
+    try:
+        columns = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(columns, dict):
+        raise ValueError(f"must be a JSON object, got {type(columns).__name__}")
+    if _SURROGATE.search(line):
+        try:
+            json.dumps(columns, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"has half of a character: {error}") from error
+    return columns
+
+
+def _depth(line: str) -> int:
+    """How deep brackets are nested, those within texts apart."""
+    deepest = depth = 0
+    for bracket in _BRACKET.findall(line):
+        depth += (bracket in "[{") - (bracket in "]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
+        # Otherwise a quote that is not closed takes all lines behind it into one cell, unseen.
+        reader = csv.reader(file, strict=True)
         header = next(reader, None)
         if header is None:
             return
-        if len(set(header)) < len(header):
-            twice = sorted({name for name in header if header.count(name) > 1})
-            raise ConfigError(f"{path}: the header names a column twice: {', '.join(twice)}; rename one of them")
+        _check_names(path, header)
         index = 0
         while True:
+            before = reader.line_num
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(index=index, error=f"line {reader.line_num} is not CSV: {error}")
+                first, last = before + 1, reader.line_num
+                where = f"line {last} is" if last <= first else f"lines {first} to {last} are"
+                yield Row(index=index, error=f"{where} not CSV: {error}; is a quote not closed, or not doubled?")
                 index += 1
                 continue
             if not cells:
@@ -151,11 +195,25 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
+        _check_names(path, file.schema_arrow.names)
         index = 0
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            for columns in batch.to_pylist():
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError) as error:
+                raise AssetError(
+                    f"{path} cannot be read: in rows {index} to {index + len(batch) - 1} is a value that Python does "
+                    f"not have, such as a time after the year 9999: {error}"
+                ) from error
+            for columns in rows:
                 yield Row(index=index, columns=columns)
                 index += 1
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"{path}: the header names a column twice: {', '.join(twice)}; rename one of them")
 
 
 def _write_jsonl(
@@ -182,19 +240,12 @@ def _write_csv(
 def _write_parquet(
     temporary: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, pa.DataType | None], path: Path
 ) -> None:
-    gathered: dict[str, list[Any]] = {name: [] for name in columns}
-    for row in rows:
-        for name, cells in gathered.items():
-            cells.append(row.get(name))
-    arrays = []
-    for name, kind in columns.items():
-        try:
-            arrays.append(pa.array(gathered[name], type=kind))
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ConfigError(
-                f"{path}: the column {name!r} does not have one type, as Parquet needs it: {error}; write .jsonl"
-            ) from error
-    pq.write_table(pa.table(arrays, names=list(columns)), temporary)
+    schema = pa.schema(list(columns.items()))
+    left = iter(rows)
+    with pq.ParquetWriter(temporary, schema) as writer:
+        while some := list(islice(left, _ROWS_OF_A_GROUP)):
+            arrays = [to_array(name, (row.get(name) for row in some), kind, path) for name, kind in columns.items()]
+            writer.write_table(pa.table(arrays, schema=schema))
 
 
 def _plain(value: Any, column: str, path: Path) -> Any:

@@ -210,7 +210,7 @@ def _join(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
             "all jobs that answer them have succeeded: somebody has removed files; submit again with --restart"
         )
     _check_still_own(session, job, work)
-    failed = write_output(work.source, work.output, parts.answers(manifest), list(manifest.survey.columns))
+    failed = write_output(work.source, work.output, parts.answers(manifest), manifest.survey)
     session.voice.done(f"{work.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
     result = {
         "output": str(work.output),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import mlflow
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -249,8 +250,56 @@ def test_every_format_into_every_other(world, rows, tmp_path):
     assert [row["input.text"] for row in again] == table["text"].to_pylist()
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text('{"prompt": "a", "x": 1}\n{"prompt": "b", "x": "y"}\n')
-    with pytest.raises(ConfigError, match=r"columns of several \(x: int, str\); write \.jsonl"):
+    with pytest.raises(ConfigError, match=r"the column 'x' does not have one type.*write \.jsonl"):
         run(world, mixed, tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize(
+    ("cells", "output", "message"),
+    [
+        ([b"x", None], "out.jsonl", r"'x' holds bytes, which \.jsonl cannot hold; write \.parquet"),
+        ([["a"], [1]], "out.parquet", r"'x' does not have one type.*write \.jsonl"),
+    ],
+)
+def test_what_the_output_could_not_hold_is_refused_before_a_row_is_answered(
+    world, tmp_path, monkeypatch, cells, output, message
+):
+    monkeypatch.setattr(Predictor, "load", lambda *args, **options: pytest.fail("an adapter was loaded"))
+    rows = [{"prompt": "a", "x": cell} for cell in cells]
+    if output.endswith(".jsonl"):
+        source = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    else:
+        source = tmp_path / "rows.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=message):
+        run(world, source, tmp_path / output)
+
+
+def test_what_was_answered_before_keeps_all_its_columns_when_it_is_answered_again(world, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "text": "1", "input.text": "2", "input.input.text": "3"}) + "\n")
+    run(world, path, tmp_path / "out.jsonl")
+    (row,) = read(tmp_path / "out.jsonl")
+    assert row["text"] not in {"1", "2", "3"}
+    assert {name: value for name, value in row.items() if name.endswith(".text")} == {
+        "input.text": "2", "input.input.text": "3", "input.input.input.text": "1"
+    }  # fmt: skip
+
+
+def test_a_line_that_is_no_row_does_not_spoil_a_parquet_column_of_ids(world, tmp_path):
+    csv = tmp_path / "rows.csv"
+    csv.write_text("id,prompt\nr1,a\nr2\nr3,b\n")
+    summary = run(world, csv, tmp_path / "out.parquet")
+    assert summary.failed == 1
+    assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == ["r1", "1", "r3"]
+
+
+def test_half_a_character_spoils_its_own_row_only(world, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a \\ud83d"}\n{"prompt": "a"}\n')
+    assert run(world, path, tmp_path / "out.jsonl").failed == 1
+    assert "half of a character" in read(tmp_path / "out.jsonl")[0]["error"]
 
 
 def test_an_input_without_rows_gives_an_output_without_rows(world, tmp_path):

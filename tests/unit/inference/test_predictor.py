@@ -74,6 +74,13 @@ def test_drawing_from_one_token_is_greedy(predictor):
     assert predictor.predict(ROWS, max_new_tokens=6, temperature=2.0) != greedy
 
 
+def test_a_stop_text_is_one_and_not_its_letters(predictor):
+    (free,) = predictor.predict(ROWS[:1], max_new_tokens=12)
+    stop = free.text[3:5]
+    (cut,) = predictor.predict(ROWS[:1], max_new_tokens=12, stop=stop)
+    assert cut.text == free.text[: free.text.find(stop)]
+
+
 def test_rows_that_cannot_be_answered_say_so_in_their_place(predictor, models):
     rows = [ROWS[0], {"prompt": 7}, ROWS[2], {"prompt": "word " * 600}, ROWS[3]]
     named = [None, None, "models:/other/1", None, models[1][1]]

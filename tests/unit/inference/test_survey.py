@@ -20,6 +20,7 @@ READ = {"int": int, "float": float}
         (["1", "a"], None),
         (["nan"], None),
         (["."], None),
+        (["9" * 5000], None),
     ],
 )
 def test_columns_of_csv_in_which_every_cell_is_a_number(tmp_path, cells, kind):
@@ -36,5 +37,5 @@ def test_rows_columns_and_models_are_counted(tmp_path):
     found = survey(path, "model", SILENT)
     assert (found.rows, found.models, found.unnamed) == (4, {"m": 2}, 1)
     assert list(found.columns) == ["a", "model", "b"]
-    assert found.mixed() == {"a": ["float", "int", "str"]}
+    assert found.columns["a"] == {"float", "int", "str"}
     assert Survey.of(json.loads(json.dumps(found.to_json()))) == found

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankwise.exceptions import AssetError, ConfigError
+from rankwise.inference import tables
 from rankwise.inference.tables import Row, read_rows, table_format, write_rows
 
 
@@ -59,7 +60,7 @@ def test_what_json_does_not_have_becomes_a_text_or_null(tmp_path):
 
 
 def test_a_column_that_a_row_lacks(tmp_path):
-    columns = {"a": pa.int64(), "b": None}
+    columns = {"a": pa.int64(), "b": pa.struct([("c", pa.string())])}
     rows = [{"a": 1}, {"a": 2, "b": {"c": "ä"}}]
     write_rows(tmp_path / "out.jsonl", rows, columns)
     assert (tmp_path / "out.jsonl").read_text() == '{"a": 1}\n{"a": 2, "b": {"c": "ä"}}\n'
@@ -75,10 +76,61 @@ def test_bytes_are_refused_where_they_cannot_be_and_nothing_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_parquet_column_of_two_types_is_named(tmp_path):
+@pytest.mark.parametrize("value", ["x", 1 << 70])
+def test_a_value_without_its_column_s_type_is_named_and_nothing_is_left(tmp_path, value):
     with pytest.raises(ConfigError, match=r"the column 'a' does not have one type.*write \.jsonl"):
-        write_rows(tmp_path / "out.parquet", [{"a": 1}, {"a": "x"}], {"a": None})
+        write_rows(tmp_path / "out.parquet", [{"a": 1}, {"a": value}], {"a": pa.int64()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parquet_is_written_in_groups_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_ROWS_OF_A_GROUP", 3)
+    write_rows(tmp_path / "out.parquet", ({"a": n} for n in range(7)), {"a": pa.int64()})
+    assert pq.read_table(tmp_path / "out.parquet")["a"].to_pylist() == list(range(7))
+    assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups == 3
+    write_rows(tmp_path / "none.parquet", [], {"a": pa.int64()})
+    assert pq.read_table(tmp_path / "none.parquet").schema == pa.schema([("a", pa.int64())])
+
+
+def test_a_byte_order_mark_belongs_to_no_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8-sig")
+    assert [row.columns for row in read_rows(tmp_path / "rows.jsonl")] == [{"a": 1}, {"a": 2}]
+
+
+def test_lines_that_would_end_the_work_on_all_others_are_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    deep, far, near = ("[" * depth + "]" * depth for depth in (100_000, 100, 99))
+    lines = [f'{{"a": {deep}}}', f'{{"a": {far}}}', '{"a": "half \\ud83d"}', '{"\\uDe00": 1}']
+    lines += ['{"a": "whole \\ud83d\\ude00"}', json.dumps({"a": "[{" * 200 + '"' + "[" * 200}), f'{{"a": {near}}}']
+    path.write_text("".join(f"{line}\n" for line in lines))
+    rows = list(read_rows(path))
+    assert [row.error is None for row in rows] == [False, False, False, False, True, True, True]
+    assert rows[1].error == "line 2 is nested more than 100 deep"
+    assert "line 3 has half of a character" in rows[2].error
+    assert rows[4].columns["a"].endswith("\U0001f600")
+    write_rows(tmp_path / "out.jsonl", [row.columns for row in rows], {"a": None})
+
+
+def test_a_quote_that_is_not_closed_takes_no_row_unseen(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('a,b\n1,2\n"3"x,4\n5,"six\n7,8\n9,10\n')
+    rows = list(read_rows(path))
+    assert rows[0].columns == {"a": "1", "b": "2"}
+    assert rows[1].error.startswith("line 3 is not CSV: ")
+    assert rows[2].error.startswith("lines 4 to 6 are not CSV: unexpected end of data; is a quote not closed")
+    assert len(rows) == 3
+
+
+def test_parquet_columns_of_one_name_and_times_that_python_does_not_have_are_refused(tmp_path):
+    cells = pa.array(["a"])
+    pq.write_table(pa.Table.from_arrays([cells, cells], names=["prompt", "prompt"]), tmp_path / "twice.parquet")
+    with pytest.raises(ConfigError, match="names a column twice: prompt; rename one of them"):
+        list(read_rows(tmp_path / "twice.parquet"))
+    for kind in (pa.timestamp("ms"), pa.date32()):
+        far = pa.array([10**17 if kind == pa.timestamp("ms") else 10**8], type=kind)
+        pq.write_table(pa.table({"when": far}), tmp_path / "far.parquet")
+        with pytest.raises(AssetError, match="in rows 0 to 0 is a value that Python does not have"):
+            list(read_rows(tmp_path / "far.parquet"))
 
 
 def test_formats_that_are_not_known_and_files_that_are_not_there(tmp_path):
@@ -90,7 +142,7 @@ def test_formats_that_are_not_known_and_files_that_are_not_there(tmp_path):
     with pytest.raises(AssetError, match="cannot be read"):
         list(read_rows(tmp_path / "broken.parquet"))
     (tmp_path / "latin.csv").write_bytes(b"a\n\xff\n")
-    with pytest.raises(AssetError, match="cannot be read"):
+    with pytest.raises(AssetError, match="cannot be read: it is not UTF-8 text"):
         list(read_rows(tmp_path / "latin.csv"))
 
 
