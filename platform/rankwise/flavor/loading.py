@@ -58,7 +58,7 @@ class LoadedAdapter:
 
 
 def load_model(
-    uri: str | Path,
+    uri: str | Path | Fetched,
     base_model: str | Path | ResolvedBase | None = None,
     quantization: QuantizationSpec | None = None,
     allow_base_mismatch: bool = False,
@@ -74,7 +74,8 @@ def load_model(
     logits are those of before logging, to the bit.
 
     Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/m-...`, `runs:/RUN_ID/NAME`, or a directory.
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/m-...`, `runs:/RUN_ID/NAME`, or a directory; or what
+            `fetch` has given for one, within its block.
         base_model: Where the base is; by default the recorded source, then `RANKWISE_BASES`, by fingerprint.
         quantization: How to quantize it; as recorded by default. Another one is refused, unless allowed; only its
             compute dtype may differ.
@@ -105,7 +106,7 @@ def load_model(
 
 
 def load_models(
-    uris: Sequence[str | Path],
+    uris: Sequence[str | Path | Fetched],
     base_model: str | Path | ResolvedBase | None = None,
     quantization: QuantizationSpec | None = None,
     allow_base_mismatch: bool = False,
@@ -138,7 +139,7 @@ def load_models(
         device=device,
     )
     with ExitStack() as stack:
-        fetched = [stack.enter_context(fetch(uri, tracking_uri)) for uri in uris]
+        fetched = [uri if isinstance(uri, Fetched) else stack.enter_context(fetch(uri, tracking_uri)) for uri in uris]
         fresh = base is None and find is None
         if base is None:
             check_alike(fetched, allow=allow_base_mismatch)

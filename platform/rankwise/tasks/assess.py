@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from rankwise.data.rows import Example
 from rankwise.evaluation.evaluator import Evaluation
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.flavor.fetch import Fetched, fetch
 from rankwise.modeling.adapter import load_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.packed_lora import delete_adapter
@@ -115,15 +116,25 @@ class Assessor:
         names = [uri for uri in dict.fromkeys(uris) if uri != BARE]
         models: dict[str, Assessed] = {}
         left_out = 0
-        for group in group_by_base(self._context, setting, names, quantization):
-            rows, models_of_group = self._assess(group, leave_out)
-            models |= models_of_group
-            if group.bare == BARE:
-                left_out = rows
+        with ExitStack() as stack:
+            # Once: of a remote store it is a download.
+            stored = {
+                uri: stack.enter_context(fetch(uri, self._context.settings.tracking_uri))
+                for uri in names
+                if not is_plain_directory(uri)
+            }
+            metadata = {uri: found.metadata for uri, found in stored.items()}
+            for group in group_by_base(self._context, setting, names, quantization, metadata):
+                rows, models_of_group = self._assess(group, stored, leave_out)
+                models |= models_of_group
+                if group.bare == BARE:
+                    left_out = rows
         ordered = [*names, *(name for name in models if name not in names)]
         return Assessment(setting=setting, models={name: models[name] for name in ordered}, left_out=left_out)
 
-    def _assess(self, group: Group, leave_out: Callable[[Example], bool] | None) -> tuple[int, dict[str, Assessed]]:
+    def _assess(
+        self, group: Group, stored: Mapping[str, Fetched], leave_out: Callable[[Example], bool] | None
+    ) -> tuple[int, dict[str, Assessed]]:
         """The models over one base: how many rows were left out, and what the models did."""
         context, arm = self._context, group.arm
         sources = find_sources(arm, context.settings, context.voice, base=group.base, training=False)
@@ -140,7 +151,7 @@ class Assessor:
             adapters: dict[str, str | None] = {}
             resolved: dict[str, str | None] = {group.bare: None}
             for uri in group.uris:
-                adapter, resolved[uri] = self._attach(base, uri, other=group.other)
+                adapter, resolved[uri] = self._attach(base, uri, stored.get(uri), other=group.other)
                 if adapter not in adapters.values():  # An alias and its version are one adapter.
                     stack.callback(delete_adapter, base.model, adapter)
                 adapters[uri] = adapter
@@ -152,14 +163,11 @@ class Assessor:
             for name, adapter in adapters.items()
         }
 
-    def _attach(self, base: LoadedBase, uri: str, *, other: bool) -> tuple[str, str | None]:
+    def _attach(self, base: LoadedBase, uri: str, stored: Fetched | None, *, other: bool) -> tuple[str, str | None]:
         """Lay an adapter over the base: its name in the model, and the URI that it resolves to."""
-        if is_plain_directory(uri):
+        if stored is None:
             name = f"directory-{abs(hash(Path(uri).resolve())):x}"
             load_adapter(base.model, Path(uri), name)
             return name, None
-        loaded = flavor.load_model(
-            uri, base=base, settings=self._context.settings, allow_base_mismatch=other,
-            tracking_uri=self._context.settings.tracking_uri,
-        )  # fmt: skip
+        loaded = flavor.load_model(stored, base=base, settings=self._context.settings, allow_base_mismatch=other)
         return loaded.adapter_name, loaded.origin.uri

@@ -7,14 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import rankwise.flavor as flavor
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.data.template import apply_template
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.bases import describe_quantization, find_base
-from rankwise.flavor.metadata import BaseFacts, template_digest
+from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.modeling.base import LoadedBase, load_tokenizer
 from rankwise.modeling.fingerprint import fingerprint_base
 from rankwise.modeling.quiet import quiet_transformers
@@ -88,7 +87,11 @@ def is_plain_directory(uri: str) -> bool:
 
 
 def group_by_base(
-    context: Context, setting: Setting, uris: Sequence[str], quantization: QuantizationSpec | None
+    context: Context,
+    setting: Setting,
+    uris: Sequence[str],
+    quantization: QuantizationSpec | None,
+    metadata: Mapping[str, AdapterMetadata],
 ) -> list[Group]:
     """Group models by their base; the setting's own base comes first, also where no adapter lies over it.
 
@@ -100,17 +103,13 @@ def group_by_base(
         setting: On what and by what.
         uris: Stored adapters, or PEFT directories, which are taken to lie over the setting's base.
         quantization: Of all bases, in place of the recorded ones.
+        metadata: What each stored adapter says of itself.
 
     Raises:
         BaseMismatchError: A base was found that is not the recorded one.
         AssetError: A base cannot be had.
     """
     arm = setting.arm
-    metadata = {
-        uri: flavor.read_metadata(uri, tracking_uri=context.settings.tracking_uri)
-        for uri in uris
-        if not is_plain_directory(uri)
-    }
     recorded = {uri: found.base for uri, found in metadata.items()}
     resolved = _own_base(context, arm, recorded)
     chosen = quantization or arm.quantization

@@ -40,12 +40,8 @@ def grouped(monkeypatch):
     context = SimpleNamespace(settings=SimpleNamespace(tracking_uri=""), voice=None)
 
     def group(templates):
-        monkeypatch.setattr(
-            base_groups.flavor,
-            "read_metadata",
-            lambda uri, tracking_uri: SimpleNamespace(base=facts, chat_template=templates[uri]),
-        )
-        return group_by_base(context, Setting(spec=spec, arm=arm), list(templates), None)
+        metadata = {uri: SimpleNamespace(base=facts, chat_template=name) for uri, name in templates.items()}
+        return group_by_base(context, Setting(spec=spec, arm=arm), list(templates), None, metadata)
 
     return group
 
