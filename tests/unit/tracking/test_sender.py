@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 import time
 
 import pytest
+from helpers.waiting import until
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
@@ -89,6 +91,23 @@ def test_an_outage_keeps_everything_and_the_end_of_it_delivers_all(tmp_path, sen
         "MLflow takes nothing at the moment, points wait in the outbox: away",
         "MLflow takes points again",
     ]
+
+
+def test_a_store_that_is_away_is_asked_ever_more_seldom(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE", 0.2)
+    asked = []
+
+    def away(*_):
+        asked.append(time.monotonic())
+        raise OSError("away")
+
+    sender = Sender(lambda: None, interval=0.001, send=away)
+    put(make(tmp_path, sender), [0])
+    until(lambda: len(asked) > 4)
+    sender.close(0)
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
+    assert all(gap > 0.9 * least for gap, least in zip(gaps, (0.05, 0.1, 0.2, 0.2), strict=False)), gaps
 
 
 @pytest.mark.parametrize("error", [OSError("network"), KeyError("an artifact store's own error"), TimeoutError()])
@@ -237,7 +256,9 @@ def test_nothing_is_sent_for_a_writer_that_may_not_speak_any_more(tmp_path, send
     assert sender.drain(outbox, 10)
     allowed[0] = False
     put(outbox, [1])
-    assert not sender.drain(outbox, 10)
+    began = time.monotonic()
+    assert not sender.drain(outbox, 60)
+    assert time.monotonic() - began < 30, "nobody waits for what will not be sent"
     assert server.steps == [("r1", 0)]
     assert sender.remove(outbox) == []
     assert [entry.record["s"] for entry in Outbox.adopt(outbox.path).read()] == [1]
