@@ -280,6 +280,16 @@ class JobStoreContract:
         (evaluate,) = store.submit([new("a", kind=JobKind.EVALUATE, after=(train.id,))])
         assert (evaluate.state, evaluate.error) == (JobState.CANCELLED, f"job {train.id} (train a) failed")
 
+    def test_jobs_cannot_wait_for_each_other(self, store):
+        first, second, third = store.submit([new("a"), new("b"), new("c")])
+        with pytest.raises(JobError, match=rf"wait for ever: {first.id}; submit without --after one of these"):
+            store.submit([new("a", after=(first.id,))])
+        store.submit([new("a", after=(second.id,)), new("b", after=(third.id,))])
+        with pytest.raises(JobError, match=f"wait for ever: {first.id}, {second.id}, {third.id};"):
+            store.submit([new("c", after=(first.id,)), new("d")])
+        assert store.find(JobKind.TRAIN, ["d"]) == {}
+        assert [job.id for job in store.claim(WORKER, lease=60, max_arms=9)] == [third.id]
+
     def test_a_job_under_way_gets_nothing_to_wait_for(self, store):
         first, second = store.submit([new("a"), new("b", pack_key="q")])
         (running,) = store.claim(WORKER, lease=60)

@@ -7,6 +7,7 @@ import time
 import pytest
 from helpers.fault_table import record
 from helpers.project import make_project
+from helpers.waiting import until
 from helpers.workers import (
     Process,
     adapters,
@@ -17,7 +18,6 @@ from helpers.workers import (
     send,
     starts,
     told_steps,
-    until,
 )
 from helpers.workers import submitted as submit_arms
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from sqlalchemy import Connection, select, update
 
+from rankwise.exceptions import JobError
 from rankwise.jobs.clock import now
 from rankwise.jobs.job import JobState, title
 from rankwise.jobs.mapping import BADLY_ENDED, queued
@@ -19,6 +21,33 @@ from rankwise.jobs.rows import DependencyRow, JobRow
 from rankwise.jobs.sets import one_of
 
 _ENDED = {str(JobState.FAILED): "failed", str(JobState.CANCELLED): "was cancelled"}
+
+
+def refuse_circles(connection: Connection, ids: Collection[int]) -> None:
+    """Refuse jobs that wait, directly or through others, for themselves: nobody could ever claim them.
+
+    Raises:
+        JobError: Some of `ids` do.
+    """
+    waits_for: dict[int, set[int]] = {}
+    wave = set(ids)
+    while wave:
+        earlier = JobRow.__table__.alias("earlier")
+        rows = connection.execute(
+            select(DependencyRow.job_id, DependencyRow.after_id)
+            .join(earlier, earlier.c.id == DependencyRow.after_id)
+            .where(one_of(DependencyRow.job_id, wave), earlier.c.state != str(JobState.SUCCEEDED))
+        ).all()
+        for row in rows:
+            waits_for.setdefault(row.job_id, set()).add(row.after_id)
+        wave = {row.after_id for row in rows} - waits_for.keys()
+    try:
+        TopologicalSorter(waits_for).prepare()
+    except CycleError as error:
+        circle = ", ".join(str(job_id) for job_id in sorted(set(error.args[1])))
+        raise JobError(
+            f"jobs that come after themselves would wait for ever: {circle}; submit without --after one of these"
+        ) from error
 
 
 def cancel_dependents(connection: Connection, ended: Collection[int]) -> None:

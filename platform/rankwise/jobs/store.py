@@ -29,6 +29,9 @@ class JobStore(Protocol):
 
         Returns:
             The jobs as they now stand, in the order given.
+
+        Raises:
+            JobError: Jobs would wait for themselves; none is added then.
         """
 
     def claim(

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from rankwise.jobs.clock import now
-from rankwise.jobs.dependencies import cancel_in_vain, requeue
+from rankwise.jobs.dependencies import cancel_in_vain, refuse_circles, requeue
 from rankwise.jobs.job import Job, JobKind, JobState, NewJob
 from rankwise.jobs.mapping import BADLY_ENDED, PART, as_job, job_columns
 from rankwise.jobs.rows import DependencyRow, JobRow
@@ -90,4 +90,5 @@ def _depend(connection: Connection, jobs: Sequence[NewJob]) -> None:
             waiting += [row.id] if earlier else []
     if pairs:
         connection.execute(_insert(connection, DependencyRow).on_conflict_do_nothing(), pairs)
+        refuse_circles(connection, waiting)
         cancel_in_vain(connection, waiting)
