@@ -34,7 +34,8 @@ class Ray:
     def nodes(self):
         resources = {"CPU": 8.0, "GPU": self.gpus} if self.gpus else {"CPU": 8.0}
         common = {"NodeID": "n", "NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "one"}
-        return [{**common, "Alive": True, "Resources": resources}, {**common, "Alive": False, "Resources": {}}]
+        small = {**common, "NodeManagerHostname": "small", "Alive": True, "Resources": {"CPU": 1.0}}
+        return [{**common, "Alive": True, "Resources": resources}, small, {**common, "Alive": False, "Resources": {}}]
 
     def available_resources(self):
         return {"CPU": 2.0}
