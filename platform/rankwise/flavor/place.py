@@ -19,7 +19,7 @@ def check_target(target: Path) -> None:
     """Refuse to overwrite anything but an earlier output that nobody has changed.
 
     Raises:
-        StorageError: The target is a file, or a directory with something else in it.
+        StorageError: The target is a file, a mount point, or a directory with something else in it.
     """
     if target.exists():
         with _turn(target.parent):
@@ -31,6 +31,10 @@ def _check(target: Path) -> None:
         return
     if not target.is_dir():
         raise StorageError(f"{target} is a file; name a directory")
+    if target.is_mount():
+        raise StorageError(
+            f"{target} is where a disk is mounted, which cannot be replaced; name a directory in it"
+        )
     if not any(target.iterdir()):
         return
     try:
@@ -90,7 +94,8 @@ def _turn(directory: Path) -> Iterator[None]:
     """One process at a time; the lock is on the directory itself, so that none is left lying about."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # Where a file system locks no directories, two at a time may refuse each other.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,11 @@ def test_several_may_fill_one_directory_at_a_time(tmp_path):
     assert in_threads(fill, ["a", "b", "c"]) == dict.fromkeys("abc", True)
     check_manifest(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_mount_point_is_refused_with_the_way_out(world):
+    with pytest.raises(StorageError, match=r"/proc is where a disk is mounted, .* name a directory in it$"):
+        download_adapter(world.saved, Path("/proc"))
 
 
 def test_a_spoilt_model_leaves_nothing_behind(world, tmp_path):
