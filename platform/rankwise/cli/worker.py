@@ -71,8 +71,8 @@ def worker(
 ) -> int:
     """Do jobs of the queue.
 
-    SIGTERM or Ctrl-C keeps a checkpoint after the step under way, gives the jobs back and ends; a second one ends at
-    once. Whoever claims the jobs goes on from there.
+    SIGTERM, Ctrl-C or the end of the terminal keeps a checkpoint after the step under way, gives the jobs back and
+    ends; a second signal ends at once. Whoever claims the jobs goes on from there.
     """
     if data_roots:
         set_data_roots(data_roots)
