@@ -107,8 +107,8 @@ class RankFinding:
             return []
         notes = [
             f"Rule: a configuration is out when its mean of {title(self.key)} is worse than the best one's by more "
-            f"than the one-sided {100 * verdict.confidence:g} % limit of their difference, corrected for all "
-            f"{verdict.comparisons:,} comparisons with the best (Bonferroni; Gupta 1965, Hsu 1984). A truly best "
+            f"than the one-sided {100 * verdict.confidence:g} % limit of their difference, corrected for the number of "
+            f"comparisons with the best, {verdict.comparisons:,} (Bonferroni; Gupta 1965, Hsu 1984). A truly best "
             f"configuration is put out in at most {100 * (1 - verdict.confidence):g} % of sweeps."
         ]
         if verdict.paired:
