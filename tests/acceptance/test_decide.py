@@ -59,8 +59,9 @@ def test_promote_and_roll_back(project, client):
     back = project.run("rollback", "tiny-adder")
     assert (back.returncode, alias(client)) == (0, 1), back.stderr
     assert "models:/tiny-adder@champion is version 1 again; it was version 2" in back.stderr
-    back = project.run("rollback", "tiny-adder")
+    back = project.run("rollback", "tiny-adder", "--json")
     assert "models:/tiny-adder@champion is unset again; it was version 1" in back.stderr
+    assert json.loads(back.stdout) == {"name": "tiny-adder", "alias": "champion", "from": 1, "to": None}
     assert alias(client) is None
 
 

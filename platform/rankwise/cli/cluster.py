@@ -37,7 +37,13 @@ def cluster() -> None:
 @click.option(
     "--gpus-per-worker", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 for nodes without a GPU."
 )
-@click.option("--cpus-per-worker", type=click.FloatRange(min=0), default=1.0, show_default=True)
+@click.option(
+    "--cpus-per-worker",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="CPUs a worker asks Ray for.",
+)
 @click.option("--max-arms", type=click.IntRange(min=1), help="The most arms that a worker trains together.")
 @click.option("--drain", is_flag=True, help="Workers end when nothing is left to do.")
 @click.option(

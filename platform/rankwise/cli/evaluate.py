@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     help="Meter: nf4, fp4, int8, none, separated by commas. How far do results move when the base is loaded otherwise?",
 )
 @click.option("--no-tracking", is_flag=True, help="Leave nothing in MLflow.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     uris: tuple[str, ...],
     data: str | None,

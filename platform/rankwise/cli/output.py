@@ -20,7 +20,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A result for people, on stdout. Into a file or a pipe it is as wide as its content, so that nothing is cut."""
+    """A result for people, on stdout: as wide as its content into a file or a pipe, folded on a narrow terminal.
+
+    Nothing is cut: the first half of a number is another number.
+    """
+    for column in table.columns:
+        column.overflow = "fold"
     width = None if on_terminal() else max(80, plain_console(width=10_000).measure(table).maximum)
     plain_console(file=sys.stdout, width=width).print(table)
 

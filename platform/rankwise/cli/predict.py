@@ -23,10 +23,18 @@ from rankwise.settings import Settings
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--prompt", metavar="TEMPLATE", help="A template over columns, such as 'carat {carat}, cut {cut}'.")
 @click.option("--model-column", default="model", show_default=True, help="The column in which a row names its model.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="The longest answer, in tokens."
+)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 draws from all tokens.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draws from the fewest tokens that have this probability together.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="A text that ends an answer; repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; row i draws from (seed, i).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows decoded together.")

@@ -17,7 +17,7 @@ ALIAS = "champion"
 @click.command()
 @click.argument("name")
 @click.option("--candidate", type=click.IntRange(min=1), required=True, metavar="VERSION", help="Who wants the alias.")
-@click.option("--alias", default=ALIAS, show_default=True)
+@click.option("--alias", default=ALIAS, show_default=True, help="Which alias moves.")
 @click.option("--data", metavar="SOURCE", help="Rows to compare on; the definition's evaluation rows by default.")
 @click.option("--limit", type=click.IntRange(min=1), help="Compare on no more rows than this.")
 @click.option(
@@ -86,9 +86,10 @@ def promote(
 
 @click.command()
 @click.argument("name")
-@click.option("--alias", default=ALIAS, show_default=True)
+@click.option("--alias", default=ALIAS, show_default=True, help="Which alias moves.")
 @click.option("--reason", default="rolled back", show_default=True, help="Why; it is recorded.")
-def rollback(name: str, alias: str, reason: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the move as JSON.")
+def rollback(name: str, alias: str, reason: str, as_json: bool) -> None:
     """Undo the last move of an alias of the registered model NAME that still stands; again: the one before it."""
     from rich.console import Console
 
@@ -100,4 +101,6 @@ def rollback(name: str, alias: str, reason: str) -> None:
 
         with open_context(Settings.load(), bars) as context:
             before, after = undo(context, name, alias, reason=reason)
+    if as_json:
+        print_json({"name": name, "alias": alias, "from": before, "to": after})
     note(f"models:/{name}@{alias} is {'unset' if after is None else f'version {after}'} again; it was version {before}")

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+from rankwise.cli.main import cli
 
 COMMANDS = (["schema"], ["schema", "--markdown"])
 DEFINITION = Path(__file__).parents[3] / "experiments" / "diamonds-rank.yaml"
@@ -57,3 +60,24 @@ def test_another_pipe_that_breaks_keeps_its_traceback():
     done = subprocess.run([sys.executable, "-c", code, "schema"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "RuntimeError: a pipe to another process broke"
+
+
+def commands(command, name):
+    if not isinstance(command, click.Group):
+        return [(name, command)]
+    context = click.Context(command)
+    found = [(each, command.get_command(context, each)) for each in command.list_commands(context)]
+    return [leaf for each, inner in found for leaf in commands(inner, f"{name} {each}")]
+
+
+def test_every_command_and_every_option_says_what_it_is_for():
+    every = commands(cli, "rankwise")
+    assert len(every) > 35
+    silent = [name for name, command in every if not command.help]
+    silent += [
+        f"{name} {option.opts[0]}"
+        for name, command in every
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+    assert silent == []

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from rankwise.cli import output
 from rankwise.cli.output import note, print_json, print_table, show, size, waiting
 from rankwise.cli.progress import Bars
 
@@ -35,6 +36,17 @@ def test_a_table_in_a_pipe_is_never_cut(capsys):
     out = capsys.readouterr().out
     assert "x" * 150 in out
     assert "y" * 150 in out
+
+
+def test_a_table_on_a_narrow_terminal_is_folded_and_not_cut(capsys, monkeypatch):
+    monkeypatch.setattr(output, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    table = Table("arm", "tokens", "parameters")
+    table.add_row("lora.r=16", "9,830,400", "27,262,976")
+    print_table(table)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert sorted(filter(str.isdigit, out)) == sorted("16983040027262976")
 
 
 @pytest.mark.parametrize("text", ["an error of [q_proj] at [/tmp/x]", "models:x:1 [red]"])
