@@ -13,7 +13,15 @@ from helpers.definitions import parse
 from rankwise.experiment.sweep import labelled_arms
 from rankwise.jobs.job import JobState, Outcome, Worker
 from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.tasks.halving import group_of, is_pruned, paused_at, paused_result, settle_rungs, stops_of
+from rankwise.tasks.halving import (
+    end_pruned_runs,
+    group_of,
+    is_pruned,
+    paused_at,
+    paused_result,
+    settle_rungs,
+    stops_of,
+)
 from rankwise.tasks.payload import Work
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
@@ -133,6 +141,24 @@ def test_a_decision_that_was_lost_is_made_by_whoever_looks_next_and_only_once(co
     # The process that saw the last arm pause has died. Any job of the sweep leads to the decision.
     assert len(settle_rungs(context, [context.queue.get(trains[3].id)])) == 8
     assert settle_rungs(context, context.queue.jobs(ids=[job.id for job in trains])) == []
+
+
+def test_runs_of_pruned_arms_that_a_cut_off_decision_left_open_are_ended(context):
+    trains, _ = submit(context)
+    pause(context, claim(context), [8, 7, 6, 5, 4, 3, 2, 1])
+    settle_rungs(context, trains)
+    context.store.ended.clear()
+    asked = []
+
+    def runs(experiment, kind):
+        asked.append((experiment, kind))
+        return [SimpleNamespace(run_id=f"run{at}", status="KILLED" if at == 1 else "RUNNING") for at in range(1, 9)]
+
+    context.store.runs = runs
+    end_pruned_runs(context, context.queue.jobs(ids=[job.id for job in trains]))
+    assert asked == [("1", "train")]
+    assert context.store.ended.keys() == {"run2", "run3", "run4"}
+    assert context.store.ended["run2"] == ("KILLED", "pruned at step 5: eval.loss 7 is not among the best 4 of 8")
 
 
 def test_arms_that_diverge_or_are_cancelled_hold_nobody_up(context):
