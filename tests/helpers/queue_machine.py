@@ -249,6 +249,24 @@ class QueueMachine(RuleBasedStateMachine):
             assert told == (attempt.outcome is outcome)
             return
         assert told
+        self._ended(attempt, outcome)
+
+    @precondition(lambda self: self.model.tries)
+    @rule(number=pick, outcome=st.sampled_from([Outcome.PREEMPTED, Outcome.FAILED]))
+    def finish_together(self, number, outcome) -> None:
+        """All that one worker holds, and one that it may have lost."""
+        one = self.token(number, 0)
+        mine = self.model.tries[one].worker
+        tokens = {one} | {
+            token for token, each in self.model.tries.items() if each.outcome is None and each.worker is mine
+        }
+        told = self.store.finish_together(tokens, outcome, error="why" if outcome is Outcome.FAILED else None)
+        assert told == {token for token in tokens if self.model.tries[token].outcome in (None, outcome)}
+        for token in tokens:
+            if self.model.tries[token].outcome is None:
+                self._ended(self.model.tries[token], outcome)
+
+    def _ended(self, attempt, outcome) -> None:
         attempt.outcome = outcome
         job = self.model.jobs[attempt.job]
         match outcome:
@@ -296,7 +314,8 @@ class QueueMachine(RuleBasedStateMachine):
             attempt.outcome = Outcome.LOST
             job = self.model.jobs[attempt.job]
             count = job.lost + 1
-            error = "the worker was lost 3 times while it held this job" if count >= LIMITS.lost else job.error
+            poison = count >= LIMITS.lost and not job.cancel_requested
+            error = "the worker was lost 3 times while it held this job" if poison else job.error
             self.model.change(job.id, lost=count, error=error)
             if job.cancel_requested:
                 self.model.end_badly(job.id, JobState.CANCELLED)

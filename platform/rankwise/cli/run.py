@@ -137,4 +137,4 @@ def _end_quietly(loop: WorkerLoop, bars: Bars, command: dict[str, Any]) -> None:
     try:
         loop.ask(command, at_once=False)
     except (RankwiseError, KeyboardInterrupt) as error:
-        bars.warn(f"the sweep's run could not be ended: {error}")
+        bars.warn(f"the sweep's run could not be ended: {str(error) or 'interrupted'}")
