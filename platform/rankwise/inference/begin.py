@@ -20,12 +20,14 @@ def check_paths(source: Path, output: Path) -> None:
     """Refuse what can neither be read nor written.
 
     Raises:
-        ConfigError: A format is not known, or both are one file.
+        ConfigError: A format is not known, both are one file, or the output is a directory.
     """
     table_format(source)
     table_format(output)
     if source.resolve() == output.resolve():
         raise ConfigError(f"the output {output} is the input; name another file")
+    if output.is_dir():
+        raise ConfigError(f"the output {output} is a directory; name a file")
 
 
 def check_unchanged(known: Manifest, request: Request, digest: str, parts: Parts) -> None:

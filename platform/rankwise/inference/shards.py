@@ -201,14 +201,17 @@ class Parts:
         known = {each.name for each in fields(Answer)}
         for shard in range(manifest.shards):
             path = self._found(shard) or self._path(shard, self._whole)
-            lines = path.read_text(encoding="utf-8").splitlines()
-            if len(lines) != len(manifest.span(shard)):
+            try:
+                made = [json.loads(line) for line in path.read_bytes().splitlines()]
+                answers = [Answer(**{key: one[key] for key in known & one.keys()}) for one in made]
+            except (ValueError, AttributeError):
+                answers = []
+            if len(answers) != len(manifest.span(shard)):
                 raise ConfigError(
-                    f"{path} has {len(lines)} answers for {len(manifest.span(shard))} rows; remove the "
+                    f"{path} has {len(answers)} answers for {len(manifest.span(shard))} rows; remove the "
                     "file and run the same command again"
                 )
-            for line in lines:
-                yield Answer(**{key: value for key, value in json.loads(line).items() if key in known})
+            yield from answers
 
     def remove(self) -> None:
         """Throw everything away; in one step, so that a manifest never lacks its shards."""

@@ -47,7 +47,11 @@ def engine_of(model: Any) -> Engine | None:
         if known is None:
             known = _KNOWN[model] = _Known(_misfit(Engine(model, pass_lock(model))))
             if known.reason:
-                logger.info("%s is decoded by transformers' generate: %s", type(model).__name__, known.reason)
+                logger.warning(
+                    "%s is decoded by transformers' generate in batches, more slowly: %s",
+                    type(model).__name__,
+                    known.reason,
+                )
     return Engine(model, pass_lock(model)) if known.reason is None else None
 
 

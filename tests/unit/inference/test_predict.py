@@ -201,6 +201,9 @@ def test_an_output_that_is_there_is_not_replaced_unasked(world, rows, tmp_path):
     assert len(read(tmp_path / "out.jsonl")) == 7
     with pytest.raises(ConfigError, match="is the input"):
         run(world, rows, rows)
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.jsonl is a directory"):
+        run(world, rows, tmp_path / "folder.jsonl", overwrite=True)
 
 
 def test_rows_that_cannot_be_answered_say_why_in_their_place(world, tmp_path):

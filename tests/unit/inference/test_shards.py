@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
+import pytest
+
+from rankwise.exceptions import ConfigError
 from rankwise.inference.answer import Answer
 from rankwise.inference.shards import Parts
 
@@ -34,3 +38,14 @@ def test_a_leftover_of_the_same_name_is_in_nobodys_way_and_swept(tmp_path):
     assert not parts.directory.exists()
     parts.sweep()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"text": "a"}\n{"text"', b'{"text": "a"}\n[1]\n', b"\xff\n\xff\n"])
+def test_a_shard_that_is_not_whole_is_named_and_what_to_do_is_said(tmp_path, content):
+    parts = Parts(tmp_path / "out.jsonl")
+    parts.write(0, [*answers("a"), *answers("b")])
+    whole = SimpleNamespace(shards=1, span=lambda shard: range(2))
+    assert [answer.text for answer in parts.answers(whole)] == ["a", "b"]
+    (parts.directory / "shard-000000.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"shard-000000.jsonl has 0 answers for 2 rows; remove the file and run"):
+        list(parts.answers(whole))

@@ -238,7 +238,7 @@ def test_a_model_with_a_sliding_window_is_left_to_transformers_and_that_is_said(
             sliding_window=4,
         )
     ).eval()
-    with caplog.at_level(logging.INFO, logger="rankwise"):
+    with caplog.at_level(logging.WARNING, logger="rankwise"):
         assert engine_of(model) is None
         assert engine_of(model) is None
     assert caplog.text.count("its layers keep DynamicSlidingWindowLayer") == 1
