@@ -74,7 +74,8 @@ def test_the_names_of_shards_do_not_count_and_their_content_does(base, settings)
     before = fingerprint_base(base, settings)
     for path in base.glob("model-*"):
         path.unlink()
-    shard("a.safetensors", "b.safetensors")
+    # In the other order too.
+    shard("b.safetensors", "a.safetensors")
     assert fingerprint_base(base, settings) == before
     (base / "a.safetensors").unlink()
     with pytest.raises(AssetError, match=r"lacks a\.safetensors"):
@@ -90,6 +91,25 @@ def test_configuration_that_does_not_touch_a_logit_does_not_count(base, settings
     before = fingerprint_base(base, settings)
     edit(base / "config.json", **change)
     assert fingerprint_base(base, settings) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_the_order_of_settings_does_not_count(base, settings, name):
+    before = fingerprint_base(base, settings)
+    content = json.loads((base / name).read_text())
+    turned = json.dumps(dict(reversed(content.items())))
+    assert turned != json.dumps(content)
+    (base / name).write_text(turned)
+    assert fingerprint_base(base, settings) == before
+
+
+def test_configurations_within_a_configuration_are_read_alike(base, settings):
+    edit(base / "config.json", parts=[{"use_cache": True, "width": 8}, {"use_cache": True}])
+    before = fingerprint_base(base, settings)
+    edit(base / "config.json", parts=[{"use_cache": False, "width": 8}, {}])
+    assert fingerprint_base(base, settings) == before
+    edit(base / "config.json", parts=[{"use_cache": False, "width": 9}, {}])
+    assert changed(before, fingerprint_base(base, settings)) == ["config"]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +157,14 @@ def test_an_additional_template_counts(base, settings):
     before = fingerprint_base(base, settings)
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tools.jinja").write_text("x")
-    assert changed(before, fingerprint_base(base, settings)) == ["chat_template"]
+    several = fingerprint_base(base, settings)
+    assert changed(before, several) == ["chat_template"]
+    # As older releases of transformers keep several in one file.
+    shutil.rmtree(base / "additional_chat_templates")
+    (base / "chat_template.jinja").unlink()
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML}]
+    edit(base / "tokenizer_config.json", chat_template=named)
+    assert fingerprint_base(base, settings) == several
 
 
 def test_a_base_saved_again_by_transformers_agrees(base, settings, tmp_path):

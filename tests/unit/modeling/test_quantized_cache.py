@@ -135,6 +135,9 @@ DAMAGES = {
     "record gone": lambda entry: (entry / ENTRY_NAME).unlink(),
     "record cut": lambda entry: (entry / ENTRY_NAME).write_bytes(b"{"),
     "record of another kind": lambda entry: (entry / ENTRY_NAME).write_text(json.dumps({"format": 1, "files": 3})),
+    "record of another format": lambda entry: (entry / ENTRY_NAME).write_text(
+        (entry / ENTRY_NAME).read_text().replace('"format": 1', '"format": 2')
+    ),
 }
 
 

@@ -1,6 +1,8 @@
 """Directories are whole or not there."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,27 @@ def test_a_former_directory_is_replaced(tmp_path):
             fill(temporary, text)
     assert (tmp_path / "result" / "inner" / "file.txt").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(self, target):
+        synced.append("renamed")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with whole_directory(tmp_path / "result") as temporary:
+        fill(temporary)
+    at = len(synced) - 1 - synced[::-1].index("renamed")
+    assert {temporary, temporary / "inner", temporary / "inner" / "file.txt"} <= set(synced[:at])
+    assert synced[at + 1 :] == [tmp_path]
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path):
