@@ -94,7 +94,7 @@ def _wrapped(value: Any) -> Any:
 
 def _is_gpu(value: Any) -> bool:
     if isinstance(value, torch.device):
-        return value.type == "cuda"
+        return value.type in {"cuda", "meta"}  # what C++ takes for a tensor's device
     return isinstance(value, str) and value.partition(":")[0] == "cuda"
 
 

@@ -75,14 +75,16 @@ class _Work:
     supervised: int
     losses: list[tuple[list[Encoded], torch.Tensor, torch.Tensor]]
     """For each micro-batch its rows, the row of each supervised token, and their losses."""
-    seconds: float = 0.0
-    padded: int = 0
-    """Tokens of its passes so far, with the padding of its own rows."""
 
     def size(self, micro_step: int) -> tuple[int, int]:
         """Rows of a micro-batch, and tokens of the longest."""
         rows = self.window[micro_step]
         return len(rows), max(len(row.input_ids) for row in rows)
+
+    @property
+    def padded(self) -> int:
+        """Tokens of all micro-batches, with the padding of the arm's own rows."""
+        return sum(math.prod(self.size(micro_step)) for micro_step in range(len(self.window)))
 
 
 class Stepper:
@@ -114,6 +116,7 @@ class Stepper:
             JobError: Out of memory with a single arm.
         """
         while True:
+            began = time.perf_counter()
             try:
                 works = self._gradients(arms)
                 break
@@ -135,7 +138,7 @@ class Stepper:
             logger.warning(
                 "out of memory: %d arms go through the base in %d parts from now on", len(arms), self.passes.parts
             )
-        return self._update(works)
+        return self._update(works, began)
 
     def _gradients(self, arms: Sequence[LivingArm]) -> list[_Work]:
         """Forward and backward passes over all micro-batches of a step; nothing of an arm changes but its gradients."""
@@ -150,18 +153,16 @@ class Stepper:
                 self._pass(part, micro_step)
         return works
 
-    def _update(self, works: Sequence[_Work]) -> dict[str, StepRecord | Nonfinite]:
-        """Clip, and make the optimizers' steps."""
-        began = time.perf_counter()
+    def _update(self, works: Sequence[_Work], began: float) -> dict[str, StepRecord | Nonfinite]:
+        """Clip, and make the optimizers' steps; the passes began at `began`."""
         losses = [
             torch.stack([part.sum() for _, _, part in work.losses]).sum() / max(1, work.supervised) for work in works
         ]
         norms = [work.arm.grad_norm() for work in works]
-        # The one wait for the device in a step: on a GPU the passes' whole time is here, and belongs to all arms.
+        # A GPU is waited for here: no clock between the passes says what a single one takes there.
         numbers = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
-        waited = time.perf_counter() - began
-        for work in works:
-            work.seconds += waited * work.padded / sum(each.padded for each in works)
+        passes = time.perf_counter() - began
+        padded = sum(work.padded for work in works)
         began = time.perf_counter()
         results: dict[str, StepRecord | Nonfinite] = {}
         for work, loss, grad_norm, norm in zip(works, numbers[0], numbers[1], norms, strict=True):
@@ -173,7 +174,7 @@ class Stepper:
             learning_rate = arm.learning_rate
             arm.update(norm)
             tokens = sum(len(row.input_ids) for rows in work.window for row in rows)
-            seconds = work.seconds + (time.perf_counter() - began)
+            seconds = passes * work.padded / padded + (time.perf_counter() - began)
             began = time.perf_counter()
             arm.seconds += seconds
             arm.tokens += tokens
@@ -192,10 +193,8 @@ class Stepper:
 
     def _pass(self, works: Sequence[_Work], micro_step: int) -> None:
         """One forward and backward pass over a micro-batch of each of these arms."""
-        began = time.perf_counter()
         rows: list[Encoded] = []
         segments: list[Segment] = []
-        shares: list[int] = []
         for work in works:
             own = work.window[micro_step]
             segments.append(
@@ -207,7 +206,6 @@ class Stepper:
                     length=max(len(row.input_ids) for row in own),
                 )
             )
-            shares.append(len(own) * max(len(row.input_ids) for row in own))
             rows += own
         batch = collate(rows, self._pad_token_id)
         assert not batch.supervised[:, 0].any(), "nothing predicts the first token of a row"
@@ -233,12 +231,9 @@ class Stepper:
             self._memory.sample()
             total.backward()  # type: ignore[no-untyped-call]
         self._memory.sample()
-        elapsed = time.perf_counter() - began
         places = torch.split(row_of, counts)
-        for work, segment, part, place, share in zip(works, segments, parts, places, shares, strict=True):
+        for work, segment, part, place in zip(works, segments, parts, places, strict=True):
             work.losses.append((work.window[micro_step], place - segment.start, part.detach()))
-            work.seconds += elapsed * share / sum(shares)
-            work.padded += share
 
 
 def _nonfinite(work: _Work, loss: float, grad_norm: float) -> Nonfinite:
