@@ -10,14 +10,15 @@ from mlflow import MlflowClient
 
 PROMOTION = "promotion={min_examples: 5, max_overlap: 0.5}"
 
+FIRST = ["--set", "sweep.parameters={lora.r: [2]}", "--set", "training.max_steps=1"]
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """Two versions of `tiny-adder`: r = 2 is hardly trained, r = 4 is."""
     project = make_project(tmp_path_factory.mktemp("decide"))
-    first = ["--set", "sweep.parameters={lora.r: [2]}", "--set", "training.max_steps=1"]
     second = ["--set", "sweep.parameters={lora.r: [4]}", "--set", "training.max_steps=40"]
-    for chosen in (first, second):
+    for chosen in (FIRST, second):
         project.succeed("run", "tiny.yaml", *chosen, "--set", PROMOTION, "--set", "training.warmup_steps=0")
     return project
 
@@ -63,6 +64,16 @@ def test_promote_and_roll_back(project, client):
     assert "models:/tiny-adder@champion is unset again; it was version 1" in back.stderr
     assert json.loads(back.stdout) == {"name": "tiny-adder", "alias": "champion", "from": 1, "to": None}
     assert alias(client) is None
+
+
+def test_the_same_command_again_compares_its_own_sweep_and_another_primary_metric_ranks_anew(project):
+    first = ["run", "tiny.yaml", *FIRST, "--set", PROMOTION, "--set", "training.warmup_steps=0", "--json"]
+    again = json.loads(project.succeed(*first))
+    assert [arm["params"]["lora.r"] for arm in again["arms"]] == [2]
+    assert again["primary_metric"]["name"] == "eval.loss"
+    other = json.loads(project.succeed(*first, "--set", "evaluation.primary_metric=eval.token_accuracy"))
+    assert [arm["run_id"] for arm in other["arms"]] == [arm["run_id"] for arm in again["arms"]]
+    assert other["primary_metric"] == {"name": "eval.token_accuracy", "greater_is_better": True}
 
 
 def test_an_alias_that_somebody_else_moved_is_not_rolled_back(project, client):

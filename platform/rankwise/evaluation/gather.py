@@ -33,7 +33,7 @@ _TEXTS = re.compile(r"(base_model|init_from|dataset\.(train|train_revision|chat_
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
-def gather(store: Store, experiment: str, *, everything: bool = False) -> Comparison:
+def gather(store: Store, experiment: str, *, everything: bool = False, parent_run_id: str | None = None) -> Comparison:
     """The arms of an experiment's current sweep, by its name; two requests per thousand runs.
 
     The current sweep is the one that was submitted last: arms of earlier states of the definition are left out. Of
@@ -43,6 +43,7 @@ def gather(store: Store, experiment: str, *, everything: bool = False) -> Compar
         store: The MLflow store.
         experiment: Its name.
         everything: Take the arms of all sweeps.
+        parent_run_id: Take this sweep for the current one.
 
     Raises:
         ConfigError: There is no such experiment, or it has no arms.
@@ -56,7 +57,8 @@ def gather(store: Store, experiment: str, *, everything: bool = False) -> Compar
         )
     runs = store.runs(experiment_id)
     trained = _of_kind(runs, "train")
-    sweep = current_sweep(_of_kind(runs, "sweep"))
+    sweeps = _of_kind(runs, "sweep")
+    sweep = current_sweep([run for run in sweeps if parent_run_id in (None, run.run_id)])
     if sweep is not None and not everything:
         trained = of_sweep(sweep, trained)
     arms = [arm_record(_decisive(of_arm)) for of_arm in by_spec_hash(trained).values()]

@@ -24,7 +24,7 @@ from rankwise.tasks.publish import publish_again
 from rankwise.tasks.recorded import recorded_definition
 from rankwise.tasks.rounds import submit_next
 from rankwise.tasks.session import Session, jobs_of
-from rankwise.tasks.submit import prepare, submit
+from rankwise.tasks.submit import make_current, prepare, submit
 from rankwise.tasks.sweep import arms_of, begin_sweep, end_sweep, finish_complete, finish_open, finish_sweep
 from rankwise.tasks.train import load_claimed, train_claimed
 from rankwise.tasks.waiting import with_waiting
@@ -104,6 +104,7 @@ def _submit(session: Session, command: Message) -> Value:
         spec = parse_experiment(command["definition"], command["name"])
     prepared = prepare(context, spec, session.rows, bases=session.bases)
     if prepared.complete:
+        make_current(context, prepared)
         session.voice.say(f"nothing to do: all {len(prepared.sweep_arms)} arms are trained and evaluated")
         return {"experiment": prepared.spec.name, "parent_run_id": None, "jobs": []}
     submitted = submit(context, prepared, command=command["command"])

@@ -42,7 +42,8 @@ def publish_report(
         parent: The sweep's run.
         command: How to run it again, for the note.
     """
-    known = gather(context.store, spec.name, everything=True)
+    # Another sweep of the experiment may have been submitted since, with a primary metric and a base of its own.
+    known = gather(context.store, spec.name, everything=True, parent_run_id=parent.run_id)
     everything = with_waiting(context.store, context.queue, known, everything=True)
     hashes = {arm.spec_hash for arm in arms}
     comparison = replace(everything, arms=tuple(arm for arm in everything.arms if arm.spec_hash in hashes))

@@ -12,7 +12,7 @@ from typing import Any
 
 from rankwise.assets.layout import read_json
 from rankwise.data.preflight import Report
-from rankwise.evaluation.gather import BASE_EVALUATIONS, PRIMARY_METRIC
+from rankwise.evaluation.gather import BASE_EVALUATIONS, DEFAULT_PRIMARY_METRIC, PRIMARY_METRIC
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.hashing import digest
 from rankwise.experiment.schema import ExperimentSpec
@@ -31,6 +31,7 @@ from rankwise.tasks.rows import RowsCache
 from rankwise.tasks.search import SweepArm, arms_so_far
 from rankwise.tracking.descriptions import sweep_note
 from rankwise.tracking.provenance import collect
+from rankwise.tracking.runs import Run
 from rankwise.tracking.sweeps import sweep_tags
 
 logger = logging.getLogger(__name__)
@@ -165,9 +166,14 @@ def submit(
 
 
 def _identity(spec: ExperimentSpec) -> str:
-    """Names a sweep by its arms and their evaluations; a search, whose arms follow from results, by its first ones."""
+    """Names a sweep by its arms, their evaluations and what ranks them.
+
+    A search, whose arms follow from results, is named by its first ones.
+    """
     arms = expand(spec)
     hashes = [*(arm.spec_hash for arm in arms), *(arm.eval_hash() for arm in arms)]
+    if (primary := spec.evaluation.primary_metric) != DEFAULT_PRIMARY_METRIC:
+        hashes.append(primary)
     named = sorted([*hashes, *{arm.base_eval_hash() for arm in arms}])
     return digest({"search": spec.sweep.model_dump(mode="json"), "first": named}) if is_search(spec) else digest(named)
 
@@ -224,11 +230,22 @@ def _create_parent(context: Context, prepared: Prepared, command: str) -> str:
     return run.run_id
 
 
-def _store_reports(context: Context, prepared: Prepared, parent_run_id: str) -> None:
+def make_current(context: Context, prepared: Prepared) -> None:
+    """Make a sweep that is complete the one that `compare` shows, as a submission does."""
+    assert prepared.parent_run_id is not None, "what is complete has a run"
+    _resume_current(context, prepared, prepared.parent_run_id).leave()
+
+
+def _resume_current(context: Context, prepared: Prepared, parent_run_id: str) -> Run:
     run = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
     # The sweep that was submitted last is the one that `compare` shows.
     bases = sorted({arm.base_eval_hash() for arm in prepared.arms})
     run.tags({**sweep_tags([arm.spec_hash for arm in prepared.arms]), BASE_EVALUATIONS: ",".join(bases)})
+    return run
+
+
+def _store_reports(context: Context, prepared: Prepared, parent_run_id: str) -> None:
+    run = _resume_current(context, prepared, parent_run_id)
     for name, (report, preview) in prepared.reports.items():
         run.json(asdict(report), f"{name}/preflight.json")
         if prepared.spec.tracking.log_examples:

@@ -16,7 +16,7 @@ from rankwise.exceptions import ConfigError
 from rankwise.settings import Settings
 from rankwise.tracking.query import RunRecord
 from rankwise.tracking.store import Store
-from rankwise.tracking.sweeps import sweep_tags
+from rankwise.tracking.sweeps import SUBMITTED, sweep_tags
 
 LOSS = {"eval.loss": MetricValue(value=0.7, stderr=0.02, n=200)}
 
@@ -139,6 +139,26 @@ def test_the_base_is_the_one_on_the_rows_of_the_sweep(store):
     # The definition had other rows for a while. What was evaluated before is not evaluated again.
     base("2222", 4.0)
     assert gather(store, "other rows and back").base["eval.loss"].value == 3.0
+
+
+def test_a_sweep_that_ends_is_weighed_by_its_own_metric(store):
+    experiment = store.experiment("two metrics")
+
+    def sweep(metric, submitted):
+        tags = {**sweep_tags(["a" * 64]), PRIMARY_METRIC: metric, SUBMITTED: str(submitted)}
+        run = store.start_run(experiment, "sweep", kind="sweep", tags=tags, system_metrics=False)
+        run.end()
+        return run.run_id
+
+    first, second = sweep("eval.loss", 1), sweep("eval.token_accuracy", 2)
+    arm = store.start_run(experiment, "arm", parent=first, kind="train", spec_hash="a" * 64, system_metrics=False)
+    arm.end()
+    found = gather(store, "two metrics", everything=True, parent_run_id=first)
+    assert (found.primary_metric, found.greater_is_better, found.parent_run_id) == ("eval.loss", False, first)
+    found = gather(store, "two metrics", everything=True)
+    assert (found.primary_metric, found.greater_is_better, found.parent_run_id) == (
+        "eval.token_accuracy", True, second
+    )  # fmt: skip
 
 
 def test_a_very_large_sweep_lists_its_arms_in_several_tags():
