@@ -19,10 +19,10 @@ LONG_ROWS = make_rows(32, shortest=200, longest=256)
 STEPS = 10
 
 
-def arm(seed, dtype="float32", lora=None, **training):
+def arm(seed, dtype="float32", lora=None, quantization=None, **training):
     return make_arm(
         seed=seed,
-        quantization={"bnb_4bit_compute_dtype": dtype},
+        quantization={"bnb_4bit_compute_dtype": dtype, **(quantization or {})},
         lora={"r": 4 + 2 * seed, "lora_dropout": 0.2, "target_modules": "all-linear", **(lora or {})},
         training={"max_steps": STEPS, "learning_rate": 2e-3, **training},
     )
@@ -86,6 +86,19 @@ def test_half_precision_learns_what_fp32_learns(load, device, tmp_path, dtype, t
     assert losses[1][-1] < losses[1][0]
     # Adapters and their optimizers stay in fp32, whatever the products are computed in.
     assert all(each.dtype is torch.float32 for each in weights[1].values())
+
+
+def test_an_8_bit_base_is_trained_and_time_is_shared(load, tmp_path):
+    eight_bit = {"load_in_4bit": False, "load_in_8bit": True}
+    recorder = Recorder()
+    arms = [arm(seed, lora={"r": 8}, quantization=eight_bit, per_device_train_batch_size=8) for seed in (1, 2)]
+    tasks = [ArmTask(spec=each, train=LONG_ROWS) for each in arms]
+    train_pack(load(**eight_bit), tasks, directory=tmp_path, observer=recorder)
+    for each in arms:
+        losses = recorder.losses(each.spec_hash)
+        assert sum(losses[-3:]) < sum(losses[:3])
+    first, second = (sum(record.seconds for record in recorder.steps[each.spec_hash][2:]) for each in arms)
+    assert 0.7 < first / second < 1.4
 
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
