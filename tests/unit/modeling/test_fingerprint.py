@@ -217,6 +217,11 @@ def test_the_digest_covers_every_part():
     assert len(others | {fingerprint.digest}) == 5
 
 
+def test_the_digest_of_known_parts_stays_what_stored_models_have():
+    parts = {"weights": "a", "config": "b", "tokenizer": "c", "chat_template": "d"}
+    assert Fingerprint(**parts).digest == "sha256:56ea3aacd1b829b3874ee5098eefe28cf4aa223261a102ac7fb6d1951e9783a8"
+
+
 def test_a_fingerprint_survives_being_stored_and_refuses_altered_parts():
     fingerprint = Fingerprint(weights="a", config="b", tokenizer="c", chat_template="d")
     assert Fingerprint.from_dict(fingerprint.to_dict()) == fingerprint

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 
@@ -109,6 +110,12 @@ def test_links_are_refused(directory, tmp_path):
         check_manifest(directory)
 
 
+def test_what_is_no_plain_file_is_refused(directory):
+    os.mkfifo(directory / "pipe")
+    with pytest.raises(AdapterIntegrityError, match="pipe is a link or no plain file"):
+        check_manifest(directory)
+
+
 def test_a_directory_without_a_manifest_is_refused(tmp_path):
     with pytest.raises(AdapterIntegrityError, match=r"has no manifest\.json"):
         check_manifest(tmp_path)
@@ -126,8 +133,16 @@ def test_a_manifest_that_cannot_be_parsed_is_refused(directory, content):
         check_manifest(directory)
 
 
-def test_a_manifest_of_a_newer_release_is_refused_by_its_version(directory):
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [({"version": 2}, "'rankwise-manifest' version 2"), ({"format": "other"}, "'other' version 1")],
+    ids=["newer", "of another kind"],
+)
+def test_a_manifest_of_another_format_is_refused_by_its_name(directory, change, shown):
     document = json.loads((directory / MANIFEST_NAME).read_bytes())
-    (directory / MANIFEST_NAME).write_text(json.dumps({**document, "version": 2}))
-    with pytest.raises(AdapterIntegrityError, match="version 2; this release reads 'rankwise-manifest' version 1"):
+    (directory / MANIFEST_NAME).write_text(json.dumps({**document, **change}))
+    with pytest.raises(
+        AdapterIntegrityError, match=rf"is of format {shown}; this release reads 'rankwise-manifest' version 1"
+    ) as caught:
         check_manifest(directory)
+    assert "is not a manifest" not in str(caught.value)

@@ -213,15 +213,24 @@ def test_the_former_routing_comes_back_after_an_error(model):
     assert routing.current == ()
 
 
-def test_an_adapter_that_is_not_plain_lora_is_refused_in_a_batch(base):
-    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "bias"])
+def test_an_adapter_that_is_not_plain_lora_is_refused_in_a_batch(base, settings):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **settings)
     with expected_warning(SEVERAL_ADAPTERS):
-        inject_adapter_in_model(config, base.model, "dora")
+        inject_adapter_in_model(config, base.model, "other")
     try:
-        with install(base.model).adapter("dora", 2), pytest.raises(ConfigError, match="not plain LoRA"):
+        with install(base.model).adapter("other", 2), pytest.raises(ConfigError, match="not plain LoRA"):
             base.model(input_ids=tokens(2))
     finally:
-        delete_adapter(base.model, "dora")
+        delete_adapter(base.model, "other")
+
+
+def test_an_adapter_of_an_embedding_is_refused(tmp_path):
+    model = load_tiny(tmp_path).model
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["embed_tokens"]), model, "other")
+    with pytest.raises(ConfigError, match=r"module model\.embed_tokens is a Embedding: only adapters of linear layers"):
+        install(model)
 
 
 def test_inputs_whose_rows_cannot_be_told_apart_are_refused(model):
