@@ -62,6 +62,11 @@ def describe(error: BaseException) -> str:
             f"permission denied ({_account()} may not do this: ask an administrator of the server for the right to, or "
             f"name another account by MLFLOW_TRACKING_USERNAME and _PASSWORD); the server said: {text}"
         )
+    elif "certificate_verify_failed" in lowered:
+        advice = (
+            "its certificate is of no authority that this machine knows: name the authority's file in "
+            "MLFLOW_TRACKING_SERVER_CERT_PATH"
+        )
     elif isinstance(error, requests.RequestException) or "failed with exception" in lowered:
         advice = "check MLFLOW_TRACKING_URI and that the server runs; unset it to use the store in RANKWISE_HOME"
     elif "database is locked" in lowered:

@@ -45,10 +45,12 @@ def facts(settings: Settings) -> dict[str, Any]:
     found["kind"] = kind
     if reason := unreachable(uri):
         return {**found, "problem": f"it does not answer: {reason}"}
-    if uri.startswith(("http://", "https://")):
-        found["server"] = look(uri)
     began = time.perf_counter()
     try:
+        if uri.startswith(("http://", "https://")):
+            with tracking_errors("asking the server"):
+                found["server"] = look(uri)
+        began = time.perf_counter()
         with tracking_errors("searching experiments"):
             client = MlflowClient(tracking_uri=uri)
             experiments = client.search_experiments(max_results=1)

@@ -7,7 +7,11 @@ from typing import Any
 from urllib.parse import urlparse
 
 import requests
-from mlflow.environment_variables import MLFLOW_TRACKING_INSECURE_TLS, MLFLOW_TRACKING_TOKEN
+from mlflow.environment_variables import (
+    MLFLOW_TRACKING_INSECURE_TLS,
+    MLFLOW_TRACKING_SERVER_CERT_PATH,
+    MLFLOW_TRACKING_TOKEN,
+)
 from mlflow.utils.credentials import read_mlflow_creds
 
 _ANSWER_S = 10.0
@@ -24,6 +28,9 @@ def look(uri: str) -> dict[str, Any]:
     Returns:
         `version` (or None), `https`, `loopback`, `credentials` (whether this user has some); HTTP status of a search
         with a `foreign_host` header, of an `anonymous` one and of a `known` user's; `jobs`: `on`, `off` or `unknown`.
+
+    Raises:
+        requests.RequestException: It does not answer, or its certificate is not trusted.
     """
     parsed = urlparse(uri)
     base = uri.rstrip("/")
@@ -32,8 +39,9 @@ def look(uri: str) -> dict[str, Any]:
     local = is_loopback(parsed.hostname or "")
     with requests.Session() as session:
         # Neither a proxy for this machine, nor a password out of ~/.netrc in a request that is to have none.
+        trusted = session.merge_environment_settings(base, {}, False, None, None)["verify"]
         session.trust_env = False
-        session.verify = not MLFLOW_TRACKING_INSECURE_TLS.get()
+        session.verify = not MLFLOW_TRACKING_INSECURE_TLS.get() and (MLFLOW_TRACKING_SERVER_CERT_PATH.get() or trusted)
         secret = _credentials(parsed.username, parsed.password)
         return {
             "version": _version(session, base),

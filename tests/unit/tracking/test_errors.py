@@ -15,6 +15,7 @@ from rankwise.tracking.errors import UndeliverableError, is_final, tracking_erro
         (MlflowException("no such run"), r"^reading: no such run$"),
         (requests.ConnectionError("refused"), r"^reading: refused \(check MLFLOW_TRACKING_URI"),
         (MlflowException("API request to x failed with exception y"), "check MLFLOW_TRACKING_URI"),
+        (requests.exceptions.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] no"), r"MLFLOW_TRACKING_SERVER_CERT_PATH\)$"),
         (MlflowException("failed with error code 401"), "check MLFLOW_TRACKING_USERNAME"),
         (MlflowException("You are not authenticated."), "check MLFLOW_TRACKING_USERNAME"),
         (MlflowException("error code 403 != 200. 'Permission denied'"), r"^reading: permission denied \(who gives no"),
