@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from bitsandbytes.autograd import _functions
 from helpers.packs import Recorder, distance, load_tiny, make_arm, make_rows, read_weights
 
 from rankwise.data.encoding import Encoded
+from rankwise.data.sampler import Sampler
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.adapter import read_adapter
+from rankwise.modeling.packed_lora import Segment
+from rankwise.training import step
 from rankwise.training.pack import ArmTask, train_pack
 
 ROWS = make_rows(12)
@@ -255,8 +259,6 @@ def test_epochs_become_steps(base, tmp_path):
 
 def poisoned_rows(arm, step):
     """Rows whose step `step` (from 1) holds a token that the poisoned embedding makes infinite; and that row's id."""
-    from rankwise.data.sampler import Sampler
-
     index = Sampler(len(ROWS), arm.training.per_device_train_batch_size, arm.seed).indices(step - 1)[0]
     bad = ROWS[index]
     tokens = bad.input_ids.copy()
@@ -323,6 +325,25 @@ def test_without_a_checkpoint_there_is_no_adapter_of_a_non_finite_arm(base, tmp_
     outcomes, _ = train(base, [arm], tmp_path, rows)
     assert outcomes[arm.spec_hash].adapter is None
     assert outcomes[arm.spec_hash].steps == 1
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_all_rows_of_the_step():
+    losses = [(ROWS[:2], torch.tensor([0, 0, 1]), torch.ones(3)), (ROWS[2:3], torch.tensor([0]), torch.ones(1))]
+    window = [ROWS[:2], ROWS[2:3]]
+    work = step._Work(arm=SimpleNamespace(step=4), window=window, supervised=4, losses=losses)
+    found = step._nonfinite(work, loss=1.0, grad_norm=math.inf)
+    assert (found.what, found.step, found.number) == ("gradient", 5, math.inf)
+    assert found.example_ids == tuple(row.id for row in ROWS[:3])
+
+
+def test_dropout_is_drawn_for_the_longest_row_of_the_arm(base, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(step, "Segment", lambda **values: made.append(values) or Segment(**values))
+    arm = make_arm(training={"max_steps": 1, "per_device_train_batch_size": 4}, lora={"lora_dropout": 0.5})
+    train(base, [arm], tmp_path)
+    lengths = [len(ROWS[index].input_ids) for index in Sampler(len(ROWS), 4, arm.seed).indices(0)]
+    assert min(lengths) < max(lengths)
+    assert [each["length"] for each in made] == [max(lengths)]
 
 
 @pytest.mark.parametrize(
