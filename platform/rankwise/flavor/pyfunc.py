@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,9 @@ class QloraModel:
         decoding, seed, batch_size = read_params(params)
         chats = read_input(data, self.adapter.metadata.system)
         with pass_lock(self.adapter.model):
-            rows = self.renderer.tokens(self.renderer.texts(chats, add_generation_prompt=True))
+            texts = self.renderer.texts(chats, add_generation_prompt=True)
+            _check_whole(texts)
+            rows = self.renderer.tokens(texts)
         prompts = [
             Prompt(token_ids=tuple(ids), adapter=self.adapter.adapter_name, seed=row_seed(seed, index))
             for index, ids in enumerate(rows)
@@ -74,6 +77,15 @@ class QloraModel:
     def get_raw_model(self) -> LoadedAdapter:
         """The loaded adapter, for `PyFuncModel.get_raw_model`."""
         return self.adapter
+
+
+def _check_whole(texts: Sequence[str]) -> None:
+    """JSON may hold half of a character, which is no text that a tokenizer takes."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"row {index}: the prompt has half of a character: {error}") from error
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> QloraModel:

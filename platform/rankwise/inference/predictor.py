@@ -257,6 +257,9 @@ class Predictor:
             chat: list[Message] = reader.chat(row, adapter.metadata.system)
             renderer = self._renderers[model]
             (text,) = renderer.texts([chat], add_generation_prompt=True)
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"the prompt has half of a character: {error}"
         except RenderError as error:
             return f"{error}".split("; change ")[0]
         except DatasetError as error:

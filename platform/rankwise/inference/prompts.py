@@ -41,8 +41,10 @@ class PromptReader:
             system: The system prompt that the adapter was trained with, put before a bare text.
 
         Raises:
-            DatasetError: The row has no prompt, or one that is not a text or a chat.
+            DatasetError: It is no row, or has no prompt, or one that is not a text or a chat.
         """
+        if not isinstance(columns, Mapping):
+            raise DatasetError(f"a row must be a mapping of columns, got {type(columns).__name__}")
         if self.template is not None:
             for column in self.template.columns:
                 check_column(column, columns, "--prompt")

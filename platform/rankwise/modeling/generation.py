@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,13 @@ class Decoding:
     def __post_init__(self) -> None:
         """Refuse values out of range, all at once."""
         problems = []
+        # No answer ever has 2.5 tokens: it would go on to the last position.
+        whole: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k}
+        problems += [
+            f"{name} must be a whole number, got {value!r}"
+            for name, value in whole.items()
+            if not isinstance(value, Integral)
+        ]
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
         if not (0.0 <= self.temperature < float("inf")):
@@ -60,6 +68,9 @@ class Decoding:
             problems.append(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
         if not (0.0 < self.top_p <= 1.0):
             problems.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        stop: Any = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+            problems.append(f"stop must be a sequence of texts, got {stop!r}")
         if any(not text for text in self.stop):
             problems.append("stop must not hold an empty text: it would end every row at once")
         if problems:

@@ -157,6 +157,8 @@ def test_declared_params_reach_generation(model):
 def test_a_wrong_input_is_refused_by_the_loader_itself(model):
     with pytest.raises(ConfigError, match="row 1: must be a text or a chat, got int"):
         model.predict(["a", 7])
+    with pytest.raises(ConfigError, match="row 1: the prompt has half of a character"):
+        model.predict(["a", "half \ud83d"])
 
 
 def test_the_stored_example_is_one_that_the_model_answers(model):

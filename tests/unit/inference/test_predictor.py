@@ -90,6 +90,11 @@ def test_rows_that_cannot_be_answered_say_so_in_their_place(predictor, models):
     assert "the model models:/other/1 is not loaded; loaded are" in answers[2].error
     assert "exceed the 512 positions" in answers[3].error
     assert answers[1].text is None
+    made = predictor.predict([{"prompt": "half \ud83d"}, "text", None, ROWS[0]], max_new_tokens=3)
+    assert "the prompt has half of a character" in made[0].error
+    assert made[1].error == "a row must be a mapping of columns, got str"
+    assert made[2].error == "a row must be a mapping of columns, got NoneType"
+    assert made[3] == answers[0]
     with pytest.raises(JobError, match="row 1: prompt must be a text"):
         predictor.predict(rows, fail_fast=True)
     with pytest.raises(JobError, match="row 1: prompt must be a text"):

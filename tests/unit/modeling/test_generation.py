@@ -133,6 +133,11 @@ def test_wrong_arguments_are_refused_with_the_value_and_the_range(loaded):
         Decoding(top_p=1.5)
     with pytest.raises(ConfigError, match="empty text"):
         Decoding(stop=("",))
+    with pytest.raises(ConfigError, match=r"max_new_tokens must be a whole number, got 2.5; top_k .* got 0.5"):
+        Decoding(max_new_tokens=2.5, top_k=0.5)
+    for stop in ("abc", [7]):
+        with pytest.raises(ConfigError, match="stop must be a sequence of texts, got"):
+            Decoding(stop=stop)
     with pytest.raises(ConfigError, match="row 1 has an empty prompt"):
         generate_batch(model, tokenizer, [[1], []], Decoding())
     with pytest.raises(ConfigError, match="more than the 512 positions"):
