@@ -132,11 +132,13 @@ def test_limits_on_memory_change_the_batches_and_not_the_result(base, examples, 
 
 
 def test_a_base_that_needs_all_logits_computed_gives_the_same_loss(base, examples, encoded, monkeypatch):
-    expected = evaluate(base, ADAPTERS, examples, encoded, SPEC)
-    monkeypatch.setattr(SupervisedLogits, "_is_direct", lambda self: False)
     longest = max(len(row.input_ids) for row in encoded)
     monkeypatch.setattr(module, "MAX_LOGITS", 2 * longest * base.model.get_input_embeddings().weight.shape[0])
     sizes = sizes_of_batches(monkeypatch)
+    expected = evaluate(base, ADAPTERS, examples, encoded, SPEC)
+    assert sizes[0] > 2, "only the logits of supervised tokens count"
+    sizes.clear()
+    monkeypatch.setattr(SupervisedLogits, "_is_direct", lambda self: False)
     got = evaluate(base, ADAPTERS, examples, encoded, SPEC)
     assert sizes[0] == 2, "the logits of all tokens count"
     for adapter in ADAPTERS:
@@ -150,6 +152,7 @@ def test_generations_go_to_the_row_and_the_adapter_that_they_were_made_for(base,
     for adapter, evaluation in evaluations.items():
         lengths = [len(base.tokenizer(each.prompt, add_special_tokens=False)["input_ids"]) for each in examples]
         assert [each.prediction for each in evaluation.observations] == [f"{adapter} ${length}" for length in lengths]
+        assert {each.finish_reason for each in evaluation.observations} == {"stop"}
     assert evaluations["a"].metrics["eval.exact_match"].value == 0.0
 
 
