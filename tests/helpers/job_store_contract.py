@@ -46,6 +46,8 @@ class JobStoreContract:
         (running,) = store.claim(WORKER, lease=60)
         store.finish(running.token, Outcome.FATAL, error="wrong")
         changes = {"spec": {"r": 4}, "experiment": "f", "pack_key": "q", "priority": 7}
+        (left,) = store.submit([new("a", **changes)])
+        assert (left.state, left.error, left.spec) == (JobState.FAILED, "wrong", {"r": 8}), "only again=True"
         (back,) = store.submit([new("a", **changes)], again=True)
         assert {name: getattr(back, name) for name in changes} == changes
         assert store.get(evaluate.id).state is JobState.CANCELLED
