@@ -1,7 +1,8 @@
 #!/bin/sh
 # platform/deploy/restore.sh DIRECTORY: what backup.sh has saved, into a team that has only just been made.
 #
-#   docker compose up --detach --wait postgres object-store bucket     with the .env of the backup, on fresh volumes
+#   docker compose up --detach --wait postgres object-store            with the .env of the backup, on fresh volumes
+#   docker compose run --rm bucket
 #   platform/deploy/restore.sh DIRECTORY
 #   docker compose up --detach --wait
 set -eu

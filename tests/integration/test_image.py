@@ -53,7 +53,8 @@ def test_only_what_was_copied_is_used(tmp_path):
         rest for keyword, rest in instructions((ROOT / "platform" / "Dockerfile").read_text()) if keyword == "COPY"
     ]
     assert copied == [
-        "constraints.txt pyproject.toml README.md LICENSE ./",
+        "constraints.txt pyproject.toml ./",
+        "README.md LICENSE ./",
         "platform/rankwise platform/rankwise",
         "--from=builder /opt/rankwise /opt/rankwise",
     ]
