@@ -128,7 +128,8 @@ def load_adapter(model: Any, directory: Path, adapter_name: str) -> LoraConfig:
         AdapterIntegrityError: See `read_adapter`; or a tensor is missing, surplus or of another shape than this model
             and the adapter's configuration ask for.
         BaseMismatchError: The adapter has rows for tokens beyond the model's embedding, or targets nothing in it.
-        ConfigError: The name is taken or not possible.
+        ConfigError: The name is taken or not possible; or one of the model's adapters and this one differ in whether
+            they have rows of their own for tokens.
     """
     if "." in adapter_name or not adapter_name:
         raise ConfigError(
@@ -137,6 +138,14 @@ def load_adapter(model: Any, directory: Path, adapter_name: str) -> LoraConfig:
     if adapter_name in _configs(model):
         raise ConfigError(f"the model has an adapter {adapter_name!r} already; give this one another name")
     config, tensors = read_adapter(directory)
+    # peft reads and activates adapters of one model as if all of them had such rows, or none.
+    if any(
+        bool(each.trainable_token_indices) != bool(config.trainable_token_indices) for each in _configs(model).values()
+    ):
+        raise ConfigError(
+            f"the adapter in {directory} cannot lie beside others of this model: adapters with rows of their own for "
+            "tokens (trainable_token_indices) and adapters without are loaded over one base each"
+        )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_indices(base, config)
     _check_shapes(base, config, tensors, directory)

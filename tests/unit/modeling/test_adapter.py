@@ -294,6 +294,18 @@ def test_stored_rows_of_new_tokens_within_the_embedding_come_back(bases, tmp_pat
     assert torch.equal(logits(other.model), expected)
 
 
+def test_adapters_with_rows_for_tokens_and_without_do_not_lie_over_one_base(bases, saved, tmp_path):
+    base = bases()
+    inject(base.model, trainable_token_indices=[310, 311])
+    save_adapter(base.model, "arm-1", tmp_path, base_source=None, base_revision=None, base_path=base.path)
+    for first, second in ((saved, tmp_path), (tmp_path, saved)):
+        model = bases().model
+        load_adapter(model, first, "x")
+        with pytest.raises(ConfigError, match=r"cannot lie beside others .* are loaded over one base each"):
+            load_adapter(model, second, "y")
+        assert set(model.peft_config) == {"x"}
+
+
 def test_stored_rows_beyond_the_embedding_are_refused(bases, tmp_path):
     base = bases()
     base.model.resize_token_embeddings(322)
