@@ -32,9 +32,7 @@ def _check(target: Path) -> None:
     if not target.is_dir():
         raise StorageError(f"{target} is a file; name a directory")
     if target.is_mount():
-        raise StorageError(
-            f"{target} is where a disk is mounted, which cannot be replaced; name a directory in it"
-        )
+        raise StorageError(f"{target} is where a disk is mounted, which cannot be replaced; name a directory in it")
     if not any(target.iterdir()):
         return
     try:
