@@ -38,10 +38,11 @@ class Axis:
 
     @cached_property
     def marks(self) -> list[float]:
-        """The ticks within both ends."""
+        """The ticks within both ends; of several that are spelled alike (45.0 and 45.2 seconds) the first."""
         wanted = self.ticks if self.ticks is not None else _nice(self.low, self.high, self.log)
         slack = 1e-9 * abs(self.high - self.low)
-        return [tick for tick in wanted if self.low - slack <= tick <= self.high + slack]
+        within = [tick for tick in wanted if self.low - slack <= tick <= self.high + slack]
+        return list({self.text(tick): tick for tick in reversed(within)}.values())[::-1]
 
 
 def axis(

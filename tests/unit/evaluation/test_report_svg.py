@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 
+from rankwise.evaluation.labels import format_seconds
 from rankwise.evaluation.report_axis import axis
 from rankwise.evaluation.report_svg import Chart
 
@@ -28,6 +29,13 @@ def test_ticks_are_round_numbers_within_the_axis():
     decades = axis("x", [1e-5, 1e-1], log=True)
     assert [tick for tick in decades.marks if str(tick).strip("0.").startswith("1")]
     assert decades.text(1e-5) == "10⁻⁵"
+
+
+def test_no_two_ticks_are_spelled_alike():
+    made = axis("time", [44.6, 45.9], text=format_seconds)
+    texts = [format_seconds(tick) for tick in made.marks]
+    assert len(set(texts)) == len(texts) >= 2
+    assert made.marks == sorted(made.marks)
 
 
 def test_an_axis_of_shares_does_not_go_beyond_what_can_be():
