@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -20,6 +21,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # Numbers are compared in float32, on CPUs with fast bfloat16 too.
 os.environ["RANKWISE_COMPUTE_DTYPE"] = "float32"
+
+# What a shell starts in the background ignores Ctrl-C, and every program that tests start and end would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

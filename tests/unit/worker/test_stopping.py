@@ -16,8 +16,8 @@ from rankwise.cli.progress import Bars
 from rankwise.worker.stopping import Stop
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-if "nohup" in sys.argv:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# Whoever runs the tests may have it ignored, which is inherited.
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 console = Console(stderr=True)
 stop = Stop(lambda: console.print("stopping after this step"))
 with stop.on_signals(), Bars(console) as bars, bars.task("training", None) as advance:
