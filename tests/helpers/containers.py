@@ -16,7 +16,6 @@ from helpers.image import context
 from helpers.team import ROOT, clone, configuration, free_port, read_env
 
 _FILES = Path(__file__).parent / "stand_in_images"
-_MIRROR = "http://deb.debian.org/debian"
 _SUITE = "bookworm"
 _ANSWER_S = 20
 
@@ -151,7 +150,7 @@ class Containers:
             return tag
         root = self.work / "debian"
         subprocess.run(
-            ["debootstrap", "--variant=minbase", "--include=ca-certificates", _SUITE, str(root), _MIRROR],
+            ["debootstrap", "--variant=minbase", "--include=ca-certificates", _SUITE, str(root)],
             check=True,
             capture_output=True,
         )
