@@ -34,10 +34,10 @@ BIN = Path(sys.executable).parent
 _PORTS = ("5432", "8333", "9333", "8080", "8888", "6379")
 
 
-def free_port() -> int:
+def free_port(lowest: int = 10_240) -> int:
     """A port that is free, and the one 10,000 above it too: SeaweedFS takes both. Neither is one for outgoing calls."""
     while True:
-        port = random.randrange(10_240, 22_000)
+        port = random.randrange(lowest, 22_000)
         try:
             for number in (port, port + 10_000):
                 with socket.socket() as probe:

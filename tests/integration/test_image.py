@@ -19,6 +19,8 @@ from helpers.team import free_port
 
 from rankwise import __version__
 
+_ABOVE_RAYS_WORKERS = 20_000  # They take ports up to 19,999, and the head refuses one of these.
+
 
 @pytest.fixture(scope="module")
 def image():
@@ -134,7 +136,7 @@ def test_a_ray_node_starts_in_it(image):
             sleep 1
         done
         cat /tmp/log
-    """.replace("PORT", str(free_port()))
+    """.replace("PORT", str(free_port(_ABOVE_RAYS_WORKERS)))
     assert "healthy" in said(image, script)
 
 
