@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.image import context
-from helpers.team import ROOT, clone, configuration, free_port, read_env
+from helpers.team import ROOT, clone, configuration, init_team, read_env
 
 _FILES = Path(__file__).parent / "stand_in_images"
 _SUITE = "bookworm"
@@ -54,8 +54,7 @@ class Containers:
         context(directory)
         shutil.copy(ROOT / "platform" / "Dockerfile", directory / "platform" / "Dockerfile")
         shutil.copy(ROOT / ".dockerignore", directory)
-        command = [sys.executable, "-m", "rankwise", "init-team", "--dir", str(directory), "--port", str(free_port())]
-        subprocess.run([*command, *options], check=True, capture_output=True)
+        init_team(directory, *options)
         made = cls(directory, work)
         made._choose_images()
         return made

@@ -57,9 +57,14 @@ def new_team(*options: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="rankwise-team-") as temporary:
         Path(temporary).chmod(0o711)
         directory = clone(Path(temporary) / "clone")
-        command = [sys.executable, "-m", "rankwise", "init-team", "--dir", str(directory), "--port", str(free_port())]
-        subprocess.run([*command, *options], check=True, capture_output=True)
+        init_team(directory, *options)
         yield directory
+
+
+def init_team(directory: Path, *options: str) -> None:
+    """Have `rankwise init-team` write the `.env` of a clone, with a port that is free."""
+    command = [sys.executable, "-m", "rankwise", "init-team", "--dir", str(directory), "--port", str(free_port())]
+    subprocess.run([*command, *options], check=True, capture_output=True)
 
 
 def clone(directory: Path) -> Path:

@@ -77,10 +77,10 @@ class Bench:
         ]
 
 
-def succeed(bench):
+def succeed(bench, settled=SETTLED):
     def script(child, command):
         if command["do"] == "settle":
-            yield SETTLED
+            yield settled
             return
         for each in command["jobs"]:
             yield reports(bench.results, each, result={"by": each["spec_hash"]})
@@ -263,28 +263,15 @@ def test_what_follows_from_ended_jobs_is_tried_again_when_the_tracking_server_is
 
 def test_a_worker_that_is_to_end_does_not_wait_for_the_tracking_server_for_ever(bench):
     bench.queue.submit([job("a")])
-
-    def script(child, command):
-        if command["do"] == "settle":
-            yield AWAY
-            return
-        yield from succeed(bench)(child, command)
-
     with pytest.raises(TrackingError, match=r"every job has ended, but sweeps lack .* `rankwise sync`"):
-        bench.work(script)
+        bench.work(succeed(bench, settled=AWAY))
     assert bench.states() == {"a": "succeeded"}
 
 
 def test_a_bug_in_what_follows_is_told_once_and_not_tried_again(bench):
     bench.queue.submit([job("a")])
-
-    def script(child, command):
-        if command["do"] == "settle":
-            yield {**AWAY, "type": "KeyError", "text": "'x'", "environment": False}
-            return
-        yield from succeed(bench)(child, command)
-
-    bench.work(script)
+    bug = {**AWAY, "type": "KeyError", "text": "'x'", "environment": False}
+    bench.work(succeed(bench, settled=bug))
     assert len(bench.children[0].commands("settle")) == 1
     assert bench.voice.texts("warn") == "after job 1 (train a): 'x'"
 
