@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
-from rankwise.training.values import ArmOutcome, PackObserver, StepRecord
+from rankwise.training.pack import train_pack
+from rankwise.training.values import ArmOutcome, ArmTask, PackObserver, StepRecord
 
 
 def load_tiny(
@@ -123,3 +125,16 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
     difference = sum(float((first[key] - second[key]).double().square().sum()) for key in first)
     size = sum(float(first[key].double().square().sum()) for key in first)
     return (difference / size) ** 0.5
+
+
+ROWS = make_rows(12)
+
+
+def train(
+    base: LoadedBase, arms: Sequence[ArmSpec], directory: Path, rows: Sequence[Encoded] = ROWS, **options: Any
+) -> tuple[dict[str, ArmOutcome], Recorder]:
+    """Train arms in one pack, evaluated on the first five rows: their outcomes, and what was recorded."""
+    recorder = Recorder()
+    tasks = [ArmTask(spec=arm, train=rows, evaluation=rows[:5]) for arm in arms]
+    outcomes = train_pack(base, tasks, directory=directory, observer=recorder, **options)
+    return outcomes, recorder

@@ -7,7 +7,7 @@ from dataclasses import replace
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers.packs import Recorder, distance, load_tiny, make_arm, make_rows, read_weights
+from helpers.packs import ROWS, distance, load_tiny, make_arm, read_weights, train
 from helpers.pretend_gpu import GPU, pretend_gpu, to_gpu
 
 from rankwise.data.renderer import Message
@@ -18,10 +18,8 @@ from rankwise.modeling.adapter import load_adapter
 from rankwise.modeling.generation import Decoding
 from rankwise.modeling.mixed_batch import Prompt, generate
 from rankwise.modeling.packed_lora import delete_adapter
-from rankwise.training.pack import ArmTask, train_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
-ROWS = make_rows(12)
 BASES = {
     "not quantized": {"load_in_4bit": False},
     "4 bit": {},
@@ -58,13 +56,6 @@ def arm(seed, kind, *, dropout=0.0, **training):
             **training,
         },
     )
-
-
-def train(base, arms, directory, **options):
-    recorder = Recorder()
-    tasks = [ArmTask(spec=each, train=ROWS, evaluation=ROWS[:5]) for each in arms]
-    outcomes = train_pack(base, tasks, directory=directory, observer=recorder, **options)
-    return outcomes, recorder
 
 
 def assert_same(arm, first, second, *, losses=1e-5, weights=1e-4):

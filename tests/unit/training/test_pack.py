@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.autograd import _functions
-from helpers.packs import Recorder, distance, load_tiny, make_arm, make_rows, read_weights
+from helpers.packs import ROWS, Recorder, distance, load_tiny, make_arm, make_rows, read_weights, train
 
 from rankwise.data.encoding import Encoded
 from rankwise.data.sampler import Sampler
@@ -19,7 +19,6 @@ from rankwise.modeling.packed_lora import Segment
 from rankwise.training import step
 from rankwise.training.pack import ArmTask, train_pack
 
-ROWS = make_rows(12)
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -51,13 +50,6 @@ def different_arms():
             training={"gradient_accumulation_steps": 2, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1},
         ),
     ]
-
-
-def train(base, arms, directory, rows=ROWS, **options):
-    recorder = Recorder()
-    tasks = [ArmTask(spec=arm, train=rows, evaluation=rows[:5]) for arm in arms]
-    outcomes = train_pack(base, tasks, directory=directory, observer=recorder, **options)
-    return outcomes, recorder
 
 
 def assert_same(first, second, arm, *, losses=1e-5, weights=1e-4):
