@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 
 from rankwise.evaluation.compare import Comparison
 from rankwise.exceptions import ConfigError
@@ -76,7 +77,7 @@ def finish_complete(context: Context, jobs: Collection[Job]) -> list[str]:
     finished = []
     sweeps = {work.parent_run_id: work for work in (Work.of(job) for job in jobs if "parent_run_id" in job.spec)}
     for parent_run_id, work in sweeps.items():
-        if jobs_of_sweep(context.queue, work.experiment, parent_run_id, _UNFINISHED):
+        if any(_of_sweep(context.queue, work.experiment, parent_run_id, _UNFINISHED)):
             continue
         own = jobs_of_sweep(context.queue, work.experiment, parent_run_id)
         spec = parse_experiment(work.definition, f"the definition of {work.experiment}")
@@ -106,9 +107,9 @@ def finish_open(context: Context, *, watched: str | None = None) -> tuple[str, .
     for run_id, experiment in open_sweeps(context.store.client).items():
         if run_id == watched or context.store.is_open(run_id):
             continue
-        own = jobs_of_sweep(context.queue, experiment, run_id)
+        own = islice(_of_sweep(context.queue, experiment, run_id), 1)
         try:
-            finished += finish_complete(context, own[:1])
+            finished += finish_complete(context, list(own))
         except ConfigError as error:  # Its definition is no longer one: the others are to be finished all the same.
             context.voice.warn(f"the sweep of {experiment} cannot be finished: {error}")
     return tuple(finished)
@@ -128,7 +129,13 @@ def jobs_of_sweep(
     queue: JobStore, experiment: str, parent_run_id: str, states: Collection[JobState] | None = None
 ) -> list[Job]:
     """The jobs that were submitted for a sweep, those of a search's later rounds too; of all states by default."""
-    return [job for job in _pages(queue, experiment, states) if job.spec.get("parent_run_id") == parent_run_id]
+    return list(_of_sweep(queue, experiment, parent_run_id, states))
+
+
+def _of_sweep(
+    queue: JobStore, experiment: str, parent_run_id: str, states: Collection[JobState] | None = None
+) -> Iterator[Job]:
+    return (job for job in _pages(queue, experiment, states) if job.spec.get("parent_run_id") == parent_run_id)
 
 
 def _pages(queue: JobStore, experiment: str, states: Collection[JobState] | None) -> Iterator[Job]:
