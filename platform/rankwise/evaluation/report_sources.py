@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rankwise.evaluation.compare import ArmRecord
 from rankwise.evaluation.metrics import MetricValue
-from rankwise.modeling.estimate import layer_of
+from rankwise.experiment.module_names import layer_of
 from rankwise.tracking.artifacts import read_json
 from rankwise.tracking.query import Point, metric_histories
 

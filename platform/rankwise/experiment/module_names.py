@@ -6,9 +6,13 @@ Only headers are read (a safetensors file begins with the length and the JSON of
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+_LAYER = re.compile(r"\.(\d+)\.")
 
 # Embeddings and output layers: no LoRA targets here, since an adapter there is tied to the vocabulary.
 NOT_TARGETS = frozenset(
@@ -99,3 +103,18 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"the header of {file} cannot be read: {error}") from error
     return {name: entry for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)}
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module is in, `3` for `model.layers.3.mlp.up_proj`; None outside of layers."""
+    found = _LAYER.search(f".{module}.")
+    return int(found.group(1)) if found else None
+
+
+def layer_sums(parameters: Iterable[tuple[str, int]]) -> dict[int | None, int]:
+    """Sum (module, parameters) over layers, in the order of the modules."""
+    sums: dict[int | None, int] = {}
+    for module, count in parameters:
+        layer = layer_of(module)
+        sums[layer] = sums.get(layer, 0) + count
+    return sums

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.modeling.estimate import layer_of
+from rankwise.experiment.module_names import layer_of
 from rankwise.modeling.feed_forward import is_lean
 
 _FLOAT32 = 4

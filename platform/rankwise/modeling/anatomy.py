@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from rankwise.experiment.module_names import layer_sums
 from rankwise.modeling.anatomy_rank import RankUse, rank_use
-from rankwise.modeling.estimate import BaseEstimate, layer_sums
+from rankwise.modeling.estimate import BaseEstimate
 
 FLAGS = {
     "untrained": "B is zero: nothing was learned",

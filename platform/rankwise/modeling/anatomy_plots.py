@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from rankwise.experiment.module_names import layer_of
 from rankwise.modeling.anatomy import Anatomy, Target
 from rankwise.modeling.anatomy_rank import ENERGY, kept_energy
 from rankwise.modeling.anatomy_tree import decimal_bytes, kind_of
-from rankwise.modeling.estimate import layer_of
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

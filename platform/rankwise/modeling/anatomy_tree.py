@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from rankwise.experiment.module_names import layer_of
 from rankwise.modeling.anatomy import Anatomy, Target
-from rankwise.modeling.estimate import layer_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ A LoRA adapter of rank r on a linear layer has r * (in_features + out_features) 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from rankwise.assets.layout import read_json
 from rankwise.exceptions import AssetError, ConfigError
+from rankwise.experiment.module_names import layer_sums
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.modeling.dtype import DTYPES, default_device, resolve_dtype
 from rankwise.modeling.memory import quantized_linear_bytes
@@ -22,7 +22,6 @@ from rankwise.modeling.skeleton import linear_modules, skeleton
 _FLOAT32, _BFLOAT16 = 4, 2
 # Weight, gradient and AdamW's two moments of each adapter parameter, all in float32.
 _TRAINING_BYTES = 16
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,21 +216,6 @@ def match_targets(linear: Mapping[str, tuple[int, int]], targets: Iterable[str] 
             )
         raise ConfigError("\n".join(problems), tuple(problems))
     return {module: shape for module, shape in linear.items() if any(_means(name, module) for name in names)}
-
-
-def layer_of(module: str) -> int | None:
-    """The number of the layer that a module is in, `3` for `model.layers.3.mlp.up_proj`; None outside of layers."""
-    found = _LAYER.search(f".{module}.")
-    return int(found.group(1)) if found else None
-
-
-def layer_sums(parameters: Iterable[tuple[str, int]]) -> dict[int | None, int]:
-    """Sum (module, parameters) over layers, in the order of the modules."""
-    sums: dict[int | None, int] = {}
-    for module, count in parameters:
-        layer = layer_of(module)
-        sums[layer] = sums.get(layer, 0) + count
-    return sums
 
 
 def _means(target: str, module: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.modeling.estimate import layer_of
+from rankwise.experiment.module_names import layer_of
 
 logger = logging.getLogger(__name__)
 _PARTS = ("gate_proj", "up_proj", "down_proj")

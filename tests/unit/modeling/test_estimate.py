@@ -7,10 +7,11 @@ from helpers.tiny import make_base
 from peft.tuners.tuners_utils import cast_adapter_dtype
 
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.module_names import layer_of, layer_sums
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.modeling.adapter import adapter_tensors
 from rankwise.modeling.base import load_base
-from rankwise.modeling.estimate import Estimator, estimate_arm, layer_of, layer_sums, match_targets
+from rankwise.modeling.estimate import Estimator, estimate_arm, match_targets
 
 LLAMA_3_1_8B = {
     "model_type": "llama",
