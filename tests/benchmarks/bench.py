@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gate import TOLERANCE, Gate, loss_rounding
 from benchmarks.subjects import Subject, Workload, eight_billion, make_workload, mixed_ranks, smollm2, tiny
-from rankwise.data.collator import collate
+from rankwise.data.batches import collate
 from rankwise.modeling.base import LoadedBase
 from rankwise.settings import Settings
 

@@ -27,11 +27,11 @@ EXPERIMENT = "many"
 START_UP = """
 from rankwise.cli.main import cli
 from rankwise.evaluation.gather import gather
-from rankwise.evaluation.report_export import comparison_json
-from rankwise.evaluation.report_make import report_page
-from rankwise.evaluation.table import comparison_view
+from rankwise.report.table import comparison_json
+from rankwise.report.page import report_page
+from rankwise.report.table import comparison_view
 from rankwise.settings import Settings
-from rankwise.tasks.waiting import with_waiting
+from rankwise.tasks.sweep import with_waiting
 from rankwise.tracking.store import Store
 Store.open(Settings.load()).close()
 """

@@ -13,12 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 
-from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.dequantized import keep_dequantized
-from rankwise.modeling.generation import Decoding, end_token_ids
-from rankwise.modeling.mixed_batch import Prompt, generate
-from rankwise.modeling.packed_lora import uninstall
-from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning
+from rankwise.modeling.base import SEVERAL_ADAPTERS, LoadedBase, expected_warning
+from rankwise.modeling.decoding.engine import Prompt, generate
+from rankwise.modeling.decoding.generation import Decoding, end_token_ids
+from rankwise.modeling.lora.lean import keep_dequantized
+from rankwise.modeling.lora.packed import uninstall
 
 OURS = "rankwise, mixed batch"
 PLAIN = "peft + generate, one adapter after another"

@@ -40,8 +40,8 @@ from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.halving import Competitor, Standing, decide, rungs
 from rankwise.experiment.schema import EarlyStoppingSpec
 from rankwise.modeling.base import LoadedBase
-from rankwise.training.pack import train_pack
-from rankwise.training.values import ArmTask
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 RANKS = (2, 4, 8, 16)
 SMALL_RATES = (5e-5, 5e-4, 5e-3, 5e-2)

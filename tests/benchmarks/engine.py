@@ -14,8 +14,8 @@ from benchmarks.meter import Stamp
 from benchmarks.subjects import Workload, label
 from rankwise.experiment.arm import ArmSpec
 from rankwise.modeling.base import LoadedBase
-from rankwise.training.pack import train_pack
-from rankwise.training.values import ArmTask, PackObserver, StepRecord
+from rankwise.training.arm import ArmTask, PackObserver, StepRecord
+from rankwise.training.loop import train_pack
 
 
 def way_of(size: int) -> str:

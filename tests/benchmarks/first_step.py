@@ -18,7 +18,7 @@ from helpers.local_store import prepared_home
 from mlflow import MlflowClient
 
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 from rankwise.settings import Settings, child_environment
 
 DEFINITION = Path(__file__).parents[2] / "experiments" / "diamonds-rank.yaml"

@@ -78,8 +78,8 @@ def hashing(resolved: Any, settings: Settings, repeats: int) -> dict[str, Any]:
 
     This base is converted from a GGUF, so that its fingerprint reads the weights twice: files, then tensors.
     """
-    from rankwise.assets.digest import digests
-    from rankwise.assets.weights import weight_files
+    from rankwise.assets.layout import weight_files
+    from rankwise.files import digests
     from rankwise.modeling.fingerprint import fingerprint_base
 
     files = weight_files(resolved.path)
@@ -143,8 +143,8 @@ def stored(resolved: Any, settings: Settings, scratch: Path) -> list[dict[str, A
     from helpers.bases import inject
 
     import rankwise.flavor as flavor
-    from rankwise.assets.entry import tree_size
     from rankwise.experiment.schema import LoraSpec, QuantizationSpec
+    from rankwise.files import tree_size
     from rankwise.modeling.base import load_base
     from rankwise.modeling.estimate import estimate_arm
 

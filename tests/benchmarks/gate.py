@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from rankwise.data.collator import Batch
+from rankwise.data.batches import Batch
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 1e-2}
 """Largest relative difference of two losses, by the dtype of the matrix products."""

@@ -124,9 +124,8 @@ class Bench:
         from benchmarks.bench import SUBJECTS
         from benchmarks.decoding_ways import Fleet
         from benchmarks.subjects import make_workload, mixed_ranks
-        from rankwise.assets.progress import SILENT
-        from rankwise.tasks.prepare import find_sources
-        from rankwise.tasks.rows import RowsCache
+        from rankwise.progress import SILENT
+        from rankwise.tasks.rows import RowsCache, find_sources
 
         self.figures, self.scratch, self.settings, self.say = figures, scratch, settings, say
         subject = SUBJECTS[figures.subject](settings.cache / "benchmark" if figures.subject == "8b" else scratch)
@@ -234,8 +233,8 @@ class Bench:
 
     def rounding(self) -> tuple[dict[str, Any], list[str]]:
         """Greedy answers by batch size."""
-        from rankwise.modeling.dequantized import keep_dequantized
-        from rankwise.modeling.dtype import resolve_dtype
+        from rankwise.modeling.base import resolve_dtype
+        from rankwise.modeling.lora.lean import keep_dequantized
 
         found, problems = {}, []
         dtypes = [self.figures.dtype]
@@ -286,9 +285,9 @@ class Bench:
     def evaluate(self) -> tuple[dict[str, Any], list[str]]:
         """All adapters in one call, and each in its own."""
         from benchmarks.meter import spread
-        from rankwise.assets.progress import SILENT
         from rankwise.experiment.schema import EvaluationSpec
-        from rankwise.tasks.measure import measure as measure_adapters
+        from rankwise.progress import SILENT
+        from rankwise.tasks.evaluate import measure as measure_adapters
 
         spec = EvaluationSpec(metrics=("loss", "token_accuracy", "exact_match"), max_new_tokens=8)
         rows = self.rows.without({example.id for example in self.rows.evaluated[0][EVALUATED:]})
@@ -342,7 +341,7 @@ class Bench:
     def memory(self) -> tuple[dict[str, Any], list[str]]:
         """Of processes."""
         from benchmarks.first_row import environment_of, memory
-        from rankwise.modeling.dequantized import dequantized_bytes
+        from rankwise.modeling.lora.lean import dequantized_bytes
 
         environment = environment_of(self.scratch / "home")
         peaks = memory(self._models(), self.base, self.scratch / "memory", environment, 8)
@@ -384,7 +383,7 @@ class Margins:
     """Notes by how much the likeliest token leads in every step inside the block."""
 
     def __enter__(self) -> Margins:
-        from rankwise.modeling.continuous import Flight
+        from rankwise.modeling.decoding.engine import Flight
 
         self._kept = logits = Flight.logits
         self._seen: list[float] = []
@@ -399,7 +398,7 @@ class Margins:
         return self
 
     def __exit__(self, *error: object) -> None:
-        from rankwise.modeling.continuous import Flight
+        from rankwise.modeling.decoding.engine import Flight
 
         Flight.logits = self._kept  # type: ignore[method-assign]
 

@@ -15,12 +15,11 @@ from transformers import get_scheduler
 from benchmarks.blocks import Block
 from benchmarks.meter import Stamp
 from benchmarks.subjects import Workload, label
-from rankwise.data.collator import Batch, collate
-from rankwise.data.encoding import Encoded
-from rankwise.data.sampler import Sampler
+from rankwise.data.batches import Batch, Sampler, collate
+from rankwise.data.tokens import Encoded
 from rankwise.experiment.arm import ArmSpec
 from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter
+from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, delete_adapter
 
 WAY = "plain peft loop"
 

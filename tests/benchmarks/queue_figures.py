@@ -23,7 +23,7 @@ from typing import Any
 
 from rankwise.cli.main import cli
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 PROCESSES = 8
 # About as long as the row of an arm of the diamonds experiment.

@@ -13,15 +13,13 @@ from helpers.tiny import make_base
 from transformers import AutoTokenizer
 
 from rankwise.assets.base import ResolvedBase
-from rankwise.assets.progress import SILENT
-from rankwise.data.encoding import Encoded
+from rankwise.data.tokens import Encoded
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.loader import load_experiment
-from rankwise.experiment.sweep import expand
+from rankwise.experiment.check import expand, load_experiment
 from rankwise.modeling.base import LoadedBase, load_base
+from rankwise.progress import SILENT
 from rankwise.settings import Settings
-from rankwise.tasks.prepare import find_sources
-from rankwise.tasks.rows import RowsCache
+from rankwise.tasks.rows import RowsCache, find_sources
 
 RANKS = (2, 16, 4, 8)
 """Ranks of consecutive arms, so that a small pack holds small and large ones."""

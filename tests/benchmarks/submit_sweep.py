@@ -11,8 +11,8 @@ from pathlib import Path
 from helpers.inline_worker import Listener
 from helpers.project import make_project
 
-import rankwise.tasks.enqueue as enqueue
-from rankwise.experiment.loader import parse_experiment
+import rankwise.tasks.submit as enqueue
+from rankwise.experiment.check import parse_experiment
 from rankwise.settings import Settings
 from rankwise.tasks.context import open_context
 from rankwise.tasks.rows import RowsCache

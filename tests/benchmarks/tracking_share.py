@@ -20,10 +20,10 @@ from benchmarks.bench import Bench
 from benchmarks.engine import Marks
 from benchmarks.subjects import label
 from rankwise.logs import bound
-from rankwise.tasks.curves import Curves
+from rankwise.tasks.claim import Curves
 from rankwise.tracking.store import Store
-from rankwise.training.pack import train_pack
-from rankwise.training.values import ArmTask, StepRecord
+from rankwise.training.arm import ArmTask, StepRecord
+from rankwise.training.loop import train_pack
 
 
 class _Timed(Marks):

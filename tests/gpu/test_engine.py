@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.packs import Recorder, distance, make_arm, make_rows, read_weights
 
-from rankwise.modeling.lora_random import DropoutKey, keep_mask
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.modeling.lora.function import DropoutKey, keep_mask
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 pytestmark = pytest.mark.gpu
 

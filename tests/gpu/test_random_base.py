@@ -6,7 +6,7 @@ from helpers.bases import resolved, settings_in
 from helpers.packs import make_arm
 from helpers.random_base import EIGHT_BILLION, Shape, make_random_base
 
-from rankwise.assets.weights import read_header
+from rankwise.assets.layout import read_header
 from rankwise.modeling.base import load_base
 
 SMALL = Shape(hidden_size=64, intermediate_size=128, layers=3, heads=4, key_value_heads=2, vocab_size=320)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def target(layer: int, kind: str = "self_attn.q_proj", *, values=(2.0, 1.0, 0.0, 0.0), flags=(), **changes):
-    from rankwise.modeling.anatomy import Target
+    from rankwise.modeling.anatomy.anatomy import Target
 
     norm = sum(value * value for value in values) ** 0.5
     fields = {
@@ -30,7 +30,7 @@ def planned(layer: int, kind: str = "self_attn.q_proj", **changes):
 
 
 def anatomy(targets, *, checks=(), with_base=True, beside=0, measured=True):
-    from rankwise.modeling.anatomy import Anatomy, Memory
+    from rankwise.modeling.anatomy.anatomy import Anatomy, Memory
     from rankwise.modeling.estimate import BaseEstimate
 
     parameters = sum(one.parameters for one in targets) + beside

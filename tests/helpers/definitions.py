@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankwise.experiment.loader import parse_experiment
+from rankwise.experiment.check import parse_experiment
 from rankwise.experiment.schema import ExperimentSpec
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

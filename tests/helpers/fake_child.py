@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rankwise.jobs.job import Outcome
 from rankwise.worker.child import ChildDiedError
-from rankwise.worker.results import Result, Results
+from rankwise.worker.protocol import Result, Results
 
 DONE = {"event": "done", "value": {}}
 SETTLED = {"event": "done", "value": {"submitted": []}}

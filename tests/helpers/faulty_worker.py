@@ -8,12 +8,11 @@ import sys
 from rich.console import Console
 
 from helpers.faulty_child import shift_clock
-from rankwise.cli.progress import Bars
+from rankwise.cli.output import Bars
 from rankwise.settings import Settings, set_process_defaults
 from rankwise.tasks.local import local_worker
+from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.loop import Plan
-from rankwise.worker.stopping import Stop
-from rankwise.worker.timing import Timing
 
 
 def main(max_arms: int, lease: float, patience: float) -> None:

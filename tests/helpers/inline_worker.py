@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.jobs.job import Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 from rankwise.settings import Settings
-from rankwise.tasks.authority import Authority
 from rankwise.tasks.commands import COMMANDS
-from rankwise.tasks.remote_voice import RemoteVoice
-from rankwise.tasks.session import Session
+from rankwise.tasks.session import Authority, RemoteVoice, Session
+from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.loop import Plan, WorkerLoop
-from rankwise.worker.results import Results
-from rankwise.worker.stopping import Stop
-from rankwise.worker.timing import Timing
+from rankwise.worker.protocol import Results
 
 QUICK = Timing(beat=0.2, poll=0.05, watch=0.05, pause=0.5)
 

@@ -20,7 +20,8 @@ import torch
 
 from helpers.packs import Recorder, load_tiny, make_arm, make_rows
 from rankwise.training import checkpoint
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 SAVE_STEPS, STEPS = 2, 5
 # The checkpoint that is cut off is the second one.

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from helpers.packs import Recorder, load_tiny, make_arm, make_rows
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 STEPS = 9
 

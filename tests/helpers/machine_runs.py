@@ -9,7 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from helpers.queue_machine import LIMITS, QueueMachine
 from helpers.stopped_clock import Clock, stopped_clock
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
 SHORT = settings(max_examples=6, stateful_step_count=25, derandomize=True, **COMMON)

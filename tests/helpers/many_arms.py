@@ -12,11 +12,10 @@ import numpy as np
 from mlflow.entities import Metric, Param
 
 from rankwise.evaluation.gather import PRIMARY_METRIC
-from rankwise.evaluation.metrics import Sample, weighted_mean
-from rankwise.evaluation.summary import to_tracking
-from rankwise.tracking.runs import KIND, PARENT, REASON, SPEC_HASH
+from rankwise.evaluation.metrics import Sample, to_tracking, weighted_mean
+from rankwise.tracking.query import sweep_tags
+from rankwise.tracking.run import KIND, PARENT, REASON, SPEC_HASH
 from rankwise.tracking.store import Store
-from rankwise.tracking.sweeps import sweep_tags
 
 EXAMPLES, STEPS, LAYERS = 200, 60, 12
 RANKS, RATES, DROPOUTS, FACTORS = (2, 4, 8, 16, 32, 64), (5e-4, 1e-3, 2e-3, 4e-3), (0.0, 0.05, 0.1), (1, 2, 4)

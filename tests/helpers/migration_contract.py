@@ -6,11 +6,11 @@ import pytest
 from alembic import op
 from sqlalchemy import MetaData, select
 
-from rankwise.jobs import health
+from rankwise.jobs import queries as health
 from rankwise.jobs.database import current_revision, head_revision, open_engine, upgrade
 from rankwise.jobs.job import JobState, Outcome, Worker
 from rankwise.jobs.rows import Table
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 WORKER = Worker(name="new", host="new", pid=2)
 # What waited for a failed job for ever is cancelled by the migration.

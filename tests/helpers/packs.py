@@ -11,13 +11,13 @@ import torch
 
 from helpers.tiny import make_base
 from rankwise.assets.base import ResolvedBase
-from rankwise.data.encoding import Encoded
+from rankwise.data.tokens import Encoded
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
-from rankwise.training.pack import train_pack
-from rankwise.training.values import ArmOutcome, ArmTask, PackObserver, StepRecord
+from rankwise.training.arm import ArmOutcome, ArmTask, PackObserver, StepRecord
+from rankwise.training.loop import train_pack
 
 
 def load_tiny(

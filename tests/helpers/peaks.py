@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rankwise.modeling.dequantized import keep_dequantized
-from rankwise.modeling.eight_bit import lean_8_bit_layers
-from rankwise.modeling.feed_forward import lean_feed_forwards
-from rankwise.modeling.packed_lora import delete_adapter, install
+from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
+from rankwise.modeling.lora.packed import delete_adapter, install
+from rankwise.training.arm import LivingArm
 from rankwise.training.budget import usual_pass
-from rankwise.training.living import LivingArm
-from rankwise.training.memory import PeakMemory
-from rankwise.training.mode import training_mode
-from rankwise.training.step import Stepper
+from rankwise.training.loop import training_mode
+from rankwise.training.step import PeakMemory, Stepper
 
 
 def peak_of_step(base, tasks) -> int:

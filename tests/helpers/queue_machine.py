@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rankwise.jobs import health
+from rankwise.jobs import queries as health
 from rankwise.jobs.job import ENDED, Job, JobKind, JobState, Limits, NewJob, Outcome, Worker
 
 LIMITS = Limits(failures=2, lost=3, backoff=10.0, longest_backoff=15.0)

@@ -18,7 +18,7 @@ import psutil
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import JobState, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from sqlalchemy import text
 from sqlalchemy.ext.compiler import compiles
 
-from rankwise.jobs import clock
+from rankwise.jobs import rows as clock
 from rankwise.jobs.database import open_engine
 
 

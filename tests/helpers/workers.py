@@ -18,7 +18,7 @@ import psutil
 from helpers import warm
 from helpers.project import Project, make_project
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 TESTS = Path(__file__).parents[1]
 

@@ -37,7 +37,7 @@ print(json.dumps({"revision": data.revision, "rows": load_table(data, settings).
 """
 CONFIG = """
 import json, sys
-from rankwise.assets.config import find_config
+from rankwise.assets.base import find_config
 from rankwise.settings import Settings
 
 path = find_config(sys.argv[1], Settings.load())

@@ -11,11 +11,11 @@ import pytest
 from helpers.fault_table import record
 from helpers.packs import Recorder, load_tiny, make_arm, make_rows
 
-from rankwise.assets.entry import tree_size
 from rankwise.exceptions import StorageError
+from rankwise.files import tree_size
+from rankwise.training.arm import ArmTask
 from rankwise.training.checkpoint import Checkpoints
-from rankwise.training.pack import train_pack
-from rankwise.training.values import ArmTask
+from rankwise.training.loop import train_pack
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from helpers.project import Project
 
 from rankwise.settings import Settings
 from rankwise.tracking.examined import facts, round_trip
-from rankwise.tracking.server import serve
-from rankwise.tracking.server_safety import is_loopback, look
+from rankwise.tracking.server import is_loopback, look, serve
 from rankwise.tracking.store import Store
 
 

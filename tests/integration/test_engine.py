@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from rankwise.data.collator import collate
-from rankwise.data.sampler import Sampler
-from rankwise.modeling.packed_lora import adapter_parameters, create_adapter, delete_adapter
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.data.batches import Sampler, collate
+from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, delete_adapter
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 ROWS = make_rows(40, shortest=6, longest=20)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

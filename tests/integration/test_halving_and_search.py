@@ -10,10 +10,9 @@ from helpers.local_store import prepared_home
 from helpers.project import sums, write_rows
 from helpers.tiny import make_base
 
-from rankwise.experiment.loader import parse_experiment
-from rankwise.experiment.sweep import expand
+from rankwise.experiment.check import expand, parse_experiment
 from rankwise.jobs.job import JobKind
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 from rankwise.tracking.query import search_runs
 from rankwise.tracking.store import Store
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from rankwise.jobs.database import open_engine, upgrade
 from rankwise.jobs.job import Limits
 from rankwise.jobs.rows import Table
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 
 @pytest.mark.parametrize("revision", REVISIONS)

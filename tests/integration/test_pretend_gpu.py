@@ -10,14 +10,14 @@ import torch
 from helpers.packs import ROWS, distance, load_tiny, make_arm, read_weights, train
 from helpers.pretend_gpu import GPU, pretend_gpu, to_gpu
 
-from rankwise.data.renderer import Message
 from rankwise.data.rows import Example
-from rankwise.evaluation.evaluator import evaluate
+from rankwise.data.template import Message
+from rankwise.evaluation.evaluate import evaluate
 from rankwise.experiment.schema import EvaluationSpec
 from rankwise.modeling.adapter import load_adapter
-from rankwise.modeling.generation import Decoding
-from rankwise.modeling.mixed_batch import Prompt, generate
-from rankwise.modeling.packed_lora import delete_adapter
+from rankwise.modeling.decoding.engine import Prompt, generate
+from rankwise.modeling.decoding.generation import Decoding
+from rankwise.modeling.lora.packed import delete_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
 BASES = {

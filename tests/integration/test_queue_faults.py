@@ -16,9 +16,9 @@ from helpers.fault_table import record
 from sqlalchemy import event
 
 from rankwise.exceptions import JobStoreError
-from rankwise.jobs import health
+from rankwise.jobs import queries as health
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 pytestmark = pytest.mark.faults
 WORKER = Path(__file__).parents[1] / "helpers" / "queue_worker.py"
@@ -256,7 +256,7 @@ def test_the_clock_of_a_worker_decides_nothing(url, tmp_path, monkeypatch):
 OPEN = """
 import sys
 from pathlib import Path
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 SqlJobStore(sys.argv[1], lock=Path(sys.argv[2])).close()
 """
 

@@ -18,13 +18,13 @@ from helpers.databases import emptied
 from helpers.fault_table import record
 from helpers.waiting import until
 
-from rankwise.cli.cluster import cluster as cluster_command
-from rankwise.cli.status import status
+from rankwise.cli.jobs import status
+from rankwise.cli.worker import cluster as cluster_command
 from rankwise.exceptions import ClusterError
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome
-from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.worker.placement import Demand
-from rankwise.worker.ray_placer import PYTHON, connect
+from rankwise.jobs.store import SqlJobStore
+from rankwise.worker.placers import Demand
+from rankwise.worker.ray import PYTHON, connect
 
 if find_spec("ray") is None:
     # `make faults` installs it; importing it takes seconds, which collecting tests should not.
@@ -76,7 +76,7 @@ def workers(notes):
     return [
         process
         for process in psutil.process_iter(["cmdline"])
-        if notes in (process.info["cmdline"] or []) and "rankwise.worker.tether" not in process.info["cmdline"]
+        if notes in (process.info["cmdline"] or []) and "rankwise.worker.supervise" not in process.info["cmdline"]
     ]
 
 
@@ -194,7 +194,7 @@ def test_a_cluster_with_a_token_refuses_who_has_none(monkeypatch, store, command
     )  # fmt: skip
     address = head.stdout.readline().strip()
     ask = (
-        "import os, sys\nfrom rankwise.worker.ray_placer import connect\n"
+        "import os, sys\nfrom rankwise.worker.ray import connect\n"
         "with connect(sys.argv[1], os.environ) as placer: print(len(placer.nodes()))\n"
     )
 

@@ -16,11 +16,11 @@ from helpers.local_store import prepared_home
 
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
-from rankwise.tracking.connect import connect
-from rankwise.tracking.datasets import DatasetRecord
+from rankwise.tracking.errors import connect
 from rankwise.tracking.query import get_run
 from rankwise.tracking.server import serve
 from rankwise.tracking.store import Store
+from rankwise.tracking.values import DatasetRecord
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS)}

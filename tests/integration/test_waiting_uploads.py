@@ -12,7 +12,7 @@ from helpers.waiting import until
 import rankwise.flavor as flavor
 from rankwise.exceptions import TrackingError
 from rankwise.jobs.job import JobKind, JobState
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.store import Store
 from rankwise.worker.loop import Plan

@@ -133,7 +133,7 @@ ATTACKS = {
         "test_the_environments_secrets_are_taken_out_wherever_they_stand",
     ),
     "a secret in the doctor's words": (
-        "unit/tasks/doctor/test_examine.py",
+        "unit/doctor/test_examine.py",
         "test_secrets_are_taken_out_of_what_the_doctor_says",
     ),
     "a text that is slow to clean": (
@@ -149,7 +149,7 @@ ATTACKS = {
         "test_html_escapes_the_data",
     ),
     "a script in a plot": (
-        "unit/modeling/test_anatomy_page.py",
+        "unit/report/test_anatomy_page.py",
         "test_the_page_needs_no_network_and_no_script_and_escapes_what_it_shows",
     ),
     "a row that steers the terminal": (

@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.assets.digest import digests
-from rankwise.assets.entry import ensure_entry
-from rankwise.assets.layout import check_base, read_json
-from rankwise.assets.progress import SILENT, Progress
-from rankwise.assets.weights import tensors_digest, weight_files
+from rankwise.assets.layout import check_base, read_json, tensors_digest, weight_files
 from rankwise.exceptions import AssetError, StorageError
+from rankwise.files import digests, ensure_entry
+from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings, write_atomically
 
 logger = logging.getLogger(__name__)

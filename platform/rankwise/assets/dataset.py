@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.assets.confine import confine, refuse_files_elsewhere
-from rankwise.assets.digest import directory_digest, file_digest
-from rankwise.assets.entry import ensure_entry
+from rankwise.assets.guard import check_digest, confine, read_source, refuse_files_elsewhere
 from rankwise.assets.hub import cached_snapshot, check_reachable, resolve_commit, unreachable
-from rankwise.assets.pin import check_digest, read_source
-from rankwise.assets.progress import SILENT, Progress
 from rankwise.assets.wheel import fetch_member
 from rankwise.exceptions import AssetError, ConfigError, DatasetError
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, is_pinned
+from rankwise.files import directory_digest, ensure_entry, file_digest
+from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from rankwise.assets.digest import digests
 from rankwise.assets.layout import (
     BASE_FILES,
     NOT_BASE_FILES,
@@ -19,9 +18,10 @@ from rankwise.assets.layout import (
     missing_parts,
     refuse_without_safetensors,
 )
-from rankwise.assets.progress import SILENT, Advance, Progress
 from rankwise.exceptions import AssetError, ConfigError, StorageError
 from rankwise.experiment.source import HubSource, is_pinned
+from rankwise.files import digests
+from rankwise.progress import SILENT, Advance, Progress
 from rankwise.settings import Settings, storage_errors, write_atomically
 
 logger = logging.getLogger(__name__)

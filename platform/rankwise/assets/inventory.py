@@ -10,13 +10,11 @@ from typing import Literal
 
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.conversion import read_conversion
-from rankwise.assets.digest import directory_digest, file_digest
-from rankwise.assets.entry import ensure_entry, tree_size
-from rankwise.assets.layout import base_files, read_json
-from rankwise.assets.progress import SILENT, Progress
-from rankwise.assets.weights import tensors_digest
+from rankwise.assets.layout import base_files, read_json, tensors_digest
 from rankwise.assets.wheel import RECORD
 from rankwise.exceptions import AssetError
+from rankwise.files import directory_digest, ensure_entry, file_digest, tree_size
+from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
 
 DAMAGED = "damaged record"

@@ -1,14 +1,157 @@
-"""What belongs to a base's directory, and what makes one unusable."""
+"""What belongs to a base's directory, and what makes one unusable.
+
+- Safetensors files, read without torch: names, shapes, types and bytes of the tensors of a base.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rankwise.assets.weights import INDEX, weight_files
 from rankwise.exceptions import AssetError
+from rankwise.progress import SILENT, Progress
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+# The format's own limit (safetensors' `MAX_HEADER_SIZE`).
+_LARGEST_HEADER = 100_000_000
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a safetensors file: `start` and `stop` are offsets in bytes from the head of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        AssetError: The file cannot be read or is not in the format.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 0 < length <= min(_LARGEST_HEADER, size - 8):
+                raise AssetError(f"{path} is not a safetensors file: its header claims {length} of {size} bytes")
+            header: dict[str, Any] = json.loads(file.read(length))
+        entries = [
+            _entry(name, value, path, 8 + length, size) for name, value in header.items() if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AssetError(f"{path} is not a safetensors file: {error}") from error
+    except OSError as error:
+        if isinstance(error, AssetError):
+            raise
+        raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
+    return sorted(entries, key=lambda entry: (entry.start, entry.name))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that transformers would load from a base's directory; they need not be there.
+
+    `model.safetensors` comes before the index, as it does in transformers. Empty if there is neither.
+
+    Raises:
+        AssetError: The index cannot be read, or names a file outside the directory.
+    """
+    index = path / INDEX
+    if (path / SINGLE).is_file() or not index.is_file():
+        return [path / SINGLE] if (path / SINGLE).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise AssetError(f"cannot read {index}: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise AssetError(f"{index} names {name!r}, which is not a file of its own directory")
+    return [path / name for name in names]
+
+
+def tensors(path: Path) -> list[TensorEntry]:
+    """The tensors of a base's directory, sorted by name.
+
+    Raises:
+        AssetError: A file is missing or not in the format.
+    """
+    found = [entry for file in weight_files(path) for entry in read_header(file)]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def tensors_digest(path: Path, *, progress: Progress = SILENT) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor of a base, sorted by name.
+
+    Unlike a file's digest it does not move when another release orders, aligns or shards the file in another way.
+
+    Returns:
+        `sha256:` and 64 hex digits.
+
+    Raises:
+        AssetError: A file is missing or not in the format.
+    """
+    sha256 = hashlib.sha256()
+    entries = tensors(path)
+    total = sum(entry.stop - entry.start for entry in entries)
+    with progress.task("hashing converted tensors", total) as advance:
+        for entry in entries:
+            # A line of JSON cannot be confused with another name's line, whatever the name holds.
+            sha256.update(json.dumps([entry.name, entry.dtype, list(entry.shape)]).encode() + b"\n")
+            for block in _blocks(entry):
+                sha256.update(block)
+                advance(len(block))
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def _blocks(entry: TensorEntry) -> Iterator[bytes]:
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        left = entry.stop - entry.start
+        while left:
+            block = file.read(min(left, _BLOCK))
+            if not block:
+                raise AssetError(f"{entry.file} ends inside the tensor {entry.name}")
+            left -= len(block)
+            yield block
+
+
+def _entry(name: str, value: dict[str, Any], path: Path, head: int, size: int) -> TensorEntry:
+    start, stop = value["data_offsets"]
+    shape = tuple(int(n) for n in value["shape"])
+    if not 0 <= start <= stop <= size - head:
+        raise AssetError(f"{path} is cut off: the tensor {name} ends at byte {head + stop} of {size}")
+    width = _BYTES.get(str(value["dtype"]))
+    if min(shape, default=0) < 0 or (width is not None and math.prod(shape) * width != stop - start):
+        raise AssetError(
+            f"{path} is not a safetensors file: the tensor {name} of shape {list(shape)} and type {value['dtype']} "
+            f"cannot have {stop - start} bytes"
+        )
+    return TensorEntry(
+        name=name, dtype=str(value["dtype"]), shape=shape, file=path, start=head + start, stop=head + stop
+    )
+
 
 # Weights as safetensors, configuration, tokenizer, templates. No code (.py), no pickles (.bin, .pt, .pth).
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")

@@ -15,12 +15,11 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from rankwise.assets.digest import file_digest
-from rankwise.assets.entry import ensure_entry
-from rankwise.assets.pin import check_digest
-from rankwise.assets.progress import SILENT, Progress
+from rankwise.assets.guard import check_digest
 from rankwise.exceptions import AssetError
 from rankwise.experiment.source import PypiSource
+from rankwise.files import ensure_entry, file_digest
+from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)

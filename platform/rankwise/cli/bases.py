@@ -13,14 +13,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from rankwise.assets.elsewhere import Elsewhere, check_elsewhere, list_elsewhere
-from rankwise.assets.entry import remove_entry, remove_leftovers
+from rankwise.assets.base import Elsewhere, check_elsewhere, list_elsewhere
 from rankwise.assets.inventory import Cached, add_base, check_cached, list_cached
-from rankwise.assets.progress import Progress
-from rankwise.cli.output import note, print_json, print_table, size
-from rankwise.cli.progress import Bars
+from rankwise.cli.output import Bars, note, print_json, print_table, size
 from rankwise.exceptions import AssetError, ConfigError
+from rankwise.files import remove_entry, remove_leftovers
 from rankwise.modeling.quantized_cache import CacheEntry, cache_root, check_entry, list_entries
+from rankwise.progress import Progress
 from rankwise.settings import Settings
 
 

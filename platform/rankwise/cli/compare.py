@@ -1,12 +1,18 @@
-"""`rankwise compare`: the arms of an experiment across ranks."""
+"""`rankwise compare`: the arms of an experiment across ranks.
+
+- `rankwise report`: the comparison of an experiment as one HTML page.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from rankwise.cli.output import print_json, show
-from rankwise.cli.queue import with_waiting_arms
-from rankwise.settings import Settings
+from rankwise import __version__
+from rankwise.cli.jobs import with_waiting_arms
+from rankwise.cli.output import note, print_json, show
+from rankwise.settings import Settings, write_atomically
 
 
 @click.command()
@@ -29,9 +35,8 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
     if as_json and as_csv:
         raise click.UsageError("--json and --csv: one of both")
     from rankwise.evaluation.gather import gather
-    from rankwise.evaluation.report_export import comparison_csv, comparison_json
-    from rankwise.evaluation.table import comparison_view
-    from rankwise.evaluation.verdict import smallest_rank
+    from rankwise.evaluation.smallest_rank import smallest_rank
+    from rankwise.report.table import comparison_csv, comparison_json, comparison_view
     from rankwise.tracking.store import Store
 
     settings = Settings.load()
@@ -45,3 +50,29 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
         click.echo(comparison_csv(comparison), nl=False)
     else:
         show(lambda console: comparison_view(comparison, console, finding))
+
+
+@click.command()
+@click.argument("experiment")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write it [EXPERIMENT.html].")
+@click.option("--all", "everything", is_flag=True, help="Also arms of earlier states of the definition.")
+def report(experiment: str, output: Path | None, everything: bool) -> None:
+    """Write the report of EXPERIMENT (the `name:` of its definition) as an HTML page, and print its path.
+
+    The page needs no network and no server: it can be mailed. The sweep's run has the same page as `report.html`.
+    """
+    from rankwise.evaluation.gather import gather
+    from rankwise.evaluation.smallest_rank import smallest_rank
+    from rankwise.report.page import headline, report_page
+    from rankwise.tracking.store import Store
+
+    target = output or Path(f"{experiment.replace('/', '-')}.html")
+    settings = Settings.load()
+    with Store.open(settings) as store:
+        gathered = gather(store, experiment, everything=everything)
+        comparison = with_waiting_arms(settings, store, gathered, everything=everything)
+        finding = smallest_rank(store, comparison)
+        page = report_page(store, comparison, finding, command=f"rankwise report {experiment}", version=__version__)
+    write_atomically(target, page.encode())
+    note(headline(comparison, finding))
+    click.echo(str(target))

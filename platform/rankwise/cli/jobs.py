@@ -1,23 +1,115 @@
-"""`rankwise jobs`: what the queue holds, and what a person does about it."""
+"""`rankwise jobs`: what the queue holds, and what a person does about it.
+
+- Reading a job's log: JSON lines that its worker appends.
+- The queue, as commands open it.
+- `rankwise status`: the queue at one look.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from rankwise.cli.job_log import follow, tail
 from rankwise.cli.output import note, print_json, print_table
-from rankwise.cli.queue import open_queue
-from rankwise.exceptions import JobError
-from rankwise.jobs.job import ENDED, Attempt, Job, JobKind, JobState
-from rankwise.jobs.store import JobStore
+from rankwise.exceptions import JobError, JobStoreError
+from rankwise.jobs.database import has_queue
+from rankwise.jobs.job import ENDED, Attempt, Job, JobKind, JobState, WorkerInfo
+from rankwise.jobs.queries import packs, remaining_seconds
+from rankwise.jobs.store import JobStore, SqlJobStore
 from rankwise.logs import human, job_log_path
 from rankwise.settings import Settings
+from rankwise.worker.placers import host
+
+if TYPE_CHECKING:
+    from rankwise.evaluation.compare import Comparison
+    from rankwise.tracking.store import Store
+
+_POLL_S = 0.3
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a file."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return [line.rstrip("\n") for line in deque(file, maxlen=lines)]
+
+
+def follow(path: Path, lines: int | None, ended: Callable[[], bool]) -> Iterator[str]:
+    """The lines of a log, and those that are appended until `ended`.
+
+    Args:
+        path: The log; one that is not there yet is waited for.
+        lines: Begin with so many of the last lines; None for all.
+        ended: Whether nothing more will come. Asked before the file is read to its end, so that no line is left out.
+    """
+    while not path.exists():
+        if ended():
+            return
+        time.sleep(_POLL_S)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        kept = deque(file, maxlen=lines)
+        part = kept.pop() if kept and not kept[-1].endswith("\n") else ""
+        yield from (line.rstrip("\n") for line in kept)
+        while True:
+            last = ended()
+            for line in file:
+                part += line
+                if part.endswith("\n"):
+                    yield part.rstrip("\n")
+                    part = ""
+            if last:
+                break
+            time.sleep(_POLL_S)
+    if part:
+        yield part
+
+
+@contextmanager
+def open_queue(settings: Settings | None = None) -> Iterator[SqlJobStore]:
+    """Open the queue, creating or upgrading its database, and close it at the end.
+
+    Raises:
+        JobStoreError: The database cannot be used.
+    """
+    settings = settings or Settings.load()
+    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    try:
+        yield queue
+    finally:
+        queue.close()
+
+
+def with_waiting_arms(settings: Settings, store: Store, comparison: Comparison, *, everything: bool) -> Comparison:
+    """Add the arms that wait in the queue, for somebody who reads. Without a queue the others are shown all the same.
+
+    Args:
+        settings: Where the queue is.
+        store: The MLflow store.
+        comparison: What MLflow has.
+        everything: Whether it has the arms of all sweeps.
+
+    Raises:
+        TrackingError: The store cannot be reached.
+    """
+    from rankwise.tasks.sweep import with_waiting
+
+    reason = "there is no queue yet in the database of RANKWISE_DATABASE_URL, by default in RANKWISE_HOME"
+    try:
+        if has_queue(settings.database_url):
+            with open_queue(settings) as queue:
+                return with_waiting(store, queue, comparison, everything=everything)
+    except JobStoreError as error:
+        reason = str(error)
+    note(f"arms that wait are not shown: {reason}")
+    return comparison
+
 
 _PAGE = 1000
 _TAIL = 20
@@ -213,3 +305,118 @@ def _print_job(job: Job, attempts: Sequence[Attempt], earlier: Sequence[Job], ti
 def _seconds(attempt: Attempt) -> str:
     assert attempt.ended_at is not None
     return f"{attempt.ended_at - attempt.started_at:.1f} s"
+
+
+# A worker announces itself more often than this.
+_SILENT_S = 120.0
+
+
+@click.command()
+@click.option("--experiment", help="Only jobs of this experiment.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--alive", is_flag=True, help="Print nothing; exit with 1 unless a worker of this host is at work.")
+def status(experiment: str | None, as_json: bool, alive: bool) -> int:
+    """Show how many jobs are in which state, the workers, what they do, and when it will be done."""
+    with open_queue() as queue:
+        if alive:
+            return _alive(queue.workers())
+        found = _status(queue, experiment)
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+def _alive(workers: Sequence[WorkerInfo]) -> int:
+    """For a container's probe."""
+    here = host()
+    mine = [worker for worker in workers if worker.host == here]
+    if any(worker.silent <= _SILENT_S for worker in mine):
+        return 0
+    if mine:
+        note(f"no worker of {here} was heard of for {_duration(min(worker.silent for worker in mine))}")
+    else:
+        note(f"the queue knows no worker of {here}")
+    return 1
+
+
+def _status(queue: SqlJobStore, experiment: str | None) -> dict[str, Any]:
+    time, depth, attempts = queue.time(), queue.depth(experiment), queue.open_attempts()
+    jobs = {job.id: job for job in queue.jobs(ids=[attempt.job_id for attempt in attempts], experiment=experiment)}
+    known = [attempt for attempt in attempts if attempt.job_id in jobs]
+    running = {kind: [attempt for attempt in known if jobs[attempt.job_id].kind is kind] for kind in JobKind}
+    eta = {
+        str(kind): remaining_seconds(
+            queued=depth[kind, JobState.QUEUED], running=running[kind], recent=queue.recent(kind), time=time
+        )
+        for kind in JobKind
+    }
+    return {
+        "jobs": {str(kind): {str(state): depth[kind, state] for state in JobState} for kind in JobKind},
+        "held": queue.held(experiment),
+        "workers": [_worker(worker) for worker in queue.workers()],
+        "packs": [pack.to_json() for pack in packs(jobs, attempts, time)],
+        "eta_seconds": eta,
+    }
+
+
+def _worker(worker: WorkerInfo) -> dict[str, Any]:
+    return {
+        "name": worker.name,
+        "host": worker.host,
+        "pid": worker.pid,
+        "started_at": worker.started_at,
+        "silent": worker.silent,
+        **worker.info,
+    }
+
+
+def _print(found: dict[str, Any]) -> None:
+    states = Table(box=None, pad_edge=False)
+    for column in ("kind", *JobState, "done in"):
+        states.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, counts in found["jobs"].items():
+        if any(counts.values()):
+            states.add_row(kind, *map(str, counts.values()), _duration(found["eta_seconds"][kind]))
+    if states.row_count:
+        print_table(states)
+    else:
+        click.echo("no jobs")
+    if found["held"]:
+        click.echo(f"{found['held']} queued jobs are held until their rung is decided")
+    for pack in found["packs"]:
+        click.echo(_pack_line(pack))
+    for worker in found["workers"]:
+        click.echo(_worker_line(worker))
+    if not found["workers"] and any(counts["queued"] for counts in found["jobs"].values()):
+        note("no worker is there: start one with `rankwise worker`")
+
+
+def _pack_line(pack: dict[str, Any]) -> str:
+    jobs = pack["jobs"]
+    parts = [f"{pack['kind']} of {pack['experiment']}: {len(jobs)} jobs ({_span(jobs)}) by {pack['worker']}"]
+    parts += [pack["phase"]] if pack["phase"] else []
+    parts += [f"step {pack['step']} of {pack['steps']}"] if pack["steps"] else []
+    parts += [f"{pack['tokens_per_second']:.0f} tokens/s"] if pack["tokens_per_second"] else []
+    parts.append(f"for {_duration(pack['seconds'])}")
+    parts += [f"no progress for {_duration(pack['silent'])}"] if (pack["silent"] or 0) > _SILENT_S else []
+    return ", ".join(parts)
+
+
+def _span(jobs: list[int]) -> str:
+    return ", ".join(map(str, jobs[:4])) + (", ..." if len(jobs) > 4 else "")
+
+
+def _worker_line(worker: dict[str, Any]) -> str:
+    parts = [f"worker {worker['name']}"] + [str(worker[key]) for key in ("device", "state") if worker.get(key)]
+    parts += [f"silent for {_duration(worker['silent'])}"] if worker["silent"] > _SILENT_S else []
+    return ", ".join(parts)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

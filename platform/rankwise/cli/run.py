@@ -1,8 +1,14 @@
-"""`rankwise run`: the whole way from a definition to a comparison: submit, a worker of this machine, and watching."""
+"""`rankwise run`: the whole way from a definition to a comparison: submit, a worker of this machine, and watching.
+
+- Workers for the other GPUs of this machine, while `rankwise run` works on the first one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +16,17 @@ import click
 from rich.console import Console
 
 from rankwise.cli.experiment import command_line
-from rankwise.cli.output import on_terminal, print_json
-from rankwise.cli.progress import Bars
+from rankwise.cli.output import Bars, on_terminal, print_json
 from rankwise.exceptions import RankwiseError
-from rankwise.experiment.loader import load_experiment
+from rankwise.experiment.check import load_experiment
 from rankwise.settings import Settings, child_environment
+from rankwise.worker.heartbeat import Stop
+from rankwise.worker.loop import WorkerLoop
+from rankwise.worker.placers import LocalPlacer
 
 if TYPE_CHECKING:
+    from rankwise.worker.heartbeat import Stop
     from rankwise.worker.loop import WorkerLoop
-    from rankwise.worker.stopping import Stop
 
 _GRACE_S = 600.0
 """A person who waits for a checkpoint can press Ctrl-C once more."""
@@ -56,9 +64,8 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
         "command": command_line(file, overrides, source),
     }
     from rankwise.tasks.local import local_worker
-    from rankwise.worker.gpus import visible_gpus
-    from rankwise.worker.stopping import Stop
-    from rankwise.worker.timing import Timing
+    from rankwise.worker.heartbeat import Stop, Timing
+    from rankwise.worker.placers import visible_gpus
 
     stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
     places = visible_gpus(child_environment({}))
@@ -88,7 +95,7 @@ def _run(
     as_json: bool,
     stop: Stop,
 ) -> int:
-    from rankwise.cli.run_beside import workers_beside
+
     from rankwise.worker.loop import MAX_ARMS, Plan
 
     try:
@@ -138,3 +145,61 @@ def _end_quietly(loop: WorkerLoop, bars: Bars, command: dict[str, Any]) -> None:
         loop.ask(command, at_once=False)
     except (RankwiseError, KeyboardInterrupt) as error:
         bars.warn(f"the sweep's run could not be ended: {str(error) or 'interrupted'}")
+
+
+_STARTING_S = 30.0
+_GIVING_BACK_S = 30.0
+
+
+@contextmanager
+def workers_beside(
+    loop: WorkerLoop,
+    bars: Bars,
+    stop: Stop,
+    gpus: Sequence[str],
+    experiment: str,
+    watched: str,
+    max_arms: int | None,
+    grace: float,
+) -> Iterator[None]:
+    """Run a worker on each of these GPUs, for jobs of one experiment, until the block ends.
+
+    The block begins when they are there, so that the first claim leaves them their part.
+
+    Args:
+        loop: This process's worker.
+        bars: Shows what they say.
+        stop: The wish to stop, which is passed on.
+        gpus: As `CUDA_VISIBLE_DEVICES` takes them; none for no workers.
+        experiment: Whose jobs they do.
+        watched: The run of the sweep that this process finishes itself.
+        max_arms: The most arms trained together.
+        grace: Seconds for a checkpoint after a wish to stop.
+    """
+    if not gpus:
+        yield
+        return
+    end = Stop()
+    command = [sys.executable, "-m", "rankwise", "worker", "--experiment", experiment, "--watched", watched]
+    placer = LocalPlacer(
+        [*command, f"--grace={grace}", *([] if max_arms is None else [f"--max-arms={max_arms}"])],
+        gpus,
+        environment=child_environment({"PYTHONSAFEPATH": "1"}),
+        stop=end,
+        say=bars.say,
+        grace=grace + _GIVING_BACK_S,
+    )
+    thread = threading.Thread(target=placer.run, name="workers-beside")
+    thread.start()
+    stop.followers.append(end)
+    try:
+        if stop.asked:
+            end.ask()
+        elif not loop.await_workers(1 + len(gpus), _STARTING_S):
+            bars.warn(f"not all workers of the GPUs {', '.join(gpus)} are there after {_STARTING_S:.0f} s")
+        yield
+    finally:
+        stop.followers.remove(end)
+        if not end.asked:
+            end.ask()
+        thread.join()

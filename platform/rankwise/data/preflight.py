@@ -1,23 +1,49 @@
 """What can be known to be wrong with the data before anything is trained.
 
 Errors stop a run: what they find would train nothing, or crash. Warnings are for a person to judge.
+
+The texts are data of unknown origin: they are escaped for HTML, and characters that steer a terminal are shown, not
+sent.
+
+One digest for each prompt: the first 16 bytes of SHA-256 over a salt and the prompt's key (`conversation.prompt_key`:
+everything before the last answer, white space folded, the definition's own system message left out). Two of a billion
+prompts share one with a probability of 2**-69.
+
+Salted, since plain digests of common prompts are listed somewhere, and since the files of two adapters would tell how
+many rows they share. The salt stands in the file and follows from the arm, so that a repeated attempt writes the same
+bytes. A salt keeps nobody who may read the file from asking whether a prompt that he guesses was trained on: that is
+what the file is for.
+
+The file: a line of JSON (`{"format", "salt", "rows", "digests", "init_from"}`), then the digests, sorted: 16 bytes a
+prompt, 16 MB a million.
+
+- A look at what is trained: a few rows as tokens, the supervised ones marked, for a terminal and as HTML.
+- Which prompts an adapter was trained on, without the prompts: so that whoever promotes it needs no training data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import html
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Group
+from rich.text import Text
 
-from rankwise.data.encoding import EncodedSet, kept
-from rankwise.exceptions import DatasetError
+from rankwise.data.rows import Example, prompt_key
+from rankwise.data.tokens import Encoded, EncodedSet, kept
+from rankwise.exceptions import AssetError, DatasetError
 
 if TYPE_CHECKING:
-    from rankwise.data.renderer import Renderer
     from rankwise.data.rows import Example, Examples
+    from rankwise.data.template import Renderer
 
 SHOWN_ROWS = 5
 """Offending rows that a finding names."""
@@ -282,3 +308,189 @@ def _overlap_warnings(train: Sequence[Example], evaluation: Sequence[Example]) -
             "completion",
             asked,
         )
+
+
+PENDING = "\N{REPLACEMENT CHARACTER}"
+"""How a tokenizer decodes bytes that are not yet a whole character."""
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --soft: #656d76; --line: #d0d7de; --on: #1a7f37;
+  --fill: #dafbe1; --gap: #eaeef2 }
+@media (prefers-color-scheme: dark) { :root { --page: #0d1117; --ink: #e6edf3; --soft: #8d96a0; --line: #30363d;
+  --on: #3fb950; --fill: #12361f; --gap: #21262d } }
+body { background: var(--page); color: var(--ink); font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 60rem; padding: 0 1rem }
+h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 1.5rem 0 .4rem } .note { color: var(--soft) }
+.row { border: 1px solid var(--line); border-radius: 6px; font: 13px/1.9 ui-monospace, monospace; padding: .6rem .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere }
+.t { border-radius: 3px; box-shadow: inset 0 0 0 1px var(--gap); color: var(--soft) }
+.on { background: var(--fill); border-bottom: 2px solid var(--on); color: var(--ink) }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A text of one token; of several where only together they are whole characters."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    supervised: bool
+
+
+def pieces(row: Encoded, tokenizer: Any) -> list[Piece]:
+    """Cut a row's text at its tokens."""
+    found: list[Piece] = []
+    tokens = [int(token) for token in row.input_ids]
+    start = context = 0
+    for stop in range(1, len(tokens) + 1):
+        # Decoded with the piece before, as some tokenizers drop the space that begins a text.
+        before = _decode(tokenizer, tokens[context:start])
+        text = _decode(tokenizer, tokens[context:stop])[len(before) :]
+        more = stop < len(tokens) and row.supervised[stop] == row.supervised[start]
+        if text.endswith(PENDING) and more and stop - start < 4:  # a character has at most 4 bytes
+            continue
+        found.append(Piece(text=text, token_ids=tuple(tokens[start:stop]), supervised=bool(row.supervised[start])))
+        context, start = start, stop
+    return found
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    if not tokens:
+        return ""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def visible(text: str) -> str:
+    """The text with control characters as their escapes, line feeds as a sign and a line feed."""
+    out = []
+    for char in text:
+        if char == "\n":
+            out.append("↵\n")
+        elif char == "\t":
+            out.append("⇥")
+        elif unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"}:
+            out.append(char.encode("unicode_escape").decode())
+        else:
+            out.append(char)
+    return "".join(out)
+
+
+def _title(row: Encoded) -> str:
+    return f"row {visible(row.id)}: {len(row.input_ids):,} tokens, {int(row.supervised.sum()):,} supervised"
+
+
+def render_terminal(rows: Sequence[Encoded], tokenizer: Any) -> Group:
+    """The rows for a rich console: supervised text in green between brackets, so that it shows without colours too."""
+    texts = []
+    for row in rows:
+        text = Text(_title(row) + "\n", style="bold")
+        for supervised, run in groupby(pieces(row, tokenizer), key=lambda piece: piece.supervised):
+            shown = visible("".join(piece.text for piece in run))
+            text.append(f"⟦{shown}⟧" if supervised else shown, style="not bold green" if supervised else "not bold dim")
+        texts.append(text)
+    return Group(*texts)
+
+
+def render_html(rows: Sequence[Encoded], tokenizer: Any, title: str = "Supervised tokens") -> str:
+    """The rows as one HTML page that needs nothing else: every token in its box, its number on hover."""
+    body = []
+    for row in rows:
+        spans = "".join(
+            f'<span class="t{" on" if piece.supervised else ""}" title="{" ".join(map(str, piece.token_ids))}">'
+            f"{html.escape(visible(piece.text))}</span>"
+            for piece in pieces(row, tokenizer)
+        )
+        body.append(f'<h2>{html.escape(_title(row))}</h2>\n<div class="row">{spans}</div>')
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
+        '<p class="note">Each box is a token. <span class="t on">Underlined on green</span>: the loss counts it. '
+        '<span class="t">Grey</span>: read, not learned.</p>\n' + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+FORMAT = 1
+DIGEST_BYTES = 16
+MANY_ROWS = 1_000_000
+"""From here on a person is told how large the file is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowDigests:
+    """The prompts of one training.
+
+    Attributes:
+        salt: Of the digests.
+        rows: Rows that there were, equal prompts counted each.
+        digests: Of the prompts.
+        init_from: The registered adapter that training went on from, whose own prompts count too; None for none.
+    """
+
+    salt: bytes
+    rows: int
+    digests: frozenset[bytes]
+    init_from: str | None = None
+
+    @classmethod
+    def of(cls, keys: Iterable[str], *, name: str, init_from: str | None = None) -> RowDigests:
+        """Digest the keys of prompts.
+
+        Args:
+            keys: Of each row's prompt, as `row_key` gives it.
+            name: Of the arm; it decides the salt.
+            init_from: The registered adapter that training goes on from.
+        """
+        salt = hashlib.sha256(b"rankwise training rows\x00" + name.encode()).digest()[:DIGEST_BYTES]
+        found = [_digest(salt, key) for key in keys]
+        return cls(salt=salt, rows=len(found), digests=frozenset(found), init_from=init_from)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a prompt of this key was trained on."""
+        return _digest(self.salt, key) in self.digests
+
+    def to_bytes(self) -> bytes:
+        """The file; equal prompts and an equal name give equal bytes."""
+        header = {
+            "format": FORMAT,
+            "salt": self.salt.hex(),
+            "rows": self.rows,
+            "digests": len(self.digests),
+            "init_from": self.init_from,
+        }
+        return json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(sorted(self.digests))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> RowDigests:
+        """The inverse of `to_bytes`. `where` names the file in messages.
+
+        Raises:
+            AssetError: It is not such a file, cut short, or of a newer format.
+        """
+        head, _, body = content.partition(b"\n")
+        try:
+            header = json.loads(head)
+            if header["format"] > FORMAT:
+                raise AssetError(f"{where} has format {header['format']}; this release reads up to {FORMAT}: upgrade")
+            salt, rows, count = bytes.fromhex(header["salt"]), int(header["rows"]), int(header["digests"])
+            init_from = header["init_from"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise AssetError(f"{where} is no file of row digests: {error!r}") from error
+        if len(body) != count * DIGEST_BYTES:
+            raise AssetError(
+                f"{where} holds {len(body):,} bytes of digests and says {count * DIGEST_BYTES:,}: cut short"
+            )
+        digests = frozenset(body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES))
+        return cls(salt=salt, rows=rows, digests=digests, init_from=init_from)
+
+
+def row_key(example: Example, system: str | None) -> str:
+    """The key of an example's prompt; `system` is the definition's own system message, which does not count."""
+    messages = example.messages
+    if messages[0]["role"] == "system" and messages[0]["content"] == system:
+        messages = messages[1:]
+    return prompt_key(messages)
+
+
+def _digest(salt: bytes, key: str) -> bytes:
+    return hashlib.sha256(salt + key.encode()).digest()[:DIGEST_BYTES]

@@ -1,22 +1,365 @@
-"""Tables to examples: which rows, on which side, with which text."""
+"""Tables to examples: which rows, on which side, with which text.
+
+A field is the plain name of a column with an optional format specification. Attribute access (`{a.b}`), indexing
+(`{a[0]}`), conversions (`{a!r}`) and positions (`{}`) are never evaluated: a definition may come from someone else,
+and a text template must not become a way to reach into objects.
+
+Both choices order things by a SHA-256 of the seed and of what is chosen, never by a random generator's state, so that
+they are the same on every machine and move little when the table gains rows.
+
+- Templates over a row's columns, such as `carat {carat}, price {price:.0f}`.
+- Rows of a table to conversations: a `messages` column, or `prompt` and `completion` templates.
+- Which rows train and which evaluate: a split by groups, and limits.
+"""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import json
+import math
+import re
+import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rankwise.assets.progress import SILENT, Advance, Progress
-from rankwise.data.conversation import RowMapping, answer_turns, prompt_key
-from rankwise.data.renderer import Message, Renderer, RenderError
-from rankwise.data.split import choose, split_groups
+from rankwise.data.template import Message, Renderer, RenderError
 from rankwise.exceptions import DatasetError
+from rankwise.progress import SILENT, Advance, Progress
 
 if TYPE_CHECKING:
     from rankwise.assets.dataset import ResolvedData
     from rankwise.experiment.schema import DatasetSpec
     from rankwise.settings import Settings
+
+MAX_WIDTH = 999
+# A width of ten digits would take the machine's memory with the first row.
+_WIDE = re.compile(r"[0-9]{4,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One `{column:spec}` of a template."""
+
+    column: str
+    spec: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTemplate:
+    """A parsed template. `key` is the YAML key it came from, for messages; `parts` are literal texts and fields."""
+
+    key: str
+    parts: tuple[str | Field, ...]
+
+    @classmethod
+    def parse(cls, text: str, key: str) -> RowTemplate:
+        """Parse `text`, the value of the YAML key `key`.
+
+        Raises:
+            DatasetError: A brace is unbalanced, or a field is anything but a column name and a format specification.
+        """
+        parts: list[str | Field] = []
+        try:
+            parsed = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise DatasetError(
+                f"{key}: {text!r} is not a template: {error}; write {{{{ and }}}} for literal braces"
+            ) from error
+        for literal, name, spec, conversion in parsed:
+            if literal:
+                parts.append(literal)
+            if name is None:
+                continue
+            if not name or name.isdigit():
+                raise DatasetError(
+                    f"{key}: field {{{name}}} has no column name; allowed are names of columns, such as {{price}} or "
+                    f"{{price:.0f}}; write {{{{ and }}}} for literal braces"
+                )
+            if _WIDE.search(spec or ""):
+                raise DatasetError(
+                    f"{key}: field {{{name}:{spec}}} asks for more than {MAX_WIDTH} characters or digits; allowed are "
+                    f"widths and precisions up to {MAX_WIDTH}"
+                )
+            if conversion or "{" in (spec or ""):
+                shown = f"!{conversion}" if conversion else f":{spec}"
+                raise DatasetError(
+                    f"{key}: field {{{name}{shown}}} is not allowed; allowed are names of columns with a plain format "
+                    "specification, such as {price} or {price:.0f}"
+                )
+            parts.append(Field(column=name, spec=spec or ""))
+        return cls(key=key, parts=tuple(parts))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template uses, each once, in order."""
+        return tuple(dict.fromkeys(part.column for part in self.parts if isinstance(part, Field)))
+
+    def check(self, available: Iterable[str]) -> None:
+        """Check that every column exists.
+
+        Raises:
+            DatasetError: A column does not exist; the message lists those that do and the nearest name.
+        """
+        for column in self.columns:
+            check_column(column, available, self.key)
+
+    def render(self, row: Mapping[str, Any], row_id: str) -> str:
+        """Fill the template from one row. `row_id` names the row in a message.
+
+        Raises:
+            DatasetError: A format specification does not fit the value.
+        """
+        out = []
+        for part in self.parts:
+            if isinstance(part, str):
+                out.append(part)
+                continue
+            value = row[part.column]
+            try:
+                out.append(format(value, part.spec))
+            except (ValueError, TypeError) as error:
+                raise DatasetError(
+                    f"{self.key}: field {{{part.column}:{part.spec}}} does not fit row {row_id}, where {part.column} "
+                    f"is {value!r} ({type(value).__name__}): {error}"
+                ) from error
+        return "".join(out)
+
+
+def check_column(column: str, available: Iterable[str], key: str) -> None:
+    """Check that `column`, which the YAML key `key` names, is one of `available`.
+
+    Raises:
+        DatasetError: It is not.
+    """
+    names = list(available)
+    if column in names:
+        return
+    near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
+    by_case = [name for name in names if name.lower() == column.lower()]
+    base = column.replace("[", ".").split(".")[0]
+    if base != column and base in names:
+        hint = f"; attributes and indices of {base!r} cannot be used, only whole columns."
+    elif by_case or near:
+        hint = f"; did you mean {(by_case or near)[0]!r}?"
+    else:
+        hint = "."
+    raise DatasetError(f"{key}: unknown column {column!r}{hint} Available columns: {', '.join(names) or 'none'}")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell is empty: null, or the NaN that stands for it in a column of floats."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+MISSING = "empty cell"
+NO_ANSWER = "no assistant turn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What became of one row: its messages, up to the last answer, or the reason why it is left out."""
+
+    messages: tuple[Message, ...] = ()
+    left_out: str | None = None
+    unused_keys: frozenset[str] = frozenset()
+    """Keys of the messages that have a value and are not `role` or `content`."""
+    unanswered_tail: bool = False
+    """Whether turns after the last answer were cut off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowMapping:
+    """How a definition reads a table's rows. Parsed once, applied to every row."""
+
+    messages: str | None
+    prompt: RowTemplate | None
+    completion: RowTemplate | None
+    system: str | None
+
+    @classmethod
+    def of(cls, dataset: DatasetSpec, columns: Sequence[str], side: str) -> RowMapping:
+        """Parse the `dataset` section for a table with `columns`. `side` names the table in messages.
+
+        Raises:
+            DatasetError: The section names neither form or both, a template is not valid, or a column does not exist.
+        """
+        where = "" if side == "train" else f" ({side} data)"
+        if dataset.messages is not None:
+            if dataset.prompt is not None or dataset.completion is not None:
+                raise DatasetError("dataset: give either messages, or prompt and completion, not both")
+            check_column(dataset.messages, columns, f"dataset.messages{where}")
+            return cls(messages=dataset.messages, prompt=None, completion=None, system=dataset.system)
+        if dataset.prompt is None or dataset.completion is None:
+            raise DatasetError(
+                "dataset: rows need messages (a column of {role, content}), or both prompt and completion (templates "
+                'over columns, such as "carat {carat}")'
+            )
+        prompt = RowTemplate.parse(dataset.prompt, f"dataset.prompt{where}")
+        completion = RowTemplate.parse(dataset.completion, f"dataset.completion{where}")
+        prompt.check(columns)
+        completion.check(columns)
+        return cls(messages=None, prompt=prompt, completion=completion, system=dataset.system)
+
+    def convert(self, row: Mapping[str, Any], row_id: str) -> Conversion:
+        """Make the conversation of one row, without the definition's system message (see `with_system`).
+
+        Raises:
+            DatasetError: A cell is not what the definition says it is.
+        """
+        if self.messages is None:
+            return self._from_templates(row, row_id)
+        cell = row[self.messages]
+        if is_missing(cell):
+            return Conversion(left_out=MISSING)
+        messages, unused = parse_messages(cell, f"dataset.messages: row {row_id}, column {self.messages!r}")
+        turns = answer_turns(messages)
+        if not turns:
+            return Conversion(left_out=NO_ANSWER, unused_keys=unused)
+        kept = messages[: turns[-1] + 1]
+        return Conversion(messages=kept, unused_keys=unused, unanswered_tail=len(kept) < len(messages))
+
+    def _from_templates(self, row: Mapping[str, Any], row_id: str) -> Conversion:
+        assert self.prompt is not None
+        assert self.completion is not None
+        if any(is_missing(row[column]) for column in (*self.prompt.columns, *self.completion.columns)):
+            return Conversion(left_out=MISSING)
+        return Conversion(
+            messages=(
+                Message(role="user", content=self.prompt.render(row, row_id)),
+                Message(role="assistant", content=self.completion.render(row, row_id)),
+            )
+        )
+
+    def with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Put the definition's system message first, unless there is none or the row brings its own."""
+        if self.system is None or messages[0]["role"] == "system":
+            return messages
+        return (Message(role="system", content=self.system), *messages)
+
+
+def answer_turns(messages: Sequence[Message]) -> tuple[int, ...]:
+    """Places of the assistant's turns that answer something.
+
+    A greeting before anyone else spoke is context: most templates cannot render the empty conversation before it.
+    """
+    spoken = False
+    turns = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            spoken = True
+        elif spoken:
+            turns.append(index)
+    return tuple(turns)
+
+
+def prompt_key(messages: Sequence[Message]) -> str:
+    """A digest of everything before the last answer, for splits: equal prompts have equal keys.
+
+    It does not depend on the base's chat template or on the definition's system message, so that definitions that
+    differ in these evaluate on the same rows. White space is folded, since templates may strip it.
+    """
+    before = [
+        [message["role"], " ".join(message["content"].split())] for message in messages[: answer_turns(messages)[-1]]
+    ]
+    return hashlib.sha256(json.dumps(before).encode()).hexdigest()
+
+
+def parse_messages(cell: object, where: str) -> tuple[tuple[Message, ...], frozenset[str]]:
+    """Check a cell with messages; a string is read as JSON. Also returns keys with a value that nothing uses.
+
+    Raises:
+        DatasetError: The cell is not a list of `{role, content}` with texts.
+    """
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError as error:
+            raise DatasetError(f"{where}: the text is not JSON: {error}") from error
+    if not isinstance(cell, list):
+        raise DatasetError(f"{where}: expected a list of {{role, content}}, got {type(cell).__name__}")
+    messages = []
+    unused: set[str] = set()
+    for number, each in enumerate(cell):
+        place = f"{where}, message {number}"
+        if not isinstance(each, dict):
+            raise DatasetError(f"{place}: expected {{role, content}}, got {type(each).__name__} {each!r:.80}")
+        role, content = each.get("role"), each.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            what = "role" if not isinstance(role, str) else "content"
+            hint = "; rename from and value to role and content" if {"from", "value"} <= each.keys() else ""
+            got = f"{type(each[what]).__name__} {each[what]!r:.80}" if what in each else f"only {', '.join(each)}"
+            raise DatasetError(f"{place}: {what} must be a text, got {got}{hint}")
+        unused.update(key for key, value in each.items() if key not in {"role", "content"} and value is not None)
+        messages.append(Message(role=role, content=content))
+    return tuple(messages), frozenset(unused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Positions of rows on either side, in the table's order."""
+
+    train: list[int]
+    eval: list[int]
+    left_out: list[int]
+    """Rows of the last evaluation group beyond the wanted number: they belong to neither side."""
+
+
+def split_groups(groups: Sequence[str], rows: int, seed: int) -> Split:
+    """Choose `rows` evaluation rows so that no group lies on both sides.
+
+    Groups are taken for evaluation in the order of `sha256(seed, group)` until they have at least `rows` rows. Of the
+    last group only as many rows stay as are wanted, the first of the table; its others are left out. New rows elsewhere
+    in the table change a group's side only where they come before it in that order.
+
+    Args:
+        groups: For each row of the table what must not lie on both sides, for example the prompt.
+        rows: Number of evaluation rows.
+        seed: Another seed gives another split.
+
+    Raises:
+        DatasetError: Nothing would be left to train on.
+    """
+    members: dict[str, list[int]] = {}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    taken: list[int] = []
+    left_out: list[int] = []
+    order = sorted(members, key=lambda group: _rank(seed, "group", group))
+    used = 0
+    while len(taken) < rows and used < len(order):
+        block = members[order[used]]
+        room = rows - len(taken)
+        taken += block[:room]
+        left_out += block[room:]
+        used += 1
+    if len(taken) < rows or used == len(order):
+        raise DatasetError(
+            f"dataset.eval: rows is {rows:,}, but the table has {len(groups):,} rows with {len(members):,} different "
+            "prompts, and equal prompts must fall on one side, so that nothing would be left to train on; ask for "
+            "fewer rows, or give an evaluation set of its own"
+        )
+    outside = {*taken, *left_out}
+    train = [position for position in range(len(groups)) if position not in outside]
+    return Split(train=train, eval=sorted(taken), left_out=sorted(left_out))
+
+
+def choose(ids: Sequence[str], limit: int | None, seed: int, side: str) -> list[int]:
+    """Positions of at most `limit` rows, in the order given: those whose `sha256(seed, side, id)` is smallest.
+
+    A larger limit keeps the rows of a smaller one.
+    """
+    if limit is None or limit >= len(ids):
+        return list(range(len(ids)))
+    ranked = sorted(range(len(ids)), key=lambda position: _rank(seed, side, ids[position]))
+    return sorted(ranked[:limit])
+
+
+def _rank(seed: int, kind: Hashable, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}\x00{kind}\x00{text}".encode()).digest()
+
 
 READ_ROWS = 1000
 """Rows read from a table at a time."""

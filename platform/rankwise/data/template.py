@@ -9,15 +9,35 @@
 system turn without content is left out), nothing more. The newline between prompt and answer keeps the tokens of the
 prompt the same with and without the answer: tokenizers split after a newline, while a space would join the first word.
 Both begin with the tokenizer's first token (`bos_token`) where the tokenizer itself begins a text with it.
+
+transformers renders them in Jinja's immutable sandbox, which keeps them from files, attributes and other objects, but
+not from taking all time and memory. So a template is looked at before it is used: it is parsed without computing
+constants, what can only be a bomb is refused, and it is tried on a few conversations within a limit of steps. What a
+branch does that no trial comes to is left to the deadline that a worker's phases have.
+
+- Chat templates are programs of strangers: they come with bases, adapters and definitions.
+- Conversations to text to tokens, as transformers does it: its sandboxed chat template, then its tokenizer.
 """
 
 from __future__ import annotations
 
 import copy
+import datetime
+import functools
 import hashlib
 import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypedDict
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rankwise.exceptions import DatasetError
 
@@ -130,8 +150,6 @@ def _begins_with_bos(tokenizer: Any) -> bool:
 def _checked(tokenizer: Any, text: str, where: str) -> str:
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    from rankwise.data.template_guard import TemplateRefused, guard
-
     try:
         guard(text)
     except TemplateRefused as error:
@@ -201,3 +219,257 @@ def tokenizer_digest(tokenizer: Any) -> str:
     state.pop("truncation", None)
     text = json.dumps([state, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}], sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+MAX_CHARACTERS = 200_000
+MAX_STEPS = 200_000
+MAX_NUMBER = 1_000_000
+_CONVERSATIONS = (
+    ("user",),
+    ("system", "user", "assistant"),
+    ("user", "assistant", "user", "assistant", "user", "assistant"),
+)
+
+
+class TemplateRefused(Exception):
+    """Raised when a template may take all time or memory; the text says what it does."""
+
+
+@functools.lru_cache(maxsize=64)
+def guard(text: str) -> None:
+    """Look a template over. One that is not valid Jinja passes: whoever renders it says so.
+
+    Raises:
+        TemplateRefused: It may take all time or memory.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise TemplateRefused(f"it has {len(text):,} characters; allowed are {MAX_CHARACTERS:,}")
+    environment = _Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(text)
+    except (TemplateSyntaxError, RecursionError):
+        return
+    for node in tree.find_all(nodes.Node):
+        _check(node)
+    for loop in tree.find_all(nodes.For):
+        if _counts(loop) and any(_counts(inner) for part in loop.body for inner in _loops(part)):
+            raise TemplateRefused("a loop over range() is inside another one")
+    try:
+        template = environment.from_string(text)
+    except (TemplateSyntaxError, RecursionError):
+        return
+    for roles in _CONVERSATIONS:
+        for prompt in (False, True):
+            _try(template.render, _variables(roles, prompt))
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which products are looked at before they are made, constants too."""
+
+    intercepted_binops = frozenset({"*"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters["tojson"] = lambda value, **how: json.dumps(value, default=str)
+        self.globals["raise_exception"] = _raise
+        self.globals["strftime_now"] = lambda form: "2026-01-01"
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple):
+            raise TemplateRefused("it multiplies a text or a list")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """The tag by which transformers marks an assistant's tokens."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own form
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def _check(node: nodes.Node) -> None:
+    if isinstance(node, nodes.Const) and isinstance(node.value, int | float) and abs(node.value) > MAX_NUMBER:
+        raise TemplateRefused(f"it has the number {node.value!r:.40}; allowed are numbers up to {MAX_NUMBER:,}")
+    if isinstance(node, nodes.Pow):
+        raise TemplateRefused("it has a power (**)")
+    if isinstance(node, nodes.Mul) and any(_is_sequence(side) for side in (node.left, node.right)):
+        raise TemplateRefused("it multiplies a text or a list")
+
+
+def _is_sequence(node: nodes.Expr) -> bool:
+    """Whether a product's side is a text or a list by its form; transformers' own environment computes constants."""
+    if isinstance(node, nodes.Const):
+        return isinstance(node.value, str)
+    return isinstance(node, nodes.List | nodes.Tuple | nodes.Concat | nodes.TemplateData)
+
+
+def _loops(node: nodes.Node) -> Iterator[nodes.For]:
+    if isinstance(node, nodes.For):
+        yield node
+    yield from node.find_all(nodes.For)
+
+
+def _counts(loop: nodes.For) -> bool:
+    calls = [loop.iter, *loop.iter.find_all(nodes.Call)]
+    return any(isinstance(c, nodes.Call) and isinstance(c.node, nodes.Name) and c.node.name == "range" for c in calls)
+
+
+def _variables(roles: tuple[str, ...], prompt: bool) -> dict[str, Any]:
+    messages = [{"role": role, "content": f"text {index}"} for index, role in enumerate(roles)]
+    tokens = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None, **tokens}
+
+
+def _try(render: Callable[..., str], variables: Mapping[str, Any]) -> None:
+    steps = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        if frame.f_code.co_filename != "<template>":
+            return None
+        steps += 1
+        if steps > MAX_STEPS:
+            raise TemplateRefused(f"it takes more than {MAX_STEPS:,} steps for a short conversation")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        render(**variables)
+    except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError):
+        pass  # What it refuses depends on the messages; that is reported with the rows that it refuses.
+    except (RecursionError, MemoryError) as error:
+        raise TemplateRefused(f"it ends in a {type(error).__name__}") from error
+    finally:
+        sys.settrace(before)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Conversation = Sequence[Message]
+
+
+class RenderError(DatasetError):
+    """Raised when the chat template refuses a conversation. `index` is its place in the batch."""
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+
+    def __reduce__(self) -> tuple[type[RenderError], tuple[str, int]]:
+        return type(self), (self.message, self.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """A tokenizer with the chat template to use, and the tokens at which generation stops."""
+
+    tokenizer: Any
+    end_token_ids: frozenset[int]
+
+    @classmethod
+    def create(
+        cls,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        *,
+        base: Path | None = None,
+        template_revision: str | None = None,
+    ) -> Renderer:
+        """Make a renderer.
+
+        Args:
+            tokenizer: The base's tokenizer; it stays as it is.
+            chat_template: As `dataset.chat_template`: None for the base's own, `chatml`, `plain`, a Jinja file.
+            base: The base's directory, whose generation configuration may name more end tokens.
+            template_revision: As `dataset.chat_template_revision`: the pin of a Jinja file.
+
+        Raises:
+            DatasetError: See `apply_template` and `end_token_ids`.
+        """
+        return cls(
+            tokenizer=apply_template(tokenizer, chat_template, template_revision),
+            end_token_ids=end_token_ids(tokenizer, base),
+        )
+
+    @property
+    def template(self) -> str:
+        """The text of the chat template."""
+        return str(self.tokenizer.chat_template)
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template writes the current date, so that the same rows give other tokens tomorrow."""
+        return "strftime_now" in self.template
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token to fill batches with."""
+        return padding_id(self.tokenizer)
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.tokenizer)
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the tokens of a conversation."""
+        parts: list[object] = [self._tokenizer_digest, self.template, sorted(self.end_token_ids)]
+        if self.dated:
+            parts.append(datetime.datetime.now(tz=datetime.UTC).astimezone().date().isoformat())
+        return "sha256:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def texts(self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False) -> list[str]:
+        """Render conversations; with `add_generation_prompt` up to where an assistant's answer begins.
+
+        Raises:
+            RenderError: The template refuses one of them.
+        """
+        rendered = []
+        for index, conversation in enumerate(conversations):
+            rendered.append(self._text(conversation, index, add_generation_prompt))
+        return rendered
+
+    def _text(self, conversation: Conversation, index: int, add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(message) for message in conversation],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in conversation)
+            raise RenderError(
+                f"The chat template refuses a conversation with the roles {roles}: {error}; change dataset.system or "
+                "the rows, or set dataset.chat_template",
+                index,
+            ) from error
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts, without further special tokens: the template has written them."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning about model_max_length: the definition's max_length decides
+        )
+        return [list(ids) for ids in encoded["input_ids"]]

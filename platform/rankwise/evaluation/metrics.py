@@ -22,20 +22,79 @@ Decisions:
 Metrics of other packages: an entry point of the group `rankwise.metrics`, named like the metric, that points to the
 decorated function (`tests/helpers/example_metrics/` is such a package). It is loaded when a definition names it; its
 keys begin with `eval.` and are of no other metric.
+
+- Read the number that an answer such as `Price is $1,234.50` gives.
+- What one model did on one evaluation example: the input of every metric.
+- Metric values as they travel through MLflow, and their mean over seeds.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from rankwise.evaluation.numbers import parse_number
-from rankwise.evaluation.observation import Observation
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.metric_names import facts, load
+from rankwise.experiment.schema import facts, load
+
+# Commas only group thousands ("1,234" is 1234; in "3,5" the number ends before the comma). A minus sign counts where no
+# digit or letter stands before it ("10-20" starts with 10). ASCII digits only.
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_EXPONENT = r"(?:[eE][+-]?[0-9]+)?"
+_PLAIN = re.compile(rf"(?P<sign>(?<![0-9A-Za-z])[-\u2212])?(?P<digits>(?:{_DIGITS}){_EXPONENT})")
+_CURRENCY = re.compile(
+    rf"(?P<sign>(?<![0-9A-Za-z])[-\u2212])?[$€£¥₹]\s*(?P<inner>[-\u2212])?(?P<digits>(?:{_DIGITS}){_EXPONENT})"
+)
+
+
+def parse_number(text: str) -> float | None:
+    """Return the number that a text gives, or None when there is none.
+
+    The first number after a currency sign is taken; without a currency sign the first number. So an answer that repeats
+    the question ("The 0.23 carat diamond costs $326") is read as it is meant. A number too large for a float counts as
+    none.
+    """
+    match = _CURRENCY.search(text)
+    negative = match is not None and bool(match["sign"] or match["inner"])
+    if match is None:
+        match = _PLAIN.search(text)
+        if match is None:
+            return None
+        negative = bool(match["sign"])
+    value = float(match["digits"].replace(",", ""))
+    if not math.isfinite(value):
+        return None
+    return -value if negative else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One example under one adapter (or the bare base).
+
+    Attributes:
+        id: The example's id; the same example has the same id under every adapter, so results can be paired.
+        prompt: The rendered prompt, generation prompt included.
+        reference: The assistant text of the data.
+        columns: The row's own columns, for metrics that need more than the texts.
+        loss_sum: Negative log likelihood in nats, summed over the supervised tokens (teacher forced).
+        tokens: Number of supervised tokens.
+        correct_tokens: Supervised tokens whose most likely prediction (the reference before it given) is right.
+        prediction: Greedy generation from the prompt; None where no metric asked for one.
+        finish_reason: `stop` (an end token came) or `length`; None without a generation.
+    """
+
+    id: str
+    prompt: str
+    reference: str
+    loss_sum: float
+    tokens: int
+    correct_tokens: int
+    prediction: str | None = None
+    finish_reason: str | None = None
+    columns: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,3 +332,76 @@ def number(observation: Observation) -> dict[str, Sample]:
 def _prediction(observation: Observation) -> str:
     assert observation.prediction is not None, "a metric with needs_generation=True was given no generation"
     return observation.prediction
+
+
+STDERR = ".stderr"
+COUNT = ".n"
+PREFIX = "eval."
+
+
+def to_tracking(metrics: Mapping[str, MetricValue]) -> dict[str, float]:
+    """Flat MLflow metrics: `KEY`, `KEY.stderr`, `KEY.n`. What is not defined is left out; `KEY.n` is always there."""
+    flat: dict[str, float] = {}
+    for key, metric in metrics.items():
+        if metric.value is not None:
+            flat[key] = metric.value
+        if metric.stderr is not None:
+            flat[key + STDERR] = metric.stderr
+        flat[key + COUNT] = float(metric.n)
+    return flat
+
+
+def from_tracking(flat: Mapping[str, float]) -> dict[str, MetricValue]:
+    """The metric values among a run's metrics: every `eval.` key that has a count (others are no means of examples).
+
+    MLflow can hold NaN and infinity, of other writers too: such a value is not defined.
+    """
+    flat = finite(flat)
+    values: dict[str, MetricValue] = {}
+    for name, count in flat.items():
+        if name.startswith(PREFIX) and name.endswith(COUNT):
+            key = name.removesuffix(COUNT)
+            values[key] = MetricValue(value=flat.get(key), stderr=flat.get(key + STDERR), n=int(count))
+    return values
+
+
+def finite(flat: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are numbers."""
+    return {name: value for name, value in flat.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedMean:
+    """A metric of one configuration, over its seeds.
+
+    Attributes:
+        value: Mean over the seeds.
+        spread: Standard deviation over the seeds; None with one seed.
+        stderr: Standard error of `value` (see `over_seeds`); None where it is not known.
+        seeds: How many seeds have a value.
+    """
+
+    value: float
+    spread: float | None
+    stderr: float | None
+    seeds: int
+
+
+def over_seeds(values: Sequence[MetricValue]) -> SeedMean | None:
+    """Mean, spread and standard error of one metric over the seeds of a configuration; None when no seed has a value.
+
+    All seeds are evaluated on the same examples, so the examples' own variance does not shrink with more seeds and that
+    of the seeds does: stderr² = spread² / seeds + mean of the seeds' stderr². It errs on the large side, since the
+    spread holds some of the examples' variance too.
+    """
+    known = [metric.value for metric in values if metric.value is not None]
+    if not known:
+        return None
+    mean = math.fsum(known) / len(known)
+    errors = [metric.stderr for metric in values if metric.value is not None and metric.stderr is not None]
+    of_examples = math.fsum(error**2 for error in errors) / len(errors) if errors else None
+    if len(known) == 1:
+        return SeedMean(value=mean, spread=None, stderr=errors[0] if errors else None, seeds=1)
+    variance = math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)
+    stderr = math.sqrt(variance / len(known) + (of_examples or 0.0))
+    return SeedMean(value=mean, spread=math.sqrt(variance), stderr=stderr, seeds=len(known))

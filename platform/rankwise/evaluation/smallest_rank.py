@@ -24,17 +24,31 @@ Noise has two sources.
 The variances add up (the second holds some of the first, so their sum errs on the large side), and the critical value
 is the mean of both sources' own ones, weighted by their variances (Cochran 1964, *Biometrics* 20, 191), since a handful
 of seeds gives few degrees of freedom.
+
+- What a comparison says about the smallest rank that is enough, as numbers and in words.
+- Find the smallest rank that is not worse than the best in a comparison: its results as candidates, and the rule.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
+
+from rankwise.evaluation.compare import RANK, ArmRecord, Comparison, Configuration, format_param, format_value, title
+from rankwise.evaluation.gather import Influences, read_influences
+from rankwise.evaluation.metrics import find_metrics
+from rankwise.exceptions import ConfigError, TrackingError
+from rankwise.experiment.schema import facts, greater_is_better, known_names
+
+if TYPE_CHECKING:
+    from rankwise.tracking.store import Store
 
 CONFIDENCE = 0.95
 # Results of single examples are read for no more than this many examples of all arms together, but for this many arms
@@ -235,3 +249,277 @@ def _seed_variances(candidates: Sequence[Candidate]) -> tuple[list[float], int]:
     squares = sum(v * (len(each.values) - 1) for v, each in zip(own, candidates, strict=True) if v is not None)
     pooled = squares / freedom
     return [pooled if v is None else max(v, pooled) for v in own], freedom
+
+
+RULE = (
+    "multiple comparison with the best: one-sided tests of differences at confidence 1 - alpha / (K - 1), "
+    "K configurations (Hsu 1984; Gupta 1965)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFinding:
+    """The answer for one comparison.
+
+    Attributes:
+        key: The metric that was judged: the primary one, or the mean that it is a function of.
+        configurations: Those that were judged, in the order of the verdict's indices.
+        verdict: What came out.
+        greater_is_better: Of `key`.
+        unjudged: Ranks without any result.
+        problem: Why results of single examples could not be read; they count as missing then.
+    """
+
+    key: str
+    configurations: tuple[Configuration, ...]
+    verdict: Verdict
+    greater_is_better: bool
+    unjudged: tuple[float, ...]
+    problem: str | None = None
+
+    @property
+    def chosen(self) -> Configuration:
+        """The best configuration of the smallest rank that is not worse than the best."""
+        return self.configurations[self.verdict.chosen]
+
+    @property
+    def best(self) -> Configuration:
+        """The configuration with the best mean."""
+        return self.configurations[self.verdict.best]
+
+    @cached_property
+    def remaining(self) -> frozenset[int]:
+        """`id` of the configurations that are not excluded."""
+        return frozenset(id(self.configurations[i]) for i in self.verdict.remaining)
+
+    @property
+    def by_rank(self) -> list[tuple[Configuration, float, bool]]:
+        """The best configuration of each rank, smallest first; c * se of its difference to the best; whether it stands.
+
+        A rank stands when any of its configurations does: then the best one of those is given.
+        """
+        places: dict[float, list[int]] = {}
+        for index, configuration in enumerate(self.configurations):
+            places.setdefault(rank_of(configuration), []).append(index)
+        remaining = set(self.verdict.remaining)
+        rows = []
+        for rank in sorted(places):
+            standing = [i for i in places[rank] if i in remaining]
+            best = max(standing or places[rank], key=lambda i: self.verdict.means[i])
+            rows.append((self.configurations[best], self.verdict.margins[best], bool(standing)))
+        return rows
+
+    @property
+    def headline(self) -> str:
+        """The first line of the report."""
+        rank, best = format_param(self.chosen.params[RANK]), format_param(self.best.params[RANK])
+        percent = f"{100 * self.verdict.confidence:g} %"
+        if len(self.by_rank) == 1:
+            return f"r = {rank} is the only rank with a result: there is nothing to compare it with."
+        if not math.isfinite(self.verdict.at_most):
+            return (
+                f"r = {best} has the best mean; how far the others are behind cannot be told: the noise is not known."
+            )
+        smallest = min(rank_of(each) for each in self.configurations)
+        with_result = " with a result" if any(rank < smallest for rank in self.unjudged) else ""
+        if self.chosen is self.best:
+            if rank_of(self.chosen) == smallest:
+                return f"r = {rank} is the smallest rank{with_result}, and no larger one has a better mean."
+            largest = rank_of(self.chosen) == max(rank_of(each) for each in self.configurations)
+            which = ", the largest that has a result," if largest else ""
+            return f"r = {rank}{which} is the best, and every smaller rank is worse beyond noise ({percent})."
+        told = (
+            f"{title(self.key)} {self._mean(self.chosen)} against {self._mean(self.best)}, truly worse by "
+            f"{self.amount(self.verdict.at_most)} at most ({percent})"
+        )
+        if rank_of(self.chosen) > smallest:
+            named = f"r = {rank} is the smallest rank that is not worse than the best (r = {best}) beyond noise"
+            return f"{named}: {told}."
+        told_apart = any(not stands for _, _, stands in self.by_rank)
+        end = "" if told_apart else " No rank is told apart from the best."
+        same = "another configuration of it" if rank == best else f"r = {best}"
+        return f"r = {rank}, the smallest{with_result}, is not worse than the best ({same}) beyond noise: {told}.{end}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know to trust the first line, one sentence or two each."""
+        verdict, count = self.verdict, len(self.configurations)
+        if count == 1:
+            return []
+        notes = [
+            f"Rule: a configuration is out when its mean of {title(self.key)} is worse than the best one's by more "
+            f"than the one-sided {100 * verdict.confidence:g} % limit of their difference, corrected for the number of "
+            f"comparisons with the best, {verdict.comparisons:,} (Bonferroni; Gupta 1965, Hsu 1984). A truly best "
+            f"configuration is put out in at most {100 * (1 - verdict.confidence):g} % of sweeps."
+        ]
+        if verdict.paired:
+            notes.append(
+                f"Noise over examples: every configuration met the same {self._examples:,} ones, and differences are "
+                "taken example by example."
+            )
+        else:
+            notes.append(
+                "Noise over examples: results of single examples are not stored for all, so the errors of both count "
+                "as independent, which is too large where what is hard for one adapter is hard for the other."
+            )
+        if self.problem:
+            notes.append(f"Results of single examples could not be read: {self.problem}")
+        if verdict.seeds:
+            notes.append(
+                "Noise over seeds: the variance between seeds of one configuration, pooled over all, or its own where "
+                "that is larger."
+            )
+        else:
+            notes.append(
+                "Noise over seeds is not known: every configuration has one seed. The claim is about these adapters; "
+                "trained again with another seed, they may come out in another order. Give sweep.parameters.seed two "
+                "values or more."
+            )
+        if verdict.unread:
+            notes.append(
+                f"{verdict.unread:,} configurations are close to the best and were kept without looking at their "
+                "examples; this can make the named rank smaller and the limit larger, never the other way."
+            )
+        if self.unjudged:
+            ranks = ", ".join(format_param(rank) for rank in self.unjudged)
+            notes.append(f"Not judged, since no arm has a result that counts: r = {ranks}.")
+        return notes
+
+    def to_json(self) -> dict[str, object]:
+        """The additional part of `compare --json`."""
+        verdict = self.verdict
+        return {
+            "rank": self.chosen.params[RANK],
+            "spec_hashes": [arm.spec_hash for arm in self.chosen.finished],
+            "metric": self.key,
+            "behind_best": verdict.behind,
+            "behind_best_at_most": verdict.at_most if math.isfinite(verdict.at_most) else None,
+            "confidence": verdict.confidence,
+            "comparisons": verdict.comparisons,
+            "noise": {"examples": "paired" if verdict.paired else "independent", "seeds": verdict.seeds},
+            "not_worse": [
+                arm.spec_hash for i in verdict.remaining for arm in self.configurations[i].finished
+            ],
+            "not_looked_at": verdict.unread,
+            "rule": RULE,
+            "text": self.headline,
+        }  # fmt: skip
+
+    @property
+    def _examples(self) -> int:
+        return max(arm.metrics[self.key].n for arm in self.best.finished if self.key in arm.metrics)
+
+    def _mean(self, configuration: Configuration) -> str:
+        mean = configuration.metric(self.key)
+        assert mean is not None
+        return format_value(self.key, mean.value, mean.stderr)[0]
+
+    def amount(self, difference: float) -> str:
+        """A difference, in the metric's own form, with two digits of its own."""
+        _, text = format_value(self.key, 1.0, difference)
+        return text + (" points" if format_value(self.key, 1.0)[0].endswith("%") else "")
+
+
+def rank_of(configuration: Configuration) -> float:
+    """Its r."""
+    rank = configuration.params[RANK]
+    assert isinstance(rank, int | float)
+    return float(rank)
+
+
+ReadExamples = Callable[[Sequence[ArmRecord]], Mapping[str, Influences]]
+
+
+def find_smallest_rank(comparison: Comparison, read: ReadExamples) -> RankFinding | None:
+    """Judge the configurations of a comparison; None while none has a result.
+
+    Args:
+        comparison: The arms.
+        read: Gives the influences of examples on the judged metric, by run id.
+    """
+    key = source_of(comparison.primary_metric)
+    silent = {arm.spec_hash for arm in comparison.silent}
+    judged = [
+        each
+        for each in comparison.configurations
+        if each.metric(key)
+        and isinstance(each.params.get(RANK), int | float)
+        and not silent & {arm.spec_hash for arm in each.arms}
+    ]
+    greater = comparison.greater_is_better if key == comparison.primary_metric else greater_is_better(key)
+    places: dict[str, int] = {}
+
+    def influences(indices: Sequence[int]) -> Mapping[int, Influence | None]:
+        arms = {i: [arm for arm in judged[i].finished if _value(arm, key) is not None] for i in indices}
+        tables = read([arm for each in arms.values() for arm in each])
+        return {i: _mean([tables.get(arm.run_id) for arm in each], places) for i, each in arms.items()}
+
+    verdict = judge([_candidate(each, key, greater) for each in judged], influences, confidence=CONFIDENCE)
+    if verdict is None:
+        return None
+    known = {rank_of(each) for each in judged}
+    ranks = {rank_of(each) for each in comparison.configurations if isinstance(each.params.get(RANK), int | float)}
+    return RankFinding(
+        key=key,
+        configurations=tuple(judged),
+        verdict=verdict,
+        greater_is_better=greater,
+        unjudged=tuple(sorted(ranks - known)),
+    )
+
+
+def smallest_rank(store: Store, comparison: Comparison) -> RankFinding | None:
+    """Judge a comparison with the results of single examples out of the store; if they cannot be read, without them."""
+    key = source_of(comparison.primary_metric)
+    problems: list[str] = []
+
+    def read(arms: Sequence[ArmRecord]) -> Mapping[str, Influences]:
+        try:
+            return read_influences(store, arms, key)
+        except TrackingError as error:  # An artifact store without access must not hide the results that are there.
+            problems.append(str(error))
+            return {}
+
+    finding = find_smallest_rank(comparison, read)
+    return replace(finding, problem=problems[0]) if finding is not None and problems else finding
+
+
+def source_of(key: str) -> str:
+    """The mean over examples that a key is a function of (perplexity: the loss); the key itself where it is a mean."""
+    for name in known_names():
+        try:
+            if key in facts(name).derived:
+                return find_metrics([name])[0].derived[key].source
+        except ConfigError:  # A metric of another package that cannot be loaded gives no key that was evaluated here.
+            continue
+    return key
+
+
+def _candidate(configuration: Configuration, key: str, greater: bool) -> Candidate:
+    values = [arm.metrics[key] for arm in configuration.finished if _value(arm, key) is not None]
+    errors = [each.stderr for each in values]
+    sign = 1.0 if greater else -1.0
+    return Candidate(
+        rank=rank_of(configuration),
+        values=tuple(sign * each.value for each in values if each.value is not None),
+        stderr=None if None in errors else math.sqrt(math.fsum((e or 0.0) ** 2 for e in errors) / len(errors)),
+        examples=min(each.n for each in values),
+    )
+
+
+def _value(arm: ArmRecord, key: str) -> float | None:
+    return arm.metrics[key].value if key in arm.metrics else None
+
+
+def _mean(tables: Sequence[Influences | None], places: dict[str, int]) -> Influence | None:
+    """Mean over the seeds, with each example at the place that it has in every array; None where a table is missing."""
+    known = [table for table in tables if table is not None]
+    if not tables or len(known) < len(tables):
+        return None
+    for table in known:
+        for name in table.ids:
+            places.setdefault(name, len(places))
+    mean = np.zeros(len(places))
+    for table in known:
+        np.add.at(mean, [places[name] for name in table.ids], table.values / len(known))
+    return mean

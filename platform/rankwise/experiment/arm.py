@@ -23,8 +23,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from rankwise.experiment.hashing import digest, plain
-from rankwise.experiment.metric_names import facts, keys_of, needs_generation
 from rankwise.experiment.schema import (
     DatasetSpec,
     EvalSplit,
@@ -36,6 +34,11 @@ from rankwise.experiment.schema import (
     Seed,
     Text,
     TrainingSpec,
+    digest,
+    facts,
+    keys_of,
+    needs_generation,
+    plain,
 )
 from rankwise.experiment.source import identity, is_pinned, parse_source
 

@@ -2,10 +2,14 @@
 
 The core schema of YAML 1.2 is applied here, not by the library: `2e-3` is a float, `on`, `no`, `yes` and `1_000` are
 text. Duplicate keys, tags, several documents, and aliases that blow a small file up are errors.
+
+- Plain data as YAML that reads back as the same data. YAML 1.2 includes JSON, so what needs quotes is JSON.
+- Secrets do not belong into a definition: it is stored in the queue, in MLflow, and in the model's card.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +29,7 @@ from ruamel.yaml.events import (
 )
 
 from rankwise.exceptions import ConfigError
+from rankwise.redact import holds_secret
 
 KeyPath = tuple[str | int, ...]
 MAX_BYTES = 2**20
@@ -260,3 +265,53 @@ def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+_BARE = re.compile(r"[A-Za-z_./~][\w ./*+@=%()-]*(?<! )")
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
+
+
+def to_yaml(data: dict[str, Any], depth: int = 0) -> str:
+    """Block style for non-empty mappings, flow style for everything inside lists."""
+    lines = []
+    for key, value in data.items():
+        head = f"{'  ' * depth}{_flow(key)}:"
+        if isinstance(value, dict) and value:
+            lines.append(f"{head}\n{to_yaml(value, depth + 1)}")
+        else:
+            lines.append(f"{head} {_flow(value)}\n")
+    return "".join(lines)
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_flow(item) for item in value) + "]"
+    if isinstance(value, str) and _BARE.fullmatch(value) and isinstance(scalar(value), str):
+        return value
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # YAML reads these as line breaks or not at all; JSON's escapes for characters beyond 16 bits are none of YAML's.
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+_ADVICE = (
+    "holds what looks like a secret (a token, a private key, or a URL with a password), and definitions are stored in "
+    "the queue and in MLflow; take it out, and give it in the environment (HF_TOKEN, ~/.netrc, pip's configuration)"
+)
+
+
+def secrets_in(document: Document) -> list[Problem]:
+    """A problem for each value that holds a secret; the message does not repeat it."""
+    return [Problem(path=path, text=_ADVICE) for path, text in _texts(document.data, ()) if holds_secret(text)]
+
+
+def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*path, index))

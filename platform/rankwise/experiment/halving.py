@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rankwise.experiment.metric_names import greater_is_better
-from rankwise.experiment.schema import EarlyStoppingSpec
+from rankwise.experiment.schema import EarlyStoppingSpec, greater_is_better
 
 PRUNED = "pruned at step"
 """How every reason begins, by which a pruned arm is told from one that a person cancelled."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.check import labelled_arms, planned_rounds
 from rankwise.experiment.halving import Budget, PlannedRung, budget
 from rankwise.experiment.schema import EarlyStoppingSpec, EvalSplit, ExperimentSpec
 from rankwise.experiment.source import LocalSource, parse_source
-from rankwise.experiment.sweep import labelled_arms, planned_rounds
 
 # A plan answers at once; above this size, counting rows would take longer than a second.
 MAX_COUNTED_BYTES = 64 * 2**20

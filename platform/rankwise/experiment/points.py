@@ -1,20 +1,59 @@
-"""A sweep's points, as the file gives them: which fields each arm overrides, and with what."""
+"""A sweep's points, as the file gives them: which fields each arm overrides, and with what.
+
+- Every field of resolved data by itself, and what is wrong with it in words.
+- Points become arms: overlaid, their expressions evaluated, the condition asked, fields and rules checked.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.experiment.document import KeyPath, Problem
-from rankwise.experiment.expressions import Expression, ExpressionError
-from rankwise.experiment.fields import did_you_mean, leaves, show, sweepable
-from rankwise.experiment.hashing import plain
-from rankwise.experiment.point import Point, bare
-from rankwise.experiment.ranges import Axis, read_axis
-from rankwise.experiment.resolve import find_field
-from rankwise.experiment.space import SEARCHES, Space, read_space, sample_points
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.document import KeyPath, Problem, dotted
+from rankwise.experiment.expressions import (
+    Expression,
+    ExpressionError,
+    Resolution,
+    Unresolved,
+    as_path,
+    evaluate_condition,
+    find_field,
+    resolve,
+)
+from rankwise.experiment.fields import (
+    allowed,
+    did_you_mean,
+    keys,
+    leaves,
+    node_at,
+    options,
+    show,
+    sweepable,
+    unknown_key,
+)
+from rankwise.experiment.rules import View, find_problems
+from rankwise.experiment.schema import ExperimentSpec, plain
+from rankwise.experiment.search import (
+    SEARCHES,
+    Axis,
+    Point,
+    Space,
+    Told,
+    Verdict,
+    ask,
+    bare,
+    read_axis,
+    read_space,
+    sample_points,
+)
 
 MAX_POINTS = 10_000
 """Points of a grid, before `where`."""
@@ -168,3 +207,164 @@ def _spelling(path: str, value: Any) -> str:
     if path == "lora.target_modules" and isinstance(value, list):
         value = sorted(map(str, value))
     return json.dumps(plain(value), sort_keys=True)
+
+
+# Branches of the union dataset.eval, which pydantic puts into an error's place.
+_TAGS = {"source", "split"}
+
+
+def overlay(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of plain data with the values of some fields, by dotted path."""
+    result = copy.deepcopy(data)
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = copy.deepcopy(value)
+    return result
+
+
+def validate(resolution: Resolution) -> tuple[ExperimentSpec | None, list[Problem]]:
+    """The definition, or None with what is wrong."""
+    try:
+        spec = ExperimentSpec.model_validate(resolution.data)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=False)
+        problems = [_translate(detail, resolution) for detail in details]
+        reported = {problem.path for problem in resolution.problems} | {as_path(path) for path in resolution.skipped}
+        wrong = {dotted(problem.path) for problem in problems}
+        # With r = 0, an alpha of 2*r is wrong too, but not by itself.
+        reported |= {as_path(path) for path, needs in resolution.needs.items() if needs & wrong}
+        return None, [*resolution.problems, *(problem for problem in problems if problem.path not in reported)]
+    return spec, list(resolution.problems)
+
+
+def _translate(error: ErrorDetails, resolution: Resolution) -> Problem:
+    path = tuple(part for part in error["loc"])
+    if path[:2] == ("dataset", "eval") and path[2:3] and path[2] in _TAGS:
+        path = (*path[:2], *path[3:])
+    if path and path[-1] == "[key]":
+        return Problem(path=path[:-1], text="has a key that is not text")
+    if error["type"] == "extra_forbidden":
+        return Problem(path=path, text=unknown_key(path))
+    if error["type"] == "missing":
+        return Problem(path=path, text=f"is missing; must be {allowed(path)}")
+    value = error["input"]
+    text = f"must be {allowed(path)}, got {show(value)}"
+    if source := resolution.expressions.get(dotted(path)):
+        text += f" from {source!r}"
+    return Problem(path=path, text=text + _hint(path, value))
+
+
+def _hint(path: KeyPath, value: Any) -> str:
+    node = node_at(path)
+    if node is None or not isinstance(value, str):
+        return ""
+    choices = [str(choice) for option in options(node) for choice in option.get("enum", [])]
+    if choices:
+        return did_you_mean(value, choices)
+    if any(option.get("type") == "boolean" for option in options(node)):
+        truth = {"yes": "true", "on": "true", "no": "false", "off": "false", "true": "true", "false": "false"}
+        meant = truth.get(value.lower())
+        return f"; did you mean {meant}? (in YAML 1.2 {value} is text)" if meant else ""
+    if any(option.get("type") == "array" for option in options(node)) and not keys(node):
+        return f"; did you mean [{value}]?" if "," not in value else ""
+    return ""
+
+
+class ConditionError(Exception):
+    """Raised when `where` cannot be evaluated for some point. Its problem says why."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.text)
+        self.problem = problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A point that meets the condition.
+
+    Attributes:
+        point: Where it comes from.
+        arm: The arm; None when a field of it is wrong.
+        problems: What is wrong, at the paths of an arm's fields.
+    """
+
+    point: Point
+    arm: ArmSpec | None
+    problems: tuple[Problem, ...]
+
+
+class Candidates:
+    """Makes candidates out of a definition and the points of its sweep."""
+
+    def __init__(self, data: dict[str, Any], where: Expression | None, *, elsewhere: bool = False) -> None:
+        """Take the definition's data without its sweep, and the sweep's condition; `elsewhere` as in `rules.View`."""
+        self._elsewhere = elsewhere
+        self._base = {key: value for key, value in data.items() if key != "sweep"}
+        self._where = where
+
+    def of(self, point: Point) -> Candidate | None:
+        """The candidate of a point, or None when `where` refuses it.
+
+        Raises:
+            ConditionError: `where` cannot be evaluated.
+        """
+        resolution = resolve(overlay(self._base, point.values))
+        try:
+            if self._where is not None and not evaluate_condition(self._where, resolution.data):
+                return None
+        except ExpressionError as error:
+            text = f"must be a condition over fields, got {show(self._where.text if self._where else '')}: {error}"
+            raise ConditionError(Problem(path=("sweep", "where"), text=text)) from error
+        except Unresolved:
+            pass  # The point has a wrong value, which is among its problems.
+        spec, problems = validate(resolution)
+        arm = ArmSpec.of(spec) if spec is not None and not problems else None
+        view = View(resolution.data, elsewhere=self._elsewhere)
+        return Candidate(point=point, arm=arm, problems=tuple(problems or find_problems(view)))
+
+    def of_all(self, points: Iterable[Point], most: int) -> list[Candidate]:
+        """The first `most` candidates of a grid or list.
+
+        Raises:
+            ConditionError: As `of`.
+        """
+        met = (candidate for point in points if (candidate := self.of(point)) is not None)
+        return list(itertools.islice(met, most))
+
+    def of_round(
+        self, space: Space, number: int, told: Sequence[Told] = (), *, taken: Iterable[str] = (), greater: bool = False
+    ) -> tuple[list[Candidate], int]:
+        """The candidates of a round of a search, and how many points were drawn in vain.
+
+        In the first round an arm that cannot work is among them, since the definition has to be mended; in later ones,
+        that nobody can foresee, its point counts as refused.
+
+        Args:
+            space: What is searched.
+            number: The round, from 0.
+            told: What the earlier rounds gave.
+            taken: Spec hashes of their arms.
+            greater: Whether a greater primary metric is better.
+
+        Raises:
+            ConditionError: As `of`.
+        """
+        found: list[Candidate] = []
+        hashes = set(taken)
+
+        def accept(point: Point) -> Verdict:
+            candidate = self.of(point)
+            if candidate is None or (candidate.problems and number > 0):
+                return "rejected"
+            if candidate.arm is not None and candidate.arm.spec_hash in hashes:
+                return "duplicate"
+            if candidate.arm is not None:
+                hashes.add(candidate.arm.spec_hash)
+            found.append(candidate)
+            return "good"
+
+        asked = ask(space, number, told, greater_is_better=greater, accept=accept)
+        return found, asked.rejected

@@ -1,10 +1,29 @@
-"""The model card of a stored adapter: the `README.md` that PEFT readers and the hub know."""
+"""The model card of a stored adapter: the `README.md` that PEFT readers and the hub know.
+
+A release of rankwise is named by its version. What is installed from a directory or a repository cannot be fetched
+by that name, so a wheel of the installed source is stored beside the model and named by its relative path, which pip
+resolves against the directory of the model. The wheel is a plain archive of the package's files; no build tool and no
+network take part. Its version has a local label with the digest of the files: two sources never share a name.
+
+- What a registered model needs to be loaded elsewhere: exact versions, and rankwise itself as a wheel where it must.
+"""
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
+import io
+import platform
+import zipfile
 from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
+import rankwise
 from rankwise.experiment.source import HubSource, parse_source
 from rankwise.flavor.metadata import AdapterMetadata
 
@@ -127,3 +146,77 @@ def _is_hub(source: str) -> bool:
         return isinstance(parse_source(source), HubSource)
     except ValueError:
         return False
+
+
+PACKAGES = ("mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+WHEEL_DIRECTORY = "wheels"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of everything that takes part in computing with an adapter, local labels included."""
+    versions = {name: metadata.version(name) for name in ("rankwise", *PACKAGES, "tokenizers")}
+    return {"python": platform.python_version(), **versions}
+
+
+def pip_requirements(directory: Path) -> list[str]:
+    """The model's requirements; a wheel of an unreleased rankwise is written below `directory`.
+
+    Args:
+        directory: The model's directory.
+
+    Returns:
+        Lines of a requirements file. Local labels (`+cpu`) are left out: an index has no such files, and what device
+        the model is loaded on is not the model's business.
+    """
+    lines = [f"{name}=={Version(metadata.version(name)).public}" for name in PACKAGES]
+    if _released():
+        return [*lines, f"rankwise=={metadata.version('rankwise')}"]
+    name, content = _wheel()
+    path = directory / WHEEL_DIRECTORY / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return [*lines, f"{WHEEL_DIRECTORY}/{name}"]
+
+
+def _released() -> bool:
+    """Whether rankwise came from an index: pip records where anything else came from (PEP 610)."""
+    return metadata.distribution("rankwise").read_text("direct_url.json") is None
+
+
+@functools.cache
+def _wheel() -> tuple[str, bytes]:
+    """File name and content of a wheel (PEP 427) of the installed package; the same source gives the same bytes."""
+    root = Path(rankwise.__file__).parent
+    files = {
+        f"rankwise/{path.relative_to(root).as_posix()}": path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    }
+    distribution = metadata.distribution("rankwise")
+    described = distribution.read_text("METADATA") or ""
+    digest = hashlib.sha256(described.encode())
+    for name, content in files.items():
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    version = f"{Version(distribution.version).public}+src.{digest.hexdigest()[:12]}"
+    info = f"rankwise-{version}.dist-info"
+    head, _, rest = described.partition(f"\nVersion: {distribution.version}\n")
+    files[f"{info}/METADATA"] = f"{head}\nVersion: {version}\n{rest}".encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: rankwise\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    entry_points = distribution.read_text("entry_points.txt")
+    if entry_points:
+        files[f"{info}/entry_points.txt"] = entry_points.encode()
+    record = [f"{name},sha256={_urlsafe(content)},{len(content)}" for name, content in files.items()]
+    files[f"{info}/RECORD"] = ("\n".join([*record, f"{info}/RECORD,,"]) + "\n").encode()
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in files.items():
+            member = zipfile.ZipInfo(name, date_time=_EPOCH)
+            member.compress_type = zipfile.ZIP_DEFLATED
+            member.external_attr = 0o644 << 16
+            file.writestr(member, content)
+    return f"rankwise-{version}-py3-none-any.whl", archive.getvalue()
+
+
+def _urlsafe(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

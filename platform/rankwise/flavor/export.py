@@ -19,20 +19,23 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import __version__
 from rankwise.assets.base import ResolvedBase
-from rankwise.assets.weights import tensors
+from rankwise.assets.layout import tensors
 from rankwise.exceptions import ConfigError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.flavor.bases import describe_quantization
 from rankwise.flavor.card import merged_card
-from rankwise.flavor.loading import LoadedAdapter, load_model
-from rankwise.flavor.place import check_target, placed
-from rankwise.flavor.prompts import BUILT_IN, tokens_of
+from rankwise.flavor.load import LoadedAdapter, describe_quantization, load_model
+from rankwise.flavor.package import check_target, placed
+from rankwise.flavor.pyfunc import BUILT_IN, tokens_of
 from rankwise.modeling.adapter import adapter_tensors
-from rankwise.modeling.agreement import Agreement, Reference, compare_answers, record_answers
-from rankwise.modeling.base import load_base
-from rankwise.modeling.dtype import DTYPES
-from rankwise.modeling.merge import merge_adapter, take_dequantized
-from rankwise.modeling.quiet import quiet_transformers
+from rankwise.modeling.base import DTYPES, load_base, quiet_transformers
+from rankwise.modeling.merge import (
+    Agreement,
+    Reference,
+    compare_answers,
+    merge_adapter,
+    record_answers,
+    take_dequantized,
+)
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)

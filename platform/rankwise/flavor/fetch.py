@@ -7,12 +7,15 @@
 | `runs:/RUN_ID/NAME` | the newest LoggedModel of that name that the run has put out |
 | `runs:/RUN_ID` | the same, of the only name that the run's LoggedModels have |
 | a path, `file:...` | a directory as `save_model` writes it, read in place |
+
+- A stored adapter as a plain PEFT directory, for `PeftModel.from_pretrained` and other readers.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +29,7 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from rankwise.assets.bounded_yaml import read_yaml
+from rankwise.assets.guard import read_yaml
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
 from rankwise.flavor.metadata import (
     ADAPTER_DIRECTORY,
@@ -36,9 +39,10 @@ from rankwise.flavor.metadata import (
     AdapterMetadata,
     section_digest,
 )
-from rankwise.flavor.package import check_tokenizer_files
+from rankwise.flavor.package import check_target, check_tokenizer_files, placed
 from rankwise.flavor.signing import SIGNATURE_NAME, Signer, Statement, check_signature
-from rankwise.modeling.manifest import WRITTEN_BY_MLFLOW, check_manifest
+from rankwise.modeling.adapter import read_adapter
+from rankwise.modeling.fingerprint import WRITTEN_BY_MLFLOW, check_manifest
 from rankwise.redact import redact
 from rankwise.tracking.errors import tracking_errors
 
@@ -295,3 +299,43 @@ def _logged_model(client: MlflowClient, model_id: str) -> LoggedModel | None:
 def local_path(location: str) -> str:
     """A path for artifacts on this machine, the URI for others."""
     return unquote(urlparse(location).path) if location.startswith("file:") else location
+
+
+def read_metadata(uri: str | Path, *, tracking_uri: str | None = None) -> AdapterMetadata:
+    """What a stored adapter says of itself, its files checked; nothing is loaded.
+
+    Raises:
+        AdapterIntegrityError: A stored file is not what was stored.
+        ConfigError: It is no model of this flavor.
+        TrackingError: MLflow cannot be reached, or has no such model.
+    """
+    with fetch(uri, tracking_uri) as fetched:
+        return fetched.metadata
+
+
+def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | None = None) -> Path:
+    """Put a stored adapter's files, checked, at the root of a directory: it is there whole, or not at all.
+
+    The files are those of peft, the tokenizer and the card, and a manifest over them. The base's source and revision
+    are in `adapter_config.json`. A directory that holds an earlier download, unchanged, is replaced.
+
+    Args:
+        uri: As in `rankwise.flavor.load_model`.
+        directory: Made with its parents.
+        tracking_uri: Of the MLflow store; MLflow's current one by default.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        AdapterIntegrityError: A stored file is not what was stored.
+        StorageError: The directory holds something else, or cannot be written.
+        TrackingError: MLflow cannot be reached, or has no such model.
+    """
+    target = directory.expanduser().absolute()
+    check_target(target)
+    with fetch(uri, tracking_uri) as fetched:
+        read_adapter(fetched.adapter)
+        with placed(target, f"storing {fetched.origin.uri}") as temporary:
+            shutil.copytree(fetched.adapter, temporary, dirs_exist_ok=True)
+    return target

@@ -2,19 +2,46 @@
 
 Digests of this section and of the manifest are tags of the LoggedModel and of the model version, since `MLmodel` itself
 cannot be in the manifest (MLflow writes it last).
+
+There is no input schema: none admits texts, chats and tables alike (with one, a list of messages arrives without its
+content). `inputs.py` checks every form itself.
+
+Compared are the input embedding and the tensors of one dimension (norms, biases): they are never quantized, they are
+small, and any training of a base moves them.
+
+The model knows the path or hub id that it was loaded from, its quantization and its dtypes. It cannot prove that the
+named source is what is in memory, so its tensors are compared with the files'.
+
+- What a stored adapter accepts and returns, as MLflow writes it down.
+- Is the base in memory the one in a directory? And which commit of a hub repository is it?
+- What a peft model in memory says of its base: where it came from and how it is quantized.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rankwise.exceptions import AdapterIntegrityError, ConfigError
+import torch
+from huggingface_hub import constants
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from safetensors import safe_open
+
+from rankwise.assets.base import ResolvedBase, resolve_base
+from rankwise.assets.layout import weight_files
+from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.fingerprint import Fingerprint
+from rankwise.experiment.source import HubSource, parse_source
+from rankwise.modeling.adapter import plain_module
+from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.decoding.generation import Decoding
+from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
+from rankwise.settings import Settings
 
 FLAVOR_NAME = "qlora"
 FORMAT_VERSION = 1
@@ -173,3 +200,250 @@ def template_digest(tokenizer: Any) -> str:
         return "none"
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 64,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "stop": [],
+    "seed": 0,
+    "batch_size": 8,
+}
+_TYPES = {
+    "max_new_tokens": DataType.long,
+    "temperature": DataType.double,
+    "top_k": DataType.long,
+    "top_p": DataType.double,
+    "stop": DataType.string,
+    "seed": DataType.long,
+    "batch_size": DataType.long,
+}
+EXAMPLE = {"messages": [{"role": "user", "content": "How much is this diamond? carat 0.23, cut Ideal"}]}
+
+
+def make_signature() -> ModelSignature:
+    """The signature of every adapter: any input, one text per row, the parameters of generation."""
+    params = ParamSchema(
+        [
+            # A list's default must be a list: with None MLflow refuses the specification.
+            ParamSpec(name, _TYPES[name], default, shape=(-1,) if isinstance(default, list) else None)
+            for name, default in DEFAULTS.items()
+        ]
+    )
+    return ModelSignature(inputs=None, outputs=Schema([ColSpec(DataType.string)]), params=params)
+
+
+def read_params(params: dict[str, Any] | None) -> tuple[Decoding, int, int]:
+    """The decoding, the seed and the batch size out of `predict`'s params.
+
+    Raises:
+        ConfigError: A name is not known, or a value is out of its range.
+    """
+    given = dict(params or {})
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise ConfigError(f"params not known: {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+    values = {**DEFAULTS, **given}
+    stop = values["stop"]
+    texts = (stop,) if isinstance(stop, str) else tuple(str(text) for text in stop)
+    decoding = Decoding(
+        max_new_tokens=int(values["max_new_tokens"]),
+        temperature=float(values["temperature"]),
+        top_k=int(values["top_k"]),
+        top_p=float(values["top_p"]),
+        stop=texts,
+    )
+    return decoding, int(values["seed"]), int(values["batch_size"])
+
+
+# What peft puts into the names of a base's parameters.
+_WRAPPERS = (".token_adapter", ".base_layer", ".original_module")
+
+
+def load_dtype(model: Any) -> torch.dtype | None:
+    """The dtype that 4-bit weights were quantized from, and come back in; None without any."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            dtype: torch.dtype = state.dtype
+            return dtype
+    return None
+
+
+def first_difference(model: Any, directory: Path) -> str | None:
+    """The name of the first compared tensor that is another one in the directory's files, or None."""
+    wanted = dict(_compared(model))
+    loaded = load_dtype(model)
+    for path in weight_files(directory):
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            names: list[str] = sorted(set(file.keys()) & set(wanted))
+            for name in names:
+                memory = wanted[name].detach().cpu()
+                stored = file.get_tensor(name)
+                rows = min(len(stored), len(memory))  # An embedding may have been resized.
+                if stored.shape[1:] != memory.shape[1:]:
+                    return name
+                # Through the dtype it was loaded in, which may have been a narrower one than it is in now.
+                seen = stored[:rows].to(loaded or memory.dtype).to(memory.dtype)
+                if not torch.equal(seen, memory[:rows]):
+                    return name
+    return None
+
+
+def check_same(model: Any, directory: Path, source: str) -> None:
+    """Refuse a directory that holds another base than the one in memory.
+
+    Raises:
+        BaseMismatchError: A compared tensor differs.
+    """
+    name = first_difference(model, directory)
+    if name is not None:
+        raise BaseMismatchError(
+            f"base {source} is not the base of the model in memory: tensor {name} differs in {directory}; say which "
+            "base it was loaded from (base=..., base_revision=...)"
+        )
+
+
+def commit_in_memory(model: Any, repo: str) -> str:
+    """The commit of a hub repository that a model was loaded from; transformers 5 keeps no note of it.
+
+    Found among the snapshots in Hugging Face's cache by their content.
+
+    Raises:
+        ConfigError: None of them, or more than one, has the tensors that are in memory.
+    """
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    found = sorted(path for path in snapshots.iterdir() if path.is_dir()) if snapshots.is_dir() else []
+    whole = [path for path in found if weight_files(path) and all(file.is_file() for file in weight_files(path))]
+    same = [path.name for path in whole if first_difference(model, path) is None]
+    if len(same) == 1:
+        return same[0]
+    seen = f"{', '.join(same)} have" if same else f"none of {len(whole)} has"
+    raise ConfigError(
+        f"the base {repo} is a hub repository, and which commit of it is in memory is not known: of the snapshots in "
+        f"{snapshots} {seen} its tensors. Say base_revision='...' (the 40 hex digits that were trained on)"
+    )
+
+
+def _compared(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    embedding = plain_module(model.get_input_embeddings()).weight
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is embedding or (parameter.dim() == 1 and parameter.is_floating_point()):
+            for part in _WRAPPERS:
+                name = name.replace(part, "")
+            yield name, parameter
+
+
+BaseArgument = str | Path | ResolvedBase | LoadedBase | None
+
+
+def facts_of(base: LoadedBase) -> BaseFacts:
+    """The facts of a base that rankwise loaded."""
+    return BaseFacts(
+        source=base.source,
+        revision=base.revision,
+        fingerprint=base.fingerprint,
+        quantization=base.quantization,
+        compute_dtype=_name(base.compute_dtype),
+        load_dtype=_name(load_dtype(base.model) or base.module_dtype),
+        module_dtype=_name(base.module_dtype),
+        device_type=base.device.type,
+    )
+
+
+def describe_base(
+    model: Any, adapter_name: str, base: BaseArgument, base_revision: str | None, settings: Settings
+) -> tuple[BaseFacts, Path]:
+    """The facts of a model's base, and the local directory that it was compared with.
+
+    Args:
+        model: A `PeftModel`, or a transformers model with adapters.
+        adapter_name: The adapter whose configuration may name the base.
+        base: What the base is, where the model does not know or to say it better (`org/name` for a local copy).
+        base_revision: Its commit or digest, where neither the model nor `base` knows.
+        settings: Where the caches are.
+
+    Raises:
+        ConfigError: The source of the base is not known.
+        AssetError: The base is not on this machine and cannot be fetched.
+        BaseMismatchError: The named base is not the one in memory.
+    """
+    if isinstance(base, LoadedBase):
+        return facts_of(base), base.path
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    resolved = (
+        base if isinstance(base, ResolvedBase) else _resolve(plain, model, adapter_name, base, base_revision, settings)
+    )
+    check_same(plain, resolved.path, resolved.source)
+    quantization, compute = quantization_of(plain)
+    module = plain_module(plain.get_input_embeddings()).weight
+    return (
+        BaseFacts(
+            source=resolved.source,
+            revision=resolved.revision,
+            fingerprint=fingerprint_base(resolved.path, settings),
+            quantization=quantization,
+            compute_dtype=_name(compute or module.dtype),
+            load_dtype=_name(load_dtype(plain) or module.dtype),
+            module_dtype=_name(module.dtype),
+            device_type=module.device.type,
+        ),
+        resolved.path,
+    )
+
+
+def quantization_of(model: Any) -> tuple[QuantizationSpec, torch.dtype | None]:
+    """How a transformers model is quantized, and what its 4-bit layers compute in (None without any).
+
+    Raises:
+        ConfigError: It is quantized by something else than bitsandbytes.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return QuantizationSpec(load_in_4bit=False), None
+    return quantization_from(config if isinstance(config, dict) else config.to_dict())
+
+
+def quantization_from(values: Mapping[str, Any]) -> tuple[QuantizationSpec, torch.dtype | None]:
+    """The same out of the content of a `quantization_config`.
+
+    Raises:
+        ConfigError: It is of another library than bitsandbytes.
+    """
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    if "bitsandbytes" not in method and not method.startswith("bnb"):
+        raise ConfigError(f"the base is quantized by {method}; the flavor records bitsandbytes' 4 and 8 bit, and none")
+    if values.get("load_in_8bit"):
+        return QuantizationSpec(load_in_4bit=False, load_in_8bit=True), None
+    compute = getattr(torch, str(values.get("bnb_4bit_compute_dtype")).removeprefix("torch."))
+    return (
+        QuantizationSpec(
+            bnb_4bit_quant_type=values["bnb_4bit_quant_type"],
+            bnb_4bit_use_double_quant=values["bnb_4bit_use_double_quant"],
+            bnb_4bit_compute_dtype=_name(compute),
+        ),
+        compute,
+    )
+
+
+def _resolve(
+    plain: Any, model: Any, adapter_name: str, base: str | Path | None, revision: str | None, settings: Settings
+) -> ResolvedBase:
+    config = model.peft_config[adapter_name]
+    named = base or config.base_model_name_or_path or plain.name_or_path
+    if not named:
+        raise ConfigError("the model does not know where its base came from; say it: base='org/name' or a directory")
+    try:
+        source = parse_source(str(named))
+    except ValueError as error:
+        raise ConfigError(f"base: {error}; say where the base came from: base='org/name' or a directory") from error
+    if isinstance(source, HubSource):
+        # The commit that is in memory, not the hub's newest one.
+        revision = revision or config.revision or commit_in_memory(plain, source.repo)
+    return resolve_base(str(named), revision, settings)
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")

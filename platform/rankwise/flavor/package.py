@@ -6,42 +6,109 @@ signature.json           who stands for it, where RANKWISE_SIGNING_KEY is set
 adapter/                 a standard PEFT directory: configuration, safetensors, tokenizer, card
 input_example.json, serving_input_example.json
 requirements.txt, conda.yaml, python_env.yaml, wheels/
+
+- What may be said when an adapter is stored or loaded, as one value each.
+- Puts a directory in its place whole, or not at all, and never over anything that a person may have made.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import secrets
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from mlflow.models import Model
+from mlflow.models import Model, ModelSignature
 from mlflow.models.utils import _save_example
 from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
 from peft import LoraConfig
 
-from rankwise.exceptions import AdapterIntegrityError, ConfigError
-from rankwise.flavor.card import model_card
+from rankwise.assets.base import ResolvedBase
+from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
+from rankwise.experiment.schema import QuantizationSpec
+from rankwise.flavor.card import library_versions, model_card, pip_requirements
 from rankwise.flavor.metadata import (
     ADAPTER_DIRECTORY,
+    EXAMPLE,
     FLAVOR_NAME,
     AdapterMetadata,
     BaseFacts,
+    make_signature,
     section_digest,
     template_digest,
 )
-from rankwise.flavor.options import PackageOptions
-from rankwise.flavor.requirements import library_versions, pip_requirements
-from rankwise.flavor.signature import make_signature
 from rankwise.flavor.signing import Statement, sign
-from rankwise.modeling.adapter import WEIGHTS_NAME, read_adapter
-from rankwise.modeling.adapter_config import CONFIG_NAME, write_adapter_config
-from rankwise.modeling.manifest import write_manifest
-from rankwise.modeling.quiet import expected_warning, quiet_transformers
-from rankwise.settings import storage_errors
+from rankwise.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter_config
+from rankwise.modeling.base import expected_warning, quiet_transformers
+from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest, write_manifest
+from rankwise.settings import Settings, fsync_directory, storage_errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageOptions:
+    """What goes into a model directory beside the adapter.
+
+    Attributes:
+        system: A system prompt to put before bare texts.
+        metrics: Results for the card.
+        signature: In place of the flavor's own, which has no input schema and the parameters of generation.
+        input_example: Stored as it is; no model is loaded for it. None for none.
+        pip_requirements: In place of the flavor's own.
+        extra_pip_requirements: Added to them.
+        metadata: Free values for MLflow's `metadata`.
+    """
+
+    system: str | None = None
+    metrics: Mapping[str, float] | None = None
+    signature: ModelSignature | None = None
+    input_example: Any = field(default_factory=lambda: EXAMPLE)
+    pip_requirements: Sequence[str] | None = None
+    extra_pip_requirements: Sequence[str] = ()
+    metadata: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions(PackageOptions):
+    """How an adapter is logged to MLflow.
+
+    Attributes:
+        run_id: The run that it is of; the active run by default, none without one.
+        experiment_id: For a model without a run.
+        tags: Set on the LoggedModel and on the version when they are created.
+        step: That the adapter is of.
+        metrics: Results: tags of the version, lines of the card, and, with a run, the LoggedModel's own metrics where
+            the run has them at `step`.
+        description: Of the version.
+        tracking_uri: Of the MLflow store; MLflow's current one by default.
+        model_type: MLflow's.
+    """
+
+    run_id: str | None = None
+    experiment_id: str | None = None
+    tags: Mapping[str, Any] | None = None
+    step: int = 0
+    description: str | None = None
+    tracking_uri: str | None = None
+    model_type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How the base of a stored adapter is found and loaded; see `rankwise.flavor.load_model`."""
+
+    settings: Settings
+    base_model: str | Path | ResolvedBase | None = None
+    quantization: QuantizationSpec | None = None
+    allow_base_mismatch: bool = False
+    device: str | None = None
+
 
 # mlflow.pyfunc says this of a class of its own whenever it is imported.
 _ON_IMPORT = (
@@ -210,3 +277,87 @@ def _write_environment(directory: Path, requirements: Sequence[str] | None, extr
 def _lora_settings(config: LoraConfig, target: Path) -> dict[str, Any]:
     values = json.loads((target / CONFIG_NAME).read_bytes())
     return {key: values[key] for key in _LORA_KEYS if values.get(key) not in (None, {}, [])}
+
+
+def check_target(target: Path) -> None:
+    """Refuse to overwrite anything but an earlier output that nobody has changed.
+
+    Raises:
+        StorageError: The target is a file, a mount point, or a directory with something else in it.
+    """
+    if target.exists():
+        with _turn(target.parent):
+            _check(target)
+
+
+def _check(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StorageError(f"{target} is a file; name a directory")
+    if target.is_mount():
+        raise StorageError(f"{target} is where a disk is mounted, which cannot be replaced; name a directory in it")
+    if not any(target.iterdir()):
+        return
+    try:
+        check_manifest(target)
+    except AdapterIntegrityError as error:
+        raise StorageError(
+            f"{target} is not empty, and not an earlier output of rankwise that is unchanged; name another directory"
+        ) from error
+
+
+@contextmanager
+def placed(target: Path, doing: str) -> Iterator[Path]:
+    """A temporary directory beside `target` to fill; at the end of the block it gets a manifest and takes its place.
+
+    An earlier output that is unchanged is replaced; one of the same content stays. After an error nothing is left.
+    Of several processes that fill one target at a time, the last one counts.
+
+    Args:
+        target: An absolute path; its parents are made. A link stands for what it points to.
+        doing: What is being done, for messages.
+
+    Raises:
+        StorageError: The target holds something else, or the disk is full or not writable.
+    """
+    target = target.resolve()
+    check_target(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old.tmp")
+    with storage_errors(target, doing):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            manifest = write_manifest(temporary)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                else:
+                    fsync_directory(path)
+            fsync_directory(temporary)
+            with _turn(target.parent):
+                _check(target)
+                if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
+                    return
+                with suppress(FileNotFoundError):
+                    target.rename(old)  # Whoever reads from it still does not see it shrink file by file.
+                temporary.rename(target)
+                fsync_directory(target.parent)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """One process at a time; the lock is on the directory itself, so that none is left lying about."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # Where a file system locks no directories, two at a time may refuse each other.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -6,8 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankwise.inference.answer import Answer
-    from rankwise.inference.predictor import Predictor
+    from rankwise.inference.predictor import Answer, Predictor
 
 __all__ = ["Answer", "Predictor"]
 
@@ -15,6 +14,5 @@ __all__ = ["Answer", "Predictor"]
 def __getattr__(name: str) -> Any:
     # Late: it pulls in torch and MLflow, which the reading of tables does not need.
     if name in __all__:
-        module = importlib.import_module(f"rankwise.inference.{name.lower()}")
-        return getattr(module, name)
+        return getattr(importlib.import_module("rankwise.inference.predictor"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

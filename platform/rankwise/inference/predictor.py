@@ -1,26 +1,165 @@
-"""Answer rows with several registered adapters over one loaded base."""
+"""Answer rows with several registered adapters over one loaded base.
+
+- One row's answer.
+- What a row asks: its `messages`, its `prompt`, or a template over its columns.
+- What may be said to a predictor about how rows are answered.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 from threading import Condition, Lock
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
-from rankwise.assets.progress import SILENT, Progress
-from rankwise.data.renderer import Message, Renderer, RenderError
+from rankwise.data.rows import RowTemplate, check_column, parse_messages
+from rankwise.data.template import Message, Renderer, RenderError
 from rankwise.exceptions import ConfigError, DatasetError, JobError
-from rankwise.flavor.loading import LoadedAdapter, load_models
-from rankwise.inference.answer import Answer
-from rankwise.inference.options import Options, decoding_of
-from rankwise.inference.prompts import PromptReader
-from rankwise.modeling.dequantized import keep_dequantized
-from rankwise.modeling.generation import Decoding, row_seed
-from rankwise.modeling.mixed_batch import Prompt, generate_each, prompt_problem
+from rankwise.flavor.load import LoadedAdapter, load_models
+from rankwise.modeling.decoding.engine import Prompt, generate_each, prompt_problem
+from rankwise.modeling.decoding.generation import Decoding, row_seed
+from rankwise.modeling.lora.lean import keep_dequantized
+from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of one row: a text, or the error that it met.
+
+    Attributes:
+        model: `models:/NAME/VERSION`, or what else was asked for.
+        version: Of the registered model; None for a directory or a LoggedModel.
+        adapter_sha256: Digest (`sha256:...`) of the manifest that covers all of the adapter's files.
+        base_fingerprint: Of the base that it ran over.
+        text: The answer; None where there is an error.
+        finish_reason: `stop` or `length`.
+        prompt_tokens: Tokens of the rendered prompt.
+        completion_tokens: Tokens of the answer, the end token included.
+        error: Why there is no answer.
+    """
+
+    model: str | None = None
+    version: str | None = None
+    adapter_sha256: str | None = None
+    base_fingerprint: str | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error: str | None = None
+
+
+PROMPT, MESSAGES = "prompt", "messages"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReader:
+    """Makes the conversation of a row.
+
+    Attributes:
+        template: Over columns; None to read the columns `messages` or `prompt`.
+    """
+
+    template: RowTemplate | None = None
+
+    @classmethod
+    def parse(cls, template: str | None) -> PromptReader:
+        """Make a reader of `--prompt`.
+
+        Raises:
+            DatasetError: It is not a template.
+        """
+        return cls(template=None if template is None else RowTemplate.parse(template, "--prompt"))
+
+    def chat(self, columns: Mapping[str, Any], system: str | None) -> list[Message]:
+        """The conversation of one row.
+
+        Args:
+            columns: The row.
+            system: The system prompt that the adapter was trained with, put before a bare text.
+
+        Raises:
+            DatasetError: It is no row, or has no prompt, or one that is not a text or a chat.
+        """
+        if not isinstance(columns, Mapping):
+            raise DatasetError(f"a row must be a mapping of columns, got {type(columns).__name__}")
+        if self.template is not None:
+            for column in self.template.columns:
+                check_column(column, columns, "--prompt")
+            return _asked(self.template.render(columns, "of the input"), system)
+        if columns.get(MESSAGES) is not None:
+            messages, _ = parse_messages(columns[MESSAGES], MESSAGES)
+            if not messages:
+                raise DatasetError(f"{MESSAGES}: the chat is empty")
+            return list(messages)
+        if PROMPT not in columns:
+            there = ", ".join(columns) or "none"
+            raise DatasetError(
+                f"there is neither a column {PROMPT!r} nor {MESSAGES!r}, and no --prompt; columns: {there}"
+            )
+        prompt = columns[PROMPT]
+        if not isinstance(prompt, str):
+            raise DatasetError(f"{PROMPT} must be a text, got {type(prompt).__name__} {prompt!r:.80}")
+        return _asked(prompt, system)
+
+
+def _asked(text: str, system: str | None) -> list[Message]:
+    if not text:
+        raise DatasetError("the prompt is empty")
+    turn = Message(role="user", content=text)
+    return [turn] if system is None else [Message(role="system", content=system), turn]
+
+
+class Options(TypedDict, total=False):
+    """How rows are answered; defaults are those of `Predictor.predict`.
+
+    Attributes:
+        prompt: A template over columns, such as `"carat {carat}, {cut}"`; by default a row has `messages` or `prompt`.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 takes the likeliest token.
+        top_k: As `Decoding`.
+        top_p: As `Decoding`.
+        stop: As `Decoding`.
+        seed: Of sampling: the row at place i draws from (seed, i), whatever shares its batch.
+        batch_size: Rows that are decoded together; they may be of different adapters.
+        fail_fast: Stop at the first row that cannot be answered, before anything is generated.
+    """
+
+    prompt: str | PromptReader | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: Sequence[str]
+    seed: int
+    batch_size: int
+    fail_fast: bool
+
+
+def decoding_of(options: Options) -> Decoding:
+    """The part of the options that decides on tokens.
+
+    Raises:
+        TypeError: There is no such option.
+        ConfigError: A value is out of its range.
+    """
+    if unknown := sorted(set(options) - set(Options.__annotations__)):
+        raise TypeError(f"no such options: {', '.join(unknown)}; there are {', '.join(Options.__annotations__)}")
+    stop = options.get("stop", ())
+    return Decoding(
+        max_new_tokens=options.get("max_new_tokens", 64),
+        temperature=options.get("temperature", 0.0),
+        top_k=options.get("top_k", 0),
+        top_p=options.get("top_p", 1.0),
+        # A text is one, not its letters.
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+
 
 BATCH_SIZE = 16
 WINDOW = 256

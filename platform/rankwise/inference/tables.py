@@ -2,6 +2,9 @@
 
 A row is a dict of columns. JSONL keeps the types of JSON; in CSV every cell is a text; Parquet keeps its own types. A
 line that is no row (not JSON, no object, too many cells) does not stop the reading: it comes as a row with an error.
+
+- The one type that Parquet gives a column, found out from rows piece by piece.
+- A first look at an input: how many rows, which columns of which types, which models its rows name.
 """
 
 from __future__ import annotations
@@ -13,18 +16,80 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankwise.exceptions import AssetError, ConfigError
-from rankwise.inference.arrow_types import to_array
+from rankwise.progress import Progress
 from rankwise.settings import replacing
+
+_AT_ONCE = 1024
+
+
+class ArrowTypes:
+    """Reads rows and keeps types only: an input may be larger than the memory."""
+
+    def __init__(self, path: Path) -> None:
+        """For a Parquet file that is to be written there."""
+        self._path = path
+        self._rows: list[Mapping[str, Any]] = []
+        self._found: dict[str, pa.DataType] = {}
+
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """Take one more row into account.
+
+        Raises:
+            ConfigError: No type holds its value beside those before.
+        """
+        self._rows.append(columns)
+        if len(self._rows) == _AT_ONCE:
+            self._look()
+
+    def types(self) -> dict[str, pa.DataType]:
+        """The type of each column.
+
+        Raises:
+            ConfigError: As `add`.
+        """
+        self._look()
+        return self._found
+
+    def _look(self) -> None:
+        rows, self._rows = self._rows, []
+        for name in dict.fromkeys(name for row in rows for name in row):
+            with_type = to_array(name, (row.get(name) for row in rows), None, self._path).type
+            before = self._found.get(name, pa.null())
+            try:
+                schemas = [pa.schema([(name, kind)]) for kind in (before, with_type)]
+                self._found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+            except pa.ArrowException as error:
+                raise _refusal(name, error, self._path) from error
+
+
+def to_array(name: str, cells: Iterable[Any], kind: pa.DataType | None, path: Path) -> pa.Array:
+    """A column's cells as Parquet has them; the type is found out where `kind` is None.
+
+    Raises:
+        ConfigError: They do not have that type, or any.
+    """
+    try:
+        return pa.array(list(cells), type=kind)
+    except (pa.ArrowException, OverflowError) as error:
+        raise _refusal(name, error, path) from error
+
+
+def _refusal(name: str, error: Exception, path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: the column {name!r} does not have one type, as Parquet needs it: {error}; write .jsonl"
+    )
+
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ROWS_AT_ONCE = 1024
@@ -266,3 +331,120 @@ def _plain(value: Any, column: str, path: Path) -> Any:
         f"{path}: the column {column!r} holds {type(value).__name__}, which {path.suffix} cannot hold; write .parquet, "
         "or leave the column out of the input"
     )
+
+
+Number = Literal["int", "float"]
+_PER_STEP = 1000
+_LONGEST_NUMBER = 300
+_READ: Mapping[str, type[int] | type[float]] = {"int": int, "float": float}
+# Not those with zeros in front: they are names, such as postcodes.
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
+_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What an input has.
+
+    Attributes:
+        rows: How many rows, unreadable ones too.
+        columns: Names of all columns, in the order in which they come up, each with the names of its values' types.
+        models: How many rows name each model.
+        unnamed: How many readable rows name none.
+        numbers: Columns of texts (those of CSV all are) in which every text is a number: "int" or "float". A template
+            gets them as numbers, as `datasets` gives them in training, so that `{carat:.2f}` means the same.
+    """
+
+    rows: int
+    columns: Mapping[str, frozenset[str]]
+    models: Mapping[str, int]
+    unnamed: int
+    numbers: Mapping[str, Number]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values: an input is looked through once, however often work on it is cut off."""
+        return {
+            "rows": self.rows,
+            "columns": {name: sorted(kinds) for name, kinds in self.columns.items()},
+            "models": dict(self.models),
+            "unnamed": self.unnamed,
+            "numbers": dict(self.numbers),
+        }
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{**values, "columns": {name: frozenset(kinds) for name, kinds in values["columns"].items()}})
+
+    def typed(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row with its numbers as numbers."""
+        if not self.numbers:
+            return columns
+        return {
+            name: _READ[self.numbers[name]](value) if name in self.numbers and value != "" else value
+            for name, value in columns.items()
+        }
+
+
+def survey(
+    path: Path, model_column: str, progress: Progress, check: Callable[[Mapping[str, Any]], object] | None = None
+) -> Survey:
+    """Read an input once.
+
+    Args:
+        path: The input.
+        model_column: The column in which a row may name its model.
+        progress: Told of rows.
+        check: Given the columns of each row, to refuse what could not be written at the end.
+
+    Raises:
+        ConfigError: The format is not known.
+        AssetError: The file is missing or cannot be read.
+    """
+    kinds: dict[str, set[str]] = {}
+    numbers: dict[str, Number | None] = {}
+    texts = table_format(path) == ".csv"
+    models: Counter[str] = Counter()
+    rows = unnamed = 0
+    with progress.task(f"looking through {path.name}", None, "rows") as advance:
+        for row in read_rows(path):
+            rows += 1
+            if rows % _PER_STEP == 0:
+                advance(_PER_STEP)
+            for name, value in row.columns.items():
+                seen = kinds.setdefault(name, set())
+                if value is not None:
+                    seen.add(type(value).__name__)
+                if texts and value != "":
+                    numbers[name] = _wider(numbers.get(name, "int"), value)
+            if row.error is None:
+                if check is not None:
+                    check(row.columns)
+                named = named_model(row.columns, model_column)
+                if named is None:
+                    unnamed += 1
+                else:
+                    models[named] += 1
+    return Survey(
+        rows=rows,
+        columns={name: frozenset(seen) for name, seen in kinds.items()},
+        models=dict(models),
+        unnamed=unnamed,
+        numbers={name: kind for name, kind in numbers.items() if kind is not None},
+    )
+
+
+def _wider(kind: Number | None, text: str) -> Number | None:
+    """The kind of number that holds this text too; None where there is none."""
+    # Of a longer one Python makes no number.
+    if len(text) > _LONGEST_NUMBER:
+        return None
+    if kind == "int" and _INTEGER.fullmatch(text):
+        return "int"
+    return "float" if kind is not None and _NUMBER.fullmatch(text) else None
+
+
+def named_model(columns: Mapping[str, Any], model_column: str) -> str | None:
+    """The model that a row names; None where it names none."""
+    value = columns.get(model_column)
+    return None if value is None or value == "" else str(value)

@@ -15,9 +15,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from rankwise.jobs.clock import now
 from rankwise.jobs.database import database_errors
-from rankwise.jobs.rows import AliasMoveRow, AliasRow
+from rankwise.jobs.rows import AliasMoveRow, AliasRow, now
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,40 @@
-"""The tables. Migrations in `migrations/` create them; a test holds that both say the same."""
+"""The tables. Migrations in `migrations/` create them; a test holds that both say the same.
+
+One bound value carries all ids: SQLite allows 32,766 bound values a statement, PostgreSQL 65,535, and thousands of them
+take longer to bind than the statement takes to run.
+
+- Membership in a set of ids of any size, as an SQL expression.
+- The database's clock, as an SQL expression: seconds since the epoch. No decision uses a worker's clock.
+- From rows to plain values, and the conditions that several statements share.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint, false, text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    ColumnElement,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    Select,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+    select,
+    text,
+)
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql.functions import FunctionElement
+
+from rankwise.jobs.job import Attempt, Job, JobKind, JobState, Outcome
 
 
 class Table(DeclarativeBase):
@@ -126,3 +155,103 @@ class AliasMoveRow(Table):
     reason: Mapped[str] = mapped_column(Text)
     moved_by: Mapped[str] = mapped_column(String(255))
     moved_at: Mapped[float] = mapped_column(Float)
+
+
+class _given(FunctionElement[int]):
+    """The numbers of a JSON array, as a subquery."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(_given, "sqlite")
+def _given_sqlite(element: _given, compiler: Any, **kwargs: Any) -> str:
+    return f"(SELECT value FROM json_each({compiler.process(element.clauses, **kwargs)}))"
+
+
+@compiles(_given, "postgresql")
+def _given_postgresql(element: _given, compiler: Any, **kwargs: Any) -> str:
+    array = compiler.process(element.clauses, **kwargs)
+    return f"(SELECT value::integer FROM json_array_elements_text(CAST({array} AS json)))"
+
+
+def one_of(column: Any, ids: Collection[int]) -> ColumnElement[bool]:
+    """Whether the integer column holds one of these ids."""
+    condition: ColumnElement[bool] = column.op("IN", is_comparison=True, return_type=Boolean())(
+        _given(json.dumps(sorted(ids)))
+    )
+    return condition
+
+
+class now(FunctionElement[float]):
+    """Seconds since the epoch, by the database."""
+
+    type = Float()
+    inherit_cache = True
+
+
+class new_token(FunctionElement[str]):
+    """A random token, another one for every row."""
+
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **kwargs: Any) -> str:
+    # 2440587.5 is the Julian day of 1970-01-01T00:00Z; unixepoch('subsec') needs SQLite 3.42.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **kwargs: Any) -> str:
+    # clock_timestamp, not now(): the latter stands still inside a transaction that waited for a lock.
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+@compiles(new_token, "sqlite")
+def _token_sqlite(element: new_token, compiler: Any, **kwargs: Any) -> str:
+    return "lower(hex(randomblob(16)))"
+
+
+@compiles(new_token, "postgresql")
+def _token_postgresql(element: new_token, compiler: Any, **kwargs: Any) -> str:
+    return "replace(gen_random_uuid()::text, '-', '')"
+
+
+HELD_STATES = (str(JobState.RUNNING), str(JobState.UPLOADING))
+BADLY_ENDED = (str(JobState.FAILED), str(JobState.CANCELLED))
+PART = 500
+"""Rows named in one statement by values of their own: SQLite allows 32,766 bound values a statement."""
+
+
+def job_columns() -> Select[Any]:
+    """All columns of jobs, for `as_job`."""
+    return select(*JobRow.__table__.columns)
+
+
+def as_job(row: Any) -> Job:
+    """One row of `job_columns`."""
+    values = dict(row._mapping)
+    return Job(**{**values, "kind": JobKind(values["kind"]), "state": JobState(values["state"])})
+
+
+def attempt_columns() -> Select[Any]:
+    """All columns of attempts, for `as_attempt`."""
+    return select(*AttemptRow.__table__.columns)
+
+
+def as_attempt(row: Any) -> Attempt:
+    """One row of `attempt_columns`."""
+    values = dict(row._mapping)
+    outcome = values["outcome"]
+    return Attempt(**{**values, "outcome": None if outcome is None else Outcome(outcome)})
+
+
+def holding(token: str) -> tuple[ColumnElement[bool], ...]:
+    """That a token speaks for the job."""
+    return JobRow.token == token, JobRow.state.in_(HELD_STATES)
+
+
+def queued(**changes: Any) -> dict[str, Any]:
+    """What a job is that waits for a worker."""
+    return {"state": str(JobState.QUEUED), "token": None, "not_before": 0.0, **changes}

@@ -1,11 +1,28 @@
-"""The contract of a job store. One test suite (`tests/helpers/job_store_contract.py`) runs on every implementation."""
+"""The contract of a job store. One test suite (`tests/helpers/job_store_contract.py`) runs on every implementation.
+
+Each method is one transaction; the statements are in `submission`, `transitions`, `dependencies`, `decisions`,
+`workers` and `queries`. Each transition is decided by one UPDATE whose predicate names state and token; what follows
+from it is in the same transaction. PostgreSQL locks the first eligible job with `FOR UPDATE SKIP LOCKED`, so that
+claimers do not wait for one another; SQLite has one writer at a time (`BEGIN IMMEDIATE`), so the same statements need
+no lock there.
+
+- The job store on SQLite and PostgreSQL.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from rankwise.jobs.job import Attempt, Beat, Job, JobKind, JobState, NewJob, Outcome, Worker, WorkerInfo
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from rankwise.jobs import queries, submission, transitions
+from rankwise.jobs.aliases import AliasBook
+from rankwise.jobs.database import database_errors, open_engine, upgrade
+from rankwise.jobs.job import Attempt, Beat, Job, JobKind, JobState, Limits, NewJob, Outcome, Worker, WorkerInfo
+from rankwise.redact import redact
 
 
 class JobStore(Protocol):
@@ -193,3 +210,234 @@ class JobStore(Protocol):
 
     def workers(self) -> list[WorkerInfo]:
         """Workers that have announced themselves and not retired, those silent for a day left out."""
+
+
+T = TypeVar("T")
+_DEADLOCK, _SERIALIZATION = "40P01", "40001"
+_TRIES = 5
+
+
+class SqlJobStore:
+    """`JobStore` over SQLAlchemy."""
+
+    def __init__(self, url: str, *, lock: Path, limits: Limits | None = None) -> None:
+        """Open the database and bring its schema up to date.
+
+        Args:
+            url: SQLAlchemy URL of SQLite or PostgreSQL.
+            lock: File that serialises migrations.
+            limits: How often a job is tried.
+
+        Raises:
+            JobError: The database cannot be reached, or a newer release wrote it.
+        """
+        self._engine = open_engine(url)
+        self._reader = self._engine.execution_options(rankwise_read_only=True)
+        self._limits = limits or Limits()
+        upgrade(self._engine, lock)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @property
+    def aliases(self) -> AliasBook:
+        """The moves of aliases, which are in the same database."""
+        return AliasBook(self._engine, self._reader)
+
+    def _write(self, doing: str, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a writing transaction. PostgreSQL may choose it as the victim of a deadlock: then once more."""
+        with database_errors(doing):
+            for left in reversed(range(_TRIES)):
+                try:
+                    with self._engine.begin() as connection:
+                        return work(connection)
+                except DBAPIError as error:
+                    if left == 0 or getattr(error.orig, "sqlstate", None) not in {_DEADLOCK, _SERIALIZATION}:
+                        raise
+            raise AssertionError("the last try returns or raises")
+
+    def _read(self, doing: str, work: Callable[[Connection], T]) -> T:
+        with database_errors(doing), self._reader.begin() as connection:
+            return work(connection)
+
+    def submit(self, jobs: Sequence[NewJob], *, again: bool = False) -> list[Job]:
+        """See `JobStore.submit`."""
+        return self._write("submitting jobs", lambda connection: submission.submit(connection, jobs, again=again))
+
+    def claim(
+        self,
+        worker: Worker,
+        *,
+        lease: float,
+        max_arms: int = 1,
+        kinds: Collection[JobKind] | None = None,
+        among: Collection[int] | None = None,
+        experiment: str | None = None,
+    ) -> list[Job]:
+        """See `JobStore.claim`."""
+        return self._write(
+            "claiming a pack",
+            lambda connection: transitions.claim(
+                connection, worker, lease=lease, max_arms=max_arms, kinds=kinds, among=among, experiment=experiment
+            ),
+        )
+
+    def beat(
+        self, tokens: Collection[str], *, lease: float, progress: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Beat:
+        """See `JobStore.beat`."""
+        return self._write(
+            "sending a heartbeat",
+            lambda connection: transitions.beat(connection, tokens, lease=lease, progress=progress or {}),
+        )
+
+    def set_run(self, token: str, run_id: str) -> bool:
+        """See `JobStore.set_run`."""
+        return self._write(
+            "noting a run", lambda connection: transitions.change(connection, token, mlflow_run_id=run_id)
+        )
+
+    def assign_run(self, job_id: int, run_id: str) -> bool:
+        """See `JobStore.assign_run`."""
+        return self._write("noting a run", lambda connection: transitions.assign_run(connection, job_id, run_id))
+
+    def uploading(self, token: str, result: Mapping[str, Any]) -> bool:
+        """See `JobStore.uploading`."""
+        values = {"state": str(JobState.UPLOADING), "result": dict(result)}
+        return self._write("noting a result", lambda connection: transitions.change(connection, token, **values))
+
+    def holds(self, token: str) -> bool:
+        """See `JobStore.holds`."""
+        return self._read("checking a token", lambda connection: queries.holds(connection, token))
+
+    def finish(
+        self,
+        token: str,
+        outcome: Outcome,
+        *,
+        result: Mapping[str, Any] | None = None,
+        error: str | None = None,
+        wait: float = 0.0,
+    ) -> bool:
+        """See `JobStore.finish`. Errors of other programs may hold secrets, which are not stored."""
+        said = None if error is None else _storable(error)
+        return self._write(
+            "finishing a job",
+            lambda connection: transitions.finish(
+                connection, token, outcome, self._limits, result=result, error=said, wait=wait
+            ),
+        )
+
+    def finish_together(
+        self, tokens: Collection[str], outcome: Outcome, *, error: str | None = None, wait: float = 0.0
+    ) -> frozenset[str]:
+        """See `JobStore.finish_together`."""
+        said = None if error is None else _storable(error)
+        return self._write(
+            "finishing jobs",
+            lambda connection: transitions.finish_together(
+                connection, tokens, outcome, self._limits, error=said, wait=wait
+            ),
+        )
+
+    def reclaim(self, *, host: str | None = None, alive: Collection[int] = ()) -> list[Job]:
+        """See `JobStore.reclaim`."""
+        return self._write(
+            "reclaiming jobs",
+            lambda connection: transitions.reclaim(connection, self._limits, host=host, alive=alive),
+        )
+
+    def cancel(self, ids: Collection[int]) -> list[Job]:
+        """See `JobStore.cancel`."""
+        return self._write("cancelling jobs", lambda connection: transitions.cancel(connection, ids))
+
+    def retry(self, ids: Collection[int]) -> list[Job]:
+        """See `JobStore.retry`."""
+        return self._write("putting jobs back", lambda connection: transitions.retry(connection, ids))
+
+    def settle(self, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
+        """See `JobStore.settle`."""
+        return self._write("settling a rung", lambda connection: transitions.settle(connection, promote, prune))
+
+    def get(self, job_id: int) -> Job:
+        """See `JobStore.get`."""
+        return self._read("reading a job", lambda connection: queries.get(connection, job_id))
+
+    def find(self, kind: JobKind, spec_hashes: Collection[str]) -> dict[str, Job]:
+        """See `JobStore.find`."""
+        return self._read("reading jobs", lambda connection: queries.find(connection, kind, spec_hashes))
+
+    def jobs(
+        self,
+        *,
+        ids: Collection[int] | None = None,
+        kinds: Collection[JobKind] | None = None,
+        experiment: str | None = None,
+        states: Collection[JobState] | None = None,
+        limit: int | None = None,
+        after_id: int = 0,
+    ) -> list[Job]:
+        """See `JobStore.jobs`."""
+        return self._read(
+            "reading jobs",
+            lambda connection: queries.jobs(
+                connection,
+                ids=ids,
+                kinds=kinds,
+                experiment=experiment,
+                states=states,
+                limit=limit,
+                after_id=after_id,
+            ),
+        )
+
+    def counts(self) -> dict[JobState, int]:
+        """See `JobStore.counts`."""
+        depth = self.depth()
+        return {state: sum(depth[kind, state] for kind in JobKind) for state in JobState}
+
+    def depth(self, experiment: str | None = None) -> dict[tuple[JobKind, JobState], int]:
+        """See `JobStore.depth`."""
+        return self._read("counting jobs", lambda connection: queries.depth(connection, experiment))
+
+    def held(self, experiment: str | None = None) -> int:
+        """See `JobStore.held`."""
+        return self._read("counting jobs", lambda connection: queries.held(connection, experiment))
+
+    def waits_for(self, job_id: int) -> list[Job]:
+        """See `JobStore.waits_for`."""
+        return self._read("reading jobs", lambda connection: queries.waits_for(connection, job_id))
+
+    def time(self) -> float:
+        """See `JobStore.time`."""
+        return self._read("reading the clock", queries.database_time)
+
+    def attempts(self, job_id: int) -> list[Attempt]:
+        """See `JobStore.attempts`."""
+        return self._read("reading attempts", lambda connection: queries.attempts(connection, job_id))
+
+    def open_attempts(self) -> list[Attempt]:
+        """See `JobStore.open_attempts`."""
+        return self._read("reading attempts", queries.open_attempts)
+
+    def recent(self, kind: JobKind, limit: int = 50) -> list[Attempt]:
+        """See `JobStore.recent`."""
+        return self._read("reading attempts", lambda connection: queries.recent(connection, kind, limit))
+
+    def announce(self, worker: Worker, info: Mapping[str, Any]) -> None:
+        """See `JobStore.announce`."""
+        self._write("announcing a worker", lambda connection: transitions.announce(connection, worker, info))
+
+    def retire(self, worker: Worker) -> None:
+        """See `JobStore.retire`."""
+        self._write("retiring a worker", lambda connection: transitions.retire(connection, worker))
+
+    def workers(self) -> list[WorkerInfo]:
+        """See `JobStore.workers`."""
+        return self._read("listing workers", transitions.workers)
+
+
+def _storable(text: str) -> str:
+    """A text as a database takes it: without secrets, without the odd bytes that a crash leaves in its last words."""
+    return redact(text).encode(errors="backslashreplace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")

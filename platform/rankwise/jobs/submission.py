@@ -1,18 +1,147 @@
-"""How jobs get into the queue."""
+"""How jobs get into the queue.
+
+A job comes after others by rows of `job_dependency`. It is claimed once all of them have succeeded. When one ends
+failed or cancelled, it is cancelled in the same transaction and notes by whom; so is what waits for it in turn.
+
+- Jobs that wait for others: what becomes of them when those end badly, and when those are tried again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from sqlalchemy import Connection, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from rankwise.jobs.clock import now
-from rankwise.jobs.dependencies import cancel_in_vain, refuse_circles, requeue
-from rankwise.jobs.job import Job, JobKind, JobState, NewJob
-from rankwise.jobs.mapping import BADLY_ENDED, PART, as_job, job_columns
-from rankwise.jobs.rows import DependencyRow, JobRow
+from rankwise.exceptions import JobError
+from rankwise.jobs.job import Job, JobKind, JobState, NewJob, title
+from rankwise.jobs.rows import BADLY_ENDED, PART, DependencyRow, JobRow, as_job, job_columns, now, one_of, queued
+
+_ENDED = {str(JobState.FAILED): "failed", str(JobState.CANCELLED): "was cancelled"}
+
+
+def refuse_circles(connection: Connection, ids: Collection[int]) -> None:
+    """Refuse jobs that wait, directly or through others, for themselves: nobody could ever claim them.
+
+    Raises:
+        JobError: Some of `ids` do.
+    """
+    waits_for: dict[int, set[int]] = {}
+    wave = set(ids)
+    while wave:
+        earlier = JobRow.__table__.alias("earlier")
+        rows = connection.execute(
+            select(DependencyRow.job_id, DependencyRow.after_id)
+            .join(earlier, earlier.c.id == DependencyRow.after_id)
+            .where(one_of(DependencyRow.job_id, wave), earlier.c.state != str(JobState.SUCCEEDED))
+        ).all()
+        for row in rows:
+            waits_for.setdefault(row.job_id, set()).add(row.after_id)
+        wave = {row.after_id for row in rows} - waits_for.keys()
+    try:
+        TopologicalSorter(waits_for).prepare()
+    except CycleError as error:
+        circle = ", ".join(str(job_id) for job_id in sorted(set(error.args[1])))
+        raise JobError(
+            f"jobs that come after themselves would wait for ever: {circle}; submit without --after one of these"
+        ) from error
+
+
+def cancel_dependents(connection: Connection, ended: Collection[int]) -> None:
+    """Cancel all queued jobs that wait, directly or through others, for one of `ended`, which ended badly."""
+    wave: Collection[int] = ended
+    while wave:
+        earlier = JobRow.__table__.alias("earlier")
+        rows = connection.execute(
+            select(JobRow.id, earlier.c.id.label("earlier"), earlier.c.kind, earlier.c.spec_hash, earlier.c.state)
+            .join(DependencyRow, DependencyRow.job_id == JobRow.id)
+            .join(earlier, earlier.c.id == DependencyRow.after_id)
+            .where(one_of(DependencyRow.after_id, wave), JobRow.state == str(JobState.QUEUED))
+            .where(earlier.c.state.in_(BADLY_ENDED))
+            .order_by(JobRow.id, earlier.c.id)
+        ).all()
+        waiting: dict[int, list[int]] = defaultdict(list)
+        reasons = {row.earlier: f"{title(row.earlier, row.kind, row.spec_hash)} {_ENDED[row.state]}" for row in rows}
+        for row in rows:
+            waiting[row.earlier].append(row.id)
+        changed: set[int] = set()
+        for cause, ids in waiting.items():
+            changed.update(
+                connection.scalars(
+                    update(JobRow)
+                    .where(one_of(JobRow.id, ids), JobRow.state == str(JobState.QUEUED))
+                    .values(
+                        state=str(JobState.CANCELLED),
+                        held=False,
+                        cancelled_by=cause,
+                        error=reasons[cause],
+                        updated_at=now(),
+                    )
+                    .returning(JobRow.id)
+                )
+            )
+        wave = changed
+
+
+def cancel_in_vain(connection: Connection, ids: Collection[int]) -> None:
+    """Cancel those of `ids` that wait for a job that has ended badly already.
+
+    The jobs waited for are locked against changes (`FOR SHARE`; SQLite has one writer anyway), so that one that ends
+    while the rows of `ids` are not yet visible to its own transaction cannot leave them waiting for ever.
+    """
+    earlier = select(DependencyRow.after_id).where(one_of(DependencyRow.job_id, ids))
+    locked = select(JobRow.id, JobRow.state).where(JobRow.id.in_(earlier)).order_by(JobRow.id)
+    rows = connection.execute(locked.with_for_update(read=True)).all()
+    cancel_dependents(connection, [row.id for row in rows if row.state in BADLY_ENDED])
+
+
+def requeue(connection: Connection, ids: Collection[int], *, dependents: bool) -> list[int]:
+    """Put failed and cancelled jobs back into the queue with their counts at zero.
+
+    Args:
+        connection: A writing transaction.
+        ids: The jobs; those in other states are left as they are.
+        dependents: Whether what was cancelled because of them comes back too.
+
+    Returns:
+        The ids of all that were put back, so far as nothing they wait for has ended badly.
+    """
+    values: dict[str, Any] = queued(
+        failures=0,
+        preemptions=0,
+        lost=0,
+        error=None,
+        cancel_requested=False,
+        held=False,
+        cancelled_by=None,
+        pack_id=None,
+        updated_at=now(),
+    )
+    everything: list[int] = []
+    wave: Collection[int] = ids
+    while wave:
+        changed = list(
+            connection.scalars(
+                update(JobRow)
+                .where(one_of(JobRow.id, wave), JobRow.state.in_(BADLY_ENDED))
+                .values(**values)
+                .returning(JobRow.id)
+            )
+        )
+        everything += changed
+        if not dependents:
+            break
+        wave = connection.scalars(
+            select(JobRow.id).where(
+                one_of(JobRow.cancelled_by, changed),
+                JobRow.state == str(JobState.CANCELLED),
+                JobRow.id.in_(select(DependencyRow.job_id).where(one_of(DependencyRow.after_id, changed))),
+            )
+        ).all()
+    return everything
 
 
 def submit(connection: Connection, jobs: Sequence[NewJob], *, again: bool) -> list[Job]:

@@ -3,6 +3,9 @@
 An attempt that has not ended and the token of its job belong together: whoever ends the one takes away the other. Rows
 are locked in one order, the attempt before its job and jobs by id, so that two transitions of one job wait for each
 other and do not deadlock.
+
+- What is decided about jobs from outside: cancel, try again, settle a rung. Each is part of one transaction.
+- Which workers there are: what they say of themselves. Nothing is decided by it, it is for people to look at.
 """
 
 from __future__ import annotations
@@ -11,14 +14,26 @@ import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, case, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, delete, exists, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
-from rankwise.jobs.clock import new_token, now
-from rankwise.jobs.dependencies import cancel_dependents
-from rankwise.jobs.job import Beat, Job, JobKind, JobState, Limits, Outcome, Worker
-from rankwise.jobs.mapping import BADLY_ENDED, HELD_STATES, as_job, holding, job_columns, queued
-from rankwise.jobs.rows import AttemptRow, DependencyRow, JobRow
-from rankwise.jobs.sets import one_of
+from rankwise.jobs.job import Beat, Job, JobKind, JobState, Limits, Outcome, Worker, WorkerInfo
+from rankwise.jobs.rows import (
+    BADLY_ENDED,
+    HELD_STATES,
+    AttemptRow,
+    DependencyRow,
+    JobRow,
+    WorkerRow,
+    as_job,
+    holding,
+    job_columns,
+    new_token,
+    now,
+    one_of,
+    queued,
+)
+from rankwise.jobs.submission import cancel_dependents, cancel_in_vain, requeue
 
 
 def claim(
@@ -258,3 +273,98 @@ def assign_run(connection: Connection, job_id: int, run_id: str) -> bool:
         .values(mlflow_run_id=run_id, updated_at=now())
     )
     return changed.rowcount == 1
+
+
+def cancel(connection: Connection, ids: Collection[int]) -> list[Job]:
+    """See `JobStore.cancel`."""
+    _lock(connection, ids)
+    ended = connection.scalars(
+        update(JobRow)
+        .where(one_of(JobRow.id, ids), JobRow.state == str(JobState.QUEUED))
+        .values(state=str(JobState.CANCELLED), held=False, updated_at=now())
+        .returning(JobRow.id)
+    ).all()
+    connection.execute(
+        update(JobRow)
+        .where(one_of(JobRow.id, ids), JobRow.state.in_(HELD_STATES))
+        .values(cancel_requested=True, updated_at=now())
+    )
+    cancel_dependents(connection, ended)
+    return _rows(connection, ids)
+
+
+def retry(connection: Connection, ids: Collection[int]) -> list[Job]:
+    """See `JobStore.retry`."""
+    _lock(connection, ids)
+    back = requeue(connection, ids, dependents=True)
+    cancel_in_vain(connection, back)
+    return _rows(connection, {*ids, *back})
+
+
+def settle(connection: Connection, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
+    """See `JobStore.settle`."""
+    both = sorted(prune.keys() & set(promote))
+    if both:
+        raise ValueError(f"jobs {both} are to be promoted and pruned at once")
+    _lock(connection, {*promote, *prune})
+    waiting = JobRow.state == str(JobState.QUEUED), JobRow.held
+    changed = list(
+        connection.scalars(
+            update(JobRow)
+            .where(one_of(JobRow.id, promote), *waiting)
+            .values(held=False, not_before=0.0, updated_at=now())
+            .returning(JobRow.id)
+        )
+    )
+    pruned: list[int] = []
+    for job_id, reason in sorted(prune.items()):
+        pruned += connection.scalars(
+            update(JobRow)
+            .where(JobRow.id == job_id, *waiting)
+            .values(state=str(JobState.CANCELLED), held=False, error=reason, updated_at=now())
+            .returning(JobRow.id)
+        ).all()
+    cancel_dependents(connection, pruned)
+    return _rows(connection, [*changed, *pruned])
+
+
+def _lock(connection: Connection, ids: Collection[int]) -> None:
+    """Lock rows in the order of their ids, as every other transaction does."""
+    connection.execute(select(JobRow.id).where(one_of(JobRow.id, ids)).order_by(JobRow.id).with_for_update()).all()
+
+
+def _rows(connection: Connection, ids: Collection[int]) -> list[Job]:
+    return [as_job(row) for row in connection.execute(job_columns().where(one_of(JobRow.id, ids)).order_by(JobRow.id))]
+
+
+_FORGOTTEN_S = 86_400.0
+"""A worker that has been silent for a day is not listed any more."""
+
+
+def announce(connection: Connection, worker: Worker, info: Mapping[str, Any]) -> None:
+    """See `JobStore.announce`."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    values = {"host": worker.host, "pid": worker.pid, "seen_at": now(), "info": dict(info)}
+    connection.execute(
+        dialect.insert(WorkerRow)
+        .values(name=worker.name, started_at=now(), **values)
+        .on_conflict_do_update(index_elements=["name"], set_=values)
+    )
+    connection.execute(delete(WorkerRow).where(_silent() >= _FORGOTTEN_S))
+
+
+def retire(connection: Connection, worker: Worker) -> None:
+    """See `JobStore.retire`."""
+    connection.execute(delete(WorkerRow).where(WorkerRow.name == worker.name))
+
+
+def workers(connection: Connection) -> list[WorkerInfo]:
+    """See `JobStore.workers`."""
+    columns = (*WorkerRow.__table__.columns, _silent().label("silent"))
+    rows = connection.execute(select(*columns).where(_silent() < _FORGOTTEN_S).order_by(WorkerRow.name))
+    return [WorkerInfo(**row._mapping) for row in rows]
+
+
+def _silent() -> ColumnElement[float]:
+    """Seconds since a worker was heard of."""
+    return now() - WorkerRow.seen_at

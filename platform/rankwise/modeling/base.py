@@ -1,27 +1,249 @@
-"""The base: a frozen model, quantized on loading or out of the cache of quantized bases, and its tokenizer."""
+"""The base: a frozen model, quantized on loading or out of the cache of quantized bases, and its tokenizer.
+
+On CPUs with AVX512-BF16, bitsandbytes 0.50 does something else in evaluation mode: at the first forward it repacks the
+weight in place, rounds the scales of the quantization to bfloat16 for good (with double quantization they are quantized
+anew when the weight is unpacked, so that what `state_dict` then gives is no longer what was loaded), and multiplies in
+bfloat16 whatever the compute dtype is. The base would not be the one that its fingerprint names, an adapter would be
+measured over another base than it was trained over, and the same model would answer otherwise on another CPU. So the
+layers of every base that rankwise loads are told that there is no such kernel. `modeling.dequantized` gives back the
+speed: it keeps the dequantized weights while they are in use.
+
+- Which dtype a base computes in on this machine, and why.
+- Hold 4-bit layers to one arithmetic: the weight dequantized, then an ordinary matrix product.
+- Memory of a model: what it takes as it is loaded, and what it would take.
+- Third-party noise kept off the terminal: what concerns a user is said by rankwise, once, in its own words.
+- A model without weights: the modules of a configuration on the meta device, in a fraction of a second.
+- Whether an error is the end of the memory.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.assets.layout import read_json
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.dtype import DTYPES, default_device, resolve_dtype
-from rankwise.modeling.exact_layers import hold_exact
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
-from rankwise.modeling.memory import model_bytes
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
-from rankwise.modeling.quiet import quiet_transformers, say_casts_once
-from rankwise.settings import Settings
+from rankwise.settings import Settings, compute_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedDtype:
+    """A dtype and the reason for it, in words for the log."""
+
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The dtype's name as YAML files and transformers spell it: `float32`, `bfloat16`, `float16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(device: torch.device, requested: str = "auto") -> ResolvedDtype:
+    """Decide on the compute dtype.
+
+    Args:
+        device: Where the base will run.
+        requested: `auto`, or one of the names in `DTYPES`.
+
+    Raises:
+        ConfigError: `RANKWISE_COMPUTE_DTYPE` names a dtype that there is not.
+    """
+    if requested != "auto":
+        return ResolvedDtype(dtype=DTYPES[requested], reason=f"{requested}: as asked for")
+    set_here = compute_dtype()
+    if set_here != "auto":
+        return ResolvedDtype(dtype=DTYPES[set_here], reason=f"{set_here}: RANKWISE_COMPUTE_DTYPE says so")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        version = f"CUDA capability {capability[0]}.{capability[1]}"
+        if capability >= (8, 0):
+            return ResolvedDtype(dtype=torch.bfloat16, reason=f"bfloat16: {version}")
+        # Small gradients would be zero in float16.
+        reason = f"float32: {version} has no bfloat16; float16 would need loss scaling"
+        return ResolvedDtype(dtype=torch.float32, reason=reason)
+    if device.type == "cpu":
+        fast = _fast_bfloat16_on_cpu()
+        if fast is not None:
+            return ResolvedDtype(dtype=torch.bfloat16, reason=f"bfloat16: the CPU has {fast}")
+        return ResolvedDtype(
+            dtype=torch.float32,
+            reason="float32: the CPU has neither AVX512-BF16 nor AMX, where bfloat16 is several times slower",
+        )
+    return ResolvedDtype(dtype=torch.float32, reason=f"float32: nothing is known of devices of type {device.type}")
+
+
+def _fast_bfloat16_on_cpu() -> str | None:
+    capabilities = torch.cpu.get_capabilities()
+    for flag, name in (("amx_bf16", "AMX-BF16"), ("avx512_bf16", "AVX512-BF16")):
+        if capabilities.get(flag):
+            return name
+    return None
+
+
+REPACKED = (
+    "bitsandbytes has repacked the 4-bit weights of this model for AVX512-BF16, which rounds their scales and computes "
+    "in bfloat16: what is stored loads over the base as it is in its files, and answers a little otherwise than this "
+    "model does now. rankwise.modeling.base.hold_exact(model), right after a base is loaded, prevents that"
+)
+
+
+def hold_exact(model: Any) -> int:
+    """Keep the 4-bit layers of a model from being repacked; to be called before its first forward.
+
+    Args:
+        model: A model with or without 4-bit layers.
+
+    Returns:
+        How many 4-bit layers it has.
+    """
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def is_repacked(model: Any) -> bool:
+    """Whether bitsandbytes has repacked a weight of this model, so that it is no longer what was loaded."""
+    return any(
+        getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+        for module in model.modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    )
+
+
+# bitsandbytes: one scaling factor for so many weights, one of the second level for so many of the first.
+BLOCK = 64
+NESTED_BLOCK = 256
+_CODE_BYTES = 16 * 4
+_NESTED_CODE_BYTES = 256 * 4 + 4  # The table of 8-bit values and the offset.
+
+
+def model_bytes(model: Any) -> int:
+    """Bytes of all parameters, buffers and quantization states; what is shared is counted once."""
+    seen: dict[tuple[str, int], int] = {}
+    for tensor in _tensors(model):
+        if tensor.numel():
+            seen[str(tensor.device), tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def quantized_linear_bytes(weights: int, *, bits: int, double_quant: bool, out_features: int) -> int:
+    """Bytes of one linear layer's weight as bitsandbytes keeps it.
+
+    Args:
+        weights: in_features * out_features.
+        bits: 4 (NF4 or FP4, in blocks of 64) or 8 (LLM.int8, one float32 for each output).
+        double_quant: Whether the scaling factors of the blocks are quantized to 8 bit themselves (4 bit only).
+        out_features: Outputs of the layer.
+    """
+    if bits == 8:
+        return weights + 4 * out_features
+    blocks = -(-weights // BLOCK)
+    packed = -(-weights // 2)
+    if not double_quant:
+        return packed + 4 * blocks + _CODE_BYTES
+    return packed + blocks + 4 * -(-blocks // NESTED_BLOCK) + _CODE_BYTES + _NESTED_CODE_BYTES
+
+
+def _tensors(model: Any) -> Iterator[torch.Tensor]:
+    for parameter in model.parameters():
+        yield parameter.data
+        state = getattr(parameter, "quant_state", None)
+        for owner in (state, getattr(state, "state2", None)):
+            for name in ("absmax", "code", "offset"):
+                value = getattr(owner, name, None)
+                if isinstance(value, torch.Tensor):
+                    yield value
+        if isinstance(scale := getattr(parameter, "SCB", None), torch.Tensor):
+            yield scale
+    yield from model.buffers()
+
+
+# peft says this for every adapter after the first; several adapters over one base are what rankwise is for.
+SEVERAL_ADAPTERS = (
+    "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
+    "Make sure to know what you are doing!"
+)
+# bitsandbytes says this at every forward of every 8-bit layer whose input is not float16.
+_CAST_LOGGER = "bitsandbytes.autograd._functions"
+_CAST = "MatMul8bitLt: inputs will be cast from %s to float16 during quantization"
+
+
+class _Once(logging.Filter):
+    """Lets a message through once in a process."""
+
+    def __init__(self, message: str) -> None:
+        """Watch for one message, as it is before its arguments are filled in."""
+        super().__init__()
+        self._message, self._said = message, False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to say it."""
+        if record.msg != self._message:
+            return True
+        said, self._said = self._said, True
+        return not said
+
+
+_once = _Once(_CAST)
+
+
+def say_casts_once() -> None:
+    """Let bitsandbytes say once, not thousands of times, that 8-bit layers cast their input."""
+    # Adding the same filter again has no effect.
+    logging.getLogger(_CAST_LOGGER).addFilter(_once)
+
+
+@contextmanager
+def quiet_transformers(*, progress: bool = False) -> Iterator[None]:
+    """Let transformers say errors only, and no progress bars unless `progress`; the former state comes back."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars and not progress:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def expected_warning(message: str) -> Iterator[None]:
+    """Ignore one third-party warning, by its exact message."""
+    with warnings.catch_warnings():
+        # `filterwarnings` takes a regular expression that must match from the start.
+        warnings.filterwarnings("ignore", message=re.escape(message) + r"\Z")
+        yield
+
 
 logger = logging.getLogger(__name__)
 
@@ -194,3 +416,91 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, config: An
             f"({len(missing)} and {len(mismatched)} in all); fetch it again"
         )
     return model
+
+
+def config_from(source: Any) -> Any:
+    """A transformers configuration out of the content of a `config.json`; a configuration is taken as it is.
+
+    Raises:
+        ConfigError: There is no `model_type`, or this transformers does not know it.
+    """
+    if not isinstance(source, Mapping):
+        return source
+    values = dict(source)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("the configuration of the base has no model_type, so its architecture is not known")
+    try:
+        with quiet_transformers():
+            return AutoConfig.for_model(model_type, **values)
+    except ValueError as error:
+        raise ConfigError(
+            f"the installed transformers does not know the base's model_type {model_type!r}; upgrade transformers "
+            "(models that bring code of their own are never loaded)"
+        ) from error
+
+
+def skeleton(config: Any) -> Any:
+    """The causal language model of a configuration, without weights and unquantized, in evaluation mode.
+
+    Args:
+        config: A transformers configuration or the content of a `config.json`.
+
+    Raises:
+        ConfigError: There is no causal language model for it.
+    """
+    config = copy.deepcopy(config_from(config))
+    # A quantized base has this; the shapes of its modules are those of the unquantized one.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(f"there is no causal language model of type {config.model_type!r}: {error}") from error
+    model.tie_weights()
+    return model.eval()
+
+
+def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
+    """Every linear layer a LoRA adapter can target, by full name, as (in_features, out_features); not the head.
+
+    Of an adapted model these are the base's layers under their names before the adapter came.
+    """
+    head = model.get_output_embeddings()
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):  # GPT-2's linear layer, whose weight is (in_features, out_features).
+            found[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
+            continue
+        plain = isinstance(module, torch.nn.Linear) and module is not head and not _inside(name, found)
+        # Told by its parts: importing peft takes longer than all that `plan` does with a skeleton.
+        adapted = hasattr(module, "base_layer") and hasattr(module, "lora_A") and hasattr(module, "in_features")
+        if plain or adapted:
+            found[name] = (int(module.in_features), int(module.out_features))
+    return found
+
+
+def _inside(name: str, layers: Mapping[str, Any]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in layers for end in range(1, len(parts)))
+
+
+# What torch's allocator for CPUs and C++ say; there is no class of its own for it.
+_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    # CUDA's own libraries ask for memory past torch's allocator.
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on a CPU where the kernel refuses it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

@@ -18,10 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rankwise.assets.digest import file_digest
-from rankwise.assets.entry import ensure_entry, remove_entry
 from rankwise.exceptions import AssetError
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.files import ensure_entry, file_digest, remove_entry
 from rankwise.modeling.fingerprint import Fingerprint
 from rankwise.settings import Settings, write_atomically
 

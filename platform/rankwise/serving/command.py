@@ -13,9 +13,9 @@ from rankwise.assets.base import local_bases
 from rankwise.exceptions import AssetError
 from rankwise.experiment.source import HubSource, LocalSource, parse_source
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts
-from rankwise.modeling.adapter_config import CONFIG_NAME
+from rankwise.modeling.adapter import CONFIG_NAME
 from rankwise.modeling.fingerprint import differing_part, template_fingerprint
-from rankwise.serving.limits import differences, max_rank_for, obstacles, served_dtype, served_quantization
+from rankwise.serving.server import differences, max_rank_for, obstacles, served_dtype, served_quantization
 from rankwise.settings import Settings
 
 TEMPLATE_NAME = "chat_template.jinja"

@@ -57,8 +57,7 @@ def make_resolver(argv: list[str]) -> Any:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver
 
-    from rankwise.serving.names import model_uri
-    from rankwise.serving.server import Server
+    from rankwise.serving.server import Server, model_uri
     from rankwise.settings import Settings
 
     finder = Finder(Settings.load(), Server.of(argv))
@@ -100,7 +99,7 @@ class Finder:
         Raises:
             RankwiseError: It cannot be served.
         """
-        from rankwise.serving.follow import Watched
+        from rankwise.serving.adapters import Watched
 
         with self._lock:
             self._opened = self._opened or self._open()
@@ -111,9 +110,8 @@ class Finder:
         return served
 
     def _open(self) -> tuple[Any, Any]:
-        from rankwise.serving.adapters import Adapters
-        from rankwise.serving.follow import Follower, unload
-        from rankwise.tracking.connect import connect
+        from rankwise.serving.adapters import Adapters, Follower, unload
+        from rankwise.tracking.errors import connect
 
         connect(self._settings)
         adapters, server = Adapters(self._settings, self._server), self._server

@@ -1,28 +1,204 @@
-"""Evaluate stored adapters and the bare bases on rows of one's choice, each over the base that it was trained on."""
+"""Evaluate stored adapters and the bare bases on rows of one's choice, each over the base that it was trained on.
+
+- Which stored adapters lie over one base: those of one fingerprint and one quantization are evaluated together.
+- Results of an assessment in MLflow: a run for each model, linked to its LoggedModel and to the rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import rankwise.flavor as flavor
+from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.data.rows import Example
-from rankwise.evaluation.evaluator import Evaluation
+from rankwise.data.template import apply_template
+from rankwise.evaluation.evaluate import Evaluation, prediction_rows
+from rankwise.evaluation.metrics import to_tracking
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.fetch import Fetched, fetch
+from rankwise.flavor.load import describe_quantization, find_base
+from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.modeling.adapter import load_adapter
-from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.packed_lora import delete_adapter
-from rankwise.tasks.base_groups import BARE, BaseIdentity, Group, group_by_base, is_plain_directory
+from rankwise.modeling.base import LoadedBase, load_tokenizer, quiet_transformers
+from rankwise.modeling.fingerprint import fingerprint_base
+from rankwise.modeling.lora.packed import delete_adapter
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context
-from rankwise.tasks.measure import measure
-from rankwise.tasks.prepare import find_sources
-from rankwise.tasks.rows import Rows, RowsCache
-from rankwise.tasks.setting import Setting
+from rankwise.tasks.evaluate import measure
+from rankwise.tasks.rows import Rows, RowsCache, find_sources
+from rankwise.tasks.setting import Setting, recorded_setting
+from rankwise.tracking.provenance import collect
+from rankwise.tracking.registry import link_metrics
+
+BARE = "base"
+"""How the setting's bare base is named among the models; another base is `base of URI`."""
+_NO_TEMPLATE = "none"
+_TEMPLATE = ("chat_template", "chat_template_revision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIdentity:
+    """A base, for people and for comparison.
+
+    Attributes:
+        source: What names it.
+        revision: Its pin.
+        fingerprint: Digest of its content.
+        tokenizer: Digest of its tokenizer: two bases whose digests differ may cut a text into other tokens.
+        quantization: How it was loaded, in words.
+    """
+
+    source: str
+    revision: str
+    fingerprint: str
+    tokenizer: str
+    quantization: str
+
+    @classmethod
+    def of(cls, base: LoadedBase) -> BaseIdentity:
+        """Of a base in memory."""
+        return cls(
+            source=base.source,
+            revision=base.revision,
+            fingerprint=base.fingerprint.digest,
+            tokenizer=base.fingerprint.tokenizer,
+            quantization=describe_quantization(base.quantization),
+        )
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.source} ({self.quantization}, fingerprint {self.fingerprint})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Models over one base, whose rows have one form.
+
+    Attributes:
+        experiment: Of the definition, for messages.
+        base: On this machine.
+        arm: The setting's rows and metrics over this base.
+        bare: How the base alone is named.
+        other: Whether it is loaded otherwise than the adapters were trained over it.
+        uris: The adapters.
+    """
+
+    experiment: str
+    base: ResolvedBase
+    arm: ArmSpec
+    bare: str
+    other: bool
+    uris: list[str] = field(default_factory=list)
+
+
+def is_plain_directory(uri: str) -> bool:
+    """Whether a name is a PEFT directory, which says nothing of its base that could be relied on."""
+    return Path(uri).is_dir() and not (Path(uri) / "MLmodel").exists()
+
+
+def group_by_base(
+    context: Context,
+    setting: Setting,
+    uris: Sequence[str],
+    quantization: QuantizationSpec | None,
+    metadata: Mapping[str, AdapterMetadata],
+) -> list[Group]:
+    """Group models by their base; the setting's own base comes first, also where no adapter lies over it.
+
+    Adapters over one base that were trained with different chat templates are groups of their own: each reads the rows
+    as it has learned to.
+
+    Args:
+        context: The stores.
+        setting: On what and by what.
+        uris: Stored adapters, or PEFT directories, which are taken to lie over the setting's base.
+        quantization: Of all bases, in place of the recorded ones.
+        metadata: What each stored adapter says of itself.
+
+    Raises:
+        BaseMismatchError: A base was found that is not the recorded one.
+        AssetError: A base cannot be had.
+    """
+    arm = setting.arm
+    recorded = {uri: found.base for uri, found in metadata.items()}
+    resolved = _own_base(context, arm, recorded)
+    chosen = quantization or arm.quantization
+    own = Group(
+        experiment=setting.spec.name,
+        base=resolved,
+        arm=arm.model_copy(update={"quantization": chosen}),
+        bare=BARE,
+        other=describe_quantization(chosen) != describe_quantization(arm.quantization),
+    )
+    fingerprint = fingerprint_base(resolved.path, context.settings)
+    own_base = (fingerprint.digest, describe_quantization(arm.quantization))
+    own_template = _template_of(arm, resolved) if metadata else _NO_TEMPLATE
+    groups = {(*own_base, own_template): own}
+    for uri in uris:
+        if (facts := recorded.get(uri)) is None:
+            own.uris.append(uri)
+            continue
+        template = metadata[uri].chat_template
+        base = (facts.fingerprint.digest, describe_quantization(facts.quantization))
+        if base == own_base and template != own_template and _recorded_template(context, uri) is None:
+            template = own_template  # Whoever chose the setting knows better.
+        key = (*base, template)
+        if key not in groups:
+            found = find_base(facts, uri, context.settings)
+            used = quantization or facts.quantization
+            groups[key] = Group(
+                experiment=setting.spec.name,
+                base=found,
+                arm=_over(context, arm, uri, found, used),
+                bare=f"{BARE} of {uri}",
+                other=describe_quantization(used) != describe_quantization(facts.quantization),
+            )
+        groups[key].uris.append(uri)
+    return list(groups.values())
+
+
+def _template_of(arm: ArmSpec, base: ResolvedBase) -> str:
+    """The digest of the chat template that an arm's rows are rendered with."""
+    dataset = arm.dataset
+    with quiet_transformers():
+        tokenizer = load_tokenizer(base.path)
+    return template_digest(apply_template(tokenizer, dataset.chat_template, dataset.chat_template_revision))
+
+
+def _own_base(context: Context, arm: ArmSpec, recorded: Mapping[str, BaseFacts]) -> ResolvedBase:
+    """The setting's base. Where an adapter over it says what is in it, it may lie elsewhere (`RANKWISE_BASES`)."""
+    for uri, facts in recorded.items():
+        if (facts.source, facts.revision) == (arm.base_model, arm.base_model_revision):
+            return find_base(facts, uri, context.settings)
+    return resolve_base(arm.base_model, arm.base_model_revision, context.settings, context.voice)
+
+
+def _over(context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantization: QuantizationSpec) -> ArmSpec:
+    """The setting's arm over another base, with the chat template that the adapter there was trained with."""
+    # Of a model that was not made by a run of this program: the base's own template.
+    template = _recorded_template(context, uri) or dict.fromkeys(_TEMPLATE)
+    return arm.model_copy(
+        update={
+            "base_model": base.source,
+            "base_model_revision": base.revision,
+            "quantization": quantization,
+            "dataset": arm.dataset.model_copy(update=template),
+        }
+    )
+
+
+def _recorded_template(context: Context, uri: str) -> dict[str, str | None] | None:
+    """The chat template of the definition that an adapter was made from; None where none is recorded."""
+    if uri.startswith(("models:", "runs:")):
+        with suppress(ConfigError):
+            dataset = recorded_setting(context, uri).arm.dataset
+            return {name: getattr(dataset, name) for name in _TEMPLATE}
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,3 +347,56 @@ class Assessor:
             return name, None
         loaded = flavor.load_model(stored, base=base, settings=self._context.settings, allow_base_mismatch=other)
         return loaded.adapter_name, loaded.origin.uri
+
+
+def publish_assessment(context: Context, assessment: Assessment, *, note: str = "") -> dict[str, str]:
+    """Write every model's results to a run of its own.
+
+    Args:
+        context: The stores.
+        assessment: What they did.
+        note: What is special about it (another quantization), for the runs' names.
+
+    Returns:
+        The run id of each model, by its name in the assessment.
+
+    Raises:
+        TrackingError: The store cannot be reached or refuses.
+    """
+    spec = assessment.setting.spec
+    experiment_id = context.store.experiment(spec.name, spec)
+    names = list(assessment.setting.arm.evaluation.metrics)
+    runs: dict[str, str] = {}
+    for name, model in assessment.models.items():
+        uri, evaluation, record = model.uri, model.evaluation, model.rows.inputs[-1]
+        run = context.store.start_run(
+            experiment_id,
+            f"evaluation of {uri or name}{note}",
+            params={
+                "model": uri or name,
+                "data": record.source,
+                "base_model": model.base.source,
+                "base_model_revision": model.base.revision,
+                "quantization": model.base.quantization,
+            },
+            tags={
+                **collect().tags(),
+                "rankwise.model_uri": uri,
+                "rankwise.base_fingerprint": model.base.fingerprint,
+            },
+            # Never "base": `compare` takes the last run of that kind for the base on the definition's own rows.
+            kind="evaluate",
+            system_metrics=False,
+        )
+        run.input(record)
+        values = to_tracking(evaluation.metrics)
+        run.metrics(values, 0)
+        rows = prediction_rows(evaluation, names, log_examples=spec.tracking.log_examples)
+        run.table(rows, "predictions.json")
+        run.flush()
+        model_id = None if uri is None else context.store.registry.resolve(uri).model_id
+        if model_id is not None:
+            link_metrics(context.store.client, run.run_id, model_id, list(values), 0, dataset=record)
+        run.end("FINISHED")
+        runs[name] = run.run_id
+    return runs

@@ -1,24 +1,64 @@
-"""The base that this process has loaded. One at a time: consecutive packs over it find it warm."""
+"""The base that this process has loaded. One at a time: consecutive packs over it find it warm.
+
+- Whether a base is as it was loaded, checked between two packs: a warm one carries over what a pack left in it.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.flavor.bases import find_base
 from rankwise.flavor.fetch import Fetched
-from rankwise.flavor.matching import load_recorded_base, loads_plainly, rows_of
-from rankwise.flavor.options import LoadOptions
+from rankwise.flavor.load import find_base, load_recorded_base, loads_plainly, rows_of
+from rankwise.flavor.package import LoadOptions
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
-from rankwise.tasks.clean import leftovers, sample_digest
-from rankwise.tasks.context import Voice
+from rankwise.worker.reporter import Voice
+
+_SAMPLED = 256
+"""Bytes of each tensor that the digest looks at."""
+
+
+def leftovers(model: Any) -> list[str]:
+    """What a pack has left behind, in words; empty for a base in evaluation mode without adapters or gradients."""
+    found = []
+    adapters = sorted({name for module in model.modules() for name in getattr(module, "lora_A", ())})
+    if adapters:
+        found.append(f"adapters {', '.join(adapters)}")
+    asking = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if asking:
+        found.append(f"{len(asking)} parameters that ask for a gradient, the first is {asking[0]}")
+    holding = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    if holding:
+        found.append(f"{len(holding)} gradients, the first is that of {holding[0]}")
+    if model.training:
+        found.append("training mode")
+    return found
+
+
+@torch.no_grad()
+def sample_digest(model: Any) -> int:
+    """A checksum over a few bytes of every parameter that is not quantized.
+
+    Quantized weights are left out: bitsandbytes packs them anew, in place, for some CPUs.
+    """
+    digest = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or "lora_" in name:
+            continue
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // (_SAMPLED // flat.element_size()))].contiguous()
+        digest = zlib.crc32(some.cpu().view(torch.uint8).numpy().tobytes(), digest)
+    return digest
+
 
 logger = logging.getLogger(__name__)
 

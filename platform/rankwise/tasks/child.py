@@ -45,7 +45,7 @@ def main() -> None:
     stop = threading.Event()
     commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
     # Light: the parent's words are heard while the libraries are imported.
-    from rankwise.tasks.authority import Authority
+    from rankwise.tasks.session import Authority
 
     authority = Authority()
 
@@ -64,8 +64,7 @@ def main() -> None:
     code = 0
     try:
         from rankwise.tasks.commands import COMMANDS
-        from rankwise.tasks.remote_voice import RemoteLog, RemoteVoice
-        from rankwise.tasks.session import Session
+        from rankwise.tasks.session import RemoteLog, RemoteVoice, Session
 
         logging.getLogger().addHandler(RemoteLog(events.send, level=Settings.load().log_level))
         logging.getLogger("rankwise").setLevel(logging.INFO)

@@ -10,24 +10,30 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.evaluation.gather import gather
-from rankwise.evaluation.report_export import comparison_json
-from rankwise.evaluation.table import comparison_view
-from rankwise.evaluation.verdict import smallest_rank
-from rankwise.experiment.loader import parse_experiment
+from rankwise.evaluation.smallest_rank import smallest_rank
+from rankwise.experiment.check import parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.tasks.claimed import open_run
+from rankwise.report.table import comparison_json, comparison_view
+from rankwise.tasks.claim import open_run
+from rankwise.tasks.context import failure_of
 from rankwise.tasks.evaluate import evaluate_claimed
-from rankwise.tasks.halving import settle_rungs
-from rankwise.tasks.outcomes import failure_of
 from rankwise.tasks.predict import predict_claimed, settle_predictions
 from rankwise.tasks.publish import publish_again
-from rankwise.tasks.recorded import recorded_definition
-from rankwise.tasks.rounds import submit_next
+from rankwise.tasks.search import settle_rungs
 from rankwise.tasks.session import Session, jobs_of
+from rankwise.tasks.setting import recorded_definition
 from rankwise.tasks.submit import make_current, prepare, submit
-from rankwise.tasks.sweep import arms_of, begin_sweep, end_sweep, finish_complete, finish_open, finish_sweep
+from rankwise.tasks.sweep import (
+    arms_of,
+    begin_sweep,
+    end_sweep,
+    finish_complete,
+    finish_open,
+    finish_sweep,
+    submit_next,
+    with_waiting,
+)
 from rankwise.tasks.train import load_claimed, train_claimed
-from rankwise.tasks.waiting import with_waiting
 from rankwise.tracking.provenance import collect
 from rankwise.training.checkpoint import remove_composition
 from rankwise.worker.protocol import Message

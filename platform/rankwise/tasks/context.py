@@ -1,20 +1,28 @@
-"""What every task needs: settings, the queue, the MLflow store, a voice, and the wish to stop."""
+"""What every task needs: settings, the queue, the MLflow store, a voice, and the wish to stop.
+
+- What a job's row says about its work, so that any worker can do it with nothing but the row.
+- How an error that cut a job off is told to the queue and to people.
+"""
 
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
-from rankwise.jobs.job import Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.exceptions import RankwiseError
+from rankwise.experiment.arm import ArmSpec
+from rankwise.jobs.job import Job, JobKind, NewJob, Outcome, Worker
+from rankwise.jobs.store import SqlJobStore
 from rankwise.settings import Settings
 from rankwise.tracking.store import Store
-from rankwise.worker.host import this_worker
-from rankwise.worker.voice import Voice
-
-__all__ = ["Context", "Voice", "open_context"]
+from rankwise.worker.child import LESS_MEMORY
+from rankwise.worker.placers import this_worker
+from rankwise.worker.protocol import Failure
+from rankwise.worker.reporter import Voice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +56,140 @@ def open_context(settings: Settings, voice: Voice, stop: threading.Event | None 
             yield Context(settings=settings, store=store, queue=queue, voice=voice, stop=stop or threading.Event())
     finally:
         queue.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The work of a train or evaluate job.
+
+    Attributes:
+        arm: The arm; of a job that evaluates the bare base, any arm over that base and those rows.
+        bare: Whether the bare base is evaluated and not the arm's adapter.
+        experiment: Name of the definition.
+        experiment_id: Of MLflow.
+        parent_run_id: Run of the sweep.
+        run_name: As shown in the UI.
+        register_as: Name of the registered model, or None.
+        log_examples: Whether texts of rows may be stored in MLflow.
+        definition: The resolved experiment file.
+        stops: Steps after which the arm pauses until it is decided whether it goes on (a rung each), ascending.
+        group: Names the arms that this one is compared with when it pauses; None without early stopping.
+        command: How a person starts the sweep again, for its note.
+    """
+
+    arm: ArmSpec
+    bare: bool = False
+    experiment: str
+    experiment_id: str
+    parent_run_id: str
+    run_name: str
+    register_as: str | None
+    log_examples: bool
+    definition: str
+    stops: tuple[int, ...] = ()
+    group: str | None = None
+    command: str = ""
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """Read a job's row, also one that an older release wrote."""
+        known = {each.name for each in fields(cls)}
+        values = {key: value for key, value in job.spec.items() if key in known}
+        arm = ArmSpec.model_validate_json(values["arm"])
+        return cls(**{**values, "arm": arm, "stops": tuple(values.get("stops", ()))})
+
+    def stop_after(self, step: int) -> int | None:
+        """The next rung of an arm that has paused at `step` (0 at the beginning); None: it trains to its end."""
+        return next((stop for stop in self.stops if stop > step), None)
+
+    def train_job(self, *, priority: int = 0, after: tuple[int, ...] = ()) -> NewJob:
+        """The job that trains the arm."""
+        return self._job(JobKind.TRAIN, self.arm.spec_hash, self.arm.pack_key, priority, after)
+
+    def evaluate_job(self, after: tuple[int, ...] = (), *, priority: int = 0) -> NewJob:
+        """The job that evaluates the arm's adapter, or the bare base. Evaluations over equal rows share a pack."""
+        base = self.arm.base_eval_hash()
+        return self._job(JobKind.EVALUATE, base if self.bare else self.arm.eval_hash(), base, priority, after)
+
+    def _job(self, kind: JobKind, spec_hash: str, pack_key: str, priority: int, after: tuple[int, ...]) -> NewJob:
+        spec: dict[str, Any] = {
+            "arm": self.arm.to_json(),
+            "bare": self.bare,
+            "experiment": self.experiment,
+            "experiment_id": self.experiment_id,
+            "parent_run_id": self.parent_run_id,
+            "run_name": self.run_name,
+            "register_as": self.register_as,
+            "log_examples": self.log_examples,
+            "definition": self.definition,
+            "stops": list(self.stops),
+            "group": self.group,
+            "command": self.command,
+        }
+        return NewJob(
+            kind=kind,
+            experiment=self.experiment,
+            spec_hash=spec_hash,
+            spec=spec,
+            pack_key=pack_key,
+            priority=priority,
+            after=after,
+        )
+
+
+_CONFIGURATION, _ENVIRONMENT = 2, 3
+_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """The outcome of an attempt that ended with an error.
+
+    | error | outcome |
+    |---|---|
+    | an interruption | preempted: goes on later, counts as no failure |
+    | the environment (disk, store, hub) | preempted: it is not the job's fault, and waits until that is mended |
+    | the definition or the rows | fatal: trying again cannot help |
+    | anything else, memory too | failed: tried again with backoff |
+    """
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return Outcome.PREEMPTED
+    if isinstance(error, RankwiseError):
+        return {_CONFIGURATION: Outcome.FATAL, _ENVIRONMENT: Outcome.PREEMPTED}.get(error.exit_code, Outcome.FAILED)
+    return Outcome.FAILED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was not enough, on the GPU or the host; torch says the latter with a plain RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _MEMORY_TEXTS)
+    )
+
+
+def text_of(error: BaseException) -> str:
+    """An error in words: as it is where it is for people, with its kind where it is a bug, with advice for memory."""
+    if isinstance(error, RankwiseError):
+        return str(error)
+    if is_out_of_memory(error):
+        return f"out of memory: {str(error).partition(chr(10))[0]}; {LESS_MEMORY}"
+    return f"{type(error).__name__}: {error}"
+
+
+def failure_of(error: BaseException) -> Failure:
+    """An error as the parent is told of it."""
+    outcome = outcome_of(error)
+    interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+    for_people = interrupted or isinstance(error, RankwiseError) or is_out_of_memory(error)
+    return Failure(
+        outcome=str(outcome),
+        type="KeyboardInterrupt" if interrupted else _public_name(error),
+        text="interrupted" if interrupted else text_of(error),
+        environment=isinstance(error, RankwiseError) and outcome is Outcome.PREEMPTED,
+        trace=None if for_people else "".join(traceback.format_exception(error)),
+    )
+
+
+def _public_name(error: BaseException) -> str:
+    """The class that the parent raises again: an error for people may be of a class that only its own package knows."""
+    public = (each.__name__ for each in type(error).__mro__ if each.__module__ == RankwiseError.__module__)
+    return next(public, type(error).__name__)

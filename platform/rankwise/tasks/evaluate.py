@@ -1,4 +1,7 @@
-"""Evaluate a claimed pack: adapters out of the registry, and the bare base, on the same rows in mixed batches."""
+"""Evaluate a claimed pack: adapters out of the registry, and the bare base, on the same rows in mixed batches.
+
+- One evaluation as every task makes it: greedy answers, rows of all adapters in shared batches, weights kept.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import rankwise.flavor as flavor
-from rankwise.evaluation.evaluator import Evaluation
+from rankwise.evaluation.evaluate import MAX_ROWS, Evaluation, evaluate, prediction_rows
 from rankwise.evaluation.gather import EVAL_HASH
-from rankwise.evaluation.predictions import prediction_rows
-from rankwise.evaluation.summary import to_tracking
+from rankwise.evaluation.metrics import to_tracking
 from rankwise.exceptions import JobError
+from rankwise.experiment.schema import EvaluationSpec
 from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.packed_lora import delete_adapter
-from rankwise.tasks.context import Context
-from rankwise.tasks.link import run_of_arm
-from rankwise.tasks.measure import measure
-from rankwise.tasks.payload import Work
-from rankwise.tasks.prepare import find_sources
-from rankwise.tasks.rows import Rows
-from rankwise.tasks.session import Session, token_of
-from rankwise.tasks.stoppable import Stoppable
-from rankwise.tracking.descriptions import base_note
-from rankwise.tracking.linking import link_metrics
+from rankwise.modeling.decoding.engine import greedy
+from rankwise.modeling.lora.lean import keep_dequantized
+from rankwise.modeling.lora.packed import delete_adapter
+from rankwise.progress import Progress
+from rankwise.tasks.context import Context, Work
+from rankwise.tasks.rows import Rows, find_sources
+from rankwise.tasks.session import Session, Stoppable, token_of
+from rankwise.tasks.submit import run_of_arm
+from rankwise.tracking.notes import base_note
 from rankwise.tracking.provenance import collect
+from rankwise.tracking.registry import link_metrics
+
+
+def measure(
+    base: LoadedBase, rows: Rows, adapters: Sequence[str | None], spec: EvaluationSpec, progress: Progress
+) -> dict[str | None, Evaluation]:
+    """Evaluate adapters that are attached to the base, and the bare base (None), on the evaluation rows.
+
+    Raises:
+        ConfigError: A metric is not known, or a prompt does not fit.
+    """
+    examples, encoded = rows.evaluated
+    batch = min(MAX_ROWS, spec.per_device_eval_batch_size * len(set(adapters)))
+    answers = greedy(base, max_new_tokens=spec.max_new_tokens, batch_size=batch, progress=progress)
+    with keep_dequantized(base.model):
+        return evaluate(base, adapters, examples, encoded, spec, generate=answers, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

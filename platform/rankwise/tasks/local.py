@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rankwise.jobs.job import Job
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 from rankwise.logs import note_in_job_log
 from rankwise.settings import Settings, child_environment
 from rankwise.worker.child import ChildProcess
-from rankwise.worker.host import this_worker
+from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.loop import WorkerLoop
-from rankwise.worker.results import Results
-from rankwise.worker.stopping import Stop
-from rankwise.worker.timing import Timing
-from rankwise.worker.voice import Voice
+from rankwise.worker.placers import this_worker
+from rankwise.worker.protocol import Results
+from rankwise.worker.reporter import Voice
 
 # torch asks for aligned memory, and glibc before 2.38 finds no room for it in the hole that an equally large tensor has
 # left, unless what it cuts off at the edges joins the hole again: which these caches for small pieces prevent. Without

@@ -13,20 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rankwise.experiment.loader import load_experiment
-from rankwise.experiment.sweep import require_known_arms
+from rankwise.experiment.check import load_experiment, require_known_arms
 from rankwise.jobs.job import Job, JobState
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 from rankwise.settings import Settings
 from rankwise.tasks.context import open_context
-from rankwise.tasks.halving import is_pruned
 from rankwise.tasks.rows import RowsCache
+from rankwise.tasks.search import is_pruned
 from rankwise.tasks.submit import prepare, submit
 from rankwise.tasks.sweep import jobs_of_sweep
-from rankwise.tracking.connect import connect
+from rankwise.tracking.errors import connect
 from rankwise.tracking.project import ProjectBackend, ProjectRequest, Status
 from rankwise.tracking.query import get_run
-from rankwise.worker.voice import Kind, Lines
+from rankwise.worker.reporter import Kind, Lines
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0

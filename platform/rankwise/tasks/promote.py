@@ -2,30 +2,153 @@
 
 The evidence is a run of its own that the version links to. The alias is moved while its row in the queue's database is
 locked, after a look whether somebody else has moved it since the comparison began.
+
+- Among how many arms a version was chosen: those that were compared with it on the same evaluation rows.
+- Which rows an adapter was trained on: from what its training has left in MLflow, or else from the training data.
 """
 
 from __future__ import annotations
 
+import hashlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.evaluation.evaluator import Evaluation
+from rankwise.data.preflight import MANY_ROWS, RowDigests, row_key
+from rankwise.data.rows import Example
+from rankwise.evaluation.evaluate import Evaluation, prediction_rows
 from rankwise.evaluation.gate import Decision, decide
-from rankwise.evaluation.observation import Observation
-from rankwise.evaluation.predictions import prediction_rows
-from rankwise.evaluation.summary import to_tracking
-from rankwise.exceptions import ConfigError, GateError
+from rankwise.evaluation.metrics import PREFIX, Observation, to_tracking
+from rankwise.exceptions import AssetError, ConfigError, DatasetError, GateError
+from rankwise.experiment.arm import ArmSpec
 from rankwise.jobs.aliases import AliasMove
 from rankwise.tasks.assess import Assessed, Assessment, Assessor
-from rankwise.tasks.contenders import contenders
 from rankwise.tasks.context import Context
-from rankwise.tasks.seen import seen_by
-from rankwise.tasks.setting import Setting
-from rankwise.tracking.descriptions import table
+from rankwise.tasks.setting import Setting, read_artifact
+from rankwise.tracking.notes import table
 from rankwise.tracking.provenance import collect, user_name
+from rankwise.tracking.query import get_run, membership
 from rankwise.tracking.registry import ModelVersion
+from rankwise.tracking.store import Store
+from rankwise.worker.reporter import Voice
+
+
+def contenders(store: Store, version: ModelVersion) -> int:
+    """The evaluated arms of the sweeps that a version's arm belongs to, itself included; 1 where it belongs to none.
+
+    Raises:
+        TrackingError: The store cannot be reached.
+    """
+    if version.run_id is None:
+        return 1
+    own = get_run(store.client, version.run_id)
+    sweeps = [membership(sweep) for sweep in store.runs(own.experiment_id, kind="sweep")]
+    of_own = [belongs for belongs in sweeps if belongs(own.parent, own.spec_hash or "")]
+    evaluated = {
+        run.spec_hash
+        for run in store.runs(own.experiment_id, kind="train")
+        if any(belongs(run.parent, run.spec_hash or "") for belongs in of_own)
+        and any(key.startswith(PREFIX) for key in run.metrics)
+    }
+    return len({*evaluated, own.spec_hash})
+
+
+FILE = "row_digests.bin"
+"""The artifact of the run that trained; the format is that of `data.row_digests`."""
+FILE_TAG = "rankwise.row_digests"
+"""SHA-256 of the artifact, on the LoggedModel and on the version from their creation on."""
+
+Seen = Callable[[Example], bool]
+
+
+def digests_of(arm: ArmSpec, examples: Sequence[Example], voice: Voice | None = None) -> bytes:
+    """The content of an arm's artifact; the same arm and rows give the same bytes. A large one is told to `voice`."""
+    keys = (row_key(example, arm.dataset.system) for example in examples)
+    content = RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
+    if voice is not None and len(examples) > MANY_ROWS:
+        voice.say(f"the digests of {len(examples):,} training rows take {len(content) / 1e6:,.0f} MB in MLflow")
+    return content
+
+
+def file_digest(content: bytes) -> str:
+    """What `FILE_TAG` says of an artifact."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def seen_by(context: Context, candidate: ModelVersion, setting: Setting, assessor: Assessor) -> Seen:
+    """Whether a row was in the training data of a version, or of an adapter that its training went on from.
+
+    Args:
+        context: The stores.
+        candidate: The version.
+        setting: What it was trained on, for versions whose training has left no digests.
+        assessor: Reads the training data then.
+
+    Raises:
+        GateError: It is not known, and the message says what to do.
+        TrackingError: MLflow cannot be reached.
+    """
+    system = setting.arm.dataset.system
+    found: list[RowDigests] = []
+    version: ModelVersion | None = candidate
+    while version is not None:
+        digests = _stored(context, version)
+        if digests is None:
+            if version is not candidate:
+                raise GateError(
+                    f"{candidate.uri} goes on from {version.uri}, and which rows that was trained on is not known: its "
+                    f"run has no {FILE}. {_BY_FORCE}"
+                )
+            digests = _from_data(candidate, setting, assessor)
+        found.append(digests)
+        before = digests.init_from
+        version = None if before is None else context.store.registry.resolve(before).version
+
+    def seen(example: Example) -> bool:
+        key = row_key(example, system)
+        return any(key in digests for digests in found)
+
+    return seen
+
+
+_BY_FORCE = 'The alias can be moved without knowing it: --force --reason "..."'
+_WAYS_OUT = (
+    "Name a definition whose dataset.train is the training data and on this machine (--experiment FILE), or move the "
+    'alias without knowing it (--force --reason "...")'
+)
+
+
+def _stored(context: Context, version: ModelVersion) -> RowDigests | None:
+    """What a version's run has left; None where it has left nothing."""
+    expected = version.tags.get(FILE_TAG)
+    content = None if version.run_id is None else read_artifact(context, version.run_id, FILE)
+    if content is None:
+        return None
+    where = f"the artifact {FILE} of run {version.run_id}"
+    if expected is not None and file_digest(content) != expected:
+        raise GateError(
+            f"{where} is not what was stored: the tag {FILE_TAG} of {version.uri} says {expected}, found "
+            f"{file_digest(content)}. {_BY_FORCE}"
+        )
+    try:
+        return RowDigests.from_bytes(content, where)
+    except AssetError as error:
+        raise GateError(f"{error}. {_BY_FORCE}") from error
+
+
+def _from_data(candidate: ModelVersion, setting: Setting, assessor: Assessor) -> RowDigests:
+    try:
+        examples = assessor.training_rows(setting)
+    except (AssetError, DatasetError) as error:
+        raise GateError(
+            f"which rows {candidate.uri} was trained on is not known: its run has no {FILE}, and the training data "
+            f"cannot be read here ({error}). {_WAYS_OUT}"
+        ) from error
+    arm = setting.arm
+    keys = (row_key(example, arm.dataset.system) for example in examples)
+    return RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from)
+
 
 EVIDENCE = "rankwise.promotion_run"
 

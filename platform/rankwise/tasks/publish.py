@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import rankwise.flavor as flavor
-from rankwise.assets.weights import read_header
+from rankwise.assets.layout import read_header
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.jobs.job import Job, Outcome
-from rankwise.modeling.anatomy_run import PAGE_NAME, TABLE_NAME, rank_metrics, trained_anatomy, trained_page
 from rankwise.modeling.base import LoadedBase
-from rankwise.tasks.claimed import ClaimedArm
-from rankwise.tasks.halving import paused_result
-from rankwise.tasks.seen import FILE_TAG, digests_of, file_digest
+from rankwise.report.anatomy import PAGE_NAME, TABLE_NAME, rank_metrics, trained_anatomy, trained_page
+from rankwise.tasks.claim import ClaimedArm
+from rankwise.tasks.promote import FILE_TAG, digests_of, file_digest
+from rankwise.tasks.search import paused_result
 from rankwise.tasks.session import Computed, Session, token_of
 from rankwise.tracking.registry import JOB
-from rankwise.tracking.runs import Run
+from rankwise.tracking.run import Run
+from rankwise.training.arm import ArmOutcome
 from rankwise.training.checkpoint import Checkpoints
-from rankwise.training.values import ArmOutcome
 
 logger = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"

@@ -1,23 +1,107 @@
-"""Rows as tokens, made once for all arms that read the same rows in the same form."""
+"""Rows as tokens, made once for all arms that read the same rows in the same form.
+
+- From a definition to what it is made from: pins resolved, base and tables on this machine.
+- Checks of base and rows before anything is trained, and a preview of what will be learnt.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.assets.confine import confine
-from rankwise.assets.progress import Progress
-from rankwise.data.encoding import EncodedSet, encode
-from rankwise.data.renderer import Renderer
-from rankwise.data.rows import Example, Examples, load_examples
-from rankwise.data.template import is_template_file
+from rankwise.assets.base import ResolvedBase, resolve_base
+from rankwise.assets.dataset import ResolvedData, load_table, resolve_data
+from rankwise.assets.guard import confine
+from rankwise.data.preflight import Report, preflight, render_html, render_terminal
+from rankwise.data.rows import Example, Examples, RowMapping, load_examples
+from rankwise.data.template import Renderer, is_template_file
+from rankwise.data.tokens import EncodedSet, encode
+from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.schema import DatasetSpec, ExperimentSpec
+from rankwise.modeling.estimate import Estimator, match_targets
+from rankwise.progress import Progress
 from rankwise.settings import Settings
-from rankwise.tasks.prepare import Sources
-from rankwise.tracking.datasets import DatasetRecord
+from rankwise.tasks.context import Context
+from rankwise.tracking.registry import Registry
+from rankwise.tracking.values import DatasetRecord
+from rankwise.worker.reporter import Voice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where an arm's base and rows are on this machine; `train` is None where its rows are not needed."""
+
+    base: ResolvedBase
+    train: ResolvedData | None
+    eval: ResolvedData | None
+
+
+def find_data(dataset: DatasetSpec, settings: Settings, progress: Progress) -> tuple[ResolvedData, ResolvedData | None]:
+    """Resolve the training rows, and the evaluation rows where they are a source of their own.
+
+    Raises:
+        AssetError: A source cannot be had, or is not what its pin says.
+    """
+    train = resolve_data(dataset.train, dataset.train_revision, settings, dataset.train_split, dataset.name, progress)
+    if not isinstance(dataset.eval, str):
+        return train, None
+    return train, _find_eval(dataset, dataset.eval, settings, progress)
+
+
+def _find_eval(dataset: DatasetSpec, source: str, settings: Settings, progress: Progress) -> ResolvedData:
+    return resolve_data(
+        source, dataset.eval_revision, settings, dataset.eval_split, dataset.name, progress, key="eval_revision"
+    )
+
+
+def find_sources(
+    arm: ArmSpec, settings: Settings, progress: Progress, *, base: ResolvedBase | None = None, training: bool = True
+) -> Sources:
+    """Resolve what an arm is made from.
+
+    Args:
+        arm: The arm.
+        settings: Where the caches are.
+        progress: Told of downloads and conversions.
+        base: A base that has been found already.
+        training: Whether its training rows are needed. Evaluation rows that are a split of them need them too.
+
+    Raises:
+        AssetError: A source cannot be had, or is not what its pin says.
+    """
+    base = base or resolve_base(arm.base_model, arm.base_model_revision, settings, progress)
+    if not training and isinstance(arm.dataset.eval, str):
+        return Sources(base=base, train=None, eval=_find_eval(arm.dataset, arm.dataset.eval, settings, progress))
+    train, evaluation = find_data(arm.dataset, settings, progress)
+    return Sources(base=base, train=train, eval=evaluation)
+
+
+def pin(spec: ExperimentSpec, settings: Settings, progress: Progress, registry: Registry) -> ExperimentSpec:
+    """Fetch base and rows, and fill in every pin that the definition leaves open.
+
+    Args:
+        spec: The definition.
+        settings: Where the caches are.
+        progress: Told of downloads and conversions.
+        registry: Says which version the alias of `init_from` points to now.
+
+    Raises:
+        AssetError: A source cannot be had, or is not what its pin says.
+        TrackingError: `init_from` names nothing that exists.
+    """
+    base = resolve_base(spec.base_model, spec.base_model_revision, settings, progress)
+    train, evaluation = find_data(spec.dataset, settings, progress)
+    return spec.with_pins(
+        base_model_revision=base.revision,
+        train_revision=train.revision,
+        eval_revision=None if evaluation is None else evaluation.revision,
+        init_from=None if spec.init_from is None else registry.resolve(spec.init_from).uri,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +210,74 @@ def _record(
             "num_supervised_tokens": encoded.supervised_tokens,
         },
     )
+
+
+_PREVIEWED = 3
+
+
+def check_names(context: Context, found: Sequence[tuple[ArmSpec, Sources]]) -> None:
+    """Look up the modules and columns that arms name, before a base is loaded: that takes minutes for a large one.
+
+    Args:
+        context: Where the caches are.
+        found: The arms, each with where its base and rows are.
+
+    Raises:
+        AssetError: A table cannot be read.
+        ConfigError: With every name that the base or a table does not have.
+    """
+    bases = {path: Estimator(path).linear for path in {sources.base.path for _, sources in found}}
+    lookups: dict[object, Callable[[], object]] = {}
+    for arm, sources in found:
+        path, targets = sources.base.path, arm.lora.target_modules
+        lookups[path, targets] = partial(match_targets, bases[path], targets)
+        for side, data in (("train", sources.train), ("eval", sources.eval)):
+            lookups[arm.dataset, data, side] = partial(_check_columns, context, arm.dataset, data, side)
+    problems: dict[str, None] = {}
+    for lookup in lookups.values():
+        try:
+            lookup()
+        except ConfigError as error:
+            problems.update(dict.fromkeys(error.problems))
+    if problems:
+        raise ConfigError("\n".join(problems), tuple(problems))
+
+
+def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData | None, side: str) -> None:
+    if data is not None:
+        RowMapping.of(dataset, load_table(data, context.settings, context.voice).column_names, side)
+
+
+def check_rows(voice: Voice, arm: ArmSpec, vocab_size: int, rows: Rows, *, show: bool) -> tuple[Report, str]:
+    """Run the preflight, tell a person what it found, and make the preview.
+
+    Args:
+        voice: Whom to tell.
+        arm: The arm whose rows they are.
+        vocab_size: Tokens that its base has rows for.
+        rows: Its rows.
+        show: Whether to print the preview too.
+
+    Returns:
+        The report, and the preview as a page of HTML.
+
+    Raises:
+        DatasetError: With every error that was found.
+    """
+    report = preflight(
+        rows.examples,
+        rows.train,
+        rows.eval if rows.examples.eval else None,
+        rows.renderer,
+        max_length=arm.training.max_length,
+        vocab_size=vocab_size,
+    )
+    for finding in report.warnings:
+        voice.warn(str(finding))
+    report.raise_for_errors()
+    first = [rows.train[index] for index in range(min(_PREVIEWED, len(rows.train)))]
+    if show:
+        counts = f"{len(rows.train):,} rows to train on, {len(rows.eval):,} to evaluate on"
+        voice.say(f"rows: {counts}; the first ones, supervised tokens marked:")
+        voice.show(render_terminal(first, rows.renderer.tokenizer))
+    return report, render_html(first, rows.renderer.tokenizer)

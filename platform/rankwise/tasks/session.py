@@ -1,28 +1,100 @@
-"""A child's side of the conversation: commands, one after another, and what stays warm between them."""
+"""A child's side of the conversation: commands, one after another, and what stays warm between them.
+
+- Which claims this process may still speak for. The parent beats, and passes on what the queue says.
+- Work that ends between two batches when nobody wants it any more.
+- The voice of a child: what it says goes to its parent as events, and is shown there.
+"""
 
 from __future__ import annotations
 
+import io
+import itertools
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from rich.console import Console
+from structlog.contextvars import get_contextvars
+
+from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, JobKind, JobState, Outcome
+from rankwise.jobs.store import JobStore
 from rankwise.logs import job_log
+from rankwise.progress import Advance
 from rankwise.settings import Settings, at_work
-from rankwise.tasks.authority import Authority
 from rankwise.tasks.bases import BaseHolder
-from rankwise.tasks.context import Context, Voice, open_context
-from rankwise.tasks.outcomes import failure_of
+from rankwise.tasks.context import Context, failure_of, open_context
 from rankwise.tasks.rows import RowsCache
-from rankwise.tracking.runs import Run
-from rankwise.worker.host import worker_name
-from rankwise.worker.protocol import Message
-from rankwise.worker.results import Result, Results
+from rankwise.tracking.run import Run
+from rankwise.worker.heartbeat import lease_clock
+from rankwise.worker.placers import worker_name
+from rankwise.worker.protocol import Message, Result, Results
+from rankwise.worker.reporter import Kind, Lines, Voice
+
+_AGAIN_S = 0.5
+
+
+class Authority:
+    """What is known of the claims. Thread-safe.
+
+    Time is that of `lease_clock`, in which a process that was stopped (SIGSTOP) or a machine that slept has aged: after
+    that a claim counts as unconfirmed until the parent says otherwise.
+    """
+
+    def __init__(self) -> None:
+        """No claims."""
+        self._until: dict[str, float] = {}
+        self._lost: frozenset[str] = frozenset()
+        self._cancelled: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
+
+    def update(self, until: Mapping[str, float], lost: Collection[str], cancelled: Collection[str]) -> None:
+        """Take over what the parent knows."""
+        with self._lock:
+            self._until = dict(until)
+            self._lost = frozenset(lost)
+            self._cancelled = frozenset(cancelled)
+
+    def holds(self, token: str) -> bool:
+        """Whether nobody has said that the claim is lost."""
+        return token in self._until and token not in self._lost
+
+    def confirmed(self, token: str) -> bool:
+        """Whether the lease still runs, as far as this process knows."""
+        return self.holds(token) and lease_clock() < self._until[token]
+
+    def cancelled(self, token: str) -> bool:
+        """Whether a person wants the job stopped."""
+        return token in self._cancelled
+
+    def check(self, token: str, queue: JobStore) -> bool:
+        """Ask the queue, before anything is written that others can see; a no is remembered.
+
+        An outage of the queue's database is waited for while the lease lasts.
+        """
+        if self.patiently(token, lambda: queue.holds(token)):
+            return True
+        with self._lock:
+            self._lost |= {token}
+        return False
+
+    def patiently(self, token: str, ask: Callable[[], bool]) -> bool:
+        """The queue's answer for a claim; False where the claim is lost, or the queue away for as long as it lasts."""
+        while self.holds(token):
+            try:
+                return ask()
+            except JobStoreError:
+                if not self.confirmed(token):
+                    return False
+                time.sleep(_AGAIN_S)
+        return False
+
 
 _OFTEN_S = 1.0
 _FENCED_S = 2.0
@@ -198,3 +270,126 @@ def token_of(job: Job) -> str:
     """The token of a claimed job."""
     assert job.token is not None, f"job {job.id} is not claimed"
     return job.token
+
+
+class Stoppable:
+    """Progress of claimed jobs, told to the queue, that raises `KeyboardInterrupt` when all of them are unwanted."""
+
+    stops = True
+    """Whether a wish to stop ends the work too; otherwise it may first be kept."""
+
+    def __init__(self, session: Session, tokens: Sequence[str]) -> None:
+        """Of the jobs with these tokens."""
+        self._session = session
+        self._tokens = tokens
+
+    @contextmanager
+    def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
+        """See `rankwise.progress.Progress.task`."""
+        done = 0
+        with self.shown(description, total, unit) as advance:
+
+            def move(amount: int) -> None:
+                nonlocal done
+                if (self.stops and self._session.stop.is_set()) or self._unwanted():
+                    raise KeyboardInterrupt
+                done += amount
+                self.moved(description, done, total)
+                advance(amount)
+
+            yield move
+
+    def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+        """Show a task to people."""
+        return self._session.voice.task(description, total, unit)
+
+    def moved(self, description: str, done: int, total: int | None) -> None:
+        """Tell how far a task is."""
+        for token in self._tokens:
+            self._session.progress(token, {"phase": description, "done": done, "of": total})
+
+    def _unwanted(self) -> bool:
+        """Whether a person has cancelled all of the jobs, or others have them now."""
+        authority = self._session.authority
+        return all(authority.cancelled(token) or not authority.holds(token) for token in self._tokens)
+
+
+_PROGRESS_EVERY_S = 0.1
+_FIELDS = ("job", "attempt", "arm", "step")
+
+
+class RemoteVoice(Lines):
+    """Implements `rankwise.worker.reporter.Voice`."""
+
+    def __init__(self, emit: Callable[[Message], Any], *, width: int, terminal: bool) -> None:
+        """Speak through `emit`; what rich draws fits a console of this width, coloured for a terminal."""
+        self._emit = emit
+        self._width = width
+        self._terminal = terminal
+        self._ids = itertools.count()
+
+    def line(self, kind: Kind, text: str) -> None:
+        """One line of a kind."""
+        self._emit({"event": "line", "kind": kind, "text": text})
+
+    def show(self, renderable: Any) -> None:
+        """Something that rich can draw."""
+        drawn = io.StringIO()
+        console = Console(file=drawn, force_terminal=self._terminal, width=self._width, highlight=False)
+        console.print(renderable)
+        self._emit({"event": "show", "text": drawn.getvalue().rstrip("\n")})
+
+    @contextmanager
+    def noted(
+        self, description: str, total: int | None, unit: str
+    ) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+        """A task with a changing remark at its end; movements are gathered, a few go out a second."""
+        number = next(self._ids)
+        self._emit({"event": "task", "id": number, "description": description, "total": total, "unit": unit})
+        moved, remark, last = 0, "", time.monotonic()
+
+        def flush(*, always: bool = False) -> None:
+            nonlocal moved, remark, last
+            if not always and time.monotonic() - last < _PROGRESS_EVERY_S:
+                return
+            last = time.monotonic()
+            if moved:
+                self._emit({"event": "advance", "id": number, "amount": moved})
+                moved = 0
+            if remark:
+                self._emit({"event": "note", "id": number, "text": remark})
+                remark = ""
+
+        def advance(amount: int) -> None:
+            nonlocal moved
+            moved += amount
+            flush()
+
+        def note(text: str) -> None:
+            nonlocal remark
+            remark = text
+            flush()
+
+        try:
+            yield advance, note
+        finally:
+            flush(always=True)
+            self._emit({"event": "task_end", "id": number})
+
+
+class RemoteLog(logging.Handler):
+    """Hands log records to the parent, which writes them."""
+
+    def __init__(self, emit: Callable[[Message], Any], *, level: str = "WARNING") -> None:
+        """Send records of this level and above through `emit`."""
+        super().__init__(level)
+        self._send = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record; an exception's traceback becomes part of its text."""
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        known = {**get_contextvars(), **record.__dict__}
+        fields = {key: known[key] for key in _FIELDS if isinstance(known.get(key), (str, int))}
+        self._send({"event": "log", "name": record.name, "level": record.levelno, "text": text, "fields": fields})

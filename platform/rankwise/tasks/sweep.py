@@ -1,29 +1,193 @@
-"""A sweep as a whole: when all of its jobs have ended it is compared, plotted, and the alias is set."""
+"""A sweep as a whole: when all of its jobs have ended it is compared, plotted, and the alias is set.
+
+- Arms whose run has not begun, or is not there yet: until a worker begins with them the queue knows how they are.
+- What a finished sweep leaves: comparison and report on the parent run, and the alias on the best version.
+- The next round of a search, submitted by whoever sees the one before end.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
-from rankwise.evaluation.compare import Comparison
+from rankwise import __version__
+from rankwise.evaluation.compare import SECONDARY, ArmRecord, Comparison, compare, format_value, title
+from rankwise.evaluation.gather import gather, typed_params
+from rankwise.evaluation.smallest_rank import RankFinding, smallest_rank
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.loader import parse_experiment
+from rankwise.experiment.check import is_search, labelled_arms, parse_experiment, planned_rounds
 from rankwise.experiment.schema import ExperimentSpec
-from rankwise.experiment.space import SEARCHES
-from rankwise.experiment.sweep import labelled_arms
+from rankwise.experiment.search import SEARCHES
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import JobStore
-from rankwise.tasks.context import Context
-from rankwise.tasks.halving import end_pruned_runs
-from rankwise.tasks.payload import Work
-from rankwise.tasks.report import publish_report
-from rankwise.tasks.search import publish_history
-from rankwise.tracking.leavings import open_sweeps
+from rankwise.report.cells import model_route, run_route
+from rankwise.report.figure import rank_figure
+from rankwise.report.history import History
+from rankwise.report.page import headline, report_page
+from rankwise.report.table import comparison_json
+from rankwise.tasks.context import Context, Work
+from rankwise.tasks.search import arms_so_far, end_pruned_runs, history, publish_history
+from rankwise.tasks.submit import queue_arms
+from rankwise.tracking.cleanup import open_sweeps
+from rankwise.tracking.notes import arm_note, sweep_note, table
+from rankwise.tracking.query import current_sweep, membership
+from rankwise.tracking.run import Run
+from rankwise.tracking.store import Store
+
+_PAGE = 1000
+# Of jobs without a run. What has succeeded has one, here or in another experiment, and is linked by whoever submits it.
+_STATUS: Mapping[JobState, str] = {
+    JobState.QUEUED: "SCHEDULED",
+    JobState.RUNNING: "RUNNING",
+    JobState.UPLOADING: "RUNNING",
+    JobState.FAILED: "FAILED",
+    JobState.CANCELLED: "KILLED",
+}
+
+
+def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, everything: bool = False) -> Comparison:
+    """Take the arms without a run that has begun from the queue, with the state of their job in MLflow's words.
+
+    Args:
+        store: The MLflow store.
+        queue: The job store.
+        comparison: From `rankwise.evaluation.gather`.
+        everything: Whether it has the arms of all sweeps.
+
+    Raises:
+        JobStoreError: The queue's database cannot be reached.
+        TrackingError: The store cannot be reached.
+    """
+    known = {arm.spec_hash: arm for arm in comparison.arms}
+    begun = {spec_hash for spec_hash, arm in known.items() if arm.status != "SCHEDULED"}
+    jobs = [job for job in _train_jobs(queue, comparison.experiment) if job.spec_hash not in begun]
+    if jobs and not everything and comparison.experiment_id is not None:
+        sweep = current_sweep(store.runs(comparison.experiment_id, kind="sweep"))
+        if sweep is not None:
+            belongs = membership(sweep)
+            jobs = [job for job in jobs if belongs(job.spec.get("parent_run_id"), job.spec_hash)]
+    if not jobs:
+        return comparison
+    waiting = {job.spec_hash: _record(job, known.get(job.spec_hash)) for job in jobs}
+    sorted_arms = compare(
+        comparison.experiment,
+        list({**known, **waiting}.values()),
+        primary_metric=comparison.primary_metric,
+        greater_is_better=comparison.greater_is_better,
+    ).arms
+    return replace(comparison, arms=sorted_arms)
+
+
+def _train_jobs(queue: JobStore, experiment: str) -> Iterator[Job]:
+    last = 0
+    while page := queue.jobs(
+        kinds=[JobKind.TRAIN], experiment=experiment, states=list(_STATUS), limit=_PAGE, after_id=last
+    ):
+        yield from page
+        last = page[-1].id
+
+
+def _record(job: Job, planned: ArmRecord | None) -> ArmRecord:
+    if planned is not None:
+        return replace(planned, status=_STATUS[job.state], reason=job.error)
+    params = Work.of(job).arm.params
+    return ArmRecord(
+        spec_hash=job.spec_hash,
+        run_id=job.mlflow_run_id or "",
+        status=_STATUS[job.state],
+        reason=job.error,
+        params=typed_params({key: str(value) for key, value in params.items() if value is not None}),
+        metrics={},
+    )
+
+
+REPORT = "report.html"
+"""The page among the artifacts of the sweep's run."""
+
+# A note holds 8,000 characters.
+_MOST_ROWS = 25
+
+
+def publish_report(
+    context: Context, spec: ExperimentSpec, arms: Sequence[ArmSpec], parent: Run, command: str
+) -> Comparison:
+    """Compare the arms of this sweep, store comparison and report, and point the alias to the best version.
+
+    Args:
+        context: The stores.
+        spec: The definition.
+        arms: The sweep's arms; others of the same experiment are left out.
+        parent: The sweep's run.
+        command: How to run it again, for the note.
+    """
+    # Another sweep of the experiment may have been submitted since, with a primary metric and a base of its own.
+    known = gather(context.store, spec.name, everything=True, parent_run_id=parent.run_id)
+    everything = with_waiting(context.store, context.queue, known, everything=True)
+    hashes = {arm.spec_hash for arm in arms}
+    comparison = replace(everything, arms=tuple(arm for arm in everything.arms if arm.spec_hash in hashes))
+    finding = smallest_rank(context.store, comparison)
+    parent.json(comparison_json(comparison, finding), "comparison.json")
+    parent.text(report_page(context.store, comparison, finding, command=command, version=__version__), REPORT)
+    parent.figure(rank_figure(comparison), "plots/quality-by-rank.png")
+    parent.describe(sweep_note(spec, arms, command=command, results=_results(comparison, finding)))
+    best = comparison.best
+    if best is not None:
+        _crown(context, spec, best, {arm.spec_hash: arm for arm in arms}[best.spec_hash])
+    return comparison
+
+
+def _crown(context: Context, spec: ExperimentSpec, best: ArmRecord, arm: ArmSpec) -> None:
+    """Describe the best version and give it the alias."""
+    if spec.register is None or best.model_uri is None:
+        return
+    resolved = context.store.registry.resolve(best.model_uri)
+    if resolved.version is None:
+        return
+    name, version = resolved.version.name, resolved.version.version
+    values = {key: metric.value for key, metric in best.metrics.items() if metric.value is not None}
+    context.store.registry.describe_version(name, version, arm_note(arm, model_uri=best.model_uri, metrics=values))
+    if spec.register.alias is not None:
+        context.store.registry.set_alias(name, spec.register.alias, version)
+        context.voice.done(f"models:/{name}@{spec.register.alias} is version {version} (r = {arm.lora.r})")
+
+
+def _results(comparison: Comparison, finding: RankFinding | None) -> str:
+    """The comparison as Markdown, best configuration first; its links work in MLflow's UI wherever that is served."""
+    keys = [key for key in comparison.keys if key not in SECONDARY]
+    head = ["r", *(title(key) for key in keys), "run", "model"]
+    finished = [arm for configuration in comparison.ranking for arm in configuration.finished]
+    rows = []
+    for arm in finished[:_MOST_ROWS]:
+        cells = [" ± ".join(filter(None, format_value(key, *_value(arm, key)))) for key in keys]
+        run = f"[{arm.run_id[:8]}](#/{run_route(comparison, arm)})"
+        model = f"[{arm.model_uri}](#/{model_route(comparison, arm)})" if arm.model_uri else ""
+        rows.append([str(arm.params.get("lora.r", "")), *cells, run, model])
+    base = [
+        " ± ".join(filter(None, format_value(key, comparison.base[key].value, comparison.base[key].stderr)))
+        if key in comparison.base
+        else ""
+        for key in keys
+    ]
+    text = f"**{headline(comparison, finding)}** The artifact `{REPORT}` has the rule, plots and curves.\n\n"
+    text += table(head, [*rows, ["base alone", *base, "", ""]])
+    if len(finished) > _MOST_ROWS:
+        text += f"\n\n... and {len(finished) - _MOST_ROWS:,} more."
+    pruned = sum(arm.pruned for arm in comparison.arms)
+    if pruned:
+        arms = "arm was" if pruned == 1 else "arms were"
+        text += f"\n\n{pruned} {arms} stopped early; their runs say at which step and why."
+    return text
+
+
+def _value(arm: ArmRecord, key: str) -> tuple[float | None, float | None]:
+    metric = arm.metrics.get(key)
+    return (None, None) if metric is None else (metric.value, metric.stderr)
+
 
 logger = logging.getLogger(__name__)
-_PAGE = 1000
 _UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.UPLOADING)
 
 
@@ -143,3 +307,51 @@ def _pages(queue: JobStore, experiment: str, states: Collection[JobState] | None
     while page := queue.jobs(experiment=experiment, states=states, limit=_PAGE, after_id=last):
         yield from page
         last = page[-1].id
+
+
+def submit_next(context: Context, jobs: Collection[Job]) -> list[Job]:
+    """Queue the next round of each search that these jobs belong to, where the one before has ended.
+
+    Returns:
+        All jobs of these searches, those of earlier rounds too: another worker may have submitted the next one.
+    """
+    found: list[Job] = []
+    for work, priority in _sweeps(jobs):
+        spec = parse_experiment(work.definition, f"the definition of {work.experiment}")
+        if not is_search(spec):
+            continue
+        arms = arms_so_far(context, spec)
+        trains = context.queue.find(JobKind.TRAIN, [each.arm.spec_hash for each in arms])
+        evaluations = context.queue.find(JobKind.EVALUATE, [each.arm.eval_hash() for each in arms])
+        new = [
+            each
+            for each in arms
+            # Without its evaluation an arm was submitted by a process that died half-way.
+            if not each.settled and (each.arm.spec_hash not in trains or each.arm.eval_hash() not in evaluations)
+        ]
+        if new:
+            context.voice.say(_told(history(context, spec), len(planned_rounds(spec)), len(new)))
+            found += queue_arms(context, work, new, priority=priority)
+        found += [*trains.values(), *evaluations.values()]
+    return found
+
+
+def _told(found: History, rounds: int, new: int) -> str:
+    """Which round begins, from how many arms it was proposed, and the best of them."""
+    number = found.trials[-1].round
+    ended = sum(trial.round < number for trial in found.trials)
+    text = f"{found.experiment}: round {number + 1} of {rounds}: {new} arms, proposed from {ended} that have ended"
+    best = found.best_so_far[-1]
+    if best is None:
+        return text
+    trial = next(trial for trial in found.trials if trial.state == "complete" and trial.value == best)
+    return f"{text}; best so far {found.primary_metric} {best:.4g} with {trial.label}"
+
+
+def _sweeps(jobs: Collection[Job]) -> list[tuple[Work, int]]:
+    """The work of one job of each sweep, and its priority."""
+    found: dict[str, tuple[Work, int]] = {}
+    for job in jobs:
+        if "parent_run_id" in job.spec and job.spec["parent_run_id"] not in found:
+            found[job.spec["parent_run_id"]] = Work.of(job), job.priority
+    return list(found.values())

@@ -17,12 +17,12 @@ from rankwise.exceptions import TrackingError
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import JobStore
 from rankwise.tasks.context import Context
-from rankwise.tasks.prediction_run import EXPERIMENT as PREDICTIONS
+from rankwise.tasks.predict import EXPERIMENT as PREDICTIONS
 from rankwise.tasks.sweep import finish_open
-from rankwise.tracking.leavings import close_run, open_runs, remove_version, versions_of_jobs
-from rankwise.tracking.leftovers import SyncReport, refused_records
+from rankwise.tracking.cleanup import close_run, open_runs, remove_version, versions_of_jobs
+from rankwise.tracking.recovery import SyncReport, refused_records
 from rankwise.tracking.registry import ModelVersion
-from rankwise.tracking.runs import Status
+from rankwise.tracking.run import Status
 from rankwise.tracking.store import Store
 
 _PAGE = 1000

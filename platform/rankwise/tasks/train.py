@@ -12,19 +12,17 @@ from rankwise.experiment.arm import ArmSpec
 from rankwise.jobs.job import Job, Outcome
 from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
-from rankwise.tasks.claimed import ClaimedArm, open_run
-from rankwise.tasks.curves import Curves
-from rankwise.tasks.needs import adapter_directory
-from rankwise.tasks.outcomes import failure_of
-from rankwise.tasks.payload import Work
-from rankwise.tasks.prepare import Sources, find_sources
+from rankwise.tasks.claim import ClaimedArm, Curves, open_run
+from rankwise.tasks.context import Work, failure_of
+from rankwise.tasks.gc import adapter_directory
 from rankwise.tasks.publish import finish_arm, leave_arm, stored_outcome
+from rankwise.tasks.rows import Sources, find_sources
 from rankwise.tasks.session import Composition, Session, token_of
 from rankwise.tracking.provenance import collect
-from rankwise.tracking.runs import Run
+from rankwise.tracking.run import Run
+from rankwise.training.arm import ArmOutcome, ArmTask
 from rankwise.training.budget import plan_pack
-from rankwise.training.pack import train_pack
-from rankwise.training.values import ArmOutcome, ArmTask
+from rankwise.training.loop import train_pack
 
 logger = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"

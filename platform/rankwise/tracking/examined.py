@@ -21,10 +21,8 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from rankwise.exceptions import TrackingError
 from rankwise.redact import redact
 from rankwise.settings import Settings, set_process_defaults
-from rankwise.tracking.connect import _set_up_client, unreachable
-from rankwise.tracking.errors import describe, tracking_errors
-from rankwise.tracking.server import is_remote
-from rankwise.tracking.server_safety import look
+from rankwise.tracking.errors import _set_up_client, describe, tracking_errors, unreachable
+from rankwise.tracking.server import is_remote, look
 
 FOLDER = "rankwise-doctor"
 

@@ -1,18 +1,33 @@
-"""Reading many runs at once: one request per thousand runs, never one per run."""
+"""Reading many runs at once: one request per thousand runs, never one per run.
+
+An arm's own run names the sweep that trained it as its parent. A definition that was extended has arms of earlier
+sweeps too, so its run lists all of them.
+
+- Which arms belong to a sweep, and which sweep of an experiment is the current one, as tags of the sweep's run.
+- Small JSON artifacts of many runs, several requests at a time.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import unquote, urlparse
 
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run as MlflowRun
 
-from rankwise.tracking.errors import tracking_errors
-from rankwise.tracking.runs import KIND, PARENT, REASON, SPEC_HASH
+from rankwise.exceptions import TrackingError
+from rankwise.tracking.errors import describe, tracking_errors
+from rankwise.tracking.run import KIND, PARENT, REASON, SPEC_HASH
 
 _PAGE = 1000
 _THREADS = 8
@@ -197,3 +212,91 @@ def _quoted(value: str) -> str:
     if "'" in value:
         raise ValueError(f"a tag to search for must not contain a quote, got {value!r}")
     return value
+
+
+ARMS = "rankwise.arms"
+SUBMITTED = "rankwise.submitted"
+_SHORT = 12
+# A tag holds 8,000 characters: 600 hashes of 12 digits and a comma each.
+_PER_TAG = 600
+
+
+def sweep_tags(spec_hashes: Collection[str]) -> dict[str, str]:
+    """Tags for the run of a sweep, set whenever it is submitted (or has grown by a round of a search).
+
+    Args:
+        spec_hashes: Of all of its arms, also those that were trained before.
+    """
+    shorts = sorted({spec_hash[:_SHORT] for spec_hash in spec_hashes})
+    parts = [shorts[start : start + _PER_TAG] for start in range(0, len(shorts), _PER_TAG)]
+    tags = {ARMS if number == 0 else f"{ARMS}.{number}": ",".join(part) for number, part in enumerate(parts)}
+    return {**tags, SUBMITTED: str(time.time_ns() // 1_000_000)}
+
+
+def current_sweep(sweeps: Sequence[RunRecord]) -> RunRecord | None:
+    """The sweep that was submitted last, of the runs of kind `sweep`."""
+    return max(sweeps, key=_submitted, default=None)
+
+
+def of_sweep(sweep: RunRecord, arms: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs of arms that belong to a sweep: those it lists, and those it is the parent of."""
+    belongs = membership(sweep)
+    return [run for run in arms if belongs(run.parent, run.spec_hash or "")]
+
+
+def membership(sweep: RunRecord) -> Callable[[str | None, str], bool]:
+    """Tells of an arm, by the run id of its parent and its spec hash, whether it belongs to a sweep."""
+    listed = {
+        short
+        for key, value in sweep.tags.items()
+        if key == ARMS or key.startswith(f"{ARMS}.")
+        for short in value.split(",")
+    }
+    return lambda parent, spec_hash: parent == sweep.run_id or spec_hash[:_SHORT] in listed
+
+
+def _submitted(run: RunRecord) -> int:
+    text = run.tags.get(SUBMITTED, "")
+    return int(text) if text.isdecimal() else run.started_ms
+
+
+def read_json(client: MlflowClient, runs: Mapping[str, str], path: str) -> dict[str, Any]:
+    """The JSON artifact `path` of each run; runs without such an artifact are left out.
+
+    Args:
+        client: The client of the store.
+        runs: Run id to the URI of its artifacts; where that is empty, it is asked for.
+        path: As it was logged.
+
+    Raises:
+        TrackingError: The store cannot be reached, or what is stored is no JSON.
+    """
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        texts = pool.map(lambda run: _text(client, run[0], run[1], path), runs.items())
+        with without_collector():
+            return {run_id: _parsed(text, run_id, path) for run_id, text in zip(runs, texts, strict=True) if text}
+
+
+def _text(client: MlflowClient, run_id: str, artifacts: str, path: str) -> str | None:
+    if not artifacts:
+        artifacts = get_run(client, run_id).artifact_uri
+    where = urlparse(artifacts)
+    if where.scheme in {"", "file"}:  # On this machine: no request, and thousands are read in a second.
+        file = Path(unquote(where.path)) / path
+        return file.read_text() if file.is_file() else None
+    parent = path.rpartition("/")[0] or None
+    with tracking_errors(f"reading {path} of run {run_id}"):
+        try:
+            with TemporaryDirectory() as directory:
+                return Path(download_artifacts(artifact_uri=f"{artifacts}/{path}", dst_path=directory)).read_text()
+        except Exception as error:  # Each kind of store has its own error for a file that is not there: ask.
+            if any(found.path == path for found in client.list_artifacts(run_id, parent)):
+                raise TrackingError(f"{path} of run {run_id} cannot be read: {describe(error)}") from error
+            return None
+
+
+def _parsed(text: str, run_id: str, path: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise TrackingError(f"the artifact {path} of run {run_id} is no JSON: {error}") from error

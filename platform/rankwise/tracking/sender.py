@@ -12,9 +12,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from rankwise.exceptions import RankwiseError, TrackingError
-from rankwise.tracking.delivery import Batch, batches, deliver, halves
 from rankwise.tracking.errors import describe, is_final
-from rankwise.tracking.outbox import Outbox
+from rankwise.tracking.outbox import Batch, Outbox, batches, deliver, halves
 
 _logger = logging.getLogger(__name__)
 _FIRST_PAUSE = 1.0

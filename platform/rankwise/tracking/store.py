@@ -16,18 +16,15 @@ from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
-from rankwise.tracking.connect import connect, unreachable
-from rankwise.tracking.errors import is_final, tracking_errors
-from rankwise.tracking.leftovers import SyncReport, find_left
+from rankwise.tracking.errors import connect, is_final, tracking_errors, unreachable
+from rankwise.tracking.notes import VIEW_TAG, table_view
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import RunRecord, search_runs
+from rankwise.tracking.recovery import ATTEMPT, Replay, SyncReport, find_left
 from rankwise.tracking.registry import JOB, Registry
-from rankwise.tracking.replay import ATTEMPT, Replay
-from rankwise.tracking.runs import KIND, NOTE, PARENT, SPEC_HASH, Run, Scalar, shorten
+from rankwise.tracking.run import KIND, NOTE, PARENT, SPEC_HASH, Run, Scalar, SystemMonitor, shorten
 from rankwise.tracking.sender import Sender
-from rankwise.tracking.system_metrics import SystemMonitor
-from rankwise.tracking.table_view import VIEW_TAG, table_view
-from rankwise.tracking.texts import storable
+from rankwise.tracking.values import storable
 
 if TYPE_CHECKING:
     from rankwise.experiment.schema import ExperimentSpec

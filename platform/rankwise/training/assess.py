@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from rankwise.data.collator import collate
-from rankwise.data.encoding import Encoded
+from rankwise.data.batches import collate
+from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError
-from rankwise.modeling.packed_lora import Routing, Segment
-from rankwise.modeling.supervised import SupervisedLogits
-from rankwise.training.living import LivingArm
-from rankwise.training.memory import is_out_of_memory
+from rankwise.modeling.base import is_out_of_memory
+from rankwise.modeling.lora.logits import SupervisedLogits
+from rankwise.modeling.lora.packed import Routing, Segment
+from rankwise.training.arm import LivingArm
 
 METRICS = ("eval.loss", "eval.perplexity", "eval.token_accuracy")
 """What is computed here."""

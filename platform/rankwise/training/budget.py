@@ -18,14 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rankwise.modeling.activations import ActivationShape, AdapterShape
-from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.dequantized import dequantized_bytes, free_memory, is_dequantized
-from rankwise.modeling.estimate import match_targets
-from rankwise.modeling.skeleton import linear_modules
-from rankwise.training.optimizers import state_bytes
-from rankwise.training.passes import Passes
-from rankwise.training.values import ArmTask
+from rankwise.modeling.base import LoadedBase, linear_modules
+from rankwise.modeling.estimate import ActivationShape, AdapterShape, match_targets
+from rankwise.modeling.lora.lean import dequantized_bytes, free_memory, is_dequantized
+from rankwise.training.arm import ArmTask, state_bytes
+from rankwise.training.step import Passes
 
 logger = logging.getLogger(__name__)
 CPU_SHARE = 0.75

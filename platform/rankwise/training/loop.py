@@ -1,23 +1,34 @@
-"""The loop over the steps of a pack: who joins, steps, is evaluated and saved, pauses and leaves."""
+"""The loop over the steps of a pack: who joins, steps, is evaluated and saved, pauses and leaves.
+
+- The state of a base's model while a pack is trained.
+- Train a pack: one arm or many over one base, each as if alone.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from rankwise.exceptions import JobError
-from rankwise.experiment.metric_names import GREATER_IS_BETTER
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rankwise.exceptions import ConfigError, JobError
+from rankwise.experiment.schema import GREATER_IS_BETTER
 from rankwise.logs import bound
-from rankwise.modeling.base import LoadedBase
-from rankwise.modeling.packed_lora import delete_adapter, install
-from rankwise.training.assess import Assessor
+from rankwise.modeling.base import LoadedBase, is_out_of_memory
+from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
+from rankwise.modeling.lora.packed import delete_adapter, install
+from rankwise.training.arm import ArmOutcome, ArmTask, LivingArm, PackObserver, StepRecord
+from rankwise.training.assess import METRICS, Assessor
+from rankwise.training.budget import default_token_budget, plan_pack, usual_pass
 from rankwise.training.checkpoint import Checkpoints
-from rankwise.training.living import LivingArm
-from rankwise.training.memory import PeakMemory, is_out_of_memory
-from rankwise.training.passes import Passes
-from rankwise.training.step import Nonfinite, Stepper
-from rankwise.training.values import ArmOutcome, ArmTask, PackObserver, StepRecord
+from rankwise.training.step import Nonfinite, Passes, PeakMemory, Stepper, give_back
 
 logger = logging.getLogger(__name__)
 
@@ -227,3 +238,156 @@ def _is_better(value: float, arm: LivingArm, primary: str) -> bool:
     if arm.best is None:
         return True
     return value > arm.best.value if primary in GREATER_IS_BETTER else value < arm.best.value
+
+
+@contextmanager
+def training_mode(model: Any, *, gradient_checkpointing: bool) -> Iterator[None]:
+    """Prepare a model for training adapters, and give it back in evaluation mode.
+
+    The model stays in evaluation mode: dropout of the base itself would draw from the global generator, so that an arm
+    would depend on its neighbours. bitsandbytes' layers alone are switched to training: in evaluation mode they may
+    repack their weights for a kernel without a backward.
+
+    Gradient checkpointing wraps the blocks here, since transformers does it in training mode only, and then also makes
+    the embeddings ask for a gradient that nobody needs.
+
+    Raises:
+        ConfigError: Gradient checkpointing is asked for and the architecture has no blocks to checkpoint.
+    """
+    model.eval()
+    if any(
+        isinstance(module, nn.Dropout) and module.p > 0 and "lora_dropout" not in name
+        for name, module in model.named_modules()
+    ):
+        logger.info("the base's own dropout is off in training; only the adapters' is drawn")
+    quantized = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if gradient_checkpointing and not blocks:
+        raise ConfigError(
+            f"training.gradient_checkpointing: {type(model).__name__} has no blocks to checkpoint; set it to false"
+        )
+    for module in quantized:
+        module.training = True
+    if gradient_checkpointing:
+        for block in blocks:
+            block.forward = _Checkpointed(block)
+    try:
+        yield
+    finally:
+        for module in quantized:
+            module.training = False
+        if gradient_checkpointing:
+            for block in blocks:
+                del block.forward
+
+
+class _Checkpointed:
+    """A block's forward that keeps its input only and runs again in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._forward = type(block).forward.__get__(block)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        # No state of the global generator to keep: nothing draws from it.
+        return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def train_pack(
+    base: LoadedBase,
+    tasks: Sequence[ArmTask],
+    *,
+    directory: Path,
+    observer: PackObserver | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    should_leave: Callable[[str], bool] = lambda spec_hash: False,
+    evaluate: Evaluate | None = None,
+    parts: int | None = None,
+    max_pack_tokens: int | None = None,
+) -> dict[str, ArmOutcome]:
+    """Train arms together, from their newest checkpoints if there are any.
+
+    One pack step is one optimizer step of every arm that is still in the pack. An arm leaves when its steps are done or
+    when its loss or gradient is not finite, and for a time when its `stop_at` is reached; the others go on, untouched.
+    The base's model is as before when this returns or raises.
+
+    Args:
+        base: The loaded base, without adapters of these arms.
+        tasks: The arms. They must share base and quantization (`ArmSpec.pack_key`).
+        directory: Root of checkpoints and results; may be shared by all packs of a home.
+        observer: Told of steps, evaluations, checkpoints and ends.
+        should_stop: Asked before each pack step; when it says True all arms are saved and end as `stopped`.
+        should_leave: The same for a single arm, by spec hash: it ends as `stopped`, the others go on.
+        evaluate: Replaces the evaluation at `eval_steps`, for primary metrics that need generation; the default
+            computes loss, perplexity and token accuracy over the supervised tokens.
+        parts: In how many forward passes the arms of a micro-step go through the base; by `plan_pack` when left out.
+        max_pack_tokens: Tokens of a forward pass, with padding; by `plan_pack` when left out. Arms that were started
+            together before go on as they were split then.
+
+    Returns:
+        The outcome of every arm, by spec hash. Arms whose results are in `directory` already are not trained again if
+        all arms of the same pack are there.
+
+    Raises:
+        ConfigError: Arms do not differ, have no rows, do not fit the base, or ask for evaluations they have no rows
+            or no metric for.
+        JobError: Out of memory with a single arm.
+        StorageError: A checkpoint cannot be written.
+    """
+    _check(tasks, evaluate)
+    observer = observer or PackObserver()
+    checkpoints = Checkpoints(directory, [task.spec.spec_hash for task in tasks], base)
+    known = checkpoints.outcomes()
+    if len(known) == len(tasks):
+        for outcome in known.values():
+            observer.on_end(outcome)
+        return known
+    if parts is None:
+        plan = plan_pack(base, tasks, token_budget=max_pack_tokens)
+        logger.info("%s", plan.estimate.text())
+        passes = plan.passes
+    else:
+        passes = Passes(parts=parts, max_tokens=max_pack_tokens or default_token_budget(base))
+    checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
+    give_back()
+    with (
+        training_mode(base.model, gradient_checkpointing=checkpointing),
+        keep_dequantized(base.model, tokens=usual_pass(tasks, passes.max_tokens)),
+        lean_8_bit_layers(base.model),
+        lean_feed_forwards(base.model),
+    ):
+        pack = PackLoop(base, tasks, checkpoints, observer, evaluate, passes)
+        try:
+            return pack.run(should_stop, should_leave)
+        finally:
+            pack.close()
+            give_back()
+
+
+def _check(tasks: Sequence[ArmTask], evaluate: Evaluate | None) -> None:
+    problems = []
+    if not tasks:
+        problems.append("a pack needs at least one arm")
+    if len({task.spec.spec_hash for task in tasks}) < len(tasks):
+        problems.append("two arms of the pack are the same; each may be given once")
+    if len({task.spec.pack_key for task in tasks}) > 1:
+        problems.append("the arms of the pack do not share base, quantization and gradient checkpointing")
+    for task in tasks:
+        spec = task.spec
+        if not task.train:
+            problems.append(f"arm {spec.short} has no training rows")
+        if spec.training.eval_steps is not None and not task.evaluation:
+            problems.append(f"arm {spec.short}: training.eval_steps is set, but there are no evaluation rows")
+        if task.stop_at is not None and not task.evaluation:
+            problems.append(
+                f"arm {spec.short}: it is to be evaluated at step {task.stop_at}, but there are no rows for it"
+            )
+        primary = spec.evaluation.primary_metric
+        if spec.checkpoint == "best" and evaluate is None and primary not in METRICS:
+            problems.append(
+                f"arm {spec.short}: the best checkpoint by {primary} needs an evaluation that generates; "
+                f"without one the primary metric must be one of {', '.join(METRICS)}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems), tuple(problems))

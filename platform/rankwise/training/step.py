@@ -20,31 +20,117 @@ tokens, the machine otherwise in use, so take ratios):
 
 Of the 3.2 seconds 72 % are the base's matrix products, at 60 to 100 % of what MKL reaches on these shapes alone; the
 adapters take 15 %, dropout a third of that. oneDNN's packed weights are not in this build of torch.
+
+- The largest memory seen, the end of it, and giving it back.
+- In how many forward passes the arms of a micro-step go through the base.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 from torch.nn import functional
 
-from rankwise.data.collator import collate
-from rankwise.data.encoding import Encoded
+from rankwise.data.batches import collate
+from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError
-from rankwise.modeling.packed_lora import Routing, Segment
-from rankwise.modeling.supervised import SupervisedLogits
-from rankwise.training.living import LivingArm
-from rankwise.training.memory import PeakMemory, is_out_of_memory
-from rankwise.training.passes import Passes
-from rankwise.training.values import StepRecord
+from rankwise.modeling.base import is_out_of_memory
+from rankwise.modeling.lora.logits import SupervisedLogits
+from rankwise.modeling.lora.packed import Routing, Segment
+from rankwise.training.arm import LivingArm, StepRecord
+
+
+def give_back() -> None:
+    """Let the system have what this process has freed on a CPU: glibc keeps it otherwise (750 MiB after a pack)."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+class PeakMemory:
+    """Largest memory of this process since the start of the watch.
+
+    On CUDA the allocator knows its peak. On a CPU the kernel's own high-water mark covers the whole life of the
+    process, which trains one arm after another; so the resident set is read after each forward and backward pass, where
+    it is largest.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin to watch."""
+        self._device = device
+        self._process = psutil.Process()
+        self._peak = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.sample()
+
+    def sample(self) -> None:
+        """Look at the memory of now."""
+        if self._device.type != "cuda":
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    @property
+    def bytes(self) -> int:
+        """The largest so far."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else self._peak
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How arms are split. It decides last bits of the results, so it is kept with the checkpoints.
+
+    Attributes:
+        parts: The arms are cut into so many runs of one length (or fewer, where arms are few).
+        max_tokens: Each run is cut again where its rows times its longest row exceed this; None for no limit. A single
+            arm is never cut.
+    """
+
+    parts: int = 1
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what leaves no pass."""
+        if self.parts < 1:
+            raise ValueError(f"parts must be at least 1, got {self.parts}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1 or None, got {self.max_tokens}")
+
+    def split(self, items: Sequence[T], size: Callable[[T], tuple[int, int]]) -> Iterator[list[T]]:
+        """Cut arms into passes, in their order.
+
+        Args:
+            items: The arms, or what stands for them.
+            size: Rows of an arm in this micro-step, and tokens of the longest of them.
+        """
+        run = math.ceil(len(items) / self.parts)
+        for start in range(0, len(items), run):
+            group: list[T] = []
+            rows = longest = 0
+            for item in items[start : start + run]:
+                count, length = size(item)
+                rows, longest = rows + count, max(longest, length)
+                if group and self.max_tokens is not None and rows * longest > self.max_tokens:
+                    yield group
+                    group, rows, longest = [], count, length
+                group.append(item)
+            yield group
+
+    def finer(self, arms: int) -> Passes:
+        """Twice as many parts, but no more than there are arms."""
+        return replace(self, parts=min(2 * self.parts, arms))
+
 
 logger = logging.getLogger(__name__)
 

@@ -1,21 +1,104 @@
 """Keeps a worker's claims alive while its child computes, and tells which are lost and which a person wants stopped.
 
 It also announces the worker, so that people see who is there.
+
+The end of the terminal (SIGHUP) asks for a checkpoint too, however often it is told.
+
+- How long things may take, in seconds.
+- The wish to stop: the first SIGINT or SIGTERM asks for a checkpoint, the second one ends the work at once.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, MappingProxyType, TracebackType
+from typing import Any, Self
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, Worker
 from rankwise.jobs.store import JobStore
-from rankwise.worker.timing import Timing, lease_clock
+
+DEADLINES: Mapping[str, float] = MappingProxyType(
+    {
+        "start": 600.0,
+        "load": 3600.0,
+        "tokenize": 3600.0,
+        "train": 3600.0,
+        "evaluate": 3600.0,
+        "answer": 3600.0,
+        "upload": 1800.0,
+        "report": 1800.0,
+    }
+)
+"""Silence after which a child counts as hung, by phase. Downloads, tokenizing and steps tell of themselves; quantizing
+a large base and a step of a large model on a CPU do not for many minutes, hence the large numbers."""
+
+
+def lease_clock() -> float:
+    """Seconds on a clock that all processes of a machine share, and that goes on while the machine sleeps.
+
+    `time.monotonic()` stands still then, and a claim that others have taken over would look as if it still stood.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """A worker's times.
+
+    Attributes:
+        lease: A claim without a heartbeat for so long goes to another worker.
+        beat: Between two heartbeats.
+        watch: Between two looks for cancelled jobs.
+        announce: Between two announcements of the worker.
+        poll: Between two looks for work.
+        reclaim: Between two looks for dead workers.
+        grace: From the wish to stop until the child is ended, whatever it does.
+        upload: How long a worker that is to end waits for the tracking server to take what is computed.
+        pause: First pause after the environment was at fault; doubled each time up to `longest_pause`.
+        longest_pause: See `pause`.
+        deadlines: By phase, see `DEADLINES`.
+    """
+
+    lease: float = 60.0
+    beat: float = 10.0
+    watch: float = 2.0
+    announce: float = 30.0
+    poll: float = 1.0
+    reclaim: float = 5.0
+    grace: float = 60.0
+    upload: float = 600.0
+    pause: float = 10.0
+    longest_pause: float = 300.0
+    deadlines: Mapping[str, float] = field(default_factory=lambda: DEADLINES)
+
+    @classmethod
+    def of_lease(cls, lease: float, *, grace: float = 60.0, patience: float | None = None) -> Self:
+        """The times that go with a lease: six heartbeats fit into it.
+
+        Args:
+            lease: Seconds.
+            grace: Seconds.
+            patience: In place of all deadlines.
+        """
+        beat = min(10.0, lease / 6)
+        return cls(
+            lease=lease,
+            beat=beat,
+            watch=min(2.0, beat),
+            announce=min(30.0, lease / 2),
+            reclaim=min(5.0, lease / 2),
+            grace=grace,
+            deadlines=DEADLINES if patience is None else dict.fromkeys(DEADLINES, patience),
+        )
+
 
 logger = logging.getLogger(__name__)
 
@@ -172,3 +255,64 @@ class Heartbeat:
             if new:
                 self._cancelled |= new
                 self.changes += 1
+
+
+_STANDARD = (0, 1, 2)
+
+
+class Stop:
+    """What the signals have said so far."""
+
+    def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
+        """Nothing was asked for yet; `on_first` is called at the first wish."""
+        self._on_first = on_first
+        self.since: float | None = None
+        self.now = False
+        self.followers: list[Stop] = []
+        """Asked whenever this one is."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether the work is to end."""
+        return self.since is not None
+
+    def ask(self) -> None:
+        """Wish it once, or once more."""
+        if self.since is None:
+            self.since = time.monotonic()
+            self._on_first()
+        else:
+            self.now = True
+        for follower in self.followers:
+            follower.ask()
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Take SIGINT, SIGTERM and SIGHUP (unless `nohup` has it ignored) for wishes while the block runs.
+
+        Only in a main thread.
+        """
+        terminals = [descriptor for descriptor in _STANDARD if os.isatty(descriptor)]
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.ask()
+
+        def on_hangup(number: int, frame: FrameType | None) -> None:
+            # What is still said to a terminal that is gone would be an error, and end the work.
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for descriptor in terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            # The shell and the kernel both tell.
+            if not self.asked:
+                self.ask()
+
+        handlers = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handlers[signal.SIGHUP] = on_hangup
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -15,19 +15,11 @@ import psutil
 from rankwise.exceptions import JobStoreError, TrackingError
 from rankwise.jobs.job import Job, JobState, Outcome, Worker
 from rankwise.jobs.store import JobStore
-from rankwise.worker.child import Child
-from rankwise.worker.conversation import CommandFailedError, Conversation
-from rankwise.worker.errors import as_exception
-from rankwise.worker.hands import Hands, Note
-from rankwise.worker.heartbeat import Heartbeat
-from rankwise.worker.outages import Outages
-from rankwise.worker.owed import Owed
-from rankwise.worker.protocol import Message
-from rankwise.worker.results import Result, Results
-from rankwise.worker.stopping import Stop
-from rankwise.worker.timing import Timing, lease_clock
-from rankwise.worker.uploads import Uploads
-from rankwise.worker.voice import Voice
+from rankwise.worker.child import Child, CommandFailedError, Conversation, as_exception
+from rankwise.worker.heartbeat import Heartbeat, Stop, Timing, lease_clock
+from rankwise.worker.job_runner import Hands, Note, Outages, Owed, Uploads
+from rankwise.worker.protocol import Message, Result, Results
+from rankwise.worker.reporter import Voice
 
 MAX_ARMS = 16
 """The most that is claimed together when nobody says otherwise; memory decides how many of them are started."""

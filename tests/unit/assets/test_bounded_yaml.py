@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rankwise.assets.bounded_yaml import MAX_BYTES, read_yaml
+from rankwise.assets.guard import MAX_BYTES, read_yaml
 from rankwise.exceptions import AdapterIntegrityError
 from rankwise.flavor.fetch import read_mlmodel
 

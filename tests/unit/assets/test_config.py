@@ -2,7 +2,7 @@ import pytest
 from helpers.bases import settings_in
 from helpers.gguf_file import make_gguf
 
-from rankwise.assets.config import find_config
+from rankwise.assets.base import find_config
 from rankwise.exceptions import AssetError
 
 

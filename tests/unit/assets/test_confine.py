@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.assets.base import resolve_base
-from rankwise.assets.config import find_config
-from rankwise.assets.confine import confine, refuse_files_elsewhere
+from rankwise.assets.base import find_config, resolve_base
 from rankwise.assets.dataset import resolve_data
+from rankwise.assets.guard import confine, refuse_files_elsewhere
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.settings import Settings
 

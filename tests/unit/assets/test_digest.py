@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from rankwise.assets import digest
-from rankwise.assets.digest import directory_digest, file_digest
+from rankwise import files as digest
 from rankwise.exceptions import AssetError
+from rankwise.files import directory_digest, file_digest
 from rankwise.settings import Settings
 
 

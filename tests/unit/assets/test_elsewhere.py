@@ -8,9 +8,8 @@ from helpers.bases import settings_in
 from helpers.tiny import make_base
 from huggingface_hub import constants
 
-from rankwise.assets import digest
-from rankwise.assets.base import resolve_base
-from rankwise.assets.elsewhere import check_elsewhere, list_elsewhere
+from rankwise import files as digest
+from rankwise.assets.base import check_elsewhere, list_elsewhere, resolve_base
 
 COMMIT = "a1" * 20
 

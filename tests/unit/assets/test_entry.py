@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.assets import entry as entries
-from rankwise.assets.entry import ensure_entry, remove_entry, remove_leftovers, tree_size
+from rankwise import files as entries
 from rankwise.exceptions import AssetError, StorageError
+from rankwise.files import ensure_entry, remove_entry, remove_leftovers, tree_size
 from rankwise.settings import Settings
 
 BUILDER = """
 import sys, time
 from pathlib import Path
-from rankwise.assets.entry import ensure_entry
+from rankwise.files import ensure_entry
 from rankwise.settings import Settings
 
 def build(folder):

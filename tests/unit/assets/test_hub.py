@@ -16,7 +16,7 @@ from helpers.tiny import make_base
 from rankwise.assets import hub
 from rankwise.assets.base import resolve_base
 from rankwise.assets.hub import check_blobs, resolve_commit
-from rankwise.assets.weights import INDEX
+from rankwise.assets.layout import INDEX
 from rankwise.exceptions import AssetError, StorageError
 from rankwise.settings import Settings
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from rankwise.assets.keys import new_pair, private_key, public_key, trusted_keys
 from rankwise.exceptions import ConfigError, StorageError
+from rankwise.flavor.signing import new_pair, private_key, public_key, trusted_keys
 
 
 def test_a_pair_signs_and_verifies_and_the_private_key_is_its_owners(tmp_path):

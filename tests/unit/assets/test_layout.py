@@ -3,8 +3,7 @@ import json
 import pytest
 from helpers.tiny import make_base
 
-from rankwise.assets.layout import base_files, belongs, check_base, missing_parts
-from rankwise.assets.weights import INDEX
+from rankwise.assets.layout import INDEX, base_files, belongs, check_base, missing_parts
 from rankwise.exceptions import AssetError
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from rankwise.assets.pin import check_digest, read_source
+from rankwise.assets.guard import check_digest, read_source
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource
 

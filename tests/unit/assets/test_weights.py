@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rankwise.assets.weights import INDEX, read_header, tensors, tensors_digest, weight_files
+from rankwise.assets.layout import INDEX, read_header, tensors, tensors_digest, weight_files
 from rankwise.exceptions import AssetError
 
 

@@ -1,8 +1,8 @@
 from helpers.anatomies import anatomy, planned, target
 from rich.console import Console
 
-from rankwise.cli.anatomy_view import render
-from rankwise.modeling.anatomy import Check
+from rankwise.cli.inspect import render
+from rankwise.modeling.anatomy.anatomy import Check
 
 
 def shown(made, width=140):

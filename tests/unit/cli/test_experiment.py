@@ -10,11 +10,9 @@ import pytest
 from click.testing import CliRunner
 from helpers.definitions import DEFINITION, changed
 
-from rankwise.cli.experiment import command_line, plan, schema, validate
-from rankwise.cli.submit import submit
+from rankwise.cli.experiment import command_line, plan, schema, submit, validate
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.loader import load_experiment
-from rankwise.experiment.sweep import expand
+from rankwise.experiment.check import expand, load_experiment
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 HEAVY = ("torch", "transformers", "mlflow", "datasets", "peft", "sqlalchemy", "numpy")

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.flavored import make_world
 
-from rankwise.cli.export import export
+from rankwise.cli.registry import export
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.flavored import make_world
 
-from rankwise.cli.imports import _QUANTIZATIONS, import_
+from rankwise.cli.registry import _QUANTIZATIONS, import_
 from rankwise.exceptions import ConfigError
 from rankwise.flavor.imports import QUANTIZATIONS
 

@@ -8,11 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from rankwise.cli.db import db
-from rankwise.cli.job_log import follow
-from rankwise.cli.jobs import jobs
-from rankwise.cli.queue import open_queue
-from rankwise.cli.status import status
+from rankwise.cli.jobs import follow, jobs, open_queue, status
+from rankwise.cli.upkeep import db
 from rankwise.exceptions import JobError, JobStoreError
 from rankwise.jobs.database import head_revision
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
@@ -179,13 +176,13 @@ def test_status_tells_depth_packs_workers_and_the_time_left():
 
 @pytest.mark.usefixtures("queue")
 def test_a_probe_tells_whether_a_worker_of_this_host_was_heard_of(monkeypatch):
-    monkeypatch.setattr("rankwise.cli.status.host", lambda: "here")
+    monkeypatch.setattr("rankwise.cli.jobs.host", lambda: "here")
     assert probe() == (0, "")
-    monkeypatch.setattr("rankwise.cli.status._SILENT_S", -1)
+    monkeypatch.setattr("rankwise.cli.jobs._SILENT_S", -1)
     code, said = probe()
     assert code == 1
     assert "no worker of here was heard of for" in said
-    monkeypatch.setattr("rankwise.cli.status.host", lambda: "elsewhere")
+    monkeypatch.setattr("rankwise.cli.jobs.host", lambda: "elsewhere")
     assert probe() == (1, "the queue knows no worker of elsewhere\n")
 
 

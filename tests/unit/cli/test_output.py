@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rankwise.cli import output
-from rankwise.cli.output import note, print_json, print_table, show, size, waiting
-from rankwise.cli.progress import Bars
+from rankwise.cli.output import Bars, note, print_json, print_table, show, size, waiting
 
 
 @pytest.mark.parametrize(

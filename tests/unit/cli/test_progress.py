@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from rankwise.cli import progress
-from rankwise.cli.progress import Bars
+from rankwise.cli import output as progress
+from rankwise.cli.output import Bars
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 from helpers.local_store import local_settings
 
-from rankwise.cli.queue import open_queue, with_waiting_arms
+from rankwise.cli.jobs import open_queue, with_waiting_arms
 
 
 def test_a_reader_without_a_queue_is_told_so_and_makes_none(tmp_path, capsys):
@@ -25,7 +25,7 @@ def test_arms_that_wait_are_added_where_there_is_a_queue(tmp_path, capsys, monke
     with open_queue(settings):
         pass
     monkeypatch.setattr(
-        "rankwise.tasks.waiting.with_waiting", lambda store, queue, comparison, everything: (comparison, everything)
+        "rankwise.tasks.sweep.with_waiting", lambda store, queue, comparison, everything: (comparison, everything)
     )
     assert with_waiting_arms(settings, None, "what MLflow has", everything=True) == ("what MLflow has", True)
     assert capsys.readouterr().err == ""

@@ -8,7 +8,7 @@ from helpers.flavored import make_world
 
 from rankwise.cli.registry import pull
 from rankwise.exceptions import AssetError, TrackingError
-from rankwise.modeling.manifest import check_manifest
+from rankwise.modeling.fingerprint import check_manifest
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.cli.main import cli
-from rankwise.cli.run_beside import workers_beside
-from rankwise.worker import gpus, local_placer
+from rankwise.cli.run import workers_beside
+from rankwise.worker import placers as gpus
+from rankwise.worker import placers as local_placer
+from rankwise.worker.heartbeat import Stop
 from rankwise.worker.loop import Plan
-from rankwise.worker.stopping import Stop
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_run_names_its_sweep_to_the_workers_beside_it(monkeypatch):
         def run(self):
             return 0
 
-    monkeypatch.setattr("rankwise.cli.run_beside.LocalPlacer", Placer)
+    monkeypatch.setattr("rankwise.cli.run.LocalPlacer", Placer)
     loop = SimpleNamespace(await_workers=lambda count, timeout: True)
     bars = SimpleNamespace(say=lambda text: None)
     with workers_beside(loop, bars, Stop(), ["1"], "e", "run-1", 4, 5.0):

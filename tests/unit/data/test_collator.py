@@ -3,8 +3,8 @@ import pytest
 import torch
 from helpers.data_rows import ask, make_renderer
 
-from rankwise.data.collator import collate
-from rankwise.data.encoding import Encoded, encode
+from rankwise.data.batches import collate
+from rankwise.data.tokens import Encoded, encode
 
 ROWS = [
     Encoded(id="a", input_ids=np.array([1, 2, 3], np.int32), supervised=np.array([False, True, True])),

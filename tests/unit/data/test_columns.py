@@ -2,7 +2,7 @@ import datetime
 
 import pytest
 
-from rankwise.data.columns import RowTemplate, is_missing
+from rankwise.data.rows import RowTemplate, is_missing
 from rankwise.exceptions import DatasetError
 
 ROW = {"carat": 0.23, "price": 326, "cut": "Ideal", "sold": datetime.date(2024, 5, 1), "table": 55.0}

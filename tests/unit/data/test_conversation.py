@@ -3,7 +3,7 @@ import json
 import pytest
 from helpers.data_rows import chat, definition
 
-from rankwise.data.conversation import RowMapping, answer_turns, parse_messages, prompt_key
+from rankwise.data.rows import RowMapping, answer_turns, parse_messages, prompt_key
 from rankwise.exceptions import DatasetError
 
 USER, ANSWER = ("user", "How much?"), ("assistant", "$326")

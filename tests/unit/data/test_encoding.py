@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from helpers.data_rows import ask, make_renderer
 
-from rankwise.assets.progress import Silent
-from rankwise.data.encoding import Encoded, EncodedSet, encode, kept
+from rankwise.data.tokens import Encoded, EncodedSet, encode, kept
+from rankwise.progress import Silent
 from rankwise.settings import Settings
 
 

@@ -3,9 +3,8 @@ from helpers.data_rows import DEFAULT_SYSTEM, FORGETS_THINKING, QUICK, ask, chat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.conversation import answer_turns
-from rankwise.data.encoding import encode
-from rankwise.data.masking import mask_examples
+from rankwise.data.rows import answer_turns
+from rankwise.data.tokens import encode, mask_examples
 from rankwise.exceptions import DatasetError
 
 RENDERERS = {name: make_renderer(name) for name in ("chatml", "plain", DEFAULT_SYSTEM)}
@@ -65,7 +64,7 @@ def test_a_default_system_message_of_the_template_is_read_and_not_learned():
 
 
 def test_an_end_token_of_the_generation_configuration_ends_an_answer():
-    from rankwise.data.renderer import Renderer
+    from rankwise.data.template import Renderer
 
     template = "{% for m in messages %}{{ m.content + '<|endoftext|>' }}{% endfor %}"
     plain = make_renderer(template)
@@ -162,7 +161,7 @@ def test_blocks_of_rows_give_what_single_rows_give(monkeypatch):
     renderer = make_renderer()
     examples = [ask(renderer, f"carat {row}", f"${row}", str(row)) for row in range(7)]
     whole = mask_examples(examples, renderer, None)
-    monkeypatch.setattr("rankwise.data.masking.BLOCK_ROWS", 2)
+    monkeypatch.setattr("rankwise.data.tokens.BLOCK_ROWS", 2)
     assert mask_examples(examples, renderer, None).digest == whole.digest
 
 

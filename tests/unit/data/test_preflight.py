@@ -1,10 +1,10 @@
 import pytest
 from helpers.data_rows import ask, chat, make_example, make_renderer
 
-from rankwise.data.encoding import encode
 from rankwise.data.preflight import Finding, preflight
-from rankwise.data.renderer import Renderer
 from rankwise.data.rows import Examples
+from rankwise.data.template import Renderer
+from rankwise.data.tokens import encode
 from rankwise.exceptions import DatasetError
 
 

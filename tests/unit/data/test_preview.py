@@ -5,8 +5,8 @@ from helpers.data_rows import QUICK, ask, make_renderer, words
 from hypothesis import given
 from rich.console import Console
 
-from rankwise.data.encoding import encode
-from rankwise.data.preview import pieces, render_html, render_terminal, visible
+from rankwise.data.preflight import pieces, render_html, render_terminal, visible
+from rankwise.data.tokens import encode
 
 RENDERER = make_renderer()
 

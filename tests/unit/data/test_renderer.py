@@ -4,7 +4,7 @@ import pytest
 from helpers.data_rows import chat, make_renderer
 from helpers.tiny import make_tokenizer
 
-from rankwise.data.renderer import Renderer, RenderError
+from rankwise.data.template import Renderer, RenderError
 
 CHAT = chat(("user", "How much?"), ("assistant", "$326"))
 NO_SYSTEM = (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.row_digests import RowDigests, row_key
+from rankwise.data.preflight import RowDigests, row_key
 from rankwise.data.rows import Example
 from rankwise.exceptions import AssetError
 

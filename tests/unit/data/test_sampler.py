@@ -4,7 +4,7 @@ from helpers.data_rows import QUICK
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.sampler import Sampler
+from rankwise.data.batches import Sampler
 
 
 def drawn(sampler, steps):

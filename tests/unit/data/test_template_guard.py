@@ -7,8 +7,7 @@ import pytest
 from helpers.tiny import make_base
 from transformers import AutoTokenizer
 
-from rankwise.data.template import BUILT_IN, apply_template
-from rankwise.data.template_guard import MAX_CHARACTERS, TemplateRefused, guard
+from rankwise.data.template import BUILT_IN, MAX_CHARACTERS, TemplateRefused, apply_template, guard
 from rankwise.exceptions import DatasetError
 
 BOMBS = {
@@ -81,7 +80,7 @@ def test_a_bomb_is_refused_from_a_definition_and_from_a_tokenizer(tokenizer):
     ],
 )
 def test_the_sandbox_holds(tokenizer, escape):
-    from rankwise.data.renderer import Renderer, RenderError
+    from rankwise.data.template import Renderer, RenderError
 
     renderer = Renderer.create(tokenizer, escape)
     with pytest.raises(RenderError, match=r"unsafe|has no attribute|is undefined"):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from helpers.data_rows import ask, make_renderer
 
-from rankwise.data.encoding import Encoded, EncodedSet
-from rankwise.data.token_cache import CorruptEntryError, TokenCache, read, to_bytes
+from rankwise.data.tokens import CorruptEntryError, Encoded, EncodedSet, TokenCache, read, to_bytes
 from rankwise.exceptions import StorageError
 
 KEY = "0" * 64

@@ -7,7 +7,7 @@ from helpers.comparisons import BASE, arm, ranks, seeds_and_rates, values
 
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.metrics import MetricValue
-from rankwise.evaluation.verdict import find_smallest_rank
+from rankwise.evaluation.smallest_rank import find_smallest_rank
 
 
 def test_the_dictionary_is_what_the_json_interface_promises():

@@ -10,15 +10,14 @@ import pytest
 import torch
 from helpers.adapted import attach, load_tiny
 
-from rankwise.data.encoding import Encoded, encode
-from rankwise.data.renderer import Renderer
 from rankwise.data.rows import Example
-from rankwise.evaluation import evaluator as module
-from rankwise.evaluation.evaluator import evaluate
-from rankwise.evaluation.predictions import prediction_rows
+from rankwise.data.template import Renderer
+from rankwise.data.tokens import Encoded, encode
+from rankwise.evaluation import evaluate as module
+from rankwise.evaluation.evaluate import evaluate, prediction_rows
 from rankwise.experiment.schema import EvaluationSpec
-from rankwise.modeling.packed_lora import install, uninstall
-from rankwise.modeling.supervised import SupervisedLogits
+from rankwise.modeling.lora.logits import SupervisedLogits
+from rankwise.modeling.lora.packed import install, uninstall
 
 ADAPTERS = ["a", None, "b"]
 ROWS = [

@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from rankwise.evaluation import gate_checks
+from rankwise.evaluation import gate as gate_checks
 from rankwise.evaluation.gate import decide
-from rankwise.evaluation.observation import Observation
+from rankwise.evaluation.metrics import Observation
 from rankwise.evaluation.paired import paired_difference
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import PromotionSpec

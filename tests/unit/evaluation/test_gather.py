@@ -10,13 +10,11 @@ from click.testing import CliRunner
 
 from rankwise.cli.compare import compare as command
 from rankwise.evaluation.gather import BASE_EVALUATIONS, EVAL_HASH, PRIMARY_METRIC, arm_record, gather, typed_params
-from rankwise.evaluation.metrics import MetricValue
-from rankwise.evaluation.summary import to_tracking
+from rankwise.evaluation.metrics import MetricValue, to_tracking
 from rankwise.exceptions import ConfigError
 from rankwise.settings import Settings
-from rankwise.tracking.query import RunRecord
+from rankwise.tracking.query import SUBMITTED, RunRecord, sweep_tags
 from rankwise.tracking.store import Store
-from rankwise.tracking.sweeps import SUBMITTED, sweep_tags
 
 LOSS = {"eval.loss": MetricValue(value=0.7, stderr=0.02, n=200)}
 

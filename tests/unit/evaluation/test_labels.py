@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.evaluation.labels import (
+from rankwise.evaluation.compare import (
     format_bytes,
     format_count,
     format_param,

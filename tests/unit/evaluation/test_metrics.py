@@ -11,6 +11,7 @@ from helpers.example_package import install_example_metrics
 from rankwise.evaluation import metrics as module
 from rankwise.evaluation.metrics import (
     MetricValue,
+    Observation,
     Sample,
     compute,
     find_metrics,
@@ -18,9 +19,8 @@ from rankwise.evaluation.metrics import (
     scores,
     weighted_mean,
 )
-from rankwise.evaluation.observation import Observation
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.metric_names import METRIC_KEYS, facts
+from rankwise.experiment.schema import METRIC_KEYS, facts
 
 ONE = Observation(id="0", prompt="p", reference="Price is $100", loss_sum=4.0, tokens=4, correct_tokens=2)
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rankwise.evaluation.numbers import parse_number
+from rankwise.evaluation.metrics import parse_number
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rankwise.evaluation.gather import influences
 from rankwise.evaluation.metrics import MetricValue, Sample, weighted_mean
-from rankwise.evaluation.report_sources import influences
 
 COLUMNS = ["id", "supervised_tokens", "eval.loss", "eval.exact_match", "eval.mean_absolute_error"]
 ROWS = [["a", 2, 1.0, 1.0, None], ["b", 6, 2.0, 0.0, 5.0], ["c", 4, 4.0, 0.0, 7.0]]

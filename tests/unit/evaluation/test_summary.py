@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rankwise.evaluation.metrics import MetricValue
-from rankwise.evaluation.summary import SeedMean, from_tracking, over_seeds, to_tracking
+from rankwise.evaluation.metrics import MetricValue, SeedMean, from_tracking, over_seeds, to_tracking
 
 
 def test_values_come_back_from_tracking_as_they_went():

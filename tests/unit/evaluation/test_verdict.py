@@ -8,8 +8,8 @@ import pytest
 from helpers.comparisons import arm, ranks, seeds_and_rates
 
 from rankwise.evaluation.compare import compare
-from rankwise.evaluation.report_sources import Influences
-from rankwise.evaluation.verdict import find_smallest_rank, source_of
+from rankwise.evaluation.gather import Influences
+from rankwise.evaluation.smallest_rank import find_smallest_rank, source_of
 
 EXAMPLES = tuple(f"example-{number}" for number in range(200))
 

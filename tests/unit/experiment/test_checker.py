@@ -5,7 +5,7 @@ from helpers.definitions import DEFINITION, changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.experiment.checker import check
+from rankwise.experiment.check import check
 from rankwise.experiment.document import Document, read_document
 from rankwise.experiment.points import MAX_ARMS
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.experiment.document import read_document
-from rankwise.experiment.emit import to_yaml
+from rankwise.experiment.document import read_document, to_yaml
 
 SCALARS = (
     st.none()

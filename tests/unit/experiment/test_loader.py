@@ -7,9 +7,8 @@ import pytest
 from helpers.definitions import COMMIT, DEFINITION, DIGEST, parse
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.loader import load_experiment, parse_experiment
+from rankwise.experiment.check import expand, load_experiment, parse_experiment
 from rankwise.experiment.schema import EvalSplit
-from rankwise.experiment.sweep import expand
 
 # A literal copy of the example in the design: it must load as it stands.
 DESIGN = """\

@@ -9,8 +9,9 @@ from helpers.definitions import changed, parse
 from helpers.example_package import install_example_metrics
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment import metric_names as module
-from rankwise.experiment.metric_names import (
+from rankwise.experiment import schema as module
+from rankwise.experiment.check import expand
+from rankwise.experiment.schema import (
     DERIVED,
     GENERATED,
     GREATER_IS_BETTER,
@@ -22,7 +23,6 @@ from rankwise.experiment.metric_names import (
     means_of,
     needs_generation,
 )
-from rankwise.experiment.sweep import expand
 
 USER = ("metrics: [loss, number]", "metrics: [loss, answer_length]")
 

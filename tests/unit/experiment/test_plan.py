@@ -6,8 +6,8 @@ import pytest
 from helpers.definitions import COMMIT, parse
 
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.check import expand
 from rankwise.experiment.plan import MAX_COUNTED_BYTES, count_rows, make_plan
-from rankwise.experiment.sweep import expand
 
 EPOCHS = ("  max_steps: 20", "  num_train_epochs: 2")
 

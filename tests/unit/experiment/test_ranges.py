@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from rankwise.experiment.ranges import read_axis
-from rankwise.experiment.space import sample_points
+from rankwise.experiment.search import read_axis, sample_points
 
 
 def axis(path, value):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from rankwise.experiment.editor_schema import reference
 from rankwise.experiment.fields import leaves
-from rankwise.experiment.reference import reference
 
 SHIPPED = Path(__file__).parents[3] / "platform" / "docs" / "experiment-file.md"
 

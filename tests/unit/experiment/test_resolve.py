@@ -2,8 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.experiment.expressions import Expression, ExpressionError
-from rankwise.experiment.resolve import Unresolved, evaluate_condition, find_field, resolve
+from rankwise.experiment.expressions import (
+    Expression,
+    ExpressionError,
+    Unresolved,
+    evaluate_condition,
+    find_field,
+    resolve,
+)
 
 
 def lora(**values):

@@ -4,10 +4,8 @@ import math
 
 import pytest
 
-from rankwise.experiment.hashing import plain
-from rankwise.experiment.ranges import Axis
-from rankwise.experiment.search import Told, TrialState, ask
-from rankwise.experiment.space import Space
+from rankwise.experiment.schema import plain
+from rankwise.experiment.search import Axis, Space, Told, TrialState, ask
 
 RATE = Axis(path="training.learning_rate", place=("rate",), kind="log_uniform", low=1e-4, high=1e-2)
 RANK = Axis(path="lora.r", place=("rank",), kind="int", low=2, high=64, log=True)

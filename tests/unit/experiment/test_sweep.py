@@ -4,8 +4,8 @@ import pytest
 from helpers.definitions import parse
 
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.check import expand, labelled_arms
 from rankwise.experiment.schema import SweepSpec
-from rankwise.experiment.sweep import expand, labelled_arms
 
 GRID = "    lora.r: [4, 8]"
 

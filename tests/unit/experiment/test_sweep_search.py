@@ -11,10 +11,9 @@ import pytest
 from helpers.definitions import changed, parse
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.loader import parse_experiment
+from rankwise.experiment.check import ArmResult, expand, is_search, labelled_arms, parse_experiment, require_known_arms
+from rankwise.experiment.check import rounds as rounds_of
 from rankwise.experiment.search import TrialState
-from rankwise.experiment.sweep import ArmResult, expand, is_search, labelled_arms, require_known_arms
-from rankwise.experiment.sweep import rounds as rounds_of
 
 GRID = "  parameters:\n    lora.r: [4, 8]"
 RANGES = "    lora.r: {int: [2, 64], log: true}\n    training.learning_rate: {log_uniform: [1e-4, 1e-2]}\n"
@@ -92,9 +91,9 @@ def test_another_process_that_knows_the_results_proposes_the_same_round():
     known = results(rounds(spec, {}), valley)
     code = (
         "import json, sys\n"
-        "from rankwise.experiment.loader import parse_experiment\n"
+        "from rankwise.experiment.check import parse_experiment\n"
         "from rankwise.experiment.search import TrialState\n"
-        "from rankwise.experiment.sweep import ArmResult, rounds\n"
+        "from rankwise.experiment.check import ArmResult, rounds\n"
         "text, values = json.load(sys.stdin)\n"
         "known = {name: ArmResult(state=TrialState.COMPLETE, value=value) for name, value in values.items()}\n"
         "found = rounds(parse_experiment(text, 'x'), lambda arms: known)\n"

@@ -15,7 +15,7 @@ from helpers.tiny import make_base
 import rankwise.flavor as flavor
 from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError, QuantizationMismatchError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.flavor.bases import find_base
+from rankwise.flavor.load import find_base
 from rankwise.settings import Settings
 
 

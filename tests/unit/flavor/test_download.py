@@ -10,8 +10,8 @@ from helpers.turns import in_threads
 
 from rankwise.exceptions import AdapterIntegrityError, StorageError
 from rankwise.flavor import download_adapter
-from rankwise.flavor.place import placed
-from rankwise.modeling.manifest import check_manifest, write_manifest
+from rankwise.flavor.package import placed
+from rankwise.modeling.fingerprint import check_manifest, write_manifest
 
 
 def test_a_download_is_a_plain_peft_directory_at_the_root_of_a_new_directory(world, tmp_path):

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rankwise.flavor as flavor
 from rankwise.exceptions import ConfigError, StorageError
 from rankwise.flavor.export import EXPORT_NAME, export_merged
-from rankwise.flavor.prompts import read_prompts
-from rankwise.modeling.manifest import check_manifest
+from rankwise.flavor.pyfunc import read_prompts
+from rankwise.modeling.fingerprint import check_manifest
 
 
 def test_by_default_a_4_bit_base_is_dequantized_and_the_merged_model_answers_the_same(world, tmp_path):

@@ -13,7 +13,7 @@ import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, TrackingError
 from rankwise.flavor.fetch import check, fetch, obtain, resolve_uri
 from rankwise.flavor.metadata import MANIFEST_TAG, SECTION_TAG
-from rankwise.modeling.manifest import write_manifest
+from rankwise.modeling.fingerprint import write_manifest
 
 FILES = [
     "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",

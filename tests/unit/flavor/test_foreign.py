@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.flavor.foreign import read_foreign
-from rankwise.flavor.saved_base import compare_saved_base
+from rankwise.flavor.imports import compare_saved_base, read_foreign
 from rankwise.modeling.adapter import WEIGHTS_NAME
 
 

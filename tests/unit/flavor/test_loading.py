@@ -42,7 +42,7 @@ def test_several_adapters_lie_over_one_base_and_each_computes_what_it_did(world,
 
 
 def test_rows_of_one_batch_go_through_different_adapters(world, three):
-    from rankwise.modeling.packed_lora import Segment, install
+    from rankwise.modeling.lora.packed import Segment, install
 
     saved, wanted = three
     first, second, _ = flavor.load_models(saved, settings=world.settings)

@@ -18,13 +18,12 @@ from helpers.turns import count_together, in_threads
 
 import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
-from rankwise.flavor.signature import read_params
-from rankwise.modeling import mixed_batch
-from rankwise.modeling.continuous import Flight
-from rankwise.modeling.dequantized import is_dequantized
-from rankwise.modeling.generation import Decoding, generate_batch, row_seed
-from rankwise.modeling.packed_lora import Routing, packed_forwards
-from rankwise.modeling.replaced_forward import replaced_forward
+from rankwise.flavor.metadata import read_params
+from rankwise.modeling.decoding import engine as mixed_batch
+from rankwise.modeling.decoding.engine import Flight
+from rankwise.modeling.decoding.generation import Decoding, generate_batch, row_seed
+from rankwise.modeling.lora.lean import is_dequantized
+from rankwise.modeling.lora.packed import Routing, packed_forwards, replaced_forward
 
 FEW = {"max_new_tokens": 4}
 

@@ -7,7 +7,7 @@ from importlib import metadata
 
 from packaging.version import Version
 
-from rankwise.flavor.requirements import library_versions, pip_requirements
+from rankwise.flavor.card import library_versions, pip_requirements
 
 
 def test_requirements_name_exact_public_versions_and_the_wheel_by_its_relative_path(tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rankwise.exceptions import ConfigError
-from rankwise.flavor.signature import DEFAULTS, make_signature, read_params
+from rankwise.flavor.metadata import DEFAULTS, make_signature, read_params
 
 
 def test_the_signature_has_no_input_schema_and_all_parameters_with_their_defaults():

@@ -10,13 +10,12 @@ from click.testing import CliRunner
 from helpers.flavored import make_world
 
 import rankwise.flavor as flavor
-from rankwise.assets.keys import new_pair
 from rankwise.cli.inspect import inspect
-from rankwise.cli.keys import keys
+from rankwise.cli.registry import keys
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
-from rankwise.flavor.countersign import sign_version
 from rankwise.flavor.fetch import fetch
-from rankwise.flavor.signing import NAME_TAG, SIGNATURE_NAME, SIGNATURE_TAG, Statement
+from rankwise.flavor.signing import NAME_TAG, SIGNATURE_NAME, SIGNATURE_TAG, Statement, new_pair
+from rankwise.flavor.store import sign_version
 
 
 @pytest.fixture(scope="module")

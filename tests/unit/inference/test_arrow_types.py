@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from rankwise.exceptions import ConfigError
-from rankwise.inference import arrow_types
-from rankwise.inference.arrow_types import ArrowTypes
+from rankwise.inference import tables as arrow_types
+from rankwise.inference.tables import ArrowTypes
 
 
 def found(rows):

@@ -15,9 +15,9 @@ from helpers.flavored import make_versions
 from rankwise.cli.predict import predict
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, JobError, StorageError
 from rankwise.inference import Predictor
-from rankwise.inference.predict import Request, predict_file
-from rankwise.inference.shards import Parts
-from rankwise.modeling.generation import Decoding
+from rankwise.inference.predict import predict_file
+from rankwise.inference.shards import Parts, Request
+from rankwise.modeling.decoding.generation import Decoding
 
 PROMPTS = ["a", "carat 0.23, cut Ideal", "0 1 2", "Price", "How much is this diamond?", "b c d e f g", "user"]
 SHORT = Decoding(max_new_tokens=5)

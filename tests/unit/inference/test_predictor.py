@@ -13,7 +13,7 @@ import rankwise.flavor as flavor
 from rankwise.exceptions import ConfigError, JobError
 from rankwise.inference import Predictor
 from rankwise.inference import predictor as module
-from rankwise.modeling.dequantized import is_dequantized
+from rankwise.modeling.lora.lean import is_dequantized
 
 TEXTS = ["a", "carat 0.23, cut Ideal", "0 1 2", "Price", "How much is this diamond?", "b c d e f g", "user"]
 ROWS = [{"prompt": text} for text in TEXTS]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rankwise.exceptions import DatasetError
-from rankwise.inference.prompts import PromptReader
+from rankwise.inference.predictor import PromptReader
 
 USER = {"role": "user", "content": "hello"}
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import ConfigError
-from rankwise.inference.answer import Answer
+from rankwise.inference.predictor import Answer
 from rankwise.inference.shards import Parts
 
 ONE, OTHER = "1" * 64, "2" * 64

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rankwise.assets.progress import SILENT
-from rankwise.inference.survey import Survey, survey
+from rankwise.inference.tables import Survey, survey
+from rankwise.progress import SILENT
 
 READ = {"int": int, "float": float}
 

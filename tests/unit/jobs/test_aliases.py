@@ -1,7 +1,7 @@
 import pytest
 from helpers.alias_contract import AliasContract
 
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 
 class TestSqlite(AliasContract):

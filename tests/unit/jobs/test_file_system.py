@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import JobStoreError
-from rankwise.jobs import database, file_system
+from rankwise.jobs import database
+from rankwise.jobs import database as file_system
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import sqlite3
 import pytest
 
 from rankwise.exceptions import JobStoreError
-from rankwise.jobs import health
+from rankwise.jobs import queries as health
 from rankwise.jobs.job import JobKind, NewJob, Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 
 @pytest.fixture

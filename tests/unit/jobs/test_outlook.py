@@ -1,7 +1,7 @@
 import pytest
 
 from rankwise.jobs.job import Attempt, Job, JobKind, JobState
-from rankwise.jobs.outlook import packs, remaining_seconds
+from rankwise.jobs.queries import packs, remaining_seconds
 
 
 def attempt(job_id, started=0.0, ended=None, **changes):

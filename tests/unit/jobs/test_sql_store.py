@@ -7,7 +7,7 @@ from sqlalchemy.exc import DBAPIError
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Limits
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 
 @pytest.fixture(scope="module")

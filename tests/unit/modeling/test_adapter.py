@@ -17,7 +17,7 @@ from rankwise.modeling.adapter import (
     save_adapter,
 )
 from rankwise.modeling.base import load_base
-from rankwise.modeling.manifest import write_manifest
+from rankwise.modeling.fingerprint import write_manifest
 
 SHAPES = {
     "llama": [

@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig
 
 from rankwise.exceptions import AdapterIntegrityError
-from rankwise.modeling.adapter_config import read_adapter_config, write_adapter_config
+from rankwise.modeling.adapter import read_adapter_config, write_adapter_config
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from helpers.tiny import make_base
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.agreement import Reference, compare_answers, record_answers
 from rankwise.modeling.base import load_base
+from rankwise.modeling.merge import Reference, compare_answers, record_answers
 
 
 class Fixed(torch.nn.Module):

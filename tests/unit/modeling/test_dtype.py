@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rankwise.modeling.dtype import default_device, resolve_dtype
+from rankwise.modeling.base import default_device, resolve_dtype
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)

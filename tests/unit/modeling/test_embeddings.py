@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 
 from rankwise.exceptions import BaseMismatchError
-from rankwise.modeling.embeddings import add_rows, check_indices, check_rows, rows_needed, token_indices
+from rankwise.modeling.adapter import add_rows, check_indices, check_rows, rows_needed, token_indices
 
 
 def model(rows, *, tied=False, bias=False):

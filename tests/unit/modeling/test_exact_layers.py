@@ -6,7 +6,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from helpers.packs import load_tiny
 
-from rankwise.modeling.exact_layers import hold_exact, is_repacked
+from rankwise.modeling.base import hold_exact, is_repacked
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from rankwise.exceptions import AdapterIntegrityError
-from rankwise.modeling.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest, write_manifest
 
 
 @pytest.fixture

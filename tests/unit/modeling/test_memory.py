@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rankwise.modeling.memory import model_bytes, quantized_linear_bytes
+from rankwise.modeling.base import model_bytes, quantized_linear_bytes
 
 
 def test_shared_parameters_are_counted_once():

@@ -8,9 +8,8 @@ from torch.testing import assert_close
 
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.adapter import adapter_tensors
+from rankwise.modeling.adapter import adapter_tensors, plain_module
 from rankwise.modeling.base import load_base
-from rankwise.modeling.embeddings import plain_module
 from rankwise.modeling.merge import merge_adapter, take_dequantized
 
 ROWS = {"embed_tokens": [320, 321], "lm_head": [320, 321]}

@@ -3,7 +3,7 @@ import warnings
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from rankwise.modeling.quiet import SEVERAL_ADAPTERS, expected_warning, quiet_transformers
+from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning, quiet_transformers
 
 
 def _quiet_then_fail():
@@ -54,7 +54,7 @@ def test_eight_bit_layers_tell_of_their_casts_once(tmp_path, caplog):
     from helpers.tiny import make_base
 
     from rankwise.experiment.schema import QuantizationSpec
-    from rankwise.modeling import quiet
+    from rankwise.modeling import base as quiet
     from rankwise.modeling.base import load_base
 
     spec = QuantizationSpec(load_in_4bit=False, load_in_8bit=True, bnb_4bit_compute_dtype="float32")

@@ -6,8 +6,7 @@ from helpers.bases import inject, resolved, settings_in
 from helpers.tiny import make_base
 
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.base import load_base
-from rankwise.modeling.skeleton import linear_modules, skeleton
+from rankwise.modeling.base import linear_modules, load_base, skeleton
 
 LARGE = {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
          "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 128256}  # fmt: skip

@@ -10,7 +10,7 @@ from helpers.tiny import make_base
 from safetensors import safe_open
 
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError, TrackingError
-from rankwise.modeling.manifest import check_manifest, write_manifest
+from rankwise.modeling.fingerprint import check_manifest, write_manifest
 from rankwise.serving import adapters as module
 from rankwise.serving.adapters import REFUSED_S, TTL_S, Adapters
 from rankwise.serving.server import Server

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from rankwise.exceptions import ConfigError
-from rankwise.serving import follow as module
-from rankwise.serving.adapters import TTL_S, Adapters, Served
-from rankwise.serving.follow import Follower, Watched, unload
+from rankwise.serving import adapters as module
+from rankwise.serving.adapters import TTL_S, Adapters, Follower, Served, Watched, unload
 from rankwise.serving.server import Server
 
 FIRST = Served(uri="models:/m/1", version="1", directory=Path("/x"), number=1)

@@ -4,7 +4,7 @@ import pytest
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.serving.limits import differences, max_rank_for, obstacles, served_dtype, served_quantization
+from rankwise.serving.server import differences, max_rank_for, obstacles, served_dtype, served_quantization
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", "use_dora": False}
 

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.serving.names import model_uri
-from rankwise.serving.server import Server
+from rankwise.serving.server import Server, model_uri
 
 
 def test_the_command_line_says_rank_revision_and_quantization():

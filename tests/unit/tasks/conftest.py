@@ -1,6 +1,6 @@
 import pytest
 
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import time
 import pytest
 
 from rankwise.exceptions import JobStoreError
-from rankwise.tasks.authority import Authority
-from rankwise.worker.timing import lease_clock
+from rankwise.tasks.session import Authority
+from rankwise.worker.heartbeat import lease_clock
 
 
 class Queue:
@@ -22,7 +22,7 @@ class Queue:
 
 @pytest.fixture
 def authority(monkeypatch):
-    monkeypatch.setattr("rankwise.tasks.authority._AGAIN_S", 0.01)
+    monkeypatch.setattr("rankwise.tasks.session._AGAIN_S", 0.01)
     made = Authority()
     made.update({"t": lease_clock() + 0.3}, [], [])
     return made

@@ -10,8 +10,8 @@ from helpers.definitions import parse
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.tasks import base_groups
-from rankwise.tasks.base_groups import group_by_base
+from rankwise.tasks import assess as base_groups
+from rankwise.tasks.assess import group_by_base
 from rankwise.tasks.setting import Setting
 
 OWN, OTHER = "sha256:own", "sha256:other"

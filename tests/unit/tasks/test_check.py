@@ -6,7 +6,7 @@ import pytest
 from helpers.inline_worker import Listener, inline_worker
 from helpers.project import make_project
 
-from rankwise.cli.queue import open_queue
+from rankwise.cli.jobs import open_queue
 from rankwise.exceptions import ConfigError
 from rankwise.settings import Settings
 

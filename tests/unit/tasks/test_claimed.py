@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import JobError
-from rankwise.tasks.claimed import open_run
+from rankwise.tasks.claim import open_run
 from rankwise.tasks.session import Computed, Session
 
 
@@ -67,7 +67,7 @@ class Bench:
         return self.run
 
     def open(self, monkeypatch):
-        monkeypatch.setattr("rankwise.tasks.claimed.arm_note", lambda arm: "")
+        monkeypatch.setattr("rankwise.tasks.claim.arm_note", lambda arm: "")
         base = SimpleNamespace(device="cpu", dtype_reason="", fingerprint=SimpleNamespace(digest=""))
         return open_run(self.session, self.arm, base, SimpleNamespace(tags=dict))
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from helpers.packs import load_tiny, make_arm
 
-from rankwise.modeling.packed_lora import create_adapter, delete_adapter
-from rankwise.tasks.clean import leftovers, sample_digest
+from rankwise.modeling.lora.packed import create_adapter, delete_adapter
+from rankwise.tasks.bases import leftovers, sample_digest
 
 
 @pytest.fixture(scope="module")

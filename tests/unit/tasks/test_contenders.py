@@ -4,12 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from rankwise.tasks import contenders as module
+from rankwise.tasks import promote as module
 from rankwise.tasks import promote as promotion
-from rankwise.tasks.contenders import contenders
-from rankwise.tracking.query import RunRecord
+from rankwise.tasks.promote import contenders
+from rankwise.tracking.query import RunRecord, sweep_tags
 from rankwise.tracking.registry import ModelVersion
-from rankwise.tracking.sweeps import sweep_tags
 
 
 def run(run_id, *, parent=None, spec_hash=None, metrics=None, tags=None):

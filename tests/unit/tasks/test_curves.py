@@ -1,8 +1,8 @@
 from helpers.arms import small_experiment
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.tasks.curves import Curves
-from rankwise.training.values import StepRecord
+from rankwise.tasks.claim import Curves
+from rankwise.training.arm import StepRecord
 
 
 class Recorder:

@@ -10,19 +10,11 @@ from types import SimpleNamespace
 import pytest
 from helpers.definitions import parse
 
-from rankwise.experiment.sweep import labelled_arms
+from rankwise.experiment.check import labelled_arms
 from rankwise.jobs.job import JobState, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.tasks.halving import (
-    end_pruned_runs,
-    group_of,
-    is_pruned,
-    paused_at,
-    paused_result,
-    settle_rungs,
-    stops_of,
-)
-from rankwise.tasks.payload import Work
+from rankwise.jobs.store import SqlJobStore
+from rankwise.tasks.context import Work
+from rankwise.tasks.search import end_pruned_runs, group_of, is_pruned, paused_at, paused_result, settle_rungs, stops_of
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
 GRID = "    lora.r: [4, 8]"

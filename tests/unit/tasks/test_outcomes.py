@@ -11,8 +11,8 @@ from rankwise.exceptions import (
     TrackingError,
 )
 from rankwise.jobs.job import Outcome
-from rankwise.tasks.outcomes import failure_of, is_out_of_memory, outcome_of
-from rankwise.worker.errors import as_exception
+from rankwise.tasks.context import failure_of, is_out_of_memory, outcome_of
+from rankwise.worker.child import as_exception
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import json
 from helpers.arms import small_arms
 
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.tasks.payload import Work
+from rankwise.tasks.context import Work
 
 
 def work(arm, **changes) -> Work:

@@ -14,17 +14,16 @@ from helpers.inline_worker import Listener, inline_worker
 
 import rankwise.flavor as flavor
 from rankwise.assets.base import resolve_base
+from rankwise.cli.jobs import open_queue
 from rankwise.cli.main import cli
-from rankwise.cli.queue import open_queue
 from rankwise.exceptions import ConfigError, RankwiseError
-from rankwise.inference.predict import Request, predict_file
-from rankwise.inference.shards import Parts
+from rankwise.inference.predict import predict_file
+from rankwise.inference.shards import Parts, Request
 from rankwise.jobs.job import JobKind, JobState
-from rankwise.modeling.generation import Decoding
+from rankwise.modeling.decoding.generation import Decoding
 from rankwise.settings import Settings
 from rankwise.tasks.bases import BaseHolder
-from rankwise.tasks.remote_voice import RemoteVoice
-from rankwise.tasks.stoppable import Stoppable
+from rankwise.tasks.session import RemoteVoice, Stoppable
 from rankwise.worker.loop import Plan
 
 ROWS = 11

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import JobError, TrackingError
-from rankwise.tasks.prediction_run import record_prediction
+from rankwise.tasks.predict import record_prediction
 
 RESULT = {"rows": 1, "failed": 0, "completion_tokens": 3, "sha256": "sha256:0"}
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import ConfigError, GateError
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
 from rankwise.tasks.promote import _move, rollback
 from rankwise.tracking.registry import ModelVersion
 

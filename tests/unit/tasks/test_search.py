@@ -10,9 +10,8 @@ from helpers.definitions import parse
 
 from rankwise.experiment.search import TrialState
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.tasks.halving import group_of
-from rankwise.tasks.search import arms_so_far, history, publish_history, results_of, rounds_so_far
+from rankwise.jobs.store import SqlJobStore
+from rankwise.tasks.search import arms_so_far, group_of, history, publish_history, results_of, rounds_so_far
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
 GRID = "  parameters:\n    lora.r: [4, 8]"

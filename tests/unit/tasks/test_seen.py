@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import AssetError, GateError
-from rankwise.tasks import seen
-from rankwise.tasks.seen import FILE_TAG, seen_by
+from rankwise.tasks import promote as seen
+from rankwise.tasks.promote import FILE_TAG, seen_by
 
 
 def version(uri, run_id, **tags):

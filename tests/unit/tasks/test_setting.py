@@ -8,7 +8,7 @@ import pytest
 from helpers.definitions import DEFINITION, changed, parse
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.sweep import expand
+from rankwise.experiment.check import expand
 from rankwise.tasks import setting
 from rankwise.tasks.setting import recorded_setting, without_aliases
 

@@ -168,7 +168,7 @@ def test_all_jobs_are_read_page_by_page(queue, monkeypatch):
 
 
 def test_the_command_says_what_was_delivered_and_that_something_needs_a_look(tmp_path, monkeypatch, capsys):
-    from rankwise.cli.sync import sync as command
+    from rankwise.cli.upkeep import sync as command
 
     settings = prepared_home(tmp_path / "home")
     monkeypatch.setenv("RANKWISE_HOME", str(settings.home))

@@ -6,10 +6,10 @@ import pytest
 from helpers.inline_worker import Listener, inline_worker
 from helpers.project import make_project
 
-from rankwise.cli.queue import open_queue
+from rankwise.cli.jobs import open_queue
 from rankwise.jobs.job import JobKind, Outcome, Worker
 from rankwise.settings import Settings
-from rankwise.tasks import enqueue
+from rankwise.tasks import submit as enqueue
 from rankwise.tracking.store import Store
 
 

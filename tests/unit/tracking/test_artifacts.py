@@ -4,8 +4,7 @@ import pytest
 from helpers.local_store import prepared_home
 
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.artifacts import read_json
-from rankwise.tracking.query import get_run
+from rankwise.tracking.query import get_run, read_json
 from rankwise.tracking.store import Store
 
 
@@ -38,7 +37,7 @@ def test_a_store_elsewhere_is_asked_whether_a_file_is_there(store, monkeypatch):
     def download(artifact_uri, dst_path):
         raise OSError("no server")
 
-    monkeypatch.setattr("rankwise.tracking.artifacts.download_artifacts", download)
+    monkeypatch.setattr("rankwise.tracking.query.download_artifacts", download)
     assert read_json(store.client, {second: places[second]}, "table.json") == {}
     with pytest.raises(TrackingError, match=rf"table.json of run {first} cannot be read: no server"):
         read_json(store.client, places, "table.json")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from rankwise.tracking.datasets import DatasetRecord
+from rankwise.tracking.values import DatasetRecord
 
 
 def record(**changes):

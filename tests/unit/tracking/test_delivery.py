@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import json
 
-from rankwise.tracking.delivery import MAX_BYTES, MAX_ITEMS, MAX_METRICS, batches
-from rankwise.tracking.outbox import Entry
+from rankwise.tracking.outbox import MAX_BYTES, MAX_ITEMS, MAX_METRICS, Entry, batches
 
 
 def entries(*records):

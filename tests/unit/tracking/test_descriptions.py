@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from helpers.arms import small_arms, small_experiment
 
-from rankwise.tracking.descriptions import arm_note, base_note, sweep_note, table, varying_params
+from rankwise.tracking.notes import arm_note, base_note, sweep_note, table, varying_params
 
 
 def test_a_sweeps_note_shows_what_varies_and_how_to_run_it_again():

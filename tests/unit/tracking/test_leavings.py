@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.tracking.leavings import versions_of_jobs
+from rankwise.tracking.cleanup import versions_of_jobs
 from rankwise.tracking.registry import JOB
 
 

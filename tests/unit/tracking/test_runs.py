@@ -9,8 +9,8 @@ import matplotlib as mpl
 import pytest
 
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.query import get_run
+from rankwise.tracking.values import DatasetRecord
 
 mpl.use("Agg")
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from rankwise.tracking.server_safety import look
+from rankwise.tracking.server import look
 
 
 class Answers(BaseHTTPRequestHandler):

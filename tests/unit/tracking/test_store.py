@@ -9,11 +9,11 @@ from helpers.local_store import local_settings
 
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.settings import Settings
-from rankwise.tracking.datasets import DatasetRecord
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import get_run
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.store import Store
+from rankwise.tracking.values import DatasetRecord
 
 
 def points(store, run_id, key="train.loss"):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rankwise.exceptions import StorageError
-from rankwise.tracking.system_metrics import Sampler, SystemMonitor, parse_nvidia_smi
+from rankwise.tracking.run import Sampler, SystemMonitor, parse_nvidia_smi
 
 
 class FakeRun:

@@ -4,8 +4,8 @@ import json
 
 from helpers.definitions import parse
 
-from rankwise.experiment.sweep import expand
-from rankwise.tracking.table_view import VIEW_TAG, latest_views, table_view, view_route
+from rankwise.experiment.check import expand
+from rankwise.tracking.notes import VIEW_TAG, latest_views, table_view, view_route
 
 
 def columns(spec):

@@ -8,11 +8,10 @@ from helpers.packs import make_arm, make_rows
 from torch.nn import functional
 
 from rankwise.exceptions import JobError
-from rankwise.modeling.packed_lora import delete_adapter, install
-from rankwise.modeling.supervised import SupervisedLogits
+from rankwise.modeling.lora.logits import SupervisedLogits
+from rankwise.modeling.lora.packed import delete_adapter, install
+from rankwise.training.arm import ArmTask, LivingArm
 from rankwise.training.assess import Assessor
-from rankwise.training.living import LivingArm
-from rankwise.training.values import ArmTask
 
 
 @pytest.fixture

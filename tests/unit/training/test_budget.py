@@ -8,8 +8,9 @@ from helpers.packs import load_tiny, make_arm, make_rows
 from helpers.peaks import peak_of_step
 
 from rankwise.exceptions import ConfigError
+from rankwise.training.arm import ArmTask
 from rankwise.training.budget import CPU_TOKENS, plan_pack, usual_pass
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.training.loop import train_pack
 
 ROWS = make_rows(12)
 

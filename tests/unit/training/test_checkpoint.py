@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.packs import Recorder, distance, make_arm, make_rows, read_weights
 
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 ROWS = make_rows(12)
 
@@ -259,7 +260,7 @@ def test_results_move_with_their_directory(base, tmp_path):
 
 
 def test_a_format_of_another_release_is_not_used(base, tmp_path, caplog):
-    from rankwise.modeling.manifest import write_manifest
+    from rankwise.modeling.fingerprint import write_manifest
 
     with pytest.raises(Crash):
         train_pack(base, tasks(arms()), directory=tmp_path, observer=CrashAt(arms()[0].spec_hash, 3))

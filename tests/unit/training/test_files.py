@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rankwise.exceptions import StorageError
-from rankwise.modeling.manifest import check_manifest
-from rankwise.training.files import remove, sweep, whole_directory
+from rankwise.modeling.fingerprint import check_manifest
+from rankwise.training.checkpoint import remove, sweep, whole_directory
 
 
 def fill(directory, text="one"):

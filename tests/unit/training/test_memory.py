@@ -5,7 +5,8 @@ import psutil
 import pytest
 import torch
 
-from rankwise.training.memory import PeakMemory, give_back, is_out_of_memory
+from rankwise.modeling.base import is_out_of_memory
+from rankwise.training.step import PeakMemory, give_back
 
 
 def error_of(call):

@@ -8,9 +8,9 @@ from helpers.packs import load_tiny, make_arm
 from torch import nn
 
 from rankwise.exceptions import ConfigError
-from rankwise.modeling.lora_function import Slice
-from rankwise.modeling.packed_lora import DropoutKey, Segment, create_adapter, delete_adapter, install
-from rankwise.training.mode import training_mode
+from rankwise.modeling.lora.function import DropoutKey, Slice
+from rankwise.modeling.lora.packed import Segment, create_adapter, delete_adapter, install
+from rankwise.training.loop import training_mode
 
 
 def test_only_quantized_layers_are_in_training_mode_and_come_back(base):

@@ -7,7 +7,7 @@ from helpers.packs import make_arm
 from torch import nn
 
 from rankwise.exceptions import ConfigError
-from rankwise.training.optimizers import load_state, make_optimizer, state_bytes, state_tensors
+from rankwise.training.arm import load_state, make_optimizer, state_bytes, state_tensors
 
 SHAPES = {"a": (8, 1024), "b": (64, 4), "c": (16, 512)}
 

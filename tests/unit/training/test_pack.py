@@ -11,13 +11,14 @@ import torch
 from bitsandbytes.autograd import _functions
 from helpers.packs import ROWS, Recorder, distance, load_tiny, make_arm, make_rows, read_weights, train
 
-from rankwise.data.encoding import Encoded
-from rankwise.data.sampler import Sampler
+from rankwise.data.batches import Sampler
+from rankwise.data.tokens import Encoded
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.adapter import read_adapter
-from rankwise.modeling.packed_lora import Segment
+from rankwise.modeling.lora.packed import Segment
 from rankwise.training import step
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.training.passes import Passes
+from rankwise.training.step import Passes
 
 
 def split(passes, sizes):

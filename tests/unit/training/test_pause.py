@@ -4,7 +4,8 @@ import pytest
 from helpers.packs import Recorder, distance, make_arm, make_rows, read_weights
 
 from rankwise.exceptions import ConfigError
-from rankwise.training.pack import ArmTask, train_pack
+from rankwise.training.arm import ArmTask
+from rankwise.training.loop import train_pack
 
 ROWS = make_rows(12)
 STEPS = 6

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from rankwise.training.schedule import Schedule
+from rankwise.training.arm import Schedule
 
 
 @pytest.mark.parametrize("kind", ["constant", "constant_with_warmup", "linear", "cosine"])

@@ -10,8 +10,7 @@ import time
 import psutil
 import pytest
 
-from rankwise.worker.child import ChildDiedError, ChildProcess
-from rankwise.worker.deaths import explain, tail
+from rankwise.worker.child import ChildDiedError, ChildProcess, explain, tail
 
 # Light: no library is imported.
 PROGRAM = """

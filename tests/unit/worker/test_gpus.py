@@ -1,7 +1,7 @@
 import pytest
 
-from rankwise.worker import gpus
-from rankwise.worker.gpus import listed_gpus, visible_gpus
+from rankwise.worker import placers as gpus
+from rankwise.worker.placers import listed_gpus, visible_gpus
 
 
 @pytest.mark.parametrize(

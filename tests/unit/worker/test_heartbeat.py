@@ -7,9 +7,8 @@ from helpers.waiting import until
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.worker.heartbeat import Heartbeat
-from rankwise.worker.timing import Timing, lease_clock
+from rankwise.jobs.store import SqlJobStore
+from rankwise.worker.heartbeat import Heartbeat, Timing, lease_clock
 
 WORKER = Worker(name="w", host="h", pid=1)
 QUICK = Timing(lease=60.0, beat=0.01, watch=0.01)

@@ -8,15 +8,15 @@ import sys
 import pytest
 
 from rankwise.jobs.job import JobKind, NewJob
-from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.worker.host import host, this_worker
+from rankwise.jobs.store import SqlJobStore
+from rankwise.worker.placers import host, this_worker
 
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c"]
 CLAIM = """
 import sys
 from pathlib import Path
-from rankwise.jobs.sql_store import SqlJobStore
-from rankwise.worker.host import this_worker
+from rankwise.jobs.store import SqlJobStore
+from rankwise.worker.placers import this_worker
 store = SqlJobStore(sys.argv[1], lock=Path(sys.argv[2]))
 (job,) = store.claim(this_worker(), lease=600)
 print(this_worker().host)

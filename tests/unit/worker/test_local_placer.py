@@ -12,8 +12,8 @@ import psutil
 import pytest
 from helpers.waiting import until
 
-from rankwise.worker.local_placer import LocalPlacer, Patience
-from rankwise.worker.stopping import Stop
+from rankwise.worker.heartbeat import Stop
+from rankwise.worker.placers import LocalPlacer, Patience
 
 # Notes its GPU and its process, and ends at the first SIGTERM.
 STAYS = (
@@ -88,8 +88,8 @@ def test_only_a_crash_is_tried_again(tmp_path, said, code, drain, starts):
 # A placer in a process of its own, which a test can kill.
 RUNS = (
     "import os, sys\n"
-    "from rankwise.worker.local_placer import LocalPlacer\n"
-    "from rankwise.worker.stopping import Stop\n"
+    "from rankwise.worker.placers import LocalPlacer\n"
+    "from rankwise.worker.heartbeat import Stop\n"
     f"command = [sys.executable, '-SEc', {STAYS!r}, sys.argv[1]]\n"
     "LocalPlacer(command, ['0'], environment=dict(os.environ), stop=Stop(), say=print, grace=5).run()\n"
 )

@@ -7,11 +7,10 @@ from helpers.fake_child import DIES, DONE, SETTLED, FakeChild, Listener, reports
 
 from rankwise.exceptions import JobStoreError, StorageError, TrackingError
 from rankwise.jobs.job import JobKind, JobState, Limits, NewJob, Outcome, Worker
-from rankwise.jobs.sql_store import SqlJobStore
+from rankwise.jobs.store import SqlJobStore
+from rankwise.worker.heartbeat import Stop, Timing, lease_clock
 from rankwise.worker.loop import Plan, WorkerLoop
-from rankwise.worker.results import Results
-from rankwise.worker.stopping import Stop
-from rankwise.worker.timing import Timing, lease_clock
+from rankwise.worker.protocol import Results
 
 ME = Worker(name="me", host="here", pid=1)
 TIMING = Timing(
@@ -381,7 +380,7 @@ def test_an_outage_of_the_queue_shorter_than_the_lease_costs_nothing(bench, monk
         return real(*arguments, **named)
 
     monkeypatch.setattr(bench.queue, "finish", finish)
-    monkeypatch.setattr("rankwise.worker.hands._AGAIN_S", 0.01)
+    monkeypatch.setattr("rankwise.worker.job_runner._AGAIN_S", 0.01)
     bench.work(succeed(bench))
     assert bench.states() == {"a": "succeeded"}
     assert len(calls) == 3

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from rankwise.cli.cluster import passed_on, refuse_unshared
+from rankwise.cli.worker import passed_on, refuse_unshared
 from rankwise.exceptions import ClusterError
 from rankwise.settings import Settings
-from rankwise.worker.placement import Demand, Node, Placed
-from rankwise.worker.ray_placer import RayPlacer, connect
+from rankwise.worker.placers import Demand, Node, Placed
+from rankwise.worker.ray import RayPlacer, connect
 
 
 class RayError(Exception):

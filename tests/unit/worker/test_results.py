@@ -6,7 +6,7 @@ import pytest
 
 from rankwise.exceptions import JobError
 from rankwise.jobs.job import Outcome
-from rankwise.worker.results import Result, Results
+from rankwise.worker.protocol import Result, Results
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):

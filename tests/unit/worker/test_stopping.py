@@ -12,8 +12,8 @@ import pytest
 PROGRAM = """
 import fcntl, signal, sys, termios, time
 from rich.console import Console
-from rankwise.cli.progress import Bars
-from rankwise.worker.stopping import Stop
+from rankwise.cli.output import Bars
+from rankwise.worker.heartbeat import Stop
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 # Whoever runs the tests may have it ignored, which is inherited.

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from helpers.waiting import until
 
-from rankwise.worker import tether
+from rankwise.worker import supervise as tether
 
 # Writes what it is told, and ends when it was asked so often.
 STUBBORN = (

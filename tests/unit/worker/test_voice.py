@@ -7,8 +7,8 @@ import pytest
 from helpers.fake_child import Listener
 
 from rankwise.logs import bound
-from rankwise.tasks.remote_voice import RemoteLog, RemoteVoice
-from rankwise.worker.voice import Relay
+from rankwise.tasks.session import RemoteLog, RemoteVoice
+from rankwise.worker.reporter import Relay
 
 
 class Bars(Listener):

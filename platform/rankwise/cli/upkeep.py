@@ -1,0 +1,288 @@
+"""`rankwise sync`: bring MLflow up to what the queue and the outboxes know.
+
+- `rankwise gc`: remove what no job needs.
+- `rankwise db`: the schema of the queue's database.
+- `rankwise doctor`: what is wrong here, and what to do.
+- `rankwise ui`: MLflow's UI on the local store, or where the UI of the remote one is.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from rankwise import __version__
+from rankwise.cli.output import Bars, note, print_json, print_table, show, size, waiting
+from rankwise.doctor.examine import CHECKS, examine, worst
+from rankwise.doctor.finding import Finding, State
+from rankwise.exceptions import TrackingError
+from rankwise.jobs.database import current_revision, open_engine, upgrade
+from rankwise.jobs.queries import check as look_at
+from rankwise.jobs.queries import shown
+from rankwise.jobs.store import SqlJobStore
+from rankwise.settings import Settings
+
+
+@click.command()
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Seconds for the outbox."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def sync(timeout: float, as_json: bool) -> int:
+    """Deliver what MLflow has missed, finish sweeps, and remove model versions that no job counts as its result.
+
+    Points, parameters, texts and files that could not be sent wait in the outbox of RANKWISE_HOME, also those of
+    processes that have died; each is delivered once, with its own time. Exit code 1 says that something still waits or
+    needs a look, 3 that MLflow does not answer.
+    """
+    # Late: MLflow takes seconds to import.
+    from rankwise.tasks.context import open_context
+    from rankwise.tasks.sync import synchronize
+
+    with Bars(Console(stderr=True, highlight=False)) as bars, open_context(Settings.load(), bars) as context:
+        synced = synchronize(context, timeout=timeout)
+    code = TrackingError.exit_code if synced.error else 0 if synced.complete else 1
+    if as_json:
+        print_json(synced.to_json())
+        return code
+    for run_id in synced.outbox.delivered:
+        click.echo(f"delivered: run {run_id}")
+    for uri in synced.removed:
+        click.echo(f"removed: {uri}, registered twice")
+    for run_id, status in synced.ended.items():
+        click.echo(f"ended: run {run_id} is {status}, as its job")
+    for run_id in synced.finished:
+        click.echo(f"finished: the sweep of run {run_id} has its comparison")
+    for run_id, reason in synced.outbox.waiting.items():
+        note(f"waiting: run {run_id}: {reason}")
+    for uri, reason in synced.kept.items():
+        note(f"kept: {uri}: {reason}")
+    for problem in (*synced.outbox.problems, *synced.refused):
+        note(f"to look at: {problem}")
+    if synced.error:
+        note(f"error: {synced.error}")
+    if synced.complete:
+        note("MLflow has everything")
+    return code
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class _Duration(click.ParamType[float]):
+    """`14d`, `12h`, `30m`, `90s`, `0`; in seconds."""
+
+    name = "DURATION"
+
+    def convert(self, value: object, param: click.Parameter | None, context: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", str(value))
+        if match is None:
+            self.fail(f"{value!r} is no duration; write 14d, 12h, 30m or 90s", param, context)
+        return float(match[1]) * _SECONDS[match[2]]
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+@click.option(
+    "--older-than", type=_Duration(), default="14d", show_default=True, help="Only what was not used for so long."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
+    """Remove checkpoints, states and models of arms that no job needs, delivered outboxes, old logs, and unused caches.
+
+    Nothing that a queued or running job needs is touched; registered versions never are. The cache of RANKWISE_CACHE
+    may serve other homes, whose jobs are not known here: there, only the age protects. Bases are left alone
+    (`rankwise bases prune`).
+    """
+    # Late: MLflow takes seconds to import.
+    from rankwise.tasks.gc import find_garbage, remove_garbage
+    from rankwise.tracking.store import Store
+
+    settings = Settings.load()
+    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    try:
+        with Store.open(settings) as store:
+            found = find_garbage(store, queue, settings, older_than=older_than)
+            items = list(found.items) if dry_run else remove_garbage(found.items, queue)
+    finally:
+        queue.close()
+    total = sum(item.bytes for item in items)
+    for problem in found.problems:
+        note(f"warning: {problem}")
+    if as_json:
+        print_json(
+            {
+                "dry_run": dry_run,
+                "bytes": total,
+                "items": [item.to_json() for item in items],
+                "problems": list(found.problems),
+            }
+        )
+        return
+    if items:
+        table = Table(box=None, pad_edge=False)
+        for column in ("kind", "size", "what", "why"):
+            table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
+        for item in items:
+            table.add_row(item.kind, size(item.bytes), item.name, item.reason)
+        print_table(table)
+    note(f"{'would free' if dry_run else 'freed'} {size(total)} in {len(items)} places")
+
+
+ENVIRONMENT = 3
+
+
+@click.group()
+def db() -> None:
+    """Check and upgrade the queue's database."""
+
+
+@db.command("upgrade")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def upgrade_database(as_json: bool) -> None:
+    """Create the database, or bring one of an older release to this release's revision.
+
+    `submit`, `run` and `worker` do so too. A database of a newer release is refused.
+    """
+    settings = Settings.load()
+    engine = open_engine(settings.database_url)
+    try:
+        before = current_revision(engine)
+        upgrade(engine, settings.home / "queue.lock")
+        after = current_revision(engine)
+    finally:
+        engine.dispose()
+    if as_json:
+        print_json({"url": shown(settings.database_url), "before": before, "after": after})
+    elif before == after:
+        note(f"{shown(settings.database_url)} is at revision {after} already")
+    else:
+        note(f"{shown(settings.database_url)}: revision {before or 'none'} -> {after}")
+
+
+@db.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(as_json: bool) -> int:
+    """Check that the database can be reached, has this release's revision, and is whole. Exit code 3 when not."""
+    health = look_at(Settings.load().database_url)
+    if as_json:
+        print_json(health.to_json())
+    for problem in health.problems:
+        note(problem)
+    if not health.problems and not as_json:
+        note(f"{health.url}: revision {health.revision}, {health.jobs} jobs, nothing wrong")
+    return ENVIRONMENT if health.problems else 0
+
+
+_MARKS = {
+    State.OK: ("✓", "green"),
+    State.SKIPPED: ("-", "dim"),
+    State.WARNING: ("!", "yellow"),
+    State.PROBLEM: ("✗", "bold red"),
+}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> int:
+    """Look at this machine, the queue, MLflow, its artifact store, the hub and Ray, and say what to do.
+
+    Exit code 1 with a problem; warnings are for people. One small artifact is written, read and deleted.
+    """
+    settings = Settings.load()
+    if as_json:
+        findings = examine(settings, CHECKS)
+        print_json(
+            {
+                "rankwise": __version__,
+                "state": str(worst(findings)),
+                "findings": [finding.to_json() for finding in findings],
+            }
+        )
+    else:
+        with waiting("Looking ..."):
+            findings = examine(settings, CHECKS)
+        show(lambda console: _drawn(findings))
+    return 1 if worst(findings) is State.PROBLEM else 0
+
+
+def _drawn(findings: Sequence[Finding]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        mark, style = _MARKS[finding.state]
+        text = Text(finding.seen, style="dim" if finding.state is State.SKIPPED else "")
+        if finding.advice:
+            text.append(f"\n→ {finding.advice}", style=style if style != "dim" else "")
+        table.add_row(Text(mark, style=style), Text(finding.name, style=style), text)
+    counts = Counter(finding.state for finding in findings)
+    words = {
+        State.PROBLEM: "problem" if counts[State.PROBLEM] == 1 else "problems",
+        State.WARNING: "warning" if counts[State.WARNING] == 1 else "warnings",
+        State.OK: "ok",
+        State.SKIPPED: "skipped",
+    }
+    summary = ", ".join(f"{counts[state]} {word}" for state, word in words.items())
+    return Group(table, Padding(Text(summary), (1, 0, 0, 0)))
+
+
+_MOST_EXPERIMENTS = 10
+
+
+@click.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
+def ui(port: int, host: str) -> None:
+    """Open MLflow's UI on the store of this project and serve it until Ctrl-C.
+
+    There is no authentication: on another interface than loopback everybody who reaches the port can read and change
+    the store. MLFLOW_SERVER_ALLOWED_HOSTS names the host names that browsers may use.
+    """
+    # Late: MLflow takes seconds to import.
+    from rankwise.redact import redact
+    from rankwise.tracking.errors import connect
+    from rankwise.tracking.notes import latest_views
+    from rankwise.tracking.server import is_remote, serve
+
+    settings = Settings.load()
+    console = Console(stderr=True)
+    if is_remote(settings.tracking_uri):
+        console.print("MLFLOW_TRACKING_URI names a server; its UI is at", highlight=False)
+        click.echo(redact(settings.tracking_uri))
+        return
+    # A closed terminal or a plain kill ends the server too, as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        status = console.status("Starting MLflow ...")
+        status.start()
+        try:
+            client = connect(settings)
+            with serve(settings, host, port) as server:
+                status.stop()
+                console.print("MLflow's UI is at the address below; Ctrl-C ends it.", highlight=False)
+                click.echo(server.url)
+                for name, route in latest_views(client, _MOST_EXPERIMENTS):
+                    console.print(f"{name}: {server.url}/{route}", highlight=False, markup=False, soft_wrap=True)
+                server.wait()
+        finally:
+            status.stop()
+    except KeyboardInterrupt:
+        console.print("MLflow's UI has ended.", highlight=False)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,171 @@
+"""Takes an adapter apart: one on disk, or one that is only planned."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.assets.layout import TensorEntry, read_header
+from rankwise.exceptions import AdapterIntegrityError, AssetError
+from rankwise.experiment.schema import LoraSpec, QuantizationSpec
+from rankwise.modeling.anatomy.anatomy import Anatomy, Memory, Target, elements, make_checks, measure_delta
+from rankwise.modeling.estimate import Estimator
+
+# A trained module whose delta is so much smaller than the median one changes nothing that can be noticed.
+_DEAD_SHARE = 0.01
+
+
+def plan_anatomy(
+    config: Any, lora: LoraSpec, quantization: QuantizationSpec, *, module_dtype: str | None = None
+) -> Anatomy:
+    """The anatomy of an adapter that does not exist yet, from the base's configuration.
+
+    Args:
+        config: See `Estimator`.
+        lora: Rank, alpha, dropout, target modules.
+        quantization: Of the base.
+        module_dtype: Of the modules that are not quantized; what this machine would load when left out.
+
+    Raises:
+        ConfigError: The architecture or a target module is not known.
+    """
+    estimate = Estimator(config).arm(lora, quantization, module_dtype=module_dtype)
+    scaling = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    return Anatomy(
+        parameters=estimate.adapter_parameters,
+        bytes=estimate.adapter_bytes_fp32,
+        targets=tuple(
+            Target(
+                module=target.module,
+                lora_A=target.lora_A,
+                lora_B=target.lora_B,
+                parameters=target.parameters,
+                scaling=scaling,
+                dropout=lora.lora_dropout,
+            )
+            for target in estimate.targets
+        ),
+        base=estimate.base,
+        memory=Memory(
+            base=estimate.base.bytes_loaded, base_and_adapter=estimate.memory_inference_bytes, measured=False
+        ),
+        checks=(),
+    )
+
+
+def adapter_anatomy(
+    directory: Path,
+    *,
+    base_config: Any = None,
+    quantization: QuantizationSpec | None = None,
+    module_dtype: str | None = None,
+) -> Anatomy:
+    """The anatomy of a stored adapter; memory is estimated.
+
+    Args:
+        directory: A PEFT directory; its manifest is checked if it has one.
+        base_config: The base's configuration (see `Estimator`), for its size and to compare shapes.
+        quantization: Of the base; NF4 with double quantization when left out.
+        module_dtype: Of the base's modules that are not quantized; what this machine would load when left out.
+
+    Raises:
+        AdapterIntegrityError: The directory is no whole adapter.
+        ConfigError: The architecture of the base is not known.
+    """
+    # peft is needed for stored adapters only, and takes seconds to import.
+    from rankwise.modeling.adapter import PREFIX, WEIGHTS_NAME, rank_of, read_adapter
+
+    config, tensors = read_adapter(directory)
+    header = _header(directory / WEIGHTS_NAME)
+    estimator = Estimator(base_config) if base_config is not None else None
+    targets = [
+        _target(name, config, tensors, [entry for entry in header if entry.name.startswith(f"{PREFIX}{name}.")])
+        for name in _modules(header, PREFIX)
+    ]
+    ordered = _flag_dead(_in_order(targets, estimator))
+    size = sum(entry.stop - entry.start for entry in header)
+    base = memory = None
+    if estimator is not None:
+        base = estimator.base(quantization or QuantizationSpec(), module_dtype=module_dtype)
+        memory = Memory(base=base.bytes_loaded, base_and_adapter=base.bytes_loaded + size, measured=False)
+    return Anatomy(
+        parameters=sum(elements(entry) for entry in header),
+        bytes=size,
+        targets=ordered,
+        base=base,
+        memory=memory,
+        checks=make_checks(
+            directory / WEIGHTS_NAME,
+            header,
+            ordered,
+            ranks={target.module: rank_of(config, target.module) for target in ordered},
+            linear=estimator.linear if estimator else None,
+        ),
+    )
+
+
+def _target(name: str, config: Any, tensors: Mapping[str, torch.Tensor], stored: Sequence[TensorEntry]) -> Target:
+    """One module: its factors measured, and all that is stored for it counted."""
+    from rankwise.modeling.adapter import PREFIX, scaling_of
+
+    lora_A, lora_B = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+    scaling = scaling_of(config, name, rank=int(lora_A.shape[0]))
+    delta = measure_delta(lora_A, lora_B, scaling)
+    flags = ("nonfinite",) if math.isnan(delta.norm) else () if lora_B.any() else ("untrained",)
+    return Target(
+        module=name,
+        lora_A=(int(lora_A.shape[0]), int(lora_A.shape[1])),
+        lora_B=(int(lora_B.shape[0]), int(lora_B.shape[1])),
+        parameters=sum(elements(entry) for entry in stored),
+        scaling=scaling,
+        dropout=float(config.lora_dropout),
+        delta_norm=delta.norm,
+        effective_rank=delta.effective_rank,
+        stable_rank=delta.stable_rank,
+        rank_99=delta.rank_99,
+        singular_values=delta.singular_values,
+        flags=flags,
+    )
+
+
+def _header(path: Path) -> list[TensorEntry]:
+    try:
+        return read_header(path)
+    except AssetError as error:
+        raise AdapterIntegrityError(str(error)) from error
+
+
+def _modules(header: Sequence[TensorEntry], prefix: str) -> list[str]:
+    """Names of the modules that have both factors, as the base names them."""
+    names = {entry.name for entry in header}
+    found = [
+        name.removeprefix(prefix).removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")
+    ]
+    return sorted(name for name in found if f"{prefix}{name}.lora_B.weight" in names)
+
+
+def _in_order(targets: Sequence[Target], estimator: Estimator | None) -> list[Target]:
+    order: Mapping[str, int] = {name: i for i, name in enumerate(estimator.linear)} if estimator else {}
+    return sorted(targets, key=lambda target: (order.get(target.module, len(order)), _natural(target.module)))
+
+
+def _natural(module: str) -> list[tuple[int, str]]:
+    """`layers.10` after `layers.9`."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in module.split(".")]
+
+
+def _flag_dead(targets: Sequence[Target]) -> tuple[Target, ...]:
+    trained = [t.delta_norm for t in targets if t.delta_norm and not t.flags]
+    threshold = _DEAD_SHARE * statistics.median(trained) if trained else 0.0
+    return tuple(
+        replace(target, flags=("dead",))
+        if not target.flags and target.delta_norm is not None and target.delta_norm <= threshold
+        else target
+        for target in targets
+    )

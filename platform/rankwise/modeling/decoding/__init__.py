@@ -1,0 +1,1 @@
+"""Batch decoding: several prompts, each with its own adapter, in one batch."""

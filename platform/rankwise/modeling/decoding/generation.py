@@ -1,0 +1,321 @@
+"""Text generation for one left-padded batch: greedy or sampled, stop strings, one seed per row.
+
+Letters: B rows, V vocabulary.
+
+The base's own `generation_config` takes no part (many ship a temperature or a repetition penalty that would change
+results unseen): what decides is in `Decoding`. Rows are sampled each from its own seed (`sampling.py`).
+
+Letters: B rows, V vocabulary.
+
+A draw adds Gumbel noise to the logits and takes the largest, which draws from the softmax exactly (Gumbel 1954;
+Maddison et al. 2014, "A* sampling"). The noise comes from a generator of the row's own, on the CPU, so that a row draws
+the same tokens in any batch and on any device. What may be drawn is cut as in transformers: by `top_k` first, then by
+`top_p` of what is left, both after the temperature.
+
+- The next token of each row: the likeliest, or a draw from the row's own generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from rankwise.exceptions import ConfigError
+
+
+def generator(seed: int) -> torch.Generator:
+    """The generator of one row."""
+    return torch.Generator().manual_seed(seed)
+
+
+def noisy(
+    logits: torch.Tensor, generators: Sequence[torch.Generator], *, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Scores whose largest entry is a draw from softmax(logits / temperature), cut at `top_k` and `top_p`.
+
+    Args:
+        logits: (B, V).
+        generators: One for each row.
+        temperature: Above 0.
+        top_k: The likeliest tokens that may be drawn; 0 for all.
+        top_p: Of these, the likeliest that together have at least this probability.
+
+    Returns:
+        (B, V) in fp32; -inf where a token may not be drawn.
+    """
+    scores = logits.float() / temperature
+    vocabulary = scores.shape[-1]
+    if 0 < top_k < vocabulary:
+        least = scores.topk(top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True)
+        chances = ordered.softmax(dim=-1)
+        # A token stays while those before it do not reach top_p: the likeliest one always stays.
+        drop = (chances.cumsum(dim=-1) - chances) >= top_p
+        scores = scores.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    waiting = torch.stack([torch.empty(vocabulary).exponential_(generator=one) for one in generators])
+    return scores - waiting.log().to(scores.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: Most tokens to generate for a row, the end token included; at least 1.
+        temperature: 0 takes the likeliest token; above 0 divides the logits before sampling.
+        top_k: Sampling keeps this many of the likeliest tokens; 0 keeps all.
+        top_p: Sampling keeps the likeliest tokens (of those that `top_k` has left) that together have at least this
+            probability; in (0, 1].
+        stop: Texts that end a row, special tokens too; neither they nor what follows them is in the row's text.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature > 0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, all at once."""
+        problems = []
+        # No answer ever has 2.5 tokens: it would go on to the last position.
+        whole: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k}
+        problems += [
+            f"{name} must be a whole number, got {value!r}"
+            for name, value in whole.items()
+            if not isinstance(value, Integral)
+        ]
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if not (0.0 <= self.temperature < float("inf")):
+            problems.append(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.top_k < 0:
+            problems.append(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
+        if not (0.0 < self.top_p <= 1.0):
+            problems.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        stop: Any = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+            problems.append(f"stop must be a sequence of texts, got {stop!r}")
+        if any(not text for text in self.stop):
+            problems.append("stop must not hold an empty text: it would end every row at once")
+        if problems:
+            raise ConfigError("; ".join(problems), tuple(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """One row's result.
+
+    Args:
+        text: The decoded tokens without special tokens, cut before the first stop text.
+        token_ids: The generated tokens, the end token included, padding not.
+        finish_reason: `stop` after an end token or a stop text, `length` after `max_new_tokens`.
+        prompt_tokens: Length of the prompt.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+
+
+def row_seed(seed: int, row: int | str) -> int:
+    """A row's own seed out of the call's seed and the row's index or id, as a non-negative 63-bit number."""
+    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_size`, longest first: little padding, and a lack of memory shows at once."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def end_token_ids(model: Any, tokenizer: Any, stop: Sequence[str] = ()) -> tuple[int, ...]:
+    """Tokens that end a row.
+
+    They are the tokenizer's end token, those of the base's generation configuration, and the special tokens among the
+    stop texts: `<|im_end|>` is never in a text, from which special tokens are left out. Not all of them have a role, by
+    which `all_special_tokens` knows them.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
+    ends += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens]
+    if stop:
+        added = tokenizer.added_tokens_decoder.items()
+        ends += [number for number, token in added if token.special and token.content in stop]
+    return tuple(sorted({int(end) for end in ends if end is not None}))
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    seeds: Sequence[int] | None = None,
+) -> list[Generated]:
+    """Continue every prompt; rows keep their order, so that a caller may route rows to adapters by position.
+
+    Args:
+        model: A causal language model with `generate`, in eval mode.
+        tokenizer: Decodes, and names the padding and end tokens.
+        prompts: Token ids of each row, at least one token each.
+        decoding: How tokens are chosen.
+        seeds: One per row, needed when `decoding.temperature` is above 0.
+
+    Raises:
+        ConfigError: A prompt is empty, does not fit the model's positions, or the seeds do not match the rows.
+    """
+    if not prompts:
+        return []
+    _check(model, prompts, decoding, seeds)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ConfigError("the tokenizer has neither a pad nor an end token, so rows of a batch cannot be padded")
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.int64)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=torch.int64)
+    device = model.get_input_embeddings().weight.device
+    ends = end_token_ids(model, tokenizer, decoding.stop)
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    processors = LogitsProcessorList()
+    if decoding.temperature > 0:
+        processors.append(_GumbelSampler(decoding, seeds or ()))
+    criteria = StoppingCriteriaList()
+    if decoding.stop:
+        criteria.append(_StopTexts(tokenizer, decoding.stop, width))
+    with torch.no_grad(), _own_configuration(model, config):
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+        )
+    rows = output[:, width:].tolist()
+    return [finish(tokenizer, row, decoding, ends, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, seeds: Sequence[int] | None) -> None:
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ConfigError(f"row {index} has an empty prompt; a prompt needs at least one token")
+    longest = max(len(prompt) for prompt in prompts)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + decoding.max_new_tokens > positions:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens; with max_new_tokens={decoding.max_new_tokens} that is more than "
+            f"the {positions} positions of the base; shorten the prompt or ask for fewer tokens"
+        )
+    if decoding.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ConfigError(
+            f"sampling (temperature={decoding.temperature}) needs one seed per row, "
+            f"got {'none' if seeds is None else len(seeds)} for {len(prompts)} rows"
+        )
+
+
+def finish(
+    tokenizer: Any, row: Sequence[int], decoding: Decoding, ends: tuple[int, ...], prompt_tokens: int
+) -> Generated:
+    """Cut a row's tokens after the end token or at a stop text; what is behind is padding."""
+    end = next((index for index, token in enumerate(row) if token in ends), None)
+    tokens = list(row if end is None else row[: end + 1])
+    reason: Literal["stop", "length"] = "length" if end is None else "stop"
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    cut = _first_stop(text, decoding.stop)
+    if cut is not None:
+        reason = "stop"
+        text = text[:cut]
+        tokens = _until_stop(tokenizer, tokens, decoding.stop)
+    return Generated(text=text, token_ids=tuple(tokens), finish_reason=reason, prompt_tokens=prompt_tokens)
+
+
+def stops(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+    """Whether the last of a row's tokens may have completed a stop text."""
+    # A token has a byte at least, special ones apart; the rest is for those, and for texts that depend on neighbours.
+    near = max(len(text.encode()) for text in stop) + 8 if stop else 0
+    return near > 0 and _first_stop(tokenizer.decode(tokens[-near:], skip_special_tokens=True), stop) is not None
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    found = [position for position in (text.find(one) for one in stop) if position >= 0]
+    return min(found, default=None)
+
+
+def _until_stop(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> list[int]:
+    """The tokens up to the one that completed a stop text: the row was padded from there on."""
+
+    def stopped(count: int) -> bool:
+        return _first_stop(tokenizer.decode(tokens[:count], skip_special_tokens=True), stop) is not None
+
+    # Once a stop text is there, it stays: a few looks find the first token by which it was.
+    return tokens[: bisect_left(range(len(tokens)), True, lo=1, key=stopped)]
+
+
+@contextmanager
+def _own_configuration(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Put `config` in the place of the base's: `generate` fills what is unset from there."""
+    kept = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]
+    """Turns the argmax of greedy decoding into a draw."""
+
+    def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
+        self.decoding = decoding
+        self.generators = [generator(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Add each row's noise: scores (B, V) -> (B, V)."""
+        decoding = self.decoding
+        return noisy(
+            scores, self.generators, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p
+        )
+
+
+class _StopTexts(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row once its decoded continuation holds a stop text, however the text is split into tokens."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt_width: int) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Say for each row whether it is done: (B,) bool."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :], skip_special_tokens=True)
+        done = [_first_stop(text, self.stop) is not None for text in texts]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,1 @@
+"""LoRA of several adapters in one forward of the base: layers, gradients, random numbers, memory."""

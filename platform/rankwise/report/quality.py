@@ -1,0 +1,337 @@
+"""Charts of quality: against the rank, and against every other setting that varies.
+
+- Charts of what was learned: losses by step, and how much of its rank each layer uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from markupsafe import Markup
+
+from rankwise.evaluation.compare import (
+    RANK,
+    SHARES,
+    ArmRecord,
+    Comparison,
+    Configuration,
+    Param,
+    format_param,
+    title,
+    with_error,
+)
+from rankwise.evaluation.smallest_rank import RankFinding, rank_of
+from rankwise.report.cells import alpha_over_rank, axis_name, settings_text, status_of
+from rankwise.report.charts import COLOURS, Axis, Chart, axis, shorten
+from rankwise.report.figure import FAR, Panel, panels, ranks
+from rankwise.tracking.query import Point
+
+MOST_SLICES = 9
+_MOST_SERIES = COLOURS
+
+
+def rank_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
+    """A chart for each metric, the primary one first; one standard error over examples and seeds as bars.
+
+    More settings than there are colours make a cloud: then the best configuration of each rank by the primary metric
+    has a line of its own, in every chart.
+    """
+    shown = [panel for panel in panels(comparison) if not panel.title.endswith("adapters only")]
+    return [_rank_chart(comparison, finding, panel) for panel in shown]
+
+
+def _rank_chart(comparison: Comparison, finding: RankFinding, panel: Panel) -> Markup:
+    key, base = panel.key, panel.base
+    points = [point for series in panel.series for point in series.points]
+    extent = [value for point in points for value in (point.value - point.stderr, point.value + point.stderr)]
+    far = base is not None and base.value is not None and _far(base.value, extent)
+    if base is not None and base.value is not None and not far:
+        extent += [base.value - (base.stderr or 0), base.value + (base.stderr or 0)]
+    note = f"bare base: {with_error(key, base.value, base.stderr)}, off the scale" if base is not None and far else ""
+    chart = Chart(
+        title=_heading(comparison, panel), x=_rank_axis(ranks(comparison)), y=metric_axis(key, extent), note=note
+    )
+    if base is not None and base.value is not None and not far:
+        tip = f"bare base: {with_error(key, base.value, base.stderr)} (n = {base.n:,})"
+        chart.band(base.value - (base.stderr or 0), base.value + (base.stderr or 0), tip=tip)
+        chart.level(base.value, tip=tip)
+        chart.legend("bare base", None)
+    if len(panel.series) > _MOST_SERIES:
+        for point in points:
+            chart.point(point.rank, point.value, colour=None, radius=2, style="faint")
+        chart.legend(f"{len(points):,} configurations", None)
+        best = [each for each, _, _ in finding.by_rank]
+        _configurations(chart, comparison, finding, best, key, 0, f"best of its rank by {title(finding.key)}")
+    else:
+        for number, series in enumerate(panel.series):
+            of_series = {id(point.arms[0]): point for point in series.points}
+            members = [
+                each for each in comparison.configurations if each.finished and id(each.finished[0]) in of_series
+            ]
+            members.sort(key=rank_of)
+            label = "" if len(panel.series) == 1 else shorten(series.label)
+            _configurations(chart, comparison, finding, members, key, number, label)
+    return chart.draw()
+
+
+def _configurations(
+    chart: Chart, comparison: Comparison, finding: RankFinding, members: Sequence[Configuration], key: str, colour: int,
+    label: str,
+) -> None:  # fmt: skip
+    means = [(rank_of(each), each, mean) for each in members if (mean := each.metric(key)) is not None]
+    chart.line([(rank, mean.value) for rank, _, mean in means], colour=colour)
+    for rank, each, mean in means:
+        if mean.seeds > 1:
+            for arm in each.finished:
+                if key in arm.metrics and (value := arm.metrics[key].value) is not None:
+                    seed = format_param(arm.params.get("seed"))
+                    tip = f"r = {rank:g}, seed {seed}: {with_error(key, value, arm.metrics[key].stderr)}"
+                    chart.point(rank, value, colour=colour, radius=2, style="faint", tip=tip)
+        ring = "ring" if each is finding.chosen else ""
+        seeds = f", {mean.seeds} seeds" if mean.seeds > 1 else ""
+        tip = f"{settings_text(comparison, each)}: {title(key)} {with_error(key, mean.value, mean.stderr)}{seeds}"
+        chart.point(rank, mean.value, colour=colour, error=mean.stderr, tip=tip, radius=6 if ring else 4, style=ring)
+    if label:
+        chart.legend(label, colour)
+
+
+def slice_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
+    """The judged metric against alpha / r, dropout and other settings that vary: configurations, and their means."""
+    charts = []
+    for name, values in slices(comparison, finding.configurations).items():
+        chart = _slice(comparison, finding, name, values)
+        if chart is not None:
+            charts.append(chart)
+    return charts[:MOST_SLICES]
+
+
+def slices(comparison: Comparison, configurations: Sequence[Configuration]) -> dict[str, list[Param | None]]:
+    """Settings that vary, with each configuration's value: alpha / r first, then dropout, then the others."""
+    found: dict[str, list[Param | None]] = {"alpha / r": [alpha_over_rank(each) for each in configurations]}
+    for key in sorted(comparison.axes, key=lambda key: key != "lora.dropout"):
+        found[axis_name(key)] = [each.params.get(key) for each in configurations]
+    return {name: values for name, values in found.items() if len(set(values)) > 1}
+
+
+def _slice(comparison: Comparison, finding: RankFinding, name: str, values: Sequence[Param | None]) -> Markup | None:
+    key, configurations = finding.key, finding.configurations
+    means = [each.metric(key) for each in configurations]
+    known = [(value, each, mean) for value, each, mean in zip(values, configurations, means, strict=True) if mean]
+    places, x = value_axis(name, [value for value, _, _ in known])
+    all_ranks = sorted({rank_of(each) for each in configurations})
+    chart = Chart(title=f"{title(key)} by {name}", x=x, y=metric_axis(key, [mean.value for _, _, mean in known]))
+    coloured = 1 < len(all_ranks) <= COLOURS
+    groups: dict[float, list[float]] = {}
+    radius = 3.5 if len(known) <= 100 else 2
+    for value, each, mean in known:
+        rank = rank_of(each)
+        colour = all_ranks.index(rank) if coloured else None
+        tip = (
+            f"{settings_text(comparison, each)}: {with_error(key, mean.value, mean.stderr)}"
+            if len(known) <= 200
+            else ""
+        )
+        chart.point(places[value], mean.value, colour=colour, radius=radius, style="faint", tip=tip)
+        groups.setdefault(places[value], []).append(mean.value)
+    if coloured:
+        for number, rank in enumerate(all_ranks):
+            chart.legend(f"r = {rank:g}", number, "faint")
+    if len(groups) <= 12:
+        middle = {place: math.fsum(group) / len(group) for place, group in sorted(groups.items())}
+        chart.line(list(middle.items()), colour=None, style="thick")
+        for place, level in middle.items():
+            tip = f"mean of {len(groups[place]):,}: {with_error(key, level)}"
+            chart.point(place, level, colour=None, radius=4, tip=tip)
+        chart.legend("mean of all with this value", None)
+    return chart.draw()
+
+
+def value_axis(name: str, values: Sequence[Param | None]) -> tuple[Mapping[Param | None, float], Axis]:
+    """Where values lie: numbers by size, on a log axis where they span magnitudes; anything else side by side."""
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) < len(values):
+        order = sorted(set(values), key=lambda value: (str(type(value)), str(value)))
+        names = {float(at): shorten(format_param(value), 18) for at, value in enumerate(order)}
+        x = axis(name, [-0.4, len(order) - 0.6], ticks=list(names), text=lambda at: names.get(at, ""), room=0)
+        return {value: float(at) for at, value in enumerate(order)}, x
+    distinct = sorted(set(numbers))
+    log = distinct[0] > 0 and distinct[-1] / distinct[0] >= 8
+    return {v: float(v) for v in values if isinstance(v, int | float)}, axis(
+        name, distinct, log=log, ticks=distinct if len(distinct) <= 8 else None
+    )
+
+
+def metric_axis(key: str, values: Sequence[float]) -> Axis:
+    """The vertical axis of a metric; shares in percent."""
+    if key not in SHARES:
+        return axis(title(key), values)
+    bounds = (0.0, math.inf) if max(values) > 1 else (0.0, 1.0)  # A mean relative error may be more than 100 %.
+    return axis(title(key), values, text=lambda value: f"{100 * value:.4g} %", bounds=bounds)
+
+
+def _rank_axis(all_ranks: Sequence[float]) -> Axis:
+    return axis("rank r", all_ranks, log=True, ticks=all_ranks)
+
+
+def _heading(comparison: Comparison, panel: Panel) -> str:
+    if panel.key != comparison.primary_metric:
+        return panel.title
+    return f"{panel.title} (decides, {'greater' if comparison.greater_is_better else 'smaller'} is better)"
+
+
+def _far(value: float, extent: Sequence[float]) -> bool:
+    low, high = min(extent), max(extent)
+    return max(low - value, value - high) > FAR * (high - low)
+
+
+MOST_CURVES = 24
+_MOST_POINTS = 80
+
+
+def chosen_arms(comparison: Comparison, finding: RankFinding | None) -> list[ArmRecord]:
+    """Arms whose curves are shown: all, or of many the best of each rank and some of those that were cut off."""
+    started = [arm for arm in comparison.arms if arm.run_id and arm.status != "SCHEDULED"]
+    if len(started) <= MOST_CURVES:
+        return started
+    best = [each.finished[0] for each, _, _ in finding.by_rank] if finding is not None else []
+    others = [arm for arm in started if arm not in best]
+    cut = [arm for arm in others if arm.status != "FINISHED"]
+    rest = [arm for arm in others if arm.status == "FINISHED"]
+    half = (MOST_CURVES - len(best[:MOST_CURVES])) // 2
+    return [*best[:MOST_CURVES], *_evenly(cut, half), *_evenly(rest, half)]
+
+
+def curve_charts(
+    comparison: Comparison,
+    arms: Sequence[ArmRecord],
+    curves: Mapping[str, Mapping[str, Sequence[Point]]],
+    keys: Sequence[str],
+) -> list[Markup]:
+    """A chart for each key that has a curve of two points or more; arms that were cut off end in a dashed line."""
+    charts = [_curves(comparison, arms, curves, key) for key in keys]
+    return [chart for chart in charts if chart is not None]
+
+
+def _curves(
+    comparison: Comparison, arms: Sequence[ArmRecord], curves: Mapping[str, Mapping[str, Sequence[Point]]], key: str
+) -> Markup | None:
+    lines = [(arm, points) for arm in arms if len(points := thinned(curves.get(arm.run_id, {}).get(key, []))) > 1]
+    if not lines:
+        return None
+    ranks = sorted(
+        {arm.params[RANK] for arm in comparison.arms if isinstance(arm.params.get(RANK), int | float)}, key=_number
+    )
+    by_rank = len(ranks) > 1
+    values = [value for _, points in lines for _, value in points]
+    # One diverged arm must not press the others onto one line.
+    top = sorted(values)[math.ceil(0.98 * (len(values) - 1))]
+    shown = [value for value in values if value <= top + (top - min(values))]
+    name = "training loss" if key == "train.loss" else f"{title(key)} on the evaluation rows"
+    averaged = any(len(curves[arm.run_id][key]) > _MOST_POINTS for arm, _ in lines)
+    chart = Chart(
+        title=name,
+        x=axis("step", [step for _, points in lines for step, _ in points], room=0.02, whole=True),
+        y=replace(metric_axis(key, shown), title=title(key).removeprefix("train.")),
+        note="each point the mean of several steps" if averaged else "",
+    )
+    legend = not by_rank and len(lines) <= COLOURS
+    for number, (arm, points) in enumerate(lines):
+        colour = ranks.index(arm.params[RANK]) if by_rank and arm.params.get(RANK) in ranks else number
+        cut = arm.status not in {"FINISHED", "RUNNING"}
+        label = arm_text(comparison, arm)
+        drawn = [(step, min(value, chart.y.high)) for step, value in points]
+        style = "dashed" if cut else "faint" if len(lines) > 12 else ""
+        chart.line(drawn, colour=colour, tip=f"{label} ({status_of(arm)})", style=style)
+        if cut:
+            chart.point(
+                *drawn[-1], colour=4 if not by_rank else colour, radius=3, tip=f"{label}: {status_of(arm)}", style="end"
+            )
+        if legend:
+            chart.legend(shorten(label), number)
+    if by_rank:
+        for number, rank in enumerate(ranks):
+            chart.legend(f"r = {format_param(rank)}", number)
+    return chart.draw()
+
+
+def thinned(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Steps and values; of many, means of neighbours, so that at most 80 are left."""
+    latest = {point.step: point.value for point in points}
+    pairs = sorted(latest.items())
+    size = -(-len(pairs) // _MOST_POINTS)
+    if size <= 1:
+        return [(float(step), value) for step, value in pairs]
+    parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    return [
+        (sum(step for step, _ in part) / len(part), math.fsum(value for _, value in part) / len(part)) for part in parts
+    ]
+
+
+def layer_chart(
+    comparison: Comparison, arms: Sequence[ArmRecord], layers: Mapping[str, Mapping[int, float]]
+) -> Markup | None:
+    """The effective rank of each layer's deltas, a line for each arm; None where no arm has an anatomy."""
+    lines = [(arm, layers[arm.run_id]) for arm in arms if arm.run_id in layers]
+    if not lines:
+        return None
+    chart = Chart(
+        title="effective rank by layer",
+        x=axis("layer", [layer for _, line in lines for layer in line], room=0.03, whole=True),
+        y=axis("effective rank", [0.0, *(rank for _, line in lines for rank in line.values())]),
+        note="mean over the modules of a layer; the best arm of each rank",
+    )
+    for number, (arm, line) in enumerate(lines):
+        label = arm_text(comparison, arm)
+        chart.line([(float(layer), rank) for layer, rank in line.items()], colour=number, tip=label)
+        for layer, rank in line.items():
+            chart.point(layer, rank, colour=number, radius=2.5, tip=f"{label}, layer {layer}: {rank:.3g}")
+        chart.legend(f"r = {format_param(arm.params.get(RANK))}", number)
+    return chart.draw()
+
+
+def use_chart(comparison: Comparison) -> Markup | None:
+    """Effective rank of all finished arms against r, with the line where the whole rank is used."""
+    points = [
+        (float(rank), arm.effective_rank, arm)
+        for arm in comparison.arms
+        if arm.effective_rank is not None and isinstance(rank := arm.params.get(RANK), int | float)
+    ]
+    if not points:
+        return None
+    ranks = sorted({rank for rank, _, _ in points})
+    top = [*ranks, *(value for _, value, _ in points)]
+    chart = Chart(
+        title="effective rank against r",
+        x=axis("rank r", ranks, log=True, ticks=ranks),
+        y=axis("effective rank", top, log=True, ticks=ranks),
+        note="on the dashed line the whole rank would be used alike",
+    )
+    if len(ranks) > 1:
+        chart.line([(rank, rank) for rank in ranks], colour=None, style="dashed")
+    for rank, value, arm in points:
+        used = "" if arm.rank_99 is None else f"; rank {arm.rank_99} keeps 99 % of the energy"
+        tip = f"{arm_text(comparison, arm)}: {value:.3g}{used}"
+        chart.point(rank, value, colour=0, radius=3.5, tip=tip, style="faint" if len(points) > 30 else "")
+    return chart.draw()
+
+
+def arm_text(comparison: Comparison, arm: ArmRecord) -> str:
+    """`r = 8, learning rate 0.002, seed 1`."""
+    parts = [f"r = {format_param(arm.params.get(RANK))}"]
+    parts += [f"{axis_name(key)} {format_param(arm.params.get(key))}" for key in comparison.varying]
+    if len({each.params.get("seed") for each in comparison.arms}) > 1:
+        parts.append(f"seed {format_param(arm.params.get('seed'))}")
+    return ", ".join(parts)
+
+
+def _evenly(arms: Sequence[ArmRecord], count: int) -> list[ArmRecord]:
+    if len(arms) <= count:
+        return list(arms)
+    return [arms[round(at * (len(arms) - 1) / max(1, count - 1))] for at in range(count)]
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return float(value)

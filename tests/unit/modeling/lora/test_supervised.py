@@ -1,0 +1,91 @@
+"""Logits at chosen positions are those of the model's own forward."""
+
+import logging
+
+import pytest
+import torch
+from helpers.packs import load_tiny
+
+from rankwise.modeling.lora.logits import SupervisedLogits
+
+
+def chosen(model, logits):
+    ids = torch.randint(4, 300, (3, 6), generator=torch.Generator().manual_seed(0))
+    rows, positions = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 5, 0, 3])
+    with torch.no_grad():
+        return logits(ids, torch.ones_like(ids), rows, positions), model(input_ids=ids).logits[rows, positions]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
+def test_the_head_runs_on_the_chosen_positions_alone(tmp_path, architecture):
+    model = load_tiny(tmp_path, architecture).model
+    logits = SupervisedLogits(model)
+    assert logits.direct
+    mine, own = chosen(model, logits)
+    assert mine.dtype == torch.float32
+    torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_that_changes_logits_after_the_head_is_noticed(tmp_path, caplog):
+    model = load_tiny(tmp_path).model
+    own = type(model).forward
+
+    def capped(self, *args, **kwargs):
+        output = own(self, *args, **kwargs)
+        output.logits = 3 * torch.tanh(output.logits / 3)
+        return output
+
+    model.forward = capped.__get__(model)
+    with caplog.at_level(logging.INFO):
+        logits = SupervisedLogits(model)
+    assert not logits.direct
+    assert "all logits are computed" in caplog.text
+    assert "own forward differs by up to" in caplog.text
+    mine, theirs = chosen(model, logits)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_a_known_setting_in_the_configuration_is_enough(tmp_path, caplog):
+    model = load_tiny(tmp_path).model
+    model.config.final_logit_softcapping = 30.0
+    with caplog.at_level(logging.INFO):
+        assert not SupervisedLogits(model).direct
+    assert "final_logit_softcapping" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
+def test_padding_on_the_right_needs_no_mask_under_causal_attention(tmp_path, architecture):
+    model = load_tiny(tmp_path, architecture).model
+    logits = SupervisedLogits(model)
+    assert not logits.masked
+    ids = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    rows, positions = torch.tensor([0, 0, 1]), torch.tensor([1, 4, 8])
+    with torch.no_grad():
+        mine = logits(ids, mask, rows, positions)
+        own = model(input_ids=ids, attention_mask=mask).logits[rows, positions]
+    torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_whose_tokens_see_padding_gets_its_mask(tmp_path, caplog):
+    model = load_tiny(tmp_path).model
+    attention = [layer.self_attn for layer in model.model.layers]
+    for layer in attention:
+        own = layer.forward
+
+        def looks_ahead(hidden_states, *args, _own=own, attention_mask=None, **kwargs):
+            output, weights = _own(hidden_states, *args, attention_mask=attention_mask, **kwargs)
+            unmasked = attention_mask is None
+            return output + hidden_states.mean(dim=1, keepdim=True) * unmasked, weights
+
+        layer.forward = looks_ahead
+    with caplog.at_level(logging.INFO):
+        logits = SupervisedLogits(model)
+    assert logits.masked
+    assert "padding is masked, since its tokens differ by up to" in caplog.text
+    seen = []
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    ids = torch.randint(4, 300, (1, 6))
+    logits(ids, torch.ones_like(ids), torch.tensor([0]), torch.tensor([2]))
+    assert "attention_mask" in seen[0]
