@@ -9,7 +9,7 @@ A mask keeps keys, order, types and wording, and hides a value:
 | `<digest 1>`, ... | digests of trained or quantized weights; digests in `Masks.known` stay literal |
 | `<float>`, `<value>` | a measured number, and one with a standard error |
 | `<size>`, `<duration>` | sizes and times with a unit |
-| `<time>`, `<host>`, `<pid>`, `<worker>`, `<version>`, `<bytes>` | what their names say |
+| `<time>`, `<host>`, `<pid>`, `<worker>`, `<module>`, `<version>`, `<bytes>` | what their names say |
 
 Integers and settings (`params`, `spec`, `estimates`, ...) stay literal. A multi-line text becomes a list of lines, so
 that a changed word is one line of a diff.
@@ -35,6 +35,7 @@ SETTINGS = {"params", "spec", "estimates", "lora", "decoding", "limit", "confide
 """Keys below which numbers are settings and stay as they are."""
 MASKED = {
     "host": "<host>",
+    "logger": "<module>",
     "pid": "<pid>",
     "worker": "<worker>",
     "timestamp": "<time>",
