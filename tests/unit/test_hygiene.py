@@ -38,6 +38,15 @@ def test_the_workflow_runs_the_checks_with_least_permissions():
     assert "3.11" in job["strategy"]["matrix"]["python"]
 
 
+@pytest.mark.parametrize("form", ["bug", "feature"])
+def test_issue_forms_are_valid(form):
+    check("vendor.github-issue-forms", GITHUB / "ISSUE_TEMPLATE" / f"{form}.yml")
+
+
+def test_the_configuration_of_issues_is_valid():
+    check("vendor.github-issue-config", GITHUB / "ISSUE_TEMPLATE" / "config.yml")
+
+
 def test_a_commit_runs_the_tools_of_make_test():
     (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
     hooks = {hook["entry"].split()[0] for hook in repository["hooks"]}
