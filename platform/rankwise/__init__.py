@@ -1,3 +1,3 @@
 """rankwise: an experiment platform for QLoRA fine-tuning on MLflow."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

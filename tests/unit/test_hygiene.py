@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+
+from rankwise import __version__
 
 ROOT = Path(__file__).parents[2]
 GITHUB = ROOT / ".github"
@@ -53,3 +57,20 @@ def test_a_commit_runs_the_tools_of_make_test():
     makefile = (ROOT / "Makefile").read_text()
     assert hooks == {".venv/bin/ruff", ".venv/bin/mypy", ".venv/bin/lint-imports"}
     assert [hook for hook in hooks if f"$(BIN)/{Path(hook).name}" not in makefile] == []
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+    assert f"image: rankwise:${{RANKWISE_VERSION:-{__version__}}}-" in (ROOT / "compose.yaml").read_text()
+    assert f"-t rankwise:{__version__}-cuda" in (ROOT / "platform" / "Dockerfile").read_text()
+
+
+def test_the_changelog_begins_with_this_version():
+    versions = re.findall(r"^## \[(.+?)\]", (ROOT / "platform" / "docs" / "changelog.md").read_text(), re.MULTILINE)
+    assert versions[0] == __version__
+
+
+def test_the_security_policy_supports_this_version():
+    minor = __version__.rpartition(".")[0]
+    assert f"| {minor}.x | yes |" in (GITHUB / "SECURITY.md").read_text()
