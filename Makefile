@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-compare bench-inference gpu audit ui clean
+.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-compare bench-inference gpu audit dist ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -69,6 +69,11 @@ gpu: setup  ## the checks that need a CUDA GPU, and the tables of `make bench` a
 audit: setup  ## known vulnerabilities of the tested versions; asks the advisory service of PyPI, fails without it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[audit]'
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
+
+dist: setup  ## the wheel and the source distribution in dist/, checked as a package index checks them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 ui: setup  ## the MLflow UI on the local store, on loopback
 	$(BIN)/rankwise ui

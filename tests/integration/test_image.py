@@ -45,7 +45,8 @@ def said(image, command, **mounts):
 def test_the_builder_is_sent_nothing_but_what_the_image_is_made_of(tmp_path):
     names = {str(path.relative_to(tmp_path)) for path in context(tmp_path).rglob("*") if path.is_file()}
     package = {name for name in names if name.startswith("platform/rankwise/")}
-    assert names - package == {"constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
+    examples = {str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*") if path.is_file()}
+    assert names - package == {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", *examples}
     assert len(package) > 100
     assert not [name for name in package if "__pycache__" in name]
 
@@ -57,6 +58,7 @@ def test_only_what_was_copied_is_used(tmp_path):
     assert copied == [
         "constraints.txt pyproject.toml ./",
         "README.md LICENSE ./",
+        "experiments experiments",
         "platform/rankwise platform/rankwise",
         "--from=builder /opt/rankwise /opt/rankwise",
     ]

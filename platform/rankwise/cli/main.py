@@ -27,6 +27,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """As a shell says of a program that SIGPIPE has ended."""
 _COMMANDS = {
+    "examples": ("rankwise.cli.examples:examples", "List the shipped experiment files, or write one to start from."),
     "validate": ("rankwise.cli.experiment:validate", "Check an experiment file."),
     "plan": ("rankwise.cli.experiment:plan", "Show the arms of an experiment, their hashes and what they cost."),
     "schema": ("rankwise.cli.experiment:schema", "Print the JSON Schema of experiment files."),
