@@ -10,7 +10,7 @@ from rich.table import Table
 import rankwise
 from rankwise.cli.output import note, print_json, print_table
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.loader import load_experiment
+from rankwise.experiment.check import load_experiment
 from rankwise.settings import storage_errors, write_atomically
 
 

@@ -10,8 +10,7 @@ import rankwise
 from rankwise.cli.examples import examples
 from rankwise.cli.experiment import plan, validate
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.loader import load_experiment
-from rankwise.experiment.sweep import expand
+from rankwise.experiment.check import expand, load_experiment
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 NAMES = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
