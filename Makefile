@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-compare bench-inference gpu audit dist ui clean
+.PHONY: help setup run test lint types arrows tests faults proofs bench bench-flavor bench-queue bench-compare bench-inference gpu audit dist docs ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -74,6 +74,12 @@ dist: setup  ## the wheel and the source distribution in dist/, checked as a pac
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
+
+# Without --quiet: with it, mkdocs counts no warnings and strict mode always passes.
+docs: setup  ## the documentation as a site, in site/; a broken link or anchor is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file platform/mkdocs.yml
+	@echo "open site/index.html"
 
 ui: setup  ## the MLflow UI on the local store, on loopback
 	$(BIN)/rankwise ui

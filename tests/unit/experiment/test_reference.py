@@ -5,7 +5,7 @@ from pathlib import Path
 from rankwise.experiment.editor_schema import reference
 from rankwise.experiment.fields import leaves
 
-SHIPPED = Path(__file__).parents[3] / "platform" / "docs" / "experiment-file.md"
+SHIPPED = Path(__file__).parents[3] / "platform" / "docs" / "reference" / "experiment-file.md"
 
 
 def row(key, section):
@@ -29,4 +29,4 @@ def test_a_row_says_what_is_allowed_and_the_default():
 
 
 def test_the_shipped_reference_is_this_one():
-    assert SHIPPED.read_text() == reference(), "rankwise schema --markdown > platform/docs/experiment-file.md"
+    assert SHIPPED.read_text() == reference(), "rankwise schema --markdown > platform/docs/reference/experiment-file.md"
