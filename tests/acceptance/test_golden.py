@@ -186,7 +186,7 @@ def the_definition(recorder):
 def the_sweep(recorder):
     submitted = json.loads(recorder.run("submit", "tiny.yaml", "--json"))
     # The hash of an evaluation says which jobs are done already: it must stay, as the hash of an arm must.
-    recorder.masks.known += [job["spec_hash"] for job in submitted]
+    recorder.masks.known += [job["spec_hash"] for job in submitted["jobs"]]
     recorder.keep("submit", submitted)
     recorder.json("status-queued", "status")
     recorder.json("jobs-show-queued", "jobs", "show", "3")

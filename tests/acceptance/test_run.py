@@ -117,7 +117,7 @@ def test_compare_lists_the_arms_by_rank(finished):
 
 
 def test_jobs_list_says_what_was_done(finished):
-    jobs = json.loads(finished[0].succeed("jobs", "list", "--json"))
+    jobs = json.loads(finished[0].succeed("jobs", "list", "--json"))["jobs"]
     assert (
         sorted((job["kind"], job["state"]) for job in jobs)
         == [("evaluate", "succeeded")] * 3 + [("train", "succeeded")] * 2
@@ -135,7 +135,7 @@ def test_an_extended_sweep_trains_only_what_is_missing(tmp_path):
     project = make_project(tmp_path)
     first = json.loads(project.succeed("run", "tiny.yaml", "--json", "--set", "sweep.parameters={lora.r: [2]}"))
     project.succeed("run", "tiny.yaml")
-    jobs = json.loads(project.succeed("jobs", "list", "--json"))
+    jobs = json.loads(project.succeed("jobs", "list", "--json"))["jobs"]
     assert [job["attempts"] for job in jobs] == [1] * 5
     comparison = json.loads(project.succeed("compare", "tiny", "--json"))
     assert comparison["arms"][0] == first["arms"][0]
@@ -202,7 +202,7 @@ def test_control_c_keeps_a_checkpoint_and_the_same_command_goes_on(tmp_path):
         ("train", "KILLED"),
     }
     assert client.search_registered_models() == []
-    jobs = json.loads(project.succeed("jobs", "list", "--json"))
+    jobs = json.loads(project.succeed("jobs", "list", "--json"))["jobs"]
     assert {job["state"] for job in jobs} == {"queued"}
     assert sum(job["preemptions"] for job in jobs) == 2, "both arms of the pack"
     assert sum(job["failures"] for job in jobs) == 0

@@ -26,7 +26,7 @@ def test_a_run_on_a_machine_with_several_gpus_has_a_worker_for_each(tmp_path):
 
 def test_what_was_submitted_is_planned_for_all_to_see_and_a_worker_does_all_of_it(tmp_path):
     project = make_project(tmp_path)
-    submitted = json.loads(project.succeed("submit", "tiny.yaml", "--priority", "3", "--json"))
+    submitted = json.loads(project.succeed("submit", "tiny.yaml", "--priority", "3", "--json"))["jobs"]
     assert [(job["kind"], job["state"]) for job in submitted] == [
         *[("train", "queued")] * 2,
         *[("evaluate", "queued")] * 3,
@@ -38,14 +38,14 @@ def test_what_was_submitted_is_planned_for_all_to_see_and_a_worker_does_all_of_i
     assert kinds == [("sweep", "SCHEDULED"), *[("train", "SCHEDULED")] * 2]
     assert {job["run_id"] for job in submitted if job["kind"] == "train"} < planned.keys()
 
-    again = json.loads(project.succeed("submit", "tiny.yaml", "--no-preflight", "--json"))
+    again = json.loads(project.succeed("submit", "tiny.yaml", "--no-preflight", "--json"))["jobs"]
     assert again == submitted
     assert {run.info.run_id for run in client.search_runs([experiment])} == planned.keys()
 
     done = project.run("worker", "--drain")
     assert done.returncode == 0, done.stderr
     assert "models:/tiny-adder@best is version" in done.stderr, "the last worker of a sweep reports on it"
-    jobs = json.loads(project.succeed("jobs", "list", "--json"))
+    jobs = json.loads(project.succeed("jobs", "list", "--json"))["jobs"]
     assert {(job["state"], job["attempts"]) for job in jobs} == {("succeeded", 1)}
     runs = client.search_runs([experiment])
     assert {run.info.status for run in runs} == {"FINISHED"}

@@ -114,7 +114,7 @@ class _Bench:
             env=self._environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        (train,) = [job["id"] for job in json.loads(done.stdout) if job["kind"] == JobKind.TRAIN]
+        (train,) = [job["id"] for job in json.loads(done.stdout)["jobs"] if job["kind"] == JobKind.TRAIN]
         return self._queue.get(train)
 
     def _first_step(self, job: Job) -> float:

@@ -41,7 +41,7 @@ def team(tmp_path_factory):
 
 
 def jobs(team):
-    return json.loads(team.succeed(*CLI, "jobs", "list", "--json"))
+    return json.loads(team.succeed(*CLI, "jobs", "list", "--json"))["jobs"]
 
 
 def ended(team):

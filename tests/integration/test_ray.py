@@ -169,7 +169,7 @@ def test_the_commands_place_real_workers(cluster, store):
         call(cluster_command, "start", *where, "--workers", "2", "--gpus-per-worker", "0", "--json").stdout
     )
     shown = json.loads(call(cluster_command, "status", *where, "--json").stdout)
-    assert [worker["name"] for worker in shown["workers"]] == sorted(worker["name"] for worker in started)
+    assert [worker["name"] for worker in shown["workers"]] == sorted(worker["name"] for worker in started["workers"])
     assert [node["cpus"] for node in shown["nodes"]] == [1, 1]
     until(lambda: len(store.workers()) == 2)
     assert len(json.loads(call(status, "--json").stdout)["workers"]) == 2

@@ -103,7 +103,7 @@ def compared(anna):
     anna.succeed("submit", "tiny.yaml", "--set", PROMOTION)
 
     def done() -> bool:
-        states = [job["state"] for job in json.loads(anna.succeed("jobs", "list", "--json"))]
+        states = [job["state"] for job in json.loads(anna.succeed("jobs", "list", "--json"))["jobs"]]
         assert "failed" not in states, anna.succeed("jobs", "list")
         return set(states) == {"succeeded"}
 

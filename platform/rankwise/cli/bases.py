@@ -63,7 +63,7 @@ def list_bases(as_json: bool) -> None:
     settings = Settings.load()
     rows = _rows(settings)
     if as_json:
-        print_json([row.to_json() for row in rows])
+        print_json({"bases": [row.to_json() for row in rows]})
         return
     table = Table(box=None, pad_edge=False)
     for column in ("name", "kind", "size", "source", "revision"):
@@ -101,7 +101,9 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
     with _bars() as bars:
         results = [(row, row.check(bars)) for row in _chosen(_rows(Settings.load()), names)]
     if as_json:
-        print_json([{**row.to_json(), "ok": problem is None, "problem": problem} for row, problem in results])
+        print_json(
+            {"bases": [{**row.to_json(), "ok": problem is None, "problem": problem} for row, problem in results]}
+        )
     else:
         for row, problem in results:
             click.echo(f"{row.name}: {problem or 'ok'}")

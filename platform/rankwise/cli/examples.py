@@ -24,14 +24,11 @@ from rankwise.settings import storage_errors, write_atomically
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def examples(name: str | None, out: Path | None, as_json: bool) -> None:
-    r"""List the experiment files that come with rankwise, or write the one called NAME.
+    """List the experiment files that come with rankwise, or write the one called NAME.
 
     The files that an example refers to are written beside it. Existing files are not overwritten.
 
-    \b
-    rankwise examples
-    rankwise examples diamonds-rank
-    rankwise run diamonds-rank.yaml
+    Then: rankwise run NAME.yaml
     """
     directory = _shipped()
     files = {path.stem: path for path in sorted(directory.glob("*.yaml"))}

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from rankwise.cli.output import Bars, note, print_json, print_table, size
+from rankwise.cli.output import Bars, note, print_foreign_json, print_json, print_table, size
 from rankwise.experiment.check import expand, is_search, load_experiment, planned_rounds, require_known_arms
 from rankwise.experiment.editor_schema import editor_schema, reference
 from rankwise.experiment.plan import Plan, count_rows, make_plan
@@ -90,7 +90,7 @@ def schema(markdown: bool) -> None:
     if markdown:
         click.echo(reference(), nl=False)
     else:
-        print_json(editor_schema())
+        print_foreign_json(editor_schema())
 
 
 def base_config(spec: ExperimentSpec) -> Path | None:
@@ -189,7 +189,7 @@ def submit(
             f"{len(submitted.jobs)} jobs, {waiting} of them to do: rankwise worker does them, rankwise status shows"
         )
     if as_json:
-        print_json([job.to_json() for job in submitted.jobs])
+        print_json({"jobs": [job.to_json() for job in submitted.jobs]})
         return
     table = Table(box=None, pad_edge=False)
     for column in ("id", "kind", "arm", "state"):

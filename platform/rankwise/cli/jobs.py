@@ -145,7 +145,7 @@ def list_jobs(
         )
         time = queue.time()
     if as_json:
-        print_json([job.to_json() for job in found])
+        print_json({"jobs": [job.to_json() for job in found]})
     else:
         _print_jobs(found, time)
     if len(found) == limit:
@@ -250,7 +250,7 @@ def _state(job: Job, time: float | None = None) -> str:
 
 def _tell(changed: Sequence[Job], as_json: bool) -> None:
     if as_json:
-        print_json([job.to_json() for job in changed])
+        print_json({"jobs": [job.to_json() for job in changed]})
     for job in changed if not as_json else ():
         note(f"job {job.id}: {_state(job)}" + (f": {job.error}" if job.error else ""))
 

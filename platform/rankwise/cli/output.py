@@ -33,9 +33,17 @@ from rich.text import Text
 
 from rankwise.worker.reporter import Kind, Lines
 
+SCHEMA_VERSION = 1
+"""Changes when a key is removed or renamed, or means something else; new keys do not change it."""
 
-def print_json(value: Any) -> None:
-    """A result for programs, on stdout."""
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """A result for programs, on stdout: one JSON object that begins with the version of its layout."""
+    print_foreign_json({"schema_version": SCHEMA_VERSION, **document})
+
+
+def print_foreign_json(value: Any) -> None:
+    """A document in a format that others define, such as a JSON Schema, on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 

@@ -219,7 +219,7 @@ def submit_and_watch(
                 bars.warn("no longer watched; the jobs go on: rankwise jobs list --kind predict")
                 return _INTERRUPTED
     if as_json:
-        print_json([job.to_json() for job in jobs])
+        print_json({"jobs": [job.to_json() for job in jobs]})
     else:
         for job in () if wanted.watch else jobs:
             click.echo(f"job {job.id}: {_what(job)}, {job.state}")

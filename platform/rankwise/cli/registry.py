@@ -272,7 +272,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> None:
 
     found = sorted(trusted_keys([path.expanduser().absolute() for path in files]).values(), key=lambda key: key.name)
     if as_json:
-        print_json([{"name": key.name, "id": key.id} for key in found])
+        print_json({"keys": [{"name": key.name, "id": key.id} for key in found]})
         return
     for key in found:
         click.echo(f"{key.id}  {key.name}")

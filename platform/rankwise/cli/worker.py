@@ -226,7 +226,7 @@ def start(
             timeout=timeout,
         )
     if as_json:
-        print_json([worker.to_json() for worker in placed])
+        print_json({"workers": [worker.to_json() for worker in placed]})
         return
     for worker in placed:
         note(f"{worker.name} runs on {worker.host}")

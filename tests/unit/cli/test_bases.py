@@ -35,7 +35,7 @@ def run(capsys, *arguments):
 def listed(capsys):
     out, _, code = run(capsys, "list", "--json")
     assert code == 0
-    return json.loads(out)
+    return json.loads(out)["bases"]
 
 
 def test_a_base_is_added_listed_verified_and_removed_by_name(capsys, base):
@@ -60,7 +60,7 @@ def test_a_damaged_entry_is_named_and_the_exit_code_tells(capsys, base):
     content[-1] ^= 1
     (path / "model.safetensors").write_bytes(content)
     out, err, code = run(capsys, "verify", "--json")
-    assert [(row["ok"], "was sha256:" in row["problem"]) for row in json.loads(out)] == [(False, True)]
+    assert [(row["ok"], "was sha256:" in row["problem"]) for row in json.loads(out)["bases"]] == [(False, True)]
     assert f"damaged: {path.name}" in err
     assert code == 3
 

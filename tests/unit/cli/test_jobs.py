@@ -43,7 +43,7 @@ def call(command, *arguments):
 
 
 def listed(*arguments):
-    return [row["id"] for row in json.loads(call(jobs, "list", "--json", *arguments).stdout)]
+    return [row["id"] for row in json.loads(call(jobs, "list", "--json", *arguments).stdout)["jobs"]]
 
 
 @pytest.mark.usefixtures("queue")
@@ -54,7 +54,7 @@ def test_jobs_are_listed_by_state_kind_experiment_and_page():
     assert listed("--limit", "2") == [1, 2]
     assert listed("--limit", "2", "--after", "2") == [3, 4]
     assert "go on with --after 2" in call(jobs, "list", "--limit", "2").stderr
-    row = json.loads(call(jobs, "list", "--json", "--limit", "1").stdout)[0]
+    row = json.loads(call(jobs, "list", "--json", "--limit", "1").stdout)["jobs"][0]
     assert list(row) == ["id", "kind", "state", "spec_hash", "attempts", "failures", "preemptions", "run_id", "error"]
     text = call(jobs, "list").stdout
     assert "loss is not finite" in text
@@ -86,7 +86,7 @@ def test_jobs_are_cancelled_and_tried_again(queue):
     said = call(jobs, "cancel", "2", "4").stderr.splitlines()
     assert said == ["job 2: running (asked to stop)", "job 4: cancelled"]
     assert call(jobs, "retry", "5").stderr.startswith("job 5: cancelled: job 3 (train failed-hash) failed")
-    back = json.loads(call(jobs, "retry", "3", "4", "--json").stdout)
+    back = json.loads(call(jobs, "retry", "3", "4", "--json").stdout)["jobs"]
     assert [(row["id"], row["state"], row["failures"]) for row in back] == [
         (3, "queued", 0),
         (4, "queued", 0),
@@ -103,7 +103,7 @@ def test_all_jobs_of_an_experiment_are_cancelled_and_its_failed_ones_tried_again
         CliRunner().invoke(jobs, ["retry", "3", "--experiment", "e"], standalone_mode=False, catch_exceptions=False)
     said = call(jobs, "cancel", "--experiment", "e").stderr.splitlines()
     assert said == ["job 2: running (asked to stop)", "job 4: cancelled"]
-    back = json.loads(call(jobs, "retry", "--experiment", "e", "--json").stdout)
+    back = json.loads(call(jobs, "retry", "--experiment", "e", "--json").stdout)["jobs"]
     assert [row["id"] for row in back] == [3, 5], "what was cancelled stays so, but for what waits for a failed one"
     with pytest.raises(JobError, match="no job of experiment 'e' is failed; `rankwise jobs list`"):
         call(jobs, "retry", "--experiment", "e")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -23,8 +25,21 @@ def test_results_go_to_stdout_and_remarks_to_stderr(capsys):
     print_json({"a": "é"})
     note("[not markup] remark")
     out, err = capsys.readouterr()
-    assert json.loads(out) == {"a": "é"}
+    assert json.loads(out) == {"schema_version": 1, "a": "é"}
     assert err == "[not markup] remark\n"
+
+
+def test_documents_begin_with_the_version_of_their_layout(capsys):
+    print_json({"jobs": []})
+    assert list(json.loads(capsys.readouterr().out)) == ["schema_version", "jobs"]
+
+
+def test_no_command_prints_json_in_another_way():
+    """All documents go through `print_json`; a JSON Schema has its own version."""
+    sources = {path.stem: path.read_text() for path in Path(output.__file__).parent.glob("*.py")}
+    assert sum("print_json(" in text for text in sources.values()) > 15
+    assert {name for name, text in sources.items() if "print_foreign_json(" in text} == {"output", "experiment"}
+    assert [name for name, text in sources.items() if re.search(r"echo\(\s*json\.", text)] == ["output"]
 
 
 def test_a_table_in_a_pipe_is_never_cut(capsys):

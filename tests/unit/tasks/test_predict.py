@@ -159,7 +159,7 @@ def test_a_queued_prediction_shows_in_listings_and_statuses_and_watching_ends_wi
     shown = CliRunner().invoke(cli, ["jobs", "show", "1", "--json"])
     attempt = json.loads(shown.stdout)["history"][0]
     assert attempt["outcome"] == "succeeded"
-    listed = json.loads(CliRunner().invoke(cli, ["jobs", "list", "--json", "--kind", "predict"]).stdout)
+    listed = json.loads(CliRunner().invoke(cli, ["jobs", "list", "--json", "--kind", "predict"]).stdout)["jobs"]
     assert [job["state"] for job in listed] == ["succeeded", "succeeded"]
 
 
