@@ -112,7 +112,7 @@ def test_running_the_same_definition_does_nothing_anew(home):
     before = {run.info.run_id: run.info.end_time for run in client.search_runs([experiment.experiment_id])}
     again = home.json("run", "done.yaml")
     assert results(again) == results(home.expected["comparison"])
-    assert home.json("jobs", "list") == home.expected["jobs"]
+    assert home.json("jobs", "list")["jobs"] == home.expected["jobs"]
     assert {run.info.run_id: run.info.end_time for run in client.search_runs([experiment.experiment_id])} == before
     assert len(client.search_model_versions("name = 'tiny-adder'")) == 3
 
@@ -124,7 +124,7 @@ def test_queued_jobs_are_done_and_the_paused_arm_resumes(home):
     assert {jobs[number]["kind"] for number in waiting} == {"train", "evaluate", "predict"}
     began = int(time.time() * 1000)
     home.run("worker", "--drain")
-    after = {job["id"]: job for job in home.json("jobs", "list")}
+    after = {job["id"]: job for job in home.json("jobs", "list")["jobs"]}
     assert {number: job["spec_hash"] for number, job in after.items()} == {
         number: job["spec_hash"] for number, job in jobs.items()
     }
