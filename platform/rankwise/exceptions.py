@@ -87,3 +87,32 @@ class ClusterError(RankwiseError, RuntimeError):
 
 class GateError(RankwiseError, RuntimeError):
     """Raised when a promotion is refused."""
+
+
+_OUT_OF_MEMORY_TEXTS = (
+    "out of memory",  # CUDA, HIP, XPU and MPS, from torch's allocators and from the drivers.
+    "can't allocate memory",  # torch's CPU allocator.
+    "cannot allocate memory",  # The text of ENOMEM, for example when torch maps a file.
+    "defaultcpuallocator: not enough memory",  # The same allocator without posix_memalign.
+    "std::bad_alloc",
+    "cublas_status_alloc_failed",  # CUDA's libraries allocate without torch's allocator.
+    "cudnn_status_alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch says that memory ran out, on a device or on the host.
+
+    It works without torch: torch's own class is recognized by its name. Most other cases are a plain `RuntimeError`,
+    recognized by its text. A `RankwiseError` is never one: it reports what was done about it.
+    """
+    if isinstance(error, RankwiseError):
+        return False
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__) or any(
+        part in text for part in _OUT_OF_MEMORY_TEXTS
+    )

@@ -13,7 +13,6 @@ speed: it keeps the dequantized weights while they are in use.
 - Memory of a model: what it takes as it is loaded, and what it would take.
 - Third-party noise kept off the terminal: what concerns a user is said by rankwise, once, in its own words.
 - A model without weights: the modules of a configuration on the meta device, in a fraction of a second.
-- Whether an error is the end of the memory.
 """
 
 from __future__ import annotations
@@ -484,23 +483,3 @@ def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
 def _inside(name: str, layers: Mapping[str, Any]) -> bool:
     parts = name.split(".")
     return any(".".join(parts[:end]) in layers for end in range(1, len(parts)))
-
-
-# What torch's allocator for CPUs and C++ say; there is no class of its own for it.
-_TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "std::bad_alloc",
-    # CUDA's own libraries ask for memory past torch's allocator.
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on a CPU where the kernel refuses it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)

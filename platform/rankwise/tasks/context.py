@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from rankwise.exceptions import RankwiseError
+from rankwise.exceptions import RankwiseError, is_out_of_memory
 from rankwise.experiment.arm import ArmSpec
 from rankwise.jobs.job import Job, JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.store import SqlJobStore
@@ -138,7 +138,6 @@ class Work:
 
 
 _CONFIGURATION, _ENVIRONMENT = 2, 3
-_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -156,14 +155,6 @@ def outcome_of(error: BaseException) -> Outcome:
     if isinstance(error, RankwiseError):
         return {_CONFIGURATION: Outcome.FATAL, _ENVIRONMENT: Outcome.PREEMPTED}.get(error.exit_code, Outcome.FAILED)
     return Outcome.FAILED
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was not enough, on the GPU or the host; torch says the latter with a plain RuntimeError."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in _MEMORY_TEXTS)
-    )
 
 
 def text_of(error: BaseException) -> str:

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from rankwise.data.batches import collate
 from rankwise.data.tokens import Encoded
-from rankwise.exceptions import JobError
-from rankwise.modeling.base import is_out_of_memory
+from rankwise.exceptions import JobError, is_out_of_memory
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import Routing, Segment
 from rankwise.training.arm import LivingArm

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rankwise.exceptions import ConfigError, JobError
+from rankwise.exceptions import ConfigError, JobError, is_out_of_memory
 from rankwise.experiment.schema import GREATER_IS_BETTER
 from rankwise.logs import bound
-from rankwise.modeling.base import LoadedBase, is_out_of_memory
+from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
 from rankwise.modeling.lora.packed import delete_adapter, install
 from rankwise.training.arm import ArmOutcome, ArmTask, LivingArm, PackObserver, StepRecord

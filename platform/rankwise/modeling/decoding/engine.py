@@ -43,8 +43,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rankwise.exceptions import ConfigError, JobError
-from rankwise.modeling.base import LoadedBase, is_out_of_memory
+from rankwise.exceptions import ConfigError, JobError, is_out_of_memory
+from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.decoding.cache import SlotCache, StackedLora, most_columns, stackable
 from rankwise.modeling.decoding.generation import (
     Decoding,
