@@ -1,32 +1,161 @@
-"""Entries of the cache: directories that are whole or not there, made by one process at a time.
+"""Files and directories that are complete or absent, cache entries, and sizes in words.
 
-A file counts as the same while device, inode, size, mtime and ctime are the same: ctime moves with every write and
-rename, and no ordinary program can set it back.
-
-- What was hashed on this machine, and the state of the file when it was.
-- Digests of files and directories, computed once for each content on a machine.
+A cache entry is a complete directory that one process makes at a time.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+import re
+import secrets
 import shutil
-import sqlite3
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from rankwise.exceptions import AssetError
-from rankwise.progress import SILENT, Progress
-from rankwise.settings import Settings, fsync_directory, storage_errors
+from rankwise.exceptions import StorageError
+from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+_FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
+_FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_A_FILE = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_STORAGE_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _FORBIDDEN,
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.ENOTDIR: _A_FILE,
+    errno.EEXIST: _A_FILE,
+}
+
+
+@contextmanager
+def storage_errors(path: Path, doing: str) -> Iterator[None]:
+    """Translate a full disk, a missing permission or a file in the way below `path` into a `StorageError`."""
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        if number not in _STORAGE_ADVICE:
+            raise
+        where = getattr(error, "filename", None) or path
+        room = _room(path) if _STORAGE_ADVICE[number] is _FULL else ""
+        raise StorageError(
+            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}{room}"
+        ) from error
+
+
+def _error_number(error: Exception) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # safetensors tells of a full disk by an exception of its own, with the number in the text.
+    match = re.search(r"\(os error ([0-9]+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(match[1]) if match else 0
+
+
+def _room(path: Path) -> str:
+    """How much is free where `path` would be, once what was half written there has been removed."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    usage = shutil.disk_usage(there)
+    return f" ({usage.free:,} bytes of {usage.total:,} are free at {there})"
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Make every file below a directory durable, with its name."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(Path(folder))
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other process uses.
+
+    On a shared file system a process of another machine may have the same number, so the name has random digits too.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there: temporary name, fsync, rename.
+
+    Raises:
+        StorageError: The disk is full, or the directory is not writable.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name for the block to write a file under; after it the file is fsynced and gets its own name.
+
+    Raises:
+        StorageError: The disk is full, or the directory is not writable.
+    """
+    with storage_errors(path, f"writing {path.name}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+
+
+@contextmanager
+def complete_directory(temporary: Path, place: Callable[[Path], object]) -> Iterator[Path]:
+    """An empty directory for the block to fill. Then its files are made durable, and `place` renames it.
+
+    Args:
+        temporary: Name of the directory while it is incomplete, beside its final name. It is removed if the block or
+            `place` raises, or if `place` leaves it there.
+        place: Gives the directory its final name.
+    """
+    try:
+        temporary.mkdir()
+        yield temporary
+        fsync_tree(temporary)
+        place(temporary)
+        fsync_directory(temporary.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_directory(path: Path, doomed: Path | None = None) -> None:
+    """Rename a directory, then remove it: under its own name it is never incomplete.
+
+    Args:
+        path: The directory.
+        doomed: The name to remove it under; by default a temporary name.
+
+    Raises:
+        OSError: It is not there, or cannot be removed.
+    """
+    doomed = doomed or temporary_name(path)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None], *, doing: str) -> Path:
@@ -56,15 +185,9 @@ def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None],
             # Nobody else writes here while the lock is held: what lies there is left over from a process that died.
             temporary = entry.with_name(f".{entry.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            try:
+            with complete_directory(temporary, lambda path: path.rename(entry)):
                 build(temporary)
-                fsync_tree(temporary)
-                temporary.rename(entry)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            fsync_directory(entry.parent)
+                _share(temporary)
     return entry
 
 
@@ -78,8 +201,7 @@ def remove_entry(entry: Path, settings: Settings) -> int:
         size = tree_size(entry)
         doomed = entry.with_name(f".{entry.name}.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
-        entry.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_directory(entry, doomed)
         return size
 
 
@@ -111,8 +233,8 @@ def tree_size(path: Path) -> int:
     )
 
 
-def fsync_tree(path: Path) -> None:
-    """Make every file below a directory durable, and readable for whom the process's umask allows."""
+def _share(path: Path) -> None:
+    """Make every file below a directory readable for whom the process's umask allows."""
     # Python has no way to read the umask but setting it, which other threads would see: a new file shows it.
     probe = path / ".umask"
     probe.touch()
@@ -124,12 +246,6 @@ def fsync_tree(path: Path) -> None:
             # safetensors writes 0600, which makes a shared cache useless to all others.
             if file.stat().st_mode & 0o777 != mode:
                 file.chmod(mode)
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        fsync_directory(Path(folder))
 
 
 @contextmanager
@@ -154,214 +270,19 @@ def _lock(entry: Path, settings: Settings) -> BaseFileLock:
     return FileLock(path)
 
 
-# Another process holds the database only for one row at a time; a longer wait means a hung file system.
-_BUSY_SECONDS = 30.0
-
-_TABLE = """
-CREATE TABLE IF NOT EXISTS digest (
-    device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
-    PRIMARY KEY (device, inode)
-) WITHOUT ROWID
-"""
+_DECIMAL_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
+_UNITS = {**_DECIMAL_UNITS, "GiB": 1 << 30, "MiB": 1 << 20}
 
 
-class DigestMemo:
-    """A small SQLite file of digests, shared by all processes of a machine.
-
-    Each call opens and closes its own connection, so that threads and processes need nothing of each other. A memo
-    that cannot be written (a read-only cache) costs time, not correctness: it is logged, and files are hashed again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Name the file; it is made by the first `remember`."""
-        self.path = path
-
-    def recall(self, stat: os.stat_result) -> str | None:
-        """The SHA-256 (64 hex digits) that was remembered for a file in exactly this state, or None.
-
-        Raises:
-            AssetError: The memo is damaged.
-        """
-        # An empty file is one that another thread or process is about to fill.
-        if not self.path.exists() or not self.path.stat().st_size:
-            return None
-        with self._errors("read"), closing(self._connect(read_only=True)) as connection:
-            row = connection.execute(
-                "SELECT size, mtime_ns, ctime_ns, sha256 FROM digest WHERE device = ? AND inode = ?",
-                (stat.st_dev, _signed(stat.st_ino)),
-            ).fetchone()
-            if row is not None and row[:3] == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
-                return str(row[3])
-        return None
-
-    def remember(self, stat: os.stat_result, sha256: str) -> None:
-        """Remember the SHA-256 of a file that was in this state before and after it was read.
-
-        Raises:
-            AssetError: The memo is damaged.
-        """
-        with self._errors("written"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as connection, connection:
-                connection.execute(_TABLE)
-                connection.execute(
-                    "INSERT OR REPLACE INTO digest VALUES (?, ?, ?, ?, ?, ?)",
-                    (
-                        stat.st_dev,
-                        _signed(stat.st_ino),
-                        stat.st_size,
-                        stat.st_mtime_ns,
-                        stat.st_ctime_ns,
-                        sha256,
-                    ),
-                )
-
-    def _connect(self, *, read_only: bool = False) -> sqlite3.Connection:
-        mode = "ro" if read_only else "rwc"
-        return sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS)
-
-    @contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.OperationalError, OSError) as error:
-            logger.warning("the memo of digests %s could not be %s: %s", self.path, doing, error)
-        except sqlite3.DatabaseError as error:
-            raise AssetError(
-                f"the memo of digests {self.path} is damaged ({error}); delete it, it is rebuilt"
-            ) from error
-
-
-def _signed(inode: int) -> int:
-    # SQLite's integers are signed; some file systems use the full 64 bits.
-    return inode - (1 << 64) if inode >= 1 << 63 else inode
-
-
-# hashlib lets other threads run from 2 KiB on; at 4 MiB Python's share of the time is gone.
-_BLOCK = 4 << 20
-# A write in the same tick of the file system's clock leaves ctime as it is: what is younger is not remembered.
-_CLOCK_TICK_NS = 50_000_000
-_THREADS = 4
-# Below this a bar comes and goes within half a second on any disk.
-_WORTH_A_BAR = 256 << 20
-
-
-def file_digest(path: Path, settings: Settings, *, verify: bool = False, progress: Progress = SILENT) -> str:
-    """The digest of a file's content.
+def format_size(count: float, spec: str = ".2f", *, unit: str | None = None) -> str:
+    """A number of bytes in words: `109.05 MB`.
 
     Args:
-        path: The file; a link counts as what it points to.
-        settings: Where the memo lies.
-        verify: Read the file anew, whatever was remembered.
-        progress: Told of the bytes read.
-
-    Returns:
-        `sha256:` and 64 hex digits.
-
-    Raises:
-        AssetError: The file is missing, cannot be read, or changed while it was read.
+        count: The bytes.
+        spec: Format of the number. Below 1 kB the number is exact.
+        unit: One of TB, GB, MB, kB (powers of 1000), GiB, MiB (powers of 1024); by default the largest power of 1000
+            that gives at least 1.
     """
-    memo = DigestMemo(settings.cache / "digests.sqlite3")
-    try:
-        before = path.stat()
-        remembered = None if verify else memo.recall(before)
-        if remembered is not None:
-            return f"sha256:{remembered}"
-        started = time.time_ns()
-        sha256 = _read(path, before.st_size, progress)
-        after = path.stat()
-    except OSError as error:
-        if isinstance(error, AssetError):
-            raise
-        raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
-    if _state(before) != _state(after):
-        raise AssetError(f"{path} changed while it was read; try again when nothing writes to it any more")
-    if before.st_ctime_ns < started - _CLOCK_TICK_NS:
-        memo.remember(before, sha256)
-    return f"sha256:{sha256}"
-
-
-def remembered_digest(path: Path, settings: Settings) -> str | None:
-    """The digest that was remembered for a file in its present state, without reading it; None if there is none.
-
-    Raises:
-        AssetError: The memo is damaged.
-    """
-    found = DigestMemo(settings.cache / "digests.sqlite3").recall(path.stat())
-    return None if found is None else f"sha256:{found}"
-
-
-def digests(
-    files: Iterable[Path], settings: Settings, *, verify: bool = False, progress: Progress = SILENT
-) -> dict[Path, str]:
-    """The digests of several files, read by a few threads at once.
-
-    Raises:
-        AssetError: As `file_digest`.
-    """
-    paths = list(files)
-    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda path: file_digest(path, settings, verify=verify, progress=progress), paths)
-        return dict(zip(paths, found, strict=True))
-
-
-def directory_digest(
-    path: Path,
-    settings: Settings,
-    *,
-    files: Iterable[Path] | None = None,
-    verify: bool = False,
-    progress: Progress = SILENT,
-) -> str:
-    """The digest of a directory: SHA-256 over the lines `NAME NUL DIGEST` of its files, sorted by name.
-
-    Args:
-        path: The directory.
-        settings: Where the memo lies.
-        files: The files that count; by default all below it, without those that have a hidden part in their name.
-        verify: Read the files anew, whatever was remembered.
-        progress: Told of the bytes read.
-
-    Returns:
-        `sha256:` and 64 hex digits; the same for a copy elsewhere.
-
-    Raises:
-        AssetError: A file cannot be read, or there is none.
-    """
-    chosen = sorted(visible_files(path) if files is None else files)
-    if not chosen:
-        raise AssetError(f"{path} holds no files")
-    whole = hashlib.sha256()
-    named = {
-        file.relative_to(path).as_posix(): digest
-        for file, digest in digests(chosen, settings, verify=verify, progress=progress).items()
-    }
-    for name in sorted(named):
-        whole.update(f"{name}\0{named[name]}\n".encode())
-    return f"sha256:{whole.hexdigest()}"
-
-
-def visible_files(path: Path) -> list[Path]:
-    """All files below a directory, without those that have a hidden part in their name (`.git`, `.cache`)."""
-    found: list[Path] = []
-    for folder, folders, names in os.walk(path):
-        # What is taken out of the list is not walked.
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder) / name for name in names if not name.startswith(".")]
-    return found
-
-
-def _read(path: Path, size: int, progress: Progress) -> str:
-    sha256 = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_BLOCK, max(size, 1))))
-    shown = progress if size >= _WORTH_A_BAR else SILENT
-    with path.open("rb", buffering=0) as file, shown.task(f"hashing {path.name}", size) as advance:
-        while count := file.readinto(buffer):
-            sha256.update(buffer[:count])
-            advance(count)
-    return sha256.hexdigest()
-
-
-def _state(stat: os.stat_result) -> tuple[int, ...]:
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if unit is None:
+        unit = next((unit for unit, size in _DECIMAL_UNITS.items() if count >= size), None)
+    return f"{count} B" if unit is None else f"{count / _UNITS[unit]:{spec}} {unit}"

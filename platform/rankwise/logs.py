@@ -24,8 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from rankwise.files import storage_errors
 from rankwise.redact import redact
-from rankwise.settings import Settings, storage_errors
+from rankwise.settings import Settings
 
 _ROOT = "rankwise"
 # Keys by which lines are told to belong to a job.

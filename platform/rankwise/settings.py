@@ -19,12 +19,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,24 +28,12 @@ from pathlib import Path
 
 import platformdirs
 
-from rankwise.exceptions import ConfigError, StorageError
+from rankwise.exceptions import ConfigError
 from rankwise.redact import remember
 
-_FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
-_FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
-_A_FILE = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
 _WORK = "RANKWISE_WORK"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_STORAGE_ADVICE = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EROFS: _FORBIDDEN,
-    errno.EACCES: _FORBIDDEN,
-    errno.EPERM: _FORBIDDEN,
-    errno.ENOTDIR: _A_FILE,
-    errno.EEXIST: _A_FILE,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,74 +194,3 @@ def set_process_defaults() -> None:
 def child_environment(changes: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment for a child process: this one's with changes, and defaults for what it does not set."""
     return {**(defaults or {}), **os.environ, **changes}
-
-
-@contextmanager
-def storage_errors(path: Path, doing: str) -> Iterator[None]:
-    """Translate a full disk, a missing permission or a file in the way below `path` into a `StorageError`."""
-    try:
-        yield
-    except Exception as error:
-        number = _error_number(error)
-        if number not in _STORAGE_ADVICE:
-            raise
-        where = getattr(error, "filename", None) or path
-        room = _room(path) if _STORAGE_ADVICE[number] is _FULL else ""
-        raise StorageError(
-            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}{room}"
-        ) from error
-
-
-def _error_number(error: Exception) -> int:
-    if isinstance(error, OSError):
-        return error.errno or 0
-    # safetensors tells of a full disk by an exception of its own, with the number in the text.
-    match = re.search(r"\(os error ([0-9]+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(match[1]) if match else 0
-
-
-def _room(path: Path) -> str:
-    """How much is free where `path` would be, once what was half written there has been removed."""
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    usage = shutil.disk_usage(there)
-    return f" ({usage.free:,} bytes of {usage.total:,} are free at {there})"
-
-
-def fsync_directory(path: Path) -> None:
-    """Make a rename inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there: temporary name, fsync, rename.
-
-    Raises:
-        StorageError: The disk is full, or the directory is not writable.
-    """
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name for the block to write a file under; after it the file is fsynced and gets its own name.
-
-    Raises:
-        StorageError: The disk is full, or the directory is not writable.
-    """
-    with storage_errors(path, f"writing {path.name}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # On a shared file system a process of another machine may have the same number.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync_directory(path.parent)

@@ -79,7 +79,7 @@ def hashing(resolved: Any, settings: Settings, repeats: int) -> dict[str, Any]:
     This base is converted from a GGUF, so that its fingerprint reads the weights twice: files, then tensors.
     """
     from rankwise.assets.layout import weight_files
-    from rankwise.files import digests
+    from rankwise.digests import digests
     from rankwise.modeling.fingerprint import fingerprint_base
 
     files = weight_files(resolved.path)

@@ -34,7 +34,8 @@ from typing import Any
 
 import click
 
-from rankwise.settings import Settings, set_process_defaults, write_atomically
+from rankwise.files import write_atomically
+from rankwise.settings import Settings, set_process_defaults
 
 # Before torch is imported: OpenMP reads its variable once. Commands that are measured inherit all of it.
 set_process_defaults()

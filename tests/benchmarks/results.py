@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench import Options
-from rankwise.settings import write_atomically
+from rankwise.files import write_atomically
 
 _LIBRARIES = ("rankwise", "torch", "transformers", "peft", "bitsandbytes", "trl", "mlflow")
 

@@ -14,7 +14,8 @@ from benchmarks.bench import Bench, Options, OutOfTime
 from benchmarks.plot import draw
 from benchmarks.report import invalid, markdown
 from benchmarks.results import Results
-from rankwise.settings import Settings, write_atomically
+from rankwise.files import write_atomically
+from rankwise.settings import Settings
 
 Measure = Callable[[Bench, int, Callable[[dict[str, Any]], None]], None]
 

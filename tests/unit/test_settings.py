@@ -1,19 +1,10 @@
-import errno
 import os
-from pathlib import Path
 
 import platformdirs
 import pytest
 
-from rankwise.exceptions import ConfigError, StorageError
-from rankwise.settings import (
-    Settings,
-    compute_dtype,
-    replacing,
-    set_process_defaults,
-    storage_errors,
-    write_atomically,
-)
+from rankwise.exceptions import ConfigError
+from rankwise.settings import Settings, compute_dtype, set_process_defaults
 
 
 def test_everything_lies_in_mlruns_by_default(tmp_path, monkeypatch):
@@ -63,57 +54,6 @@ def test_a_user_without_a_home_directory_is_asked_for_a_cache(monkeypatch):
         Settings.load({})
 
 
-@pytest.mark.parametrize(
-    ("number", "advice"),
-    [
-        (errno.ENOSPC, "free some space"),
-        (errno.EROFS, "make it writable"),
-        (errno.EACCES, "make it writable"),
-        (errno.ENOTDIR, "a file is where a directory must be"),
-    ],
-)
-def test_what_a_person_can_mend_about_the_disk_is_said(number, advice):
-    with (
-        pytest.raises(StorageError, match=rf"^saving: cannot write /x/y: .*; {advice}") as caught,
-        storage_errors(Path("/x"), "saving"),
-    ):
-        raise OSError(number, os.strerror(number), "/x/y")
-    assert caught.value.exit_code == 3
-
-
-def test_a_full_disk_comes_with_the_room_there_is_and_in_the_words_of_safetensors_too(tmp_path):
-    class SafetensorError(Exception):
-        pass
-
-    message = (
-        rf"^saving: cannot write {tmp_path}/new/file: No space left on device; free some space, .* "
-        rf"\([0-9,]+ bytes of [0-9,]+ are free at {tmp_path}\)$"
-    )
-    with pytest.raises(StorageError, match=message), storage_errors(tmp_path / "new" / "file", "saving"):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with pytest.raises(SafetensorError), storage_errors(tmp_path, "saving"):
-        raise SafetensorError("Error while deserializing header: invalid header")
-
-
-def test_other_errors_of_the_system_stay_what_they_are():
-    with pytest.raises(FileNotFoundError), storage_errors(Path("/x"), "saving"):
-        raise FileNotFoundError(errno.ENOENT, "gone", "/x/y")
-
-
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    target = tmp_path / "deep" / "file"
-    write_atomically(target, b"first")
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="free some space"):
-        write_atomically(target, b"second")
-    assert target.read_bytes() == b"first"
-    assert [path.name for path in target.parent.iterdir()] == ["file"]
-
-
 def test_defaults_do_not_override_what_a_person_has_set(monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
@@ -128,12 +68,3 @@ def test_the_dtype_of_a_machine_is_auto_or_one_that_there_is():
     message = r"RANKWISE_COMPUTE_DTYPE must be one of auto, float32, bfloat16, float16, got 'fp32'"
     with pytest.raises(ConfigError, match=message):
         compute_dtype({"RANKWISE_COMPUTE_DTYPE": "fp32"})
-
-
-def test_two_writers_of_one_file_have_names_of_their_own_also_with_one_number(tmp_path):
-    with replacing(tmp_path / "file") as one, replacing(tmp_path / "file") as other:
-        assert one != other
-        one.write_text("one")
-        other.write_text("other")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "one"

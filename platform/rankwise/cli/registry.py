@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from rankwise.cli.output import note, print_json, size, waiting
+from rankwise.cli.output import note, print_json, waiting
+from rankwise.files import format_size
 from rankwise.settings import Settings
 
 
@@ -118,7 +119,7 @@ def import_(
     result = done.to_dict()
     note(
         f"{source} ({done.kind}) is registered over {result['base']['source']} at {result['base']['revision']}, "
-        f"{result['quantization']} ({done.quantization_from}), {size(result['adapter']['bytes'])}, as"
+        f"{result['quantization']} ({done.quantization_from}), {format_size(result['adapter']['bytes'])}, as"
     )
     if as_json:
         print_json(result)

@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise import __version__
-from rankwise.cli.output import Bars, note, print_json, print_table, show, size, waiting
+from rankwise.cli.output import Bars, note, print_json, print_table, show, waiting
 from rankwise.doctor.examine import CHECKS, examine, worst
 from rankwise.doctor.finding import Finding, State
 from rankwise.exceptions import TrackingError
+from rankwise.files import format_size
 from rankwise.jobs.database import current_revision, open_engine, upgrade
 from rankwise.jobs.queries import check as look_at
 from rankwise.jobs.queries import shown
@@ -135,9 +136,9 @@ def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
         for column in ("kind", "size", "what", "why"):
             table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
         for item in items:
-            table.add_row(item.kind, size(item.bytes), item.name, item.reason)
+            table.add_row(item.kind, format_size(item.bytes), item.name, item.reason)
         print_table(table)
-    note(f"{'would free' if dry_run else 'freed'} {size(total)} in {len(items)} places")
+    note(f"{'would free' if dry_run else 'freed'} {format_size(total)} in {len(items)} places")
 
 
 ENVIRONMENT = 3

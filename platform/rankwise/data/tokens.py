@@ -31,8 +31,8 @@ from filelock import FileLock
 from rankwise.data.rows import answer_turns
 from rankwise.data.template import Conversation, Renderer, RenderError
 from rankwise.exceptions import DatasetError
+from rankwise.files import storage_errors, write_atomically
 from rankwise.progress import SILENT, Progress
-from rankwise.settings import storage_errors, write_atomically
 
 if TYPE_CHECKING:
     from rankwise.data.rows import Example

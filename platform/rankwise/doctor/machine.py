@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from rankwise.doctor.finding import Finding, ProgramFailed, ask, ok, problem, skipped, warning
+from rankwise.files import format_size
 from rankwise.flavor.signing import key_id, private_key, trusted_keys
 from rankwise.jobs.database import NETWORK, file_system
 from rankwise.settings import Settings
@@ -108,7 +109,7 @@ def _judge(name: str, free: float, limits: tuple[float, float], seen: str, advic
 
 
 def _size(count: float) -> str:
-    return f"{count / _GB:,.1f} GB"
+    return format_size(count, ",.1f", unit="GB")
 
 
 INSTALL = "pip install --constraint constraints.txt 'rankwise' (constraints.txt of the release)"

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from rankwise.evaluation.metrics import MetricValue, SeedMean, over_seeds
 from rankwise.experiment.halving import PRUNED
+from rankwise.files import format_size
 
 Param = int | float | str | bool
 
@@ -319,13 +320,8 @@ def format_count(count: int | None) -> str:
 
 
 def format_bytes(count: int | None) -> str:
-    """Decimal units: MB is 10^6 bytes."""
-    if count is None:
-        return NONE
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count / size < 1000 else f"{count / size:,.0f} {unit}"
-    return f"{count} B"
+    """Decimal units, three significant digits: MB is 10^6 bytes."""
+    return NONE if count is None else format_size(count, ".3g")
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 
 from rankwise.assets.base import ResolvedBase, local_bases, resolve_base
 from rankwise.assets.layout import base_files
+from rankwise.digests import directory_digest
 from rankwise.exceptions import (
     AdapterIntegrityError,
     AssetError,
@@ -37,7 +38,6 @@ from rankwise.exceptions import (
 )
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import LocalSource, parse_source
-from rankwise.files import directory_digest
 from rankwise.flavor.fetch import Fetched, Origin, check, fetch
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.flavor.package import LoadOptions

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from peft import LoraConfig
 from rankwise.assets.base import ResolvedBase
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.files import complete_directory, storage_errors, temporary_name
 from rankwise.flavor.card import library_versions, model_card, pip_requirements
 from rankwise.flavor.metadata import (
     ADAPTER_DIRECTORY,
@@ -48,7 +48,7 @@ from rankwise.flavor.signing import Statement, sign
 from rankwise.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter_config
 from rankwise.modeling.base import expected_warning, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest, write_manifest
-from rankwise.settings import Settings, fsync_directory, storage_errors
+from rankwise.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,32 +323,26 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
     """
     target = target.resolve()
     check_target(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    old = temporary.with_suffix(".old.tmp")
+
+    def place(temporary: Path) -> None:
+        manifest = write_manifest(temporary)
+        with _turn(target.parent):
+            _check(target)
+            if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
+                return
+            # Moved aside, not removed: a process that still reads from it keeps all files until the new one is there.
+            old = temporary_name(target)
+            with suppress(FileNotFoundError):
+                target.rename(old)
+            try:
+                temporary.rename(target)
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+
     with storage_errors(target, doing):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.mkdir()
+        with complete_directory(temporary_name(target), place) as temporary:
             yield temporary
-            manifest = write_manifest(temporary)
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-                else:
-                    fsync_directory(path)
-            fsync_directory(temporary)
-            with _turn(target.parent):
-                _check(target)
-                if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
-                    return
-                with suppress(FileNotFoundError):
-                    target.rename(old)  # Whoever reads from it still does not see it shrink file by file.
-                temporary.rename(target)
-                fsync_directory(target.parent)
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

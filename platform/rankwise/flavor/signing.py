@@ -49,7 +49,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
-from rankwise.settings import Settings, fsync_directory, storage_errors, write_atomically
+from rankwise.files import fsync_directory, storage_errors, write_atomically
+from rankwise.settings import Settings
 
 SUFFIXES = (".pub", ".pem")
 _NEW = "`rankwise keys new DIR` makes a pair"

@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from rankwise.digests import file_digest
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, JobError, TrackingError
-from rankwise.files import file_digest
 from rankwise.flavor.fetch import Origin, check, resolve_uri
 from rankwise.flavor.load import LoadedAdapter
 from rankwise.flavor.metadata import MANIFEST_TAG

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,10 +27,10 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from rankwise.exceptions import ConfigError
+from rankwise.files import storage_errors, temporary_name, write_atomically
 from rankwise.inference.predictor import BATCH_SIZE, Answer
 from rankwise.inference.tables import Survey
 from rankwise.modeling.decoding.generation import Decoding
-from rankwise.settings import storage_errors, write_atomically
 
 FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
@@ -218,7 +216,7 @@ class Parts:
 
     def remove(self) -> None:
         """Throw everything away; in one step, so that a manifest never lacks its shards."""
-        gone = self.output.with_name(f".{self.directory.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        gone = temporary_name(self.directory)
         try:
             self.directory.rename(gone)
         except FileNotFoundError:

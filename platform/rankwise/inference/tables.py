@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankwise.exceptions import AssetError, ConfigError
+from rankwise.files import replacing
 from rankwise.progress import Progress
-from rankwise.settings import replacing
 
 _AT_ONCE = 1024
 

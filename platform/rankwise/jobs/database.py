@@ -21,7 +21,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from rankwise.exceptions import JobStoreError
-from rankwise.settings import storage_errors
+from rankwise.files import storage_errors
 
 NETWORK = frozenset(
     {"afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "panfs", "smb2", "smb3"}

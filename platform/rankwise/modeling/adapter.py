@@ -33,9 +33,9 @@ from safetensors.torch import save
 
 from rankwise.assets.layout import read_json
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
+from rankwise.files import write_atomically
 from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning, skeleton
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
-from rankwise.settings import write_atomically
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -28,9 +28,10 @@ from typing import Any
 
 from rankwise.assets.conversion import converted_digest, read_conversion
 from rankwise.assets.layout import read_json, weight_files
+from rankwise.digests import digests
 from rankwise.exceptions import AdapterIntegrityError, AssetError
-from rankwise.files import digests
-from rankwise.settings import Settings, write_atomically
+from rankwise.files import write_atomically
+from rankwise.settings import Settings
 
 # Who wrote the file, where it lay, and how it is loaded: saving a base again changes these and not one logit.
 NOT_IDENTITY = frozenset(

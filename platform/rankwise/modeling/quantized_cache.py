@@ -18,11 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rankwise.digests import file_digest
 from rankwise.exceptions import AssetError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.files import ensure_entry, file_digest, remove_entry
+from rankwise.files import ensure_entry, remove_entry, write_atomically
 from rankwise.modeling.fingerprint import Fingerprint
-from rankwise.settings import Settings, write_atomically
+from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
 

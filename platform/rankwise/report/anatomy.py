@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from rankwise.experiment.module_names import layer_of
+from rankwise.files import format_size
 from rankwise.modeling.adapter import adapter_tensors
 from rankwise.modeling.anatomy.anatomy import (
     ENERGY,
@@ -21,7 +22,6 @@ from rankwise.modeling.anatomy.anatomy import (
     Anatomy,
     Block,
     Target,
-    decimal_bytes,
     fold,
     kept_energy,
     kind_of,
@@ -129,7 +129,7 @@ def bars(title: str, sizes: Mapping[str, int]) -> str:
         shapes.append(
             f'<rect x="{_LEFT + 20}" y="{y}" width="{max(1.0, length):.1f}" height="20" fill="{_COLOURS[0]}"/>'
         )
-        shapes.append(_text(_LEFT + 26 + length, y + 15, decimal_bytes(count), "start"))
+        shapes.append(_text(_LEFT + 26 + length, y + 15, format_size(count), "start"))
     return _svg(title, 30 + 26 * len(sizes), shapes)
 
 
@@ -239,7 +239,7 @@ def _remarks(anatomy: Anatomy) -> list[str]:
 
 def _sizes(anatomy: Anatomy) -> str:
     share = f"{anatomy.share_of_base:.3%}" if anatomy.share_of_base is not None else ""
-    rows = [["adapter", f"{anatomy.parameters:,}", share, decimal_bytes(anatomy.bytes)]]
+    rows = [["adapter", f"{anatomy.parameters:,}", share, format_size(anatomy.bytes)]]
     if (base := anatomy.base) is not None:
         rows.append(["base", f"{base.parameters:,}", "", ""])
     return _rows(["", "parameters", "share of the base", "tensors in the file"], rows)

@@ -16,6 +16,7 @@ import torch
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.files import format_size
 from rankwise.flavor.fetch import Fetched
 from rankwise.flavor.load import find_base, load_recorded_base, loads_plainly, rows_of
 from rankwise.flavor.package import LoadOptions
@@ -119,7 +120,9 @@ class BaseHolder:
         with self._voice.task(f"loading the base {source}", None, "steps"):
             base = load()
         origin = "from the cache of quantized bases" if base.from_cache else "quantized now"
-        self._voice.say(f"base: {origin}, computes in {base.dtype_reason}, {base.memory_bytes / 1e6:,.0f} MB")
+        self._voice.say(
+            f"base: {origin}, computes in {base.dtype_reason}, {format_size(base.memory_bytes, ',.0f', unit='MB')}"
+        )
         self._held = _Held(key=key, base=base, digest=sample_digest(base.model))
         return base
 

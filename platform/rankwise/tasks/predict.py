@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 import rankwise.flavor as flavor
+from rankwise.digests import file_digest
 from rankwise.exceptions import ConfigError, JobError, TrackingError
-from rankwise.files import file_digest
 from rankwise.inference.predict import answer_shards, check_adapters, write_output
 from rankwise.inference.predictor import Predictor
 from rankwise.jobs.job import Job, JobKind, JobState, Outcome

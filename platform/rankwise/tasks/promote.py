@@ -22,6 +22,7 @@ from rankwise.evaluation.gate import Decision, decide
 from rankwise.evaluation.metrics import PREFIX, Observation, to_tracking
 from rankwise.exceptions import AssetError, ConfigError, DatasetError, GateError
 from rankwise.experiment.arm import ArmSpec
+from rankwise.files import format_size
 from rankwise.jobs.aliases import AliasMove
 from rankwise.tasks.assess import Assessed, Assessment, Assessor
 from rankwise.tasks.context import Context
@@ -67,7 +68,8 @@ def digests_of(arm: ArmSpec, examples: Sequence[Example], voice: Voice | None = 
     keys = (row_key(example, arm.dataset.system) for example in examples)
     content = RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
     if voice is not None and len(examples) > MANY_ROWS:
-        voice.say(f"the digests of {len(examples):,} training rows take {len(content) / 1e6:,.0f} MB in MLflow")
+        size = format_size(len(content), ",.0f", unit="MB")
+        voice.say(f"the digests of {len(examples):,} training rows take {size} in MLflow")
     return content
 
 

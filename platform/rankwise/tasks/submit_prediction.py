@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from rankwise.assets.guard import confine
+from rankwise.digests import file_digest
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import digest
-from rankwise.files import file_digest
 from rankwise.inference.predict import check_paths, check_unchanged, new_manifest
 from rankwise.inference.shards import Manifest, Parts, Queued, Request, Stand
 from rankwise.jobs.job import Job, JobKind, JobState, NewJob

@@ -28,8 +28,9 @@ from mlflow.environment_variables import (
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import RankwiseError, TrackingError
+from rankwise.files import storage_errors
 from rankwise.redact import redact
-from rankwise.settings import Settings, storage_errors
+from rankwise.settings import Settings
 
 _LONGEST = 600
 # The server understood the request and will never accept it. All else may pass: a restart, a lock, an expired token.

@@ -39,8 +39,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from rankwise.exceptions import TrackingError
+from rankwise.files import storage_errors
 from rankwise.redact import redact
-from rankwise.settings import storage_errors
 from rankwise.tracking.errors import UndeliverableError
 from rankwise.tracking.values import DatasetRecord
 

@@ -27,7 +27,8 @@ from mlflow.environment_variables import (
 from mlflow.utils.credentials import read_mlflow_creds
 
 from rankwise.exceptions import TrackingError
-from rankwise.settings import Settings, child_environment, storage_errors
+from rankwise.files import storage_errors
+from rankwise.settings import Settings, child_environment
 
 # A cold start was seen to take 40 seconds.
 _START_SECONDS = 120.0

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rankwise.files import format_size
 from rankwise.modeling.base import LoadedBase, linear_modules
 from rankwise.modeling.estimate import ActivationShape, AdapterShape, match_targets
 from rankwise.modeling.lora.lean import dequantized_bytes, free_memory, is_dequantized
@@ -244,4 +245,4 @@ def _tokens(group: Sequence[_Share]) -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"
+    return format_size(count, unit="GiB") if count >= 1 << 30 else format_size(count, ".0f", unit="MiB")

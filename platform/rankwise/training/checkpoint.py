@@ -38,10 +38,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rankwise.exceptions import AdapterIntegrityError
+from rankwise.files import complete_directory, remove_directory, storage_errors, write_atomically
 from rankwise.modeling.adapter import read_adapter, save_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.fingerprint import check_manifest, write_manifest
-from rankwise.settings import fsync_directory, storage_errors, write_atomically
 from rankwise.training.arm import ArmOutcome, Best, LivingArm
 from rankwise.training.step import Passes
 
@@ -59,18 +59,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
     """
     with storage_errors(path, f"writing {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _beside(path)
-        temporary.mkdir()
-        try:
-            yield temporary
-            _fsync_tree(temporary)
+
+        def place(temporary: Path) -> None:
             write_manifest(temporary)
             if path.exists():
                 remove(path)
             temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        fsync_directory(path.parent)
+
+        with complete_directory(_beside(path), place) as temporary:
+            yield temporary
 
 
 def copy_directory(source: Path, target: Path) -> None:
@@ -80,9 +77,7 @@ def copy_directory(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a directory so that no half of it stays behind under its name."""
-    doomed = _beside(path)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    remove_directory(path, _beside(path))
 
 
 def sweep(directory: Path) -> None:
@@ -94,14 +89,6 @@ def sweep(directory: Path) -> None:
 def _beside(path: Path) -> Path:
     """A name that no other process has, also not one of another machine that shares the directory."""
     return path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _fsync_tree(directory: Path) -> None:
-    for root, _, names in os.walk(directory):
-        for name in names:
-            with (Path(root) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        fsync_directory(Path(root))
 
 
 logger = logging.getLogger(__name__)

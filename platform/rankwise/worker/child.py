@@ -25,8 +25,8 @@ from typing import Any, Protocol
 
 import rankwise.exceptions
 from rankwise.exceptions import JobError, RankwiseError, StorageError
+from rankwise.files import storage_errors
 from rankwise.jobs.job import Outcome
-from rankwise.settings import storage_errors
 from rankwise.worker.heartbeat import Heartbeat, Stop, Timing
 from rankwise.worker.protocol import Failure, Message, Writer, read
 from rankwise.worker.reporter import Relay, Voice

@@ -46,8 +46,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rankwise.exceptions import JobError
+from rankwise.files import write_atomically
 from rankwise.jobs.job import Outcome
-from rankwise.settings import write_atomically
 
 Message = dict[str, Any]
 

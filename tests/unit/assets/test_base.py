@@ -3,7 +3,7 @@ import shutil
 import pytest
 from helpers.tiny import make_base
 
-from rankwise import files as digest
+from rankwise import digests as digest
 from rankwise.assets.base import local_bases, resolve_base
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.settings import Settings

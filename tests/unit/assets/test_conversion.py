@@ -10,8 +10,8 @@ from helpers.tiny import CHATML
 from rankwise.assets.base import resolve_base
 from rankwise.assets.conversion import RECORD, Conversion, convert_gguf, converted_digest, read_conversion
 from rankwise.assets.layout import tensors, tensors_digest
+from rankwise.digests import file_digest
 from rankwise.exceptions import AssetError
-from rankwise.files import file_digest
 from rankwise.settings import Settings
 
 

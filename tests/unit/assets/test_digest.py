@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from rankwise import files as digest
+from rankwise import digests as digest
+from rankwise.digests import directory_digest, file_digest
 from rankwise.exceptions import AssetError
-from rankwise.files import directory_digest, file_digest
 from rankwise.settings import Settings
 
 

@@ -8,7 +8,7 @@ from helpers.bases import settings_in
 from helpers.tiny import make_base
 from huggingface_hub import constants
 
-from rankwise import files as digest
+from rankwise import digests as digest
 from rankwise.assets.base import check_elsewhere, list_elsewhere, resolve_base
 
 COMMIT = "a1" * 20

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
+from rankwise.digests import DigestMemo, _signed
 from rankwise.exceptions import AssetError
-from rankwise.files import DigestMemo, _signed
 
 # Each process writes and reads its own files' rows, all in one memo.
 WRITER = """
 import sys
 from pathlib import Path
-from rankwise.files import DigestMemo
+from rankwise.digests import DigestMemo
 memo, folder, first = DigestMemo(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
 for number in range(first, first + 40):
     file = folder / str(number)

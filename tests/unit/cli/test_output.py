@@ -10,15 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rankwise.cli import output
-from rankwise.cli.output import Bars, note, print_json, print_table, show, size, waiting
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (109_051_904, "109.05 MB"), (10**16, "10000.00 TB")],
-)  # fmt: skip
-def test_sizes_are_decimal(count, text):
-    assert size(count) == text
+from rankwise.cli.output import Bars, note, print_json, print_table, show, waiting
 
 
 def test_results_go_to_stdout_and_remarks_to_stderr(capsys):

@@ -360,14 +360,6 @@ def span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def decimal_bytes(count: int) -> str:
-    """Bytes in decimal units, as disks and the papers count: `109.05 MB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} B"
-
-
 def _shape(target: Target) -> tuple[object, ...]:
     return kind_of(target.module), target.lora_A, target.lora_B, target.scaling, target.dropout, target.parameters
 

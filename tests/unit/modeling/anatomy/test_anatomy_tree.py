@@ -1,6 +1,6 @@
 from helpers.anatomies import anatomy, target
 
-from rankwise.modeling.anatomy.anatomy import decimal_bytes, fold, kind_of, span
+from rankwise.modeling.anatomy.anatomy import fold, kind_of, span
 
 
 def both(layer, **changes):
@@ -35,9 +35,6 @@ def test_a_kind_is_the_name_within_its_layer():
     assert kind_of("embed_out") == "embed_out"
 
 
-def test_spans_and_sizes_are_short():
+def test_spans_are_short():
     assert span([1.2341, 1.2339]) == "1.23"
     assert span([0.5, 12.345]) == "0.5 to 12.3"
-    assert [decimal_bytes(count) for count in (12, 1200, 109_051_904, 5_700_000_000)] == [
-        "12 B", "1.20 kB", "109.05 MB", "5.70 GB",
-    ]  # fmt: skip

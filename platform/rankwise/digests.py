@@ -1,0 +1,259 @@
+"""Digests of files, directories and values.
+
+A file counts as unchanged while device, inode, size, mtime and ctime are the same: ctime moves with every write and
+rename, and no ordinary program can set it back. The digest of an unchanged file is computed once on a machine and kept
+in `digests.sqlite3` in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankwise.exceptions import AssetError
+from rankwise.progress import SILENT, Progress
+from rankwise.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def content_digest(content: bytes) -> str:
+    """SHA-256 of the content: `sha256:` and 64 hex digits."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def canonical_json(value: Any, *, ascii_only: bool = False, allow_nan: bool = True) -> bytes:
+    """The value as JSON with sorted keys and no spaces: equal values give equal bytes.
+
+    Stored digests depend on these bytes, so they must never change. A few older digests use `json.dumps` with other
+    separators and keep it.
+
+    Args:
+        value: What `json.dumps` accepts.
+        ascii_only: Escape characters outside of ASCII.
+        allow_nan: Write `NaN` and `Infinity`, which are not JSON, instead of raising `ValueError`.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=allow_nan)
+    return text.encode()
+
+
+# Another process holds the database only for one row at a time; a longer wait means a hung file system.
+_BUSY_SECONDS = 30.0
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS digest (
+    device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    PRIMARY KEY (device, inode)
+) WITHOUT ROWID
+"""
+
+
+class DigestMemo:
+    """A small SQLite file of digests, shared by all processes of a machine.
+
+    Each call opens and closes its own connection, so that threads and processes need nothing of each other. A memo
+    that cannot be written (a read-only cache) costs time, not correctness: it is logged, and files are hashed again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Name the file; it is made by the first `remember`."""
+        self.path = path
+
+    def recall(self, stat: os.stat_result) -> str | None:
+        """The SHA-256 (64 hex digits) that was remembered for a file in exactly this state, or None.
+
+        Raises:
+            AssetError: The memo is damaged.
+        """
+        # An empty file is one that another thread or process is about to fill.
+        if not self.path.exists() or not self.path.stat().st_size:
+            return None
+        with self._errors("read"), closing(self._connect(read_only=True)) as connection:
+            row = connection.execute(
+                "SELECT size, mtime_ns, ctime_ns, sha256 FROM digest WHERE device = ? AND inode = ?",
+                (stat.st_dev, _signed(stat.st_ino)),
+            ).fetchone()
+            if row is not None and row[:3] == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns):
+                return str(row[3])
+        return None
+
+    def remember(self, stat: os.stat_result, sha256: str) -> None:
+        """Remember the SHA-256 of a file that was in this state before and after it was read.
+
+        Raises:
+            AssetError: The memo is damaged.
+        """
+        with self._errors("written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as connection, connection:
+                connection.execute(_TABLE)
+                connection.execute(
+                    "INSERT OR REPLACE INTO digest VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        stat.st_dev,
+                        _signed(stat.st_ino),
+                        stat.st_size,
+                        stat.st_mtime_ns,
+                        stat.st_ctime_ns,
+                        sha256,
+                    ),
+                )
+
+    def _connect(self, *, read_only: bool = False) -> sqlite3.Connection:
+        mode = "ro" if read_only else "rwc"
+        return sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_SECONDS)
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.OperationalError, OSError) as error:
+            logger.warning("the memo of digests %s could not be %s: %s", self.path, doing, error)
+        except sqlite3.DatabaseError as error:
+            raise AssetError(
+                f"the memo of digests {self.path} is damaged ({error}); delete it, it is rebuilt"
+            ) from error
+
+
+def _signed(inode: int) -> int:
+    # SQLite's integers are signed; some file systems use the full 64 bits.
+    return inode - (1 << 64) if inode >= 1 << 63 else inode
+
+
+# hashlib lets other threads run from 2 KiB on; at 4 MiB Python's share of the time is gone.
+_BLOCK = 4 << 20
+# A write in the same tick of the file system's clock leaves ctime as it is: what is younger is not remembered.
+_CLOCK_TICK_NS = 50_000_000
+_THREADS = 4
+# Below this a bar comes and goes within half a second on any disk.
+_WORTH_A_BAR = 256 << 20
+
+
+def file_digest(path: Path, settings: Settings, *, verify: bool = False, progress: Progress = SILENT) -> str:
+    """The digest of a file's content.
+
+    Args:
+        path: The file; a link counts as what it points to.
+        settings: Where the memo lies.
+        verify: Read the file anew, whatever was remembered.
+        progress: Told of the bytes read.
+
+    Returns:
+        `sha256:` and 64 hex digits.
+
+    Raises:
+        AssetError: The file is missing, cannot be read, or changed while it was read.
+    """
+    memo = DigestMemo(settings.cache / "digests.sqlite3")
+    try:
+        before = path.stat()
+        remembered = None if verify else memo.recall(before)
+        if remembered is not None:
+            return f"sha256:{remembered}"
+        started = time.time_ns()
+        sha256 = _read(path, before.st_size, progress)
+        after = path.stat()
+    except OSError as error:
+        if isinstance(error, AssetError):
+            raise
+        raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
+    if _state(before) != _state(after):
+        raise AssetError(f"{path} changed while it was read; try again when nothing writes to it any more")
+    if before.st_ctime_ns < started - _CLOCK_TICK_NS:
+        memo.remember(before, sha256)
+    return f"sha256:{sha256}"
+
+
+def remembered_digest(path: Path, settings: Settings) -> str | None:
+    """The digest that was remembered for a file in its present state, without reading it; None if there is none.
+
+    Raises:
+        AssetError: The memo is damaged.
+    """
+    found = DigestMemo(settings.cache / "digests.sqlite3").recall(path.stat())
+    return None if found is None else f"sha256:{found}"
+
+
+def digests(
+    files: Iterable[Path], settings: Settings, *, verify: bool = False, progress: Progress = SILENT
+) -> dict[Path, str]:
+    """The digests of several files, read by a few threads at once.
+
+    Raises:
+        AssetError: As `file_digest`.
+    """
+    paths = list(files)
+    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda path: file_digest(path, settings, verify=verify, progress=progress), paths)
+        return dict(zip(paths, found, strict=True))
+
+
+def directory_digest(
+    path: Path,
+    settings: Settings,
+    *,
+    files: Iterable[Path] | None = None,
+    verify: bool = False,
+    progress: Progress = SILENT,
+) -> str:
+    """The digest of a directory: SHA-256 over the lines `NAME NUL DIGEST` of its files, sorted by name.
+
+    Args:
+        path: The directory.
+        settings: Where the memo lies.
+        files: The files that count; by default all below it, without those that have a hidden part in their name.
+        verify: Read the files anew, whatever was remembered.
+        progress: Told of the bytes read.
+
+    Returns:
+        `sha256:` and 64 hex digits; the same for a copy elsewhere.
+
+    Raises:
+        AssetError: A file cannot be read, or there is none.
+    """
+    chosen = sorted(visible_files(path) if files is None else files)
+    if not chosen:
+        raise AssetError(f"{path} holds no files")
+    whole = hashlib.sha256()
+    named = {
+        file.relative_to(path).as_posix(): digest
+        for file, digest in digests(chosen, settings, verify=verify, progress=progress).items()
+    }
+    for name in sorted(named):
+        whole.update(f"{name}\0{named[name]}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def visible_files(path: Path) -> list[Path]:
+    """All files below a directory, without those that have a hidden part in their name (`.git`, `.cache`)."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(path):
+        # What is taken out of the list is not walked.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder) / name for name in names if not name.startswith(".")]
+    return found
+
+
+def _read(path: Path, size: int, progress: Progress) -> str:
+    sha256 = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_BLOCK, max(size, 1))))
+    shown = progress if size >= _WORTH_A_BAR else SILENT
+    with path.open("rb", buffering=0) as file, shown.task(f"hashing {path.name}", size) as advance:
+        while count := file.readinto(buffer):
+            sha256.update(buffer[:count])
+            advance(count)
+    return sha256.hexdigest()
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
