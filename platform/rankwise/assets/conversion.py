@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.assets.layout import check_base, read_json, tensors_digest, weight_files
-from rankwise.digests import digests
+from rankwise.digests import canonical_json, content_digest, digests
 from rankwise.exceptions import AssetError, StorageError
 from rankwise.files import ensure_entry, write_atomically
 from rankwise.progress import SILENT, Progress
@@ -100,7 +99,7 @@ def converted_digest(path: Path, settings: Settings, *, verify: bool = False) ->
         AssetError: A file is missing, cannot be read or is not in the format.
     """
     contents = sorted(digests(weight_files(path), settings, verify=verify).values())
-    key = hashlib.sha256(json.dumps(contents, separators=(",", ":")).encode()).hexdigest()
+    key = content_digest(canonical_json(contents)).removeprefix("sha256:")
     remembered = settings.cache / "tensor-digests" / key
     if remembered.is_file() and not verify:
         return remembered.read_text(encoding="utf-8").strip()

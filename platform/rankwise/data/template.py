@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import datetime
 import functools
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rankwise.digests import content_digest
 from rankwise.exceptions import DatasetError
 
 BUILT_IN = {
@@ -102,7 +102,7 @@ def template_text(tokenizer: Any, chat_template: str | None, revision: str | Non
             f"dataset.chat_template: cannot read {path.absolute()}: {reason}; allowed are {', '.join(BUILT_IN)}, the "
             "path of a Jinja file, or null for the base's own template"
         ) from error
-    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    digest = content_digest(content)
     if revision not in {None, digest}:
         raise DatasetError(
             f"dataset.chat_template: {path.absolute()} is {digest}, but chat_template_revision says {revision}; bring "
@@ -218,7 +218,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     state.pop("padding", None)
     state.pop("truncation", None)
     text = json.dumps([state, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}], sort_keys=True)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return content_digest(text.encode())
 
 
 MAX_CHARACTERS = 200_000
@@ -429,7 +429,7 @@ class Renderer:
         parts: list[object] = [self._tokenizer_digest, self.template, sorted(self.end_token_ids)]
         if self.dated:
             parts.append(datetime.datetime.now(tz=datetime.UTC).astimezone().date().isoformat())
-        return "sha256:" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return content_digest(json.dumps(parts).encode())
 
     def texts(self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False) -> list[str]:
         """Render conversations; with `add_generation_prompt` up to where an assistant's answer begins.

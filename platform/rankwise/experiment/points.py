@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from rankwise.digests import canonical_json
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.document import KeyPath, Problem, dotted
 from rankwise.experiment.expressions import (
@@ -141,7 +141,7 @@ def _check_choices(axis: Axis, problems: list[Problem]) -> bool:
     if not axis.choices:
         problems.append(Problem(path=axis.place, text="must have at least one value, got []"))
         return False
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     for index, value in enumerate(axis.choices):
         if (spelling := _spelling(axis.path, value)) in seen:
             problems.append(Problem(path=(*axis.place, index), text=f"{show(value)} is listed twice; remove one"))
@@ -202,11 +202,11 @@ def _groups() -> tuple[str, ...]:
     return ("lora.*", "training.*", "quantization.*", "dataset.limit.train", "seed")
 
 
-def _spelling(path: str, value: Any) -> str:
+def _spelling(path: str, value: Any) -> bytes:
     """One text for each setting: 16 and 16.0, and modules in any order, are the same."""
     if path == "lora.target_modules" and isinstance(value, list):
         value = sorted(map(str, value))
-    return json.dumps(plain(value), sort_keys=True)
+    return canonical_json(plain(value))
 
 
 # Branches of the union dataset.eval, which pydantic puts into an error's place.

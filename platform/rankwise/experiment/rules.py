@@ -8,7 +8,6 @@ can speak does, whatever else is wrong.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import string
@@ -16,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.digests import content_digest
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.document import KeyPath, Problem
@@ -269,7 +269,7 @@ def file_pin(path: str) -> str:
     Raises:
         OSError: It cannot be read.
     """
-    return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+    return content_digest(Path(path).read_bytes())
 
 
 def _source(path: str, text: str) -> tuple[Source | None, list[Problem]]:

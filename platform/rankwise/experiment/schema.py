@@ -16,8 +16,6 @@ attributes of `MetricFacts` are read here.)
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 from pydantic_core import PydanticCustomError
 
+from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.document import to_yaml
 
@@ -46,8 +45,7 @@ def plain(value: Any) -> Any:
 
 def digest(value: Any) -> str:
     """SHA-256 (64 hex digits) over the canonical JSON of plain data."""
-    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return content_digest(canonical_json(plain(value), allow_nan=False)).removeprefix("sha256:")
 
 
 ENTRY_POINT_GROUP = "rankwise.metrics"

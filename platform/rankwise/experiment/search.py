@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rankwise.digests import canonical_json
 from rankwise.experiment.document import KeyPath, Problem
 from rankwise.experiment.fields import did_you_mean, numbers, show
 from rankwise.experiment.schema import digest, plain
@@ -435,5 +436,5 @@ def _point(space: Space, params: Mapping[str, Any]) -> Point:
     return Point(values=values, places=places, home=("sweep", "parameters"), fixed=fixed)
 
 
-def _spelling(point: Point) -> str:
-    return json.dumps(plain(point.values), sort_keys=True)
+def _spelling(point: Point) -> bytes:
+    return canonical_json(plain(point.values))

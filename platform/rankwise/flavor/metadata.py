@@ -19,7 +19,6 @@ named source is what is in memory, so its tensors are compared with the files'.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from safetensors import safe_open
 
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.layout import weight_files
+from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
@@ -189,8 +189,7 @@ class AdapterMetadata:
 def section_digest(mlmodel: Mapping[str, Any]) -> str:
     """Digest (`sha256:...`) of the parts of an MLmodel file that decide what is loaded: flavors, signature, example."""
     sealed = {key: mlmodel[key] for key in _SEALED if mlmodel.get(key) is not None}
-    content = json.dumps(sealed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+    return content_digest(canonical_json(sealed))
 
 
 def template_digest(tokenizer: Any) -> str:
@@ -199,7 +198,7 @@ def template_digest(tokenizer: Any) -> str:
     if not template:
         return "none"
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return content_digest(text.encode())
 
 
 DEFAULTS: dict[str, Any] = {

@@ -28,7 +28,6 @@ or stored anywhere else.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import stat
@@ -48,6 +47,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
 from rankwise.files import fsync_directory, storage_errors, write_atomically
 from rankwise.settings import Settings
@@ -85,7 +85,7 @@ class TrustedKey:
 def key_id(key: Ed25519PublicKey) -> str:
     """`sha256:` and 64 hex digits over the public key (DER of its SubjectPublicKeyInfo)."""
     der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return "sha256:" + hashlib.sha256(der).hexdigest()
+    return content_digest(der)
 
 
 def new_pair(directory: Path, name: str) -> tuple[Path, Path, str]:
@@ -220,7 +220,7 @@ class Statement:
     def message(self) -> bytes:
         """The bytes that are signed; they name format and version, so that they mean nothing elsewhere."""
         content = {"format": _FORMAT, "version": self.version, **self.to_dict()}
-        return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+        return canonical_json(content, ascii_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)

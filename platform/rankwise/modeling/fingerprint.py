@@ -28,7 +28,7 @@ from typing import Any
 
 from rankwise.assets.conversion import converted_digest, read_conversion
 from rankwise.assets.layout import read_json, weight_files
-from rankwise.digests import digests
+from rankwise.digests import canonical_json, content_digest, digests
 from rankwise.exceptions import AdapterIntegrityError, AssetError
 from rankwise.files import write_atomically
 from rankwise.settings import Settings
@@ -201,8 +201,7 @@ def _without(value: Any, keys: frozenset[str]) -> Any:
 
 
 def _digest(value: Any) -> str:
-    content = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+    return content_digest(canonical_json(value))
 
 
 MANIFEST_NAME = "manifest.json"
@@ -243,7 +242,7 @@ def write_manifest(directory: Path, *, exclude: Collection[str] = WRITTEN_BY_MLF
     }
     content = json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
     write_atomically(directory / MANIFEST_NAME, content)
-    return "sha256:" + hashlib.sha256(content).hexdigest()
+    return content_digest(content)
 
 
 def check_manifest(directory: Path, *, digest: str | None = None, exclude: Collection[str] = WRITTEN_BY_MLFLOW) -> str:
@@ -267,7 +266,7 @@ def check_manifest(directory: Path, *, digest: str | None = None, exclude: Colle
             "write is adopted with `rankwise import`"
         )
     content = path.read_bytes()
-    actual = "sha256:" + hashlib.sha256(content).hexdigest()
+    actual = content_digest(content)
     if digest is not None and digest != actual:
         raise AdapterIntegrityError(
             f"{path} is not the manifest that was stored: recorded {digest}, found {actual}; fetch the model again"

@@ -8,7 +8,6 @@ written is remade, with a warning.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rankwise.digests import file_digest
+from rankwise.digests import canonical_json, content_digest, file_digest
 from rankwise.exceptions import AssetError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.files import ensure_entry, remove_entry, write_atomically
@@ -51,8 +50,7 @@ class CacheKey:
     @property
     def digest(self) -> str:
         """64 hex digits, the name of the entry."""
-        content = json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
+        return content_digest(canonical_json({"format": _FORMAT, **asdict(self)})).removeprefix("sha256:")
 
     def directory(self, settings: Settings) -> Path:
         """Where the entry is, or would be."""

@@ -9,7 +9,6 @@ locked, after a look whether somebody else has moved it since the comparison beg
 
 from __future__ import annotations
 
-import hashlib
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from rankwise.data.preflight import MANY_ROWS, RowDigests, row_key
 from rankwise.data.rows import Example
+from rankwise.digests import content_digest
 from rankwise.evaluation.evaluate import Evaluation, prediction_rows
 from rankwise.evaluation.gate import Decision, decide
 from rankwise.evaluation.metrics import PREFIX, Observation, to_tracking
@@ -73,11 +73,6 @@ def digests_of(arm: ArmSpec, examples: Sequence[Example], voice: Voice | None = 
     return content
 
 
-def file_digest(content: bytes) -> str:
-    """What `FILE_TAG` says of an artifact."""
-    return "sha256:" + hashlib.sha256(content).hexdigest()
-
-
 def seen_by(context: Context, candidate: ModelVersion, setting: Setting, assessor: Assessor) -> Seen:
     """Whether a row was in the training data of a version, or of an adapter that its training went on from.
 
@@ -128,10 +123,10 @@ def _stored(context: Context, version: ModelVersion) -> RowDigests | None:
     if content is None:
         return None
     where = f"the artifact {FILE} of run {version.run_id}"
-    if expected is not None and file_digest(content) != expected:
+    if expected is not None and content_digest(content) != expected:
         raise GateError(
             f"{where} is not what was stored: the tag {FILE_TAG} of {version.uri} says {expected}, found "
-            f"{file_digest(content)}. {_BY_FORCE}"
+            f"{content_digest(content)}. {_BY_FORCE}"
         )
     try:
         return RowDigests.from_bytes(content, where)

@@ -10,12 +10,13 @@ from typing import Any
 
 import rankwise.flavor as flavor
 from rankwise.assets.layout import read_header
+from rankwise.digests import content_digest
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.jobs.job import Job, Outcome
 from rankwise.modeling.base import LoadedBase
 from rankwise.report.anatomy import PAGE_NAME, TABLE_NAME, rank_metrics, trained_anatomy, trained_page
 from rankwise.tasks.claim import ClaimedArm
-from rankwise.tasks.promote import FILE_TAG, digests_of, file_digest
+from rankwise.tasks.promote import FILE_TAG, digests_of
 from rankwise.tasks.search import paused_result
 from rankwise.tasks.session import Computed, Session, token_of
 from rankwise.tracking.registry import JOB
@@ -169,7 +170,7 @@ def _register(
                 "rankwise.attempt": arm.job.attempts,
                 "rankwise.spec_hash": arm.work.arm.spec_hash,
                 "rankwise.experiment": arm.work.experiment,
-                FILE_TAG: file_digest(digests_of(arm.work.arm, arm.rows.examples.train)),
+                FILE_TAG: content_digest(digests_of(arm.work.arm, arm.rows.examples.train)),
             },
         )
         model_id = info.model_id

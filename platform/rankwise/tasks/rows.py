@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from rankwise.data.preflight import Report, preflight, render_html, render_termi
 from rankwise.data.rows import Example, Examples, RowMapping, load_examples
 from rankwise.data.template import Renderer, is_template_file
 from rankwise.data.tokens import EncodedSet, encode
+from rankwise.digests import canonical_json
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import DatasetSpec, ExperimentSpec
@@ -140,7 +140,7 @@ class RowsCache:
         """Nothing is read yet."""
         self._settings = settings
         self._progress = progress
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[bytes, Rows] = {}
 
     def get(self, arm: ArmSpec, sources: Sources, tokenizer: Any) -> Rows:
         """The rows of an arm.
@@ -155,7 +155,7 @@ class RowsCache:
         """
         whole = sources.train is not None
         parts = [str(sources.base.path), arm.dataset.model_dump(mode="json"), arm.training.max_length, whole]
-        key = json.dumps(parts, sort_keys=True)
+        key = canonical_json(parts)
         if key not in self._rows:
             self._rows[key] = self._load(arm, sources, tokenizer)
         return self._rows[key]
