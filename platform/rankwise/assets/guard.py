@@ -66,6 +66,9 @@ def check_digest(source: Source, *, expected: str | None, actual: str, key: str,
     )
 
 
+# A reader of its own, beside that of experiment files (`experiment.document`, YAML 1.2): these files are also read by
+# MLflow, `datasets` and vLLM, all with PyYAML. What is checked here must be what they see, and the two languages differ
+# in `yes`, `017`, `1:30`, `1e-5`, dates, merge keys, duplicate keys and keys that are not text.
 MAX_BYTES = 2 << 20
 MAX_NODES = 200_000
 

@@ -1,7 +1,8 @@
 """An experiment file as plain data, with the line of every key: YAML 1.2, read from ruamel.yaml's events.
 
 The core schema of YAML 1.2 is applied here, not by the library: `2e-3` is a float, `on`, `no`, `yes` and `1_000` are
-text. Duplicate keys, tags, several documents, and aliases that blow a small file up are errors.
+text. Duplicate keys, tags, several documents, and aliases that blow a small file up are errors. Files of MLflow and
+vLLM and data set cards are another language, YAML 1.1 as PyYAML reads it: `assets.guard.read_yaml`.
 
 - Plain data as YAML that reads back as the same data. YAML 1.2 includes JSON, so what needs quotes is JSON.
 - Secrets do not belong into a definition: it is stored in the queue, in MLflow, and in the model's card.

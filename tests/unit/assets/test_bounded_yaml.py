@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import yaml
 
 from rankwise.assets.guard import MAX_BYTES, read_yaml
 from rankwise.exceptions import AdapterIntegrityError
@@ -45,3 +46,14 @@ def test_a_bomb_in_a_models_description_is_no_model(tmp_path):
     (tmp_path / "MLmodel").write_text(LAUGHS)
     with pytest.raises(AdapterIntegrityError, match="unfolds to more than"):
         read_mlmodel(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "yes", "017", "0o17", "1_000", "1:30", "2024-01-01", "1e-5", "a: &x {b: 1}\nc: {<<: *x}", "{a: 1, a: 2}",
+        "{1: 2}", "!!binary aGk=",
+    ],
+)  # fmt: skip
+def test_values_are_those_that_mlflow_and_datasets_see(text):
+    assert read_yaml(text) == yaml.safe_load(text)
