@@ -43,7 +43,14 @@ from rankwise.flavor.load import describe_quantization
 from rankwise.flavor.metadata import FLAVOR_NAME, quantization_from
 from rankwise.flavor.package import check_tokenizer_files
 from rankwise.flavor.store import log_adapter
-from rankwise.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, add_rows, load_adapter, read_adapter
+from rankwise.modeling.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    StoredAdapter,
+    add_rows,
+    load_adapter,
+    read_adapter,
+)
 from rankwise.modeling.base import LoadedBase, load_base, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
 from rankwise.settings import Settings
@@ -462,15 +469,14 @@ def _find(uri: str | Path, tracking_uri: str | None) -> Origin:
         return Origin(uri=str(uri), location=location, run_id=found["run"])
 
 
-def _copy(foreign: Foreign, target: Path) -> Path:
+def _copy(foreign: Foreign, target: Path) -> StoredAdapter:
     """Configuration and weights alone; a trainer's state beside them is not taken along."""
     if (foreign.adapter / MANIFEST_NAME).is_file():
         check_manifest(foreign.adapter)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if (foreign.adapter / name).is_file():
             shutil.copyfile(foreign.adapter / name, target / name)
-    read_adapter(target)
-    return target
+    return read_adapter(target)
 
 
 def _base(
@@ -522,15 +528,14 @@ def _quantization(
 
 
 @torch.no_grad()
-def _attach(base: LoadedBase, adapter: Path) -> list[Finding]:
+def _attach(base: LoadedBase, adapter: StoredAdapter) -> list[Finding]:
     """Load the adapter over the base, as everybody will who loads it from the registry."""
-    config, tensors = read_adapter(adapter)
-    add_rows(base.model, config)
+    add_rows(base.model, adapter.config)
     load_adapter(base.model, adapter, _NAME)
     ids = torch.arange(1, 9, device=base.device)[None]
     if not torch.isfinite(base.model(input_ids=ids, use_cache=False).logits).all():
         raise AdapterIntegrityError("the adapter's logits over its base are not finite; it cannot be used")
-    seconds = [tensor for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
+    seconds = [tensor for name, tensor in adapter.tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
     if seconds and not any(bool(tensor.any()) for tensor in seconds):
         text = "every B of the adapter is 0: it changes nothing, as before the first step of training"
         return [Finding(code="untrained", text=text)]

@@ -27,7 +27,6 @@ import yaml  # type: ignore[import-untyped]
 from mlflow.models import Model, ModelSignature
 from mlflow.models.utils import _save_example
 from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
-from peft import LoraConfig
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
@@ -45,7 +44,7 @@ from rankwise.flavor.metadata import (
     template_digest,
 )
 from rankwise.flavor.signing import Statement, sign
-from rankwise.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter_config
+from rankwise.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter, write_adapter_config
 from rankwise.modeling.base import expected_warning, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest, write_manifest
 from rankwise.settings import Settings
@@ -149,7 +148,7 @@ class Package:
 
 def build(
     directory: Path,
-    adapter: Path,
+    adapter: StoredAdapter,
     tokenizer: Any,
     facts: BaseFacts,
     options: PackageOptions,
@@ -159,31 +158,29 @@ def build(
 
     Args:
         directory: Where to build; made if need be.
-        adapter: A PEFT directory; only its configuration and weights are taken.
+        adapter: Only its configuration and weights are taken.
         tokenizer: The tokenizer to use with the adapter, its chat template included.
         facts: The base that the adapter was trained on.
         options: What goes in beside the adapter.
         name: Of the registered model that it is for, where it is known: it is signed too.
 
     Raises:
-        AdapterIntegrityError: The PEFT directory is not whole, not plain LoRA, or asks for code.
         ConfigError: The tokenizer has more tokens than the base has rows, or the signing key cannot be used.
         StorageError: The disk is full or not writable.
     """
     with storage_errors(directory, "storing an adapter"):
         target = directory / ADAPTER_DIRECTORY
         target.mkdir(parents=True, exist_ok=True)
-        config, tensors = read_adapter(adapter)
-        shutil.copyfile(adapter / WEIGHTS_NAME, target / WEIGHTS_NAME)
-        write_adapter_config(config, target, base_source=facts.source, base_revision=facts.revision)
+        shutil.copyfile(adapter.weights, target / WEIGHTS_NAME)
+        write_adapter_config(adapter.config, target, base_source=facts.source, base_revision=facts.revision)
         tokenizer_files = _save_tokenizer(tokenizer, target)
         description = Model(metadata=dict(options.metadata) if options.metadata else None)
         _save_example(description, options.input_example, str(directory))
         _write_environment(directory, options.pip_requirements, options.extra_pip_requirements)
         stored = AdapterMetadata(
             base=facts,
-            lora=_lora_settings(config, target),
-            parameters=sum(tensor.numel() for tensor in tensors.values()),
+            lora=_lora_settings(target),
+            parameters=adapter.parameters,
             bytes=(target / WEIGHTS_NAME).stat().st_size,
             tokenizer_files=tokenizer_files,
             chat_template=template_digest(tokenizer),
@@ -274,7 +271,7 @@ def _write_environment(directory: Path, requirements: Sequence[str] | None, extr
     _PythonEnv.current().to_yaml(str(directory / "python_env.yaml"))
 
 
-def _lora_settings(config: LoraConfig, target: Path) -> dict[str, Any]:
+def _lora_settings(target: Path) -> dict[str, Any]:
     values = json.loads((target / CONFIG_NAME).read_bytes())
     return {key: values[key] for key in _LORA_KEYS if values.get(key) not in (None, {}, [])}
 

@@ -33,15 +33,15 @@ from rankwise.flavor.fetch import check_content, obtain, resolve_uri
 from rankwise.flavor.metadata import MANIFEST_TAG, SECTION_TAG, BaseArgument, BaseFacts, describe_base, facts_of
 from rankwise.flavor.package import LogOptions, Package, PackageOptions, build, describe_into
 from rankwise.flavor.signing import NAME_TAG, SIGNATURE_TAG, signed
-from rankwise.modeling.adapter import check_rows, embedding_rows, read_adapter, save_adapter
+from rankwise.modeling.adapter import StoredAdapter, check_rows, embedding_rows, read_adapter, save_adapter
 from rankwise.modeling.base import REPACKED, LoadedBase, hold_exact, is_repacked
 from rankwise.settings import Settings
 from rankwise.tracking.errors import tracking_errors
 from rankwise.tracking.registry import Registry, link_metrics
 
 
-def log_directory(
-    adapter: Path,
+def log_stored(
+    adapter: StoredAdapter,
     facts: BaseFacts,
     tokenizer: Any,
     name: str,
@@ -51,7 +51,7 @@ def log_directory(
     """Build the model directory of an adapter and log it.
 
     Args:
-        adapter: A PEFT directory.
+        adapter: As it was read.
         facts: The base that it was trained on.
         tokenizer: The tokenizer to use with it.
         name: Of the LoggedModel.
@@ -209,7 +209,8 @@ def save_model(
     chosen, chosen_options = settings or Settings.load(), PackageOptions(**options)
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
         facts = _write_live(model, adapter_name, base, base_revision, Path(scratch), chosen)
-        package = build(directory, Path(scratch), _check_tokenizer(tokenizer, model), facts, chosen_options)
+        adapter = read_adapter(Path(scratch))
+        package = build(directory, adapter, _check_tokenizer(tokenizer, model), facts, chosen_options)
     describe_into(package, mlflow_model if mlflow_model is not None else Model())
 
 
@@ -249,11 +250,11 @@ def log_model(
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
         facts = _write_live(model, adapter_name, base, base_revision, Path(scratch), chosen)
         checked = _check_tokenizer(tokenizer, model)
-        return log_directory(Path(scratch), facts, checked, name, registered_model_name, options)
+        return log_stored(read_adapter(Path(scratch)), facts, checked, name, registered_model_name, options)
 
 
 def log_adapter(
-    directory: Path,
+    adapter: Path | StoredAdapter,
     base: LoadedBase,
     tokenizer: Any = None,
     name: str = "adapter",
@@ -263,7 +264,7 @@ def log_adapter(
     """Log an adapter that is saved already; the model in memory is not touched.
 
     Args:
-        directory: A PEFT directory, as `modeling.adapter.save_adapter` writes it.
+        adapter: A PEFT directory, as `modeling.adapter.save_adapter` writes it, or what `read_adapter` made of one.
         base: The base it was trained on.
         tokenizer: The tokenizer with the chat template that was trained on; the base's own by default.
         name: Of the LoggedModel.
@@ -276,10 +277,10 @@ def log_adapter(
         ConfigError: The tokenizer has more tokens than the base has rows.
         TrackingError: MLflow cannot be reached or refuses.
     """
-    config, _ = read_adapter(directory)
-    check_rows(base.model, config, base.path)
+    stored = read_adapter(adapter) if isinstance(adapter, Path) else adapter
+    check_rows(base.model, stored.config, base.path)
     chosen = _check_tokenizer(tokenizer if tokenizer is not None else base.tokenizer, base.model)
-    return log_directory(directory, facts_of(base), chosen, name, registered_model_name, LogOptions(**arguments))
+    return log_stored(stored, facts_of(base), chosen, name, registered_model_name, LogOptions(**arguments))
 
 
 def _write_live(

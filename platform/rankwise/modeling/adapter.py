@@ -19,7 +19,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,32 @@ def save_adapter(
     write_adapter_config(config, directory, base_source=base_source, base_revision=base_revision)
 
 
-def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredAdapter:
+    """A PEFT directory that was checked and read.
+
+    Attributes:
+        directory: Where it is.
+        config: What `adapter_config.json` says.
+        tensors: What `adapter_model.safetensors` holds, on the CPU.
+    """
+
+    directory: Path
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def weights(self) -> Path:
+        """The file of tensors."""
+        return self.directory / WEIGHTS_NAME
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def read_adapter(directory: Path) -> StoredAdapter:
     """Read a PEFT directory after checking its manifest, if it has one.
 
     Raises:
@@ -338,12 +364,13 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         raise AdapterIntegrityError(f"{directory} has {CONFIG_NAME} but no {WEIGHTS_NAME}")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterIntegrityError(f"{path} is not a readable safetensors file: {error}") from error
+    return StoredAdapter(directory=directory, config=config, tensors=tensors)
 
 
-def load_adapter(model: Any, directory: Path, adapter_name: str) -> LoraConfig:
+def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -> LoraConfig:
     """Attach a stored adapter to a model under a name, its parameters frozen.
 
     The first adapter of a model becomes the active one, later ones do not; what is active and what asks for a
@@ -351,7 +378,7 @@ def load_adapter(model: Any, directory: Path, adapter_name: str) -> LoraConfig:
 
     Args:
         model: A base, adapted already or not.
-        directory: A PEFT directory; its manifest is checked if it has one.
+        adapter: What `read_adapter` returned, or a PEFT directory to read. On the CPU the model shares its tensors.
         adapter_name: A new name, without dots.
 
     Returns:
@@ -370,7 +397,9 @@ def load_adapter(model: Any, directory: Path, adapter_name: str) -> LoraConfig:
         )
     if adapter_name in _configs(model):
         raise ConfigError(f"the model has an adapter {adapter_name!r} already; give this one another name")
-    config, tensors = read_adapter(directory)
+    stored = read_adapter(adapter) if isinstance(adapter, Path) else adapter
+    # peft changes the configuration that it is given.
+    directory, config = stored.directory, copy.deepcopy(stored.config)
     # peft reads and activates adapters of one model as if all of them had such rows, or none.
     if any(
         bool(each.trainable_token_indices) != bool(config.trainable_token_indices) for each in _configs(model).values()
@@ -381,11 +410,11 @@ def load_adapter(model: Any, directory: Path, adapter_name: str) -> LoraConfig:
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_indices(base, config)
-    _check_shapes(base, config, tensors, directory)
+    _check_shapes(base, config, stored.tensors, directory)
     _attach(model, config, adapter_name)
     places = adapter_tensors(model, adapter_name)
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in stored.tensors.items():
             place = places[name]
             if isinstance(place, torch.nn.Parameter):
                 # peft has made it in the base's compute dtype; copying into that would round what is stored.

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 from rankwise.experiment.module_names import layer_of
 from rankwise.files import format_size
-from rankwise.modeling.adapter import adapter_tensors
+from rankwise.modeling.adapter import StoredAdapter, adapter_tensors
 from rankwise.modeling.anatomy.anatomy import (
     ENERGY,
     FLAGS,
@@ -365,7 +364,7 @@ def rank_metrics(anatomy: Anatomy) -> dict[str, float]:
     return {"adapter.effective_rank": math.fsum(finite) / len(finite), "adapter.rank_99": float(use.rank_99)}
 
 
-def trained_anatomy(adapter: Path, base: LoadedBase) -> Anatomy:
+def trained_anatomy(adapter: StoredAdapter, base: LoadedBase) -> Anatomy:
     """Take apart an adapter over a base in memory, with the memory that this base takes.
 
     Raises:

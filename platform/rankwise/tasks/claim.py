@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.preflight import MANY_ROWS
 from rankwise.exceptions import JobError
 from rankwise.experiment.arm import ArmSpec
+from rankwise.files import format_size
 from rankwise.jobs.job import Job
 from rankwise.logs import bind, bound
 from rankwise.modeling.base import LoadedBase
@@ -48,6 +51,11 @@ class ClaimedArm:
     def spec_hash(self) -> str:
         """The arm."""
         return self.work.arm.spec_hash
+
+    @cached_property
+    def row_digests(self) -> bytes:
+        """The content of the artifact `FILE`: which rows the arm trains on."""
+        return digests_of(self.work.arm, self.rows.examples.train)
 
     def logged(self) -> AbstractContextManager[None]:
         """What is logged within the block is about this arm, and goes into its job's file only."""
@@ -112,7 +120,10 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
             run.input(record)
         run.text(work.definition, "experiment.yaml")
         run.json(provenance.to_dict(), "provenance.json")
-        run.data(digests_of(work.arm, arm.rows.examples.train, session.voice), FILE)
+        if (rows := len(arm.rows.examples.train)) > MANY_ROWS:
+            size = format_size(len(arm.row_digests), ",.0f", unit="MB")
+            session.voice.say(f"the digests of {rows:,} training rows take {size} in MLflow")
+        run.data(arm.row_digests, FILE)
     run.tags(
         {
             **provenance.tags(),

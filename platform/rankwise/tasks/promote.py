@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.data.preflight import MANY_ROWS, RowDigests, row_key
+from rankwise.data.preflight import RowDigests, row_key
 from rankwise.data.rows import Example
 from rankwise.digests import content_digest
 from rankwise.evaluation.evaluate import Evaluation, prediction_rows
@@ -22,7 +22,6 @@ from rankwise.evaluation.gate import Decision, decide
 from rankwise.evaluation.metrics import PREFIX, Observation, to_tracking
 from rankwise.exceptions import AssetError, ConfigError, DatasetError, GateError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.files import format_size
 from rankwise.jobs.aliases import AliasMove
 from rankwise.tasks.assess import Assessed, Assessment, Assessor
 from rankwise.tasks.context import Context
@@ -32,7 +31,6 @@ from rankwise.tracking.provenance import collect, user_name
 from rankwise.tracking.query import get_run, membership
 from rankwise.tracking.registry import ModelVersion
 from rankwise.tracking.store import Store
-from rankwise.worker.reporter import Voice
 
 
 def contenders(store: Store, version: ModelVersion) -> int:
@@ -63,14 +61,10 @@ FILE_TAG = "rankwise.row_digests"
 Seen = Callable[[Example], bool]
 
 
-def digests_of(arm: ArmSpec, examples: Sequence[Example], voice: Voice | None = None) -> bytes:
-    """The content of an arm's artifact; the same arm and rows give the same bytes. A large one is told to `voice`."""
+def digests_of(arm: ArmSpec, examples: Sequence[Example]) -> bytes:
+    """The content of an arm's artifact; the same arm and rows give the same bytes."""
     keys = (row_key(example, arm.dataset.system) for example in examples)
-    content = RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
-    if voice is not None and len(examples) > MANY_ROWS:
-        size = format_size(len(content), ",.0f", unit="MB")
-        voice.say(f"the digests of {len(examples):,} training rows take {size} in MLflow")
-    return content
+    return RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
 
 
 def seen_by(context: Context, candidate: ModelVersion, setting: Setting, assessor: Assessor) -> Seen:

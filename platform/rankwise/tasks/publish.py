@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import rankwise.flavor as flavor
-from rankwise.assets.layout import read_header
 from rankwise.digests import content_digest
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.jobs.job import Job, Outcome
+from rankwise.modeling.adapter import StoredAdapter, read_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.report.anatomy import PAGE_NAME, TABLE_NAME, rank_metrics, trained_anatomy, trained_page
 from rankwise.tasks.claim import ClaimedArm
-from rankwise.tasks.promote import FILE_TAG, digests_of
+from rankwise.tasks.promote import FILE_TAG
 from rankwise.tasks.search import paused_result
 from rankwise.tasks.session import Computed, Session, token_of
 from rankwise.tracking.registry import JOB
@@ -103,15 +102,16 @@ def _publish_or_wait(
     session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, outcome: ArmOutcome, adapter: Path
 ) -> None:
     job, name = arm.job, arm.work.run_name
-    weights = adapter / "adapter_model.safetensors"
     step = _chosen(arm, outcome)[1]
     computed = session.computed_by(job)
+    stored: StoredAdapter | None = None
     if computed is None:
-        anatomy = trained_anatomy(adapter, base)
+        stored = read_adapter(adapter)
+        anatomy = trained_anatomy(stored, base)
         run.metrics(
             {
-                "adapter.parameters": float(sum(math.prod(entry.shape) for entry in read_header(weights))),
-                "adapter.bytes": float(weights.stat().st_size),
+                "adapter.parameters": float(stored.parameters),
+                "adapter.bytes": float(stored.weights.stat().st_size),
                 "train.seconds": outcome.seconds,
                 "train.peak_memory_bytes": float(outcome.peak_memory_bytes),
                 **rank_metrics(anatomy),
@@ -131,7 +131,7 @@ def _publish_or_wait(
             run.leave(timeout=0.0)
             session.report(job, Outcome.PREEMPTED)
             return
-        result = {**_register(session, base, arm, run, adapter, step), "steps": outcome.steps}
+        result = {**_register(session, base, arm, run, stored or adapter, step), "steps": outcome.steps}
     except (TrackingError, StorageError) as error:
         computed.run = run
         session.wait_for_upload(job, f"{name} is trained and waits to be registered: {error}")
@@ -149,7 +149,7 @@ def _composition(session: Session, job: Job) -> tuple[str, ...] | None:
 
 
 def _register(
-    session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, adapter: Path, step: int
+    session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, adapter: Path | StoredAdapter, step: int
 ) -> dict[str, Any]:
     """Log and register the adapter; a version that this job has registered already is adopted."""
     registry, name = session.context.store.registry, arm.work.register_as
@@ -170,7 +170,7 @@ def _register(
                 "rankwise.attempt": arm.job.attempts,
                 "rankwise.spec_hash": arm.work.arm.spec_hash,
                 "rankwise.experiment": arm.work.experiment,
-                FILE_TAG: content_digest(digests_of(arm.work.arm, arm.rows.examples.train)),
+                FILE_TAG: content_digest(arm.row_digests),
             },
         )
         model_id = info.model_id

@@ -303,9 +303,9 @@ class LivingArm:
         self.parameters = adapter_parameters(model, self.name)
         try:
             if task.init_adapter is not None:
-                config, tensors = read_adapter(task.init_adapter)
-                self.load(tensors, str(task.init_adapter))
-                self._take_over_scaling(config)
+                initial = read_adapter(task.init_adapter)
+                self.load(initial.tensors, str(task.init_adapter))
+                self._take_over_scaling(initial.config)
             self.optimizer = make_optimizer(list(self.parameters.values()), training)
         except BaseException:
             delete_adapter(model, self.name)

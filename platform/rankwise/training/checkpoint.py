@@ -111,8 +111,8 @@ class ArmState:
             ConfigError: The stored adapter is not one of this arm.
         """
         state = json.loads((self.directory / "state.json").read_text(encoding="utf-8"))
-        _, tensors = read_adapter(self.directory / "adapter")
-        arm.load(tensors, str(self.directory / "adapter"))
+        adapter = read_adapter(self.directory / "adapter")
+        arm.load(adapter.tensors, str(adapter.directory))
         arm.load_optimizer(load_file(self.directory / "optimizer.safetensors"))
         arm.step = state["step"]
         arm.seconds = state["seconds"]

@@ -14,6 +14,7 @@ import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError, StorageError
 from rankwise.flavor.fetch import resolve_uri
 from rankwise.flavor.metadata import MANIFEST_TAG, SECTION_TAG
+from rankwise.modeling.adapter import read_adapter
 
 TAGS = {"rankwise.job": 7, "rankwise.attempt": 1, "rankwise.spec_hash": "a" * 64}
 
@@ -92,6 +93,15 @@ def test_the_base_in_memory_is_not_touched_by_logging_a_saved_adapter(world, sto
     flavor.log_adapter(world.adapter, base)
     assert {name: parameter.data_ptr() for name, parameter in base.model.named_parameters()} == before
     assert not getattr(base.model, "peft_config", None)
+
+
+def test_an_adapter_that_was_read_is_logged_without_reading_it_again(world, store, base, monkeypatch):
+    expected = flavor.log_adapter(world.adapter, base)
+    stored = read_adapter(world.adapter)
+    monkeypatch.setattr("rankwise.modeling.adapter.safe_open", lambda *_, **__: pytest.fail("read again"))
+    info = flavor.log_adapter(stored, base)
+    manifests = [store.get_logged_model(each.model_id).tags[MANIFEST_TAG] for each in (expected, info)]
+    assert manifests[0] == manifests[1]
 
 
 def test_logging_loads_no_second_base_for_the_example(world, store, base, monkeypatch):

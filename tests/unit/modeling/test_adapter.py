@@ -16,7 +16,7 @@ from rankwise.modeling.adapter import (
     read_adapter,
     save_adapter,
 )
-from rankwise.modeling.base import load_base
+from rankwise.modeling.base import linear_modules, load_base
 from rankwise.modeling.fingerprint import write_manifest
 
 SHAPES = {
@@ -65,6 +65,27 @@ def rewrite(directory, change):
     tensors = load_file(directory / WEIGHTS_NAME)
     change(tensors)
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def test_an_adapter_that_was_read_can_be_loaded_again_and_stays_what_was_stored(tmp_path):
+    path = make_base(tmp_path / "base", layers=4)
+
+    def load():
+        return load_base(resolved(path), QuantizationSpec(), settings_in(tmp_path), device="cpu")
+
+    base = load()
+    targets = [name for name in linear_modules(base.model) if not name.endswith("down_proj")]
+    inject(base.model, target_modules=targets)
+    save_adapter(base.model, "arm-1", tmp_path / "adapter", base_source=None, base_revision=None)
+    # As other programs list them. peft shortens a list of more than 20 names in the configuration that it is given.
+    edit(tmp_path / "adapter", target_modules=targets)
+    stored = read_adapter(tmp_path / "adapter")
+    assert stored.parameters == sum(tensor.numel() for tensor in load_file(stored.weights).values())
+    other = load()
+    for name in ("one", "two"):
+        load_adapter(other.model, stored, name)
+        assert stored.config.target_modules == set(targets)
+    assert torch.equal(logits(other.model), logits(base.model))
 
 
 @pytest.mark.parametrize(("name", "lora"), [(name, lora) for name, many in SHAPES.items() for lora in many], ids=str)

@@ -6,7 +6,7 @@ from helpers.bases import inject, resolved, settings_in
 from helpers.tiny import make_base
 
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.adapter import save_adapter
+from rankwise.modeling.adapter import read_adapter, save_adapter
 from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning, load_base
 from rankwise.report.anatomy import rank_metrics, trained_anatomy, trained_page
 
@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
 
 def test_memory_is_that_of_the_base_in_memory_without_the_other_arms(trained):
     base, adapter, alone = trained
-    anatomy = trained_anatomy(adapter, base)
+    anatomy = trained_anatomy(read_adapter(adapter), base)
     assert anatomy.parameters == 2 * 2 * (128 + 96)
     assert anatomy.memory.measured
     assert anatomy.memory.base == alone
@@ -37,7 +37,7 @@ def test_memory_is_that_of_the_base_in_memory_without_the_other_arms(trained):
 
 def test_the_page_names_the_arm_and_its_base(trained):
     base, adapter, _ = trained
-    page = trained_page(trained_anatomy(adapter, base), base, "arm r=2")
+    page = trained_page(trained_anatomy(read_adapter(adapter), base), base, "arm r=2")
     assert "<h1>arm r=2</h1>" in page
     assert f"over org/tiny at {'a' * 40}" in page
     assert "r = 2 is used" in page
@@ -45,7 +45,7 @@ def test_the_page_names_the_arm_and_its_base(trained):
 
 def test_metrics_say_how_much_of_the_rank_is_used_and_the_table_is_json(trained):
     base, adapter, _ = trained
-    anatomy = trained_anatomy(adapter, base)
+    anatomy = trained_anatomy(read_adapter(adapter), base)
     metrics = rank_metrics(anatomy)
     ranks = [target.effective_rank for target in anatomy.targets]
     assert metrics["adapter.effective_rank"] == pytest.approx(sum(ranks) / len(ranks))

@@ -228,7 +228,8 @@ def test_records_say_what_a_step_was(base, tmp_path):
 def test_the_result_is_a_peft_directory_that_names_its_base(base, tmp_path):
     arm = make_arm(lora={"lora_dropout": 0.1, "use_rslora": True})
     outcomes, _ = train(base, [arm], tmp_path)
-    config, tensors = read_adapter(outcomes[arm.spec_hash].adapter)
+    stored = read_adapter(outcomes[arm.spec_hash].adapter)
+    config, tensors = stored.config, stored.tensors
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 8, 0.1, True)
     assert config.base_model_name_or_path == base.source
     assert config.revision == base.revision

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from rankwise.exceptions import AdapterIntegrityError, AssetError
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.modeling.anatomy.anatomy import Anatomy, Memory, Target, elements, make_checks, measure_delta
 from rankwise.modeling.estimate import Estimator
+
+if TYPE_CHECKING:
+    from rankwise.modeling.adapter import StoredAdapter
 
 # A trained module whose delta is so much smaller than the median one changes nothing that can be noticed.
 _DEAD_SHARE = 0.01
@@ -60,7 +63,7 @@ def plan_anatomy(
 
 
 def adapter_anatomy(
-    directory: Path,
+    adapter: Path | StoredAdapter,
     *,
     base_config: Any = None,
     quantization: QuantizationSpec | None = None,
@@ -69,7 +72,7 @@ def adapter_anatomy(
     """The anatomy of a stored adapter; memory is estimated.
 
     Args:
-        directory: A PEFT directory; its manifest is checked if it has one.
+        adapter: What `read_adapter` returned, or a PEFT directory to read.
         base_config: The base's configuration (see `Estimator`), for its size and to compare shapes.
         quantization: Of the base; NF4 with double quantization when left out.
         module_dtype: Of the base's modules that are not quantized; what this machine would load when left out.
@@ -79,10 +82,12 @@ def adapter_anatomy(
         ConfigError: The architecture of the base is not known.
     """
     # peft is needed for stored adapters only, and takes seconds to import.
-    from rankwise.modeling.adapter import PREFIX, WEIGHTS_NAME, rank_of, read_adapter
+    from rankwise.modeling.adapter import PREFIX, rank_of, read_adapter
 
-    config, tensors = read_adapter(directory)
-    header = _header(directory / WEIGHTS_NAME)
+    stored = read_adapter(adapter) if isinstance(adapter, Path) else adapter
+    config, tensors = stored.config, stored.tensors
+    # The checks compare the file's own header with what was read out of it.
+    header = _header(stored.weights)
     estimator = Estimator(base_config) if base_config is not None else None
     targets = [
         _target(name, config, tensors, [entry for entry in header if entry.name.startswith(f"{PREFIX}{name}.")])
@@ -95,13 +100,13 @@ def adapter_anatomy(
         base = estimator.base(quantization or QuantizationSpec(), module_dtype=module_dtype)
         memory = Memory(base=base.bytes_loaded, base_and_adapter=base.bytes_loaded + size, measured=False)
     return Anatomy(
-        parameters=sum(elements(entry) for entry in header),
+        parameters=stored.parameters,
         bytes=size,
         targets=ordered,
         base=base,
         memory=memory,
         checks=make_checks(
-            directory / WEIGHTS_NAME,
+            stored.weights,
             header,
             ordered,
             ranks={target.module: rank_of(config, target.module) for target in ordered},
