@@ -23,7 +23,7 @@ from rich.tree import Tree
 
 from rankwise.cli.output import note, plain_console, print_json, waiting
 from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError
-from rankwise.experiment.schema import LoraSpec, QuantizationSpec
+from rankwise.experiment.schema import NAMED_QUANTIZATIONS, LoraSpec, QuantizationSpec
 from rankwise.files import format_size, write_atomically
 from rankwise.settings import Settings
 
@@ -164,13 +164,7 @@ def _without_base(error: Exception) -> str:
     )
 
 
-_QUANTIZATIONS = {
-    "nf4": QuantizationSpec(),
-    "nf4-single": QuantizationSpec(bnb_4bit_use_double_quant=False),
-    "fp4": QuantizationSpec(bnb_4bit_quant_type="fp4"),
-    "int8": QuantizationSpec(load_in_4bit=False, load_in_8bit=True),
-    "none": QuantizationSpec(load_in_4bit=False),
-}
+_QUANTIZATIONS = {name: NAMED_QUANTIZATIONS[name] for name in ("nf4", "nf4-single", "fp4", "int8", "none")}
 # Of files and pipes, where rich would assume 80 columns and break names apart.
 _WIDTH = 140
 

@@ -29,7 +29,7 @@ from rankwise.data.tokens import Encoded
 from rankwise.evaluation.metrics import MetricValue, Observation, compute, find_metrics, scores
 from rankwise.evaluation.paired import paired_difference
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.schema import EvaluationSpec, QuantizationSpec
+from rankwise.experiment.schema import NAMED_QUANTIZATIONS, EvaluationSpec, QuantizationSpec
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import Routing, evaluating, install, segments_of
@@ -243,10 +243,7 @@ def _padding(base: LoadedBase) -> int:
 
 
 QUANTIZATIONS: Mapping[str, QuantizationSpec] = {
-    "nf4": QuantizationSpec(),
-    "fp4": QuantizationSpec(bnb_4bit_quant_type="fp4"),
-    "int8": QuantizationSpec(load_in_4bit=False, load_in_8bit=True),
-    "none": QuantizationSpec(load_in_4bit=False),
+    name: NAMED_QUANTIZATIONS[name] for name in ("nf4", "fp4", "int8", "none")
 }
 
 

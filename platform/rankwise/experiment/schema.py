@@ -288,6 +288,35 @@ class QuantizationSpec(Section):
     bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the matrix products; auto takes bfloat16 where it is fast and float32 elsewhere, and says which."""
 
+    @property
+    def bits(self) -> int | None:
+        """Bits per quantized weight, 4 or 8; None for an unquantized base."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    def effective(self) -> dict[str, Any]:
+        """The settings that change the quantized weights, as arguments of transformers' `BitsAndBytesConfig`.
+
+        Those of 4-bit layers have no effect on an 8-bit base. The compute dtype is not among them.
+        """
+        if self.bits == 4:
+            return {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+                "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
+            }
+        return {"load_in_8bit": True} if self.bits == 8 else {}
+
+
+NAMED_QUANTIZATIONS: Mapping[str, QuantizationSpec] = {
+    "nf4": QuantizationSpec(),
+    "nf4-single": QuantizationSpec(bnb_4bit_use_double_quant=False),
+    "fp4": QuantizationSpec(bnb_4bit_quant_type="fp4"),
+    "fp4-single": QuantizationSpec(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False),
+    "int8": QuantizationSpec(load_in_4bit=False, load_in_8bit=True),
+    "none": QuantizationSpec(load_in_4bit=False),
+}
+"""Short names for command-line options; each command accepts some of them."""
+
 
 class LoraSpec(Section):
     """The adapter (the names of peft's LoraConfig)."""

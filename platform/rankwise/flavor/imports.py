@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.layout import read_json, weight_files
 from rankwise.exceptions import AdapterIntegrityError, AssetError, BaseMismatchError, ConfigError
-from rankwise.experiment.schema import QuantizationSpec
+from rankwise.experiment.schema import NAMED_QUANTIZATIONS, QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
 from rankwise.flavor.fetch import Origin, local_path, obtain, read_mlmodel, resolve_uri
 from rankwise.flavor.load import describe_quantization
@@ -328,14 +328,7 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-QUANTIZATIONS = {
-    "nf4": QuantizationSpec(),
-    "nf4-single": QuantizationSpec(bnb_4bit_use_double_quant=False),
-    "fp4": QuantizationSpec(bnb_4bit_quant_type="fp4"),
-    "fp4-single": QuantizationSpec(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False),
-    "8bit": QuantizationSpec(load_in_4bit=False, load_in_8bit=True),
-    "none": QuantizationSpec(load_in_4bit=False),
-}
+QUANTIZATIONS = {{"int8": "8bit"}.get(name, name): spec for name, spec in NAMED_QUANTIZATIONS.items()}
 _NAME = "adopted"
 _RUN = re.compile(r"runs:/(?P<run>[0-9a-f]+)/(?P<path>.+)")
 

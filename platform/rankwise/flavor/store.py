@@ -145,7 +145,7 @@ def _tags(package: Package, metrics: Mapping[str, float] | None) -> dict[str, st
     """What a person filters versions by, under the names that runs use for their params."""
     base, lora = package.metadata.base, package.metadata.lora
     targets = lora.get("target_modules", "")
-    quantization = "4bit" if base.quantization.load_in_4bit else "8bit" if base.quantization.load_in_8bit else "none"
+    quantization = "none" if base.quantization.bits is None else f"{base.quantization.bits}bit"
     return {
         MANIFEST_TAG: package.metadata.manifest,
         SECTION_TAG: package.section,

@@ -312,12 +312,12 @@ def load_base(
     """
     target = torch.device(device) if device is not None else default_device()
     config = read_json(resolved.path / "config.json")
-    quantized = quantization.load_in_4bit or quantization.load_in_8bit
+    quantized = quantization.bits is not None
     if quantized and config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ConfigError(
             f"base {resolved.source} is quantized already (method {method}), and quantization asks for "
-            f"{'4' if quantization.load_in_4bit else '8'} bit; name the full-precision base, or set load_in_4bit: false"
+            f"{quantization.bits} bit; name the full-precision base, or set load_in_4bit: false"
         )
     dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype)
     loaded = dtype.dtype if module_dtype is None else DTYPES[module_dtype]
@@ -368,14 +368,10 @@ def load_base(
 
 def bnb_config(quantization: QuantizationSpec, compute_dtype: torch.dtype) -> Any:
     """The quantization as transformers takes it, the compute dtype resolved; None for an unquantized base."""
-    if quantization.load_in_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization.load_in_8bit else None
+    if quantization.bits is None:
+        return None
+    compute = {"bnb_4bit_compute_dtype": compute_dtype} if quantization.bits == 4 else {}
+    return BitsAndBytesConfig(**quantization.effective(), **compute)
 
 
 def load_tokenizer(path: Path) -> Any:

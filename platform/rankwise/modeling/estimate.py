@@ -181,14 +181,14 @@ class Estimator:
         )
 
     def _bytes(self, quantization: QuantizationSpec, itemsize: int) -> int:
-        if not (quantization.load_in_4bit or quantization.load_in_8bit):
+        if quantization.bits is None:
             return itemsize * self._parameters
         quantized = self.linear.values()
         rest: int = self._parameters - sum(inputs * outputs for inputs, outputs in quantized)
         return itemsize * rest + sum(
             quantized_linear_bytes(
                 inputs * outputs,
-                bits=4 if quantization.load_in_4bit else 8,
+                bits=quantization.bits,
                 double_quant=quantization.bnb_4bit_use_double_quant,
                 out_features=outputs,
             )

@@ -85,23 +85,12 @@ def make_key(
     return CacheKey(
         weights=fingerprint.weights,
         config=fingerprint.config,
-        quantization=effective_quantization(quantization),
+        quantization=quantization.effective(),
         compute_dtype=compute_dtype,
         module_dtype=module_dtype,
         device_type=device_type,
         libraries={name: version(name) for name in LIBRARIES},
     )
-
-
-def effective_quantization(quantization: QuantizationSpec) -> dict[str, Any]:
-    """The settings that have an effect: those of NF4 say nothing of an 8-bit base."""
-    if quantization.load_in_4bit:
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": quantization.bnb_4bit_quant_type,
-            "bnb_4bit_use_double_quant": quantization.bnb_4bit_use_double_quant,
-        }
-    return {"load_in_8bit": True} if quantization.load_in_8bit else {}
 
 
 def load_or_quantize(

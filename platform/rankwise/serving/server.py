@@ -91,15 +91,10 @@ def differences(quantization: QuantizationSpec, compute_dtype: str) -> str:
         parts.append(f"computes in {served}, trained was in {compute_dtype} (its LoRA kernels take 16 bit only)")
     if quantization.load_in_8bit:
         parts.append("holds the base in 16 bit, trained was over LLM.int8")
-    elif quantization.load_in_4bit:
-        same = (
-            quantization.bnb_4bit_quant_type == _NF4.bnb_4bit_quant_type
-            and quantization.bnb_4bit_use_double_quant == _NF4.bnb_4bit_use_double_quant
-        )
-        if not same:
-            double = "with" if quantization.bnb_4bit_use_double_quant else "without"
-            kind = f"{quantization.bnb_4bit_quant_type} {double} double quantization"
-            parts.append(f"quantizes the base to nf4 with double quantization, trained was over {kind}")
+    elif quantization.load_in_4bit and quantization.effective() != _NF4.effective():
+        double = "with" if quantization.bnb_4bit_use_double_quant else "without"
+        kind = f"{quantization.bnb_4bit_quant_type} {double} double quantization"
+        parts.append(f"quantizes the base to nf4 with double quantization, trained was over {kind}")
     if not parts:
         parts.append("loads the base as it was trained over")
     return f"vLLM {' and '.join(parts)}; its kernels round in another order, so near ties can fall otherwise."

@@ -17,7 +17,6 @@ from rankwise.modeling.quantized_cache import (
     ENTRY_NAME,
     cache_root,
     check_entry,
-    effective_quantization,
     list_entries,
     make_key,
 )
@@ -86,7 +85,7 @@ def test_each_quantization_has_an_entry_of_its_own(bases, settings):
 
 def test_what_has_no_effect_makes_no_second_entry():
     one = QuantizationSpec(load_in_4bit=False, load_in_8bit=True, bnb_4bit_quant_type="fp4")
-    assert effective_quantization(one) == effective_quantization(SPECS["int8"]) == {"load_in_8bit": True}
+    assert one.effective() == SPECS["int8"].effective() == {"load_in_8bit": True}
 
 
 def test_everything_that_decides_on_the_bytes_is_in_the_key(bases, settings):
@@ -95,7 +94,7 @@ def test_everything_that_decides_on_the_bytes_is_in_the_key(bases, settings):
     others = [
         dataclasses.replace(key, weights="x"),
         dataclasses.replace(key, config="x"),
-        dataclasses.replace(key, quantization=effective_quantization(SPECS["fp4"])),
+        dataclasses.replace(key, quantization=SPECS["fp4"].effective()),
         dataclasses.replace(key, compute_dtype="bfloat16"),
         dataclasses.replace(key, module_dtype="bfloat16"),
         dataclasses.replace(key, device_type="cuda"),
