@@ -146,7 +146,7 @@ def stored(resolved: Any, settings: Settings, scratch: Path) -> list[dict[str, A
     from rankwise.experiment.schema import LoraSpec, QuantizationSpec
     from rankwise.files import tree_size
     from rankwise.modeling.base import load_base
-    from rankwise.modeling.estimate import estimate_arm
+    from rankwise.modeling.estimate import Estimator
 
     rows = []
     for r in RANKS:
@@ -154,8 +154,7 @@ def stored(resolved: Any, settings: Settings, scratch: Path) -> list[dict[str, A
         inject(base.model, "x", r=r, lora_alpha=2 * r, target_modules=list(TARGETS))
         directory = scratch / f"r{r}"
         flavor.save_model(base.model, directory, base.tokenizer, base=base, settings=settings)
-        estimate = estimate_arm(
-            resolved.path / "config.json",
+        estimate = Estimator(resolved.path / "config.json").arm(
             LoraSpec(r=r, lora_alpha=2 * r, target_modules=TARGETS),
             QuantizationSpec(),
         )

@@ -20,6 +20,11 @@ def load_tiny(directory: Path, architecture="llama", *, load_in_4bit: bool = Fal
     return load_base(resolved, QuantizationSpec(load_in_4bit=load_in_4bit), settings, device="cpu")
 
 
+def encode_prompts(base, texts: list[str]) -> list[tuple[int, ...]]:
+    """Token ids of rendered prompts, which have all special tokens already."""
+    return [tuple(ids) for ids in base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 def attach(model, name: str, *, r: int = 4, seed: int = 0, scale: float = 0.5, **settings) -> str:
     """Inject a frozen adapter whose B is random too, so that it changes what the base says.
 

@@ -41,24 +41,6 @@ class Conversion:
     tensors: str
     libraries: dict[str, str]
 
-    def describe_difference(self, other: Conversion) -> str | None:
-        """Why two conversions differ, or None if their tensors are the same."""
-        if self.tensors == other.tensors:
-            return None
-        if self.gguf != other.gguf:
-            return f"they come from different GGUF files: {self.gguf} and {other.gguf}"
-        names = sorted(set(self.libraries) | set(other.libraries))
-        changed = [
-            f"{name} {self.libraries.get(name, 'none')} and {other.libraries.get(name, 'none')}"
-            for name in names
-            if self.libraries.get(name) != other.libraries.get(name)
-        ]
-        by = ", ".join(changed) or "the same library versions on another machine"
-        return (
-            f"the same GGUF file ({self.gguf}) was converted to different tensors "
-            f"({self.tensors} and {other.tensors}), by {by}"
-        )
-
 
 def convert_gguf(path: Path, digest: str, settings: Settings, progress: Progress = SILENT) -> Path:
     """The directory of the base that a GGUF file becomes, made now if this machine has not made it before.

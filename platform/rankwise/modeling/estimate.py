@@ -196,17 +196,6 @@ class Estimator:
         )
 
 
-def estimate_arm(
-    config: Any, lora: LoraSpec, quantization: QuantizationSpec, *, module_dtype: str | None = None
-) -> Estimate:
-    """Estimate one arm; see `Estimator` for several arms over one base.
-
-    Raises:
-        ConfigError: The architecture or a target module is not known.
-    """
-    return Estimator(config).arm(lora, quantization, module_dtype=module_dtype)
-
-
 def read_config(config: Any) -> Any:
     """The content of a configuration that is given as a path to a file or to a directory; anything else as it is.
 

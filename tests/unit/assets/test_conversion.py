@@ -8,7 +8,7 @@ from helpers.gguf_file import make_gguf
 from helpers.tiny import CHATML
 
 from rankwise.assets.base import resolve_base
-from rankwise.assets.conversion import RECORD, Conversion, convert_gguf, converted_digest, read_conversion
+from rankwise.assets.conversion import RECORD, convert_gguf, converted_digest, read_conversion
 from rankwise.assets.layout import tensors, tensors_digest
 from rankwise.digests import file_digest
 from rankwise.exceptions import AssetError
@@ -148,18 +148,6 @@ def test_a_flipped_byte_of_the_gguf_is_another_base(gguf, settings, tmp_path):
     pin = file_digest(gguf, settings)
     with pytest.raises(AssetError, match=f"(?s)wrong digest of .*flipped.gguf.*expected {pin}"):
         resolve_base(str(tmp_path / "flipped.gguf"), pin, settings)
-
-
-def test_conversions_that_differ_only_in_the_tensors_name_the_library_versions():
-    one = Conversion(gguf="sha256:a", tensors="sha256:b", libraries={"gguf": "0.17", "torch": "2.13"})
-    two = Conversion(gguf="sha256:a", tensors="sha256:c", libraries={"gguf": "0.19", "torch": "2.13"})
-    assert one.describe_difference(one) is None
-    assert one.describe_difference(two) == (
-        "the same GGUF file (sha256:a) was converted to different tensors (sha256:b and sha256:c), "
-        "by gguf 0.17 and 0.19"
-    )
-    assert "the same library versions" in one.describe_difference(replace(two, libraries=one.libraries))
-    assert "different GGUF files" in one.describe_difference(replace(two, gguf="sha256:z"))
 
 
 def test_a_base_that_was_not_converted_has_no_record(tmp_path):

@@ -11,7 +11,7 @@ from rankwise.experiment.module_names import layer_of, layer_sums
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.modeling.adapter import adapter_tensors
 from rankwise.modeling.base import load_base
-from rankwise.modeling.estimate import Estimator, estimate_arm, match_targets
+from rankwise.modeling.estimate import Estimator, match_targets
 
 LLAMA_3_1_8B = {
     "model_type": "llama",
@@ -37,8 +37,8 @@ def lora(r=8, *targets):
 
 
 def test_llama_3_1_8b_gives_the_published_numbers():
-    estimate = estimate_arm(
-        LLAMA_3_1_8B, lora(32, "q_proj", "k_proj", "v_proj", "o_proj"), QuantizationSpec(), module_dtype="bfloat16"
+    estimate = Estimator(LLAMA_3_1_8B).arm(
+        lora(32, "q_proj", "k_proj", "v_proj", "o_proj"), QuantizationSpec(), module_dtype="bfloat16"
     )
     assert estimate.adapter_parameters_per_layer == 851_968
     assert estimate.adapter_parameters == 27_262_976
@@ -89,7 +89,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(tmp_path):
 def test_a_configuration_is_a_dict_a_file_or_a_directory(tmp_path):
     path = make_base(tmp_path / "base")
     config = json.loads((path / "config.json").read_text())
-    estimates = [estimate_arm(source, lora(), QuantizationSpec()) for source in (config, path / "config.json", path)]
+    estimates = [Estimator(source).arm(lora(), QuantizationSpec()) for source in (config, path / "config.json", path)]
     assert estimates[0] == estimates[1] == estimates[2]
 
 
@@ -118,7 +118,7 @@ def test_the_json_of_plan_has_flat_numbers(tmp_path):
 
 def test_unknown_targets_are_all_named_with_what_there_is():
     with pytest.raises(ConfigError) as raised:
-        estimate_arm(LLAMA_3_1_8B, lora(8, "q_prj", "v_proj", "wat"), QuantizationSpec())
+        Estimator(LLAMA_3_1_8B).arm(lora(8, "q_prj", "v_proj", "wat"), QuantizationSpec())
     first, second = raised.value.problems
     assert first == (
         "lora.target_modules: the base has no linear layer 'q_prj'; did you mean 'q_proj'? "
@@ -138,12 +138,12 @@ def test_unknown_targets_are_all_named_with_what_there_is():
 )
 def test_an_architecture_that_is_not_known_is_a_configuration_error(config, message):
     with pytest.raises(ConfigError, match=message):
-        estimate_arm(config, lora(), QuantizationSpec())
+        Estimator(config).arm(lora(), QuantizationSpec())
 
 
 def test_a_missing_file_is_a_configuration_error(tmp_path):
     with pytest.raises(ConfigError, match=r"the base's configuration: .*nothing\.json"):
-        estimate_arm(tmp_path / "nothing.json", lora(), QuantizationSpec())
+        Estimator(tmp_path / "nothing.json").arm(lora(), QuantizationSpec())
 
 
 def test_a_name_stands_for_the_layers_that_end_in_it():
@@ -162,12 +162,12 @@ def test_layers_are_told_by_their_number():
 
 def test_a_gpt2_base_has_linear_layers_of_another_class():
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 100, "n_positions": 64}
-    estimate = estimate_arm(config, lora(4, "c_attn"), QuantizationSpec())
+    estimate = Estimator(config).arm(lora(4, "c_attn"), QuantizationSpec())
     assert [(t.lora_A, t.lora_B) for t in estimate.targets] == [((4, 32), (96, 4))] * 2
 
 
 def test_targets_know_their_parameters():
-    estimate = estimate_arm(LLAMA_3_1_8B, lora(32, "k_proj"), QuantizationSpec())
+    estimate = Estimator(LLAMA_3_1_8B).arm(lora(32, "k_proj"), QuantizationSpec())
     target = estimate.targets[0]
     assert (target.lora_A, target.lora_B, target.parameters) == ((32, 4096), (1024, 32), 32 * (4096 + 1024))
     assert dataclasses.asdict(target)["module"] == "model.layers.0.self_attn.k_proj"

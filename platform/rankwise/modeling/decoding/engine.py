@@ -474,13 +474,6 @@ def _step(flight: Flight, queue: list[Row], choose: _Choice) -> list[int] | None
         return None
 
 
-def encode_prompts(base: LoadedBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of rendered prompts. The chat template has put all special tokens in already, so none are added."""
-    if not texts:
-        return []
-    return [tuple(ids) for ids in base.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
-
-
 def generate(
     base: LoadedBase,
     prompts: Sequence[Prompt],

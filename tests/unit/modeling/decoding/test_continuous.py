@@ -8,12 +8,12 @@ from threading import Thread
 
 import pytest
 import torch
-from helpers.adapted import attach, load_tiny
+from helpers.adapted import attach, encode_prompts, load_tiny
 
 from rankwise.modeling.decoding import cache as slot_cache
 from rankwise.modeling.decoding import engine as continuous
 from rankwise.modeling.decoding import engine as engine_fit
-from rankwise.modeling.decoding.engine import Flight, Prompt, Row, encode_prompts, engine_of, generate, generate_each
+from rankwise.modeling.decoding.engine import Flight, Prompt, Row, engine_of, generate, generate_each
 from rankwise.modeling.decoding.generation import Decoding
 from rankwise.modeling.lora.packed import delete_adapter
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.adapted import attach, load_tiny
+from helpers.adapted import attach, encode_prompts, load_tiny
 from helpers.turns import count_together, in_threads
 from transformers import AddedToken
 
 from rankwise.exceptions import ConfigError, JobError
 from rankwise.modeling.decoding import engine as flight
 from rankwise.modeling.decoding import engine as module
-from rankwise.modeling.decoding.engine import Flight, Prompt, encode_prompts, generate, greedy, prompt_problem
+from rankwise.modeling.decoding.engine import Flight, Prompt, generate, greedy, prompt_problem
 from rankwise.modeling.decoding.generation import Decoding, end_token_ids
 from rankwise.modeling.lora.packed import delete_adapter, install, uninstall
 
@@ -149,7 +149,6 @@ def test_progress_counts_rows(base, prompts):
 
 def test_no_prompts_give_no_generations(base):
     assert generate(base, [], Decoding(max_new_tokens=1)) == []
-    assert encode_prompts(base, []) == []
 
 
 def test_a_model_found_in_training_mode_is_evaluated_and_given_back_so(base, prompts):
