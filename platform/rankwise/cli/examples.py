@@ -11,7 +11,7 @@ import rankwise
 from rankwise.cli.output import note, print_json, print_table
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.check import load_experiment
-from rankwise.settings import storage_errors, write_atomically
+from rankwise.files import storage_errors, write_atomically
 
 
 @click.command()
