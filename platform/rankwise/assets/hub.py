@@ -159,7 +159,7 @@ def cached_snapshot(
         return None
 
 
-def check_blobs(path: Path, settings: Settings, *, verify: bool = False, progress: Progress = SILENT) -> None:
+def check_blobs(path: Path, settings: Settings, *, progress: Progress = SILENT) -> None:
     """Compare the content of a snapshot's large files with the SHA-256 that their names in the cache claim.
 
     The hub's client trusts the name of what it has; a flipped byte loads without complaint.
@@ -170,7 +170,7 @@ def check_blobs(path: Path, settings: Settings, *, verify: bool = False, progres
     # Large files are blobs named by SHA-256 (64 digits); small ones have a git name (40), which says nothing usable.
     blobs = {file: file.resolve().name for file in base_files(path)}
     claims = {file: name for file, name in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", name)}
-    for file, digest in digests(claims, settings, verify=verify, progress=progress).items():
+    for file, digest in digests(claims, settings, progress=progress).items():
         if digest != f"sha256:{claims[file]}":
             raise AssetError(
                 f"wrong digest of {file}:\n  expected sha256:{claims[file]}\n  found    {digest}\n"

@@ -220,18 +220,17 @@ def say_casts_once() -> None:
 
 
 @contextmanager
-def quiet_transformers(*, progress: bool = False) -> Iterator[None]:
-    """Let transformers say errors only, and no progress bars unless `progress`; the former state comes back."""
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers log errors only and show no progress bars. The former state comes back."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if not progress:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars and not progress:
+        if bars:
             transformers_logging.enable_progress_bar()
 
 
@@ -292,7 +291,6 @@ def load_base(
     *,
     device: str | None = None,
     module_dtype: str | None = None,
-    progress: bool = False,
 ) -> LoadedBase:
     """Load a base with its tokenizer, without a network, code of the base or pickles.
 
@@ -303,7 +301,6 @@ def load_base(
         device: `cpu`, `cuda`, `cuda:1`, ...; the first GPU, else the CPU, when left out.
         module_dtype: What the modules that are not quantized are loaded in (`float32`, ...); the compute dtype when
             left out.
-        progress: Show the progress bars of transformers.
 
     Raises:
         AssetError: The directory is not a whole base that transformers can load.
@@ -325,7 +322,7 @@ def load_base(
     fingerprint = fingerprint_base(resolved.path, settings)
     if quantization.load_in_8bit:
         say_casts_once()
-    with quiet_transformers(progress=progress):
+    with quiet_transformers():
         tokenizer = load_tokenizer(resolved.path)
         if quantized:
             key = make_key(

@@ -220,12 +220,11 @@ class FileEntry:
     sha256: str
 
 
-def write_manifest(directory: Path, *, exclude: Collection[str] = WRITTEN_BY_MLFLOW) -> str:
-    """Write `manifest.json` over all files below `directory`, and return the manifest's own digest.
+def write_manifest(directory: Path) -> str:
+    """Write `manifest.json` over all files below `directory` but MLflow's own, and return the manifest's digest.
 
     Args:
         directory: Where the files are. Links are refused: what they point at can change without the directory.
-        exclude: Names at the root of the directory that are left out.
 
     Returns:
         `sha256:` and 64 hex digits over the bytes of the manifest.
@@ -234,7 +233,7 @@ def write_manifest(directory: Path, *, exclude: Collection[str] = WRITTEN_BY_MLF
         AdapterIntegrityError: The directory holds a link or something that is not a plain file.
         StorageError: The manifest cannot be written.
     """
-    entries = {name: _entry(directory / name) for name in _files(directory, exclude)}
+    entries = {name: _entry(directory / name) for name in _files(directory, WRITTEN_BY_MLFLOW)}
     document = {
         "format": _FORMAT,
         "version": _VERSION,

@@ -24,21 +24,18 @@ if TYPE_CHECKING:
 _DEAD_SHARE = 0.01
 
 
-def plan_anatomy(
-    config: Any, lora: LoraSpec, quantization: QuantizationSpec, *, module_dtype: str | None = None
-) -> Anatomy:
+def plan_anatomy(config: Any, lora: LoraSpec, quantization: QuantizationSpec) -> Anatomy:
     """The anatomy of an adapter that does not exist yet, from the base's configuration.
 
     Args:
         config: See `Estimator`.
         lora: Rank, alpha, dropout, target modules.
         quantization: Of the base.
-        module_dtype: Of the modules that are not quantized; what this machine would load when left out.
 
     Raises:
         ConfigError: The architecture or a target module is not known.
     """
-    estimate = Estimator(config).arm(lora, quantization, module_dtype=module_dtype)
+    estimate = Estimator(config).arm(lora, quantization)
     scaling = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
     return Anatomy(
         parameters=estimate.adapter_parameters,
