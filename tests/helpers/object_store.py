@@ -16,6 +16,7 @@ import requests
 from moto.server import ThreadedMotoServer
 
 from helpers.local_store import prepared_home
+from rankwise import supervise
 from rankwise.settings import child_environment
 
 BUCKET = "artifacts"
@@ -70,7 +71,7 @@ def tracking_on(store: ObjectStore, home: Path, *, proxied: bool) -> Iterator[st
     place = ["--artifacts-destination", f"s3://{BUCKET}/run"]
     if not proxied:
         place = ["--no-serve-artifacts", "--default-artifact-root", f"s3://{BUCKET}/run"]
-    command = [sys.executable, "-P", "-m", "rankwise.tracking.tied", sys.executable, "-P", "-m", "mlflow", "server"]
+    command = [sys.executable, "-P", "-m", "mlflow", "server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", *place]
     own = {
         **store.environment,
@@ -79,8 +80,8 @@ def tracking_on(store: ObjectStore, home: Path, *, proxied: bool) -> Iterator[st
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            command, env=child_environment(own), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        server = supervise.start(
+            command, child_environment(own), grace=supervise.SERVER_GRACE_S, group=True, output=log
         )
     url = f"http://127.0.0.1:{port}"
     try:

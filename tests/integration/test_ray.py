@@ -76,7 +76,7 @@ def workers(notes):
     return [
         process
         for process in psutil.process_iter(["cmdline"])
-        if notes in (process.info["cmdline"] or []) and "rankwise.worker.supervise" not in process.info["cmdline"]
+        if notes in (process.info["cmdline"] or []) and "rankwise.supervise" not in process.info["cmdline"]
     ]
 
 

@@ -20,9 +20,9 @@ from rich.table import Table
 from rankwise.cli.output import Bars, note, print_json, print_table
 from rankwise.exceptions import ClusterError
 from rankwise.settings import Settings, child_environment, set_data_roots
+from rankwise.supervise import GRACE_S
 from rankwise.worker.placers import Demand, Node
 from rankwise.worker.ray import PLACING_S, WORKER, connect
-from rankwise.worker.supervise import GRACE_S
 
 if TYPE_CHECKING:
     from rankwise.worker.heartbeat import Stop, Timing

@@ -26,6 +26,7 @@ from mlflow.environment_variables import (
 )
 from mlflow.utils.credentials import read_mlflow_creds
 
+from rankwise import supervise
 from rankwise.exceptions import TrackingError
 from rankwise.files import storage_errors
 from rankwise.settings import Settings, child_environment
@@ -88,17 +89,11 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iter
         settings.artifacts.mkdir(parents=True, exist_ok=True)
         output = log.open("wb")
     # -P: a module of the working directory must not stand in for one of MLflow's.
-    command = [sys.executable, "-P", "-m", "rankwise.tracking.tied"]
-    command += [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--no-serve-artifacts", "--default-artifact-root", settings.artifacts.as_uri()]
     with output:
-        process = subprocess.Popen(
-            command,
-            env=_environment(settings, host),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process only, which then ends the server.
+        process = supervise.start(
+            command, _environment(settings, host), grace=supervise.SERVER_GRACE_S, group=True, output=output
         )
     address = "127.0.0.1" if host in {"0.0.0.0", "localhost"} else f"[{host}]" if ":" in host else host
     server = Server(url=f"http://{address}:{port}", log=log, process=process)

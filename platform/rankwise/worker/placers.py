@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rankwise import supervise
 from rankwise.jobs.job import Worker
-from rankwise.worker import supervise
 from rankwise.worker.heartbeat import Stop
 
 NO_GPU = "cpu"

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rankwise import supervise
 from rankwise.exceptions import ClusterError
 from rankwise.settings import child_environment
-from rankwise.worker import supervise
 from rankwise.worker.placers import Demand, Node, Placed
 
 NAMESPACE = "rankwise"
