@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from rankwise.backoff import delay_after
+
 
 class JobKind(StrEnum):
     """What a job does."""
@@ -216,4 +218,4 @@ class Limits:
 
     def wait_after(self, failures: int) -> float:
         """Seconds to wait after the given number of failures (1 or more)."""
-        return float(min(self.longest_backoff, self.backoff * 2 ** (failures - 1)))
+        return delay_after(failures, first=self.backoff, longest=self.longest_backoff)

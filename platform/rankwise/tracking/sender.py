@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from rankwise.backoff import Backoff
 from rankwise.exceptions import RankwiseError, TrackingError
 from rankwise.tracking.errors import describe, is_final
 from rankwise.tracking.outbox import Batch, Outbox, batches, deliver, halves
@@ -69,6 +70,7 @@ class Sender:
         interval: float = 10.0,
         send: Deliver = deliver,
         unreachable: Callable[[], str | None] = lambda: None,
+        backoff: Backoff | None = None,
     ) -> None:
         """Make a sender.
 
@@ -79,6 +81,7 @@ class Sender:
             send: What sends one batch.
             unreachable: Says in a moment why the store does not answer, or None: a request of MLflow's client to a dead
                 server is retried for minutes, in which nobody would notice that it came back.
+            backoff: Delays while the store takes nothing; by default 1 to 30 seconds.
         """
         self._client = client
         self._interval = interval
@@ -89,7 +92,7 @@ class Sender:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._drains = 0
-        self._pause = 0.0
+        self._backoff = backoff or Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         self._rest = interval
         self._busy: Outbox | None = None
         self._outage: str | None = None
@@ -200,9 +203,9 @@ class Sender:
     def _work(self) -> None:
         while True:
             with self._changed:
-                pause = self._pause or self._rest
+                pause = self._backoff.delay or self._rest
                 if self._drains:
-                    pause = min(self._pause, _LONGEST_PAUSE_DRAINING)
+                    pause = min(self._backoff.delay, _LONGEST_PAUSE_DRAINING)
                 if not self._closing and pause:
                     before = self._drains
                     self._changed.wait_for(lambda: self._closing or self._drains > before, timeout=pause)  # noqa: B023
@@ -210,9 +213,11 @@ class Sender:
                     return
                 posts = list(self._posts.values())
             began = time.thread_time()
-            failed = not self._round([post for post in posts if post.outbox.pending])
+            if self._round([post for post in posts if post.outbox.pending]):
+                self._backoff.reset()
+            else:
+                self._backoff.fail()
             self._rest = rest(self._interval, time.thread_time() - began)
-            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE) if failed else 0.0
 
     def _round(self, posts: list[_Post]) -> bool:
         """Deliver each outbox as far as it goes; False when the store did not take something."""

@@ -258,6 +258,7 @@ class Heartbeat:
 
 
 _STANDARD = (0, 1, 2)
+_POLL_S = 0.1
 
 
 class Stop:
@@ -285,6 +286,12 @@ class Stop:
             self.now = True
         for follower in self.followers:
             follower.ask()
+
+    def wait(self, seconds: float) -> None:
+        """Return after so many seconds, or when a stop is requested."""
+        deadline = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

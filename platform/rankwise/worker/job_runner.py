@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 
+from rankwise.backoff import Backoff
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, JobState, Outcome
 from rankwise.jobs.store import JobStore
@@ -23,61 +24,58 @@ from rankwise.worker.reporter import Voice
 
 
 class Outages:
-    """Counts them, and waits longer each time."""
+    """What a worker does while its environment (a disk, a server, the queue's database) is at fault: it waits."""
 
     def __init__(self, timing: Timing, voice: Voice) -> None:
-        """All is well."""
-        self._timing = timing
+        """Nothing is at fault."""
         self._voice = voice
-        self._pause = 0.0
-        self._since: float | None = None
+        self._first = timing.pause
+        self._backoff = Backoff(timing.pause, timing.longest_pause)
+        self._queue = Backoff(timing.pause, timing.longest_pause, give_up_after=timing.lease)
         self.fragile = False
         """Whether an outage ends the loop: somebody watches, and would rather know."""
 
     @property
     def first_wait(self) -> float:
         """Seconds after which a job that met an outage may be claimed again."""
-        return max(self._timing.pause, self._pause)
+        return max(self._first, self._backoff.delay)
 
     def passing(self) -> bool:
-        """Whether the queue has been away for less than a lease, for which also one who watches waits."""
-        if self._since is None:
-            self._since = time.monotonic()
-        return time.monotonic() - self._since < self._timing.lease
+        """Whether the queue has been unavailable for less than a lease, for which also one who watches waits."""
+        self._queue.fail()
+        return not self._queue.is_exhausted
 
     def over(self) -> None:
         """The queue answers."""
-        self._since = None
+        self._queue.reset()
 
     def well(self) -> None:
         """A pack went through."""
-        self._pause = 0.0
+        self._backoff.reset()
 
     def wait(self, error: Exception, stop: Stop, *, passing: bool = False) -> None:
-        """Wait, longer than the last time, or until a stop is asked for.
+        """Wait, longer than the last time, or until a stop is requested.
 
         Raises:
             Exception: `error`, where the loop is fragile and the outage is not a passing one.
         """
         if self.fragile and not passing:
             raise error
-        self._pause = min(max(self._timing.pause, 2 * self._pause), self._timing.longest_pause)
-        self._voice.warn(f"{error}; trying again in {self._pause:,.0f} s")
-        deadline = time.monotonic() + self._pause
-        while not stop.asked and time.monotonic() < deadline:
-            time.sleep(0.1)
+        pause = self._backoff.fail()
+        self._voice.warn(f"{error}; trying again in {pause:,.0f} s")
+        stop.wait(pause)
 
 
 class Uploads:
-    """The waiting jobs of one worker."""
+    """Jobs of one worker that are computed and not published yet."""
 
     def __init__(self, timing: Timing) -> None:
-        """Nothing waits."""
-        self._timing = timing
+        """No jobs."""
+        self._longest_wait = timing.upload
         self._jobs: dict[int, Job] = {}
         self._since: dict[int, float] = {}
-        self._next = 0.0
-        self._pause = timing.pause
+        self._backoff = Backoff(timing.pause, timing.longest_pause)
+        self._tried = True
 
     @property
     def any(self) -> bool:
@@ -90,16 +88,20 @@ class Uploads:
 
     def add(self, job: Job) -> None:
         """A job's publication did not get through; the next try comes after a pause."""
-        now = time.monotonic()
         self._jobs[job.id] = job
-        self._since.setdefault(job.id, now)
-        self._next = now + self._pause
+        self._since.setdefault(job.id, time.monotonic())
+        if self._tried:
+            # Once for each try: the jobs of a pack come one by one.
+            self._tried = False
+            self._backoff.fail()
+        else:
+            self._backoff.restart()
 
     def take(self) -> list[Job]:
         """What is to be tried now, all of it over one base; the pause after another failure is longer."""
-        if not self._jobs or time.monotonic() < self._next:
+        if not self._jobs or not self._backoff.is_due:
             return []
-        self._pause = min(2 * self._pause, self._timing.longest_pause)
+        self._tried = True
         first = next(iter(self._jobs.values()))
         jobs = [job for job in self._jobs.values() if job.pack_key == first.pack_key]
         for job in jobs:
@@ -112,7 +114,8 @@ class Uploads:
             if job.id not in self._jobs:
                 self._since.pop(job.id, None)
         if not self._since:
-            self._pause = self._timing.pause
+            self._tried = True
+            self._backoff.reset()
 
     def release(self) -> list[Job]:
         """All of them, to be given back."""
@@ -123,7 +126,40 @@ class Uploads:
     def given_up(self) -> bool:
         """Whether something has waited for longer than a worker that would end otherwise waits."""
         now = time.monotonic()
-        return any(now - self._since[job_id] > self._timing.upload for job_id in self._jobs)
+        return any(now - self._since[job_id] > self._longest_wait for job_id in self._jobs)
+
+
+class PendingFollowUps:
+    """Ended jobs of one worker whose follow-ups (rungs, rounds, comparison, alias) failed: they are tried again."""
+
+    def __init__(self, timing: Timing) -> None:
+        """None."""
+        self._backoff = Backoff(timing.pause, timing.longest_pause, give_up_after=timing.upload)
+        self.jobs: frozenset[int] = frozenset()
+        """Their numbers."""
+
+    @property
+    def any(self) -> bool:
+        """Whether follow-ups are pending."""
+        return self._backoff.is_failing
+
+    def add(self, jobs: Collection[int]) -> None:
+        """A try failed; the next one comes after a pause, which is longer each time."""
+        self._backoff.fail()
+        self.jobs |= frozenset(jobs)
+
+    def due(self) -> bool:
+        """Whether it is time for another try."""
+        return self.any and self._backoff.is_due
+
+    def done(self) -> None:
+        """A try succeeded."""
+        self._backoff.reset()
+        self.jobs = frozenset()
+
+    def given_up(self) -> bool:
+        """Whether they have been pending for longer than a worker that would end otherwise waits."""
+        return self._backoff.is_exhausted
 
 
 _LAST_TRY = 2
@@ -284,41 +320,3 @@ def _is_interruption(failure: Failure) -> bool:
 def _reason(failure: Failure) -> str | None:
     """What a job's row is told: nothing where a person has interrupted the work."""
     return None if _is_interruption(failure) else failure.text
-
-
-class Owed:
-    """The ended jobs of one worker whose consequences (rungs, rounds, comparison, alias) are not drawn yet."""
-
-    def __init__(self, timing: Timing) -> None:
-        """Nothing is owed."""
-        self._timing = timing
-        self._since: float | None = None
-        self._next = 0.0
-        self._pause = timing.pause
-        self.jobs: frozenset[int] = frozenset()
-        """Their numbers."""
-
-    @property
-    def any(self) -> bool:
-        """Whether something is owed."""
-        return self._since is not None
-
-    def add(self, jobs: Collection[int]) -> None:
-        """A try did not get through; the next one comes after a pause, which is longer each time."""
-        now = time.monotonic()
-        self._since = self._since or now
-        self._next = now + self._pause
-        self._pause = min(2 * self._pause, self._timing.longest_pause)
-        self.jobs |= frozenset(jobs)
-
-    def due(self) -> bool:
-        """Whether it is time for another try."""
-        return self.any and time.monotonic() >= self._next
-
-    def paid(self) -> None:
-        """A try got through."""
-        self._since, self._pause, self.jobs = None, self._timing.pause, frozenset()
-
-    def given_up(self) -> bool:
-        """Whether it has been owed for longer than a worker that would end otherwise waits."""
-        return self._since is not None and time.monotonic() - self._since > self._timing.upload

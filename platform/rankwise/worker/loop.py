@@ -17,7 +17,7 @@ from rankwise.jobs.job import Job, JobState, Outcome, Worker
 from rankwise.jobs.store import JobStore
 from rankwise.worker.child import Child, CommandFailedError, Conversation, as_exception
 from rankwise.worker.heartbeat import Heartbeat, Stop, Timing, lease_clock
-from rankwise.worker.job_runner import Hands, Note, Outages, Owed, Uploads
+from rankwise.worker.job_runner import Hands, Note, Outages, PendingFollowUps, Uploads
 from rankwise.worker.protocol import Message, Result, Results
 from rankwise.worker.reporter import Voice
 
@@ -96,7 +96,7 @@ class WorkerLoop:
         self._hands = Hands(queue, self._child, self._heart, self._uploads, self._outages, results, voice, note)
         self._swept = float("-inf")
         self._settled = float("-inf")
-        self._owed = Owed(self._timing)
+        self._follow_ups = PendingFollowUps(self._timing)
         self._looked = False
         self._waiting_said = False
         self._among: set[int] | None = None
@@ -166,7 +166,7 @@ class WorkerLoop:
         while self._workers() < count:
             if self._stop.asked or time.monotonic() > deadline:
                 return False
-            self._pause(self._timing.poll / 5)
+            self._stop.wait(self._timing.poll / 5)
         return True
 
     def failed(self, ids: Collection[int]) -> list[Job]:
@@ -193,12 +193,12 @@ class WorkerLoop:
             self._have_done("publish", due)
             self._uploads.forget(due)
             return True
-        if self._owed.due():
+        if self._follow_ups.due():
             self._settle([])
             return True
         if self._is_done(plan):
             return False
-        self._pause(self._timing.poll)
+        self._stop.wait(self._timing.poll)
         return True
 
     def _share(self, claimed: list[Job]) -> list[Job]:
@@ -230,14 +230,14 @@ class WorkerLoop:
     def _settle(self, claimed: list[Job]) -> None:
         """What follows from ended jobs: files to remove, arms to promote, prune or propose, a sweep to finish.
 
-        Where the tracking server or a disk is away, it is owed, and tried again later. The first time also finishes
+        Where the tracking server or a disk is away, it is pending, and tried again later. The first time also finishes
         sweeps that a worker which is gone has left so.
         """
         self._settled = time.monotonic()
         if self._stop.asked:
             return
         self._unsettled = True
-        ids = sorted(self._owed.jobs | {job.id for job in claimed})
+        ids = sorted(self._follow_ups.jobs | {job.id for job in claimed})
         unended = bool(self._among) and bool(self._unfinished())
         command = {
             "do": "settle",
@@ -254,12 +254,12 @@ class WorkerLoop:
             else:
                 self._voice.warn(f"after {', '.join(job.title for job in claimed)}: {error.failure.text}")
             if error.failure.environment:
-                self._owed.add(ids)
+                self._follow_ups.add(ids)
             else:
-                self._owed.paid()
+                self._follow_ups.done()
             return
         self._looked = True
-        self._owed.paid()
+        self._follow_ups.done()
         if self._among is not None:
             new = set(value["submitted"]) - self._among
             self._among |= new
@@ -311,8 +311,8 @@ class WorkerLoop:
             if self._queue.held():
                 self._decides_for_the_dead(self._queue.jobs(states=[JobState.QUEUED], limit=_LOOKED_AT))
             return False
-        if not left and self._among is None and self._owed.any:
-            if self._owed.given_up():
+        if not left and self._among is None and self._follow_ups.any:
+            if self._follow_ups.given_up():
                 raise TrackingError(
                     f"the tracking server has taken nothing for {self._timing.upload:,.0f} s: every job has ended, but "
                     "sweeps lack their comparison and their alias; `rankwise sync` makes up for it"
@@ -340,11 +340,6 @@ class WorkerLoop:
             return False
         self._settle(held)
         return True
-
-    def _pause(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not self._stop.asked and time.monotonic() < deadline:
-            time.sleep(0.1)
 
     def _let_go(self) -> None:
         """Give back what waits for the tracking server: whoever claims it publishes it without training."""

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rankwise import supervise
+from rankwise.backoff import delay_after
 from rankwise.jobs.job import Worker
 from rankwise.worker.heartbeat import Stop
 
@@ -159,7 +160,7 @@ class LocalPlacer:
             place.code = code
             self._say(f"[{place.name}] the worker ended with status {code} {count} times: given up")
             return
-        pause = min(self._patience.longest, self._patience.pause * 2 ** (count - 1))
+        pause = delay_after(count, first=self._patience.pause, longest=self._patience.longest)
         place.due = now + pause
         self._say(f"[{place.name}] the worker ended with status {code}; it is started again in {pause:,.0f} s")
 

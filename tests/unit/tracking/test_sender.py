@@ -10,6 +10,7 @@ from helpers.waiting import until
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
+from rankwise.backoff import Backoff
 from rankwise.exceptions import TrackingError
 from rankwise.tracking import sender as module
 from rankwise.tracking.outbox import Outbox
@@ -93,16 +94,14 @@ def test_an_outage_keeps_everything_and_the_end_of_it_delivers_all(tmp_path, sen
     ]
 
 
-def test_a_store_that_is_away_is_asked_ever_more_seldom(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(module, "_LONGEST_PAUSE", 0.2)
+def test_a_store_that_is_away_is_asked_ever_more_seldom(tmp_path, server):
     asked = []
 
     def away(*_):
         asked.append(time.monotonic())
         raise OSError("away")
 
-    sender = Sender(lambda: None, interval=0.001, send=away)
+    sender = Sender(lambda: None, interval=0.001, send=away, backoff=Backoff(0.05, 0.2))
     put(make(tmp_path, sender), [0])
     until(lambda: len(asked) > 4)
     sender.close(0)
