@@ -9,6 +9,7 @@ import pytest
 
 from rankwise.exceptions import JobError
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
+from rankwise.jobs.store import every_job
 
 WORKER = Worker(name="w1", host="here", pid=1)
 OTHER = Worker(name="w2", host="there", pid=2)
@@ -465,6 +466,15 @@ class JobStoreContract:
         assert [job.spec_hash for job in first + rest] == ["0", "1", "2", "3", "4"]
         assert store.jobs(states=[JobState.RUNNING]) == []
         assert set(store.find(JobKind.TRAIN, ["0", "nope"])) == {"0"}
+
+    @pytest.mark.parametrize("page_size", [1, 2, 6, 100])
+    def test_every_job_is_read_page_by_page(self, store, page_size):
+        store.submit([new(str(number)) for number in range(5)] + [new("z", experiment="f")])
+        store.claim(WORKER, lease=60, max_arms=1)
+        assert [job.spec_hash for job in every_job(store, page_size=page_size)] == ["0", "1", "2", "3", "4", "z"]
+        queued = every_job(store, experiment="e", states=[JobState.QUEUED], page_size=page_size)
+        assert [job.spec_hash for job in queued] == ["1", "2", "3", "4"]
+        assert list(every_job(store, kinds=[JobKind.EVALUATE], page_size=page_size)) == []
 
     def test_a_job_that_is_not_there_is_an_error(self, store):
         for number in (7, 2**31, 2**64):

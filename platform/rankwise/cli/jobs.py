@@ -23,7 +23,7 @@ from rankwise.exceptions import JobError, JobStoreError
 from rankwise.jobs.database import has_queue
 from rankwise.jobs.job import ENDED, Attempt, Job, JobKind, JobState, WorkerInfo
 from rankwise.jobs.queries import packs, remaining_seconds
-from rankwise.jobs.store import JobStore, SqlJobStore
+from rankwise.jobs.store import JobStore, SqlJobStore, every_job
 from rankwise.logs import human, job_log_path
 from rankwise.settings import Settings
 from rankwise.worker.placers import host
@@ -230,9 +230,7 @@ def _named(queue: JobStore, ids: Sequence[int], experiment: str | None, states: 
         raise click.UsageError("give the numbers of jobs, or --experiment NAME")
     if experiment is None:
         return [queue.get(job_id).id for job_id in ids]
-    found: list[int] = []
-    while page := queue.jobs(experiment=experiment, states=states, limit=_PAGE, after_id=found[-1] if found else 0):
-        found += [job.id for job in page]
+    found = [job.id for job in every_job(queue, experiment=experiment, states=states)]
     if not found:
         said = " or ".join(sorted(states))
         raise JobError(f"no job of experiment {experiment!r} is {said}; `rankwise jobs list` shows those there are")

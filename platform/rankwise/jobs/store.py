@@ -11,7 +11,7 @@ no lock there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -436,6 +436,21 @@ class SqlJobStore:
     def workers(self) -> list[WorkerInfo]:
         """See `JobStore.workers`."""
         return self._read("listing workers", transitions.workers)
+
+
+def every_job(
+    queue: JobStore,
+    *,
+    kinds: Collection[JobKind] | None = None,
+    experiment: str | None = None,
+    states: Collection[JobState] | None = None,
+    page_size: int = 1000,
+) -> Iterator[Job]:
+    """All jobs that fit (see `JobStore.jobs`) by their numbers, read in pages."""
+    last = 0
+    while page := queue.jobs(kinds=kinds, experiment=experiment, states=states, limit=page_size, after_id=last):
+        yield from page
+        last = page[-1].id
 
 
 def _storable(text: str) -> str:

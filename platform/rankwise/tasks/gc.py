@@ -33,10 +33,9 @@ from filelock import FileLock
 from rankwise.exceptions import TrackingError
 from rankwise.files import remove_entry, storage_errors, tree_size
 from rankwise.jobs.job import Job, JobState
-from rankwise.jobs.store import JobStore
+from rankwise.jobs.store import JobStore, every_job
 from rankwise.modeling.quantized_cache import ENTRY_NAME, list_entries
 from rankwise.settings import Settings
-from rankwise.tasks.sync import every_job
 from rankwise.tracking.cleanup import JobModel, model_bytes, models_of_jobs, remove_model
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.store import Store

@@ -23,11 +23,11 @@ from rankwise.experiment.halving import PRUNED, Competitor, Decision, Standing, 
 from rankwise.experiment.schema import EarlyStoppingSpec, ExperimentSpec, digest, greater_is_better
 from rankwise.experiment.search import TrialState
 from rankwise.jobs.job import Job, JobKind, JobState
+from rankwise.jobs.store import every_job
 from rankwise.report.history import History, HistoryTrial, history_page
 from rankwise.tasks.context import Context, Work
 from rankwise.tracking.run import Run
 
-_PAGE = 1000
 # Beyond any training: a rung behind an arm's end is never reached.
 _FAR = 10**9
 
@@ -149,10 +149,8 @@ def _groups(jobs: Collection[Job]) -> dict[str, Work]:
 
 
 def _members(context: Context, experiment: str, group: str) -> Iterator[Job]:
-    last = 0
-    while page := context.queue.jobs(kinds=[JobKind.TRAIN], experiment=experiment, limit=_PAGE, after_id=last):
-        yield from (job for job in page if job.spec.get("group") == group)
-        last = page[-1].id
+    jobs = every_job(context.queue, kinds=[JobKind.TRAIN], experiment=experiment)
+    return (job for job in jobs if job.spec.get("group") == group)
 
 
 def _stopping(work: Work) -> EarlyStoppingSpec:

@@ -22,7 +22,7 @@ from rankwise.experiment.check import is_search, labelled_arms, parse_experiment
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.search import SEARCHES
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.jobs.store import JobStore
+from rankwise.jobs.store import JobStore, every_job
 from rankwise.report.cells import model_route, run_route
 from rankwise.report.figure import rank_figure
 from rankwise.report.history import History
@@ -37,7 +37,6 @@ from rankwise.tracking.query import current_sweep, membership
 from rankwise.tracking.run import Run
 from rankwise.tracking.store import Store
 
-_PAGE = 1000
 # Of jobs without a run. What has succeeded has one, here or in another experiment, and is linked by whoever submits it.
 _STATUS: Mapping[JobState, str] = {
     JobState.QUEUED: "SCHEDULED",
@@ -63,7 +62,8 @@ def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, every
     """
     known = {arm.spec_hash: arm for arm in comparison.arms}
     begun = {spec_hash for spec_hash, arm in known.items() if arm.status != "SCHEDULED"}
-    jobs = [job for job in _train_jobs(queue, comparison.experiment) if job.spec_hash not in begun]
+    train_jobs = every_job(queue, kinds=[JobKind.TRAIN], experiment=comparison.experiment, states=list(_STATUS))
+    jobs = [job for job in train_jobs if job.spec_hash not in begun]
     if jobs and not everything and comparison.experiment_id is not None:
         sweep = current_sweep(store.runs(comparison.experiment_id, kind="sweep"))
         if sweep is not None:
@@ -79,15 +79,6 @@ def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, every
         greater_is_better=comparison.greater_is_better,
     ).arms
     return replace(comparison, arms=sorted_arms)
-
-
-def _train_jobs(queue: JobStore, experiment: str) -> Iterator[Job]:
-    last = 0
-    while page := queue.jobs(
-        kinds=[JobKind.TRAIN], experiment=experiment, states=list(_STATUS), limit=_PAGE, after_id=last
-    ):
-        yield from page
-        last = page[-1].id
 
 
 def _record(job: Job, planned: ArmRecord | None) -> ArmRecord:
@@ -299,14 +290,8 @@ def jobs_of_sweep(
 def _of_sweep(
     queue: JobStore, experiment: str, parent_run_id: str, states: Collection[JobState] | None = None
 ) -> Iterator[Job]:
-    return (job for job in _pages(queue, experiment, states) if job.spec.get("parent_run_id") == parent_run_id)
-
-
-def _pages(queue: JobStore, experiment: str, states: Collection[JobState] | None) -> Iterator[Job]:
-    last = 0
-    while page := queue.jobs(experiment=experiment, states=states, limit=_PAGE, after_id=last):
-        yield from page
-        last = page[-1].id
+    jobs = every_job(queue, experiment=experiment, states=states)
+    return (job for job in jobs if job.spec.get("parent_run_id") == parent_run_id)
 
 
 def submit_next(context: Context, jobs: Collection[Job]) -> list[Job]:

@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwise.exceptions import TrackingError
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.jobs.store import JobStore
+from rankwise.jobs.store import every_job
 from rankwise.tasks.context import Context
 from rankwise.tasks.predict import EXPERIMENT as PREDICTIONS
 from rankwise.tasks.sweep import finish_open
@@ -25,7 +25,6 @@ from rankwise.tracking.registry import ModelVersion
 from rankwise.tracking.run import Status
 from rankwise.tracking.store import Store
 
-_PAGE = 1000
 _STATUS: dict[JobState, Status] = {
     JobState.SUCCEEDED: "FINISHED",
     JobState.FAILED: "FAILED",
@@ -113,14 +112,6 @@ def synchronize(context: Context, *, timeout: float) -> Synced:
 def _slim(job: Job) -> Job:
     """A job without most of its spec: a queue may hold very many."""
     return replace(job, spec={key: job.spec[key] for key in ("experiment_id", "bare") if key in job.spec})
-
-
-def every_job(queue: JobStore) -> Iterator[Job]:
-    """All jobs by their numbers, read in pages."""
-    last = 0
-    while page := queue.jobs(limit=_PAGE, after_id=last):
-        yield from page
-        last = page[-1].id
 
 
 def remove_duplicates(store: Store, jobs: Mapping[int, Job]) -> tuple[tuple[str, ...], dict[str, str]]:

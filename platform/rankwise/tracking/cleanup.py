@@ -14,7 +14,7 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.errors import paged, tracking_errors
 from rankwise.tracking.query import RunRecord, search_runs
 from rankwise.tracking.registry import JOB, ModelVersion, Registry
 from rankwise.tracking.run import REASON, Status, shorten
@@ -66,16 +66,13 @@ def models_of_jobs(client: MlflowClient, experiment_ids: Collection[str]) -> lis
     Raises:
         TrackingError: The store cannot be reached.
     """
-    found: list[JobModel] = []
-    token: str | None = None
-    while experiment_ids:
-        with tracking_errors("searching the logged models"):
-            page = client.search_logged_models(sorted(experiment_ids), max_results=_PAGE, page_token=token)
-        found += [model for each in page if (model := _of_job(each)) is not None]
-        token = page.token
-        if not token:
-            break
-    return found
+    if not experiment_ids:
+        return []
+    models = paged(
+        "searching the logged models",
+        lambda token: client.search_logged_models(sorted(experiment_ids), max_results=_PAGE, page_token=token),
+    )
+    return [job_model for model in models if (job_model := _of_job(model)) is not None]
 
 
 def remove_version(client: MlflowClient, version: ModelVersion) -> None:
@@ -129,15 +126,11 @@ def open_sweeps(client: MlflowClient) -> dict[str, str]:
     Raises:
         TrackingError: The store cannot be reached.
     """
-    names: dict[str, str] = {}
-    token: str | None = None
-    while True:
-        with tracking_errors("listing the experiments"):
-            page = client.search_experiments(max_results=_EXPERIMENTS, page_token=token)
-        names |= {each.experiment_id: each.name for each in page}
-        token = page.token
-        if not token:
-            break
+    experiments = paged(
+        "listing the experiments",
+        lambda token: client.search_experiments(max_results=_EXPERIMENTS, page_token=token),
+    )
+    names: dict[str, str] = {experiment.experiment_id: experiment.name for experiment in experiments}
     found: dict[str, str] = {}
     for status in ("RUNNING", "SCHEDULED"):
         for run in search_runs(client, *names, kind="sweep", status=status):

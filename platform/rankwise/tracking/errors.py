@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import requests
 from filelock import FileLock
@@ -120,6 +121,26 @@ def tracking_errors(doing: str) -> Iterator[None]:
         ):
             raise
         raise TrackingError(f"{doing}: {describe(error)}") from error
+
+
+def paged(doing: str, fetch: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Entities of a search, page by page.
+
+    Args:
+        doing: What is being done, see `tracking_errors`.
+        fetch: Gives the page of a token, a `PagedList`; None is the first page.
+
+    Raises:
+        TrackingError: See `tracking_errors`.
+    """
+    token: str | None = None
+    while True:
+        with tracking_errors(doing):
+            page = fetch(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 _PROBE_SECONDS = 10.0

@@ -26,7 +26,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run as MlflowRun
 
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.errors import describe, tracking_errors
+from rankwise.tracking.errors import describe, paged, tracking_errors
 from rankwise.tracking.run import KIND, PARENT, REASON, SPEC_HASH
 
 _PAGE = 1000
@@ -132,22 +132,21 @@ def search_runs(
     if status is not None:
         conditions.append(f"attributes.status = '{_quoted(status)}'")
     filters = " AND ".join(conditions)
-    found: list[RunRecord] = []
-    token: str | None = None
-    while experiment_ids:
-        with tracking_errors(f"reading the runs of experiment {', '.join(experiment_ids[:3])}"), without_collector():
-            page = client.search_runs(
+    if not experiment_ids:
+        return []
+
+    def fetch(token: str | None) -> Any:
+        with without_collector():
+            return client.search_runs(
                 list(experiment_ids),
                 filter_string=filters,
                 max_results=_PAGE,
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-        found += [RunRecord.of(run) for run in page]
-        token = page.token
-        if not token:
-            break
-    return found
+
+    doing = f"reading the runs of experiment {', '.join(experiment_ids[:3])}"
+    return [RunRecord.of(run) for run in paged(doing, fetch)]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.errors import paged, tracking_errors
 from rankwise.tracking.values import DatasetRecord
 
 JOB = "rankwise.job"
@@ -291,15 +291,11 @@ class Registry:
         return f"no such version or alias; versions of {name!r}: {known}; aliases: {aliases}"
 
     def _search(self, filters: str) -> list[ModelVersion]:
-        found: list[ModelVersion] = []
-        token: str | None = None
-        while True:
-            with tracking_errors("searching the model registry"):
-                page = self._client.search_model_versions(filters, max_results=_PAGE, page_token=token)
-            found += [ModelVersion.of(version) for version in page]
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda version: (version.name, version.version))
+        found = paged(
+            "searching the model registry",
+            lambda token: self._client.search_model_versions(filters, max_results=_PAGE, page_token=token),
+        )
+        return sorted(map(ModelVersion.of, found), key=lambda version: (version.name, version.version))
 
 
 def _of_version(version: ModelVersion) -> ResolvedModel:

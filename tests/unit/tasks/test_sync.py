@@ -10,7 +10,7 @@ from helpers.local_store import prepared_home
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.settings import Settings
 from rankwise.tasks.context import Context
-from rankwise.tasks.sync import every_job, synchronize
+from rankwise.tasks.sync import synchronize
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import get_run
 from rankwise.tracking.registry import JOB
@@ -159,12 +159,6 @@ def test_a_server_that_is_away_does_not_hide_what_waits(queue, tmp_path):
         synced = synchronize(context, timeout=1)
     assert list(synced.outbox.waiting) == ["r1"]
     assert "does not answer" in synced.error
-
-
-def test_all_jobs_are_read_page_by_page(queue, monkeypatch):
-    monkeypatch.setattr("rankwise.tasks.sync._PAGE", 3)
-    queue.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=str(n), spec={}) for n in range(7)])
-    assert [job.spec_hash for job in every_job(queue)] == list("0123456")
 
 
 def test_the_command_says_what_was_delivered_and_that_something_needs_a_look(tmp_path, monkeypatch, capsys):

@@ -4,9 +4,10 @@ import pytest
 import requests
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+from mlflow.store.entities import PagedList
 
 from rankwise.exceptions import StorageError, TrackingError
-from rankwise.tracking.errors import UndeliverableError, is_final, tracking_errors
+from rankwise.tracking.errors import UndeliverableError, is_final, paged, tracking_errors
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,21 @@ def test_only_a_refusal_is_final():
     assert is_final(UndeliverableError("gone"))
     assert not is_final(MlflowException("later", TEMPORARILY_UNAVAILABLE))
     assert not is_final(OSError("network"))
+
+
+def test_a_search_goes_on_until_no_token_is_left():
+    # A page may be empty although another one follows.
+    pages = {None: PagedList([1, 2], "a"), "a": PagedList([], "b"), "b": PagedList([3], "")}
+    assert list(paged("searching", pages.__getitem__)) == [1, 2, 3]
+
+
+def test_an_error_of_any_page_says_what_was_being_done():
+    def fetch(token):
+        if token is None:
+            return PagedList([1], "a")
+        raise requests.ConnectionError("refused")
+
+    found = paged("searching the runs", fetch)
+    assert next(found) == 1
+    with pytest.raises(TrackingError, match=r"^searching the runs: refused"):
+        next(found)
