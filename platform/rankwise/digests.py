@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.exceptions import AssetError
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ _THREADS = 4
 _WORTH_A_BAR = 256 << 20
 
 
-def file_digest(path: Path, settings: Settings, *, verify: bool = False, progress: Progress = SILENT) -> str:
+def file_digest(path: Path, settings: Settings, *, verify: bool = False, progress: Reporter = SILENT) -> str:
     """The digest of a file's content.
 
     Args:
@@ -185,7 +185,7 @@ def remembered_digest(path: Path, settings: Settings) -> str | None:
 
 
 def digests(
-    files: Iterable[Path], settings: Settings, *, verify: bool = False, progress: Progress = SILENT
+    files: Iterable[Path], settings: Settings, *, verify: bool = False, progress: Reporter = SILENT
 ) -> dict[Path, str]:
     """The digests of several files, read by a few threads at once.
 
@@ -204,7 +204,7 @@ def directory_digest(
     *,
     files: Iterable[Path] | None = None,
     verify: bool = False,
-    progress: Progress = SILENT,
+    progress: Reporter = SILENT,
 ) -> str:
     """The digest of a directory: SHA-256 over the lines `NAME NUL DIGEST` of its files, sorted by name.
 
@@ -244,7 +244,7 @@ def visible_files(path: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path, size: int, progress: Progress) -> str:
+def _read(path: Path, size: int, progress: Reporter) -> str:
     sha256 = hashlib.sha256()
     buffer = memoryview(bytearray(min(_BLOCK, max(size, 1))))
     shown = progress if size >= _WORTH_A_BAR else SILENT

@@ -125,7 +125,7 @@ class Bench:
         from benchmarks.bench import SUBJECTS
         from benchmarks.decoding_ways import Fleet
         from benchmarks.subjects import make_workload, mixed_ranks
-        from rankwise.progress import SILENT
+        from rankwise.reporter import SILENT
         from rankwise.tasks.rows import RowsCache, find_sources
 
         self.figures, self.scratch, self.settings, self.say = figures, scratch, settings, say
@@ -287,7 +287,7 @@ class Bench:
         """All adapters in one call, and each in its own."""
         from benchmarks.meter import spread
         from rankwise.experiment.schema import EvaluationSpec
-        from rankwise.progress import SILENT
+        from rankwise.reporter import SILENT
         from rankwise.tasks.evaluate import measure as measure_adapters
 
         spec = EvaluationSpec(metrics=("loss", "token_accuracy", "exact_match"), max_new_tokens=8)

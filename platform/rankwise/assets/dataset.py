@@ -21,7 +21,7 @@ from rankwise.digests import directory_digest, file_digest
 from rankwise.exceptions import AssetError, ConfigError, DatasetError
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, is_pinned
 from rankwise.files import ensure_entry
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def resolve_data(
     settings: Settings,
     split: str = "train",
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
     *,
     key: str = "train_revision",
 ) -> ResolvedData:
@@ -114,7 +114,7 @@ def resolve_data(
     )
 
 
-def load_table(resolved: ResolvedData, settings: Settings, progress: Progress | None = None) -> datasets.Dataset:
+def load_table(resolved: ResolvedData, settings: Settings, progress: Reporter | None = None) -> datasets.Dataset:
     """The rows of a data set, memory-mapped from the cache; read or downloaded once for each content.
 
     Args:
@@ -148,7 +148,7 @@ def load_table(resolved: ResolvedData, settings: Settings, progress: Progress | 
         return datasets.load_from_disk(str(entry / "table"))
 
 
-def _local(source: LocalSource, settings: Settings, progress: Progress) -> tuple[Path, str]:
+def _local(source: LocalSource, settings: Settings, progress: Reporter) -> tuple[Path, str]:
     path = confine(Path(source.path).expanduser().absolute(), settings, "dataset")
     if path.is_dir():
         refuse_files_elsewhere(path)

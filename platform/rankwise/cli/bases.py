@@ -19,7 +19,7 @@ from rankwise.cli.output import Bars, note, print_json, print_table
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.files import format_size, remove_entry, remove_leftovers
 from rankwise.modeling.quantized_cache import CacheEntry, cache_root, check_entry, list_entries
-from rankwise.progress import Progress
+from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 
 
@@ -33,7 +33,7 @@ class _Row:
     source: str
     revision: str | None
     bytes: int
-    check: Callable[[Progress], str | None]
+    check: Callable[[Reporter], str | None]
     own: bool = True
     outdated: bool = False
 

@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.files import format_size
-from rankwise.worker.reporter import Kind, Lines
+from rankwise.reporter import Advance, Kind, Remark, Reporter
 
 SCHEMA_VERSION = 1
 """Changes when a key is removed or renamed, or means something else; new keys do not change it."""
@@ -142,11 +142,8 @@ class _Logged:
         return format_size(count) if self._unit == "B" else f"{count:,}"
 
 
-class Bars(Lines):
-    """Draws tasks as bars; on something that is not a terminal, writes a line when each begins and every half a minute.
-
-    Implements `rankwise.progress.Progress`.
-    """
+class Bars(Reporter):
+    """Draws tasks as bars. What is not a terminal gets a line when a task begins, and one every half a minute."""
 
     def __init__(self, console: Console) -> None:
         """Draw on `console`."""
@@ -186,9 +183,7 @@ class Bars(Lines):
         self.console.print(renderable)
 
     @contextmanager
-    def noted(
-        self, description: str, total: int | None, unit: str
-    ) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
         """A task with a changing remark at its end (a loss, a speed)."""
         if not self.console.is_terminal:
             logged = _Logged(self.say, description, total, unit)

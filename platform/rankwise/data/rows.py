@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.data.template import Message, Renderer, RenderError
 from rankwise.exceptions import DatasetError
-from rankwise.progress import SILENT, Advance, Progress
+from rankwise.reporter import SILENT, Advance, Reporter
 
 if TYPE_CHECKING:
     from rankwise.assets.dataset import ResolvedData
@@ -398,7 +398,7 @@ def load_examples(
     eval: ResolvedData | None,
     renderer: Renderer,
     settings: Settings,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> Examples:
     """Read the definition's tables and make examples of their rows; see `build_examples`.
 
@@ -422,7 +422,7 @@ def build_examples(
     train_table: Any | None,
     eval_table: Any | None,
     renderer: Renderer,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> Examples:
     """Make examples of tables (`datasets.Dataset`).
 

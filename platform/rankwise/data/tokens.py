@@ -32,12 +32,11 @@ from rankwise.data.rows import answer_turns
 from rankwise.data.template import Conversation, Renderer, RenderError
 from rankwise.exceptions import DatasetError
 from rankwise.files import storage_errors, write_atomically
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from rankwise.data.rows import Example
     from rankwise.data.template import Renderer
-    from rankwise.progress import Progress
     from rankwise.settings import Settings
 
 
@@ -146,7 +145,7 @@ def encode(
     renderer: Renderer,
     max_length: int | None,
     settings: Settings | None = None,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> EncodedSet:
     """Tokens and loss masks of examples, from the cache where it has them.
 
@@ -209,7 +208,7 @@ def mask_examples(
     examples: Sequence[Example],
     renderer: Renderer,
     max_length: int | None,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> EncodedSet:
     """Tokens and masks of examples; see `encoding.encode`, which adds the cache.
 

@@ -33,7 +33,7 @@ from rankwise.experiment.schema import NAMED_QUANTIZATIONS, EvaluationSpec, Quan
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import Routing, evaluating, install, segments_of
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 
 # Rows of one forward, over all adapters. Past this, larger products gain nothing on a CPU and cost memory on a GPU.
 MAX_ROWS = 64
@@ -92,7 +92,7 @@ def evaluate(
     spec: EvaluationSpec,
     *,
     generate: Generator | None = None,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> dict[str | None, Evaluation]:
     """Evaluate every adapter on every example.
 
@@ -161,7 +161,7 @@ def _observation(example: Example, tokens: _Tokens, answer: Generated | None) ->
 
 
 def _teacher_forced(
-    base: LoadedBase, rows: Sequence[_Row], encoded: Mapping[int, Encoded], wanted_rows: int, progress: Progress | None
+    base: LoadedBase, rows: Sequence[_Row], encoded: Mapping[int, Encoded], wanted_rows: int, progress: Reporter | None
 ) -> dict[_Row, _Tokens]:
     routing = install(base.model)
     results: dict[_Row, _Tokens] = {}

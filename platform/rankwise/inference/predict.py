@@ -35,7 +35,7 @@ from rankwise.inference.tables import (
     table_format,
     write_rows,
 )
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 
@@ -60,7 +60,7 @@ def answer_shards(
     source: Path,
     wanted: Collection[int],
     predictor: Predictor,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> Iterator[tuple[int, list[Answer]]]:
     """Answer some shards of an input.
 
@@ -93,7 +93,7 @@ def _answer(
     predictor: Predictor,
     reader: PromptReader,
     rows: Sequence[Row],
-    progress: Progress | None,
+    progress: Reporter | None,
 ) -> list[Answer]:
     answers = {row.index: Answer(error=row.error) for row in rows if row.error is not None}
     if request.fail_fast and answers:
@@ -154,7 +154,7 @@ def check_unchanged(known: Manifest, request: Request, digest: str, parts: Parts
 
 
 def new_manifest(
-    request: Request, source: Path, output: Path, digest: str, tracking_uri: str | None, progress: Progress
+    request: Request, source: Path, output: Path, digest: str, tracking_uri: str | None, progress: Reporter
 ) -> Manifest:
     """Look through an input and decide which versions answer it.
 
@@ -198,7 +198,7 @@ def adapter_digest(origin: Origin) -> str | None:
     return origin.tags.get(MANIFEST_TAG)
 
 
-def _look_through(source: Path, output: Path, model_column: str, progress: Progress) -> Survey:
+def _look_through(source: Path, output: Path, model_column: str, progress: Reporter) -> Survey:
     """Survey an input, and refuse values that the output could not hold: now, not when all rows are answered."""
     of, into = table_format(source), table_format(output)
     if of == ".parquet" and into != ".parquet":
@@ -354,7 +354,7 @@ def predict_file(
     overwrite: bool = False,
     restart: bool = False,
     stand: Callable[[Queued], Stand] = lambda queued: Stand.OPEN,
-    progress: Progress = SILENT,
+    progress: Reporter = SILENT,
 ) -> Summary:
     """Answer every row of a table.
 
@@ -446,7 +446,7 @@ def _answer_rows(
     parts: Parts,
     settings: Settings,
     tracking_uri: str | None,
-    progress: Progress,
+    progress: Reporter,
 ) -> tuple[int, float]:
     """Make the shards that are missing; tokens generated and seconds taken."""
     uris = list(dict.fromkeys(manifest.models.values()))

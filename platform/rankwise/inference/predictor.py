@@ -23,7 +23,7 @@ from rankwise.flavor.load import LoadedAdapter, load_models
 from rankwise.modeling.decoding.engine import Prompt, generate_each, prompt_problem
 from rankwise.modeling.decoding.generation import Decoding, row_seed
 from rankwise.modeling.lora.lean import keep_dequantized
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
 
@@ -255,7 +255,7 @@ class Predictor:
         *,
         models: Sequence[str | None] | None = None,
         places: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        progress: Reporter | None = None,
         **options: Unpack[Options],
     ) -> list[Answer]:
         """Answer rows; one that cannot be answered gets its error, and the others go on.

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.files import replacing
-from rankwise.progress import Progress
+from rankwise.reporter import Reporter
 
 _AT_ONCE = 1024
 
@@ -387,7 +387,7 @@ class Survey:
 
 
 def survey(
-    path: Path, model_column: str, progress: Progress, check: Callable[[Mapping[str, Any]], object] | None = None
+    path: Path, model_column: str, progress: Reporter, check: Callable[[Mapping[str, Any]], object] | None = None
 ) -> Survey:
     """Read an input once.
 

@@ -21,8 +21,8 @@ from rankwise.flavor.fetch import Fetched
 from rankwise.flavor.load import find_base, load_recorded_base, loads_plainly, rows_of
 from rankwise.flavor.package import LoadOptions
 from rankwise.modeling.base import LoadedBase, load_base
+from rankwise.reporter import Reporter
 from rankwise.settings import Settings
-from rankwise.worker.reporter import Voice
 
 _SAMPLED = 256
 """Bytes of each tensor that the digest looks at."""
@@ -74,7 +74,7 @@ class _Held:
 class BaseHolder:
     """Holds the loaded base until another one is asked for."""
 
-    def __init__(self, settings: Settings, voice: Voice) -> None:
+    def __init__(self, settings: Settings, voice: Reporter) -> None:
         """Nothing is loaded yet."""
         self._settings = settings
         self._voice = voice

@@ -64,11 +64,12 @@ def main() -> None:
     code = 0
     try:
         from rankwise.tasks.commands import COMMANDS
-        from rankwise.tasks.session import RemoteLog, RemoteVoice, Session
+        from rankwise.tasks.session import Session
+        from rankwise.worker.relay import RemoteLog, RemoteReporter
 
         logging.getLogger().addHandler(RemoteLog(events.send, level=Settings.load().log_level))
         logging.getLogger("rankwise").setLevel(logging.INFO)
-        voice = RemoteVoice(events.send, width=arguments.width, terminal=arguments.terminal)
+        voice = RemoteReporter(events.send, width=arguments.width, terminal=arguments.terminal)
         session = Session(settings=Settings.load(), voice=voice, emit=events.send, stop=stop, authority=authority)
         session.serve(commands.get, COMMANDS)
     except BaseException:

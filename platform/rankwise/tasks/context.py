@@ -17,12 +17,12 @@ from rankwise.exceptions import RankwiseError, is_out_of_memory
 from rankwise.experiment.arm import ArmSpec
 from rankwise.jobs.job import Job, JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.store import SqlJobStore
+from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 from rankwise.tracking.store import Store
 from rankwise.worker.child import LESS_MEMORY
 from rankwise.worker.placers import this_worker
 from rankwise.worker.protocol import Failure
-from rankwise.worker.reporter import Voice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Context:
     settings: Settings
     store: Store
     queue: SqlJobStore
-    voice: Voice
+    voice: Reporter
     stop: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -42,7 +42,7 @@ class Context:
 
 
 @contextmanager
-def open_context(settings: Settings, voice: Voice, stop: threading.Event | None = None) -> Iterator[Context]:
+def open_context(settings: Settings, voice: Reporter, stop: threading.Event | None = None) -> Iterator[Context]:
     """Open the stores, creating them in a fresh home, and close them at the end.
 
     Raises:

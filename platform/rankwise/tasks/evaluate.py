@@ -20,7 +20,7 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.decoding.engine import greedy
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.modeling.lora.packed import delete_adapter
-from rankwise.progress import Progress
+from rankwise.reporter import Reporter
 from rankwise.tasks.context import Context, Work
 from rankwise.tasks.rows import Rows, find_sources
 from rankwise.tasks.session import Session, Stoppable, token_of
@@ -31,7 +31,7 @@ from rankwise.tracking.registry import link_metrics
 
 
 def measure(
-    base: LoadedBase, rows: Rows, adapters: Sequence[str | None], spec: EvaluationSpec, progress: Progress
+    base: LoadedBase, rows: Rows, adapters: Sequence[str | None], spec: EvaluationSpec, progress: Reporter
 ) -> dict[str | None, Evaluation]:
     """Evaluate adapters that are attached to the base, and the bare base (None), on the evaluation rows.
 

@@ -10,13 +10,13 @@ from typing import Any
 from rankwise.jobs.job import Job
 from rankwise.jobs.store import SqlJobStore
 from rankwise.logs import note_in_job_log
+from rankwise.reporter import Reporter
 from rankwise.settings import Settings, child_environment
 from rankwise.worker.child import ChildProcess
 from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.loop import WorkerLoop
 from rankwise.worker.placers import this_worker
 from rankwise.worker.protocol import Results
-from rankwise.worker.reporter import Voice
 
 # torch asks for aligned memory, and glibc before 2.38 finds no room for it in the hole that an equally large tensor has
 # left, unless what it cuts off at the edges joins the hole again: which these caches for small pieces prevent. Without
@@ -30,7 +30,7 @@ ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=
 @contextmanager
 def local_worker(
     settings: Settings,
-    voice: Voice,
+    voice: Reporter,
     stop: Stop,
     *,
     timing: Timing | None = None,

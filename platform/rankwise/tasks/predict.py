@@ -19,7 +19,7 @@ from rankwise.inference.predict import answer_shards, check_adapters, write_outp
 from rankwise.inference.predictor import Predictor
 from rankwise.jobs.job import Job, JobKind, JobState, Outcome
 from rankwise.modeling.lora.packed import delete_adapter
-from rankwise.progress import Advance
+from rankwise.reporter import Advance, Remark
 from rankwise.tasks.context import Context
 from rankwise.tasks.session import Session, Stoppable, token_of
 from rankwise.tasks.submit_prediction import Prediction, confine_files, jobs_of_prediction
@@ -259,9 +259,9 @@ class _Watched(Stoppable):
         self._began = time.perf_counter()
         self._tell(0)
 
-    def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+    def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[tuple[Advance, Remark]]:
         """One bar for all shards of the job."""
-        return nullcontext(self._advance)
+        return nullcontext((self._advance, lambda text: None))
 
     def moved(self, description: str, done: int, total: int | None) -> None:
         """Rows of the shard under way."""

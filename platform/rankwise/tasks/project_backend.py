@@ -16,6 +16,7 @@ from typing import Any
 from rankwise.experiment.check import load_experiment, require_known_arms
 from rankwise.jobs.job import Job, JobState
 from rankwise.jobs.store import SqlJobStore
+from rankwise.reporter import Advance, Kind, Remark, Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.context import open_context
 from rankwise.tasks.rows import RowsCache
@@ -25,7 +26,6 @@ from rankwise.tasks.sweep import jobs_of_sweep
 from rankwise.tracking.errors import connect
 from rankwise.tracking.project import ProjectBackend, ProjectRequest, Status
 from rankwise.tracking.query import get_run
-from rankwise.worker.reporter import Kind, Lines
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
@@ -45,7 +45,7 @@ class RankwiseBackend(ProjectBackend):
         """
         spec = load_experiment(request.file, request.overrides)
         require_known_arms(spec)
-        voice = LogVoice()
+        voice = LogReporter()
         with open_context(settings, voice) as context:
             prepared = prepare(context, spec, RowsCache(settings, voice), preflight=request.preflight)
             sets = [f"--set={each}" for each in request.overrides]
@@ -130,8 +130,8 @@ class SweepSubmission:
         return get_run(connect(self._settings), self.run_id).status not in {"RUNNING", "SCHEDULED"}
 
 
-class LogVoice(Lines):
-    """Speaks through the log: MLflow's command has no bars."""
+class LogReporter(Reporter):
+    """Reports through the log: MLflow's command has no bars."""
 
     def line(self, kind: Kind, text: str) -> None:
         """One line."""
@@ -141,9 +141,7 @@ class LogVoice(Lines):
         """Tables stay in the run's artifacts."""
 
     @contextmanager
-    def noted(
-        self, description: str, total: int | None, unit: str
-    ) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
         """A line when it begins."""
         logger.info(description)
         yield (lambda amount: None), (lambda text: None)

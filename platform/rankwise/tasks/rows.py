@@ -24,12 +24,11 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import DatasetSpec, ExperimentSpec
 from rankwise.modeling.estimate import Estimator, match_targets
-from rankwise.progress import Progress
+from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.context import Context
 from rankwise.tracking.registry import Registry
 from rankwise.tracking.values import DatasetRecord
-from rankwise.worker.reporter import Voice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Sources:
     eval: ResolvedData | None
 
 
-def find_data(dataset: DatasetSpec, settings: Settings, progress: Progress) -> tuple[ResolvedData, ResolvedData | None]:
+def find_data(dataset: DatasetSpec, settings: Settings, progress: Reporter) -> tuple[ResolvedData, ResolvedData | None]:
     """Resolve the training rows, and the evaluation rows where they are a source of their own.
 
     Raises:
@@ -53,14 +52,14 @@ def find_data(dataset: DatasetSpec, settings: Settings, progress: Progress) -> t
     return train, _find_eval(dataset, dataset.eval, settings, progress)
 
 
-def _find_eval(dataset: DatasetSpec, source: str, settings: Settings, progress: Progress) -> ResolvedData:
+def _find_eval(dataset: DatasetSpec, source: str, settings: Settings, progress: Reporter) -> ResolvedData:
     return resolve_data(
         source, dataset.eval_revision, settings, dataset.eval_split, dataset.name, progress, key="eval_revision"
     )
 
 
 def find_sources(
-    arm: ArmSpec, settings: Settings, progress: Progress, *, base: ResolvedBase | None = None, training: bool = True
+    arm: ArmSpec, settings: Settings, progress: Reporter, *, base: ResolvedBase | None = None, training: bool = True
 ) -> Sources:
     """Resolve what an arm is made from.
 
@@ -81,7 +80,7 @@ def find_sources(
     return Sources(base=base, train=train, eval=evaluation)
 
 
-def pin(spec: ExperimentSpec, settings: Settings, progress: Progress, registry: Registry) -> ExperimentSpec:
+def pin(spec: ExperimentSpec, settings: Settings, progress: Reporter, registry: Registry) -> ExperimentSpec:
     """Fetch base and rows, and fill in every pin that the definition leaves open.
 
     Args:
@@ -136,7 +135,7 @@ class Rows:
 class RowsCache:
     """Rows by what decides them."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, settings: Settings, progress: Reporter) -> None:
         """Nothing is read yet."""
         self._settings = settings
         self._progress = progress
@@ -248,7 +247,7 @@ def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData | 
         RowMapping.of(dataset, load_table(data, context.settings, context.voice).column_names, side)
 
 
-def check_rows(voice: Voice, arm: ArmSpec, vocab_size: int, rows: Rows, *, show: bool) -> tuple[Report, str]:
+def check_rows(voice: Reporter, arm: ArmSpec, vocab_size: int, rows: Rows, *, show: bool) -> tuple[Report, str]:
     """Run the preflight, tell a person what it found, and make the preview.
 
     Args:

@@ -2,14 +2,10 @@
 
 - Which claims this process may still speak for. The parent beats, and passes on what the queue says.
 - Work that ends between two batches when nobody wants it any more.
-- The voice of a child: what it says goes to its parent as events, and is shown there.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
-import logging
 import os
 import threading
 import time
@@ -19,14 +15,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from rich.console import Console
-from structlog.contextvars import get_contextvars
-
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, JobKind, JobState, Outcome
 from rankwise.jobs.store import JobStore
 from rankwise.logs import job_log
-from rankwise.progress import Advance
+from rankwise.reporter import Advance, Kind, Remark, Reporter
 from rankwise.settings import Settings, at_work
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context, failure_of, open_context
@@ -35,7 +28,6 @@ from rankwise.tracking.run import Run
 from rankwise.worker.heartbeat import lease_clock
 from rankwise.worker.placers import worker_name
 from rankwise.worker.protocol import Message, Result, Results
-from rankwise.worker.reporter import Kind, Lines, Voice
 
 _AGAIN_S = 0.5
 
@@ -138,7 +130,7 @@ class Session:
     """
 
     settings: Settings
-    voice: Voice
+    voice: Reporter
     emit: Callable[[Message], Any]
     stop: threading.Event = field(default_factory=threading.Event)
     authority: Authority = field(default_factory=Authority)
@@ -272,8 +264,8 @@ def token_of(job: Job) -> str:
     return job.token
 
 
-class Stoppable:
-    """Progress of claimed jobs, told to the queue, that raises `KeyboardInterrupt` when all of them are unwanted."""
+class Stoppable(Reporter):
+    """Reports on claimed jobs, to the queue too; raises `KeyboardInterrupt` when all of them are unwanted."""
 
     stops = True
     """Whether a wish to stop ends the work too; otherwise it may first be kept."""
@@ -283,11 +275,19 @@ class Stoppable:
         self._session = session
         self._tokens = tokens
 
+    def line(self, kind: Kind, text: str) -> None:
+        """See `Reporter.line`."""
+        self._session.voice.line(kind, text)
+
+    def show(self, renderable: Any) -> None:
+        """See `Reporter.show`."""
+        self._session.voice.show(renderable)
+
     @contextmanager
-    def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
-        """See `rankwise.progress.Progress.task`."""
+    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
+        """See `Reporter.noted`."""
         done = 0
-        with self.shown(description, total, unit) as advance:
+        with self.shown(description, total, unit) as (advance, note):
 
             def move(amount: int) -> None:
                 nonlocal done
@@ -297,11 +297,11 @@ class Stoppable:
                 self.moved(description, done, total)
                 advance(amount)
 
-            yield move
+            yield move, note
 
-    def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+    def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[tuple[Advance, Remark]]:
         """Show a task to people."""
-        return self._session.voice.task(description, total, unit)
+        return self._session.voice.noted(description, total, unit)
 
     def moved(self, description: str, done: int, total: int | None) -> None:
         """Tell how far a task is."""
@@ -312,84 +312,3 @@ class Stoppable:
         """Whether a person has cancelled all of the jobs, or others have them now."""
         authority = self._session.authority
         return all(authority.cancelled(token) or not authority.holds(token) for token in self._tokens)
-
-
-_PROGRESS_EVERY_S = 0.1
-_FIELDS = ("job", "attempt", "arm", "step")
-
-
-class RemoteVoice(Lines):
-    """Implements `rankwise.worker.reporter.Voice`."""
-
-    def __init__(self, emit: Callable[[Message], Any], *, width: int, terminal: bool) -> None:
-        """Speak through `emit`; what rich draws fits a console of this width, coloured for a terminal."""
-        self._emit = emit
-        self._width = width
-        self._terminal = terminal
-        self._ids = itertools.count()
-
-    def line(self, kind: Kind, text: str) -> None:
-        """One line of a kind."""
-        self._emit({"event": "line", "kind": kind, "text": text})
-
-    def show(self, renderable: Any) -> None:
-        """Something that rich can draw."""
-        drawn = io.StringIO()
-        console = Console(file=drawn, force_terminal=self._terminal, width=self._width, highlight=False)
-        console.print(renderable)
-        self._emit({"event": "show", "text": drawn.getvalue().rstrip("\n")})
-
-    @contextmanager
-    def noted(
-        self, description: str, total: int | None, unit: str
-    ) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
-        """A task with a changing remark at its end; movements are gathered, a few go out a second."""
-        number = next(self._ids)
-        self._emit({"event": "task", "id": number, "description": description, "total": total, "unit": unit})
-        moved, remark, last = 0, "", time.monotonic()
-
-        def flush(*, always: bool = False) -> None:
-            nonlocal moved, remark, last
-            if not always and time.monotonic() - last < _PROGRESS_EVERY_S:
-                return
-            last = time.monotonic()
-            if moved:
-                self._emit({"event": "advance", "id": number, "amount": moved})
-                moved = 0
-            if remark:
-                self._emit({"event": "note", "id": number, "text": remark})
-                remark = ""
-
-        def advance(amount: int) -> None:
-            nonlocal moved
-            moved += amount
-            flush()
-
-        def note(text: str) -> None:
-            nonlocal remark
-            remark = text
-            flush()
-
-        try:
-            yield advance, note
-        finally:
-            flush(always=True)
-            self._emit({"event": "task_end", "id": number})
-
-
-class RemoteLog(logging.Handler):
-    """Hands log records to the parent, which writes them."""
-
-    def __init__(self, emit: Callable[[Message], Any], *, level: str = "WARNING") -> None:
-        """Send records of this level and above through `emit`."""
-        super().__init__(level)
-        self._send = emit
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one record; an exception's traceback becomes part of its text."""
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
-        known = {**get_contextvars(), **record.__dict__}
-        fields = {key: known[key] for key in _FIELDS if isinstance(known.get(key), (str, int))}
-        self._send({"event": "log", "name": record.name, "level": record.levelno, "text": text, "fields": fields})

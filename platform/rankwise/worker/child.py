@@ -27,9 +27,10 @@ import rankwise.exceptions
 from rankwise.exceptions import JobError, RankwiseError, StorageError
 from rankwise.files import storage_errors
 from rankwise.jobs.job import Outcome
+from rankwise.reporter import Reporter
 from rankwise.worker.heartbeat import Heartbeat, Stop, Timing
 from rankwise.worker.protocol import Failure, Message, Writer, read
-from rankwise.worker.reporter import Relay, Voice
+from rankwise.worker.relay import Relay
 
 LESS_MEMORY = (
     "lower training.per_device_train_batch_size or training.max_length, set training.gradient_checkpointing, "
@@ -348,7 +349,7 @@ class Conversation:
     """Speaks with one child after another. A context manager: at its end the child ends too."""
 
     def __init__(
-        self, spawn: Callable[[], Child], *, voice: Voice, heart: Heartbeat, timing: Timing, stop: Stop
+        self, spawn: Callable[[], Child], *, voice: Reporter, heart: Heartbeat, timing: Timing, stop: Stop
     ) -> None:
         """No child yet.
 

@@ -17,16 +17,16 @@ from rankwise.backoff import Backoff
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, JobState, Outcome
 from rankwise.jobs.store import JobStore
+from rankwise.reporter import Reporter
 from rankwise.worker.child import CommandFailedError, Conversation
 from rankwise.worker.heartbeat import Heartbeat, Stop, Timing
 from rankwise.worker.protocol import Failure, Message, Result, Results
-from rankwise.worker.reporter import Voice
 
 
 class Outages:
     """What a worker does while its environment (a disk, a server, the queue's database) is at fault: it waits."""
 
-    def __init__(self, timing: Timing, voice: Voice) -> None:
+    def __init__(self, timing: Timing, voice: Reporter) -> None:
         """Nothing is at fault."""
         self._voice = voice
         self._first = timing.pause
@@ -182,7 +182,7 @@ class Hands:
         uploads: Uploads,
         outages: Outages,
         results: Results,
-        voice: Voice,
+        voice: Reporter,
         note: Note,
     ) -> None:
         """Nothing is in hand. All of these belong to the worker's loop; `note` writes into a job's log."""

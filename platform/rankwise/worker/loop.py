@@ -15,11 +15,11 @@ import psutil
 from rankwise.exceptions import JobStoreError, TrackingError
 from rankwise.jobs.job import Job, JobState, Outcome, Worker
 from rankwise.jobs.store import JobStore
+from rankwise.reporter import Reporter
 from rankwise.worker.child import Child, CommandFailedError, Conversation, as_exception
 from rankwise.worker.heartbeat import Heartbeat, Stop, Timing, lease_clock
 from rankwise.worker.job_runner import Hands, Note, Outages, PendingFollowUps, Uploads
 from rankwise.worker.protocol import Message, Result, Results
-from rankwise.worker.reporter import Voice
 
 MAX_ARMS = 16
 """The most that is claimed together when nobody says otherwise; memory decides how many of them are started."""
@@ -63,7 +63,7 @@ class WorkerLoop:
         worker: Worker,
         spawn: Callable[[], Child],
         results: Results,
-        voice: Voice,
+        voice: Reporter,
         stop: Stop,
         timing: Timing | None = None,
         info: dict[str, Any] | None = None,

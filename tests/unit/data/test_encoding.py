@@ -3,7 +3,7 @@ import pytest
 from helpers.data_rows import ask, make_renderer
 
 from rankwise.data.tokens import Encoded, EncodedSet, encode, kept
-from rankwise.progress import Silent
+from rankwise.reporter import Silent
 from rankwise.settings import Settings
 
 

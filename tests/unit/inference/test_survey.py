@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rankwise.inference.tables import Survey, survey
-from rankwise.progress import SILENT
+from rankwise.reporter import SILENT
 
 READ = {"int": int, "float": float}
 

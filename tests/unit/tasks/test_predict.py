@@ -23,8 +23,9 @@ from rankwise.jobs.job import JobKind, JobState
 from rankwise.modeling.decoding.generation import Decoding
 from rankwise.settings import Settings
 from rankwise.tasks.bases import BaseHolder
-from rankwise.tasks.session import RemoteVoice, Stoppable
+from rankwise.tasks.session import Stoppable
 from rankwise.worker.loop import Plan
+from rankwise.worker.relay import RemoteReporter
 
 ROWS = 11
 REQUEST = Request(
@@ -357,7 +358,7 @@ def test_a_warm_base_serves_evaluation_and_prediction_and_one_with_other_dtypes_
     world, rows, tmp_path, monkeypatch
 ):
     settings = Settings.load()
-    holder = BaseHolder(settings, RemoteVoice(lambda message: None, width=80, terminal=False))
+    holder = BaseHolder(settings, RemoteReporter(lambda message: None, width=80, terminal=False))
     resolved = resolve_base(str(world.base_path), None, settings)
     uri = settings.tracking_uri
     base = holder.get(resolved, world.load_base().quantization)

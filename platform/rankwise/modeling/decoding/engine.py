@@ -69,7 +69,7 @@ from rankwise.modeling.lora.packed import (
     replaced_forward,
     segments_of,
 )
-from rankwise.progress import SILENT, Progress
+from rankwise.reporter import SILENT, Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -481,7 +481,7 @@ def generate(
     *,
     tokenizer: Any = None,
     batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> list[Generated]:
     """Continue every prompt under its own adapter.
 
@@ -569,7 +569,7 @@ def _routed(model: Any, rows: Sequence[Prompt]) -> Iterator[None]:
 
 
 def greedy(
-    base: LoadedBase, *, max_new_tokens: int, batch_size: int, progress: Progress | None = None
+    base: LoadedBase, *, max_new_tokens: int, batch_size: int, progress: Reporter | None = None
 ) -> Callable[[Sequence[Sequence[int]], Sequence[str | None]], list[Generated]]:
     """What `evaluation.evaluator.evaluate` takes: prompts' tokens and adapters in, greedy answers out, in order."""
     decoding = Decoding(max_new_tokens=max_new_tokens)

@@ -7,8 +7,7 @@ import pytest
 from helpers.fake_child import Listener
 
 from rankwise.logs import bound
-from rankwise.tasks.session import RemoteLog, RemoteVoice
-from rankwise.worker.reporter import Relay
+from rankwise.worker.relay import Relay, RemoteLog, RemoteReporter
 
 
 class Bars(Listener):
@@ -32,7 +31,7 @@ class Bars(Listener):
 def ends():
     bars = Bars()
     relay = Relay(bars)
-    return RemoteVoice(relay.take, width=60, terminal=False), bars, relay
+    return RemoteReporter(relay.take, width=60, terminal=False), bars, relay
 
 
 def test_words_arrive_as_they_were_meant(ends):
