@@ -28,11 +28,8 @@ from rankwise.modeling.anatomy.anatomy import (
 )
 from rankwise.modeling.anatomy.reader import adapter_anatomy
 from rankwise.modeling.base import LoadedBase
+from rankwise.report.charts import PALETTE, Axis, svg_figure, svg_text, svg_title, viridis
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Stops of viridis (matplotlib's, in the public domain): even steps look even, in grey too.
-_VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _WIDTH, _LEFT, _CELL = 980, 190, 22
 _PLOT_HEIGHT = 260
 
@@ -56,21 +53,21 @@ def heat_map(
     cells = []
     for target in anatomy.targets:
         column, row, number = layers.index(layer_of(target.module)), kinds.index(kind_of(target.module)), value(target)
-        fill = _colour(number / top if top else 0.0) if number is not None and _drawn(number) else "#ddd"
+        fill = viridis(number / top if top else 0.0) if number is not None and _drawn(number) else "#ddd"
         frame = ' stroke="#d00" stroke-width="2"' if target.flags else ""
         cells.append(
             f'<rect x="{_LEFT + column * width:.1f}" y="{24 + row * _CELL}" width="{width - 1:.1f}" '
-            f'height="{_CELL - 1}" fill="{fill}"{frame}><title>{escape(show(target))}</title></rect>'
+            f'height="{_CELL - 1}" fill="{fill}"{frame}>{svg_title(show(target))}</rect>'
         )
-    rows = [_text(_LEFT - 6, 24 + row * _CELL + 15, kind, "end") for row, kind in enumerate(kinds)]
+    rows = [svg_text(_LEFT - 6, 24 + row * _CELL + 15, kind, "end") for row, kind in enumerate(kinds)]
     every = max(1, math.ceil(24 / width))
     bottom = 24 + len(kinds) * _CELL
     columns = [
-        _text(_LEFT + (index + 0.5) * width, bottom + 14, "-" if layer is None else str(layer), "middle")
+        svg_text(_LEFT + (index + 0.5) * width, bottom + 14, "-" if layer is None else str(layer), "middle")
         for index, layer in enumerate(layers)
         if index % every == 0
     ]
-    return _svg(title, bottom + 56, [*cells, *rows, *columns, *_legend(bottom + 28, top)])
+    return svg_figure(title, _WIDTH, bottom + 56, "".join([*cells, *rows, *columns, *_legend(bottom + 28, top)]))
 
 
 def energy_plot(anatomy: Anatomy, title: str) -> str:
@@ -91,31 +88,33 @@ def energy_plot(anatomy: Anatomy, title: str) -> str:
         return ""
     longest = max(len(energy) for energy in energies.values())
     right = _WIDTH - 240
-
-    def at(k: int, share: float) -> tuple[float, float]:
-        return _LEFT + (right - _LEFT) * ((k - 1) / max(1, longest - 1)), 24 + _PLOT_HEIGHT * (1 - share)
-
-    shapes = [_line(at(1, share), at(longest, share), "#ddd") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    shapes += [_text(_LEFT - 6, at(1, share)[1] + 4, f"{share:.0%}", "end") for share in (0.0, 0.5, 1.0)]
-    shapes.append(_line(at(1, ENERGY), at(longest, ENERGY), "#d00", dashed=True))
     every = max(1, math.ceil(longest / 16))
     ticks = sorted({1, longest, *range(every, longest - every // 2, every)})
-    shapes += [_text(at(k, 0)[0], 24 + _PLOT_HEIGHT + 16, str(k), "middle") for k in ticks]
-    shapes.append(_text((_LEFT + right) / 2, 24 + _PLOT_HEIGHT + 34, "rank", "middle"))
+    ranks = Axis(title="rank", low=1, high=max(2, longest), ticks=tuple(ticks))
+    shares = Axis(title="energy", low=0, high=1, ticks=(0, 0.25, 0.5, 0.75, 1), text=lambda share: f"{share:.0%}")
+
+    def at(k: float, share: float) -> tuple[float, float]:
+        return _LEFT + (right - _LEFT) * ranks.share(k), 24 + _PLOT_HEIGHT * (1 - shares.share(share))
+
+    shapes = [_line(at(1, share), at(longest, share), "#ddd") for share in shares.marks]
+    shapes += [svg_text(_LEFT - 6, at(1, share)[1] + 4, shares.text(share), "end") for share in shares.marks[::2]]
+    shapes.append(_line(at(1, ENERGY), at(longest, ENERGY), "#d00", dashed=True))
+    shapes += [svg_text(at(k, 0)[0], 24 + _PLOT_HEIGHT + 16, ranks.text(k), "middle") for k in ranks.marks]
+    shapes.append(svg_text((_LEFT + right) / 2, 24 + _PLOT_HEIGHT + 34, ranks.title, "middle"))
     for index, (kind, energy) in enumerate(energies.items()):
-        colour, y = _COLOURS[index % len(_COLOURS)], 34 + 18 * index
+        colour, y = PALETTE[index % len(PALETTE)], 34 + 18 * index
         kept = kept_energy(energy)
         points = " ".join("{:.1f},{:.1f}".format(*at(k, share)) for k, share in enumerate(kept, start=1))
         shapes.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         shapes += [
             f'<circle cx="{x:.1f}" cy="{y0:.1f}" r="3" fill="{colour}">'
-            f"<title>{escape(f'{kind}: rank {k} keeps {share:.2%}')}</title></circle>"
+            f"{svg_title(f'{kind}: rank {k} keeps {share:.2%}')}</circle>"
             for k, share in enumerate(kept, start=1)
             for x, y0 in [at(k, share)]
         ]
         shapes.append(_line((right + 20, y - 4), (right + 40, y - 4), colour))
-        shapes.append(_text(right + 46, y, kind, "start"))
-    return _svg(title, _PLOT_HEIGHT + 66, shapes)
+        shapes.append(svg_text(right + 46, y, kind, "start"))
+    return svg_figure(title, _WIDTH, _PLOT_HEIGHT + 66, "".join(shapes))
 
 
 def bars(title: str, sizes: Mapping[str, int]) -> str:
@@ -124,37 +123,28 @@ def bars(title: str, sizes: Mapping[str, int]) -> str:
     shapes = []
     for index, (name, count) in enumerate(sizes.items()):
         y, length = 24 + index * 26, (_WIDTH - _LEFT - 180) * count / top
-        shapes.append(_text(_LEFT + 14, y + 15, name, "end"))
+        shapes.append(svg_text(_LEFT + 14, y + 15, name, "end"))
         shapes.append(
-            f'<rect x="{_LEFT + 20}" y="{y}" width="{max(1.0, length):.1f}" height="20" fill="{_COLOURS[0]}"/>'
+            f'<rect x="{_LEFT + 20}" y="{y}" width="{max(1.0, length):.1f}" height="20" fill="{PALETTE[0]}"/>'
         )
-        shapes.append(_text(_LEFT + 26 + length, y + 15, format_size(count), "start"))
-    return _svg(title, 30 + 26 * len(sizes), shapes)
-
-
-def _svg(title: str, height: float, shapes: Sequence[str]) -> str:
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(shapes)}</svg></figure>'
-    )
+        shapes.append(svg_text(_LEFT + 26 + length, y + 15, format_size(count), "start"))
+    return svg_figure(title, _WIDTH, 30 + 26 * len(sizes), "".join(shapes))
 
 
 def _legend(y: float, top: float) -> list[str]:
     steps = 40
     strip = [
-        f'<rect x="{_LEFT + index * 5}" y="{y}" width="5.5" height="10" fill="{_colour(index / (steps - 1))}"/>'
+        f'<rect x="{_LEFT + index * 5}" y="{y}" width="5.5" height="10" fill="{viridis(index / (steps - 1))}"/>'
         for index in range(steps)
     ]
     return [
         *strip,
-        _text(_LEFT, y + 24, "0", "start"),
-        _text(_LEFT + steps * 5, y + 24, f"{top:.3g}", "end"),
-        _text(_LEFT + steps * 5 + 20, y + 10, "layers from left to right; red frame: see the remarks above", "start"),
+        svg_text(_LEFT, y + 24, "0", "start"),
+        svg_text(_LEFT + steps * 5, y + 24, f"{top:.3g}", "end"),
+        svg_text(
+            _LEFT + steps * 5 + 20, y + 10, "layers from left to right; red frame: see the remarks above", "start"
+        ),
     ]
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _line(start: tuple[float, float], end: tuple[float, float], colour: str, *, dashed: bool = False) -> str:
@@ -167,17 +157,6 @@ def _line(start: tuple[float, float], end: tuple[float, float], colour: str, *, 
 
 def _drawn(number: float | None) -> bool:
     return number is not None and math.isfinite(number)
-
-
-def _colour(share: float) -> str:
-    """Of a share between 0 and 1."""
-    position = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
-    low = min(int(position), len(_VIRIDIS) - 2)
-    channels = (
-        round(start + (end - start) * (position - low))
-        for start, end in zip(_VIRIDIS[low], _VIRIDIS[low + 1], strict=True)
-    )
-    return "#" + "".join(f"{channel:02x}" for channel in channels)
 
 
 # Of modules with the same flag; the table at the end has all.

@@ -1,8 +1,7 @@
-"""Charts as SVG without scripts: axes, points with error bars, lines. Colours are classes that the page's style fills.
+"""Charts as SVG without scripts, and what all charts share: palette, axes with ticks at round numbers, SVG elements.
 
-Every mark may carry a text that a browser shows under the pointer (`<title>`). All texts are escaped.
-
-- Axes of charts: from values to places, with ticks at round numbers.
+Every mark may carry a text that a browser shows under the pointer (`<title>`). All texts are escaped. The colours of a
+`Chart` are classes that the page's style fills, for light and dark pages.
 """
 
 from __future__ import annotations
@@ -15,7 +14,43 @@ from html import escape
 
 from markupsafe import Markup
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+# Stops of viridis (matplotlib's, in the public domain): even steps look even, in grey too.
+_VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def viridis(share: float) -> str:
+    """The colour of a share between 0 and 1."""
+    position = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
+    low = min(int(position), len(_VIRIDIS) - 2)
+    channels = (
+        round(start + (end - start) * (position - low))
+        for start, end in zip(_VIRIDIS[low], _VIRIDIS[low + 1], strict=True)
+    )
+    return "#" + "".join(f"{channel:02x}" for channel in channels)
+
+
+def svg_text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
+    """A text; `anchor`: `start`, `middle`, `end`; `style`: classes."""
+    classes = f' class="{style}"' if style else ""
+    return f'<text{classes} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def svg_title(tip: str) -> str:
+    """What a browser shows under the pointer; nothing for an empty text."""
+    return f"<title>{escape(tip)}</title>" if tip else ""
+
+
+def svg_figure(title: str, width: float, height: float, shapes: str, *, note: str = "", legend: str = "") -> Markup:
+    """A drawing with its heading; `shapes` and `legend` are markup."""
+    small = f"<small>{escape(note)}</small>" if note else ""
+    return Markup(
+        f"<figure><figcaption>{escape(title)}{small}</figcaption>"
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">{shapes}</svg>'
+        f"{legend}</figure>"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +190,7 @@ class Chart:
         classes = f"{_colour(colour)} {style}".strip()
         shape = _shape(0 if colour is None else colour, at, up, radius)
         bar = self._bar(at, y, error) if error else ""
-        self._marks.append(f'<g class="m {classes}">{bar}{shape}{_title(tip)}</g>')
+        self._marks.append(f'<g class="m {classes}">{bar}{shape}{svg_title(tip)}</g>')
 
     def line(
         self, points: Sequence[tuple[float, float]], *, colour: int | None = 0, tip: str = "", style: str = ""
@@ -166,14 +201,14 @@ class Chart:
         places = [self._place(*point) for point in points]
         path = " ".join(f"{at:.1f},{up:.1f}" for at, up in places)
         classes = f"l {_colour(colour)} {style}".strip()
-        self._marks.append(f'<polyline class="{classes}" points="{path}">{_title(tip)}</polyline>')
+        self._marks.append(f'<polyline class="{classes}" points="{path}">{svg_title(tip)}</polyline>')
 
     def band(self, low: float, high: float, *, tip: str = "") -> None:
         """A band over the whole width."""
         bottom, top = (self._place(self.x.low, min(max(v, self.y.low), self.y.high))[1] for v in (low, high))
         self._marks.append(
             f'<rect class="band" x="{self._left}" y="{top:.1f}" width="{self._wide}" '
-            f'height="{max(0.5, bottom - top):.1f}">{_title(tip)}</rect>'
+            f'height="{max(0.5, bottom - top):.1f}">{svg_title(tip)}</rect>'
         )
 
     def level(self, value: float, *, tip: str = "") -> None:
@@ -188,18 +223,14 @@ class Chart:
 
     def draw(self) -> Markup:
         """The figure."""
-        note = f"<small>{escape(self.note)}</small>" if self.note else ""
         keys = "".join(
             f'<li><svg viewBox="0 0 16 12" class="key" aria-hidden="true"><g class="m {classes}">'
             f"{_shape(_number(classes), 8, 6, 4)}</g></svg>{escape(label)}</li>"
             for label, classes in self._legend
         )
         legend = f'<ul class="legend">{keys}</ul>' if keys else ""
-        return Markup(
-            f"<figure><figcaption>{escape(self.title)}{note}</figcaption>"
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.title)}">'
-            f"{self._frame()}{''.join(self._marks)}</svg>{legend}</figure>"
-        )
+        shapes = self._frame() + "".join(self._marks)
+        return svg_figure(self.title, self.width, self.height, shapes, note=self.note, legend=legend)
 
     @cached_property
     def _left(self) -> int:
@@ -228,16 +259,16 @@ class Chart:
         for tick in self.y.marks:
             up = self._place(self.x.low, tick)[1]
             parts.append(f'<path class="rule" d="M{left},{up:.1f}h{self._wide}"/>')
-            parts.append(_text(left - 6, up + 4, self.y.text(tick), "end"))
+            parts.append(svg_text(left - 6, up + 4, self.y.text(tick), "end"))
         last = -math.inf
         for tick in self.x.marks:
             at, text = self._place(tick, self.y.low)[0], self.x.text(tick)
             parts.append(f'<path class="axis" d="M{at:.1f},{bottom}v4"/>')
             if at - last > 3.4 * (len(text) + 2):  # Labels that would touch are left out.
-                parts.append(_text(at, bottom + 17, text, "middle"))
+                parts.append(svg_text(at, bottom + 17, text, "middle"))
                 last = at + 3.4 * len(text)
         parts.append(f'<path class="axis" d="M{left},{bottom}h{self._wide}"/>')
-        parts.append(_text(left + self._wide / 2, self.height - 8, self.x.title, "middle", "t"))
+        parts.append(svg_text(left + self._wide / 2, self.height - 8, self.x.title, "middle", "t"))
         middle = _TOP + self._high / 2
         parts.append(
             f'<text class="t" transform="translate(13,{middle:.0f}) rotate(-90)" text-anchor="middle">'
@@ -272,12 +303,3 @@ def _shape(colour: int, at: float, up: float, radius: float) -> str:
     if shape == "cross":
         return f'<path d="M{at - r:.1f},{up - r:.1f}l{2 * r:.1f},{2 * r:.1f}m0,{-2 * r:.1f}l{-2 * r:.1f},{2 * r:.1f}"/>'
     return f'<circle cx="{at:.1f}" cy="{up:.1f}" r="{r:.1f}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
-    classes = f' class="{style}"' if style else ""
-    return f'<text{classes} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _title(tip: str) -> str:
-    return f"<title>{escape(tip)}</title>" if tip else ""

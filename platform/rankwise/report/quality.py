@@ -1,5 +1,6 @@
 """Charts of quality: against the rank, and against every other setting that varies.
 
+- Panels: what the charts and the PNG of quality against rank show.
 - Charts of what was learned: losses by step, and how much of its rank each layer uses.
 """
 
@@ -7,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from rankwise.evaluation.compare import (
+    ALPHA,
     RANK,
+    SECONDARY,
     SHARES,
     ArmRecord,
     Comparison,
@@ -22,14 +25,133 @@ from rankwise.evaluation.compare import (
     title,
     with_error,
 )
+from rankwise.evaluation.metrics import MetricValue
 from rankwise.evaluation.smallest_rank import RankFinding, rank_of
 from rankwise.report.cells import alpha_over_rank, axis_name, settings_text, status_of
 from rankwise.report.charts import COLOURS, Axis, Chart, axis, shorten
-from rankwise.report.figure import FAR, Panel, panels, ranks
 from rankwise.tracking.query import Point
 
 MOST_SLICES = 9
 _MOST_SERIES = COLOURS
+MAX_PANELS = 8
+# A base further away than this many times the range of the adapters presses them onto one line.
+_FAR = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotPoint:
+    """One configuration: rank, mean over seeds, one standard error, and the arms behind it."""
+
+    rank: float
+    value: float
+    stderr: float
+    arms: tuple[ArmRecord, ...]
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Configurations that differ in the rank only (and in what follows from it); `label` says in what from others."""
+
+    label: str
+    points: tuple[PlotPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One metric."""
+
+    key: str
+    title: str
+    share: bool
+    greater_is_better: bool | None
+    base: MetricValue | None
+    series: tuple[Series, ...]
+
+    @property
+    def heading(self) -> str:
+        """The title; for the primary metric also what is better."""
+        if self.greater_is_better is None:
+            return self.title
+        return f"{self.title} (decides, {'greater' if self.greater_is_better else 'smaller'} is better)"
+
+    @property
+    def extent(self) -> list[float]:
+        """The ends of all error bars."""
+        points = [point for series in self.series for point in series.points]
+        return [value for point in points for value in (point.value - point.stderr, point.value + point.stderr)]
+
+    @property
+    def base_is_far(self) -> bool:
+        """Whether the base would press the adapters onto one line."""
+        if self.base is None or self.base.value is None:
+            return False
+        low, high = min(self.extent), max(self.extent)
+        return max(low - self.base.value, self.base.value - high) > _FAR * (high - low)
+
+
+def panels(comparison: Comparison) -> list[Panel]:
+    """Panels with at least one point, the primary metric's first, once more without the base where that is far off."""
+    keys = [comparison.primary_metric]
+    keys += [key for key in comparison.keys if key not in SECONDARY and key != comparison.primary_metric]
+    made = [panel for key in keys if (panel := _panel(comparison, key)).series]
+    if made and made[0].key == comparison.primary_metric and made[0].base_is_far:
+        made.insert(1, replace(made[0], title=f"{made[0].title}, adapters only", base=None, greater_is_better=None))
+    return made[:MAX_PANELS]
+
+
+def ranks(comparison: Comparison) -> list[float]:
+    """All ranks of the experiment, of arms without a result too, in order."""
+    values = {arm.params.get(RANK) for arm in comparison.arms}
+    return sorted(float(value) for value in values if isinstance(value, int | float))
+
+
+def _panel(comparison: Comparison, key: str) -> Panel:
+    axes = _axes(comparison)
+    groups: dict[tuple[tuple[str, Param | None], ...], list[PlotPoint]] = {}
+    for configuration in comparison.configurations:
+        summary, rank = configuration.metric(key), configuration.params.get(RANK)
+        if summary is None or not isinstance(rank, int | float):
+            continue
+        point = PlotPoint(
+            rank=float(rank),
+            value=summary.value,
+            stderr=summary.stderr or 0.0,
+            arms=configuration.finished,
+            best=comparison.best in configuration.arms,
+        )
+        groups.setdefault(tuple((axis, configuration.params.get(axis)) for axis in axes), []).append(point)
+    base = comparison.base.get(key)
+    return Panel(
+        key=key,
+        title=title(key),
+        share=key in SHARES,
+        greater_is_better=comparison.greater_is_better if key == comparison.primary_metric else None,
+        base=base if base is not None and base.value is not None else None,
+        series=tuple(
+            Series(label=_label(dict(settings)), points=tuple(sorted(points, key=lambda point: point.rank)))
+            for settings, points in groups.items()
+        ),
+    )
+
+
+def _axes(comparison: Comparison) -> list[str]:
+    """Settings that tell configurations of one rank apart. What follows from the rank (alpha = 2r) is none."""
+    return [axis for axis in (ALPHA, *comparison.axes) if any(len(values) > 1 for values in _by_rank(comparison, axis))]
+
+
+def _by_rank(comparison: Comparison, axis: str) -> Sequence[set[Param | None]]:
+    values: dict[Param | None, set[Param | None]] = {}
+    for configuration in comparison.configurations:
+        params = configuration.params
+        values.setdefault(params.get(RANK), set()).add(params.get(axis))
+    return list(values.values())
+
+
+def _label(settings: Mapping[str, Param | None]) -> str:
+    if not settings:
+        return "adapter"
+    return ", ".join(f"{axis_name(axis)} {format_param(value)}" for axis, value in settings.items())
 
 
 def rank_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
@@ -45,14 +167,11 @@ def rank_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
 def _rank_chart(comparison: Comparison, finding: RankFinding, panel: Panel) -> Markup:
     key, base = panel.key, panel.base
     points = [point for series in panel.series for point in series.points]
-    extent = [value for point in points for value in (point.value - point.stderr, point.value + point.stderr)]
-    far = base is not None and base.value is not None and _far(base.value, extent)
+    extent, far = panel.extent, panel.base_is_far
     if base is not None and base.value is not None and not far:
         extent += [base.value - (base.stderr or 0), base.value + (base.stderr or 0)]
     note = f"bare base: {with_error(key, base.value, base.stderr)}, off the scale" if base is not None and far else ""
-    chart = Chart(
-        title=_heading(comparison, panel), x=_rank_axis(ranks(comparison)), y=metric_axis(key, extent), note=note
-    )
+    chart = Chart(title=panel.heading, x=_rank_axis(ranks(comparison)), y=metric_axis(key, extent), note=note)
     if base is not None and base.value is not None and not far:
         tip = f"bare base: {with_error(key, base.value, base.stderr)} (n = {base.n:,})"
         chart.band(base.value - (base.stderr or 0), base.value + (base.stderr or 0), tip=tip)
@@ -173,17 +292,6 @@ def metric_axis(key: str, values: Sequence[float]) -> Axis:
 
 def _rank_axis(all_ranks: Sequence[float]) -> Axis:
     return axis("rank r", all_ranks, log=True, ticks=all_ranks)
-
-
-def _heading(comparison: Comparison, panel: Panel) -> str:
-    if panel.key != comparison.primary_metric:
-        return panel.title
-    return f"{panel.title} (decides, {'greater' if comparison.greater_is_better else 'smaller'} is better)"
-
-
-def _far(value: float, extent: Sequence[float]) -> bool:
-    low, high = min(extent), max(extent)
-    return max(low - value, value - high) > FAR * (high - low)
 
 
 MOST_CURVES = 24

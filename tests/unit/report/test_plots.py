@@ -9,7 +9,8 @@ import pytest
 from helpers.comparisons import arm, ranks, seeds_and_rates, values
 
 from rankwise.evaluation.compare import compare
-from rankwise.report.figure import failures, panels, rank_figure
+from rankwise.report.figure import failures, rank_figure
+from rankwise.report.quality import panels
 
 
 def png(figure):
