@@ -213,7 +213,7 @@ class Importance:
     configurations: int
 
 
-def importance(comparison: Comparison, finding: RankFinding, *, seed: int = 0) -> Importance | str:
+def importance(comparison: Comparison, finding: RankFinding) -> Importance | str:
     """The shares, or why nothing can be said."""
     configurations = finding.configurations
     means = [each.metric(finding.key) for each in configurations]

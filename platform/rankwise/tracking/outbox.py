@@ -197,17 +197,14 @@ class Outbox:
             self._size += written
             self._end = self._size
 
-    def spool(self, content: bytes | Path, name: str) -> str:
+    def spool(self, content: bytes, name: str) -> str:
         """Keep a file until it was delivered, and return its name in `files`."""
         stored = f"{uuid.uuid4().hex[:12]}-{Path(name).name}"
         with storage_errors(self.files, "writing the outbox"):
             self.files.mkdir(parents=True, exist_ok=True)
             target = self.files / stored
             try:
-                if isinstance(content, Path):
-                    shutil.copyfile(content, target)
-                else:
-                    target.write_bytes(content)
+                target.write_bytes(content)
             except OSError:
                 target.unlink(missing_ok=True)
                 raise

@@ -106,7 +106,6 @@ def search_runs(
     client: MlflowClient,
     *experiment_ids: str,
     kind: str | None = None,
-    parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     status: str | None = None,
 ) -> list[RunRecord]:
@@ -116,7 +115,6 @@ def search_runs(
         client: The client of the store.
         experiment_ids: The experiments; none, no runs.
         kind: Only runs of this kind.
-        parent: Only children of this run.
         tags: Only runs with these tags.
         status: Only runs of this status.
 
@@ -126,8 +124,6 @@ def search_runs(
     wanted = dict(tags or {})
     if kind is not None:
         wanted[KIND] = kind
-    if parent is not None:
-        wanted[PARENT] = parent
     conditions = [f"tags.`{key}` = '{_quoted(value)}'" for key, value in wanted.items()]
     if status is not None:
         conditions.append(f"attributes.status = '{_quoted(status)}'")

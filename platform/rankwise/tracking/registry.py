@@ -113,11 +113,11 @@ class Registry:
     def _client(self) -> MlflowClient:
         return self._make()
 
-    def ensure_model(self, name: str, description: str | None = None) -> None:
+    def ensure_model(self, name: str) -> None:
         """Create the registered model if it is not there."""
         with tracking_errors(f"creating the registered model {name!r}"):
             try:
-                self._client.create_registered_model(name, description=description)
+                self._client.create_registered_model(name)
             except MlflowException as error:
                 if error.error_code not in {"RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"}:
                     raise

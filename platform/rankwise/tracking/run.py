@@ -89,9 +89,9 @@ class Run:
         self.refusals: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
-    def metric(self, key: str, value: SupportsFloat, step: int, timestamp_ms: int | None = None) -> None:
+    def metric(self, key: str, value: SupportsFloat, step: int) -> None:
         """One point of a curve; see `metrics`."""
-        self.metrics({key: value}, step, timestamp_ms)
+        self.metrics({key: value}, step)
 
     def metrics(self, values: Mapping[str, SupportsFloat], step: int, timestamp_ms: int | None = None) -> None:
         """Points of several curves at one step.
@@ -140,18 +140,6 @@ class Run:
     def input(self, dataset: DatasetRecord) -> None:
         """A data set that the run reads."""
         self._append({"input": asdict(dataset)})
-
-    def artifact(self, path: Path, artifact_path: str | None = None) -> None:
-        """A file, or a directory with everything in it. It may be changed or removed once this returns.
-
-        Args:
-            path: What to store.
-            artifact_path: The directory in the run; its root when left out.
-        """
-        files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
-        for file in files:
-            inside = file.relative_to(path.parent).as_posix()
-            self._file(file, posixpath.join(artifact_path or "", inside))
 
     def text(self, text: str, path: str) -> None:
         """A text as the artifact `path`; secrets are taken out, but for pages, whose scripts that would break."""
@@ -258,7 +246,7 @@ class Run:
                 raise RuntimeError(f"run {self.run_id} has ended, it takes no more records")
             self._outbox.append(record)
 
-    def _file(self, content: bytes | Path, path: str, *, table: bool = False) -> None:
+    def _file(self, content: bytes, path: str, *, table: bool = False) -> None:
         if posixpath.normpath(path) != path or path.startswith(("/", "..")):
             raise ValueError(f"an artifact path is relative and plain (`dir/name.ext`), got {path!r}")
         self._append({"file": self._outbox.spool(content, path), "to": path, "table": table})

@@ -197,7 +197,6 @@ class Store:
         restart: bool = True,
         attempt: int | None = None,
         fence: Callable[[], bool] | None = None,
-        started_ms: int | None = None,
     ) -> Run:
         """Go on with a run that was scheduled or interrupted. The store need not answer now.
 
@@ -214,8 +213,6 @@ class Store:
                 left and somebody delivers later then changes neither the state nor the tags of the later one.
             fence: Whether this process may still speak for the run: asked before every request, in another thread. An
                 error means that nobody knows now. After a no nothing more is delivered.
-            started_ms: What the steps of system metrics count from, milliseconds since 1970; now when left out. The
-                same in every attempt keeps their steps apart.
 
         Raises:
             TrackingError: This process has the run open.
@@ -231,7 +228,7 @@ class Store:
                 left.close()
         outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, attempt=attempt, once=repeats)
         self._sender.add(outbox, missing=Replay(outbox).missing, fence=fence)
-        run = self._open_run(outbox, started_ms or time.time_ns() // 1_000_000, system_metrics)
+        run = self._open_run(outbox, time.time_ns() // 1_000_000, system_metrics)
         if restart:
             run.restart()
         if attempt is not None:
@@ -257,9 +254,9 @@ class Store:
         with self._lock:
             return run_id in self._runs
 
-    def runs(self, experiment_id: str, *, kind: Kind | None = None, parent: str | None = None) -> list[RunRecord]:
+    def runs(self, experiment_id: str, *, kind: Kind | None = None) -> list[RunRecord]:
         """All runs of an experiment that fit, oldest first (see `query.search_runs`)."""
-        return search_runs(self.client, experiment_id, kind=kind, parent=parent)
+        return search_runs(self.client, experiment_id, kind=kind)
 
     def find_running(self, experiment_id: str, job: int, kind: Kind) -> str | None:
         """The first run that says it is at a job (the tag `rankwise.job`); None where there is none.
@@ -270,20 +267,18 @@ class Store:
         found = search_runs(self.client, experiment_id, kind=kind, tags={JOB: str(job)}, status="RUNNING")
         return found[0].run_id if found else None
 
-    def sync(self, timeout: float = 60.0, *, run_id: str | None = None) -> SyncReport:
-        """Deliver what earlier processes left in the outbox; files of living processes are not touched.
+    def sync(self, timeout: float = 60.0) -> SyncReport:
+        """Deliver what earlier processes left in the outbox, in `timeout` seconds at most.
 
-        Args:
-            timeout: Seconds in all.
-            run_id: Only what belongs to this run.
+        Files of living processes are not touched.
         """
         deadline = time.monotonic() + timeout
-        left = find_left(self.settings, run_id)
+        left = find_left(self.settings)
         problems = list(left.problems)
         delivered: list[str] = []
         waiting: dict[str, str] = {}
         # What runs of this process that have ended could not deliver belongs to it too.
-        adopted = [outbox for outbox in self._sender.left if run_id in (None, outbox.run_id)]
+        adopted = self._sender.left
         away = unreachable(self.settings.tracking_uri) if left.outboxes or adopted else None
         for outbox in left.outboxes:
             replay = Replay(outbox)

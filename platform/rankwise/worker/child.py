@@ -369,8 +369,8 @@ class Conversation:
         self._told_to_stop = False
         self._interrupted: float | None = None
 
-    def start(self) -> None:
-        """Start a child now, so that its imports run while this process does something else."""
+    def _start(self) -> None:
+        """Start a child if there is none."""
         if self._child is None:
             self._child = self._spawn()
             self._told_to_stop, self._interrupted = False, None
@@ -399,7 +399,7 @@ class Conversation:
         """
         fresh = self._child is None
         try:
-            self.start()
+            self._start()
         except StorageError as error:
             raise CommandFailedError(_fault(error)) from error
         child = self._child

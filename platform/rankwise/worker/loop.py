@@ -119,10 +119,6 @@ class WorkerLoop:
         finally:
             self._heart.__exit__(kind, error, trace)
 
-    def start_child(self) -> None:
-        """Let a child begin its imports."""
-        self._child.start()
-
     def ask(self, command: Message, *, at_once: bool = True) -> dict[str, Any]:
         """Have the child do something that is no job.
 

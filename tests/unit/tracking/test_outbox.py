@@ -139,14 +139,6 @@ def test_closing_keeps_a_file_with_something_to_deliver(outbox):
     assert outbox.path.exists()
 
 
-def test_a_spooled_file_is_a_copy(outbox, tmp_path):
-    source = tmp_path / "curve.png"
-    source.write_bytes(b"old")
-    stored = outbox.spool(source, "curve.png")
-    source.write_bytes(b"new")
-    assert (outbox.files / stored).read_bytes() == b"old"
-
-
 def test_a_newer_format_is_refused_with_advice(tmp_path):
     path = tmp_path / "r1.aaaaaaaa.jsonl"
     path.write_text('{"rankwise_outbox":3,"run_id":"r1","tracking_uri":"x"}\n')

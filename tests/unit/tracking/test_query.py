@@ -5,6 +5,7 @@ import pytest
 from rankwise.exceptions import TrackingError
 from rankwise.tracking import query
 from rankwise.tracking.query import by_spec_hash, metric_histories, search_runs
+from rankwise.tracking.run import PARENT
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_runs_are_found_by_kind_parent_and_tag(store, experiment):
     other = start(store, experiment, "arm", kind="train", tags={"rankwise.host": "b"})
     for run in (child, other, parent):
         run.end()
-    assert [run.run_id for run in search_runs(store.client, experiment, parent=parent.run_id)] == [child.run_id]
+    assert [run.run_id for run in search_runs(store.client, experiment, tags={PARENT: parent.run_id})] == [child.run_id]
     assert {run.run_id for run in search_runs(store.client, experiment, kind="train")} == {child.run_id, other.run_id}
     assert [run.run_id for run in search_runs(store.client, experiment, tags={"rankwise.host": "b"})] == [other.run_id]
 

@@ -149,26 +149,14 @@ def test_a_number_that_no_database_takes_holds_up_nothing(store, experiment):
     assert len(run.refusals) == 1
 
 
-def test_files_directories_and_texts_become_artifacts(store, experiment, tmp_path):
-    directory = tmp_path / "preview"
-    (directory / "deep").mkdir(parents=True)
-    (directory / "a.html").write_text("a")
-    (directory / "deep" / "b.html").write_text("b")
+def test_bytes_texts_and_values_become_artifacts(store, experiment, tmp_path):
     run = start(store, experiment)
-    run.artifact(directory)
-    run.artifact(directory / "a.html", "copies")
+    run.data(b"\x00\xff", "preview/deep/raw.bin")
     run.text("resolved: ü", "experiment.yaml")
     run.json({"a": [1]}, "provenance/facts.json")
-    (directory / "a.html").write_text("changed later")
     run.end()
-    assert artifacts(store, run) == [
-        "copies/a.html",
-        "experiment.yaml",
-        "preview/a.html",
-        "preview/deep/b.html",
-        "provenance/facts.json",
-    ]
-    assert content(store, run, "copies/a.html", tmp_path) == b"a"
+    assert artifacts(store, run) == ["experiment.yaml", "preview/deep/raw.bin", "provenance/facts.json"]
+    assert content(store, run, "preview/deep/raw.bin", tmp_path) == b"\x00\xff"
     assert content(store, run, "experiment.yaml", tmp_path).decode() == "resolved: ü"
 
 

@@ -10,8 +10,9 @@ from helpers.local_store import local_settings
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.settings import Settings
 from rankwise.tracking.outbox import Outbox
-from rankwise.tracking.query import get_run
+from rankwise.tracking.query import get_run, search_runs
 from rankwise.tracking.registry import JOB
+from rankwise.tracking.run import PARENT
 from rankwise.tracking.store import Store
 from rankwise.tracking.values import DatasetRecord
 
@@ -75,7 +76,7 @@ def test_a_child_knows_its_parent_kind_and_arm(store, experiment):
     )
     child.end()
     parent.end()
-    (record,) = store.runs(experiment, parent=parent.run_id)
+    (record,) = search_runs(store.client, experiment, tags={PARENT: parent.run_id})
     assert (record.run_id, record.kind, record.spec_hash) == (child.run_id, "train", "ab" * 32)
     assert [run.run_id for run in store.runs(experiment, kind="sweep")] == [parent.run_id]
 
