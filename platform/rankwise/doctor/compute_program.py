@@ -8,8 +8,8 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.cextension import lib
 
+from rankwise.compat.bitsandbytes import native_library
 from rankwise.modeling.base import default_device, resolve_dtype
 
 _BLOCK = 64
@@ -42,7 +42,7 @@ def kernels(device: torch.device) -> dict[str, Any]:
     Returns:
         `version`, `library`, `seconds`, `difference` (largest, relative to the block's maximum) and `error`.
     """
-    found = {"version": bnb.__version__, "library": type(lib).__name__, "seconds": 0.0, "difference": 0.0, "error": ""}
+    found = {"version": bnb.__version__, "library": native_library(), "seconds": 0.0, "difference": 0.0, "error": ""}
     weight = torch.randn(256, _BLOCK, generator=torch.Generator().manual_seed(0)).to(device)
     began = time.perf_counter()
     try:

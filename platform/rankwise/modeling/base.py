@@ -36,6 +36,8 @@ from transformers.utils import logging as transformers_logging
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.assets.layout import read_json
+from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors
+from rankwise.compat.bitsandbytes import is_repacked as layer_is_repacked
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
@@ -123,17 +125,13 @@ def hold_exact(model: Any) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
+        disable_cpu_repacking(layer)
     return len(layers)
 
 
 def is_repacked(model: Any) -> bool:
     """Whether bitsandbytes has repacked a weight of this model, so that it is no longer what was loaded."""
-    return any(
-        getattr(module.weight.quant_state, "packing_format_for_cpu", False)
-        for module in model.modules()
-        if isinstance(module, bnb.nn.Linear4bit)
-    )
+    return any(layer_is_repacked(module) for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
 
 
 # bitsandbytes: one scaling factor for so many weights, one of the second level for so many of the first.
@@ -173,14 +171,7 @@ def quantized_linear_bytes(weights: int, *, bits: int, double_quant: bool, out_f
 def _tensors(model: Any) -> Iterator[torch.Tensor]:
     for parameter in model.parameters():
         yield parameter.data
-        state = getattr(parameter, "quant_state", None)
-        for owner in (state, getattr(state, "state2", None)):
-            for name in ("absmax", "code", "offset"):
-                value = getattr(owner, name, None)
-                if isinstance(value, torch.Tensor):
-                    yield value
-        if isinstance(scale := getattr(parameter, "SCB", None), torch.Tensor):
-            yield scale
+        yield from quantization_tensors(parameter)
     yield from model.buffers()
 
 
@@ -189,34 +180,6 @@ SEVERAL_ADAPTERS = (
     "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
     "Make sure to know what you are doing!"
 )
-# bitsandbytes says this at every forward of every 8-bit layer whose input is not float16.
-_CAST_LOGGER = "bitsandbytes.autograd._functions"
-_CAST = "MatMul8bitLt: inputs will be cast from %s to float16 during quantization"
-
-
-class _Once(logging.Filter):
-    """Lets a message through once in a process."""
-
-    def __init__(self, message: str) -> None:
-        """Watch for one message, as it is before its arguments are filled in."""
-        super().__init__()
-        self._message, self._said = message, False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to say it."""
-        if record.msg != self._message:
-            return True
-        said, self._said = self._said, True
-        return not said
-
-
-_once = _Once(_CAST)
-
-
-def say_casts_once() -> None:
-    """Let bitsandbytes say once, not thousands of times, that 8-bit layers cast their input."""
-    # Adding the same filter again has no effect.
-    logging.getLogger(_CAST_LOGGER).addFilter(_once)
 
 
 @contextmanager
@@ -321,7 +284,7 @@ def load_base(
     logger.info("base %s on %s computes in %s", resolved.source, target, dtype.reason)
     fingerprint = fingerprint_base(resolved.path, settings)
     if quantization.load_in_8bit:
-        say_casts_once()
+        log_casts_once()
     with quiet_transformers():
         tokenizer = load_tokenizer(resolved.path)
         if quantized:

@@ -26,6 +26,8 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from rankwise.compat.bitsandbytes import OPTIMIZER_TABLES, create_optimizer_state
+from rankwise.compat.torch import create_adamw_state
 from rankwise.data.batches import Sampler
 from rankwise.data.tokens import Encoded
 from rankwise.exceptions import ConfigError
@@ -38,8 +40,6 @@ from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, de
 _BLOCK = 256
 _SMALL = 4096
 """Matrices with fewer numbers have moments in fp32."""
-# bitsandbytes' tables of 8-bit values are one tensor for all matrices, and constants.
-_TABLES = ("qmap1", "qmap2")
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
@@ -56,12 +56,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingSpec) -
     }
     if training.optim == "adamw_torch_fused":
         fused = torch.optim.AdamW(parameters, fused=True, **options)
-        for parameter in parameters:
-            fused.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        create_adamw_state(fused)
         return fused
     paged = training.optim == "paged_adamw_8bit"
     device = parameters[0].device.type
@@ -73,9 +68,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingSpec) -
     in_8_bit: torch.optim.Optimizer = bnb.optim.AdamW(
         parameters, optim_bits=8, min_8bit_size=_SMALL, is_paged=paged, **options
     )
-    (group,) = in_8_bit.param_groups
-    for index, parameter in enumerate(parameters):
-        in_8_bit.init_state(group, parameter, 0, index)  # type: ignore[attr-defined]
+    create_optimizer_state(in_8_bit)
     return in_8_bit
 
 
@@ -85,7 +78,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
         f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
-        if key not in _TABLES
+        if key not in OPTIMIZER_TABLES
     }
 
 
@@ -99,7 +92,7 @@ def load_state(
         for key, value in state.items():
             stored = tensors.get(f"{name}.{key}")
             if stored is None:
-                assert key in _TABLES or not tensors, f"{key} of {name} is not in the stored state"
+                assert key in OPTIMIZER_TABLES or not tensors, f"{key} of {name} is not in the stored state"
             elif isinstance(value, torch.Tensor):
                 value.copy_(stored)
             else:

@@ -53,13 +53,13 @@ def test_eight_bit_layers_tell_of_their_casts_once(tmp_path, caplog):
     from helpers.bases import logits, resolved, settings_in
     from helpers.tiny import make_base
 
+    from rankwise.compat import bitsandbytes as compat
     from rankwise.experiment.schema import QuantizationSpec
-    from rankwise.modeling import base as quiet
     from rankwise.modeling.base import load_base
 
     spec = QuantizationSpec(load_in_4bit=False, load_in_8bit=True, bnb_4bit_compute_dtype="float32")
     model = load_base(resolved(make_base(tmp_path / "b")), spec, settings_in(tmp_path), device="cpu").model
-    quiet._once._said = False
+    compat._once._seen = False
     logits(model)
     logits(model)
     assert len([record for record in caplog.records if "inputs will be cast" in record.getMessage()]) == 1

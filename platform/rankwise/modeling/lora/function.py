@@ -51,6 +51,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from rankwise.compat.torch import is_view
+
 _STEPS = 1 << 16
 """Dropout probabilities are rounded to a multiple of 1 / _STEPS: four draws come out of one 64-bit word."""
 
@@ -201,7 +203,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, slices: list[Slice], matrices: li
         The sum, (B, T, O).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(matrix.requires_grad for matrix in matrices)):
-        return _AddLora.apply(y.clone() if y._is_view() else y, x, slices, *matrices)  # type: ignore[no-any-return, no-untyped-call]
+        return _AddLora.apply(y.clone() if is_view(y) else y, x, slices, *matrices)  # type: ignore[no-any-return, no-untyped-call]
     for index, part in enumerate(slices):
         _forward(y, x, part, part.mask(x), matrices[2 * index], matrices[2 * index + 1])
     return y

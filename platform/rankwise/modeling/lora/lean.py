@@ -39,6 +39,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rankwise.compat.bitsandbytes import dequantized_8bit, repacks_on_cpu
 from rankwise.experiment.module_names import layer_of
 from rankwise.modeling.lora.packed import replaced_forward
 
@@ -185,7 +186,7 @@ def _helps(layer: Any) -> bool:
     return (
         layer.weight.device.type == "cpu"
         and layer.weight.quant_state is not None
-        and not layer.support_avx512bf16_for_cpu
+        and not repacks_on_cpu(layer)
         and layer.compute_dtype is not None
     )
 
@@ -234,8 +235,8 @@ class _EightBitProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad, state = grads[0], ctx.layer.state
-        weight = state.CB.to(grad.dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
+        grad = grads[0]
+        weight = dequantized_8bit(ctx.layer, grad.dtype)
         product = grad.reshape(-1, grad.shape[-1]) @ weight
         return product.view(*grad.shape[:-1], weight.shape[1]), None
 
