@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.assets.layout import check_base, read_json, tensors_digest, weight_files
+from rankwise.compat.transformers import gguf_progress
 from rankwise.digests import canonical_json, content_digest, digests
 from rankwise.exceptions import AssetError, StorageError
 from rankwise.files import ensure_entry, write_atomically
@@ -174,16 +175,11 @@ def _quiet_transformers() -> Iterator[None]:
 @contextmanager
 def _unpacking(path: Path, progress: Reporter) -> Iterator[None]:
     """Turn the bar that transformers always draws while it unpacks a GGUF into ours."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    # The name is bound there by `from tqdm.auto import tqdm`, with no switch to turn the bar off.
-    theirs = reader.tqdm
-    reader.tqdm = lambda items, **_: _counted(items, path, progress)
-    try:
-        with progress.task(f"converting {path.name}", None):
-            yield
-    finally:
-        reader.tqdm = theirs
+    with (
+        gguf_progress(lambda items: _counted(items, path, progress)),
+        progress.task(f"converting {path.name}", None),
+    ):
+        yield
 
 
 def _counted(items: Sequence[Any], path: Path, progress: Reporter) -> Iterator[Any]:

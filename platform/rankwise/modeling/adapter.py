@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rankwise.assets.layout import read_json
+from rankwise.compat.transformers import note_injected_adapter
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.files import write_atomically
 from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning, skeleton
@@ -468,8 +469,7 @@ def _attach(model: Any, config: LoraConfig, adapter_name: str) -> None:
             model.add_adapter(adapter_name, config)
         else:
             inject_adapter_in_model(config, model, adapter_name)
-            if hasattr(model, "_hf_peft_config_loaded"):
-                model._hf_peft_config_loaded = True  # As transformers' own `add_adapter` does.
+            note_injected_adapter(model)
     for name, parameter in model.named_parameters():
         if name in trainable:
             parameter.requires_grad_(trainable[name])

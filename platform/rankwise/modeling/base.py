@@ -31,13 +31,13 @@ import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.assets.layout import read_json
 from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors
 from rankwise.compat.bitsandbytes import is_repacked as layer_is_repacked
+from rankwise.compat.transformers import is_conv1d
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
@@ -306,7 +306,7 @@ def load_base(
         else:
             model, from_cache = _load_model(resolved.path, loaded, target, None), False
     # peft and transformers take the name of the base from here; the cache's entry is not its name.
-    model.config._name_or_path = model.name_or_path = str(resolved.path)
+    model.config.name_or_path = model.name_or_path = str(resolved.path)
     model.eval()
     model.requires_grad_(False)
     hold_exact(model)
@@ -425,7 +425,7 @@ def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
     head = model.get_output_embeddings()
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Conv1D):  # GPT-2's linear layer, whose weight is (in_features, out_features).
+        if is_conv1d(module):
             found[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
             continue
         plain = isinstance(module, torch.nn.Linear) and module is not head and not _inside(name, found)

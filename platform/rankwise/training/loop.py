@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rankwise.compat.transformers import checkpointable_layers
 from rankwise.exceptions import ConfigError, JobError, is_out_of_memory
 from rankwise.experiment.schema import GREATER_IS_BETTER
 from rankwise.logs import bound
@@ -261,7 +261,7 @@ def training_mode(model: Any, *, gradient_checkpointing: bool) -> Iterator[None]
     ):
         logger.info("the base's own dropout is off in training; only the adapters' is drawn")
     quantized = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = checkpointable_layers(model)
     if gradient_checkpointing and not blocks:
         raise ConfigError(
             f"training.gradient_checkpointing: {type(model).__name__} has no blocks to checkpoint; set it to false"

@@ -32,8 +32,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, CacheLayerMixin
 
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.lora.packed import not_plain, replaced_forward

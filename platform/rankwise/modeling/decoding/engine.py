@@ -40,9 +40,9 @@ from threading import Lock
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
+from rankwise.compat.transformers import attention_of
 from rankwise.exceptions import ConfigError, JobError, is_out_of_memory
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.decoding.cache import SlotCache, StackedLora, most_columns, stackable
@@ -283,7 +283,7 @@ def _groups(rows: Sequence[Row]) -> Iterator[list[int]]:
 def attention_mask(seen: torch.Tensor, model: Any) -> torch.Tensor:
     """(N, 1, 1, W), as the attention takes it: whether it is seen, or a number to add."""
     seen = seen[:, None, None]
-    if model.config._attn_implementation == "sdpa":
+    if attention_of(model.config) == "sdpa":
         return seen
     dtype = model.get_input_embeddings().weight.dtype
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
@@ -323,7 +323,7 @@ def engine_of(model: Any) -> Engine | None:
 def _misfit(engine: Engine) -> str | None:
     """Why an engine cannot take its model; None if it can."""
     model = engine.model
-    attention = model.config._attn_implementation
+    attention = attention_of(model.config)
     if attention not in {"sdpa", "eager"}:
         return f"its attention is {attention}"
     try:

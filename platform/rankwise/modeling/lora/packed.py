@@ -45,6 +45,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from rankwise.compat.transformers import is_conv1d
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import LoraSpec
@@ -336,9 +337,9 @@ def _targets(model: Any, lora: LoraSpec) -> list[str]:
 
 
 def _is_linear(module: Any) -> bool:
-    # bitsandbytes' layers are subclasses of nn.Linear; transformers' Conv1D (GPT-2) is a linear layer by another name.
+    # bitsandbytes' layers are subclasses of nn.Linear.
     layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
 def _inside_lora(name: str) -> bool:
