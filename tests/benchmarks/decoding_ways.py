@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationConfig
 
-from rankwise.modeling.base import SEVERAL_ADAPTERS, LoadedBase, expected_warning
+from rankwise.compat.peft import SEVERAL_ADAPTERS
+from rankwise.modeling.base import LoadedBase, expected_warning
 from rankwise.modeling.decoding.engine import Prompt, generate
 from rankwise.modeling.decoding.generation import Decoding, end_token_ids
 from rankwise.modeling.lora.lean import keep_dequantized

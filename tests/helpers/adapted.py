@@ -34,7 +34,8 @@ def attach(model, name: str, *, r: int = 4, seed: int = 0, scale: float = 0.5, *
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning
+    from rankwise.compat.peft import SEVERAL_ADAPTERS
+    from rankwise.modeling.base import expected_warning
 
     linear = {"q_proj", "v_proj", "o_proj", "down_proj", "query_key_value", "dense_4h_to_h"}
     present = {module.rpartition(".")[2] for module, _ in model.named_modules()}

@@ -33,11 +33,11 @@ from safetensors import safe_open
 
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.layout import weight_files
+from rankwise.compat.peft import base_name, plain_module
 from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
-from rankwise.modeling.adapter import plain_module
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.decoding.generation import Decoding
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
@@ -257,10 +257,6 @@ def read_params(params: dict[str, Any] | None) -> tuple[Decoding, int, int]:
     return decoding, int(values["seed"]), int(values["batch_size"])
 
 
-# What peft puts into the names of a base's parameters.
-_WRAPPERS = (".token_adapter", ".base_layer", ".original_module")
-
-
 def load_dtype(model: Any) -> torch.dtype | None:
     """The dtype that 4-bit weights were quantized from, and come back in; None without any."""
     for parameter in model.parameters():
@@ -330,9 +326,7 @@ def _compared(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     embedding = plain_module(model.get_input_embeddings()).weight
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is embedding or (parameter.dim() == 1 and parameter.is_floating_point()):
-            for part in _WRAPPERS:
-                name = name.replace(part, "")
-            yield name, parameter
+            yield base_name(name), parameter
 
 
 BaseArgument = str | Path | ResolvedBase | LoadedBase | None

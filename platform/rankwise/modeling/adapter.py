@@ -28,15 +28,15 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rankwise.assets.layout import read_json
+from rankwise.compat.peft import SEVERAL_ADAPTERS, by_pattern, plain_module
 from rankwise.compat.transformers import note_injected_adapter
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.files import write_atomically
-from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning, skeleton
+from rankwise.modeling.base import expected_warning, skeleton
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
 
 CONFIG_NAME = "adapter_config.json"
@@ -137,15 +137,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return value
-
-
-def plain_module(module: Any) -> Any:
-    """An embedding or a head without what peft has wrapped around it.
-
-    The weight of peft's wrapper is a copy of the whole embedding with the adapter's rows in it, made at every look.
-    """
-    module = getattr(module, "original_module", None) or module
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def embedding_rows(model: Any) -> int:
@@ -487,12 +478,10 @@ def scaling_of(config: LoraConfig, module: str, *, rank: int) -> float:
         module: The module's full name in the base.
         rank: The module's rank, which `rank_pattern` may set apart.
     """
-    patterns = config.alpha_pattern or {}
-    alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), config.lora_alpha))
+    alpha = float(by_pattern(config.alpha_pattern, module, config.lora_alpha))
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def rank_of(config: LoraConfig, module: str) -> int:
     """The rank that the configuration gives a module; `rank_pattern` gives some modules one of their own."""
-    patterns = config.rank_pattern or {}
-    return int(patterns.get(get_pattern_key(patterns.keys(), module), config.r))
+    return int(by_pattern(config.rank_pattern, module, config.r))

@@ -37,6 +37,7 @@ from rankwise.assets.base import ResolvedBase
 from rankwise.assets.layout import read_json
 from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors
 from rankwise.compat.bitsandbytes import is_repacked as layer_is_repacked
+from rankwise.compat.peft import is_adapted_linear
 from rankwise.compat.transformers import is_conv1d
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
@@ -173,13 +174,6 @@ def _tensors(model: Any) -> Iterator[torch.Tensor]:
         yield parameter.data
         yield from quantization_tensors(parameter)
     yield from model.buffers()
-
-
-# peft says this for every adapter after the first; several adapters over one base are what rankwise is for.
-SEVERAL_ADAPTERS = (
-    "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
-    "Make sure to know what you are doing!"
-)
 
 
 @contextmanager
@@ -429,9 +423,7 @@ def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
             found[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
             continue
         plain = isinstance(module, torch.nn.Linear) and module is not head and not _inside(name, found)
-        # Told by its parts: importing peft takes longer than all that `plan` does with a skeleton.
-        adapted = hasattr(module, "base_layer") and hasattr(module, "lora_A") and hasattr(module, "in_features")
-        if plain or adapted:
+        if plain or is_adapted_linear(module):
             found[name] = (int(module.in_features), int(module.out_features))
     return found
 

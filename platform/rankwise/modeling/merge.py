@@ -22,16 +22,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from rankwise.compat.peft import DEPRECATED_CHECKPOINTING, base_name, plain_module
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
-from rankwise.modeling.adapter import adapter_tensors, add_rows, plain_module
+from rankwise.modeling.adapter import adapter_tensors, add_rows
 from rankwise.modeling.base import expected_warning
 from rankwise.modeling.decoding.generation import Decoding, generate_batch, length_batches
 
 _NAME = "merged"
-# peft 0.21 wraps a model through a property that transformers 5.24 deprecates.
-_DEPRECATED = (
-    "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead."
-)
 
 
 def take_dequantized(plain: Any, quantized: Any) -> int:
@@ -52,7 +49,7 @@ def take_dequantized(plain: Any, quantized: Any) -> int:
     for name, module in quantized.named_modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
-        place = plain.get_submodule(name.replace(".base_layer", ""))
+        place = plain.get_submodule(base_name(name))
         with torch.no_grad():
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         place.weight = torch.nn.Parameter(weight.to(place.weight.device), requires_grad=False)
@@ -83,7 +80,7 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
     add_rows(plain, config)
     own = copy.deepcopy(config)
     own.base_model_name_or_path = plain.name_or_path  # peft warns where it is another.
-    with torch.random.fork_rng(devices=[]), expected_warning(_DEPRECATED):
+    with torch.random.fork_rng(devices=[]), expected_warning(DEPRECATED_CHECKPOINTING):
         model = get_peft_model(plain, own, adapter_name=_NAME)
     _check_tied(plain)
     places = adapter_tensors(model, _NAME)

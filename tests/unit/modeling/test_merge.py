@@ -6,9 +6,10 @@ from helpers.bases import inject, logits, resolved, settings_in
 from helpers.tiny import make_base
 from torch.testing import assert_close
 
+from rankwise.compat.peft import plain_module
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.modeling.adapter import adapter_tensors, plain_module
+from rankwise.modeling.adapter import adapter_tensors
 from rankwise.modeling.base import load_base
 from rankwise.modeling.merge import merge_adapter, take_dequantized
 

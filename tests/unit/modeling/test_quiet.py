@@ -3,7 +3,8 @@ import warnings
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning, quiet_transformers
+from rankwise.compat.peft import SEVERAL_ADAPTERS
+from rankwise.modeling.base import expected_warning, quiet_transformers
 
 
 def _quiet_then_fail():

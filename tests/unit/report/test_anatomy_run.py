@@ -5,9 +5,10 @@ import pytest
 from helpers.bases import inject, resolved, settings_in
 from helpers.tiny import make_base
 
+from rankwise.compat.peft import SEVERAL_ADAPTERS
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.adapter import read_adapter, save_adapter
-from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning, load_base
+from rankwise.modeling.base import expected_warning, load_base
 from rankwise.report.anatomy import rank_metrics, trained_anatomy, trained_page
 
 

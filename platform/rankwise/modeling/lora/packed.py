@@ -45,11 +45,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from rankwise.compat.peft import SEVERAL_ADAPTERS, deactivate_adapters, is_plain_lora, one_active_adapter
 from rankwise.compat.transformers import is_conv1d
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import LoraSpec
-from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning
+from rankwise.modeling.base import expected_warning
 from rankwise.modeling.lora.function import DropoutKey, Slice, add_lora, uniform
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class _PackedForward:
         matrices: list[torch.Tensor] = []
         for segment in segments:
             name = str(segment.adapter)
-            if name in self.layer.lora_variant or self.layer.lora_bias[name]:
+            if not is_plain_lora(self.layer, name):
                 raise ConfigError(
                     f"adapter {name} is not plain LoRA in module {self.module} (DoRA, aLoRA or a bias): it cannot "
                     "share a batch with others"
@@ -268,8 +269,8 @@ def delete_adapter(model: Any, name: str) -> None:
     routing = install(model)
     for _, layer in _lora_layers(model):
         if name in layer.lora_A:
-            # peft picks another active adapter and says so; activity has no meaning under a routing.
-            layer._active_adapter = []
+            # Which adapter is active has no meaning under a routing.
+            deactivate_adapters(layer)
             layer.delete_adapter(name)
     model.peft_config.pop(name)
     routing.trainable.discard(name)
@@ -364,30 +365,16 @@ def replaced_forward(forwards: Sequence[tuple[Any, Callable[..., Any]]]) -> Iter
 
 def not_plain(model: Any, adapters: Set[str]) -> list[str]:
     """Those of some adapters that no forward for several adapters takes, sorted."""
-    return sorted(
-        {
-            name
-            for layer in _layers(model)
-            for name in adapters
-            if name in layer.lora_variant or layer.lora_bias.get(name)
-        }
-    )
+    return sorted({name for layer in _layers(model) for name in adapters if not is_plain_lora(layer, name)})
 
 
 @contextmanager
 def own_forward(model: Any, adapter: str) -> Iterator[None]:
     """Run peft's own forward through one adapter inside the block; what is active after it is what was before."""
     layers = _layers(model)
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    with replaced_forward([(layer, type(layer).forward.__get__(layer)) for layer in layers]):
-        try:
-            for layer in layers:
-                # Not by `set_adapter`, which would ask for gradients of this one and of no other.
-                layer._active_adapter, layer._disable_adapters = [adapter], False
-            yield
-        finally:
-            for layer, (active, disabled) in zip(layers, before, strict=True):
-                layer._active_adapter, layer._disable_adapters = active, disabled
+    forwards = [(layer, type(layer).forward.__get__(layer)) for layer in layers]
+    with replaced_forward(forwards), one_active_adapter(layers, adapter):
+        yield
 
 
 def _layers(model: Any) -> list[Any]:

@@ -8,8 +8,9 @@ from helpers.adapted import load_tiny
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
+from rankwise.compat.peft import SEVERAL_ADAPTERS
 from rankwise.exceptions import ConfigError
-from rankwise.modeling.base import SEVERAL_ADAPTERS, expected_warning
+from rankwise.modeling.base import expected_warning
 from rankwise.modeling.decoding.cache import StackedLora, stackable
 from rankwise.modeling.lora.packed import install, segments_of
 
