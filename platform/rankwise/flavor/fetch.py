@@ -27,9 +27,9 @@ from urllib.parse import unquote, urlparse
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from rankwise.assets.guard import read_yaml
+from rankwise.compat.mlflow import artifact_repository
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
 from rankwise.flavor.metadata import (
     ADAPTER_DIRECTORY,
@@ -155,7 +155,7 @@ def obtain(origin: Origin, tracking_uri: str | None = None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
         with tracking_errors(f"fetching {origin.uri}"):
-            repository = get_artifact_repository(origin.location, tracking_uri=tracking_uri)
+            repository = artifact_repository(origin.location, tracking_uri)
             directory = Path(repository.download_artifacts("", dst_path=scratch))
         if not any(directory.iterdir()):
             raise AdapterIntegrityError(

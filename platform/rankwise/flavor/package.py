@@ -25,10 +25,15 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from mlflow.models import Model, ModelSignature
-from mlflow.models.utils import _save_example
-from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
 
 from rankwise.assets.base import ResolvedBase
+from rankwise.compat.mlflow import (
+    PYFUNC_IMPORT_WARNING,
+    combined_requirements,
+    conda_environment,
+    save_example,
+    write_python_environment,
+)
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.files import complete_directory, storage_errors, temporary_name
@@ -109,12 +114,7 @@ class LoadOptions:
     device: str | None = None
 
 
-# mlflow.pyfunc says this of a class of its own whenever it is imported.
-_ON_IMPORT = (
-    "\x1b[1;33mAny type hint is inferred as AnyType, and MLflow doesn't validate the data for this type. Please use a "
-    "more specific type hint to enable data validation.\x1b[0m"
-)
-with expected_warning(_ON_IMPORT):
+with expected_warning(PYFUNC_IMPORT_WARNING):
     from mlflow.pyfunc import add_to_model
 
 # What `predict` may be given at load in place of what is recorded. MLflow ignores keys that are not here.
@@ -175,7 +175,7 @@ def build(
         write_adapter_config(adapter.config, target, base_source=facts.source, base_revision=facts.revision)
         tokenizer_files = _save_tokenizer(tokenizer, target)
         description = Model(metadata=dict(options.metadata) if options.metadata else None)
-        _save_example(description, options.input_example, str(directory))
+        save_example(description, options.input_example, directory)
         _write_environment(directory, options.pip_requirements, options.extra_pip_requirements)
         stored = AdapterMetadata(
             base=facts,
@@ -260,15 +260,15 @@ def _save_tokenizer(tokenizer: Any, target: Path) -> tuple[str, ...]:
 
 def _write_environment(directory: Path, requirements: Sequence[str] | None, extra: Sequence[str]) -> None:
     default = pip_requirements(directory) if requirements is None else None
-    _, lines, constraints = _process_pip_requirements(
+    lines, constraints = combined_requirements(
         default, list(requirements) if requirements is not None else None, list(extra) or None
     )
     (directory / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if constraints:
         (directory / "constraints.txt").write_text("\n".join(constraints) + "\n", encoding="utf-8")
-    conda = _mlflow_conda_env(additional_pip_deps=lines, install_mlflow=False)
+    conda = conda_environment(lines)
     (directory / "conda.yaml").write_text(yaml.safe_dump(conda, default_flow_style=False), encoding="utf-8")
-    _PythonEnv.current().to_yaml(str(directory / "python_env.yaml"))
+    write_python_environment(directory / "python_env.yaml")
 
 
 def _lora_settings(target: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ import numpy as np
 import pandas as pd
 
 from rankwise.assets.guard import read_yaml
+from rankwise.compat.mlflow import DOWNLOAD_NOTE
 from rankwise.data.template import Message, Renderer
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, TrackingError
 from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri
@@ -263,7 +264,7 @@ def _origin(directory: Path) -> Origin:
     not be reachable from there: that is said, and the files are checked against their own manifest. The name in the
     note is that of the registered model: a signature may be for another one.
     """
-    note = directory / "registered_model_meta"
+    note = directory / DOWNLOAD_NOTE
     if not note.is_file():
         return resolve_uri(directory)
     name, number = _noted(note)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
-from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.models import Model
 from mlflow.models.model import ModelInfo
-from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
+from rankwise.compat.mlflow import current_experiment_id, current_store
 from rankwise.exceptions import ConfigError, StorageError
 from rankwise.experiment.arm import param_name
 from rankwise.flavor.fetch import check_content, obtain, resolve_uri
@@ -72,7 +70,7 @@ def log_stored(
             client = MlflowClient(tracking_uri=options.tracking_uri)
             info = _upload(client, package, name, run_id, tags, options)
             if registered_model_name is not None:
-                with _current_store(options.tracking_uri):
+                with current_store(options.tracking_uri):
                     version = Registry(lambda: client).create_version(
                         registered_model_name,
                         str(info.model_id),
@@ -82,26 +80,6 @@ def log_stored(
                     )
                 info.registered_model_version = str(version.version)
         return info
-
-
-@contextmanager
-def _current_store(uri: str | None) -> Iterator[None]:
-    """Make a store MLflow's current one: its SQL registry looks LoggedModels up there, whatever its client's store is.
-
-    The environment comes back as it was, which MLflow's own context manager does not see to.
-    """
-    if uri is None or uri == mlflow.get_tracking_uri():
-        yield
-        return
-    before = MLFLOW_TRACKING_URI.get_raw()
-    try:
-        with _use_tracking_uri(uri):
-            yield
-    finally:
-        if before is None:
-            MLFLOW_TRACKING_URI.unset()
-        else:
-            MLFLOW_TRACKING_URI.set(before)
 
 
 def _upload(
@@ -117,7 +95,7 @@ def _upload(
     if run is not None:
         experiment_id = run.info.experiment_id
     elif experiment_id is None:
-        experiment_id = mlflow.tracking.fluent._get_experiment_id()
+        experiment_id = current_experiment_id()
     logged = client.create_logged_model(
         experiment_id=experiment_id,
         name=name,

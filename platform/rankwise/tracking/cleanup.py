@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from rankwise.compat.mlflow import artifact_repository
 from rankwise.tracking.errors import paged, tracking_errors
 from rankwise.tracking.query import RunRecord, search_runs
 from rankwise.tracking.registry import JOB, ModelVersion, Registry
@@ -165,7 +165,7 @@ def _of_job(model: LoggedModel) -> JobModel | None:
 
 
 def _repository(client: MlflowClient, model: JobModel) -> ArtifactRepository:
-    return get_artifact_repository(model.location, tracking_uri=client.tracking_uri)
+    return artifact_repository(model.location, client.tracking_uri)
 
 
 def _bytes(repository: ArtifactRepository, path: str | None) -> int:

@@ -28,6 +28,7 @@ from mlflow.environment_variables import (
 )
 from mlflow.exceptions import MlflowException
 
+from rankwise.compat.mlflow import SCHEMA_OUT_OF_DATE
 from rankwise.exceptions import RankwiseError, TrackingError
 from rankwise.files import storage_errors
 from rankwise.redact import redact
@@ -65,7 +66,7 @@ def describe(error: BaseException) -> str:
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + " ..."
     lowered = text.lower()
-    if "out-of-date database schema" in lowered or "can't locate revision" in lowered:
+    if SCHEMA_OUT_OF_DATE in lowered or "can't locate revision" in lowered:
         advice = (
             "another MLflow release made the store: back it up and run `mlflow db upgrade URI`, or install that release"
         )
@@ -219,7 +220,7 @@ def _prepare(settings: Settings) -> MlflowClient:
             try:
                 return _client(settings)
             except MlflowException as error:
-                if "out-of-date database schema" not in str(error):
+                if SCHEMA_OUT_OF_DATE not in str(error):
                     raise
             _upgrade(settings)
             return _client(settings)

@@ -16,8 +16,8 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from rankwise.compat.mlflow import artifact_repository, local_directory
 from rankwise.exceptions import TrackingError
 from rankwise.redact import redact
 from rankwise.settings import Settings, set_process_defaults
@@ -85,7 +85,7 @@ def round_trip(location: str, tracking_uri: str) -> dict[str, Any]:
         target.mkdir()
         step = "write"
         try:
-            repository = get_artifact_repository(location, tracking_uri=tracking_uri)
+            repository = artifact_repository(location, tracking_uri)
             steps = {"write": lambda: repository.log_artifact(str(file)), "read": read, "delete": _deleting(repository)}
             for step, act in steps.items():
                 began = time.perf_counter()
@@ -100,11 +100,11 @@ def _deleting(repository: Any) -> Any:
     def delete() -> None:
         repository.delete_artifacts("probe.bin")
         # In a directory the empty folder stays behind; an object store has none.
-        directory = getattr(repository, "artifact_dir", None)
-        if directory is not None and Path(directory).is_dir():
-            Path(directory).rmdir()
+        directory = local_directory(repository)
+        if directory is not None and directory.is_dir():
+            directory.rmdir()
             with suppress(OSError):  # Another doctor is at work beside this one.
-                Path(directory).parent.rmdir()
+                directory.parent.rmdir()
 
     return delete
 

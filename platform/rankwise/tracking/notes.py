@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from mlflow import MlflowClient
 
+from rankwise.compat.mlflow import SHARED_VIEW
 from rankwise.experiment.arm import ArmSpec, param_name
 from rankwise.experiment.schema import ExperimentSpec, keys_of
 from rankwise.tracking.errors import tracking_errors
@@ -109,7 +110,7 @@ def _text(value: object) -> str:
 
 
 _KEY = "rankwise"
-VIEW_TAG = f"mlflow.sharedViewState.{_KEY}"
+VIEW_TAG = f"{SHARED_VIEW}{_KEY}"
 _ALWAYS = ("lora.r", "lora.lora_alpha", "lora.lora_dropout")
 # In pixels: settings are short numbers, of metrics the name is long.
 _NARROW, _WIDE = 100, 130

@@ -38,6 +38,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
+from rankwise.compat.mlflow import LOGGED_ARTIFACTS
 from rankwise.exceptions import TrackingError
 from rankwise.files import storage_errors
 from rankwise.redact import redact
@@ -305,7 +306,6 @@ def _header(path: Path, line: bytes) -> Mapping[str, Any]:
 MAX_METRICS = 1000
 MAX_ITEMS = 100
 MAX_BYTES = 400_000
-_LOGGED_ARTIFACTS = "mlflow.loggedArtifacts"
 _BATCHED = ("m", "params", "tags")
 _KINDS = frozenset({*_BATCHED, "input", "file", "status", "end"})
 
@@ -427,7 +427,7 @@ def _artifact(client: MlflowClient, run_id: str, source: Path, path: str, *, tab
     if table:
         # What log_table would set, so that the UI shows it as a table. log_table itself appends to an artifact that is
         # there already: sending twice would double the rows.
-        known = json.loads(client.get_run(run_id).data.tags.get(_LOGGED_ARTIFACTS, "[]"))
+        known = json.loads(client.get_run(run_id).data.tags.get(LOGGED_ARTIFACTS, "[]"))
         entry = {"path": path, "type": "table"}
         if entry not in known:
-            client.set_tag(run_id, _LOGGED_ARTIFACTS, json.dumps([*known, entry]))
+            client.set_tag(run_id, LOGGED_ARTIFACTS, json.dumps([*known, entry]))

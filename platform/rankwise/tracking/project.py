@@ -15,8 +15,8 @@ from mlflow.entities import RunStatus
 from mlflow.exceptions import ExecutionException
 from mlflow.projects import SubmittedRun
 from mlflow.projects.backend.abstract_backend import AbstractBackend
-from mlflow.projects.utils import _fetch_project
 
+from rankwise.compat.mlflow import fetch_project
 from rankwise.exceptions import RankwiseError
 from rankwise.redact import redact
 from rankwise.settings import Settings, set_process_defaults
@@ -163,7 +163,7 @@ def _request(
     if not isinstance(priority, int):
         raise ExecutionException(f"backend_config: priority is a whole number, got {priority!r}")
     return ProjectRequest(
-        file=Path(_fetch_project(uri, version)) / str(params[EXPERIMENT]),
+        file=fetch_project(uri, version) / str(params[EXPERIMENT]),
         overrides=tuple(f"{key}={value}" for key, value in params.items() if key != EXPERIMENT),
         priority=priority,
         preflight=bool(config.get("preflight", True)),

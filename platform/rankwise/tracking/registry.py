@@ -15,6 +15,7 @@ from mlflow.entities import LoggedModelInput, Metric
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 from mlflow.exceptions import MlflowException
 
+from rankwise.compat.mlflow import MODEL_VERSIONS
 from rankwise.exceptions import TrackingError
 from rankwise.tracking.errors import paged, tracking_errors
 from rankwise.tracking.values import DatasetRecord
@@ -25,7 +26,6 @@ _PAGE = 1000
 _LOGGED_MODEL = re.compile(r"m-[0-9a-f]{32}")
 _LOGGED_SOURCE = re.compile(r"models:/(m-[0-9a-f]{32})")
 _VERSION_SOURCE = re.compile(r"models:/[^/]+/[0-9]+")
-_VERSIONS = "mlflow.modelVersions"
 _FORMS = "`models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/m-ID` or `runs:/RUN_ID/NAME`"
 
 
@@ -146,9 +146,9 @@ class Registry:
                 name, f"models:/{model_id}", run_id, tags=dict(tags or {}), description=description, model_id=model_id
             )
             model = self._client.get_logged_model(model_id)
-            links = json.loads(model.tags.get(_VERSIONS, "[]"))
+            links = json.loads(model.tags.get(MODEL_VERSIONS, "[]"))
             links.append({"name": name, "version": str(version.version)})
-            self._client.set_logged_model_tags(model_id, {_VERSIONS: json.dumps(links)})
+            self._client.set_logged_model_tags(model_id, {MODEL_VERSIONS: json.dumps(links)})
         return ModelVersion.of(version)
 
     def versions(self, name: str) -> list[ModelVersion]:

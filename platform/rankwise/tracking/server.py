@@ -24,9 +24,9 @@ from mlflow.environment_variables import (
     MLFLOW_TRACKING_SERVER_CERT_PATH,
     MLFLOW_TRACKING_TOKEN,
 )
-from mlflow.utils.credentials import read_mlflow_creds
 
 from rankwise import supervise
+from rankwise.compat.mlflow import INCOMPLETE_JOB, JOBS_ROUTE, executes_jobs, tracking_credentials
 from rankwise.exceptions import TrackingError
 from rankwise.files import storage_errors
 from rankwise.settings import Settings, child_environment
@@ -214,9 +214,9 @@ def is_loopback(host: str) -> bool:
 
 
 def _credentials(user: str | None, password: str | None) -> dict[str, str]:
-    found = read_mlflow_creds()
-    if found.username or user:
-        auth = requests.auth.HTTPBasicAuth(found.username or user or "", found.password or password or "")
+    own_user, own_password = tracking_credentials()
+    if own_user or user:
+        auth = requests.auth.HTTPBasicAuth(own_user or user or "", own_password or password or "")
         prepared = auth(requests.Request("GET", "http://localhost").prepare())
         return {"Authorization": str(prepared.headers["Authorization"])}
     token = MLFLOW_TRACKING_TOKEN.get()
@@ -235,12 +235,6 @@ def _status(session: requests.Session, base: str, headers: dict[str, str]) -> in
 
 def _jobs(session: requests.Session, base: str, secret: dict[str, str]) -> str:
     """Asks for a job without its parameters: refused before anything is stored, by words that tell whether jobs run."""
-    answer = session.post(
-        f"{base}/ajax-api/3.0/jobs/",
-        json={"job_name": "optimize_prompts", "params": {}},
-        headers=secret,
-        timeout=_ANSWER_S,
-    )
-    if "not enabled" in answer.text or answer.status_code in {404, 405}:
-        return "off"
-    return "on" if answer.status_code in {400, 500} else "unknown"
+    answer = session.post(f"{base}{JOBS_ROUTE}", json=INCOMPLETE_JOB, headers=secret, timeout=_ANSWER_S)
+    executes = executes_jobs(answer.status_code, answer.text)
+    return "unknown" if executes is None else "on" if executes else "off"

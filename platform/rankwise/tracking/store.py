@@ -14,6 +14,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from rankwise.compat.mlflow import EXPERIMENT_KIND, TRAINING_KIND
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
 from rankwise.tracking.errors import connect, is_final, tracking_errors, unreachable
@@ -349,7 +350,7 @@ class Store:
 
 def _experiment_tags(spec: ExperimentSpec | None) -> dict[str, str]:
     # The kind keeps the UI from asking whether this is about training or about language model applications.
-    tags = {"mlflow.experimentKind": "custom_model_development"}
+    tags = {EXPERIMENT_KIND: TRAINING_KIND}
     if spec is not None:
         tags[VIEW_TAG] = table_view(spec)
     if spec is not None and spec.description:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
+from rankwise.compat.mlflow import DATASET_COLUMNS, DATASET_CONTEXT
 from rankwise.redact import redact
 
 
@@ -32,7 +33,6 @@ def encoded(text: str) -> bytes:
 Context = Literal["train", "eval", "predict"]
 # MLflow's column holds 36 characters.
 _DIGEST_LENGTH = 36
-_CONTEXT = "mlflow.data.context"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class DatasetRecord:
     def entity(self) -> DatasetInput:
         """MLflow's form of it."""
         schema = {
-            "mlflow_colspec": [{"type": kind, "name": name, "required": True} for name, kind in self.columns.items()]
+            DATASET_COLUMNS: [{"type": kind, "name": name, "required": True} for name, kind in self.columns.items()]
         }
         dataset = Dataset(
             name=storable(self.name)[:500],
@@ -77,5 +77,8 @@ class DatasetRecord:
         )
         return DatasetInput(
             dataset=dataset,
-            tags=[InputTag(key=_CONTEXT, value=self.context), InputTag(key="rankwise.digest", value=self.digest)],
+            tags=[
+                InputTag(key=DATASET_CONTEXT, value=self.context),
+                InputTag(key="rankwise.digest", value=self.digest),
+            ],
         )
