@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from rankwise.assets.base import ResolvedBase
 from rankwise.data.tokens import Encoded
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.check import expand, load_experiment
+from rankwise.experiment.experiment import load_experiment
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.reporter import SILENT
 from rankwise.settings import Settings
@@ -147,7 +147,7 @@ def make_workload(
     document["training"]["eval_steps"] = eval_steps
     everything = _write(directory / "all.yaml", document, points)
     definition = _write(directory / "sweep.yaml", document, points[:sweep_arms])
-    specs = expand(load_experiment(everything))
+    specs = load_experiment(everything).arms
     sources = find_sources(specs[0], settings, SILENT)
     tokenizer = AutoTokenizer.from_pretrained(str(sources.base.path), local_files_only=True)
     rows = RowsCache(settings, SILENT).get(specs[0], sources, tokenizer)

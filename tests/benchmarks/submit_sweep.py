@@ -12,7 +12,7 @@ from helpers.inline_worker import Listener
 from helpers.project import make_project
 
 import rankwise.tasks.submit as enqueue
-from rankwise.experiment.check import parse_experiment
+from rankwise.experiment.experiment import parse_experiment
 from rankwise.settings import Settings
 from rankwise.tasks.context import open_context
 from rankwise.tasks.rows import RowsCache
@@ -32,8 +32,8 @@ def submit_sweep(directory: Path, arms: int) -> dict[str, float]:
         def seconds(name: str, count: int) -> float:
             seeds = ", ".join(map(str, range(count)))
             sweep = f"sweep={{parameters: {{lora.r: [2], seed: [{seeds}]}}}}"
-            spec = parse_experiment(text, "tiny.yaml", [f"name={name}", f"description={name}", sweep])
-            prepared = prepare(context, spec, RowsCache(settings, context.voice), preflight=False)
+            experiment = parse_experiment(text, "tiny.yaml", [f"name={name}", f"description={name}", sweep])
+            prepared = prepare(context, experiment, RowsCache(settings, context.voice), preflight=False)
             began = time.perf_counter()
             submit(context, prepared, command="bench")
             return time.perf_counter() - began

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankwise.experiment.check import parse_experiment
-from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.experiment import Experiment, parse_experiment
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DIGEST = "sha256:" + "ab" * 32
@@ -53,6 +52,6 @@ def changed(*changes: tuple[str, str], text: str = DEFINITION) -> str:
 
 def parse(
     *changes: tuple[str, str], overrides: tuple[str, ...] = (), directory: Path | None = None, text: str = DEFINITION
-) -> ExperimentSpec:
-    """The checked definition with texts replaced."""
+) -> Experiment:
+    """The experiment of the definition with texts replaced."""
     return parse_experiment(changed(*changes, text=text), "small.yaml", overrides, directory=directory)

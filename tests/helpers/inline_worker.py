@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rankwise.experiment.experiment import parse_experiment
 from rankwise.jobs.job import Worker
 from rankwise.jobs.store import SqlJobStore
 from rankwise.reporter import Kind, Reporter
@@ -104,16 +105,19 @@ def inline_worker(settings: Settings, voice: Any) -> Iterator[WorkerLoop]:
     store.close()
 
 
+def submission(definition: str, command: str = "run") -> dict[str, Any]:
+    """The command to submit the text of a definition, as `rankwise run` gives it to its child."""
+    experiment = parse_experiment(definition, "x.yaml").to_json()
+    return {"do": "submit", "experiment": experiment, "source": None, "overrides": [], "command": command}
+
+
 def run_inline(settings: Settings, definition: str, *, max_arms: int = 16) -> tuple[dict[str, Any], list[str]]:
     """What `rankwise run` does with the text of a definition: the comparison, and what was told."""
     voice = Listener()
-    submission = {
-        "do": "submit", "definition": definition, "name": "x.yaml", "source": None, "overrides": [], "command": "run",
-    }  # fmt: skip
     with inline_worker(settings, voice) as loop:
-        sweep = loop.ask(submission)
+        sweep = loop.ask(submission(definition))
         if sweep["jobs"]:
             jobs = loop.work(Plan(among=frozenset(sweep["jobs"]), max_arms=max_arms, fragile=True))
-            loop.ask({**submission, **sweep, "do": "finish", "jobs": sorted(jobs)})
+            loop.ask({**sweep, "do": "finish", "jobs": sorted(jobs), "command": "run"})
         compared = loop.ask({"do": "compare", "experiment": sweep["experiment"], "width": 200, "terminal": False})
     return compared["json"], voice.told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.inline_worker import Listener, inline_worker
+from helpers.inline_worker import Listener, inline_worker, submission
 from helpers.local_store import prepared_home
 from helpers.project import sums, write_rows
 from helpers.tiny import make_base
@@ -57,12 +57,6 @@ def away(monkeypatch, times):
         return real(*arguments, **named)
 
     monkeypatch.setattr(flavor, "log_adapter", log_adapter)
-
-
-def submission(text):
-    return {
-        "do": "submit", "definition": text, "name": "x.yaml", "source": None, "overrides": [], "command": "run",
-    }  # fmt: skip
 
 
 def test_arms_over_two_bases_wait_together_and_are_registered_over_their_own(settings, queue, tmp_path, monkeypatch):

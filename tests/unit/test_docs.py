@@ -12,8 +12,8 @@ from helpers.definitions import DEFINITION
 
 from rankwise.cli.main import _COMMANDS, BROKEN_PIPE, INTERRUPTED, cli
 from rankwise.exceptions import RankwiseError
-from rankwise.experiment.check import parse_experiment
 from rankwise.experiment.document import read_document
+from rankwise.experiment.experiment import parse_experiment
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "platform" / "docs"

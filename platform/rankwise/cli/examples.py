@@ -10,7 +10,7 @@ from rich.table import Table
 import rankwise
 from rankwise.cli.output import note, print_json, print_table
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.check import load_experiment
+from rankwise.experiment.experiment import load_experiment
 from rankwise.files import storage_errors, write_atomically
 
 
@@ -58,7 +58,7 @@ def _shipped() -> Path:
 
 
 def _list(files: dict[str, Path], as_json: bool) -> None:
-    descriptions = {name: load_experiment(path).description for name, path in files.items()}
+    descriptions = {name: load_experiment(path).spec.description for name, path in files.items()}
     if as_json:
         print_json({"examples": [{"name": name, "description": text} for name, text in descriptions.items()]})
         return

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rankwise.cli.output import Bars, note, print_foreign_json, print_json, print_table
-from rankwise.experiment.check import expand, is_search, load_experiment, planned_rounds, require_known_arms
 from rankwise.experiment.editor_schema import editor_schema, reference
+from rankwise.experiment.experiment import load_experiment
 from rankwise.experiment.plan import Plan, count_rows, make_plan
 from rankwise.experiment.rules import rung_advice
 from rankwise.experiment.schema import ExperimentSpec
@@ -50,11 +50,11 @@ def command_line(file: Path | None, overrides: Sequence[str], source: str | None
 @definition
 def validate(file: Path, overrides: tuple[str, ...]) -> None:
     """Check the experiment FILE and say what it holds; every problem is reported at once."""
-    spec = load_experiment(file, overrides)
-    arms = expand(spec)
-    count = sum(planned_rounds(spec)) or len(arms)
-    parts = len(planned_rounds(spec))
-    rounds = f" in {parts} {'round' if parts == 1 else 'rounds'} ({spec.sweep.method})" if is_search(spec) else ""
+    experiment = load_experiment(file, overrides)
+    spec, arms = experiment.spec, experiment.arms
+    count = sum(experiment.planned_rounds) or len(arms)
+    parts = len(experiment.planned_rounds)
+    rounds = f" in {parts} {'round' if parts == 1 else 'rounds'} ({spec.sweep.method})" if experiment.is_search else ""
     click.echo(f"{file}: valid: {spec.name}, {count} {'arm' if count == 1 else 'arms'}{rounds}")
     for advice in rung_advice(spec.sweep.early_stopping, arms):
         note(advice)
@@ -66,8 +66,9 @@ def validate(file: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool) -> None:
     """Show the arms of the experiment FILE, their hashes, and what they will take."""
-    spec = load_experiment(file, overrides)
-    made = make_plan(spec, count_rows(spec.dataset.train))
+    experiment = load_experiment(file, overrides)
+    spec = experiment.spec
+    made = make_plan(experiment, count_rows(spec.dataset.train))
     if estimates:
         config = base_config(spec)
         if config is None:
@@ -171,8 +172,8 @@ def submit(
     """
     settings = Settings.load()
     # A wrong file is told before anything heavy is imported.
-    spec = load_experiment(file, overrides)
-    require_known_arms(spec)
+    experiment = load_experiment(file, overrides)
+    experiment.require_known_arms()
     console = Console(stderr=True, highlight=False)
     with Bars(console) as bars:
         from rankwise.tasks.context import open_context
@@ -181,7 +182,7 @@ def submit(
         from rankwise.tasks.submit import submit as submit_prepared
 
         with open_context(settings, bars) as context:
-            prepared = prepare(context, spec, RowsCache(settings, bars), preflight=preflight)
+            prepared = prepare(context, experiment, RowsCache(settings, bars), preflight=preflight)
             # Once more for jobs that are done: it completes what an earlier submission left out.
             command = command_line(file, overrides)
             submitted = submit_prepared(context, prepared, command=command, priority=priority, after=after)

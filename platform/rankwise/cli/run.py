@@ -18,7 +18,7 @@ from rich.console import Console
 from rankwise.cli.experiment import command_line
 from rankwise.cli.output import Bars, on_terminal, print_json
 from rankwise.exceptions import RankwiseError
-from rankwise.experiment.check import load_experiment
+from rankwise.experiment.experiment import load_experiment
 from rankwise.settings import Settings, child_environment
 from rankwise.worker.heartbeat import Stop
 from rankwise.worker.loop import WorkerLoop
@@ -53,12 +53,11 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
         raise click.UsageError("give an experiment FILE, or --from RUN_OR_MODEL_URI")
     settings = Settings.load()
     # A wrong file is told before anything is started.
-    spec = load_experiment(file, overrides) if file is not None else None
+    experiment = load_experiment(file, overrides) if file is not None else None
     console = Console(stderr=True, highlight=False)
     submission = {
         "do": "submit",
-        "definition": None if spec is None else spec.to_yaml(),
-        "name": str(file),
+        "experiment": None if experiment is None else experiment.to_json(),
         "source": source,
         "overrides": list(overrides),
         "command": command_line(file, overrides, source),
@@ -112,7 +111,7 @@ def _run(
             with workers_beside(loop, bars, stop, others, *sweep_of, max_arms, _GRACE_S):
                 jobs = loop.work(plan)
             if not stop.asked:
-                finish = {**submission, **sweep, "do": "finish", "jobs": sorted(jobs)}
+                finish = {**sweep, "do": "finish", "jobs": sorted(jobs), "command": submission["command"]}
                 loop.ask(finish, at_once=False)
         except RankwiseError as error:
             _end_quietly(loop, bars, {**end, "killed": False, "reason": str(error)})

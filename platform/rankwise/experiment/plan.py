@@ -11,9 +11,9 @@ from typing import Any
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.check import labelled_arms, planned_rounds
+from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.halving import Budget, PlannedRung, budget
-from rankwise.experiment.schema import EarlyStoppingSpec, EvalSplit, ExperimentSpec
+from rankwise.experiment.schema import EarlyStoppingSpec, EvalSplit
 from rankwise.experiment.source import LocalSource, parse_source
 
 # A plan answers at once; above this size, counting rows would take longer than a second.
@@ -126,18 +126,19 @@ class Plan:
         return data
 
 
-def make_plan(spec: ExperimentSpec, rows: int | None = None) -> Plan:
-    """Plan a definition.
+def make_plan(experiment: Experiment, rows: int | None = None) -> Plan:
+    """Plan an experiment.
 
     Args:
-        spec: The definition.
+        experiment: The experiment.
         rows: Rows of `dataset.train` before a split, where they are known (see `count_rows`).
 
     Raises:
         ConfigError: The evaluation split leaves no row for training.
     """
-    arms = tuple(_plan_arm(label, arm, rows) for label, arm in labelled_arms(spec))
-    rounds = planned_rounds(spec)
+    spec = experiment.spec
+    arms = tuple(_plan_arm(label, arm, rows) for label, arm in experiment.labelled_arms)
+    rounds = experiment.planned_rounds
     stopping = spec.sweep.early_stopping
     return Plan(
         experiment=spec.name,

@@ -24,12 +24,11 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.document import to_yaml
 
 
 def plain(value: Any) -> Any:
@@ -577,51 +576,12 @@ class ExperimentSpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     """What MLflow gets."""
 
-    _expressions: dict[str, str] = PrivateAttr(default_factory=dict)
-    # Written down on another machine: its files need not be here.
-    _elsewhere: bool = PrivateAttr(default=False)
-
     @property
     def register(self) -> RegisterSpec | None:
         """Where adapters are registered, or None."""
         return self.registration
 
     @property
-    def expressions(self) -> dict[str, str]:
-        """Field paths that the file gives as an expression, with its text: {"lora.lora_alpha": "2*r"}."""
-        return dict(self._expressions)
-
-    @property
     def checkpoint(self) -> Literal["last", "best"]:
         """Which state of an arm counts as its result."""
         return self.registration.checkpoint if self.registration else "last"
-
-    def document(self) -> dict[str, Any]:
-        """The whole definition as plain data, defaults included, expressions as their text."""
-        data: dict[str, Any] = plain(self.model_dump(mode="json", by_alias=True))
-        for path, text in self._expressions.items():
-            *parents, leaf = path.split(".")
-            section = data
-            for parent in parents:
-                section = section[parent]
-            section[leaf] = text
-        return data
-
-    def to_yaml(self) -> str:
-        """The whole definition as an experiment file, with which the same arms come out again."""
-        return to_yaml(self.document())
-
-    def with_pins(
-        self,
-        *,
-        base_model_revision: str | None = None,
-        train_revision: str | None = None,
-        eval_revision: str | None = None,
-        init_from: str | None = None,
-    ) -> ExperimentSpec:
-        """The same definition with pins filled in; what is None stays as it is."""
-        data = {"train_revision": train_revision, "eval_revision": eval_revision}
-        top = {"base_model_revision": base_model_revision, "init_from": init_from}
-        dataset = self.dataset.model_copy(update={key: value for key, value in data.items() if value is not None})
-        update = {key: value for key, value in top.items() if value is not None}
-        return self.model_copy(update={**update, "dataset": dataset})

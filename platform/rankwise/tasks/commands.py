@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rankwise.evaluation.gather import gather
 from rankwise.evaluation.smallest_rank import smallest_rank
-from rankwise.experiment.check import parse_experiment
+from rankwise.experiment.experiment import Experiment, parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.report.table import comparison_json, comparison_view
 from rankwise.tasks.claim import open_run
@@ -105,20 +105,21 @@ def _submit(session: Session, command: Message) -> Value:
         context.voice.warn(f"an earlier run left something that cannot be delivered: {problem}")
     if command["source"] is not None:
         text = recorded_definition(context, command["source"])
-        spec = parse_experiment(text, command["source"], command["overrides"])
+        experiment = parse_experiment(text, command["source"], command["overrides"])
     else:
-        spec = parse_experiment(command["definition"], command["name"])
-    prepared = prepare(context, spec, session.rows, bases=session.bases)
+        experiment = Experiment.from_json(command["experiment"])
+    prepared = prepare(context, experiment, session.rows, bases=session.bases)
+    context.experiments.add(prepared.experiment)
     if prepared.complete:
         make_current(context, prepared)
         session.voice.say(f"nothing to do: all {len(prepared.sweep_arms)} arms are trained and evaluated")
-        return {"experiment": prepared.spec.name, "parent_run_id": None, "jobs": []}
+        return {"experiment": prepared.experiment.spec.name, "parent_run_id": None, "jobs": []}
     submitted = submit(context, prepared, command=command["command"])
     session.begin(submitted.parent_run_id, begin_sweep)
     return {
         "experiment": submitted.experiment,
         "parent_run_id": submitted.parent_run_id,
-        "definition": prepared.spec.to_yaml(),
+        "definition": prepared.experiment.text,
         "jobs": [job.id for job in submitted.jobs],
     }
 
@@ -128,12 +129,12 @@ def _finish(session: Session, command: Message) -> Value:
     session.phase("report")
     context = session.context
     jobs = context.queue.jobs(ids=command["jobs"])
-    spec = parse_experiment(command["definition"], command["name"])
+    experiment = context.experiments.get(command["definition"], f"the definition of {command['experiment']}")
     failed = [job for job in jobs if job.state is JobState.FAILED]
     finish_sweep(
         context,
-        spec,
-        arms_of(spec, jobs),
+        experiment,
+        arms_of(experiment, jobs),
         command["parent_run_id"],
         failed=len(failed),
         command=command["command"],

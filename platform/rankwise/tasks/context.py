@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from rankwise.exceptions import RankwiseError, is_out_of_memory
 from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.experiment import Experiment, parse_experiment
 from rankwise.jobs.job import Job, JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.store import SqlJobStore
 from rankwise.reporter import Reporter
@@ -23,6 +24,36 @@ from rankwise.tracking.store import Store
 from rankwise.worker.child import LESS_MEMORY
 from rankwise.worker.placers import this_worker
 from rankwise.worker.protocol import Failure
+
+_MOST_EXPERIMENTS = 16
+
+
+class Experiments:
+    """The experiments that this process knows, by the text of their definition; the ones used last stay."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._known: dict[str, Experiment] = {}
+
+    def add(self, experiment: Experiment) -> None:
+        """Keep one that was checked already."""
+        self._keep(experiment.text, experiment)
+
+    def get(self, definition: str, name: str) -> Experiment:
+        """The experiment of a definition, parsed and checked only the first time; `name` is for messages.
+
+        Raises:
+            ConfigError: It is not valid.
+        """
+        experiment = self._known.pop(definition, None) or parse_experiment(definition, name)
+        self._keep(definition, experiment)
+        return experiment
+
+    def _keep(self, definition: str, experiment: Experiment) -> None:
+        self._known.pop(definition, None)
+        self._known[definition] = experiment
+        if len(self._known) > _MOST_EXPERIMENTS:
+            del self._known[next(iter(self._known))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +65,15 @@ class Context:
     queue: SqlJobStore
     voice: Reporter
     stop: threading.Event = field(default_factory=threading.Event)
+    experiments: Experiments = field(default_factory=Experiments)
+
+    def experiment_of(self, work: Work) -> Experiment:
+        """The experiment that a job is a part of.
+
+        Raises:
+            ConfigError: Its definition is no longer valid.
+        """
+        return self.experiments.get(work.definition, f"the definition of {work.experiment}")
 
     @property
     def worker(self) -> Worker:

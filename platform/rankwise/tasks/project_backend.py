@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rankwise.experiment.check import load_experiment, require_known_arms
+from rankwise.experiment.experiment import load_experiment
 from rankwise.jobs.job import Job, JobState
 from rankwise.jobs.store import SqlJobStore
 from rankwise.reporter import Advance, Kind, Remark, Reporter
@@ -43,11 +43,11 @@ class RankwiseBackend(ProjectBackend):
         Raises:
             RankwiseError: As `rankwise submit`.
         """
-        spec = load_experiment(request.file, request.overrides)
-        require_known_arms(spec)
+        experiment = load_experiment(request.file, request.overrides)
+        experiment.require_known_arms()
         voice = LogReporter()
         with open_context(settings, voice) as context:
-            prepared = prepare(context, spec, RowsCache(settings, voice), preflight=request.preflight)
+            prepared = prepare(context, experiment, RowsCache(settings, voice), preflight=request.preflight)
             sets = [f"--set={each}" for each in request.overrides]
             command = shlex.join(["rankwise", "run", str(request.file), *sets])
             submitted = submit(context, prepared, command=command, priority=request.priority)

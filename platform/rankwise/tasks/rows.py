@@ -22,7 +22,8 @@ from rankwise.data.tokens import EncodedSet, encode
 from rankwise.digests import canonical_json
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.schema import DatasetSpec, ExperimentSpec
+from rankwise.experiment.experiment import Experiment
+from rankwise.experiment.schema import DatasetSpec
 from rankwise.modeling.estimate import Estimator, match_targets
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings
@@ -80,11 +81,11 @@ def find_sources(
     return Sources(base=base, train=train, eval=evaluation)
 
 
-def pin(spec: ExperimentSpec, settings: Settings, progress: Reporter, registry: Registry) -> ExperimentSpec:
+def pin(experiment: Experiment, settings: Settings, progress: Reporter, registry: Registry) -> Experiment:
     """Fetch base and rows, and fill in every pin that the definition leaves open.
 
     Args:
-        spec: The definition.
+        experiment: The experiment.
         settings: Where the caches are.
         progress: Told of downloads and conversions.
         registry: Says which version the alias of `init_from` points to now.
@@ -93,9 +94,10 @@ def pin(spec: ExperimentSpec, settings: Settings, progress: Reporter, registry: 
         AssetError: A source cannot be had, or is not what its pin says.
         TrackingError: `init_from` names nothing that exists.
     """
+    spec = experiment.spec
     base = resolve_base(spec.base_model, spec.base_model_revision, settings, progress)
     train, evaluation = find_data(spec.dataset, settings, progress)
-    return spec.with_pins(
+    return experiment.with_pins(
         base_model_revision=base.revision,
         train_revision=train.revision,
         eval_revision=None if evaluation is None else evaluation.revision,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.check import ArmResult, Round, is_search, labelled_arms, parse_experiment, rounds
+from rankwise.experiment.experiment import ArmResult, Experiment, Round
 from rankwise.experiment.halving import PRUNED, Competitor, Decision, Standing, decide, rungs
 from rankwise.experiment.schema import EarlyStoppingSpec, ExperimentSpec, digest, greater_is_better
 from rankwise.experiment.search import TrialState
@@ -82,7 +82,8 @@ def settle_rungs(context: Context, jobs: Collection[Job]) -> list[Job]:
         standings = {_standing(job) for job in members}
         if Standing.PAUSED not in standings or Standing.RUNNING in standings:
             continue
-        stopping = _stopping(work)
+        stopping = context.experiment_of(work).spec.sweep.early_stopping
+        assert stopping is not None, "a job of a group has a definition with early stopping"
         decision = decide(stopping, [competitor(stopping, job) for job in members])
         if decision is None:
             continue
@@ -153,12 +154,6 @@ def _members(context: Context, experiment: str, group: str) -> Iterator[Job]:
     return (job for job in jobs if job.spec.get("group") == group)
 
 
-def _stopping(work: Work) -> EarlyStoppingSpec:
-    stopping = parse_experiment(work.definition, f"the definition of {work.experiment}").sweep.early_stopping
-    assert stopping is not None, "a job of a group has a definition with early stopping"
-    return stopping
-
-
 def _tell(context: Context, work: Work, stopping: EarlyStoppingSpec, decision: Decision) -> None:
     step = rungs(stopping, _FAR)[decision.rung]
     kept, of = len(decision.promote), len(decision.promote) + len(decision.prune)
@@ -185,9 +180,13 @@ class SweepArm:
     settled: bool = False
 
 
-def arms_so_far(context: Context, spec: ExperimentSpec) -> list[SweepArm]:
-    """The arms of a definition; of a search those of the rounds that have ended and of the next one."""
-    parts = [each.arms for each in rounds_so_far(context, spec)] if is_search(spec) else [labelled_arms(spec)]
+def arms_so_far(context: Context, experiment: Experiment) -> list[SweepArm]:
+    """The arms of an experiment; of a search those of the rounds that have ended and of the next one."""
+    spec = experiment.spec
+    if experiment.is_search:
+        parts = [part.arms for part in rounds_so_far(context, experiment)]
+    else:
+        parts = [experiment.labelled_arms]
     found: list[SweepArm] = []
     for number, part in enumerate(parts):
         arms = [arm for _, arm in part]
@@ -197,9 +196,9 @@ def arms_so_far(context: Context, spec: ExperimentSpec) -> list[SweepArm]:
     return found
 
 
-def rounds_so_far(context: Context, spec: ExperimentSpec) -> tuple[Round, ...]:
+def rounds_so_far(context: Context, experiment: Experiment) -> tuple[Round, ...]:
     """The rounds of a search that have ended, and the next one; of random draws, all in one."""
-    return rounds(spec, lambda arms: results_of(context, spec, arms))
+    return experiment.rounds(lambda arms: results_of(context, experiment.spec, arms))
 
 
 def results_of(context: Context, spec: ExperimentSpec, arms: Sequence[ArmSpec]) -> dict[str, ArmResult]:
@@ -244,13 +243,13 @@ def _value(evaluation: Job, key: str) -> float | None:
     return metrics.get(key, {}).get("value")
 
 
-def publish_history(context: Context, spec: ExperimentSpec, parent: Run) -> None:
+def publish_history(context: Context, experiment: Experiment, parent: Run) -> None:
     """Store the history with the sweep's run: a table, a plot, and the best value after each trial as a curve."""
-    found = history(context, spec)
-    wanted = spec.sweep.trials
+    found = history(context, experiment)
+    wanted = experiment.spec.sweep.trials
     if wanted is not None and len(found.trials) < wanted:
         tried = len(found.trials)
-        context.voice.warn(f"{spec.name}: {tried} of {wanted} arms: no further point was found that differs")
+        context.voice.warn(f"{found.experiment}: {tried} of {wanted} arms: no further point was found that differs")
     parent.json(found.to_json(), "search/history.json")
     parent.text(history_page(found), "search/history.html")
     for number, best in enumerate(found.best_so_far):
@@ -258,9 +257,10 @@ def publish_history(context: Context, spec: ExperimentSpec, parent: Run) -> None
             parent.metric("search.best_so_far", best, number)
 
 
-def history(context: Context, spec: ExperimentSpec) -> History:
+def history(context: Context, experiment: Experiment) -> History:
     """All trials of a search so far."""
-    found = rounds_so_far(context, spec)
+    spec = experiment.spec
+    found = rounds_so_far(context, experiment)
     trials: list[HistoryTrial] = []
     for each in found:
         arms = [arm for _, arm in each.arms]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rankwise.exceptions import ConfigError, TrackingError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.check import expand, is_search, load_experiment, parse_experiment
+from rankwise.experiment.experiment import Experiment, load_experiment, parse_experiment
 from rankwise.experiment.schema import ExperimentSpec, keys_of
 from rankwise.jobs.job import JobKind
 from rankwise.tasks.context import Context, Work
@@ -119,8 +119,8 @@ def recorded_setting(context: Context, uri: str, file: Path | None = None) -> Se
         ConfigError: No definition is recorded, or the file is not valid.
         TrackingError: There is no such version.
     """
-    spec = load_experiment(file) if file is not None else _parsed(context, uri)
-    return Setting(spec=spec, arm=_arm(context, spec, uri, recorded=file is None))
+    experiment = load_experiment(file) if file is not None else _parsed(context, uri)
+    return Setting(spec=experiment.spec, arm=_arm(context, experiment, uri, recorded=file is None))
 
 
 def without_aliases(context: Context, uris: Sequence[str]) -> dict[str, str]:
@@ -136,16 +136,16 @@ def without_aliases(context: Context, uris: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _parsed(context: Context, uri: str) -> ExperimentSpec:
+def _parsed(context: Context, uri: str) -> Experiment:
     # A team mate has it from MLflow: neither the training data nor the base need lie where they lay.
     return parse_experiment(recorded_definition(context, uri), uri, elsewhere=True)
 
 
-def _arm(context: Context, spec: ExperimentSpec, uri: str, *, recorded: bool) -> ArmSpec:
+def _arm(context: Context, experiment: Experiment, uri: str, *, recorded: bool) -> ArmSpec:
     """The arm behind a version: as the queue has it, where the definition is the recorded one, else out of that."""
     version = context.store.registry.resolve(uri).version if uri.startswith("models:") else None
     spec_hash = "" if version is None else version.tags.get("rankwise.spec_hash", "")
     if recorded and (job := context.queue.find(JobKind.TRAIN, [spec_hash]).get(spec_hash)):
         return Work.of(job).arm
-    arms = () if is_search(spec) else expand(spec)
-    return next((arm for arm in arms if arm.spec_hash == spec_hash), ArmSpec.of(spec))
+    arms = () if experiment.is_search else experiment.arms
+    return next((arm for arm in arms if arm.spec_hash == spec_hash), ArmSpec.of(experiment.spec))

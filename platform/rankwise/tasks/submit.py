@@ -19,9 +19,9 @@ from rankwise.evaluation.gather import BASE_EVALUATIONS, DEFAULT_PRIMARY_METRIC,
 from rankwise.evaluation.metrics import MetricValue, to_tracking
 from rankwise.exceptions import JobError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.check import expand, is_search, planned_rounds
+from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.rules import rung_advice
-from rankwise.experiment.schema import ExperimentSpec, digest
+from rankwise.experiment.schema import digest
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.modeling.adapter import embedding_rows
 from rankwise.modeling.base import load_tokenizer
@@ -240,10 +240,10 @@ SWEEP = "rankwise.sweep"
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A definition that is ready for the queue.
+    """An experiment that is ready for the queue.
 
     Attributes:
-        spec: With every pin.
+        experiment: With every pin.
         sweep_arms: Its arms; of a search those that are known so far.
         sweep: Names the set of arms and evaluations: the tag `rankwise.sweep` of the sweep's run.
         experiment_id: Of MLflow.
@@ -252,7 +252,7 @@ class Prepared:
         reports: Preflight and preview by the name of the rows.
     """
 
-    spec: ExperimentSpec
+    experiment: Experiment
     sweep_arms: Sequence[SweepArm]
     sweep: str
     experiment_id: str
@@ -283,7 +283,7 @@ class Submitted:
 
 def prepare(
     context: Context,
-    spec: ExperimentSpec,
+    experiment: Experiment,
     rows: RowsCache,
     *,
     preflight: bool = True,
@@ -293,7 +293,7 @@ def prepare(
 
     Args:
         context: The stores.
-        spec: The definition; missing pins are resolved and recorded.
+        experiment: The experiment; missing pins are resolved and recorded.
         rows: Makes rows into tokens, and keeps them.
         preflight: Whether to check rows.
         bases: Loads the base, for a process that trains next; otherwise only its tokenizer is read.
@@ -304,17 +304,17 @@ def prepare(
         AssetError: Base or rows cannot be had.
         TrackingError: The tracking server does not answer.
     """
-    pinned = pin(spec, context.settings, context.voice, context.store.registry)
+    pinned = pin(experiment, context.settings, context.voice, context.store.registry)
     sweep_arms = arms_so_far(context, pinned)
     arms = [each.arm for each in sweep_arms]
     sweep = _identity(pinned)
-    experiment_id = context.store.experiment(pinned.name, pinned)
+    experiment_id = context.store.experiment(pinned.spec.name, pinned.spec)
     before = [run for run in context.store.runs(experiment_id, kind="sweep") if run.tags.get(SWEEP) == sweep]
     complete = all_done(context, sweep_arms) and bool(before) and before[-1].status == "FINISHED"
-    for advice in () if complete else rung_advice(pinned.sweep.early_stopping, arms):
+    for advice in () if complete else rung_advice(pinned.spec.sweep.early_stopping, arms):
         context.voice.warn(advice)
     return Prepared(
-        spec=pinned,
+        experiment=pinned,
         sweep_arms=sweep_arms,
         sweep=sweep,
         experiment_id=experiment_id,
@@ -345,7 +345,7 @@ def submit(
         JobError: A job of `after` does not exist.
         TrackingError: The tracking server does not answer.
     """
-    spec = prepared.spec
+    spec = prepared.experiment.spec
     for job_id in after:
         context.queue.get(job_id)
     parent_run_id = prepared.parent_run_id or _create_parent(context, prepared, command)
@@ -358,24 +358,28 @@ def submit(
         run_name="",
         register_as=None if spec.register is None else spec.register.name,
         log_examples=spec.tracking.log_examples,
-        definition=spec.to_yaml(),
+        definition=prepared.experiment.text,
         command=command,
     )
     jobs = queue_arms(context, first, prepared.sweep_arms, priority=priority, after=after)
     return Submitted(experiment=spec.name, parent_run_id=parent_run_id, jobs=tuple(jobs))
 
 
-def _identity(spec: ExperimentSpec) -> str:
+def _identity(experiment: Experiment) -> str:
     """Names a sweep by its arms, their evaluations and what ranks them.
 
     A search, whose arms follow from results, is named by its first ones.
     """
-    arms = expand(spec)
+    spec, arms = experiment.spec, experiment.arms
     hashes = [*(arm.spec_hash for arm in arms), *(arm.eval_hash() for arm in arms)]
     if (primary := spec.evaluation.primary_metric) != DEFAULT_PRIMARY_METRIC:
         hashes.append(primary)
     named = sorted([*hashes, *{arm.base_eval_hash() for arm in arms}])
-    return digest({"search": spec.sweep.model_dump(mode="json"), "first": named}) if is_search(spec) else digest(named)
+    return (
+        digest({"search": spec.sweep.model_dump(mode="json"), "first": named})
+        if experiment.is_search
+        else digest(named)
+    )
 
 
 def _check(
@@ -413,16 +417,16 @@ def _tokenizer(sources: Sources) -> tuple[Any, int]:
 
 def _create_parent(context: Context, prepared: Prepared, command: str) -> str:
     provenance = collect()
-    spec = prepared.spec
+    spec = prepared.experiment.spec
     run = context.store.start_run(
         prepared.experiment_id,
-        f"sweep of {sum(planned_rounds(spec)) or len(prepared.sweep_arms)} arms",
+        f"sweep of {sum(prepared.experiment.planned_rounds) or len(prepared.sweep_arms)} arms",
         tags={**provenance.tags(), SWEEP: prepared.sweep, PRIMARY_METRIC: spec.evaluation.primary_metric},
         description=sweep_note(spec, prepared.arms, command=command),
         kind="sweep",
         status="SCHEDULED",
     )
-    run.text(spec.to_yaml(), "experiment.yaml")
+    run.text(prepared.experiment.text, "experiment.yaml")
     run.json(provenance.to_dict(), "provenance.json")
     if provenance.git.diff:
         run.text(provenance.git.diff, "uncommitted.diff")
@@ -448,6 +452,6 @@ def _store_reports(context: Context, prepared: Prepared, parent_run_id: str) -> 
     run = _resume_current(context, prepared, parent_run_id)
     for name, (report, preview) in prepared.reports.items():
         run.json(asdict(report), f"{name}/preflight.json")
-        if prepared.spec.tracking.log_examples:
+        if prepared.experiment.spec.tracking.log_examples:
             run.text(preview, f"{name}/preview.html")
     run.leave()

@@ -18,7 +18,7 @@ from rankwise.evaluation.gather import gather, typed_params
 from rankwise.evaluation.smallest_rank import RankFinding, smallest_rank
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.check import is_search, labelled_arms, parse_experiment, planned_rounds
+from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.search import SEARCHES
 from rankwise.jobs.job import Job, JobKind, JobState
@@ -103,17 +103,18 @@ _MOST_ROWS = 25
 
 
 def publish_report(
-    context: Context, spec: ExperimentSpec, arms: Sequence[ArmSpec], parent: Run, command: str
+    context: Context, experiment: Experiment, arms: Sequence[ArmSpec], parent: Run, command: str
 ) -> Comparison:
     """Compare the arms of this sweep, store comparison and report, and point the alias to the best version.
 
     Args:
         context: The stores.
-        spec: The definition.
+        experiment: The experiment.
         arms: The sweep's arms; others of the same experiment are left out.
         parent: The sweep's run.
         command: How to run it again, for the note.
     """
+    spec = experiment.spec
     # Another sweep of the experiment may have been submitted since, with a primary metric and a base of its own.
     known = gather(context.store, spec.name, everything=True, parent_run_id=parent.run_id)
     everything = with_waiting(context.store, context.queue, known, everything=True)
@@ -191,7 +192,7 @@ def begin_sweep(context: Context, parent_run_id: str) -> None:
 
 def finish_sweep(
     context: Context,
-    spec: ExperimentSpec,
+    experiment: Experiment,
     arms: Sequence[ArmSpec],
     parent_run_id: str,
     *,
@@ -202,7 +203,7 @@ def finish_sweep(
 
     Args:
         context: The stores.
-        spec: The definition.
+        experiment: The experiment.
         arms: The sweep's arms.
         parent_run_id: The sweep's run.
         failed: How many of its jobs have failed.
@@ -211,9 +212,9 @@ def finish_sweep(
     end_pruned_runs(context, context.queue.find(JobKind.TRAIN, [arm.spec_hash for arm in arms]).values())
     parent = context.store.resume_run(parent_run_id, system_metrics=False, repeats=False, restart=False)
     try:
-        comparison = publish_report(context, spec, arms, parent, command)
-        if spec.sweep.method in SEARCHES:
-            publish_history(context, spec, parent)
+        comparison = publish_report(context, experiment, arms, parent, command)
+        if experiment.spec.sweep.method in SEARCHES:
+            publish_history(context, experiment, parent)
     except BaseException:
         parent.leave(timeout=0.0)
         raise
@@ -235,9 +236,10 @@ def finish_complete(context: Context, jobs: Collection[Job]) -> list[str]:
         if any(_of_sweep(context.queue, work.experiment, parent_run_id, _UNFINISHED)):
             continue
         own = jobs_of_sweep(context.queue, work.experiment, parent_run_id)
-        spec = parse_experiment(work.definition, f"the definition of {work.experiment}")
+        experiment = context.experiment_of(work)
         failed = sum(job.state is JobState.FAILED for job in own)
-        finish_sweep(context, spec, arms_of(spec, own), parent_run_id, failed=failed, command=work.command)
+        arms = arms_of(experiment, own)
+        finish_sweep(context, experiment, arms, parent_run_id, failed=failed, command=work.command)
         context.voice.done(f"{work.experiment}: all jobs of the sweep have ended; rankwise compare {work.experiment}")
         finished.append(parent_run_id)
     return finished
@@ -270,9 +272,9 @@ def finish_open(context: Context, *, watched: str | None = None) -> tuple[str, .
     return tuple(finished)
 
 
-def arms_of(spec: ExperimentSpec, jobs: Collection[Job]) -> list[ArmSpec]:
+def arms_of(experiment: Experiment, jobs: Collection[Job]) -> list[ArmSpec]:
     """The arms of a sweep: those of its definition, and those that were proposed while it ran."""
-    arms = {arm.spec_hash: arm for _, arm in labelled_arms(spec)}
+    arms = {arm.spec_hash: arm for arm in experiment.arms}
     for job in jobs:
         if job.kind is JobKind.TRAIN:
             arm = Work.of(job).arm
@@ -302,10 +304,10 @@ def submit_next(context: Context, jobs: Collection[Job]) -> list[Job]:
     """
     found: list[Job] = []
     for work, priority in _sweeps(jobs):
-        spec = parse_experiment(work.definition, f"the definition of {work.experiment}")
-        if not is_search(spec):
+        experiment = context.experiment_of(work)
+        if not experiment.is_search:
             continue
-        arms = arms_so_far(context, spec)
+        arms = arms_so_far(context, experiment)
         trains = context.queue.find(JobKind.TRAIN, [each.arm.spec_hash for each in arms])
         evaluations = context.queue.find(JobKind.EVALUATE, [each.arm.eval_hash() for each in arms])
         new = [
@@ -315,7 +317,7 @@ def submit_next(context: Context, jobs: Collection[Job]) -> list[Job]:
             if not each.settled and (each.arm.spec_hash not in trains or each.arm.eval_hash() not in evaluations)
         ]
         if new:
-            context.voice.say(_told(history(context, spec), len(planned_rounds(spec)), len(new)))
+            context.voice.say(_told(history(context, experiment), len(experiment.planned_rounds), len(new)))
             found += queue_arms(context, work, new, priority=priority)
         found += [*trains.values(), *evaluations.values()]
     return found

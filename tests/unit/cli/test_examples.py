@@ -10,7 +10,7 @@ import rankwise
 from rankwise.cli.examples import examples
 from rankwise.cli.experiment import plan, validate
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.check import expand, load_experiment
+from rankwise.experiment.experiment import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 NAMES = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
@@ -38,22 +38,20 @@ def test_the_list_has_every_shipped_file_with_its_description():
 def test_an_example_is_written_with_what_it_refers_to_and_has_the_same_arms(name, tmp_path):
     assert run(examples, name).stdout == f"{name}.yaml\n"
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    config = Path(load_experiment(EXPERIMENTS / f"{name}.yaml").base_model_config).relative_to(EXPERIMENTS)
+    config = Path(load_experiment(EXPERIMENTS / f"{name}.yaml").spec.base_model_config).relative_to(EXPERIMENTS)
     assert written == sorted([Path(f"{name}.yaml"), Path("schema.json"), config])
     assert [path.read_bytes() for path in written] == [(EXPERIMENTS / path).read_bytes() for path in written]
     run(validate, f"{name}.yaml")
     assert json.loads(run(plan, f"{name}.yaml", "--json").stdout)["experiment"] == name
-    shipped = expand(load_experiment(EXPERIMENTS / f"{name}.yaml"))
-    assert [arm.spec_hash for arm in expand(load_experiment(Path(f"{name}.yaml")))] == [
-        arm.spec_hash for arm in shipped
-    ]
+    shipped = load_experiment(EXPERIMENTS / f"{name}.yaml").arms
+    assert [arm.spec_hash for arm in load_experiment(Path(f"{name}.yaml")).arms] == [arm.spec_hash for arm in shipped]
 
 
 def test_another_place_may_be_chosen(tmp_path):
     document = json.loads(run(examples, "diamonds-rank", "--out", "new/mine.yaml", "--json").stdout)
     assert document["file"] == "new/mine.yaml"
     assert document["files"] == ["new/configs/smollm2-135m.json", "new/schema.json", "new/mine.yaml"]
-    assert load_experiment(tmp_path / "new" / "mine.yaml").name == "diamonds-rank"
+    assert load_experiment(tmp_path / "new" / "mine.yaml").spec.name == "diamonds-rank"
 
 
 def test_the_same_command_again_succeeds_and_a_changed_file_is_kept(tmp_path):

@@ -12,7 +12,7 @@ from helpers.definitions import DEFINITION, changed
 
 from rankwise.cli.experiment import command_line, plan, schema, submit, validate
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.check import expand, load_experiment
+from rankwise.experiment.experiment import load_experiment
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 HEAVY = ("torch", "transformers", "mlflow", "datasets", "peft", "sqlalchemy", "numpy")
@@ -44,7 +44,7 @@ def test_validate_raises_all_problems_for_the_caller_to_print(file):
 
 def test_plan_prints_the_contract_s_json(file):
     data = json.loads(run(plan, file, "--no-estimates", "--json").stdout)
-    arms = expand(load_experiment(file))
+    arms = load_experiment(file).arms
     assert data["experiment"] == "small"
     assert [arm["spec_hash"] for arm in data["arms"]] == [arm.spec_hash for arm in arms]
     assert [arm["params"]["lora.r"] for arm in data["arms"]] == [4, 8]

@@ -18,7 +18,7 @@ OWN_EVAL = ("  eval: {split_from: train, rows: 20}", f"  eval: org/eval\n  eval_
 
 
 def arm(*changes: tuple[str, str]) -> ArmSpec:
-    return ArmSpec.of(parse(*changes, text=NO_SWEEP))
+    return ArmSpec.of(parse(*changes, text=NO_SWEEP).spec)
 
 
 def test_the_hash_is_64_hex_digits_and_names_the_adapter_without_dots():
@@ -117,9 +117,9 @@ def test_evaluation_rows_of_their_own_do_not_influence_the_adapter():
 )
 def test_with_the_best_checkpoint_the_evaluations_choose_the_result(change):
     text = changed(BEST, EVERY_5, OWN_EVAL, text=NO_SWEEP)
-    one = ArmSpec.of(parse(text=text))
+    one = ArmSpec.of(parse(text=text).spec)
     assert one.checkpoint == "best"
-    assert ArmSpec.of(parse(change, text=text)).spec_hash != one.spec_hash
+    assert ArmSpec.of(parse(change, text=text).spec).spec_hash != one.spec_hash
     assert one.spec_hash != arm(OWN_EVAL).spec_hash
     assert (one.params["register.checkpoint"], one.params["training.eval_steps"]) == ("best", 5)
 

@@ -17,13 +17,13 @@ def report(*changes: tuple[str, str]) -> tuple[str, ...]:
     return document.report([*problems, *check(document).problems])
 
 
-def test_a_good_definition_gives_arms_and_the_points_they_come_from():
+def test_a_good_definition_gives_arms_and_what_sets_them_apart():
     document, _ = read_document(DEFINITION, "f.yaml")
     checked = check(document)
     assert checked.problems == []
     assert checked.spec.name == "small"
     assert [arm.lora.r for arm in checked.arms] == [4, 8]
-    assert [point.label for point in checked.points] == ["lora.r=4", "lora.r=8"]
+    assert checked.labels == ("lora.r=4", "lora.r=8")
 
 
 def test_a_wrong_value_of_a_sweep_is_reported_where_it_stands():
@@ -128,7 +128,7 @@ def test_any_data_in_any_section_is_reported_and_never_crashes(key, value):
 @given(name=st.data(), value=JSON)
 def test_any_data_in_any_field_is_reported_and_never_crashes(section, name, value):
     document, _ = read_document(DEFINITION, "f.yaml")
-    known = sorted(check(document).spec.document()[section])
+    known = sorted(check(document).spec.model_dump(by_alias=True)[section])
     document.data.setdefault(section, {})[name.draw(st.sampled_from([*known, "x"]))] = value
     checked = check(document)
     assert checked.spec is not None or document.report(checked.problems)

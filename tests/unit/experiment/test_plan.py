@@ -6,16 +6,15 @@ import pytest
 from helpers.definitions import COMMIT, parse
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.check import expand
 from rankwise.experiment.plan import MAX_COUNTED_BYTES, count_rows, make_plan
 
 EPOCHS = ("  max_steps: 20", "  num_train_epochs: 2")
 
 
 def test_a_plan_has_the_arms_with_steps_and_an_upper_bound_of_tokens():
-    spec = parse(("  warmup_steps: 5", "  warmup_steps: 5\n  gradient_accumulation_steps: 2\n  max_length: 64"))
-    plan = make_plan(spec)
-    assert [planned.arm for planned in plan.arms] == list(expand(spec))
+    experiment = parse(("  warmup_steps: 5", "  warmup_steps: 5\n  gradient_accumulation_steps: 2\n  max_length: 64"))
+    plan = make_plan(experiment)
+    assert [planned.arm for planned in plan.arms] == list(experiment.arms)
     assert {(planned.steps, planned.tokens) for planned in plan.arms} == {(20, 20 * 8 * 2 * 64)}
     assert [planned.label for planned in plan.arms] == ["lora.r=4", "lora.r=8"]
 
@@ -41,17 +40,17 @@ def test_a_plan_is_provisional_while_a_pin_is_open():
 
 
 def test_epochs_become_steps_once_the_rows_are_known():
-    spec = parse(EPOCHS)
-    assert {planned.steps for planned in make_plan(spec).arms} == {None}
-    assert make_plan(spec).to_json()["arms"][0]["estimates"] == {"steps": None, "tokens": None}
+    experiment = parse(EPOCHS)
+    assert {planned.steps for planned in make_plan(experiment).arms} == {None}
+    assert make_plan(experiment).to_json()["arms"][0]["estimates"] == {"steps": None, "tokens": None}
     # 100 rows, 20 of them held out: 80 rows, batches of 8, twice.
-    assert {planned.steps for planned in make_plan(spec, 100).arms} == {20}
+    assert {planned.steps for planned in make_plan(experiment, 100).arms} == {20}
 
 
 def test_a_limit_bounds_the_rows_of_training():
-    spec = parse(EPOCHS, ("dataset:\n", "dataset:\n  limit: {train: 40}\n"))
-    assert {planned.steps for planned in make_plan(spec, 100).arms} == {10}
-    assert {planned.steps for planned in make_plan(spec, 30).arms} == {3}
+    experiment = parse(EPOCHS, ("dataset:\n", "dataset:\n  limit: {train: 40}\n"))
+    assert {planned.steps for planned in make_plan(experiment, 100).arms} == {10}
+    assert {planned.steps for planned in make_plan(experiment, 30).arms} == {3}
 
 
 def test_few_rows_make_a_small_batch():

@@ -9,7 +9,7 @@ from rankwise.experiment.rules import View, find_problems
 
 
 def data():
-    return copy.deepcopy(parse().document())
+    return copy.deepcopy(parse().document)
 
 
 def messages(document, wrong=()):

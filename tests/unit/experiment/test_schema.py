@@ -70,16 +70,21 @@ def test_whole_numbers_have_one_spelling():
 
 
 def test_sections_left_out_take_the_documented_defaults():
-    spec = parse()
-    assert spec.quantization == QuantizationSpec(
+    experiment = parse()
+    assert experiment.spec.quantization == QuantizationSpec(
         load_in_4bit=True,
         load_in_8bit=False,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype="auto",
     )
-    assert (spec.sweep.method, spec.seed, spec.tracking.log_examples, spec.init_from) == ("grid", 0, True, None)
-    training = parse().training
+    assert (
+        experiment.spec.sweep.method,
+        experiment.spec.seed,
+        experiment.spec.tracking.log_examples,
+        experiment.spec.init_from,
+    ) == ("grid", 0, True, None)
+    training = parse().spec.training
     assert (training.save_steps, training.logging_steps, training.eval_steps, training.max_grad_norm) == (
         100,
         1,
@@ -89,8 +94,8 @@ def test_sections_left_out_take_the_documented_defaults():
 
 
 def test_register_is_a_plain_attribute_although_its_name_is_taken_by_abcmeta():
-    assert parse().register.name == "pricer"
-    assert parse(("register:\n  name: pricer\n  alias: best\n", "")).register is None
+    assert parse().spec.register.name == "pricer"
+    assert parse(("register:\n  name: pricer\n  alias: best\n", "")).spec.register is None
 
 
 @pytest.mark.parametrize(
@@ -125,26 +130,26 @@ def test_eval_is_a_source_or_a_split():
 
 
 def test_pins_are_filled_in_and_expressions_stay():
-    spec = parse((f"base_model_revision: {COMMIT}\n", ""))
-    assert spec.base_model_revision is None
-    pinned = spec.with_pins(base_model_revision=COMMIT, train_revision="1" * 40)
-    assert (pinned.base_model_revision, pinned.dataset.train_revision) == (COMMIT, "1" * 40)
-    assert pinned.dataset.eval_revision is None
+    experiment = parse((f"base_model_revision: {COMMIT}\n", ""))
+    assert experiment.spec.base_model_revision is None
+    pinned = experiment.with_pins(base_model_revision=COMMIT, train_revision="1" * 40)
+    assert (pinned.spec.base_model_revision, pinned.spec.dataset.train_revision) == (COMMIT, "1" * 40)
+    assert pinned.spec.dataset.eval_revision is None
     assert pinned.expressions == {"lora.lora_alpha": "2*r"}
-    assert spec.base_model_revision is None
+    assert experiment.spec.base_model_revision is None
     assert pinned.with_pins() == pinned
 
 
 def test_a_definition_can_be_copied_and_sent_to_another_process():
-    spec = parse()
-    assert copy.deepcopy(spec) == spec
-    again = pickle.loads(pickle.dumps(spec))
-    assert again == spec
-    assert again.expressions == spec.expressions
+    experiment = parse()
+    assert copy.deepcopy(experiment) == experiment
+    again = pickle.loads(pickle.dumps(experiment))
+    assert again == experiment
+    assert again.expressions == experiment.expressions
 
 
 def test_the_document_has_defaults_and_expressions():
-    document = parse().document()
+    document = parse().document
     assert document["lora"]["lora_alpha"] == "2*r"
     assert document["training"]["gradient_accumulation_steps"] == 1
     assert document["register"] == {"name": "pricer", "alias": "best", "checkpoint": "last"}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.check import parse_experiment
+from rankwise.experiment.experiment import parse_experiment
 
 DEFINITION = """\
 version: 1

@@ -19,7 +19,7 @@ OWN, OTHER = "sha256:own", "sha256:other"
 
 @pytest.fixture
 def grouped(monkeypatch):
-    spec = parse()
+    spec = parse().spec
     arm = ArmSpec.of(spec)
     fingerprint = SimpleNamespace(digest="sha256:base")
     found = SimpleNamespace(path=Path("base"), source=arm.base_model, revision=arm.base_model_revision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.inline_worker import Listener, inline_worker
+from helpers.inline_worker import Listener, inline_worker, submission
 from helpers.project import make_project
 
 from rankwise.cli.jobs import open_queue
@@ -23,11 +23,8 @@ def test_modules_and_columns_that_are_not_there_are_all_told_before_the_base_is_
     (tmp_path / "e.csv").write_text("a,sum\n1,2\n")
     settings = Settings.load()
     voice = Listener()
-    submission = {
-        "do": "submit", "definition": definition, "name": "tiny.yaml", "source": None, "overrides": [], "command": "",
-    }  # fmt: skip
     with inline_worker(settings, voice) as loop, pytest.raises(ConfigError) as caught:
-        loop.ask(submission)
+        loop.ask(submission(definition))
     problems = str(caught.value).splitlines()
     assert len(problems) == 3
     assert problems[0].startswith("lora.target_modules: the base has no linear layer 'mlp.q_proj'")

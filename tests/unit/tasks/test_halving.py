@@ -10,17 +10,18 @@ from types import SimpleNamespace
 import pytest
 from helpers.definitions import parse
 
-from rankwise.experiment.check import labelled_arms
 from rankwise.jobs.job import JobState, Outcome, Worker
 from rankwise.jobs.store import SqlJobStore
-from rankwise.tasks.context import Work
+from rankwise.settings import Settings
+from rankwise.tasks.context import Context, Work
 from rankwise.tasks.search import end_pruned_runs, group_of, is_pruned, paused_at, paused_result, settle_rungs, stops_of
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
 GRID = "    lora.r: [4, 8]"
 SWEEP = "    lora.r: [1, 2, 3, 4, 5, 6, 7, 8]\n  early_stopping: {min_steps: 5, eta: 2}"
-SPEC = parse((GRID, SWEEP))
-ARMS = labelled_arms(SPEC)
+EXPERIMENT = parse((GRID, SWEEP))
+SPEC = EXPERIMENT.spec
+ARMS = EXPERIMENT.labelled_arms
 
 
 class Runs:
@@ -37,14 +38,15 @@ class Runs:
 def context(tmp_path):
     queue = SqlJobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
     said: list[str] = []
-    yield SimpleNamespace(queue=queue, store=Runs(), voice=SimpleNamespace(say=said.append), said=said)
+    voice = SimpleNamespace(say=said.append, said=said)
+    yield Context(settings=Settings.load(), queue=queue, store=Runs(), voice=voice)
     queue.close()
 
 
 def work(label, arm, **changes) -> Work:
     given = {
         "arm": arm, "experiment": "small", "experiment_id": "1", "parent_run_id": "p", "run_name": label,
-        "register_as": None, "log_examples": True, "definition": SPEC.to_yaml(),
+        "register_as": None, "log_examples": True, "definition": EXPERIMENT.text,
         "stops": stops_of(SPEC, [arm for _, arm in ARMS]), "group": group_of(SPEC, [arm for _, arm in ARMS]),
     }  # fmt: skip
     return Work(**{**given, **changes})
@@ -80,11 +82,11 @@ def states(context, jobs):
 def test_rungs_end_where_one_is_left_and_the_group_is_its_arms_and_settings():
     assert stops_of(SPEC, [arm for _, arm in ARMS]) == (5, 10, 20)
     assert stops_of(SPEC, [arm for _, arm in ARMS[:2]]) == (5,)
-    assert stops_of(parse(), []) == ()
-    assert group_of(parse(), []) is None
+    assert stops_of(parse().spec, []) == ()
+    assert group_of(parse().spec, []) is None
     arms = [arm for _, arm in ARMS]
     assert group_of(SPEC, arms) == group_of(SPEC, arms[::-1])
-    assert len({group_of(SPEC, arms), group_of(SPEC, arms[1:]), group_of(parse((GRID, f"{SWEEP}\n")), arms)}) == 2
+    assert len({group_of(SPEC, arms), group_of(SPEC, arms[1:]), group_of(parse((GRID, f"{SWEEP}\n")).spec, arms)}) == 2
 
 
 def test_a_sweep_is_halved_until_one_arm_is_left(context):
@@ -100,7 +102,7 @@ def test_a_sweep_is_halved_until_one_arm_is_left(context):
     assert states(context, evaluations) == ["cancelled"] * 4 + ["queued"] * 4
     assert context.queue.get(trains[0].id).error == "pruned at step 5: eval.loss 8 is not among the best 4 of 8"
     assert context.store.ended["run1"] == ("KILLED", "pruned at step 5: eval.loss 8 is not among the best 4 of 8")
-    assert context.said == ["small: 4 of 8 arms go on after step 5 (by eval.loss)"]
+    assert context.voice.said == ["small: 4 of 8 arms go on after step 5 (by eval.loss)"]
 
     second = claim(context)
     assert [job.id for job in second] == [job.id for job in trains[4:]], "packed together again"
@@ -185,11 +187,12 @@ def test_the_last_arm_does_not_stop_at_further_rungs(context):
 
 
 def test_seeds_of_a_configuration_go_on_together(context):
-    spec = parse((GRID, "    lora.r: [4, 8]\n    seed: [0, 1, 2]\n  early_stopping: {min_steps: 5, eta: 2}"))
-    arms = labelled_arms(spec)
+    experiment = parse((GRID, "    lora.r: [4, 8]\n    seed: [0, 1, 2]\n  early_stopping: {min_steps: 5, eta: 2}"))
+    arms = experiment.labelled_arms
     own = [arm for _, arm in arms]
-    assert stops_of(spec, own) == (5,), "two configurations"
-    trains, _ = submit(context, arms, definition=spec.to_yaml(), stops=stops_of(spec, own), group=group_of(spec, own))
+    assert stops_of(experiment.spec, own) == (5,), "two configurations"
+    stops, group = stops_of(experiment.spec, own), group_of(experiment.spec, own)
+    trains, _ = submit(context, arms, definition=experiment.text, stops=stops, group=group)
     # r = 4 has the best seed, r = 8 the better mean.
     pause(context, claim(context), [1, 6, 8, 3, 4, 5])
     settle_rungs(context, trains)

@@ -1,9 +1,12 @@
 import json
 
+import pytest
 from helpers.arms import small_arms
+from helpers.definitions import DEFINITION, parse
 
+from rankwise.exceptions import ConfigError
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.tasks.context import Work
+from rankwise.tasks.context import Experiments, Work
 
 
 def work(arm, **changes) -> Work:
@@ -46,3 +49,25 @@ def test_adapters_and_the_bare_base_are_evaluated_together():
 
 def test_the_bare_base_is_one_job_whatever_arm_names_it():
     assert len({work(arm, bare=True).evaluate_job().spec_hash for arm in small_arms()}) == 1
+
+
+def test_a_definition_is_checked_once_however_it_is_spelled():
+    experiments = Experiments()
+    first = experiments.get(DEFINITION, "here")
+    assert first == parse()
+    assert first.text != DEFINITION
+    assert experiments.get(DEFINITION, "there") is first
+    experiments.add(first)
+    assert experiments.get(first.text, "there") is first
+
+
+def test_the_experiments_used_last_are_known_and_a_wrong_definition_never_is():
+    experiments = Experiments()
+    first = experiments.get(DEFINITION, "here")
+    for number in range(40):
+        experiments.get(f"{DEFINITION}seed: {number}\n", "here")
+        assert experiments.get(DEFINITION, "here") is first
+    assert len(experiments._known) <= 16
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"^the definition of small:6: lora\.r"):
+            experiments.get(DEFINITION.replace("  r: 8", "  r: 0"), "the definition of small")

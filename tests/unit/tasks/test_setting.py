@@ -8,7 +8,6 @@ import pytest
 from helpers.definitions import DEFINITION, changed, parse
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.check import expand
 from rankwise.tasks import setting
 from rankwise.tasks.setting import recorded_setting, without_aliases
 
@@ -16,7 +15,7 @@ from rankwise.tasks.setting import recorded_setting, without_aliases
 @pytest.fixture
 def trained():
     """The arm of rank 8, as the queue knows it."""
-    return expand(parse())[1]
+    return parse().arms[1]
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_a_file_decides_about_rows_and_metrics_although_the_queue_knows_the_vers
     arm = recorded_setting(context, "models:/pricer/3", file).arm
     assert arm.dataset.prompt == "Price of {carat}:"
     assert arm.evaluation.metrics == ("loss",)
-    assert arm.spec_hash == ArmSpec.of(parse(("How much is {carat}?", "Price of {carat}:"))).spec_hash
+    assert arm.spec_hash == ArmSpec.of(parse(("How much is {carat}?", "Price of {carat}:")).spec).spec_hash
     file.write_text(changed(("[loss, number]", "[loss]")))
     arm = recorded_setting(context, "models:/pricer/3", file).arm
     assert (arm.spec_hash, arm.evaluation.metrics) == (trained.spec_hash, ("loss",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers import inline_worker as inline
 from helpers.inline_worker import Listener, inline_worker
 from helpers.project import make_project
 
@@ -29,10 +30,7 @@ def ask(settings, *commands):
 
 def submission(ranks):
     definition = (Settings.load().home.parent / "tiny.yaml").read_text().replace("[2, 4]", str(ranks))
-    return {
-        "do": "submit", "definition": definition, "name": "tiny.yaml", "source": None, "overrides": [],
-        "command": "rankwise run tiny.yaml",
-    }  # fmt: skip
+    return inline.submission(definition, "rankwise run tiny.yaml")
 
 
 COMPARE = {"do": "compare", "experiment": "tiny", "width": 200, "terminal": False}
