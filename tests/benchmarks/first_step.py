@@ -18,7 +18,7 @@ from helpers.local_store import prepared_home
 from mlflow import MlflowClient
 
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings, child_environment
 
 DEFINITION = Path(__file__).parents[2] / "experiments" / "diamonds-rank.yaml"
@@ -68,7 +68,7 @@ class _Bench:
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         self._home, self._environment = home, environment
-        self._queue = SqlJobStore(f"sqlite:///{home / 'rankwise.db'}", lock=home / "queue.lock")
+        self._queue = JobStore(f"sqlite:///{home / 'rankwise.db'}", lock=home / "queue.lock")
         self._client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
         self._worker: subprocess.Popen[bytes] | None = None
 

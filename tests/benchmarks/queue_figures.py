@@ -23,7 +23,7 @@ from typing import Any
 
 from rankwise.cli.main import cli
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 PROCESSES = 8
 # About as long as the row of an arm of the diamonds experiment.
@@ -45,7 +45,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 def claim_all(url: str, lock: str) -> None:
     """The program of one of the processes: claim and finish, one job at a time, until nothing is left."""
-    store = SqlJobStore(url, lock=Path(lock))
+    store = JobStore(url, lock=Path(lock))
     worker = Worker(name=f"bench:{os.getpid()}", host="bench", pid=os.getpid())
     print("ready", flush=True)
     sys.stdin.readline()
@@ -58,7 +58,7 @@ def claim_all(url: str, lock: str) -> None:
 
 def claims(url: str, lock: Path, count: int) -> dict[str, float]:
     """Claims and ends a second by eight processes at once."""
-    store = SqlJobStore(url, lock=lock)
+    store = JobStore(url, lock=lock)
     store.submit(new(count))
     command = [sys.executable, "-m", "benchmarks.queue_figures", "--claim", url, str(lock)]
     processes = [
@@ -90,7 +90,7 @@ def claims(url: str, lock: Path, count: int) -> dict[str, float]:
 
 def submit(url: str, lock: Path, count: int) -> dict[str, float]:
     """Submit arms with an evaluation each, and the same once more."""
-    store = SqlJobStore(url, lock=lock)
+    store = JobStore(url, lock=lock)
     trains: list[Any] = []
 
     def both() -> None:
@@ -108,7 +108,7 @@ def submit(url: str, lock: Path, count: int) -> dict[str, float]:
 
 def listing(url: str, lock: Path, count: int) -> dict[str, float]:
     """Pages, counts and a claim while the queue is long; commands as a user runs them, without the start of Python."""
-    store = SqlJobStore(url, lock=lock)
+    store = JobStore(url, lock=lock)
     have = sum(store.counts().values())
     for start in range(have, count, 10_000):
         store.submit(new(min(10_000, count - start), 10**7 + start, pack_key=f"p{start}"))

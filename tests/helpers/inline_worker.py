@@ -12,7 +12,7 @@ from typing import Any
 
 from rankwise.experiment.experiment import parse_experiment
 from rankwise.jobs.job import Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.reporter import Kind, Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.commands import COMMANDS
@@ -91,7 +91,7 @@ class Listener(Reporter):
 
 @contextmanager
 def inline_worker(settings: Settings, voice: Any) -> Iterator[WorkerLoop]:
-    store = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    store = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     with WorkerLoop(
         store,
         worker=Worker(name="inline", host="here", pid=os.getpid()),

@@ -10,7 +10,7 @@ from rankwise.jobs import queries as health
 from rankwise.jobs.database import current_revision, head_revision, open_engine, upgrade
 from rankwise.jobs.job import JobState, Outcome, Worker
 from rankwise.jobs.rows import Table
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 WORKER = Worker(name="new", host="new", pid=2)
 # What waited for a failed job for ever is cancelled by the migration.
@@ -49,7 +49,7 @@ class MigrationContract:
         assert health.check(saved).problems == ()
 
     def test_what_waited_in_vain_is_cancelled_and_says_why(self, saved, lock):
-        store = SqlJobStore(saved, lock=lock)
+        store = JobStore(saved, lock=lock)
         first, second = sorted((job for job in store.jobs() if job.spec_hash in CHANGED), key=lambda job: job.spec_hash)
         cause = next(job for job in store.jobs() if job.spec_hash == "fatal-hash")
         assert (first.state, first.error) == (JobState.CANCELLED, f"{cause.title} failed")
@@ -57,7 +57,7 @@ class MigrationContract:
         store.close()
 
     def test_life_goes_on_after_a_migration(self, saved, lock):
-        store = SqlJobStore(saved, lock=lock)
+        store = JobStore(saved, lock=lock)
         jobs = {job.spec_hash: job for job in store.jobs()}
         running, asked = jobs["running-hash"], jobs["asked-to-stop-hash"]
         assert store.beat([running.token, asked.token], lease=60).cancelled == {asked.token}

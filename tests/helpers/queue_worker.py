@@ -18,7 +18,7 @@ import psutil
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import JobState, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stopped.append(True))
     worker = Worker(name=f"{socket.gethostname()}:{os.getpid()}", host=socket.gethostname(), pid=os.getpid())
     options.notes.mkdir(parents=True, exist_ok=True)
-    store = patiently(lambda: SqlJobStore(options.url, lock=options.notes / "lock"), stopped)
+    store = patiently(lambda: JobStore(options.url, lock=options.notes / "lock"), stopped)
     notes = options.notes / f"{worker.pid}-{time.time_ns()}"
     states = [JobState.QUEUED, JobState.RUNNING, JobState.UPLOADING]
     while not stopped:

@@ -18,7 +18,7 @@ import psutil
 from helpers import warm
 from helpers.project import Project, make_project
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 TESTS = Path(__file__).parents[1]
 
@@ -55,8 +55,8 @@ class Process:
 
 
 @contextmanager
-def queue_of(project: Project) -> Iterator[SqlJobStore]:
-    store = SqlJobStore(f"sqlite:///{project.home / 'rankwise.db'}", lock=project.home / "queue.lock")
+def queue_of(project: Project) -> Iterator[JobStore]:
+    store = JobStore(f"sqlite:///{project.home / 'rankwise.db'}", lock=project.home / "queue.lock")
     try:
         yield store
     finally:

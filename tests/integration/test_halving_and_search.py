@@ -12,7 +12,7 @@ from helpers.tiny import make_base
 
 from rankwise.experiment.experiment import parse_experiment
 from rankwise.jobs.job import JobKind
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.tracking.query import search_runs
 from rankwise.tracking.store import Store
 
@@ -117,7 +117,7 @@ def test_a_search_goes_on_from_results_and_leaves_its_history(files, tmp_path):
     (second,) = (line for line in told if line.startswith("searched: round "))
     assert second.startswith("searched: round 2 of 2: 2 arms, proposed from 2 that have ended; best so far eval.loss ")
     first = {arm.spec_hash for arm in parse_experiment(text, "x").arms}
-    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     jobs = queue.jobs(kinds=[JobKind.TRAIN])
     queue.close()
     assert len(jobs) == 4

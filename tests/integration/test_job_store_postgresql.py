@@ -11,7 +11,7 @@ from sqlalchemy import text
 from rankwise.jobs.database import open_engine, upgrade
 from rankwise.jobs.job import Limits
 from rankwise.jobs.rows import Table
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
@@ -30,7 +30,7 @@ class TestMigrations(MigrationContract):
 class TestStore(JobStoreContract, AliasContract):
     @pytest.fixture
     def store(self, postgresql, tmp_path):
-        store = SqlJobStore(postgresql, lock=tmp_path / "lock", limits=Limits(backoff=0.1))
+        store = JobStore(postgresql, lock=tmp_path / "lock", limits=Limits(backoff=0.1))
         engine = open_engine(postgresql)
         with engine.begin() as connection:
             # A migration takes longer than a test: the tables stay.

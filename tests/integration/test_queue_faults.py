@@ -18,7 +18,7 @@ from sqlalchemy import event
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs import queries as health
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 pytestmark = pytest.mark.faults
 WORKER = Path(__file__).parents[1] / "helpers" / "queue_worker.py"
@@ -68,7 +68,7 @@ def finish(processes):
 
 def test_eight_processes_share_two_thousand_jobs(url, tmp_path):
     count = 2000
-    store = SqlJobStore(url, lock=tmp_path / "lock")
+    store = JobStore(url, lock=tmp_path / "lock")
     store.submit(jobs(count))
     since = time.monotonic()
     finish([start(url, tmp_path / "notes", "--drain", "--arms", "3") for _ in range(PROCESSES)])
@@ -88,7 +88,7 @@ def test_eight_processes_share_two_thousand_jobs(url, tmp_path):
 
 def test_sqlite_locked_for_twenty_seconds(tmp_path):
     url, seconds = f"sqlite:///{tmp_path / 'q.db'}", 20
-    store = SqlJobStore(url, lock=tmp_path / "lock")
+    store = JobStore(url, lock=tmp_path / "lock")
     store.submit(jobs(40))
     workers = [start(url, tmp_path / "notes", "--drain", "--seconds", "0.2") for _ in range(2)]
     until(lambda: store.counts()[JobState.SUCCEEDED] >= 4)
@@ -110,7 +110,7 @@ def test_sqlite_locked_for_twenty_seconds(tmp_path):
 
 def test_postgresql_restarted(postgresql, postgresql_server, tmp_path):
     emptied(postgresql)
-    store = SqlJobStore(postgresql, lock=tmp_path / "lock")
+    store = JobStore(postgresql, lock=tmp_path / "lock")
     store.submit(jobs(60))
     options = ("--drain", "--seconds", "0.3", "--lease", "20")
     workers = [start(postgresql, tmp_path / "notes", *options) for _ in range(3)]
@@ -162,7 +162,7 @@ def test_killed_between_any_two_statements_nothing_is_stuck(url, tmp_path):
     """A process that dies before any of its statements, or before a commit, leaves whole states only."""
     rounds = 1000 if named(url) == "SQLite" else 300
     chance = random.Random(7)
-    store = SqlJobStore(url, lock=tmp_path / "lock")
+    store = JobStore(url, lock=tmp_path / "lock")
     left = [10**9]
 
     def count(*_arguments, **_named):
@@ -230,7 +230,7 @@ def drain(store, worker):
 def test_the_clock_of_a_worker_decides_nothing(url, tmp_path, monkeypatch):
     """An hour ahead or behind: leases, waits and the order of attempts come from the database's clock alone."""
     real = time.time
-    store = SqlJobStore(url, lock=tmp_path / "lock")
+    store = JobStore(url, lock=tmp_path / "lock")
     store.submit(jobs(6))
     found = []
     for shift in (3600.0, -3600.0):
@@ -256,8 +256,8 @@ def test_the_clock_of_a_worker_decides_nothing(url, tmp_path, monkeypatch):
 OPEN = """
 import sys
 from pathlib import Path
-from rankwise.jobs.store import SqlJobStore
-SqlJobStore(sys.argv[1], lock=Path(sys.argv[2])).close()
+from rankwise.jobs.store import JobStore
+JobStore(sys.argv[1], lock=Path(sys.argv[2])).close()
 """
 
 

@@ -22,7 +22,7 @@ from rankwise.cli.jobs import status
 from rankwise.cli.worker import cluster as cluster_command
 from rankwise.exceptions import ClusterError
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.worker.placers import Demand
 from rankwise.worker.ray import PYTHON, connect
 
@@ -57,7 +57,7 @@ def cluster(monkeypatch):
 def store(postgresql, tmp_path, monkeypatch):
     emptied(postgresql)
     monkeypatch.setenv("RANKWISE_DATABASE_URL", postgresql)
-    store = SqlJobStore(postgresql, lock=tmp_path / "lock")
+    store = JobStore(postgresql, lock=tmp_path / "lock")
     store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=str(number), spec={}) for number in range(JOBS)])
     yield store
     store.close()

@@ -12,7 +12,7 @@ from helpers.waiting import until
 import rankwise.flavor as flavor
 from rankwise.exceptions import TrackingError
 from rankwise.jobs.job import JobKind, JobState
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.store import Store
 from rankwise.worker.loop import Plan
@@ -41,7 +41,7 @@ def settings(tmp_path):
 
 @pytest.fixture
 def queue(settings):
-    store = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    store = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     yield store
     store.close()
 

@@ -23,7 +23,7 @@ from rankwise.exceptions import JobError, JobStoreError
 from rankwise.jobs.database import has_queue
 from rankwise.jobs.job import ENDED, Attempt, Job, JobKind, JobState, WorkerInfo
 from rankwise.jobs.queries import packs, remaining_seconds
-from rankwise.jobs.store import JobStore, SqlJobStore, every_job
+from rankwise.jobs.store import JobStore, every_job
 from rankwise.logs import human, job_log_path
 from rankwise.settings import Settings
 from rankwise.worker.placers import host
@@ -72,14 +72,14 @@ def follow(path: Path, lines: int | None, ended: Callable[[], bool]) -> Iterator
 
 
 @contextmanager
-def open_queue(settings: Settings | None = None) -> Iterator[SqlJobStore]:
+def open_queue(settings: Settings | None = None) -> Iterator[JobStore]:
     """Open the queue, creating or upgrading its database, and close it at the end.
 
     Raises:
         JobStoreError: The database cannot be used.
     """
     settings = settings or Settings.load()
-    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     try:
         yield queue
     finally:
@@ -339,7 +339,7 @@ def _alive(workers: Sequence[WorkerInfo]) -> int:
     return 1
 
 
-def _status(queue: SqlJobStore, experiment: str | None) -> dict[str, Any]:
+def _status(queue: JobStore, experiment: str | None) -> dict[str, Any]:
     time, depth, attempts = queue.time(), queue.depth(experiment), queue.open_attempts()
     jobs = {job.id: job for job in queue.jobs(ids=[attempt.job_id for attempt in attempts], experiment=experiment)}
     known = [attempt for attempt in attempts if attempt.job_id in jobs]

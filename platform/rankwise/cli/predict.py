@@ -16,7 +16,7 @@ from rankwise.cli.jobs import open_queue
 from rankwise.cli.output import Bars, note, print_json
 from rankwise.inference.shards import Request
 from rankwise.jobs.job import Job, JobState
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
 from rankwise.tasks.context import open_context
 from rankwise.tasks.submit_prediction import Submission, submit_prediction
@@ -249,7 +249,7 @@ def _what(job: Job) -> str:
     return f"rows {span[0] * shard_rows} to {min(rows, span[1] * shard_rows) - 1}"
 
 
-def _watch(queue: SqlJobStore, bars: Bars, submission: Submission) -> list[Job]:
+def _watch(queue: JobStore, bars: Bars, submission: Submission) -> list[Job]:
     """Wait until all jobs have ended."""
     ids = [job.id for job in submission.jobs]
     shown = 0

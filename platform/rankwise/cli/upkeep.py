@@ -29,7 +29,7 @@ from rankwise.files import format_size
 from rankwise.jobs.database import current_revision, open_engine, upgrade
 from rankwise.jobs.queries import check as look_at
 from rankwise.jobs.queries import shown
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
 
 
@@ -111,7 +111,7 @@ def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
     from rankwise.tracking.store import Store
 
     settings = Settings.load()
-    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     try:
         with Store.open(settings) as store:
             found = find_garbage(store, queue, settings, older_than=older_than)

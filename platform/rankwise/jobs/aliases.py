@@ -75,7 +75,7 @@ class Moving:
 
 
 class AliasBook:
-    """The moves of all aliases; `SqlJobStore.aliases` is one."""
+    """The moves of all aliases; `JobStore.aliases` is one."""
 
     def __init__(self, engine: Engine, reader: Engine) -> None:
         """Over the queue's database."""

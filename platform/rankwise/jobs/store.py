@@ -1,19 +1,16 @@
-"""The contract of a job store. One test suite (`tests/helpers/job_store_contract.py`) runs on every implementation.
+"""The job store on SQLite and PostgreSQL. One test suite (`tests/helpers/job_store_contract.py`) runs on both.
 
-Each method is one transaction; the statements are in `submission`, `transitions`, `dependencies`, `decisions`,
-`workers` and `queries`. Each transition is decided by one UPDATE whose predicate names state and token; what follows
-from it is in the same transaction. PostgreSQL locks the first eligible job with `FOR UPDATE SKIP LOCKED`, so that
-claimers do not wait for one another; SQLite has one writer at a time (`BEGIN IMMEDIATE`), so the same statements need
-no lock there.
-
-- The job store on SQLite and PostgreSQL.
+Each method is one transaction; the statements are in `submission`, `transitions` and `queries`. Each transition is
+decided by one UPDATE whose predicate names state and token; what follows from it is in the same transaction. PostgreSQL
+locks the first eligible job with `FOR UPDATE SKIP LOCKED`, so that claimers do not wait for one another; SQLite has one
+writer at a time (`BEGIN IMMEDIATE`), so the same statements need no lock there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -24,8 +21,12 @@ from rankwise.jobs.database import database_errors, open_engine, upgrade
 from rankwise.jobs.job import Attempt, Beat, Job, JobKind, JobState, Limits, NewJob, Outcome, Worker, WorkerInfo
 from rankwise.redact import redact
 
+T = TypeVar("T")
+_DEADLOCK, _SERIALIZATION = "40P01", "40001"
+_TRIES = 5
 
-class JobStore(Protocol):
+
+class JobStore:
     """The truth about work. Safe to use from several threads and processes at once.
 
     Every transition is decided by one statement whose predicate names the state and, for whoever speaks for a job, its
@@ -35,190 +36,6 @@ class JobStore(Protocol):
     Raises:
         JobStoreError: The database cannot be reached, is locked for too long, or has another schema.
     """
-
-    def submit(self, jobs: Sequence[NewJob], *, again: bool = False) -> list[Job]:
-        """Add jobs; one that exists (same kind and spec hash) is left as it is.
-
-        Args:
-            jobs: What to add. `after` holds ids of jobs that must have succeeded first; it counts for jobs that are
-                queued, and one that waits for a job that has failed or was cancelled is cancelled at once.
-            again: Put a failed or cancelled job back into the queue, with the spec given and its counts at zero.
-
-        Returns:
-            The jobs as they now stand, in the order given.
-
-        Raises:
-            JobError: Jobs would wait for themselves; none is added then.
-        """
-
-    def claim(
-        self,
-        worker: Worker,
-        *,
-        lease: float,
-        max_arms: int = 1,
-        kinds: Collection[JobKind] | None = None,
-        among: Collection[int] | None = None,
-        experiment: str | None = None,
-    ) -> list[Job]:
-        """Take the first eligible job and up to `max_arms - 1` more of its pack; empty when there is none now.
-
-        Eligible: queued, not held, due, all that it comes after succeeded. Mates have the same `pack_key`
-        and the same `pack_id`: jobs that were a pack are claimed again as that pack.
-
-        Args:
-            worker: Who claims.
-            lease: Seconds until the claim is lost without a heartbeat.
-            max_arms: The largest pack.
-            kinds: Only these kinds.
-            among: Only these ids.
-            experiment: Only jobs of this experiment.
-        """
-
-    def beat(
-        self, tokens: Collection[str], *, lease: float, progress: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> Beat:
-        """Renew the leases and note progress.
-
-        Args:
-            tokens: Of the attempts under way.
-            lease: Seconds until the claims are lost without another heartbeat.
-            progress: What to note, by token. An integer `checkpoint`, the step that was kept last, above all that the
-                job has reported before sets its count of lost workers back to zero.
-        """
-
-    def set_run(self, token: str, run_id: str) -> bool:
-        """Note the MLflow run of the job."""
-
-    def assign_run(self, job_id: int, run_id: str) -> bool:
-        """Note the MLflow run of a job that has none yet, whoever holds it; `False` when it has one."""
-
-    def holds(self, token: str) -> bool:
-        """Whether the token still speaks for its job: the check before every external write."""
-
-    def uploading(self, token: str, result: Mapping[str, Any]) -> bool:
-        """Note that the work is computed and waits for publication."""
-
-    def finish(
-        self,
-        token: str,
-        outcome: Outcome,
-        *,
-        result: Mapping[str, Any] | None = None,
-        error: str | None = None,
-        wait: float = 0.0,
-    ) -> bool:
-        """End the attempt and move the job on, as the outcome says.
-
-        A job that goes back to the queue is cancelled instead when a person asked for that. What waits for a job that
-        ends failed or cancelled is cancelled with it. Saying the same outcome once more changes nothing and is `True`,
-        so that a caller may repeat the call when its answer got lost.
-
-        Args:
-            token: Of the attempt.
-            outcome: How it ended.
-            result: What the job has made; the earlier one stays when none is given.
-            error: Why it did not succeed.
-            wait: Seconds before it may be claimed again, where it goes back to the queue; after a failure at least the
-                backoff.
-        """
-
-    def finish_together(
-        self, tokens: Collection[str], outcome: Outcome, *, error: str | None = None, wait: float = 0.0
-    ) -> frozenset[str]:
-        """End several attempts as `finish` does, at one moment: a pack that goes back to the queue goes back whole.
-
-        Returns:
-            Those tokens for which `finish` would have said yes.
-        """
-
-    def reclaim(self, *, host: str | None = None, alive: Collection[int] = ()) -> list[Job]:
-        """Put jobs back whose lease ran out, and those held on `host` by a process that is not among `alive`."""
-
-    def cancel(self, ids: Collection[int]) -> list[Job]:
-        """Cancel what is queued at once, and what waits for it; ask what is running to stop. Returns those named."""
-
-    def retry(self, ids: Collection[int]) -> list[Job]:
-        """Put failed and cancelled jobs back into the queue, counts at zero, and what was cancelled because of them.
-
-        Returns:
-            Those named and those that came back with them, as they now stand. One that waits for a job that has failed
-            or was cancelled, and is not named, is still cancelled.
-        """
-
-    def settle(self, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
-        """Decide how held jobs go on, all in one transaction; rows that are not held any more are left alone.
-
-        Args:
-            promote: These may be claimed again.
-            prune: These are cancelled, with the reason as their error.
-
-        Returns:
-            Those that changed.
-
-        Raises:
-            ValueError: A job is in both.
-        """
-
-    def get(self, job_id: int) -> Job:
-        """One job. Raises `JobError` when there is none."""
-
-    def find(self, kind: JobKind, spec_hashes: Collection[str]) -> dict[str, Job]:
-        """The jobs of a kind with these spec hashes, by spec hash."""
-
-    def jobs(
-        self,
-        *,
-        ids: Collection[int] | None = None,
-        kinds: Collection[JobKind] | None = None,
-        experiment: str | None = None,
-        states: Collection[JobState] | None = None,
-        limit: int | None = None,
-        after_id: int = 0,
-    ) -> list[Job]:
-        """A page of jobs by id. Without a limit: all that `ids` names, or the first 1,000."""
-
-    def counts(self) -> dict[JobState, int]:
-        """How many jobs are in each state."""
-
-    def depth(self, experiment: str | None = None) -> dict[tuple[JobKind, JobState], int]:
-        """How many jobs there are of each kind in each state."""
-
-    def held(self, experiment: str | None = None) -> int:
-        """How many queued jobs are held until `settle`."""
-
-    def waits_for(self, job_id: int) -> list[Job]:
-        """The jobs that must succeed before this one may be claimed, so far as they have not."""
-
-    def time(self) -> float:
-        """Seconds since the epoch, by the database's clock."""
-
-    def attempts(self, job_id: int) -> list[Attempt]:
-        """All attempts of a job, the first one first."""
-
-    def open_attempts(self) -> list[Attempt]:
-        """All attempts that have not ended."""
-
-    def recent(self, kind: JobKind, limit: int = 50) -> list[Attempt]:
-        """The attempts of this kind that succeeded last, the newest first."""
-
-    def announce(self, worker: Worker, info: Mapping[str, Any]) -> None:
-        """Say that a worker is there, and what it is like; again and again, so that its silence shows."""
-
-    def retire(self, worker: Worker) -> None:
-        """Say that a worker has ended."""
-
-    def workers(self) -> list[WorkerInfo]:
-        """Workers that have announced themselves and not retired, those silent for a day left out."""
-
-
-T = TypeVar("T")
-_DEADLOCK, _SERIALIZATION = "40P01", "40001"
-_TRIES = 5
-
-
-class SqlJobStore:
-    """`JobStore` over SQLAlchemy."""
 
     def __init__(self, url: str, *, lock: Path, limits: Limits | None = None) -> None:
         """Open the database and bring its schema up to date.
@@ -262,7 +79,19 @@ class SqlJobStore:
             return work(connection)
 
     def submit(self, jobs: Sequence[NewJob], *, again: bool = False) -> list[Job]:
-        """See `JobStore.submit`."""
+        """Add jobs; one that exists (same kind and spec hash) is left as it is.
+
+        Args:
+            jobs: What to add. `after` holds ids of jobs that must have succeeded first; it counts for jobs that are
+                queued, and one that waits for a job that has failed or was cancelled is cancelled at once.
+            again: Put a failed or cancelled job back into the queue, with the spec given and its counts at zero.
+
+        Returns:
+            The jobs as they now stand, in the order given.
+
+        Raises:
+            JobError: Jobs would wait for themselves; none is added then.
+        """
         return self._write("submitting jobs", lambda connection: submission.submit(connection, jobs, again=again))
 
     def claim(
@@ -275,7 +104,19 @@ class SqlJobStore:
         among: Collection[int] | None = None,
         experiment: str | None = None,
     ) -> list[Job]:
-        """See `JobStore.claim`."""
+        """Take the first eligible job and up to `max_arms - 1` more of its pack; empty when there is none now.
+
+        Eligible: queued, not held, due, all that it comes after succeeded. Mates have the same `pack_key`
+        and the same `pack_id`: jobs that were a pack are claimed again as that pack.
+
+        Args:
+            worker: Who claims.
+            lease: Seconds until the claim is lost without a heartbeat.
+            max_arms: The largest pack.
+            kinds: Only these kinds.
+            among: Only these ids.
+            experiment: Only jobs of this experiment.
+        """
         return self._write(
             "claiming a pack",
             lambda connection: transitions.claim(
@@ -286,29 +127,36 @@ class SqlJobStore:
     def beat(
         self, tokens: Collection[str], *, lease: float, progress: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Beat:
-        """See `JobStore.beat`."""
+        """Renew the leases and note progress.
+
+        Args:
+            tokens: Of the attempts under way.
+            lease: Seconds until the claims are lost without another heartbeat.
+            progress: What to note, by token. An integer `checkpoint`, the step that was kept last, above all that the
+                job has reported before sets its count of lost workers back to zero.
+        """
         return self._write(
             "sending a heartbeat",
             lambda connection: transitions.beat(connection, tokens, lease=lease, progress=progress or {}),
         )
 
     def set_run(self, token: str, run_id: str) -> bool:
-        """See `JobStore.set_run`."""
+        """Note the MLflow run of the job."""
         return self._write(
             "noting a run", lambda connection: transitions.change(connection, token, mlflow_run_id=run_id)
         )
 
     def assign_run(self, job_id: int, run_id: str) -> bool:
-        """See `JobStore.assign_run`."""
+        """Note the MLflow run of a job that has none yet, whoever holds it; `False` when it has one."""
         return self._write("noting a run", lambda connection: transitions.assign_run(connection, job_id, run_id))
 
     def uploading(self, token: str, result: Mapping[str, Any]) -> bool:
-        """See `JobStore.uploading`."""
+        """Note that the work is computed and waits for publication."""
         values = {"state": str(JobState.UPLOADING), "result": dict(result)}
         return self._write("noting a result", lambda connection: transitions.change(connection, token, **values))
 
     def holds(self, token: str) -> bool:
-        """See `JobStore.holds`."""
+        """Whether the token still speaks for its job: the check before every external write."""
         return self._read("checking a token", lambda connection: queries.holds(connection, token))
 
     def finish(
@@ -320,7 +168,20 @@ class SqlJobStore:
         error: str | None = None,
         wait: float = 0.0,
     ) -> bool:
-        """See `JobStore.finish`. Errors of other programs may hold secrets, which are not stored."""
+        """End the attempt and move the job on, as the outcome says.
+
+        A job that goes back to the queue is cancelled instead when a person asked for that. What waits for a job that
+        ends failed or cancelled is cancelled with it. Saying the same outcome once more changes nothing and is `True`,
+        so that a caller may repeat the call when its answer got lost.
+
+        Args:
+            token: Of the attempt.
+            outcome: How it ended.
+            result: What the job has made; the earlier one stays when none is given.
+            error: Why it did not succeed; secrets in it are not stored.
+            wait: Seconds before it may be claimed again, where it goes back to the queue; after a failure at least the
+                backoff.
+        """
         said = None if error is None else _storable(error)
         return self._write(
             "finishing a job",
@@ -332,7 +193,11 @@ class SqlJobStore:
     def finish_together(
         self, tokens: Collection[str], outcome: Outcome, *, error: str | None = None, wait: float = 0.0
     ) -> frozenset[str]:
-        """See `JobStore.finish_together`."""
+        """End several attempts as `finish` does, at one moment: a pack that goes back to the queue goes back whole.
+
+        Returns:
+            Those tokens for which `finish` would have said yes.
+        """
         said = None if error is None else _storable(error)
         return self._write(
             "finishing jobs",
@@ -342,30 +207,46 @@ class SqlJobStore:
         )
 
     def reclaim(self, *, host: str | None = None, alive: Collection[int] = ()) -> list[Job]:
-        """See `JobStore.reclaim`."""
+        """Put jobs back whose lease ran out, and those held on `host` by a process that is not among `alive`."""
         return self._write(
             "reclaiming jobs",
             lambda connection: transitions.reclaim(connection, self._limits, host=host, alive=alive),
         )
 
     def cancel(self, ids: Collection[int]) -> list[Job]:
-        """See `JobStore.cancel`."""
+        """Cancel what is queued at once, and what waits for it; ask what is running to stop. Returns those named."""
         return self._write("cancelling jobs", lambda connection: transitions.cancel(connection, ids))
 
     def retry(self, ids: Collection[int]) -> list[Job]:
-        """See `JobStore.retry`."""
+        """Put failed and cancelled jobs back into the queue, counts at zero, and what was cancelled because of them.
+
+        Returns:
+            Those named and those that came back with them, as they now stand. One that waits for a job that has failed
+            or was cancelled, and is not named, is still cancelled.
+        """
         return self._write("putting jobs back", lambda connection: transitions.retry(connection, ids))
 
     def settle(self, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
-        """See `JobStore.settle`."""
+        """Decide how held jobs go on, all in one transaction; rows that are not held any more are left alone.
+
+        Args:
+            promote: These may be claimed again.
+            prune: These are cancelled, with the reason as their error.
+
+        Returns:
+            Those that changed.
+
+        Raises:
+            ValueError: A job is in both.
+        """
         return self._write("settling a rung", lambda connection: transitions.settle(connection, promote, prune))
 
     def get(self, job_id: int) -> Job:
-        """See `JobStore.get`."""
+        """One job. Raises `JobError` when there is none."""
         return self._read("reading a job", lambda connection: queries.get(connection, job_id))
 
     def find(self, kind: JobKind, spec_hashes: Collection[str]) -> dict[str, Job]:
-        """See `JobStore.find`."""
+        """The jobs of a kind with these spec hashes, by spec hash."""
         return self._read("reading jobs", lambda connection: queries.find(connection, kind, spec_hashes))
 
     def jobs(
@@ -378,7 +259,7 @@ class SqlJobStore:
         limit: int | None = None,
         after_id: int = 0,
     ) -> list[Job]:
-        """See `JobStore.jobs`."""
+        """A page of jobs by id. Without a limit: all that `ids` names, or the first 1,000."""
         return self._read(
             "reading jobs",
             lambda connection: queries.jobs(
@@ -393,48 +274,48 @@ class SqlJobStore:
         )
 
     def counts(self) -> dict[JobState, int]:
-        """See `JobStore.counts`."""
+        """How many jobs are in each state."""
         depth = self.depth()
         return {state: sum(depth[kind, state] for kind in JobKind) for state in JobState}
 
     def depth(self, experiment: str | None = None) -> dict[tuple[JobKind, JobState], int]:
-        """See `JobStore.depth`."""
+        """How many jobs there are of each kind in each state."""
         return self._read("counting jobs", lambda connection: queries.depth(connection, experiment))
 
     def held(self, experiment: str | None = None) -> int:
-        """See `JobStore.held`."""
+        """How many queued jobs are held until `settle`."""
         return self._read("counting jobs", lambda connection: queries.held(connection, experiment))
 
     def waits_for(self, job_id: int) -> list[Job]:
-        """See `JobStore.waits_for`."""
+        """The jobs that must succeed before this one may be claimed, so far as they have not."""
         return self._read("reading jobs", lambda connection: queries.waits_for(connection, job_id))
 
     def time(self) -> float:
-        """See `JobStore.time`."""
+        """Seconds since the epoch, by the database's clock."""
         return self._read("reading the clock", queries.database_time)
 
     def attempts(self, job_id: int) -> list[Attempt]:
-        """See `JobStore.attempts`."""
+        """All attempts of a job, the first one first."""
         return self._read("reading attempts", lambda connection: queries.attempts(connection, job_id))
 
     def open_attempts(self) -> list[Attempt]:
-        """See `JobStore.open_attempts`."""
+        """All attempts that have not ended."""
         return self._read("reading attempts", queries.open_attempts)
 
     def recent(self, kind: JobKind, limit: int = 50) -> list[Attempt]:
-        """See `JobStore.recent`."""
+        """The attempts of this kind that succeeded last, the newest first."""
         return self._read("reading attempts", lambda connection: queries.recent(connection, kind, limit))
 
     def announce(self, worker: Worker, info: Mapping[str, Any]) -> None:
-        """See `JobStore.announce`."""
+        """Say that a worker is there, and what it is like; again and again, so that its silence shows."""
         self._write("announcing a worker", lambda connection: transitions.announce(connection, worker, info))
 
     def retire(self, worker: Worker) -> None:
-        """See `JobStore.retire`."""
+        """Say that a worker has ended."""
         self._write("retiring a worker", lambda connection: transitions.retire(connection, worker))
 
     def workers(self) -> list[WorkerInfo]:
-        """See `JobStore.workers`."""
+        """Workers that have announced themselves and not retired, those silent for a day left out."""
         return self._read("listing workers", transitions.workers)
 
 

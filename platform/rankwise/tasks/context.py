@@ -17,7 +17,7 @@ from rankwise.exceptions import RankwiseError, is_out_of_memory
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment, parse_experiment
 from rankwise.jobs.job import Job, JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 from rankwise.tracking.store import Store
@@ -62,7 +62,7 @@ class Context:
 
     settings: Settings
     store: Store
-    queue: SqlJobStore
+    queue: JobStore
     voice: Reporter
     stop: threading.Event = field(default_factory=threading.Event)
     experiments: Experiments = field(default_factory=Experiments)
@@ -90,7 +90,7 @@ def open_context(settings: Settings, voice: Reporter, stop: threading.Event | No
         TrackingError: The MLflow store cannot be reached.
         StorageError: The home cannot be written.
     """
-    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     try:
         with Store.open(settings) as store:
             yield Context(settings=settings, store=store, queue=queue, voice=voice, stop=stop or threading.Event())

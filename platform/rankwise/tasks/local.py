@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rankwise.jobs.job import Job
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.logs import note_in_job_log
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings, child_environment
@@ -57,7 +57,7 @@ def local_worker(
         JobStoreError: The queue's database cannot be used.
         StorageError: The home cannot be written.
     """
-    queue = SqlJobStore(settings.database_url, lock=settings.home / "queue.lock")
+    queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     # A user's `queue.py` in the working directory must not stand in for a module of Python's.
     environment = child_environment({"PYTHONSAFEPATH": "1", **(changes or {})}, ALLOCATOR)
     command = [sys.executable, "-m", program, "--width", str(width)]

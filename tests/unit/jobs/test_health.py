@@ -5,13 +5,13 @@ import pytest
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs import queries as health
 from rankwise.jobs.job import JobKind, NewJob, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "q.db"
-    store = SqlJobStore(f"sqlite:///{path}", lock=tmp_path / "lock")
+    store = JobStore(f"sqlite:///{path}", lock=tmp_path / "lock")
     store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash=name, spec={}) for name in "abcd"])
     for _ in range(2):
         store.claim(Worker(name="w", host="h", pid=1), lease=60)

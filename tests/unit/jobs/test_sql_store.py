@@ -7,14 +7,14 @@ from sqlalchemy.exc import DBAPIError
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Limits
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
     """A database of the newest revision: copied, since a migration takes longer than a test."""
     path = tmp_path_factory.mktemp("empty") / "home" / "q.db"
-    SqlJobStore(f"sqlite:///{path}", lock=path.with_name("lock")).close()
+    JobStore(f"sqlite:///{path}", lock=path.with_name("lock")).close()
     return path
 
 
@@ -22,7 +22,7 @@ class TestSqlite(JobStoreContract):
     @pytest.fixture
     def store(self, tmp_path, empty):
         path = shutil.copy(empty, tmp_path / "q.db")
-        store = SqlJobStore(f"sqlite:///{path}", lock=tmp_path / "lock", limits=Limits(backoff=0.1))
+        store = JobStore(f"sqlite:///{path}", lock=tmp_path / "lock", limits=Limits(backoff=0.1))
         yield store
         store.close()
 
@@ -53,7 +53,7 @@ class TestSqlite(JobStoreContract):
         monkeypatch.setattr("rankwise.jobs.database.BUSY_TIMEOUT_S", 0.1)
         writer = sqlite3.connect(tmp_path / "q.db", isolation_level=None)
         writer.execute("BEGIN IMMEDIATE")
-        other = SqlJobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock")
+        other = JobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock")
         assert (len(other.jobs()), other.workers(), other.held()) == (1, [], 0)
         with pytest.raises(JobStoreError, match="locked"):
             other.submit([new("b")])

@@ -11,7 +11,7 @@ import pytest
 from helpers.definitions import parse
 
 from rankwise.jobs.job import JobState, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
 from rankwise.tasks.context import Context, Work
 from rankwise.tasks.search import end_pruned_runs, group_of, is_pruned, paused_at, paused_result, settle_rungs, stops_of
@@ -36,7 +36,7 @@ class Runs:
 
 @pytest.fixture
 def context(tmp_path):
-    queue = SqlJobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
+    queue = JobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
     said: list[str] = []
     voice = SimpleNamespace(say=said.append, said=said)
     yield Context(settings=Settings.load(), queue=queue, store=Runs(), voice=voice)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import ConfigError, GateError
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.tasks.promote import _move, rollback
 from rankwise.tracking.registry import ModelVersion
 
@@ -35,7 +35,7 @@ class Registry:
 
 @pytest.fixture
 def context(tmp_path):
-    queue = SqlJobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "lock")
+    queue = JobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "lock")
     yield SimpleNamespace(store=SimpleNamespace(registry=Registry()), queue=queue)
     queue.close()
 

@@ -10,7 +10,7 @@ from helpers.definitions import parse
 
 from rankwise.experiment.search import TrialState
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.tasks.search import arms_so_far, group_of, history, publish_history, results_of, rounds_so_far
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
@@ -22,7 +22,7 @@ HALVED = parse((GRID, f"{TPE}\n  early_stopping: {{min_steps: 5, eta: 2}}"))
 
 @pytest.fixture
 def context(tmp_path):
-    queue = SqlJobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
+    queue = JobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
     yield SimpleNamespace(queue=queue)
     queue.close()
 

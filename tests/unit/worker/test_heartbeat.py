@@ -7,7 +7,7 @@ from helpers.waiting import until
 
 from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.worker.heartbeat import Heartbeat, Timing, lease_clock
 
 WORKER = Worker(name="w", host="h", pid=1)
@@ -16,7 +16,7 @@ QUICK = Timing(lease=60.0, beat=0.01, watch=0.01)
 
 @pytest.fixture
 def queue(tmp_path):
-    store = SqlJobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock")
+    store = JobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock")
     yield store
     store.close()
 

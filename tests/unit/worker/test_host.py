@@ -8,16 +8,16 @@ import sys
 import pytest
 
 from rankwise.jobs.job import JobKind, NewJob
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.worker.placers import host, this_worker
 
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c"]
 CLAIM = """
 import sys
 from pathlib import Path
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.worker.placers import this_worker
-store = SqlJobStore(sys.argv[1], lock=Path(sys.argv[2]))
+store = JobStore(sys.argv[1], lock=Path(sys.argv[2]))
 (job,) = store.claim(this_worker(), lease=600)
 print(this_worker().host)
 """
@@ -37,7 +37,7 @@ def test_a_claim_of_another_container_of_the_same_name_is_left_alone(tmp_path):
     if shutil.which("unshare") is None or subprocess.run([*CONTAINER, ""], capture_output=True).returncode:
         pytest.skip("no namespaces can be made here")
     url = f"sqlite:///{tmp_path / 'q.db'}"
-    store = SqlJobStore(url, lock=tmp_path / "lock")
+    store = JobStore(url, lock=tmp_path / "lock")
     store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash="a", spec={})])
     done = subprocess.run([*CONTAINER, CLAIM, url, str(tmp_path / "lock")], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(os.uname().nodename)

@@ -7,7 +7,7 @@ from helpers.fake_child import DIES, DONE, SETTLED, FakeChild, Listener, reports
 
 from rankwise.exceptions import JobStoreError, StorageError, TrackingError
 from rankwise.jobs.job import JobKind, JobState, Limits, NewJob, Outcome, Worker
-from rankwise.jobs.store import SqlJobStore
+from rankwise.jobs.store import JobStore
 from rankwise.worker.heartbeat import Stop, Timing, lease_clock
 from rankwise.worker.loop import Plan, WorkerLoop
 from rankwise.worker.protocol import Results
@@ -26,7 +26,7 @@ def job(spec_hash, **changes):
 @pytest.fixture
 def queue(tmp_path):
     limits = Limits(failures=3, backoff=0.01)
-    store = SqlJobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock", limits=limits)
+    store = JobStore(f"sqlite:///{tmp_path / 'q.db'}", lock=tmp_path / "lock", limits=limits)
     yield store
     store.close()
 
