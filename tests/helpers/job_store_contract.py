@@ -6,9 +6,11 @@ import threading
 import time
 
 import pytest
+from sqlalchemy import select
 
 from rankwise.exceptions import JobError
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
+from rankwise.jobs.rows import DefinitionRow, JobRow
 from rankwise.jobs.store import every_job
 
 WORKER = Worker(name="w1", host="here", pid=1)
@@ -18,6 +20,18 @@ OTHER = Worker(name="w2", host="there", pid=2)
 def new(spec_hash: str, **changes) -> NewJob:
     values = {"kind": JobKind.TRAIN, "experiment": "e", "spec_hash": spec_hash, "spec": {"r": 8}, "pack_key": "p"}
     return NewJob(**{**values, **changes})
+
+
+def definitions(store) -> list[str]:
+    """The texts in the table of definitions."""
+    with store._reader.connect() as connection:
+        return list(connection.scalars(select(DefinitionRow.text).order_by(DefinitionRow.text)))
+
+
+def stored_payloads(store) -> list[dict]:
+    """The payloads as the jobs' rows have them."""
+    with store._reader.connect() as connection:
+        return list(connection.scalars(select(JobRow.spec).order_by(JobRow.id)))
 
 
 class JobStoreContract:
@@ -54,6 +68,63 @@ class JobStoreContract:
         assert store.get(evaluate.id).state is JobState.CANCELLED
         (other,) = store.find(JobKind.TRAIN, ["b"]).values()
         assert (other.spec, other.experiment, other.pack_key, other.priority) == ({"r": 8}, "e", "p", 0)
+
+    def test_a_definition_is_stored_once_and_comes_with_every_job(self, store):
+        spec = {"arm": "{}", "definition": "version: 1\nname: e\n", "group": None}
+        first, second, third = store.submit([new(name, spec=spec) for name in "abc"])
+        assert definitions(store) == [spec["definition"]]
+        assert stored_payloads(store) == [{**spec, "definition": None}] * 3
+        store.submit([new("d", spec=spec, after=(first.id,)), new("e", kind=JobKind.PREDICT)])
+        assert store.waits_for(store.find(JobKind.TRAIN, ["d"])["d"].id)[0].spec == spec
+        (claimed,) = store.claim(WORKER, lease=-1, among=[first.id])
+        read = [
+            *(first, second, third, claimed, store.get(second.id), store.find(JobKind.TRAIN, ["c"])["c"]),
+            *store.jobs(kinds=[JobKind.TRAIN]),
+            *store.reclaim(),
+            *store.cancel([second.id]),
+            *store.retry([second.id]),
+        ]
+        assert [list(job.spec.items()) for job in read] == [list(spec.items())] * 13
+        assert store.find(JobKind.PREDICT, ["e"])["e"].spec == {"r": 8}
+        assert definitions(store) == [spec["definition"]]
+
+    def test_a_definition_goes_with_the_last_job_that_refers_to_it(self, store):
+        def submit(definition, *names, again=False):
+            return store.submit([new(name, spec={"definition": definition}) for name in names], again=again)
+
+        submit("one", "a", "b")
+        assert [job.spec for job in submit("two", "a", "b", again=True)] == [{"definition": "one"}] * 2
+        assert definitions(store) == ["one"], "a job that is in the queue keeps its own"
+        for left, kept in ((["a"], ["one", "two"]), (["b"], ["two"])):
+            store.cancel([store.find(JobKind.TRAIN, left)[left[0]].id])
+            assert submit("two", *left, again=True)[0].spec == {"definition": "two"}
+            assert definitions(store) == kept
+        store.cancel([job.id for job in store.jobs()])
+        store.submit([new("a"), new("b")], again=True)
+        assert definitions(store) == []
+
+    def test_definitions_come_and_go_while_others_submit_the_same(self, store):
+        errors, texts = [], ("one", "two")
+
+        def submit(number):
+            try:
+                for turn in range(20):
+                    text = texts[(number + turn) % 2]
+                    (job,) = store.submit([new(f"{number}", spec={"definition": text})], again=True)
+                    assert job.spec == {"definition": text}
+                    assert {each.spec["definition"] for each in store.jobs()} <= {*texts}
+                    store.cancel([job.id])
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=submit, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == [], repr(errors)
+        store.submit([new("last")])
+        assert set(definitions(store)) == {job.spec["definition"] for job in store.jobs() if "definition" in job.spec}
 
     def test_secrets_in_an_error_are_not_stored(self, store):
         store.submit([new("a")])

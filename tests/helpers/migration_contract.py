@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from alembic import op
+from alembic import command, op
 from sqlalchemy import MetaData, select
 
+from helpers.saved_queues.make import arm_work
 from rankwise.jobs import queries as health
-from rankwise.jobs.database import current_revision, head_revision, open_engine, upgrade
-from rankwise.jobs.job import JobState, Outcome, Worker
+from rankwise.jobs.database import _configuration, current_revision, head_revision, open_engine, upgrade
+from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
 from rankwise.jobs.rows import Table
 from rankwise.jobs.store import JobStore
+from rankwise.tasks.context import Work
 
 WORKER = Worker(name="new", host="new", pid=2)
 # What waited for a failed job for ever is cancelled by the migration.
@@ -69,6 +71,31 @@ class MigrationContract:
         assert {"waits-for-succeeded-hash", "waits-for-running-hash", "lost-hash", "plain-hash"} <= left
         assert store.retry([jobs["fatal-hash"].id])[0].state is JobState.QUEUED
         store.close()
+
+    def test_work_that_was_queued_before_definitions_had_a_table_is_still_known(self, revision, saved, lock):
+        store = JobStore(saved, lock=lock)
+        jobs = [job for job in store.jobs() if "arm" in job.spec]
+        assert len(jobs) == (revision == "0003")
+        for job in jobs:
+            assert Work.of(job) == arm_work()
+            (again,) = store.submit([arm_work().train_job()], again=True)
+            assert again == job
+            assert store.claim(WORKER, lease=60, among=[job.id])[0].spec == job.spec
+        store.close()
+
+    def test_definitions_go_back_into_the_payloads_for_the_release_before(self, saved, engine, lock):
+        store = JobStore(saved, lock=lock)
+        spec = {"arm": "{}", "definition": "version: 1\n", "group": None}
+        (job,) = store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash="new", spec=spec)])
+        store.close()
+        before = {row["id"]: row["spec"] for row in contents(engine)["job"]}
+        command.downgrade(_configuration(engine), "0003")
+        after = {row["id"]: row["spec"] for row in contents(engine)["job"]}
+        assert after.pop(job.id) == spec
+        assert before.pop(job.id) == {**spec, "definition": None}
+        assert after == before
+        upgrade(engine, lock)
+        assert {row["id"]: row["spec"] for row in contents(engine)["job"]}[job.id] == spec
 
     def test_a_migration_that_is_cut_off_leaves_the_old_schema(self, saved, engine, lock, monkeypatch):
         before = contents(engine)

@@ -35,7 +35,7 @@ class TestStore(JobStoreContract, AliasContract):
         with engine.begin() as connection:
             # A migration takes longer than a test: the tables stay.
             connection.execute(
-                text("TRUNCATE job, job_dependency, attempt, worker, alias, alias_move RESTART IDENTITY")
+                text("TRUNCATE job, definition, job_dependency, attempt, worker, alias, alias_move RESTART IDENTITY")
             )
         engine.dispose()
         yield store

@@ -76,6 +76,7 @@ class NewJob:
     experiment: str
     spec_hash: str
     spec: dict[str, Any]
+    """What its worker needs, as JSON. The text of its `definition` is stored once, however many jobs have it."""
     pack_key: str | None = None
     priority: int = 0
     after: tuple[int, ...] = ()

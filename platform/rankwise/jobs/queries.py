@@ -288,8 +288,9 @@ def _file(engine: Engine, connection: Connection) -> list[str]:
     found = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(5)") if row[0] != "ok"]
     problems = [f"the file is damaged: {text}; restore it from a backup" for text in found]
     loose = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-    if loose:
-        problems.append(f"{len(loose)} rows name jobs that are not there, the first one in table {loose[0][0]}")
+    for parent in sorted({row.parent for row in loose}, reverse=True):
+        tables = [row.table for row in loose if row.parent == parent]
+        problems.append(f"{len(tables)} rows name {parent}s that are not there, the first one in table {tables[0]}")
     return problems
 
 

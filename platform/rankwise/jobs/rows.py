@@ -41,6 +41,15 @@ class Table(DeclarativeBase):
     """Root of the tables."""
 
 
+class DefinitionRow(Table):
+    """The definition of an experiment, by the SHA-256 of its text; jobs refer to it."""
+
+    __tablename__ = "definition"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+
+
 class JobRow(Table):
     """One job."""
 
@@ -54,6 +63,8 @@ class JobRow(Table):
         Index("ix_job_experiment", "experiment", "id"),
         # Counts and pages by state read this index alone, not the rows with their specs.
         Index("ix_job_state", "state", "kind", "id"),
+        # Whether any job still refers to a definition.
+        Index("ix_job_definition", "definition"),
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
@@ -80,6 +91,7 @@ class JobRow(Table):
     error: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[float] = mapped_column(Float)
     updated_at: Mapped[float] = mapped_column(Float)
+    definition: Mapped[str | None] = mapped_column(ForeignKey("definition.digest"))
 
 
 class DependencyRow(Table):
@@ -218,6 +230,8 @@ def _token_postgresql(element: new_token, compiler: Any, **kwargs: Any) -> str:
     return "replace(gen_random_uuid()::text, '-', '')"
 
 
+DEFINITION = "definition"
+"""The key of a payload whose text is stored apart."""
 HELD_STATES = (str(JobState.RUNNING), str(JobState.UPLOADING))
 BADLY_ENDED = (str(JobState.FAILED), str(JobState.CANCELLED))
 PART = 500
@@ -225,13 +239,17 @@ PART = 500
 
 
 def job_columns() -> Select[Any]:
-    """All columns of jobs, for `as_job`."""
-    return select(*JobRow.__table__.columns)
+    """All columns of jobs with the text of their definition, for `as_job`."""
+    columns = (*JobRow.__table__.columns, DefinitionRow.text.label("definition_text"))
+    return select(*columns).select_from(JobRow).outerjoin(DefinitionRow, DefinitionRow.digest == JobRow.definition)
 
 
 def as_job(row: Any) -> Job:
-    """One row of `job_columns`."""
+    """One row of `job_columns`. A job that was queued by 0.1.0 has its definition in the payload already."""
     values = dict(row._mapping)
+    text = values.pop("definition_text")
+    if values.pop("definition") is not None:
+        values["spec"] = {**values["spec"], DEFINITION: text}
     return Job(**{**values, "kind": JobKind(values["kind"]), "state": JobState(values["state"])})
 
 

@@ -4,21 +4,35 @@ A job comes after others by rows of `job_dependency`. It is claimed once all of 
 failed or cancelled, it is cancelled in the same transaction and notes by whom; so is what waits for it in turn.
 
 - Jobs that wait for others: what becomes of them when those end badly, and when those are tried again.
+- Definitions: the text that the jobs of a sweep share is stored once, by its digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, delete, exists, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from rankwise.exceptions import JobError
 from rankwise.jobs.job import Job, JobKind, JobState, NewJob, title
-from rankwise.jobs.rows import BADLY_ENDED, PART, DependencyRow, JobRow, as_job, job_columns, now, one_of, queued
+from rankwise.jobs.rows import (
+    BADLY_ENDED,
+    DEFINITION,
+    PART,
+    DefinitionRow,
+    DependencyRow,
+    JobRow,
+    as_job,
+    job_columns,
+    now,
+    one_of,
+    queued,
+)
 
 _ENDED = {str(JobState.FAILED): "failed", str(JobState.CANCELLED): "was cancelled"}
 
@@ -148,6 +162,7 @@ def submit(connection: Connection, jobs: Sequence[NewJob], *, again: bool) -> li
     """See `JobStore.submit`."""
     if not jobs:
         return []
+    _store_definitions(connection, jobs)
     insert = _insert(connection, JobRow).on_conflict_do_nothing(index_elements=["kind", "spec_hash"])
     connection.execute(
         insert.values(created_at=now(), updated_at=now(), not_before=0.0),
@@ -156,7 +171,7 @@ def submit(connection: Connection, jobs: Sequence[NewJob], *, again: bool) -> li
                 "kind": str(job.kind),
                 "experiment": job.experiment,
                 "spec_hash": job.spec_hash,
-                "spec": job.spec,
+                **_payload(job),
                 "state": str(JobState.QUEUED),
                 "pack_key": job.pack_key,
                 "priority": job.priority,
@@ -167,8 +182,47 @@ def submit(connection: Connection, jobs: Sequence[NewJob], *, again: bool) -> li
     if again:
         _again(connection, jobs)
     _depend(connection, jobs)
+    # A job that is in the queue already keeps its own definition, one that comes back gives up its own.
+    _remove_unused_definitions(connection)
     stored = _stored(connection, jobs)
     return [stored[job.kind, job.spec_hash] for job in jobs]
+
+
+def _definition(job: NewJob) -> str | None:
+    """The text of a job's definition; None for a job without one."""
+    text = job.spec.get(DEFINITION)
+    return text if isinstance(text, str) else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _payload(job: NewJob) -> dict[str, Any]:
+    """The payload of a job, and the definition that it refers to; its place in the payload stays, empty."""
+    text = _definition(job)
+    if text is None:
+        return {"spec": job.spec, "definition": None}
+    return {"spec": {**job.spec, DEFINITION: None}, "definition": _digest(text)}
+
+
+def _store_definitions(connection: Connection, jobs: Sequence[NewJob]) -> None:
+    """Store the definitions of jobs that are about to be added."""
+    texts = {_digest(text): text for text in {_definition(job) for job in jobs} if text is not None}
+    insert = _insert(connection, DefinitionRow)
+    # The update changes nothing. It locks the row, which stays until the jobs that refer to it are there.
+    insert = insert.on_conflict_do_update(index_elements=["digest"], set_={"digest": insert.excluded.digest})
+    for digest, text in sorted(texts.items()):
+        connection.execute(insert.values(digest=digest, text=text))
+
+
+def _remove_unused_definitions(connection: Connection) -> None:
+    """Remove the definitions that no job refers to, those left out that others are submitting jobs of."""
+    unused = ~exists().where(JobRow.definition == DefinitionRow.digest)
+    digests = connection.scalars(select(DefinitionRow.digest).where(unused).with_for_update(skip_locked=True)).all()
+    if digests:
+        # Asked again: a job may have been added before its definition was locked here.
+        connection.execute(delete(DefinitionRow).where(DefinitionRow.digest.in_(digests), unused))
 
 
 def _insert(connection: Connection, table: type[Any]) -> Any:
@@ -197,7 +251,7 @@ def _again(connection: Connection, jobs: Sequence[NewJob]) -> None:
         wanted = {row.id: given[row.kind, row.spec_hash] for row in ended if (row.kind, row.spec_hash) in given}
         for job_id in requeue(connection, list(wanted), dependents=False):
             job = wanted[job_id]
-            values = {"spec": job.spec, "experiment": job.experiment, "pack_key": job.pack_key}
+            values = {**_payload(job), "experiment": job.experiment, "pack_key": job.pack_key}
             connection.execute(update(JobRow).where(JobRow.id == job_id).values(**values, priority=job.priority))
 
 

@@ -64,7 +64,7 @@ def claim(
         )
         mates = mates.order_by(JobRow.priority.desc(), JobRow.id).limit(max_arms - 1)
         chosen += connection.scalars(mates.with_for_update(skip_locked=True)).all()
-    taken = connection.execute(
+    taken = connection.scalars(
         update(JobRow)
         .where(JobRow.id.in_(chosen), JobRow.state == str(JobState.QUEUED))
         .values(
@@ -74,9 +74,9 @@ def claim(
             attempts=JobRow.attempts + 1,
             updated_at=now(),
         )
-        .returning(*job_columns().selected_columns)
+        .returning(JobRow.id)
     ).all()
-    jobs = sorted((as_job(row) for row in taken), key=lambda job: chosen.index(job.id))
+    jobs = sorted(_rows(connection, taken), key=lambda job: chosen.index(job.id))
     for job in jobs:
         connection.execute(
             insert(AttemptRow).values(
@@ -228,7 +228,7 @@ def reclaim(connection: Connection, limits: Limits, *, host: str | None, alive: 
         return []
     _end_attempts(connection, tokens, Outcome.LOST, None)
     poison = and_(JobRow.lost + 1 >= limits.lost, ~JobRow.cancel_requested)
-    returned = connection.execute(
+    returned = connection.scalars(
         update(JobRow)
         .where(JobRow.token.in_(tokens), JobRow.state.in_(HELD_STATES))
         .values(
@@ -242,11 +242,11 @@ def reclaim(connection: Connection, limits: Limits, *, host: str | None, alive: 
             token=None,
             updated_at=now(),
         )
-        .returning(*job_columns().selected_columns)
+        .returning(JobRow.id)
     ).all()
-    jobs = [as_job(row) for row in returned]
+    jobs = _rows(connection, returned)
     cancel_dependents(connection, [job.id for job in jobs if job.state in BADLY_ENDED])
-    return sorted(jobs, key=lambda job: job.id)
+    return jobs
 
 
 def _end_attempts(connection: Connection, tokens: Collection[str], outcome: Outcome, error: str | None) -> int:

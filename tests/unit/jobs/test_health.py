@@ -47,7 +47,8 @@ def test_a_queue_that_is_not_there_is_said_and_not_made(tmp_path):
     ("UPDATE job SET token = 'x' WHERE id = 1", "1 attempts go on whose job is held by another one"),
     ("UPDATE alembic_version SET version_num = '9999'", "written by a newer rankwise; install that one"),
     ("DELETE FROM alembic_version", "the database is empty"),
-    ("INSERT INTO job_dependency VALUES (1, 99)", "1 rows name jobs that are not there"),
+    ("INSERT INTO job_dependency VALUES (1, 99)", "1 rows name jobs that are not there, the first one in table job_d"),
+    ("UPDATE job SET definition = 'x'", "4 rows name definitions that are not there, the first one in table job"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(path, statement, problem):
     edit(path, statement)
