@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.document import Document, KeyPath, Problem, dotted
-from rankwise.experiment.expressions import as_path, resolve
+from rankwise.experiment.document import Document, Problem
+from rankwise.experiment.expressions import resolve
 from rankwise.experiment.fields import show
+from rankwise.experiment.paths import KeyPath, as_path, dotted, follow
 from rankwise.experiment.points import (
     MAX_ARMS,
     Candidate,
@@ -80,14 +81,10 @@ def _with_first_point(data: dict[str, Any], first: Point) -> dict[str, Any]:
     return overlay(data, missing) if missing else data
 
 
-def _given(data: Any, path: str) -> bool:
-    for part in path.split("."):
-        if not isinstance(data, dict):
-            return True
-        if part not in data:
-            return False
-        data = data[part]
-    return True
+def _given(data: dict[str, Any], path: str) -> bool:
+    key = as_path(path)
+    reached, value = follow(data, key)
+    return reached == len(key) or not isinstance(value, dict)
 
 
 def _check_values(data: dict[str, Any], points: Iterable[Point], wrong: list[KeyPath]) -> list[Problem]:
@@ -109,11 +106,7 @@ def _check_values(data: dict[str, Any], points: Iterable[Point], wrong: list[Key
 
 def _given_mapping(data: Any, path: str) -> bool:
     """Whether a value can be laid over the data at all: nothing on the way is something other than a mapping."""
-    for part in path.split(".")[:-1]:
-        data = data.get(part, {})
-        if not isinstance(data, dict):
-            return False
-    return True
+    return isinstance(follow(data, as_path(path)[:-1])[1], dict)
 
 
 @dataclass(kw_only=True)

@@ -30,9 +30,9 @@ from ruamel.yaml.events import (
 )
 
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.paths import KeyPath, dotted
 from rankwise.redact import holds_secret
 
-KeyPath = tuple[str | int, ...]
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
 # A sweep of 1,000 arms written out has some 10,000 nodes; an alias bomb passes this in its fifth level.
@@ -120,14 +120,6 @@ class Document:
             key = dotted(problem.path)
             texts.append(f"{where}: {key}: {problem.text}" if key else f"{where}: {problem.text}")
         return tuple(dict.fromkeys(texts))
-
-
-def dotted(path: KeyPath) -> str:
-    """A key path as text: `sweep.arms[0].lora.r`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
 
 
 def read_document(text: str, filename: str) -> tuple[Document, list[Problem]]:

@@ -10,9 +10,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rankwise.experiment.document import KeyPath, dotted
-from rankwise.experiment.expressions import as_path
 from rankwise.experiment.fields import Node, allowed, keys, node_at, numbers, options, schema, sweepable
+from rankwise.experiment.paths import KeyPath, as_path, dotted
 
 _EXPRESSION: Node = {
     "type": "string",
@@ -79,9 +78,8 @@ def _with_expression(node: Node) -> Node:
 
 
 def _parent(root: Node, path: str) -> dict[str, Any]:
-    node = root
-    for part in as_path(path)[:-1]:
-        node = keys(node)[str(part)]
+    node = node_at(as_path(path)[:-1], root)
+    assert node is not None, path
     return keys(node)
 
 

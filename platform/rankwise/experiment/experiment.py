@@ -20,15 +20,14 @@ from rankwise.experiment.check import check, read_sweep
 from rankwise.experiment.document import (
     MAX_BYTES,
     Document,
-    KeyPath,
     Problem,
-    dotted,
     read_document,
     read_value,
     secrets_in,
     to_yaml,
 )
 from rankwise.experiment.fields import show
+from rankwise.experiment.paths import KeyPath, as_path, dotted, follow, put
 from rankwise.experiment.points import Candidate, Candidates, Points, overlay
 from rankwise.experiment.rules import BUILT_IN_TEMPLATES, file_pin
 from rankwise.experiment.schema import ExperimentSpec, greater_is_better, plain
@@ -326,38 +325,34 @@ def _override_path(key: str) -> KeyPath:
     axis = key.removeprefix("sweep.parameters.")
     if axis != key:
         return ("sweep", "parameters", axis)
-    return tuple(key.split(".")) if key else ()
+    return as_path(key) if key else ()
 
 
 def _set(document: Document, path: KeyPath, value: Any) -> None:
-    section: Any = document.data
-    for depth, part in enumerate(path[:-1], start=1):
-        if section.get(part) is None:
-            section[part] = {}
-            document.lines.setdefault(path[:depth], None)
-        section = section[part]
-        if not isinstance(section, dict):
-            raise ValueError(f"cannot be set: {dotted(path[:depth])} is {show(section)}, not a mapping")
-    section[path[-1]] = value
+    reached, section = follow(document.data, path[:-1])
+    if section is not None and not isinstance(section, dict):
+        raise ValueError(f"cannot be set: {dotted(path[:reached])} is {show(section)}, not a mapping")
+    for depth in range(reached if section is None else reached + 1, len(path)):
+        document.lines.setdefault(path[:depth], None)
+    put(document.data, path, value)
 
 
 def _make_paths_absolute(document: Document, directory: Path) -> None:
     for path in _PATHS:
-        section: Any = document.data
-        for part in path[:-1]:
-            section = section.get(part) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or not isinstance(text := section.get(path[-1]), str) or not text:
+        reached, text = follow(document.data, path)
+        if reached < len(path) or not isinstance(text, str) or not text:
             continue
         home = Path.cwd() if document.line(path) is None else directory
         if path[-1] == "chat_template" and text in BUILT_IN_TEMPLATES:
             continue
         if path[-1] in {"base_model_config", "chat_template"} or _is_path(text, home):
-            section[path[-1]] = text = os.path.abspath(home / os.path.expanduser(text))
+            text = os.path.abspath(home / os.path.expanduser(text))
+            put(document.data, path, text)
         if path[-1] == "chat_template" and os.path.isfile(text):
             # The hash covers what the template says, so a changed file is another arm. A file that cannot be read is
             # reported with the other problems.
             with suppress(OSError):
-                section.setdefault("chat_template_revision", file_pin(text))
+                document.data["dataset"].setdefault("chat_template_revision", file_pin(text))
 
 
 def _is_path(text: str, home: Path) -> bool:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.experiment.document import KeyPath, Problem, scalar
+from rankwise.experiment.document import Problem, scalar
 from rankwise.experiment.fields import allowed, did_you_mean, get, leaves, numbers, show
+from rankwise.experiment.paths import as_path, follow, put
 
 MAX_LENGTH = 300
 MAX_NODES = 100
@@ -227,7 +228,7 @@ def resolve(data: Mapping[str, Any]) -> Resolution:
     resolver = _Resolver(data)
     result = Resolution(data=copy.deepcopy(dict(data)))
     for path, text in resolver.texts.items():
-        key = tuple(path.split("."))
+        key = as_path(path)
         try:
             value = resolver.value(path)
         except ExpressionError as error:
@@ -240,10 +241,7 @@ def resolve(data: Mapping[str, Any]) -> Resolution:
         else:
             result.expressions[path] = text
             result.needs[path] = resolver.needs[path]
-            section = result.data
-            for part in key[:-1]:
-                section = section[part]
-            section[key[-1]] = value
+            put(result.data, key, value)
     return result
 
 
@@ -289,7 +287,7 @@ def find_field(name: str, section: str) -> str:
 
 def _lookup(data: Mapping[str, Any], path: str) -> Any:
     try:
-        value = get(data, tuple(path.split(".")))
+        value = get(data, as_path(path))
     except KeyError as error:
         raise Unresolved from error
     if value is None:
@@ -352,14 +350,6 @@ class _Resolver:
 
 
 def _peek(data: Mapping[str, Any], path: str) -> Any:
-    value: Any = data
-    for part in path.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return None
-        value = value[part]
-    return value
-
-
-def as_path(path: str) -> KeyPath:
-    """A field's dotted path as a key path."""
-    return tuple(path.split("."))
+    key = as_path(path)
+    reached, value = follow(data, key)
+    return value if reached == len(key) else None

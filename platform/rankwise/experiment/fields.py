@@ -13,7 +13,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from rankwise.experiment.document import KeyPath, dotted
+from rankwise.experiment.paths import KeyPath, dotted
 from rankwise.experiment.schema import ExperimentSpec
 
 Node = dict[str, Any]
@@ -77,9 +77,9 @@ def keys(node: Node) -> dict[str, Node]:
     return {}
 
 
-def node_at(path: KeyPath) -> Node | None:
-    """The schema's node of a key path; None for a key that does not exist."""
-    node: Node | None = schema()
+def node_at(path: KeyPath, root: Node | None = None) -> Node | None:
+    """The schema's node of a key path, or that of another schema; None for a key that does not exist."""
+    node: Node | None = schema() if root is None else root
     for part in path:
         assert node is not None
         if isinstance(part, int):

@@ -17,13 +17,12 @@ from pydantic_core import ErrorDetails
 
 from rankwise.digests import canonical_json
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.document import KeyPath, Problem, dotted
+from rankwise.experiment.document import Problem
 from rankwise.experiment.expressions import (
     Expression,
     ExpressionError,
     Resolution,
     Unresolved,
-    as_path,
     evaluate_condition,
     find_field,
     resolve,
@@ -39,6 +38,7 @@ from rankwise.experiment.fields import (
     sweepable,
     unknown_key,
 )
+from rankwise.experiment.paths import KeyPath, as_path, dotted, put
 from rankwise.experiment.rules import View, find_problems
 from rankwise.experiment.schema import ExperimentSpec, plain
 from rankwise.experiment.search import (
@@ -217,11 +217,7 @@ def overlay(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """A copy of plain data with the values of some fields, by dotted path."""
     result = copy.deepcopy(data)
     for path, value in values.items():
-        *parents, leaf = path.split(".")
-        section = result
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[leaf] = copy.deepcopy(value)
+        put(result, as_path(path), copy.deepcopy(value))
     return result
 
 

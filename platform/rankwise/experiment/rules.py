@@ -18,9 +18,10 @@ from typing import Any
 from rankwise.digests import content_digest
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.document import KeyPath, Problem
+from rankwise.experiment.document import Problem
 from rankwise.experiment.fields import did_you_mean, get, show
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
+from rankwise.experiment.paths import KeyPath, as_path
 from rankwise.experiment.schema import METRIC_KEYS, PER_TOKEN, EarlyStoppingSpec, facts, keys_of, known_names, means_of
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
@@ -43,7 +44,7 @@ class View:
         self._wrong = wrong
 
     def __getitem__(self, path: str) -> Any:
-        key = tuple(path.split("."))
+        key = as_path(path)
         if any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in self._wrong):
             raise Unusable
         try:
@@ -53,7 +54,7 @@ class View:
 
     def given(self, path: str) -> bool:
         """Whether a section or field is there at all; what is inside may be wrong."""
-        key = tuple(path.split("."))
+        key = as_path(path)
         if any(key[: len(bad)] == bad for bad in self._wrong):
             raise Unusable
         try:
@@ -83,7 +84,7 @@ def _rule(function: Rule) -> Rule:
 
 
 def _at(path: str, text: str) -> Problem:
-    return Problem(path=tuple(path.split(".")), text=text)
+    return Problem(path=as_path(path), text=text)
 
 
 @_rule

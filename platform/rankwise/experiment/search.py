@@ -25,8 +25,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rankwise.digests import canonical_json
-from rankwise.experiment.document import KeyPath, Problem
+from rankwise.experiment.document import Problem
 from rankwise.experiment.fields import did_you_mean, numbers, show
+from rankwise.experiment.paths import KeyPath
 from rankwise.experiment.schema import digest, plain
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from rankwise.experiment.document import MAX_NODES, Document, Problem, dotted, read_document, read_value
+from rankwise.experiment.document import MAX_NODES, Document, Problem, read_document, read_value
+from rankwise.experiment.paths import dotted
 
 
 def data_of(text: str):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from rankwise.experiment.expressions import as_path
 from rankwise.experiment.fields import (
     allowed,
     did_you_mean,
@@ -16,6 +15,7 @@ from rankwise.experiment.fields import (
     sweepable,
     unknown_key,
 )
+from rankwise.experiment.paths import as_path
 
 
 def test_every_field_has_words_for_what_it_allows():
