@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -20,13 +20,10 @@ from rankwise.cli.output import Bars, on_terminal, print_json
 from rankwise.exceptions import RankwiseError
 from rankwise.experiment.experiment import load_experiment
 from rankwise.settings import Settings, child_environment
-from rankwise.worker.heartbeat import Stop
-from rankwise.worker.loop import WorkerLoop
-from rankwise.worker.placers import LocalPlacer
-
-if TYPE_CHECKING:
-    from rankwise.worker.heartbeat import Stop
-    from rankwise.worker.loop import WorkerLoop
+from rankwise.tasks.local import local_worker
+from rankwise.worker.heartbeat import Stop, Timing
+from rankwise.worker.loop import MAX_ARMS, Plan, WorkerLoop
+from rankwise.worker.placers import LocalPlacer, visible_gpus
 
 _GRACE_S = 600.0
 """A person who waits for a checkpoint can press Ctrl-C once more."""
@@ -62,10 +59,6 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
         "overrides": list(overrides),
         "command": command_line(file, overrides, source),
     }
-    from rankwise.tasks.local import local_worker
-    from rankwise.worker.heartbeat import Stop, Timing
-    from rankwise.worker.placers import visible_gpus
-
     stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
     places = visible_gpus(child_environment({}))
     own = {"CUDA_VISIBLE_DEVICES": places[0]} if len(places) > 1 else {}
@@ -94,9 +87,6 @@ def _run(
     as_json: bool,
     stop: Stop,
 ) -> int:
-
-    from rankwise.worker.loop import MAX_ARMS, Plan
-
     try:
         sweep = loop.ask(submission)
     except KeyboardInterrupt:

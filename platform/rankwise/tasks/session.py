@@ -242,10 +242,6 @@ class Session:
             self._opened.close()
 
 
-Command = Callable[[Session, Message], Any]
-"""Does what a message says; its value, if any, is the answer."""
-
-
 def _listed(numbers: Iterable[int]) -> str:
     return ",".join(map(str, numbers))
 
