@@ -154,24 +154,36 @@ def file_digest(path: Path, settings: Settings, *, verify: bool = False, progres
     Raises:
         AssetError: The file is missing, cannot be read, or changed while it was read.
     """
-    memo = DigestMemo(settings.cache / "digests.sqlite3")
     try:
-        before = path.stat()
-        remembered = None if verify else memo.recall(before)
+        remembered = None if verify else _memo(settings).recall(path.stat())
         if remembered is not None:
             return f"sha256:{remembered}"
-        started = time.time_ns()
-        sha256 = _read(path, before.st_size, progress)
-        after = path.stat()
+        with hashing(path, settings) as sha256:
+            _read(path, sha256, progress)
     except OSError as error:
         if isinstance(error, AssetError):
             raise
         raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
-    if _state(before) != _state(after):
+    return f"sha256:{sha256.hexdigest()}"
+
+
+@contextmanager
+def hashing(path: Path, settings: Settings) -> Iterator[Any]:
+    """A SHA-256 object that the block feeds with the whole file; the digest is remembered afterwards.
+
+    For callers that read the file anyway, so that nobody reads it a second time for its digest.
+
+    Raises:
+        AssetError: The file changed inside the block.
+        OSError: The file is missing.
+    """
+    sha256 = hashlib.sha256()
+    before, started = path.stat(), time.time_ns()
+    yield sha256
+    if _state(before) != _state(path.stat()):
         raise AssetError(f"{path} changed while it was read; try again when nothing writes to it any more")
     if before.st_ctime_ns < started - _CLOCK_TICK_NS:
-        memo.remember(before, sha256)
-    return f"sha256:{sha256}"
+        _memo(settings).remember(before, sha256.hexdigest())
 
 
 def remembered_digest(path: Path, settings: Settings) -> str | None:
@@ -180,7 +192,7 @@ def remembered_digest(path: Path, settings: Settings) -> str | None:
     Raises:
         AssetError: The memo is damaged.
     """
-    found = DigestMemo(settings.cache / "digests.sqlite3").recall(path.stat())
+    found = _memo(settings).recall(path.stat())
     return None if found is None else f"sha256:{found}"
 
 
@@ -244,15 +256,18 @@ def visible_files(path: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path, size: int, progress: Reporter) -> str:
-    sha256 = hashlib.sha256()
+def _read(path: Path, sha256: Any, progress: Reporter) -> None:
+    size = path.stat().st_size
     buffer = memoryview(bytearray(min(_BLOCK, max(size, 1))))
     shown = progress if size >= _WORTH_A_BAR else SILENT
     with path.open("rb", buffering=0) as file, shown.task(f"hashing {path.name}", size) as advance:
         while count := file.readinto(buffer):
             sha256.update(buffer[:count])
             advance(count)
-    return sha256.hexdigest()
+
+
+def _memo(settings: Settings) -> DigestMemo:
+    return DigestMemo(settings.cache / "digests.sqlite3")
 
 
 def _state(stat: os.stat_result) -> tuple[int, ...]:

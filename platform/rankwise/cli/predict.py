@@ -1,25 +1,25 @@
-"""`rankwise predict`: a table of rows in, a table of answers out.
-
-- `rankwise predict --submit`: the jobs of a prediction, and watching them.
-"""
+"""`rankwise predict`: a table of rows in, a table of answers out; with `--submit`, by jobs of the queue."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import click
 
 from rankwise.cli.jobs import open_queue
-from rankwise.cli.output import Bars, note, print_json
-from rankwise.inference.shards import Request
+from rankwise.cli.output import note, print_json
 from rankwise.jobs.job import Job, JobState
-from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
-from rankwise.tasks.context import open_context
-from rankwise.tasks.submit_prediction import Submission, submit_prediction
+
+if TYPE_CHECKING:
+    from rankwise.cli.output import Bars
+    from rankwise.inference.shards import Queued, Request, Stand
+    from rankwise.jobs.store import JobStore
+    from rankwise.tasks.predict import Submission
 
 
 @click.command()
@@ -66,30 +66,16 @@ from rankwise.tasks.submit_prediction import Submission, submit_prediction
 @click.option("--watch", is_flag=True, help="With --submit: wait until the output is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def predict(
-    models: tuple[str, ...],
     source: Path,
     output: Path,
-    prompt: str | None,
-    model_column: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    stop: tuple[str, ...],
-    seed: int,
-    batch_size: int,
-    shard_rows: int,
-    fail_fast: bool,
-    overwrite: bool,
-    restart: bool,
-    base_model: str | None,
-    allow_base_mismatch: bool,
-    device: str | None,
     submit: bool,
     shards: int | None,
     priority: int | None,
     watch: bool,
+    overwrite: bool,
+    restart: bool,
     as_json: bool,
+    **asked: Any,
 ) -> int:
     """Answer the rows of INPUT with registered adapters, into OUTPUT (.jsonl, .csv or .parquet, both).
 
@@ -103,7 +89,7 @@ def predict(
     """
     if not submit and (shards is not None or priority is not None or watch):
         raise click.UsageError("--shards, --priority and --watch go with --submit")
-    if submit and device is not None:
+    if submit and asked["device"] is not None:
         raise click.UsageError("--device does not go with --submit: each worker has its own device")
     from rich.console import Console
 
@@ -112,31 +98,17 @@ def predict(
     settings = Settings.load()
     with Bars(Console(stderr=True, highlight=False)) as bars:
         # Late: torch and MLflow take seconds to import.
-
         from rankwise.inference.predict import predict_file
-        from rankwise.inference.shards import Queued, Request, Stand
+        from rankwise.inference.shards import Request
         from rankwise.modeling.decoding.generation import Decoding
-        from rankwise.tasks.submit_prediction import stand_of
+        from rankwise.tasks.predict import stand_of
         from rankwise.tracking.errors import connect
 
-        request = Request(
-            models=models,
-            model_column=model_column,
-            prompt=prompt,
-            decoding=Decoding(
-                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop
-            ),
-            seed=seed,
-            base_model=base_model,
-            allow_base_mismatch=allow_base_mismatch,
-            device=device,
-            batch_size=batch_size,
-            shard_rows=shard_rows,
-            fail_fast=fail_fast,
-        )
+        decoding = Decoding(**{each.name: asked.pop(each.name) for each in fields(Decoding)})
+        request = Request(decoding=decoding, **asked)
+        where: _Where = {"source": source, "output": output, "overwrite": overwrite, "restart": restart}
         if submit:
-            jobs = Jobs(shards=shards or 1, priority=priority or 0, watch=watch, overwrite=overwrite, restart=restart)
-            return submit_and_watch(settings, bars, request, source, output, jobs, as_json=as_json)
+            return _submit(settings, bars, request, shards or 1, priority or 0, watch=watch, as_json=as_json, **where)
         connect(settings)
 
         def stand(queued: Queued) -> Stand:
@@ -144,75 +116,66 @@ def predict(
                 return stand_of(queue, output, queued.whole)
 
         summary = predict_file(
-            request,
-            source,
-            output,
-            settings=settings,
-            tracking_uri=settings.tracking_uri,
-            overwrite=overwrite,
-            restart=restart,
-            stand=stand,
-            progress=bars,
+            request, settings=settings, tracking_uri=settings.tracking_uri, stand=stand, progress=bars, **where
         )
-    for asked, resolved in summary.models.items():
-        if asked != resolved:
-            note(f"{asked} was {resolved}")
+    for name, resolved in summary.models.items():
+        if name != resolved:
+            note(f"{name} was {resolved}")
     speed = f", {summary.completion_tokens / summary.seconds:,.0f} tokens a second" if summary.completion_tokens else ""
     reused = f" ({summary.reused} of them by an earlier run)" if summary.reused else ""
-    note(f"{summary.rows - summary.failed} of {summary.rows} rows answered{reused}{speed}")
-    if summary.failed:
-        note(f"{summary.failed} rows have an error in place of an answer: column error")
+    code = _ended(note, summary.rows, summary.failed, f"{reused}{speed}")
     if as_json:
         print_json(summary.to_json())
     else:
         click.echo(output)
-    return 1 if summary.failed else 0
+    return code
+
+
+def _ended(say: Callable[[str], None], rows: int, failed: int, more: str = "") -> int:
+    """Say how many rows were answered. Returns the exit code."""
+    say(f"{rows - failed} of {rows} rows answered{more}")
+    if failed:
+        say(f"{failed} rows have an error in place of an answer: column error")
+    return 1 if failed else 0
 
 
 _LOOK_S = 1.0
 _INTERRUPTED = 130
 
 
-@dataclass(frozen=True, kw_only=True)
-class Jobs:
-    """How a prediction is queued.
+class _Where(TypedDict):
+    """The files of a prediction, and what to do with what is there."""
 
-    Attributes:
-        shards: Jobs that the rows are split into, at most.
-        priority: The higher one is claimed first.
-        watch: Whether to wait for the output.
-        overwrite: Replace an output that is there.
-        restart: Throw away what was begun.
-    """
-
-    shards: int
-    priority: int
-    watch: bool
+    source: Path
+    output: Path
     overwrite: bool
     restart: bool
 
 
-def submit_and_watch(
-    settings: Settings, bars: Bars, request: Request, source: Path, output: Path, wanted: Jobs, *, as_json: bool
+def _submit(
+    settings: Settings,
+    bars: Bars,
+    request: Request,
+    shards: int,
+    priority: int,
+    *,
+    watch: bool,
+    as_json: bool,
+    **where: Unpack[_Where],
 ) -> int:
     """Queue a prediction and say so; with `watch`, wait until its jobs have ended. Returns the exit code."""
     if request.base_model is not None and Path(request.base_model).exists():
         # A worker is started somewhere else.
         request = replace(request, base_model=str(Path(request.base_model).absolute()))
+    from rankwise.tasks.context import open_context
+    from rankwise.tasks.predict import submit_prediction
+
+    output = where["output"]
     with open_context(settings, bars) as context:
-        submission = submit_prediction(
-            context,
-            request,
-            source,
-            output,
-            shards=wanted.shards,
-            priority=wanted.priority,
-            overwrite=wanted.overwrite,
-            restart=wanted.restart,
-        )
+        submission = submit_prediction(context, request, shards=shards, priority=priority, **where)
         _tell(bars, submission, output)
         jobs: Sequence[Job] = submission.jobs
-        if wanted.watch:
+        if watch:
             try:
                 jobs = _watch(context.queue, bars, submission)
             except KeyboardInterrupt:
@@ -221,9 +184,9 @@ def submit_and_watch(
     if as_json:
         print_json({"jobs": [job.to_json() for job in jobs]})
     else:
-        for job in () if wanted.watch else jobs:
+        for job in () if watch else jobs:
             click.echo(f"job {job.id}: {_what(job)}, {job.state}")
-    return _end(bars, jobs[-1], output, as_json=as_json) if wanted.watch else 0
+    return _end(bars, jobs[-1], output, as_json=as_json) if watch else 0
 
 
 def _tell(bars: Bars, submission: Submission, output: Path) -> None:
@@ -275,9 +238,7 @@ def _end(bars: Bars, last: Job, output: Path, *, as_json: bool) -> int:
         bars.fail(f"{output} was not made: {last.error or last.state}")
         return 1
     result = last.result or {}
-    bars.say(f"{result['rows'] - result['failed']} of {result['rows']} rows answered")
-    if result["failed"]:
-        bars.say(f"{result['failed']} rows have an error in place of an answer: column error")
+    code = _ended(bars.say, result["rows"], result["failed"])
     if not as_json:
         click.echo(output)
-    return 1 if result["failed"] else 0
+    return code

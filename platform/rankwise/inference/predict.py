@@ -1,50 +1,140 @@
 """Files in, files out: answer the rows of a table with registered adapters, resumably.
 
-- The answers of an input's shards, one shard after another.
-- How a prediction begins: the input is looked through once, aliases are resolved, and all of it is written down.
-- The table of answers: each row's results and its input columns, in the order of the input.
+One path for one command and for jobs of the queue: `plan` decides what the prediction is from one pass over the input,
+`answer_part` answers some of its shards, `write_output` puts the output together. `predict_file` does all three in one
+process; `tasks.predict` does each in a job.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from rankwise.digests import file_digest
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, JobError, TrackingError
 from rankwise.flavor.fetch import Origin, check, resolve_uri
 from rankwise.flavor.load import LoadedAdapter
 from rankwise.flavor.metadata import MANIFEST_TAG
 from rankwise.inference.predictor import Answer, Predictor, PromptReader
 from rankwise.inference.shards import Manifest, Parts, Queued, Request, Stand
-from rankwise.inference.tables import (
-    ArrowTypes,
-    Row,
-    Survey,
-    named_model,
-    parquet_types,
-    plain_row,
-    read_rows,
-    survey,
-    table_format,
-    write_rows,
-)
+from rankwise.inference.source import InputChangedError, Source, Survey, named_model
+from rankwise.inference.tables import Row, table_format, write_rows
 from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
+logger = logging.getLogger(__name__)
 
-def check_adapters(manifest: Manifest, adapters: Mapping[str, LoadedAdapter]) -> None:
-    """Refuse adapters that are not those with which the prediction began.
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One prediction: answered by one command, or in parts by jobs of the queue.
+
+    Attributes:
+        request: What is asked.
+        manifest: What was resolved when it began.
+        source: The input.
+        output: Where the answers go.
+        whole: Names it in the rows of its jobs; None where one command answers it.
+    """
+
+    request: Request
+    manifest: Manifest
+    source: Path
+    output: Path
+    whole: str | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """Where the answers are kept."""
+        return Parts(self.output, self.whole)
+
+    def part(self, shards: range) -> Part:
+        """Some shards, split into those that are answered already and those that are left."""
+        left = [shard for shard in shards if not self.parts.has(shard)]
+        rows, rows_left = (sum(len(self.manifest.span(shard)) for shard in some) for some in (shards, left))
+        return Part(shards=shards, left=left, rows=rows, reused=rows - rows_left)
+
+    def open(self, settings: Settings, progress: Reporter, source: Source | None = None) -> Source:
+        """The input with the index that the first pass over it has left.
+
+        Args:
+            settings: Where digests are remembered.
+            progress: Told of rows where there is no index.
+            source: The input, where it is open already.
+
+        Raises:
+            InputChangedError: It is not the input that the prediction began with.
+            AssetError: It cannot be read.
+        """
+        source = source or Source(self.source, settings)
+        index = self.parts.index(self.manifest)
+        if index is not None:
+            source.use(index)
+            return source
+        logger.info("%s has no index of its input, which is read from its start once", self.parts.directory)
+        source.survey(self.output, self.request.model_column, self.manifest.shard_rows, progress)
+        if source.index.input != self.manifest.request["input"]:
+            raise InputChangedError(self.source, source.index.input)
+        self.parts.write_index(source.index)
+        return source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Shards that one process answers.
+
+    Attributes:
+        shards: All of them.
+        left: Those without answers.
+        rows: How many rows they have.
+        reused: How many of these were answered by an earlier run.
+    """
+
+    shards: range
+    left: Sequence[int]
+    rows: int
+    reused: int
+
+
+def answer_part(
+    prediction: Prediction,
+    part: Part,
+    source: Source,
+    predictor: Predictor,
+    keep: Callable[[int, list[Answer]], None],
+    progress: Reporter | None = None,
+) -> tuple[int, float]:
+    """Answer the shards of a part that are left; tokens generated, and seconds taken, loading apart.
+
+    Args:
+        prediction: The prediction.
+        part: Its shards.
+        source: Its input, opened.
+        predictor: Has all models of the manifest.
+        keep: Given each shard and the answers of its rows, in order.
+        progress: Told of rows within a shard.
 
     Raises:
-        AdapterIntegrityError: A version has other files than it had.
+        AdapterIntegrityError: A model has other files than it had when the prediction began.
+        JobError: A row cannot be answered, with `fail_fast`.
+        AssetError: The input cannot be read, or has changed.
     """
+    _check_adapters(prediction.manifest, predictor.adapters)
+    reader = PromptReader.parse(prediction.request.prompt)
+    tokens, began = 0, time.perf_counter()
+    for shard, rows in source.shards(part.left, prediction.manifest.rows):
+        answers = _answer(prediction, predictor, reader, rows, progress)
+        tokens += sum(answer.completion_tokens or 0 for answer in answers)
+        keep(shard, answers)
+    return tokens, time.perf_counter() - began
+
+
+def _check_adapters(manifest: Manifest, adapters: Mapping[str, LoadedAdapter]) -> None:
     for uri, adapter in adapters.items():
         recorded = manifest.adapters.get(uri)
         if recorded is not None and recorded != adapter.metadata.manifest:
@@ -54,47 +144,14 @@ def check_adapters(manifest: Manifest, adapters: Mapping[str, LoadedAdapter]) ->
             )
 
 
-def answer_shards(
-    request: Request,
-    manifest: Manifest,
-    source: Path,
-    wanted: Collection[int],
-    predictor: Predictor,
-    progress: Reporter | None = None,
-) -> Iterator[tuple[int, list[Answer]]]:
-    """Answer some shards of an input.
-
-    Args:
-        request: What is asked.
-        manifest: What was written down when it began.
-        source: The input.
-        wanted: Which shards.
-        predictor: Has all models of the manifest.
-        progress: Told of rows within a shard.
-
-    Yields:
-        A shard and the answers of its rows, in order.
-
-    Raises:
-        JobError: A row cannot be answered, with `fail_fast`.
-        AssetError: The input cannot be read.
-    """
-    reader = PromptReader.parse(request.prompt)
-    rows = read_rows(source)
-    for shard in range(max(wanted, default=-1) + 1):
-        some = list(islice(rows, manifest.shard_rows))
-        if shard in wanted:
-            yield shard, _answer(request, manifest, predictor, reader, some, progress)
-
-
 def _answer(
-    request: Request,
-    manifest: Manifest,
+    prediction: Prediction,
     predictor: Predictor,
     reader: PromptReader,
     rows: Sequence[Row],
     progress: Reporter | None,
 ) -> list[Answer]:
+    request, manifest = prediction.request, prediction.manifest
     answers = {row.index: Answer(error=row.error) for row in rows if row.error is not None}
     if request.fail_fast and answers:
         index = min(answers)
@@ -135,12 +192,58 @@ def check_paths(source: Path, output: Path) -> None:
         raise ConfigError(f"the output {output} is a directory; name a file")
 
 
-def check_unchanged(known: Manifest, request: Request, digest: str, parts: Parts) -> None:
-    """Refuse to go on with what another request, or another input, has begun.
+def plan(
+    request: Request,
+    source: Source,
+    output: Path,
+    parts: Parts,
+    known: Manifest | None,
+    tracking_uri: str | None,
+    progress: Reporter,
+) -> Manifest:
+    """What a prediction is: as it began, or decided now from one pass over the input.
+
+    Args:
+        request: What is asked.
+        source: The input.
+        output: The output.
+        parts: Where the answers are kept; the index of the input is written there.
+        known: What was begun; None where nothing was.
+        tracking_uri: Of the registry; MLflow's current one by default.
+        progress: Told of rows.
 
     Raises:
-        ConfigError: They differ.
+        ConfigError: What was begun is another prediction; rows name no model, or one that is not to be found; the
+            template or the output does not fit.
+        AssetError: The input cannot be read.
+        AdapterIntegrityError: A directory is not what was stored.
     """
+    if known is not None:
+        _check_same(known, request, source.digest(progress), parts)
+        return known
+    survey = source.survey(output, request.model_column, request.shard_rows, progress)
+    reader = PromptReader.parse(request.prompt)
+    if reader.template is not None and survey.rows:
+        reader.template.check(survey.columns)
+    if survey.unnamed and not request.models:
+        raise ConfigError(
+            f"{survey.unnamed} of {survey.rows} rows name no model in a column {request.model_column!r}; give the one "
+            "that answers them with --model"
+        )
+    origins = _resolve(request, survey, tracking_uri)
+    digests = {origin.uri: adapter_digest(origin) for origin in origins.values()}
+    parts.write_index(source.index)
+    return Manifest(
+        request=request.identity(source.index.input),
+        models={name: origin.uri for name, origin in origins.items()},
+        adapters={uri: digest for uri, digest in digests.items() if digest is not None},
+        survey=survey,
+        shard_rows=request.shard_rows,
+    )
+
+
+def _check_same(known: Manifest, request: Request, digest: str, parts: Parts) -> None:
+    """Refuse to continue what another request, or another input, has begun."""
     differs = [
         f"{key} was {known.request.get(key)!r}, is {value!r}"
         for key, value in request.identity(digest).items()
@@ -153,44 +256,6 @@ def check_unchanged(known: Manifest, request: Request, digest: str, parts: Parts
         )
 
 
-def new_manifest(
-    request: Request, source: Path, output: Path, digest: str, tracking_uri: str | None, progress: Reporter
-) -> Manifest:
-    """Look through an input and decide which versions answer it.
-
-    Args:
-        request: What is asked.
-        source: The input.
-        output: The output.
-        digest: Of the input.
-        tracking_uri: Of the registry; MLflow's current one by default.
-        progress: Told of rows.
-
-    Raises:
-        ConfigError: Rows name no model, or one that is not to be found; the template or the output does not fit.
-        AssetError: The input cannot be read.
-        AdapterIntegrityError: A directory is not what was stored.
-    """
-    found = _look_through(source, output, request.model_column, progress)
-    reader = PromptReader.parse(request.prompt)
-    if reader.template is not None and found.rows:
-        reader.template.check(found.columns)
-    if found.unnamed and not request.models:
-        raise ConfigError(
-            f"{found.unnamed} of {found.rows} rows name no model in a column {request.model_column!r}; give the one "
-            "that answers them with --model"
-        )
-    origins = _resolve(request, found, tracking_uri)
-    digests = {origin.uri: adapter_digest(origin) for origin in origins.values()}
-    return Manifest(
-        request=request.identity(digest),
-        models={name: origin.uri for name, origin in origins.items()},
-        adapters={uri: digest for uri, digest in digests.items() if digest is not None},
-        survey=found,
-        shard_rows=request.shard_rows,
-    )
-
-
 def adapter_digest(origin: Origin) -> str | None:
     """The digest of a stored adapter's manifest, without fetching it; None where only its files could say."""
     if origin.model_id is None and origin.version is None:
@@ -198,28 +263,15 @@ def adapter_digest(origin: Origin) -> str | None:
     return origin.tags.get(MANIFEST_TAG)
 
 
-def _look_through(source: Path, output: Path, model_column: str, progress: Reporter) -> Survey:
-    """Survey an input, and refuse values that the output could not hold: now, not when all rows are answered."""
-    of, into = table_format(source), table_format(output)
-    if of == ".parquet" and into != ".parquet":
-        return survey(source, model_column, progress, lambda columns: plain_row(columns, output))
-    if of == ".parquet" or into != ".parquet":
-        return survey(source, model_column, progress)
-    types = ArrowTypes(output)
-    found = survey(source, model_column, progress, types.add)
-    types.types()
-    return found
-
-
-def _resolve(request: Request, found: Survey, tracking_uri: str | None) -> dict[str, Origin]:
+def _resolve(request: Request, survey: Survey, tracking_uri: str | None) -> dict[str, Origin]:
     """The version of each model, decided once. All that cannot be found are named together."""
     models: dict[str, Origin] = {}
     problems: list[str] = []
-    for name in dict.fromkeys([*request.models, *found.models]):
+    for name in dict.fromkeys([*request.models, *survey.models]):
         try:
             models[name] = resolve_uri(name, tracking_uri)
         except (AssetError, ConfigError, TrackingError) as error:
-            asked = f" (named by {found.models[name]} rows)" if name in found.models else ""
+            asked = f" (named by {survey.models[name]} rows)" if name in survey.models else ""
             problems.append(f"{name}{asked}: {error}")
     if problems:
         raise ConfigError("\n".join(["models that cannot be found:", *problems]), tuple(problems))
@@ -242,31 +294,28 @@ RESULTS: dict[str, pa.DataType] = {
 _ID = "id"
 
 
-def write_output(source: Path, output: Path, answers: Iterable[Answer], found: Survey) -> int:
-    """Put the output together; how many rows have an error.
-
-    Args:
-        source: The input.
-        output: Where the table goes.
-        answers: One for each row of the input, in order.
-        found: What the input has.
+def write_output(prediction: Prediction, source: Source) -> int:
+    """Put the output together from the input and the answers; how many rows have an error.
 
     Raises:
-        ConfigError: A value cannot be written in the output's format.
+        ConfigError: A value cannot be written in the output's format, or answers are missing.
+        AssetError: The input cannot be read, or has changed.
         StorageError: The disk is full, or the directory is not writable.
     """
-    names = _names([name for name in found.columns if name != _ID])
-    own = _types(source, output)
+    output, columns = prediction.output, prediction.manifest.survey.columns
+    names = _names([name for name in columns if name != _ID])
+    own = source.types() if table_format(output) == ".parquet" else {}
     # A row without an id of its own gets its place; in Parquet as a text, where the others are texts.
     texts = pa.types.is_string(own.get(_ID, pa.int64()))
-    first = own.get(_ID) if _ID in found.columns else pa.int64()
+    first = own.get(_ID) if _ID in columns else pa.int64()
     types: dict[str, pa.DataType | None] = {_ID: first, **RESULTS}
     types |= {shown: own.get(name) for name, shown in names.items()}
     failed = 0
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal failed
-        for row, answer in zip(read_rows(source), answers, strict=True):
+        answers = prediction.parts.answers(prediction.manifest)
+        for row, answer in zip(source.rows(), answers, strict=True):
             failed += answer.error is not None
             yield _row(row, answer, names, str(row.index) if texts else row.index)
 
@@ -286,18 +335,6 @@ def _names(columns: Sequence[str]) -> dict[str, str]:
             taken.add(shown)
         names[name] = shown
     return names
-
-
-def _types(source: Path, output: Path) -> dict[str, pa.DataType]:
-    """The input's columns with their types, where the output has types."""
-    if table_format(output) != ".parquet":
-        return {}
-    if table_format(source) == ".parquet":
-        return parquet_types(source)
-    types = ArrowTypes(output)
-    for row in read_rows(source):
-        types.add(row.columns)
-    return types.types()
 
 
 def _row(row: Row, answer: Answer, names: Mapping[str, str], place: int | str) -> dict[str, Any]:
@@ -381,7 +418,7 @@ def predict_file(
         AdapterIntegrityError: An adapter is not what was stored.
     """
     check_paths(source, output)
-    digest = file_digest(source, settings, progress=progress)
+    opened = Source(source, settings, hold=True)
     parts = Parts(output)
     with parts.held():
         queued = parts.queued()
@@ -389,30 +426,29 @@ def predict_file(
             _check_ended(stand(queued), output, restart=restart)
         if restart or queued is not None:
             parts.remove()
-        manifest = parts.manifest()
-        if manifest is None:
+        known = parts.manifest()
+        if known is None:
             parts.remove()
             if output.exists() and not overwrite:
                 raise ConfigError(f"{output} is there already; name another file, or replace it with --overwrite")
-            parts.sweep()
-            manifest = new_manifest(request, source, output, digest, tracking_uri, progress)
+        parts.sweep()
+        manifest = plan(request, opened, output, parts, known, tracking_uri, progress)
+        if known is None:
             parts.begin(manifest)
-        else:
-            check_unchanged(manifest, request, digest, parts)
-            parts.sweep()
-        left = [shard for shard in range(manifest.shards) if not parts.has(shard)]
+        prediction = Prediction(request=request, manifest=manifest, source=source, output=output)
+        prediction.open(settings, progress, opened)
+        part = prediction.part(range(manifest.shards))
         tokens, seconds = 0, 0.0
-        if left:
-            tokens, seconds = _answer_rows(request, source, manifest, left, parts, settings, tracking_uri, progress)
-        if file_digest(source, settings) != digest:
-            raise AssetError(f"{source} changed while it was worked on; begin anew with --restart")
-        failed = write_output(source, output, parts.answers(manifest), manifest.survey)
+        if part.left:
+            tokens, seconds = _answer_here(prediction, part, opened, settings, tracking_uri, progress)
+        opened.check_unchanged()
+        failed = write_output(prediction, opened)
         parts.remove()
     return Summary(
         output=output,
-        rows=manifest.rows,
+        rows=part.rows,
         failed=failed,
-        reused=manifest.rows - sum(len(manifest.span(shard)) for shard in left),
+        reused=part.reused,
         models=manifest.models,
         completion_tokens=tokens,
         seconds=seconds,
@@ -438,18 +474,17 @@ def _check_ended(stand: Stand, output: Path, *, restart: bool) -> None:
         )
 
 
-def _answer_rows(
-    request: Request,
-    source: Path,
-    manifest: Manifest,
-    left: Sequence[int],
-    parts: Parts,
+def _answer_here(
+    prediction: Prediction,
+    part: Part,
+    source: Source,
     settings: Settings,
     tracking_uri: str | None,
     progress: Reporter,
 ) -> tuple[int, float]:
-    """Make the shards that are missing; tokens generated and seconds taken."""
-    uris = list(dict.fromkeys(manifest.models.values()))
+    """Answer what is left in this process, over a base of its own."""
+    request, parts = prediction.request, prediction.parts
+    uris = list(dict.fromkeys(prediction.manifest.models.values()))
     with progress.task(f"loading {len(uris)} adapters and their base", None, "adapters"):
         predictor = Predictor.load(
             uris,
@@ -459,12 +494,10 @@ def _answer_rows(
             settings=settings,
             tracking_uri=tracking_uri,
         )
-    check_adapters(manifest, predictor.adapters)
-    tokens, began = 0, time.perf_counter()
-    total = sum(len(manifest.span(shard)) for shard in left)
-    with predictor, progress.task("answering", total, "rows") as advance:
-        for shard, answers in answer_shards(request, manifest, source, set(left), predictor):
+    with predictor, progress.task("answering", part.rows - part.reused, "rows") as advance:
+
+        def keep(shard: int, answers: list[Answer]) -> None:
             parts.write(shard, answers)
-            tokens += sum(answer.completion_tokens or 0 for answer in answers)
             advance(len(answers))
-    return tokens, time.perf_counter() - began
+
+        return answer_part(prediction, part, source, predictor, keep)

@@ -1,9 +1,10 @@
 """The work of one prediction beside its output, so that it can be cut off anywhere and gone on with.
 
-`OUTPUT.parts/` holds a manifest (what was asked, of which input, answered by which versions) and one file of answers
-for each shard of consecutive rows. A shard's file appears whole, by a rename. When all are there the output is put
-together from the input's rows and the answers, and the directory goes away. Aliases are resolved when the manifest is
-made: a run that is gone on with uses the versions that it began with, wherever an alias points by then.
+`OUTPUT.parts/` holds a manifest (what was asked, of which input, answered by which versions), an index of the input
+(see `source`) and one file of answers for each shard of consecutive rows. A shard's file appears whole, by a rename.
+When all are there the output is put together from the input's rows and the answers, and the directory goes away.
+Aliases are resolved when the manifest is made: a run that is resumed uses the versions that it began with, wherever an
+alias points by then.
 
 The shards may also be answered by jobs of the queue, each a range of them, on any machine that sees the directory.
 Their files carry the first digits of the prediction's name: what a worker writes that has not heard yet of a
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,11 +31,14 @@ from filelock import FileLock, Timeout
 from rankwise.exceptions import ConfigError
 from rankwise.files import storage_errors, temporary_name, write_atomically
 from rankwise.inference.predictor import BATCH_SIZE, Answer
-from rankwise.inference.tables import Survey
+from rankwise.inference.source import Index, Survey
 from rankwise.modeling.decoding.generation import Decoding
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
+_INDEX = "index.json"
 _DIGITS = 12
 
 
@@ -173,6 +178,22 @@ class Parts:
         """Note what is to be done."""
         document = {"format_version": FORMAT_VERSION, **manifest.to_json()}
         write_atomically(self.directory / _MANIFEST, json.dumps(document, indent=1).encode())
+
+    def index(self, manifest: Manifest) -> Index | None:
+        """The index of the manifest's input; None where there is none that fits, as with release 0.1.0."""
+        try:
+            index = Index.of(json.loads((self.directory / _INDEX).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning("%s is damaged (%s) and made again", self.directory / _INDEX, error)
+            return None
+        expected = (manifest.request["input"], manifest.shard_rows)
+        return index if index is not None and (index.input, index.shard_rows) == expected else None
+
+    def write_index(self, index: Index) -> None:
+        """Keep the index of the input."""
+        write_atomically(self.directory / _INDEX, json.dumps(index.to_json()).encode())
 
     @property
     def own(self) -> bool:

@@ -1,10 +1,10 @@
-"""Tables of rows on disk: JSONL, CSV and Parquet, read row by row and written whole or not at all.
+"""Formats of tables: JSONL, CSV and Parquet, decoded row by row and written whole or not at all.
 
 A row is a dict of columns. JSONL keeps the types of JSON; in CSV every cell is a text; Parquet keeps its own types. A
-line that is no row (not JSON, no object, too many cells) does not stop the reading: it comes as a row with an error.
+line that is no row (not JSON, no object, too many cells) does not stop the reading: it becomes a row with an error.
 
-- The one type that Parquet gives a column, found out from rows piece by piece.
-- A first look at an input: how many rows, which columns of which types, which models its rows name.
+The decoders start at any row, so that a part of an input is read without the rows before it. `ArrowTypes` infers the
+type that Parquet gives a column.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import itertools
 import json
 import math
 import re
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.files import replacing
-from rankwise.reporter import Reporter
 
 _AT_ONCE = 1024
 
@@ -98,6 +97,8 @@ _ROWS_OF_A_GROUP = 16384
 _LONGEST_CELL = 64 << 20
 _DEEPEST = 100
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]')
+# Bytes at the start of a Parquet file, before its first row group.
+_MAGIC = 4
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -128,26 +129,6 @@ def table_format(path: Path) -> str:
     return suffix
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """All rows of a file, in order.
-
-    Raises:
-        ConfigError: The format is not known.
-        AssetError: The file is missing or cannot be read.
-    """
-    read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[table_format(path)]
-    try:
-        yield from read(path)
-    except FileNotFoundError as error:
-        raise AssetError(f"there is no {path}; name a file of rows ({', '.join(SUFFIXES)})") from error
-    except UnicodeDecodeError as error:
-        raise AssetError(
-            f"{path} cannot be read: it is not UTF-8 text ({error}); convert it first, for instance with iconv -t UTF-8"
-        ) from error
-    except (OSError, pa.ArrowException) as error:
-        raise AssetError(f"{path} cannot be read: {error}") from error
-
-
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, pa.DataType | None]) -> None:
     """Write a table: a file of another name first, fsynced, then renamed.
 
@@ -169,11 +150,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[s
             (_write_jsonl if form == ".jsonl" else _write_csv)(file, rows, columns, path)
 
 
-def parquet_types(path: Path) -> dict[str, pa.DataType]:
-    """The columns of a Parquet file with their types."""
-    return {entry.name: entry.type for entry in pq.read_schema(path)}
-
-
 def plain_row(columns: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A row as JSON and CSV have it.
 
@@ -183,17 +159,25 @@ def plain_row(columns: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {name: _plain(value, name, path) for name, value in columns.items()}
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        index = 0
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield Row(index=index, columns=_json_object(line))
-            except ValueError as error:
-                yield Row(index=index, error=f"line {number} {error}")
-            index += 1
+def json_rows(lines: Iterable[str], *, row: int = 0, line: int = 0) -> Iterator[Row]:
+    """Decode lines of JSONL.
+
+    Args:
+        lines: The lines, their endings untranslated.
+        row: Index of the first row.
+        line: How many lines of the file come before.
+    """
+    index = row
+    for number, text in enumerate(lines, start=line + 1):
+        content = text.rstrip("\r\n")
+        if not content.strip():
+            continue
+        try:
+            # Errors of JSON count characters: an ending is one, whatever it is in the file.
+            yield Row(index=index, columns=_json_object(content if content == text else content + "\n"))
+        except ValueError as error:
+            yield Row(index=index, error=f"line {number} {error}")
+        index += 1
 
 
 def _json_object(line: str) -> dict[str, Any]:
@@ -224,55 +208,112 @@ def _depth(line: str) -> int:
     return deepest
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def csv_header(lines: Iterable[str], path: Path) -> list[str] | None:
+    """Take a CSV header from the lines of a file; None where there are no lines.
+
+    Raises:
+        ConfigError: It names a column twice.
+    """
     csv.field_size_limit(_LONGEST_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        # Otherwise a quote that is not closed takes all lines behind it into one cell, unseen.
-        reader = csv.reader(file, strict=True)
-        header = next(reader, None)
-        if header is None:
-            return
+    header = next(csv.reader(lines, strict=True), None)
+    if header is not None:
         _check_names(path, header)
-        index = 0
-        while True:
-            before = reader.line_num
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                first, last = before + 1, reader.line_num
-                where = f"line {last} is" if last <= first else f"lines {first} to {last} are"
-                yield Row(index=index, error=f"{where} not CSV: {error}; is a quote not closed, or not doubled?")
-                index += 1
-                continue
-            if not cells:
-                continue
-            if len(cells) == len(header):
-                yield Row(index=index, columns=dict(zip(header, cells, strict=True)))
-            else:
-                yield Row(
-                    index=index,
-                    error=f"line {reader.line_num} has {len(cells)} cells, the header has {len(header)} columns",
-                )
+    return header
+
+
+def csv_rows(lines: Iterable[str], header: Sequence[str], *, row: int = 0, line: int = 0) -> Iterator[Row]:
+    """Decode lines of CSV behind the header; arguments as `json_rows`. A quoted cell may span lines."""
+    csv.field_size_limit(_LONGEST_CELL)
+    # Otherwise a quote that is not closed takes all lines behind it into one cell, unseen.
+    reader = csv.reader(lines, strict=True)
+    index = row
+    while True:
+        before = line + reader.line_num
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            first, last = before + 1, line + reader.line_num
+            where = f"line {last} is" if last <= first else f"lines {first} to {last} are"
+            yield Row(index=index, error=f"{where} not CSV: {error}; is a quote not closed, or not doubled?")
             index += 1
+            continue
+        if not cells:
+            continue
+        if len(cells) == len(header):
+            yield Row(index=index, columns=dict(zip(header, cells, strict=True)))
+        else:
+            yield Row(
+                index=index,
+                error=f"line {line + reader.line_num} has {len(cells)} cells, the header has {len(header)} columns",
+            )
+        index += 1
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
-        _check_names(path, file.schema_arrow.names)
-        index = 0
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            try:
-                rows = batch.to_pylist()
-            except (ValueError, OverflowError) as error:
-                raise AssetError(
-                    f"{path} cannot be read: in rows {index} to {index + len(batch) - 1} is a value that Python does "
-                    f"not have, such as a time after the year 9999: {error}"
-                ) from error
-            for columns in rows:
-                yield Row(index=index, columns=columns)
-                index += 1
+@dataclass(frozen=True, kw_only=True)
+class RowGroups:
+    """Row groups of a Parquet file that lie in one stretch of its bytes.
+
+    Attributes:
+        numbers: Which.
+        row: Index of their first row.
+        start: Their first byte.
+        end: The byte behind their last one.
+    """
+
+    numbers: tuple[int, ...]
+    row: int
+    start: int
+    end: int
+
+
+def row_groups(file: pq.ParquetFile, path: Path) -> list[RowGroups]:
+    """Each row group of a file; all as one where they do not lie one after another.
+
+    Raises:
+        ConfigError: Two columns have one name.
+    """
+    _check_names(path, file.schema_arrow.names)
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    if not groups:
+        return []
+    columns = [[group.column(number) for number in range(group.num_columns)] for group in groups]
+    starts = [min(map(_first_byte, own), default=_MAGIC) for own in columns]
+    end = max((_first_byte(each) + each.total_compressed_size for own in columns for each in own), default=_MAGIC)
+    if any(before >= after for before, after in itertools.pairwise([*starts, end])):
+        return [RowGroups(numbers=tuple(range(len(groups))), row=0, start=_MAGIC, end=max(end, _MAGIC))]
+    rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
+    ends = [*starts[1:], end]
+    return [
+        RowGroups(numbers=(number,), row=row, start=start, end=end)
+        for number, (row, start, end) in enumerate(zip(rows, starts, ends, strict=False))
+    ]
+
+
+def _first_byte(column: Any) -> int:
+    dictionary = column.dictionary_page_offset
+    return int(min(dictionary, column.data_page_offset) if dictionary else column.data_page_offset)
+
+
+def parquet_rows(file: pq.ParquetFile, groups: RowGroups, path: Path) -> Iterator[Row]:
+    """Decode row groups.
+
+    Raises:
+        AssetError: A value is not representable in Python.
+    """
+    index = groups.row
+    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=list(groups.numbers)):
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError) as error:
+            raise AssetError(
+                f"{path} cannot be read: in rows {index} to {index + len(batch) - 1} is a value that Python does "
+                f"not have, such as a time after the year 9999: {error}"
+            ) from error
+        for columns in rows:
+            yield Row(index=index, columns=columns)
+            index += 1
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
@@ -331,120 +372,3 @@ def _plain(value: Any, column: str, path: Path) -> Any:
         f"{path}: the column {column!r} holds {type(value).__name__}, which {path.suffix} cannot hold; write .parquet, "
         "or leave the column out of the input"
     )
-
-
-Number = Literal["int", "float"]
-_PER_STEP = 1000
-_LONGEST_NUMBER = 300
-_READ: Mapping[str, type[int] | type[float]] = {"int": int, "float": float}
-# Not those with zeros in front: they are names, such as postcodes.
-_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
-_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What an input has.
-
-    Attributes:
-        rows: How many rows, unreadable ones too.
-        columns: Names of all columns, in the order in which they come up, each with the names of its values' types.
-        models: How many rows name each model.
-        unnamed: How many readable rows name none.
-        numbers: Columns of texts (those of CSV all are) in which every text is a number: "int" or "float". A template
-            gets them as numbers, as `datasets` gives them in training, so that `{carat:.2f}` means the same.
-    """
-
-    rows: int
-    columns: Mapping[str, frozenset[str]]
-    models: Mapping[str, int]
-    unnamed: int
-    numbers: Mapping[str, Number]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values: an input is looked through once, however often work on it is cut off."""
-        return {
-            "rows": self.rows,
-            "columns": {name: sorted(kinds) for name, kinds in self.columns.items()},
-            "models": dict(self.models),
-            "unnamed": self.unnamed,
-            "numbers": dict(self.numbers),
-        }
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        return cls(**{**values, "columns": {name: frozenset(kinds) for name, kinds in values["columns"].items()}})
-
-    def typed(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row with its numbers as numbers."""
-        if not self.numbers:
-            return columns
-        return {
-            name: _READ[self.numbers[name]](value) if name in self.numbers and value != "" else value
-            for name, value in columns.items()
-        }
-
-
-def survey(
-    path: Path, model_column: str, progress: Reporter, check: Callable[[Mapping[str, Any]], object] | None = None
-) -> Survey:
-    """Read an input once.
-
-    Args:
-        path: The input.
-        model_column: The column in which a row may name its model.
-        progress: Told of rows.
-        check: Given the columns of each row, to refuse what could not be written at the end.
-
-    Raises:
-        ConfigError: The format is not known.
-        AssetError: The file is missing or cannot be read.
-    """
-    kinds: dict[str, set[str]] = {}
-    numbers: dict[str, Number | None] = {}
-    texts = table_format(path) == ".csv"
-    models: Counter[str] = Counter()
-    rows = unnamed = 0
-    with progress.task(f"looking through {path.name}", None, "rows") as advance:
-        for row in read_rows(path):
-            rows += 1
-            if rows % _PER_STEP == 0:
-                advance(_PER_STEP)
-            for name, value in row.columns.items():
-                seen = kinds.setdefault(name, set())
-                if value is not None:
-                    seen.add(type(value).__name__)
-                if texts and value != "":
-                    numbers[name] = _wider(numbers.get(name, "int"), value)
-            if row.error is None:
-                if check is not None:
-                    check(row.columns)
-                named = named_model(row.columns, model_column)
-                if named is None:
-                    unnamed += 1
-                else:
-                    models[named] += 1
-    return Survey(
-        rows=rows,
-        columns={name: frozenset(seen) for name, seen in kinds.items()},
-        models=dict(models),
-        unnamed=unnamed,
-        numbers={name: kind for name, kind in numbers.items() if kind is not None},
-    )
-
-
-def _wider(kind: Number | None, text: str) -> Number | None:
-    """The kind of number that holds this text too; None where there is none."""
-    # Of a longer one Python makes no number.
-    if len(text) > _LONGEST_NUMBER:
-        return None
-    if kind == "int" and _INTEGER.fullmatch(text):
-        return "int"
-    return "float" if kind is not None and _NUMBER.fullmatch(text) else None
-
-
-def named_model(columns: Mapping[str, Any], model_column: str) -> str | None:
-    """The model that a row names; None where it names none."""
-    value = columns.get(model_column)
-    return None if value is None or value == "" else str(value)

@@ -1,44 +1,273 @@
-"""Predict jobs: answer some shards of an input, or put the output together once all of them are there.
+"""Predict jobs: submitted as one job for each range of shards and one that puts the output together; done by a worker.
 
-- A prediction in MLflow: what was answered by which versions, as a run of the experiment `predictions`.
+The directory `OUTPUT.parts` belongs to the jobs from their submission on. The same command again finds the same jobs;
+those that had failed or were cancelled are tried again. A prediction that has ended is a run of the MLflow experiment
+`predictions`.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
 import rankwise.flavor as flavor
+from rankwise.assets.guard import confine
 from rankwise.digests import file_digest
 from rankwise.exceptions import ConfigError, JobError, TrackingError
-from rankwise.inference.predict import answer_shards, check_adapters, write_output
-from rankwise.inference.predictor import Predictor
-from rankwise.jobs.job import Job, JobKind, JobState, Outcome
+from rankwise.experiment.schema import digest
+from rankwise.inference.predict import Part, Prediction, answer_part, check_paths, plan, write_output
+from rankwise.inference.predictor import Answer, Predictor
+from rankwise.inference.shards import Manifest, Parts, Queued, Request, Stand
+from rankwise.inference.source import InputChangedError, Source
+from rankwise.jobs.job import Job, JobKind, JobState, NewJob, Outcome
+from rankwise.jobs.store import JobStore, every_job
 from rankwise.modeling.lora.packed import delete_adapter
 from rankwise.reporter import Advance, Remark
+from rankwise.settings import Settings
 from rankwise.tasks.context import Context
 from rankwise.tasks.session import Session, Stoppable, token_of
-from rankwise.tasks.submit_prediction import Prediction, confine_files, jobs_of_prediction
 from rankwise.tracking.provenance import collect
 from rankwise.tracking.registry import JOB, link_inputs
 from rankwise.tracking.run import Run
 from rankwise.tracking.values import DatasetRecord
 
+logger = logging.getLogger(__name__)
+
 EXPERIMENT = "predictions"
 _LAST_TRY_S = 10.0
+_LONGEST = 255
 
 
-def record_prediction(session: Session, job: Job, work: Prediction, result: dict[str, Any]) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class PredictWork:
+    """The work of a predict job.
+
+    Attributes:
+        prediction: The prediction that it is a part of, with paths as workers see them.
+        span: Its shards, as (first, behind the last); None puts the output together.
+        host: Where it was submitted.
+    """
+
+    prediction: Prediction
+    span: tuple[int, int] | None
+    host: str
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """Read a job's row."""
+        spec = job.spec
+        prediction = Prediction(
+            request=Request.of(spec["request"]),
+            manifest=Manifest.of(spec["manifest"]),
+            source=Path(spec["input"]),
+            output=Path(spec["output"]),
+            whole=spec["whole"],
+        )
+        span = None if spec["span"] is None else (spec["span"][0], spec["span"][1])
+        return cls(prediction=prediction, span=span, host=spec["host"])
+
+    def job(self, *, priority: int, after: tuple[int, ...] = ()) -> NewJob:
+        """As the queue takes it."""
+        prediction = self.prediction
+        spec: dict[str, Any] = {
+            "whole": prediction.whole,
+            "span": self.span,
+            "input": str(prediction.source),
+            "output": str(prediction.output),
+            "request": prediction.request.to_json(),
+            "manifest": prediction.manifest.to_json(),
+            "host": self.host,
+        }
+        return NewJob(
+            kind=JobKind.PREDICT,
+            experiment=listed_as(prediction.output),
+            spec_hash=digest({"whole": prediction.whole, "span": self.span}),
+            spec=spec,
+            priority=priority,
+            after=after,
+        )
+
+
+def listed_as(output: Path) -> str:
+    """What the queue lists the jobs of an output under."""
+    return f"predict {output.name}"[:_LONGEST]
+
+
+def jobs_of_prediction(queue: JobStore, output: Path, whole: str) -> list[Job]:
+    """The jobs of a prediction, the one that puts the output together last."""
+    listed = every_job(queue, kinds=[JobKind.PREDICT], experiment=listed_as(output))
+    jobs = [job for job in listed if job.spec["whole"] == whole]
+    return sorted(jobs, key=lambda job: (job.spec["span"] is None, job.id))
+
+
+def confine_files(source: Path, output: Path, models: Iterable[str], settings: Settings) -> None:
+    """Refuse files that this machine does not touch for others.
+
+    Args:
+        source: The input.
+        output: The output.
+        models: Resolved URIs; those that are absolute paths are directories.
+        settings: With `RANKWISE_DATA_ROOT`, or without.
+
+    Raises:
+        ConfigError: One is outside of `RANKWISE_DATA_ROOT`.
+    """
+    directories = [Path(uri) for uri in models if uri.startswith("/")]
+    for key, path in (("INPUT", source), ("OUTPUT", output), *(("--model", path) for path in directories)):
+        confine(path, settings, key)
+
+
+def stand_of(queue: JobStore, output: Path, whole: str) -> Stand:
+    """How far the jobs of a prediction are; those that nobody has queued have ended."""
+    jobs = jobs_of_prediction(queue, output, whole)
+    if not all(job.ended for job in jobs):
+        return Stand.OPEN
+    return Stand.DONE if jobs and jobs[-1].state is JobState.SUCCEEDED else Stand.ENDED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a submission has come to.
+
+    Attributes:
+        jobs: All jobs of the prediction as they now stand; the last one puts the output together.
+        manifest: What was resolved.
+        done: Whether the output is there already, made by these jobs.
+    """
+
+    jobs: tuple[Job, ...]
+    manifest: Manifest
+    done: bool = False
+
+
+def submit_prediction(
+    context: Context,
+    request: Request,
+    source: Path,
+    output: Path,
+    *,
+    shards: int,
+    priority: int = 0,
+    overwrite: bool = False,
+    restart: bool = False,
+) -> Submission:
+    """Queue a prediction; what a local command has begun is gone on with.
+
+    Args:
+        context: The stores.
+        request: What is asked; its `device` is the workers' to choose.
+        source: The input, which the workers must see under this path.
+        output: Where the answers go, likewise.
+        shards: Into how many jobs the rows are split, at most.
+        priority: The higher one is claimed first.
+        overwrite: Replace an output that is there.
+        restart: Throw away what was begun, and cancel its jobs.
+
+    Raises:
+        ConfigError: The request, or what was begun, does not fit; the output is there already; a file is outside of
+            `RANKWISE_DATA_ROOT`.
+        AssetError: The input cannot be read.
+        TrackingError: The registry cannot be reached.
+    """
+    source, output = source.absolute(), output.absolute()
+    check_paths(source, output)
+    # What workers with the same roots would refuse later.
+    confine_files(source, output, (), context.settings)
+    opened = Source(source, context.settings)
+    parts = Parts(output)
+    with parts.held():
+        queued = parts.queued()
+        if queued is not None and restart:
+            _cancel(context, jobs_of_prediction(context.queue, output, queued.whole))
+        anew = restart or (queued is not None and _is_done(context, queued))
+        known = None if anew else parts.manifest()
+        if known is None:
+            # Without a manifest nothing says what the shards in a directory answer.
+            parts.remove()
+        manifest = plan(request, opened, output, parts, known, context.settings.tracking_uri, context.voice)
+        confine_files(source, output, manifest.models.values(), context.settings)
+        if manifest.queued is None:
+            whole, before = _name(context, manifest, source, output)
+            if before and not overwrite and not restart and _is_there(context, output, before[-1]):
+                parts.remove()
+                return Submission(jobs=tuple(before), manifest=manifest, done=True)
+            if known is None and output.exists() and not overwrite:
+                parts.remove()
+                raise ConfigError(f"{output} is there already; name another file, or replace it with --overwrite")
+            # Those of a directory that somebody has removed.
+            _cancel(context, before)
+            manifest = replace(manifest, queued=Queued(whole=whole, spans=_spans(manifest.shards, shards)))
+            # Before the jobs: a worker that claims one finds it.
+            parts.begin(manifest)
+    jobs = _queue(context, request, manifest, source, output, priority)
+    return Submission(jobs=tuple(jobs), manifest=manifest)
+
+
+def _cancel(context: Context, jobs: Sequence[Job]) -> None:
+    context.queue.cancel([job.id for job in jobs if not job.ended])
+
+
+def _name(context: Context, manifest: Manifest, source: Path, output: Path) -> tuple[str, list[Job]]:
+    """A name that no prediction has yet, and the jobs of the last one that was the same."""
+    same = {key: value for key, value in manifest.to_json().items() if key not in ("survey", "queued")}
+    before: list[Job] = []
+    for number in itertools.count():
+        whole = digest({**same, "source": str(source), "output": str(output), "number": number})
+        jobs = jobs_of_prediction(context.queue, output, whole)
+        if not jobs:
+            return whole, before
+        before = jobs
+    raise AssertionError("there is always another number")
+
+
+def _is_there(context: Context, output: Path, last: Job) -> bool:
+    """Whether the output is the file that a job has put together."""
+    if last.state is not JobState.SUCCEEDED or not output.exists():
+        return False
+    return file_digest(output, context.settings) == (last.result or {}).get("sha256")
+
+
+def _is_done(context: Context, queued: Queued) -> bool:
+    """Whether the jobs have ended well, and only the directory was left behind."""
+    last = digest({"whole": queued.whole, "span": None})
+    found = context.queue.find(JobKind.PREDICT, [last]).get(last)
+    return found is not None and found.state is JobState.SUCCEEDED
+
+
+def _spans(shards: int, jobs: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of shards, as equal as they can be."""
+    count = min(jobs, shards)
+    edges = [shards * each // count for each in range(count + 1)] if count else []
+    return tuple(itertools.pairwise(edges))
+
+
+def _queue(
+    context: Context, request: Request, manifest: Manifest, source: Path, output: Path, priority: int
+) -> Sequence[Job]:
+    assert manifest.queued is not None
+    whole = manifest.queued.whole
+    prediction = Prediction(request=request, manifest=manifest, source=source, output=output, whole=whole)
+    join = PredictWork(prediction=prediction, span=None, host=socket.gethostname())
+    parts = [replace(join, span=span).job(priority=priority) for span in manifest.queued.spans]
+    answering = context.queue.submit(parts, again=True)
+    after = tuple(job.id for job in answering)
+    return [*answering, *context.queue.submit([join.job(priority=priority, after=after)], again=True)]
+
+
+def record_prediction(session: Session, job: Job, prediction: Prediction, result: dict[str, Any]) -> str | None:
     """Show a prediction whose output is there. The output is what counts: without a server it is not shown.
 
     Args:
         session: The child.
         job: The job that put the output together; another attempt writes to the same run.
-        work: What it says.
+        prediction: What it is.
         result: What its row is to keep.
 
     Returns:
@@ -49,13 +278,13 @@ def record_prediction(session: Session, job: Job, work: Prediction, result: dict
     """
     run: Run | None = None
     try:
-        run = _open(session, job, work)
-        manifest = work.manifest
+        run = _open(session, job, prediction)
+        manifest = prediction.manifest
         run.input(
             DatasetRecord(
-                name=work.source.name,
+                name=prediction.source.name,
                 digest=manifest.request["input"],
-                source=str(work.source),
+                source=str(prediction.source),
                 source_type="local",
                 context="predict",
                 profile={"rows": manifest.rows},
@@ -63,14 +292,14 @@ def record_prediction(session: Session, job: Job, work: Prediction, result: dict
         )
         run.metrics({f"predict.{key}": float(result[key]) for key in ("rows", "failed", "completion_tokens")}, 0)
         run.tags({"rankwise.output_sha256": result["sha256"]})
-        run.json({**manifest.to_json(), "output": str(work.output)}, "prediction.json")
+        run.json({**manifest.to_json(), "output": str(prediction.output)}, "prediction.json")
         store = session.context.store
         resolved = [store.registry.resolve(uri) for uri in manifest.models.values() if uri.startswith("models:")]
         run.flush()
         link_inputs(store.client, run.run_id, {each.model_id for each in resolved if each.model_id is not None})
         run.end("FINISHED")
     except TrackingError as error:
-        session.voice.warn(f"{work.output} is there, and MLflow does not show all of it: {error}")
+        session.voice.warn(f"{prediction.output} is there, and MLflow does not show all of it: {error}")
         if run is None:
             return None
         # What it lacks is delivered when the server answers; the work has ended all the same.
@@ -82,21 +311,21 @@ def record_prediction(session: Session, job: Job, work: Prediction, result: dict
     return run.run_id
 
 
-def _open(session: Session, job: Job, work: Prediction) -> Run:
+def _open(session: Session, job: Job, prediction: Prediction) -> Run:
     """The job's run: a new one, or that of an earlier attempt."""
-    store, request = session.context.store, work.manifest.request
+    store, request = session.context.store, prediction.manifest.request
     if job.mlflow_run_id is not None:
         return store.resume_run(job.mlflow_run_id, system_metrics=False, attempt=job.attempts, fence=session.fence(job))
     noted, may_speak = False, session.fence(job)
     decoding = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt")
     run = store.start_run(
         store.experiment(EXPERIMENT),
-        work.output.name,
+        prediction.output.name,
         params={
-            "input": str(work.source),
+            "input": str(prediction.source),
             "input_digest": request["input"],
-            "output": str(work.output),
-            "models": ", ".join(sorted(set(work.manifest.models.values()))),
+            "output": str(prediction.output),
+            "models": ", ".join(sorted(set(prediction.manifest.models.values()))),
             **{key: request.get(key) for key in decoding},
         },
         tags={**collect().tags(), JOB: job.id},
@@ -113,9 +342,6 @@ def _open(session: Session, job: Job, work: Prediction) -> Run:
     return run
 
 
-logger = logging.getLogger(__name__)
-
-
 def predict_claimed(session: Session, jobs: Sequence[Job]) -> None:
     """Do the claimed jobs, one after another, and report the end of each.
 
@@ -126,10 +352,22 @@ def predict_claimed(session: Session, jobs: Sequence[Job]) -> None:
         KeyboardInterrupt: Nobody wants it any more, or this process is to stop; another attempt goes on.
     """
     for job in jobs:
-        work = Prediction.of(job)
+        work = PredictWork.of(job)
         session.phase("load")
         _check_reach(session, work)
-        result = _join(session, job, work) if work.span is None else _answer(session, job, work)
+        try:
+            source = work.prediction.open(session.settings, session.voice)
+            result = (
+                _join(session, job, work.prediction, source)
+                if work.span is None
+                else _answer(session, job, work, source)
+            )
+        except InputChangedError as error:
+            raise ConfigError(
+                f"the input {work.prediction.source} has changed since it was submitted (it was "
+                f"{work.prediction.manifest.request['input']}, is {error.digest}): put it back and retry the job, or "
+                "submit again with --restart"
+            ) from error
         session.report(job, Outcome.SUCCEEDED, result=result)
 
 
@@ -142,79 +380,72 @@ def settle_predictions(context: Context, jobs: Collection[Job]) -> None:
     for job in jobs:
         if job.kind is not JobKind.PREDICT:
             continue
-        work = Prediction.of(job)
-        if job.state is JobState.SUCCEEDED and work.span is None and work.parts.own:
+        work = PredictWork.of(job)
+        prediction, parts = work.prediction, work.prediction.parts
+        if job.state is JobState.SUCCEEDED and work.span is None and parts.own:
             # Whoever holds it is at a prediction into the same output, and removes what has ended well.
-            with suppress(ConfigError), work.parts.held():
-                if work.parts.own:
-                    work.parts.remove()
-                    work.parts.sweep()
-        if job.state is JobState.FAILED and work.request.fail_fast:
-            others = jobs_of_prediction(context.queue, work.output, work.whole)
+            with suppress(ConfigError), parts.held():
+                if parts.own:
+                    parts.remove()
+                    parts.sweep()
+        if job.state is JobState.FAILED and prediction.request.fail_fast:
+            assert prediction.whole is not None
+            others = jobs_of_prediction(context.queue, prediction.output, prediction.whole)
             context.queue.cancel([other.id for other in others if not other.ended])
 
 
-def _check_reach(session: Session, work: Prediction) -> None:
-    """Refuse what this worker cannot see, or what has changed since the submission.
+def _check_reach(session: Session, work: PredictWork) -> None:
+    """Refuse what this worker cannot see.
 
     Raises:
         JobError: A path is not there; another worker may see it.
-        ConfigError: The input is another one, or this machine does not touch such files.
+        ConfigError: This machine does not touch such files.
     """
-    confine_files(work.source, work.output, work.manifest.models.values(), session.settings)
+    source, output, parts = work.prediction.source, work.prediction.output, work.prediction.parts
+    confine_files(source, output, work.prediction.manifest.models.values(), session.settings)
     here = socket.gethostname()
     shared = f"submitted on {work.host}, claimed on {here}: INPUT and OUTPUT must lie where every worker sees them"
-    if not work.source.exists():
-        raise JobError(f"there is no input {work.source} on this machine ({shared})")
-    if not work.parts.own:
+    if not source.exists():
+        raise JobError(f"there is no input {source} on this machine ({shared})")
+    if not parts.own:
         raise JobError(
-            f"{work.parts.directory} is not there, or belongs to another prediction ({shared}); if somebody has "
+            f"{parts.directory} is not there, or belongs to another prediction ({shared}); if somebody has "
             "removed it, submit again with --restart"
         )
-    found, recorded = file_digest(work.source, session.settings), work.manifest.request["input"]
-    if found != recorded:
-        raise ConfigError(
-            f"the input {work.source} has changed since it was submitted (it was {recorded}, is {found}): put it back "
-            "and retry the job, or submit again with --restart"
-        )
 
 
-def _answer(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
+def _answer(session: Session, job: Job, work: PredictWork, source: Source) -> dict[str, Any]:
     """Answer the shards of a job that no earlier attempt has; what the job's row is to keep."""
     assert work.span is not None
-    parts, token, span = work.parts, token_of(job), range(*work.span)
-    left = [shard for shard in span if not parts.has(shard)]
-    done = work.rows - sum(len(work.manifest.span(shard)) for shard in left)
+    prediction, parts = work.prediction, work.prediction.parts
+    part = prediction.part(range(*work.span))
+    first = prediction.manifest.span(part.shards.start).start
+    logger.info("rows %d to %d, %d of them answered already", first, first + part.rows - 1, part.reused)
     tokens, seconds = 0, 0.0
-    first = work.manifest.span(span.start).start
-    logger.info("rows %d to %d, %d of them answered already", first, first + work.rows - 1, done)
-    if left:
+    if part.left:
         with ExitStack() as stack:
-            predictor = _load(session, work, stack)
-            check_adapters(work.manifest, predictor.adapters)
+            predictor = _load(session, prediction, stack)
             session.phase("answer")
-            advance = stack.enter_context(session.voice.task("answering", work.rows - done, "rows"))
-            watched = _Watched(session, token, advance, rows=work.rows, done=done, kept=len(span) - len(left))
-            began = time.perf_counter()
+            advance = stack.enter_context(session.voice.task("answering", part.rows - part.reused, "rows"))
+            watched = _Watched(session, token_of(job), advance, part)
+
+            def keep(shard: int, answers: list[Answer]) -> None:
+                _check_still_own(session, job, parts)
+                parts.write(shard, answers)
+                watched.keep(answers)
+                if session.stop.is_set() and shard != part.left[-1]:
+                    raise KeyboardInterrupt
+
             try:
-                for shard, answers in answer_shards(
-                    work.request, work.manifest, work.source, set(left), predictor, watched
-                ):
-                    _check_still_own(session, job, work)
-                    parts.write(shard, answers)
-                    tokens += sum(answer.completion_tokens or 0 for answer in answers)
-                    watched.keep(len(answers), tokens)
-                    if session.stop.is_set() and shard != left[-1]:
-                        raise KeyboardInterrupt
+                tokens, seconds = answer_part(prediction, part, source, predictor, keep, watched)
             except JobError as error:
-                if work.request.fail_fast:
+                if prediction.request.fail_fast:
                     raise ConfigError(f"--fail-fast: {error}") from error
                 raise
-            seconds = time.perf_counter() - began
-    return {"rows": work.rows, "reused": done, "completion_tokens": tokens, "seconds": seconds}
+    return {"rows": part.rows, "reused": part.reused, "completion_tokens": tokens, "seconds": seconds}
 
 
-def _check_still_own(session: Session, job: Job, work: Prediction) -> None:
+def _check_still_own(session: Session, job: Job, parts: Parts) -> None:
     """Before each write: the job may have been taken over, and its output given to another prediction meanwhile.
 
     Raises:
@@ -223,21 +454,21 @@ def _check_still_own(session: Session, job: Job, work: Prediction) -> None:
     """
     if not session.may_publish(job):
         raise KeyboardInterrupt
-    if not work.parts.own:
+    if not parts.own:
         raise ConfigError(
-            f"{work.parts.directory} was removed, or given to another prediction, while this job answered its rows: "
+            f"{parts.directory} was removed, or given to another prediction, while this job answered its rows: "
             "nothing more is written there; submit again with --restart if it is still wanted"
         )
 
 
-def _load(session: Session, work: Prediction, stack: ExitStack) -> Predictor:
+def _load(session: Session, prediction: Prediction, stack: ExitStack) -> Predictor:
     """The models of a prediction over the base in memory, where it is the one they ask for; taken off at the end."""
-    uris = list(dict.fromkeys(work.manifest.models.values()))
+    uris = list(dict.fromkeys(prediction.manifest.models.values()))
     with session.voice.task(f"loading {len(uris)} adapters and their base", None, "adapters"):
         loaded = flavor.load_models(
             uris,
-            base_model=work.request.base_model,
-            allow_base_mismatch=work.request.allow_base_mismatch,
+            base_model=prediction.request.base_model,
+            allow_base_mismatch=prediction.request.allow_base_mismatch,
             settings=session.settings,
             find=session.bases.recorded,
             tracking_uri=session.settings.tracking_uri,
@@ -248,14 +479,15 @@ def _load(session: Session, work: Prediction, stack: ExitStack) -> Predictor:
 
 
 class _Watched(Stoppable):
-    """Progress within a job: rows that are kept and rows of the shard under way. A shard is not cut off by a stop."""
+    """Reporter within a job: rows that are kept and rows of the shard under way. A shard is not cut off by a stop."""
 
     stops = False
 
-    def __init__(self, session: Session, token: str, advance: Advance, *, rows: int, done: int, kept: int) -> None:
+    def __init__(self, session: Session, token: str, advance: Advance, part: Part) -> None:
         super().__init__(session, [token])
         self._advance = advance
-        self._rows, self._done, self._kept, self._tokens_made = rows, done, kept, 0
+        self._rows, self._done, self._kept = part.rows, part.reused, len(part.shards) - len(part.left)
+        self._tokens_made = 0
         self._began = time.perf_counter()
         self._tell(0)
 
@@ -280,33 +512,33 @@ class _Watched(Stoppable):
         for token in self._tokens:
             self._session.progress(token, values, always=not more)
 
-    def keep(self, rows: int, tokens: int) -> None:
+    def keep(self, answers: Sequence[Answer]) -> None:
         """A shard is on disk."""
-        self._done += rows
+        self._done += len(answers)
         self._kept += 1
-        self._tokens_made = tokens
+        self._tokens_made += sum(answer.completion_tokens or 0 for answer in answers)
         self._tell(0)
 
 
-def _join(session: Session, job: Job, work: Prediction) -> dict[str, Any]:
+def _join(session: Session, job: Job, prediction: Prediction, source: Source) -> dict[str, Any]:
     """Put the output together; what the job's row is to keep."""
     session.phase("upload")
-    parts, manifest = work.parts, work.manifest
-    missing = [shard for shard in range(manifest.shards) if not parts.has(shard)]
+    parts, manifest = prediction.parts, prediction.manifest
+    missing = prediction.part(range(manifest.shards)).left
     if missing:
         raise ConfigError(
             f"{parts.directory} lacks {len(missing)} of {manifest.shards} shards, the first is {missing[0]}, although "
             "all jobs that answer them have succeeded: somebody has removed files; submit again with --restart"
         )
-    _check_still_own(session, job, work)
-    failed = write_output(work.source, work.output, parts.answers(manifest), manifest.survey)
-    session.voice.done(f"{work.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
+    _check_still_own(session, job, parts)
+    failed = write_output(prediction, source)
+    session.voice.done(f"{prediction.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
     result = {
-        "output": str(work.output),
+        "output": str(prediction.output),
         "rows": manifest.rows,
         "failed": failed,
         "completion_tokens": sum(answer.completion_tokens or 0 for answer in parts.answers(manifest)),
         "models": dict(manifest.models),
-        "sha256": file_digest(work.output, session.settings),
+        "sha256": file_digest(prediction.output, session.settings),
     }
-    return {**result, "run_id": record_prediction(session, job, work, result)}
+    return {**result, "run_id": record_prediction(session, job, prediction, result)}

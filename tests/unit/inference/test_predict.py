@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import mlflow
 import pyarrow as pa
@@ -13,8 +14,8 @@ from click.testing import CliRunner
 from helpers.flavored import make_versions
 
 from rankwise.cli.predict import predict
-from rankwise.exceptions import AdapterIntegrityError, ConfigError, JobError, StorageError
-from rankwise.inference import Predictor
+from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, JobError, StorageError
+from rankwise.inference import Predictor, source
 from rankwise.inference.predict import predict_file
 from rankwise.inference.shards import Parts, Request
 from rankwise.modeling.decoding.generation import Decoding
@@ -94,6 +95,37 @@ def test_batches_and_shards_change_no_answer(world, rows, tmp_path, temperature)
     run(world, rows, tmp_path / "a.jsonl", decoding=decoding, batch_size=1, shard_rows=3)
     run(world, rows, tmp_path / "b.jsonl", decoding=decoding, batch_size=16, shard_rows=100)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+OPENED = []
+sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+def test_the_input_is_opened_once(world, rows, tmp_path, output):
+    OPENED.clear()
+    run(world, rows, tmp_path / output)
+    assert OPENED.count(str(rows)) == 1
+
+
+def test_an_input_that_is_too_large_to_hold_gives_the_same_output(world, rows, tmp_path, monkeypatch):
+    run(world, rows, tmp_path / "held.jsonl")
+    monkeypatch.setattr(source, "HELD_BYTES", 0)
+    run(world, rows, tmp_path / "read.jsonl")
+    assert (tmp_path / "read.jsonl").read_bytes() == (tmp_path / "held.jsonl").read_bytes()
+
+
+def test_an_input_that_changes_while_it_is_worked_on_is_refused(world, rows, tmp_path, monkeypatch):
+    write = Parts.write
+
+    def change(self, shard, answers):
+        write(self, shard, answers)
+        rows.write_text(rows.read_text().replace("Price", "Prize"))
+
+    monkeypatch.setattr(Parts, "write", change)
+    with pytest.raises(AssetError, match=r"rows\.jsonl changed while it was worked on; begin anew with --restart"):
+        run(world, rows, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_another_seed_samples_other_answers(world, rows, tmp_path):

@@ -9,13 +9,30 @@ import pytest
 
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.inference import tables
-from rankwise.inference.tables import Row, read_rows, table_format, write_rows
+from rankwise.inference.source import Source
+from rankwise.inference.tables import Row, table_format, write_rows
+from rankwise.reporter import SILENT
+from rankwise.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("RANKWISE_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+def read_rows(path):
+    """All rows of a file, as they are read to be answered."""
+    source = Source(path, Settings.load())
+    survey = source.survey(path.with_name("out.jsonl"), "model", 2, SILENT)
+    rows = list(source.rows())
+    assert len(rows) == survey.rows
+    return rows
 
 
 def test_a_line_that_is_no_row_does_not_stop_the_reading(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\nnot json\n[1]\n{"a": 2}\n')
-    rows = list(read_rows(path))
+    rows = read_rows(path)
     assert [row.index for row in rows] == [0, 1, 2, 3]
     assert rows[0] == Row(index=0, columns={"a": 1})
     assert rows[1].error.startswith("line 3 is not JSON: ")
@@ -26,7 +43,7 @@ def test_a_line_that_is_no_row_does_not_stop_the_reading(tmp_path):
 def test_cells_of_csv_are_texts_and_a_line_with_other_cells_is_told(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('a,b\n1,"two\nlines"\n1\n3,4\n', encoding="utf-8-sig")
-    rows = list(read_rows(path))
+    rows = read_rows(path)
     assert rows[0].columns == {"a": "1", "b": "two\nlines"}
     assert rows[1].error == "line 4 has 1 cells, the header has 2 columns"
     assert rows[2] == Row(index=2, columns={"a": "3", "b": "4"})
@@ -34,16 +51,16 @@ def test_cells_of_csv_are_texts_and_a_line_with_other_cells_is_told(tmp_path):
 
 def test_an_empty_csv_has_no_rows_and_a_column_named_twice_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("")
-    assert list(read_rows(tmp_path / "empty.csv")) == []
+    assert read_rows(tmp_path / "empty.csv") == []
     (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
     with pytest.raises(ConfigError, match="names a column twice: a; rename one of them"):
-        list(read_rows(tmp_path / "twice.csv"))
+        read_rows(tmp_path / "twice.csv")
 
 
 def test_parquet_keeps_its_types(tmp_path):
     when = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC)
     pq.write_table(pa.table({"n": [1, 2], "when": [when, None]}), tmp_path / "rows.parquet")
-    rows = list(read_rows(tmp_path / "rows.parquet"))
+    rows = read_rows(tmp_path / "rows.parquet")
     assert rows[0].columns == {"n": 1, "when": when}
     types = {"n": pa.int64(), "when": pa.timestamp("us", tz="UTC")}
     write_rows(tmp_path / "copy.parquet", [row.columns for row in rows], types)
@@ -103,7 +120,7 @@ def test_lines_that_would_end_the_work_on_all_others_are_told(tmp_path):
     lines = [f'{{"a": {deep}}}', f'{{"a": {far}}}', '{"a": "half \\ud83d"}', '{"\\uDe00": 1}']
     lines += ['{"a": "whole \\ud83d\\ude00"}', json.dumps({"a": "[{" * 200 + '"' + "[" * 200}), f'{{"a": {near}}}']
     path.write_text("".join(f"{line}\n" for line in lines))
-    rows = list(read_rows(path))
+    rows = read_rows(path)
     assert [row.error is None for row in rows] == [False, False, False, False, True, True, True]
     assert rows[1].error == "line 2 is nested more than 100 deep"
     assert "line 3 has half of a character" in rows[2].error
@@ -114,7 +131,7 @@ def test_lines_that_would_end_the_work_on_all_others_are_told(tmp_path):
 def test_a_quote_that_is_not_closed_takes_no_row_unseen(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('a,b\n1,2\n"3"x,4\n5,"six\n7,8\n9,10\n')
-    rows = list(read_rows(path))
+    rows = read_rows(path)
     assert rows[0].columns == {"a": "1", "b": "2"}
     assert rows[1].error.startswith("line 3 is not CSV: ")
     assert rows[2].error.startswith("lines 4 to 6 are not CSV: unexpected end of data; is a quote not closed")
@@ -125,25 +142,25 @@ def test_parquet_columns_of_one_name_and_times_that_python_does_not_have_are_ref
     cells = pa.array(["a"])
     pq.write_table(pa.Table.from_arrays([cells, cells], names=["prompt", "prompt"]), tmp_path / "twice.parquet")
     with pytest.raises(ConfigError, match="names a column twice: prompt; rename one of them"):
-        list(read_rows(tmp_path / "twice.parquet"))
+        read_rows(tmp_path / "twice.parquet")
     for kind in (pa.timestamp("ms"), pa.date32()):
         far = pa.array([10**17 if kind == pa.timestamp("ms") else 10**8], type=kind)
         pq.write_table(pa.table({"when": far}), tmp_path / "far.parquet")
         with pytest.raises(AssetError, match="in rows 0 to 0 is a value that Python does not have"):
-            list(read_rows(tmp_path / "far.parquet"))
+            read_rows(tmp_path / "far.parquet")
 
 
 def test_formats_that_are_not_known_and_files_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"ends in \.jsonl, \.csv, \.parquet, got '\.xlsx'"):
         table_format(tmp_path / "rows.xlsx")
-    with pytest.raises(AssetError, match="there is no"):
-        list(read_rows(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(AssetError, match=r"cannot read .*nowhere\.jsonl: No such file"):
+        read_rows(tmp_path / "nowhere.jsonl")
     (tmp_path / "broken.parquet").write_text("PAR1")
     with pytest.raises(AssetError, match="cannot be read"):
-        list(read_rows(tmp_path / "broken.parquet"))
+        read_rows(tmp_path / "broken.parquet")
     (tmp_path / "latin.csv").write_bytes(b"a\n\xff\n")
     with pytest.raises(AssetError, match="cannot be read: it is not UTF-8 text"):
-        list(read_rows(tmp_path / "latin.csv"))
+        read_rows(tmp_path / "latin.csv")
 
 
 def test_a_cell_that_a_spreadsheet_would_compute_stays_as_it_is(tmp_path):

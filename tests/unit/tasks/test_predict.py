@@ -179,6 +179,51 @@ def test_an_input_that_has_changed_is_refused(world, rows, tmp_path):
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == ROWS
 
 
+def test_a_part_reads_none_of_the_rows_before_it_and_the_output_needs_all_of_them(world, rows, local, tmp_path):
+    output = tmp_path / "out.jsonl"
+    submit("--shards=2", rows, output)
+    content = rows.read_text()
+    with worker(world) as loop:
+        loop._round(Plan(max_arms=1))
+        rows.write_text(content.replace("carat 0", "carat 9"))
+        loop.work(Plan(drain=True))
+    first, second, join = jobs()
+    assert (first.state, second.state, join.state) == (JobState.SUCCEEDED, JobState.SUCCEEDED, JobState.FAILED)
+    assert "has changed since it was submitted (it was sha256:" in join.error
+    assert "put it back and retry the job" in join.error
+    assert not output.exists()
+    rows.write_text(content)
+    with open_queue() as queue:
+        queue.retry([join.id])
+    drain(world)
+    assert output.read_bytes() == local
+
+
+def test_a_prediction_of_a_release_without_an_index_goes_on(world, rows, local, tmp_path, caplog):
+    output = tmp_path / "out.jsonl"
+    submit("--shards=3", rows, output)
+    index = Parts(output).directory / "index.json"
+    content = index.read_bytes()
+    index.unlink()
+    with caplog.at_level("INFO", logger="rankwise.inference.predict"):
+        drain_once(world)
+    assert "has no index of its input, which is read from its start once" in caplog.text
+    assert index.read_bytes() == content, "the jobs behind it have one again"
+    index.write_text("[]")
+    drain(world)
+    assert output.read_bytes() == local
+
+
+def test_without_an_index_a_changed_input_is_refused_too(world, rows, tmp_path):
+    output = tmp_path / "out.jsonl"
+    submit("--shards=2", rows, output)
+    (Parts(output).directory / "index.json").unlink()
+    rows.write_text(rows.read_text().replace("carat 0", "carat 9"))
+    drain(world)
+    assert [job.state for job in jobs(joins=False)] == [JobState.FAILED, JobState.FAILED]
+    assert "has changed since it was submitted" in jobs()[1].error
+
+
 def test_paths_that_the_worker_does_not_see_are_named(world, rows, tmp_path):
     submit(rows, tmp_path / "out.jsonl")
     rows.rename(tmp_path / "elsewhere.jsonl")

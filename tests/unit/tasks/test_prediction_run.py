@@ -49,9 +49,9 @@ def record(run, run_id="run-1", ours=True):
         fence=lambda job: lambda: True,
     )
     manifest = SimpleNamespace(request={"input": "sha256:1"}, rows=1, models={}, to_json=dict)
-    work = SimpleNamespace(manifest=manifest, source=Path("rows.jsonl"), output=Path("out.jsonl"))
+    prediction = SimpleNamespace(manifest=manifest, source=Path("rows.jsonl"), output=Path("out.jsonl"))
     job = SimpleNamespace(id=7, token="t", title="job 7", mlflow_run_id=run_id, attempts=2)
-    return record_prediction(session, job, work, RESULT), warned
+    return record_prediction(session, job, prediction, RESULT), warned
 
 
 def test_a_server_that_goes_away_leaves_no_run_open():
