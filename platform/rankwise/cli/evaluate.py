@@ -18,7 +18,7 @@ from rankwise.settings import Settings
 
 if TYPE_CHECKING:
     from rankwise.experiment.schema import QuantizationSpec
-    from rankwise.tasks.assess import Assessment
+    from rankwise.tasks.evaluate import Assessment
 
 
 @click.command()
@@ -67,8 +67,8 @@ def evaluate(
     with Bars(Console(stderr=True, highlight=False)) as bars:
         bars.say("starting ...")
         from rankwise.evaluation.evaluate import quantization_of
-        from rankwise.tasks.assess import Assessor, publish_assessment
         from rankwise.tasks.context import open_context
+        from rankwise.tasks.evaluate import Evaluator, publish_assessment
         from rankwise.tasks.setting import recorded_setting, without_aliases
 
         wanted: dict[str, QuantizationSpec | None] = {name: quantization_of(name) for name in _names(quantizations)}
@@ -83,11 +83,11 @@ def evaluate(
             setting = recorded_setting(context, source, file).changed(
                 data=data, split=split, metrics=_names(metrics), limit=limit
             )
-            assessor = Assessor(context)
+            evaluator = Evaluator(context)
             found: dict[str, Assessment] = {}
             runs: dict[str, dict[str, str]] = {}
             for name, quantization in (wanted or {"": None}).items():
-                found[name] = assessor.assess(setting, names, quantization=quantization)
+                found[name] = evaluator.assess(setting, names, quantization=quantization)
                 if not no_tracking:
                     runs[name] = publish_assessment(context, found[name], note=f" ({name})" if name else "")
     document = _document(found, runs)

@@ -23,8 +23,8 @@ from rankwise.evaluation.metrics import PREFIX, Observation, to_tracking
 from rankwise.exceptions import AssetError, ConfigError, DatasetError, GateError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.jobs.aliases import AliasMove
-from rankwise.tasks.assess import Assessed, Assessment, Assessor
 from rankwise.tasks.context import Context
+from rankwise.tasks.evaluate import Assessed, Assessment, Evaluator
 from rankwise.tasks.setting import Setting, read_artifact
 from rankwise.tracking.notes import table
 from rankwise.tracking.provenance import collect, user_name
@@ -67,14 +67,14 @@ def digests_of(arm: ArmSpec, examples: Sequence[Example]) -> bytes:
     return RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
 
 
-def seen_by(context: Context, candidate: ModelVersion, setting: Setting, assessor: Assessor) -> Seen:
+def seen_by(context: Context, candidate: ModelVersion, setting: Setting, evaluator: Evaluator) -> Seen:
     """Whether a row was in the training data of a version, or of an adapter that its training went on from.
 
     Args:
         context: The stores.
         candidate: The version.
         setting: What it was trained on, for versions whose training has left no digests.
-        assessor: Reads the training data then.
+        evaluator: Reads the training data then.
 
     Raises:
         GateError: It is not known, and the message says what to do.
@@ -91,7 +91,7 @@ def seen_by(context: Context, candidate: ModelVersion, setting: Setting, assesso
                     f"{candidate.uri} goes on from {version.uri}, and which rows that was trained on is not known: its "
                     f"run has no {FILE}. {_BY_FORCE}"
                 )
-            digests = _from_data(candidate, setting, assessor)
+            digests = _from_data(candidate, setting, evaluator)
         found.append(digests)
         before = digests.init_from
         version = None if before is None else context.store.registry.resolve(before).version
@@ -128,9 +128,9 @@ def _stored(context: Context, version: ModelVersion) -> RowDigests | None:
         raise GateError(f"{error}. {_BY_FORCE}") from error
 
 
-def _from_data(candidate: ModelVersion, setting: Setting, assessor: Assessor) -> RowDigests:
+def _from_data(candidate: ModelVersion, setting: Setting, evaluator: Evaluator) -> RowDigests:
     try:
-        examples = assessor.training_rows(setting)
+        examples = evaluator.training_rows(setting)
     except (AssetError, DatasetError) as error:
         raise GateError(
             f"which rows {candidate.uri} was trained on is not known: its run has no {FILE}, and the training data "
@@ -215,17 +215,17 @@ def promote(
         )
     # Who may not move the alias learns it before the comparison.
     registry.put_forward(candidate, alias)
-    assessor = Assessor(context)
+    evaluator = Evaluator(context)
     on = setting.changed(data=data, limit=limit)
     seen = None
     try:
-        seen = seen_by(context, candidate, setting, assessor)
+        seen = seen_by(context, candidate, setting, evaluator)
     except GateError as error:
         if force is None:
             raise
         context.voice.warn(str(error))
     compared = [candidate.uri, *([champion.uri] if champion is not None else [])]
-    assessment = assessor.assess(on, compared, leave_out=seen)
+    assessment = evaluator.assess(on, compared, leave_out=seen)
     overlapping = None if seen is None else assessment.left_out
     # Rows of one's own took no part in the choice of the candidate.
     chosen_on = (setting.arm.dataset.eval, setting.arm.dataset.eval_split)

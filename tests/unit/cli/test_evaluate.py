@@ -15,7 +15,7 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(monkeypatch):
     moved = iter(["models:/m/3", "models:/m/4", "models:/m/5"])
     seen = []
 
-    class Assessor:
+    class Evaluator:
         def __init__(self, context):
             pass
 
@@ -33,7 +33,7 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(monkeypatch):
     context = SimpleNamespace(store=SimpleNamespace(registry=SimpleNamespace(resolve=resolve)))
     monkeypatch.setattr("rankwise.tasks.context.open_context", lambda settings, voice: nullcontext(context))
     monkeypatch.setattr("rankwise.tasks.setting.recorded_setting", recorded_setting)
-    monkeypatch.setattr("rankwise.tasks.assess.Assessor", Assessor)
+    monkeypatch.setattr("rankwise.tasks.evaluate.Evaluator", Evaluator)
     runner = CliRunner()
     with pytest.raises(Stop):
         runner.invoke(evaluate, ["models:/m@best", "models:/m/1"], catch_exceptions=False, standalone_mode=False)

@@ -10,8 +10,8 @@ from helpers.definitions import parse
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.tasks import assess as base_groups
-from rankwise.tasks.assess import group_by_base
+from rankwise.tasks import evaluate as base_groups
+from rankwise.tasks.evaluate import group_by_base
 from rankwise.tasks.setting import Setting
 
 OWN, OTHER = "sha256:own", "sha256:other"
@@ -48,12 +48,15 @@ def grouped(monkeypatch):
 
 def test_adapters_of_one_base_with_other_chat_templates_are_groups_of_their_own(grouped):
     first, second = grouped({"models:/m/1": OWN, "models:/m/2": OTHER, "models:/m/3": OWN, "models:/m/4": OTHER})
-    assert (first.uris, first.bare) == (["models:/m/1", "models:/m/3"], "base")
-    assert (second.uris, second.bare) == (["models:/m/2", "models:/m/4"], "base of models:/m/2")
+    assert (first.models, first.bare) == (["models:/m/1", "models:/m/3", "base"], "base")
+    assert (second.models, second.bare) == (
+        ["models:/m/2", "models:/m/4", "base of models:/m/2"],
+        "base of models:/m/2",
+    )
     assert (first.arm.dataset.chat_template, second.arm.dataset.chat_template) == (None, "plain")
 
 
 @pytest.mark.parametrize("template", ["none", OTHER])
 def test_an_adapter_without_a_definition_takes_the_rows_of_the_setting(grouped, template):
     (only,) = grouped({"models:/m-1": template})
-    assert only.uris == ["models:/m-1"]
+    assert only.models == ["models:/m-1", "base"]

@@ -74,7 +74,7 @@ def test_only_rows_that_took_part_in_the_choice_count_its_arms(store, monkeypatc
     )
     told = {}
     monkeypatch.setattr(promotion, "seen_by", lambda *_: None)
-    monkeypatch.setattr(promotion, "Assessor", lambda context: SimpleNamespace(assess=lambda *_, **__: None))
+    monkeypatch.setattr(promotion, "Evaluator", lambda context: SimpleNamespace(assess=lambda *_, **__: None))
     monkeypatch.setattr(promotion, "_write_evidence", lambda *_: "run")
 
     def weigh(*arguments):
