@@ -143,12 +143,13 @@ def become(request, descriptors):
 
 
 def execute(arguments):
-    """Run `-m MODULE ...` or `-c CODE ...`, as Python does."""
-    option, what, *rest = arguments
+    """Run `[-P] -m MODULE ...` or `[-P] -c CODE ...`, as Python does."""
+    safe = arguments[:1] == ["-P"]
+    option, what, *rest = arguments[safe:]
     if option not in ("-m", "-c"):
-        raise ValueError(f"a warm process runs -m MODULE or -c CODE, got {arguments}")
+        raise ValueError(f"a warm process runs [-P] -m MODULE or -c CODE, got {arguments}")
     sys.argv = [what if option == "-m" else "-c", *rest]
-    sys.path[:0] = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:0] = [*([] if safe else [os.getcwd()]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     try:
         if option == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
