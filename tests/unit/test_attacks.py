@@ -133,7 +133,7 @@ ATTACKS = {
         "test_the_environments_secrets_are_taken_out_wherever_they_stand",
     ),
     "a secret in the doctor's words": (
-        "unit/doctor/test_examine.py",
+        "unit/doctor/test_checks.py",
         "test_secrets_are_taken_out_of_what_the_doctor_says",
     ),
     "a text that is slow to clean": (

@@ -22,8 +22,8 @@ from rich.text import Text
 
 from rankwise import __version__
 from rankwise.cli.output import Bars, note, print_json, print_table, show, waiting
-from rankwise.doctor.examine import CHECKS, examine, worst
-from rankwise.doctor.finding import Finding, State
+from rankwise.doctor.checks import CHECKS, run_checks, worst_state
+from rankwise.doctor.finding import HealthFinding, HealthState
 from rankwise.exceptions import TrackingError
 from rankwise.files import format_size
 from rankwise.jobs.database import current_revision, open_engine, upgrade
@@ -187,10 +187,10 @@ def check(as_json: bool) -> int:
 
 
 _MARKS = {
-    State.OK: ("✓", "green"),
-    State.SKIPPED: ("-", "dim"),
-    State.WARNING: ("!", "yellow"),
-    State.PROBLEM: ("✗", "bold red"),
+    HealthState.OK: ("✓", "green"),
+    HealthState.SKIPPED: ("-", "dim"),
+    HealthState.WARNING: ("!", "yellow"),
+    HealthState.PROBLEM: ("✗", "bold red"),
 }
 
 
@@ -203,38 +203,38 @@ def doctor(as_json: bool) -> int:
     """
     settings = Settings.load()
     if as_json:
-        findings = examine(settings, CHECKS)
+        findings = run_checks(settings, CHECKS)
         print_json(
             {
                 "rankwise": __version__,
-                "state": str(worst(findings)),
+                "state": str(worst_state(findings)),
                 "findings": [finding.to_json() for finding in findings],
             }
         )
     else:
         with waiting("Looking ..."):
-            findings = examine(settings, CHECKS)
+            findings = run_checks(settings, CHECKS)
         show(lambda console: _drawn(findings))
-    return 1 if worst(findings) is State.PROBLEM else 0
+    return 1 if worst_state(findings) is HealthState.PROBLEM else 0
 
 
-def _drawn(findings: Sequence[Finding]) -> RenderableType:
+def _drawn(findings: Sequence[HealthFinding]) -> RenderableType:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
         mark, style = _MARKS[finding.state]
-        text = Text(finding.seen, style="dim" if finding.state is State.SKIPPED else "")
+        text = Text(finding.seen, style="dim" if finding.state is HealthState.SKIPPED else "")
         if finding.advice:
             text.append(f"\n→ {finding.advice}", style=style if style != "dim" else "")
         table.add_row(Text(mark, style=style), Text(finding.name, style=style), text)
     counts = Counter(finding.state for finding in findings)
     words = {
-        State.PROBLEM: "problem" if counts[State.PROBLEM] == 1 else "problems",
-        State.WARNING: "warning" if counts[State.WARNING] == 1 else "warnings",
-        State.OK: "ok",
-        State.SKIPPED: "skipped",
+        HealthState.PROBLEM: "problem" if counts[HealthState.PROBLEM] == 1 else "problems",
+        HealthState.WARNING: "warning" if counts[HealthState.WARNING] == 1 else "warnings",
+        HealthState.OK: "ok",
+        HealthState.SKIPPED: "skipped",
     }
     summary = ", ".join(f"{counts[state]} {word}" for state, word in words.items())
     return Group(table, Padding(Text(summary), (1, 0, 0, 0)))

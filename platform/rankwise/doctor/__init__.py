@@ -1,5 +1,5 @@
-"""`rankwise doctor`: looks at this machine and at what it is connected to, one small module for each group of checks.
+"""Checks of this machine and its services, for `rankwise doctor`.
 
-Nothing is changed but one small artifact, which is written, read and deleted. What needs torch or MLflow runs in a
-process of its own, so that a library that hangs or crashes is a finding too.
+The only change they make is one small artifact, which is written, read and deleted. Whatever needs torch or MLflow runs
+in its own process, so that a library that hangs or crashes becomes a finding.
 """

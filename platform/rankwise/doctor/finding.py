@@ -1,7 +1,4 @@
-"""What a check finds, and the check itself.
-
-- Starts the programs of checks that need torch or MLflow: a process each, which may hang or crash.
-"""
+"""Findings and checks of the doctor, and `run_probe`, which runs a probe program in its own process."""
 
 from __future__ import annotations
 
@@ -17,36 +14,25 @@ from rankwise.redact import redact
 from rankwise.settings import Settings, child_environment
 
 
-class State(StrEnum):
-    """How a finding stands, from good to bad."""
+class HealthState(StrEnum):
+    """State of a finding, from best to worst."""
 
-    SKIPPED = "skipped"
-    """Not looked at, since there is nothing to look at: no GPU, no server, no queue yet."""
+    SKIPPED = "skipped"  # not applicable: no GPU, no server, no queue yet
     OK = "ok"
-    WARNING = "warning"
-    """Works, but not as it could, or not as safely."""
-    PROBLEM = "problem"
-    """Something that is asked for will fail."""
+    WARNING = "warning"  # works, but slower or less safely than it could
+    PROBLEM = "problem"  # jobs or commands will fail
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: Stable, for programs: `queue.clock`.
-        state: How it stands.
-        seen: What was seen, without secrets.
-        advice: What to do; empty where nothing is.
-    """
+class HealthFinding:
+    """Result of a check: a stable name such as `queue.clock`, what was seen, what to do. Secrets are removed."""
 
     name: str
-    state: State
+    state: HealthState
     seen: str
     advice: str = ""
 
     def __post_init__(self) -> None:
-        # The one place that all texts come through, those of other programs' errors too.
         object.__setattr__(self, "seen", " ".join(redact(self.seen).split()))
         object.__setattr__(self, "advice", " ".join(redact(self.advice).split()))
 
@@ -56,56 +42,49 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
-    """One look at something.
-
-    Attributes:
-        name: Of the finding where the check gives none itself: it took too long, or failed.
-        look: Does it. A `RankwiseError` becomes a problem with its message.
-        timeout: Seconds that it may take.
-        slow: What to do when it takes longer.
-    """
+class HealthCheck:
+    """A check with a time limit in seconds. A `RankwiseError` of `run` becomes a problem with its message."""
 
     name: str
-    look: Callable[[Settings], Sequence[Finding]]
+    run: Callable[[Settings], Sequence[HealthFinding]]
     timeout: float = 10.0
-    slow: str = "see whether the machine is overloaded, and run it again"
+    timeout_advice: str = "see whether the machine is overloaded, and run it again"
 
 
-def ok(name: str, seen: str) -> Finding:
-    """A finding that asks for nothing."""
-    return Finding(name=name, state=State.OK, seen=seen)
+def ok(name: str, seen: str) -> HealthFinding:
+    """A finding that needs no action."""
+    return HealthFinding(name=name, state=HealthState.OK, seen=seen)
 
 
-def skipped(name: str, seen: str, advice: str = "") -> Finding:
-    """There was nothing to look at."""
-    return Finding(name=name, state=State.SKIPPED, seen=seen, advice=advice)
+def skipped(name: str, seen: str, advice: str = "") -> HealthFinding:
+    """A finding for a check that does not apply."""
+    return HealthFinding(name=name, state=HealthState.SKIPPED, seen=seen, advice=advice)
 
 
-def warning(name: str, seen: str, advice: str) -> Finding:
-    """It works, but should be otherwise."""
-    return Finding(name=name, state=State.WARNING, seen=seen, advice=advice)
+def warning(name: str, seen: str, advice: str) -> HealthFinding:
+    """A finding that works but should be improved."""
+    return HealthFinding(name=name, state=HealthState.WARNING, seen=seen, advice=advice)
 
 
-def problem(name: str, seen: str, advice: str) -> Finding:
-    """It will fail."""
-    return Finding(name=name, state=State.PROBLEM, seen=seen, advice=advice)
+def problem(name: str, seen: str, advice: str) -> HealthFinding:
+    """A finding that makes jobs or commands fail."""
+    return HealthFinding(name=name, state=HealthState.PROBLEM, seen=seen, advice=advice)
 
 
-class ProgramFailed(Exception):
-    """Raised when a program has ended without an answer; the text is the last that it said."""
+class ProbeError(Exception):
+    """A probe program ended without a result. The message has its last line of stderr."""
 
 
-def ask(module: str, *, timeout: float) -> dict[str, Any]:
+def run_probe(module: str, *, timeout: float) -> dict[str, Any]:
     """Run `python -m MODULE` and read the JSON object in the last line of its output.
 
     Raises:
-        ProgramFailed: It crashed, took too long, or said something else.
+        ProbeError: It crashed, took longer than `timeout` seconds, or printed something else.
     """
     try:
         done = subprocess.run(
             [sys.executable, "-m", module],
-            # As python -P: a module of the working directory must not stand in for a library.
+            # Like python -P: a module in the working directory must not shadow a library.
             env=child_environment({"PYTHONSAFEPATH": "1"}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -115,13 +94,13 @@ def ask(module: str, *, timeout: float) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise ProgramFailed(f"no answer within {timeout:g} seconds") from error
+        raise ProbeError(f"no answer within {timeout:g} seconds") from error
     lines = done.stdout.strip().splitlines()
     try:
-        answer = json.loads(lines[-1])
-        assert isinstance(answer, dict)
-        return answer
+        document = json.loads(lines[-1])
+        assert isinstance(document, dict)
+        return document
     except (ValueError, IndexError, AssertionError) as error:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        stderr = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise ProgramFailed(f"{how}: {said[-1] if said else 'it said nothing'}") from error
+        raise ProbeError(f"{how}: {stderr[-1] if stderr else 'no output on stderr'}") from error

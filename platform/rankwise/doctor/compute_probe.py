@@ -1,4 +1,4 @@
-"""A program: what torch and bitsandbytes can do on this machine, as one line of JSON. `gpu.compute` starts it."""
+"""Probe program: prints what torch and bitsandbytes can do on this machine, as one line of JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLAGS = ("avx512_bf16", "amx_bf16")
 
 
 def facts() -> dict[str, Any]:
-    """All that `gpu.compute` shows."""
+    """The JSON document of this probe."""
     device = default_device()
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     devices = []
@@ -37,25 +37,21 @@ def facts() -> dict[str, Any]:
 
 
 def kernels(device: torch.device) -> dict[str, Any]:
-    """Quantize a weight to NF4 and back, and compare with NF4's definition (the nearest of 16 values times a maximum).
-
-    Returns:
-        `version`, `library`, `seconds`, `difference` (largest, relative to the block's maximum) and `error`.
-    """
-    found = {"version": bnb.__version__, "library": native_library(), "seconds": 0.0, "difference": 0.0, "error": ""}
+    """Compare an NF4 round trip with NF4's definition; `difference` is relative to the block's maximum."""
+    result = {"version": bnb.__version__, "library": native_library(), "seconds": 0.0, "difference": 0.0, "error": ""}
     weight = torch.randn(256, _BLOCK, generator=torch.Generator().manual_seed(0)).to(device)
     began = time.perf_counter()
     try:
         quantized, state = bnb.functional.quantize_4bit(weight, blocksize=_BLOCK, quant_type="nf4")
         back = bnb.functional.dequantize_4bit(quantized, state)
         maximum = weight.abs().amax(dim=1, keepdim=True)
-        # [256, 64, 16] distances to the 16 values; near the middle of two either is right.
+        # [256, 64, 16] distances to the 16 values; halfway between two values, either is correct.
         distance = (weight / maximum).unsqueeze(-1).sub(state.code.to(device)).abs()
-        found["difference"] = ((weight - back).abs() / maximum - distance.amin(dim=-1)).abs().max().item()
+        result["difference"] = ((weight - back).abs() / maximum - distance.amin(dim=-1)).abs().max().item()
     except Exception as error:
-        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    found["seconds"] = time.perf_counter() - began
-    return found
+        result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    result["seconds"] = time.perf_counter() - began
+    return result
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from contextlib import closing
 
 import pytest
 
-from rankwise.doctor import services as checks
-from rankwise.doctor.finding import State
+from rankwise.doctor import services
+from rankwise.doctor.finding import HealthState
 from rankwise.jobs.job import JobKind, NewJob, Worker
 from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
@@ -23,7 +23,7 @@ def settings(tmp_path):
 
 
 def look(settings):
-    return {each.name: each for each in checks.queue(settings)}
+    return {each.name: each for each in services.queue(settings)}
 
 
 def edit(settings, statement):
@@ -33,14 +33,14 @@ def edit(settings, statement):
 
 def test_a_queue_in_order_is_told_with_its_clock_and_workers(settings):
     found = look(settings)
-    assert {each.state for each in found.values()} == {State.OK}
+    assert {each.state for each in found.values()} == {HealthState.OK}
     assert "2 jobs" in found["queue.database"].seen
     assert found["queue.workers"].seen == "1 workers, 2 jobs wait"
 
 
 def test_a_queue_that_is_not_there_is_skipped_and_not_made():
     settings = Settings.load()
-    assert look(settings)["queue.database"].state is State.SKIPPED
+    assert look(settings)["queue.database"].state is HealthState.SKIPPED
     assert not settings.home.exists()
 
 
@@ -48,19 +48,21 @@ def test_a_queue_of_another_revision_is_a_problem(settings):
     edit(settings, "UPDATE alembic_version SET version_num = '9999'")
     found = look(settings)
     assert list(found) == ["queue.database"]
-    assert found["queue.database"].state is State.PROBLEM
+    assert found["queue.database"].state is HealthState.PROBLEM
     assert "newer rankwise" in found["queue.database"].seen
 
 
 def test_silent_workers_and_jobs_without_any_are_warnings(settings):
     edit(settings, "UPDATE worker SET seen_at = seen_at - 600")
-    found = [each for each in checks.queue(settings) if each.name == "queue.workers"]
-    assert [each.state for each in found] == [State.WARNING, State.WARNING]
+    found = [each for each in services.queue(settings) if each.name == "queue.workers"]
+    assert [each.state for each in found] == [HealthState.WARNING, HealthState.WARNING]
     assert found[0].seen == "silent: w1 (10 min)"
-    assert found[1].seen == "2 jobs wait and no worker is there"
+    assert found[1].seen == "2 jobs wait and no worker is running"
 
 
-@pytest.mark.parametrize(("off", "state"), [(0.5, State.OK), (-30, State.WARNING), (4000, State.PROBLEM)])
+@pytest.mark.parametrize(
+    ("off", "state"), [(0.5, HealthState.OK), (-30, HealthState.WARNING), (4000, HealthState.PROBLEM)]
+)
 def test_a_clock_that_is_off_is_found(settings, monkeypatch, off, state):
     from rankwise.jobs import queries as health
 
@@ -72,11 +74,11 @@ def test_a_clock_that_is_off_is_found(settings, monkeypatch, off, state):
 
 
 def test_a_database_that_does_not_answer_is_a_problem_without_its_password():
-    from rankwise.doctor.examine import examine
-    from rankwise.doctor.finding import Check
+    from rankwise.doctor.checks import run_checks
+    from rankwise.doctor.finding import HealthCheck
 
     url = "postgresql://ann:pa55word@127.0.0.1:1/queue"
     settings = Settings.load({"RANKWISE_DATABASE_URL": url})
-    (found,) = examine(settings, [Check(name="queue.database", look=checks.queue)])
-    assert found.state is State.PROBLEM
+    (found,) = run_checks(settings, [HealthCheck(name="queue.database", run=services.queue)])
+    assert found.state is HealthState.PROBLEM
     assert "pa55word" not in str(found.to_json())

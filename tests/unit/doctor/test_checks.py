@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from rankwise.doctor.examine import CHECKS, examine, worst
-from rankwise.doctor.finding import Check, State, ok, problem, skipped, warning
+from rankwise.doctor.checks import CHECKS, run_checks, worst_state
+from rankwise.doctor.finding import HealthCheck, HealthState, ok, problem, skipped, warning
 from rankwise.exceptions import JobStoreError
 from rankwise.settings import Settings
 
@@ -31,36 +31,40 @@ def test_checks_run_at_the_same_time_and_answer_in_their_order(settings):
         return look
 
     began = time.monotonic()
-    found = examine(settings, [Check(name=str(index), look=slow(str(index))) for index in range(10)])
+    found = run_checks(settings, [HealthCheck(name=str(index), run=slow(str(index))) for index in range(10)])
     assert time.monotonic() - began < 2.0
     assert [finding.name for finding in found] == [str(index) for index in range(10)]
 
 
-def test_a_check_that_hangs_is_a_problem_and_holds_up_nobody(settings):
-    hanging = Check(name="hangs", look=lambda settings: time.sleep(60) or [], timeout=0.3, slow="see the cable")
+def test_a_check_that_hangs_is_a_problem_and_does_not_delay_the_others(settings):
+    hanging = HealthCheck(
+        name="hangs", run=lambda settings: time.sleep(60) or [], timeout=0.3, timeout_advice="see the cable"
+    )
     began = time.monotonic()
-    found = examine(settings, [hanging, Check(name="fine", look=lambda settings: [ok("fine", "")])])
+    found = run_checks(settings, [hanging, HealthCheck(name="fine", run=lambda settings: [ok("fine", "")])])
     assert time.monotonic() - began < 5
-    assert [(each.name, each.state) for each in found] == [("hangs", State.PROBLEM), ("fine", State.OK)]
+    assert [(each.name, each.state) for each in found] == [("hangs", HealthState.PROBLEM), ("fine", HealthState.OK)]
     assert found[0].seen == "no answer within 0.3 seconds"
     assert found[0].advice == "see the cable"
 
 
-def test_an_error_that_a_person_can_mend_is_told_with_its_advice(settings):
-    (found,) = examine(settings, [Check(name="q", look=_raising(JobStoreError("no table; run `rankwise db upgrade`")))])
-    assert (found.state, found.seen, found.advice) == (State.PROBLEM, "no table", "run `rankwise db upgrade`")
+def test_a_user_fixable_error_is_a_problem_with_its_advice(settings):
+    (found,) = run_checks(
+        settings, [HealthCheck(name="q", run=_raising(JobStoreError("no table; run `rankwise db upgrade`")))]
+    )
+    assert (found.state, found.seen, found.advice) == (HealthState.PROBLEM, "no table", "run `rankwise db upgrade`")
 
 
 def test_a_bug_in_a_check_is_a_problem_and_no_traceback(settings):
-    (found,) = examine(settings, [Check(name="q", look=_raising(ZeroDivisionError("by zero")))])
-    assert found.state is State.PROBLEM
+    (found,) = run_checks(settings, [HealthCheck(name="q", run=_raising(ZeroDivisionError("by zero")))])
+    assert found.state is HealthState.PROBLEM
     assert found.seen == "the check itself failed: ZeroDivisionError: by zero"
 
 
 def test_secrets_are_taken_out_of_what_the_doctor_says(settings):
     url = "postgresql://ann:pa55word@db/queue"
     findings = [problem("x", f"{url} refused", f"correct {url}"), warning("x", "token=abcdefgh12345678", "")]
-    (raised,) = examine(settings, [Check(name="q", look=_raising(RuntimeError(url)))])
+    (raised,) = run_checks(settings, [HealthCheck(name="q", run=_raising(RuntimeError(url)))])
     for finding in [*findings, raised]:
         text = str(finding.to_json())
         assert "pa55word" not in text
@@ -73,10 +77,10 @@ def test_what_another_program_said_over_several_lines_is_one_line():
 
 
 def test_the_worst_finding_decides():
-    assert worst([]) is State.OK
-    assert worst([ok("a", ""), skipped("b", "")]) is State.OK
-    assert worst([warning("a", "", ""), ok("b", ""), skipped("b", "")]) is State.WARNING
-    assert worst([warning("a", "", ""), problem("b", "", ""), ok("c", "")]) is State.PROBLEM
+    assert worst_state([]) is HealthState.OK
+    assert worst_state([ok("a", ""), skipped("b", "")]) is HealthState.OK
+    assert worst_state([warning("a", "", ""), ok("b", ""), skipped("b", "")]) is HealthState.WARNING
+    assert worst_state([warning("a", "", ""), problem("b", "", ""), ok("c", "")]) is HealthState.PROBLEM
 
 
 def test_names_of_checks_are_unique():
