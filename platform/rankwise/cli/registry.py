@@ -32,7 +32,7 @@ def pull(uri: str, directory: Path, as_json: bool) -> None:
     # Late: MLflow and torch take seconds to import.
     with waiting(f"Fetching {uri} ...") as status:
         from rankwise.flavor.fetch import download_adapter, read_metadata, resolve_uri
-        from rankwise.serving.command import serve_command
+        from rankwise.serving.serve_command import serve_command
         from rankwise.tracking.errors import connect
 
         settings = Settings.load()

@@ -1,4 +1,4 @@
-"""Registered adapters in a vLLM server: what to start it with, and a plugin that fetches them by name.
+"""Serving registered adapters with vLLM: the `vllm serve` line, and a plugin that fetches adapters by name.
 
-The plugin is imported by every process of a vLLM server, so nothing here imports torch or MLflow before it is asked.
+Every process of a vLLM server imports `plugin`, which imports torch and MLflow only at the first request.
 """

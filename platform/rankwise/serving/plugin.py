@@ -3,15 +3,13 @@
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_PLUGINS=rankwise MLFLOW_TRACKING_URI=... \
         vllm serve ORG/BASE --revision COMMIT --enable-lora --max-lora-rank 64
 
-A request whose `model` is `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME@ALIAS` is then answered by that
-adapter, and the answer's `model` says which version it was. An alias that moves is followed within a minute or two (see
-`follow`).
+In a request, `model` is `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME@ALIAS`; the response's `model` has the
+version. The server follows an alias that moves within two minutes (`rankwise.serving.adapters.AliasFollower`).
 
-What is returned for an alias is called `models:/NAME@ALIAS (version 3)`: vLLM's prefix cache goes by that name, and
-must not take the keys and values of one version for another's; and adapters of one batch are told apart by it, so that
-an alias and its version, which vLLM loads under two numbers, must not have one name.
+An alias is loaded under the name `models:/NAME@ALIAS (version 3)`. vLLM keys its prefix cache by name, so two versions
+must not share one; and it tells the adapters of a batch apart by name, so an alias and its version must not share one.
 
-vLLM loads its plugins in all of its processes: importing this module costs nothing, and neither does registering.
+vLLM loads plugins in all its processes, so importing this module and registering are cheap.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankwise.serving.adapters import Served
-    from rankwise.serving.server import Server
+    from rankwise.serving.adapters import ServedAdapter
+    from rankwise.serving.vllm_options import VllmOptions
     from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -34,9 +32,9 @@ NAME = "rankwise"
 
 
 def register() -> None:
-    """Register the resolver with vLLM; the entry point `rankwise` of the group `vllm.general_plugins`.
+    """Register the resolver with vLLM: the entry point `rankwise` of the group `vllm.general_plugins`.
 
-    Never raises: a plugin must not keep a server from starting.
+    Never raises: a plugin must not prevent a server from starting.
     """
     try:
         from vllm.lora.resolver import LoRAResolverRegistry
@@ -44,81 +42,71 @@ def register() -> None:
         if NAME not in LoRAResolverRegistry.get_supported_resolvers():
             LoRAResolverRegistry.register_resolver(NAME, make_resolver(sys.argv))
     except Exception as error:
-        logger.warning("rankwise serves no adapters: %s: %s", type(error).__name__, error)
+        logger.warning("the rankwise plugin is off: %s: %s", type(error).__name__, error)
 
 
 def make_resolver(argv: list[str]) -> Any:
-    """A resolver for the server that a command line has started (`vllm.lora.resolver.LoRAResolver`).
-
-    Raises:
-        ImportError: vLLM is not installed.
-        ConfigError: An environment variable has a value that it cannot have.
-    """
+    """A `vllm.lora.resolver.LoRAResolver` for the server with this command line."""
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver
 
-    from rankwise.serving.server import Server, model_uri
+    from rankwise.serving.vllm_options import VllmOptions, model_uri
     from rankwise.settings import Settings
 
-    finder = Finder(Settings.load(), Server.of(argv))
+    resolver = LazyResolver(Settings.load(), VllmOptions.from_command_line(argv))
 
     class RankwiseResolver(LoRAResolver):  # type: ignore[misc]
-        """Finds an adapter in MLflow, checks it, and gives vLLM its directory."""
+        """Gives vLLM the directory of a verified adapter."""
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-            """The adapter of a name; None, with a line in the log, where it cannot be served."""
+            """The adapter of a name; None, with a warning in the log, if it cannot be served."""
             uri = model_uri(lora_name)
             if uri is None:
-                return None  # Another resolver's.
+                return None  # Left to other resolvers.
             try:
-                # Downloads, hashes and imports: off the server's event loop.
-                served = await asyncio.to_thread(finder.find, base_model_name, lora_name, uri)
+                # Downloading, hashing and importing must not block the server's event loop.
+                served = await asyncio.to_thread(resolver.find, base_model_name, lora_name, uri)
             except Exception as error:
                 logger.warning("%s is not served: %s: %s", lora_name, type(error).__name__, error)
                 return None
             shown = lora_name if lora_name == served.uri else f"{lora_name} (version {served.version})"
-            # The server gives the request a number of its own.
+            # vLLM replaces the number by its own.
             return LoRARequest(lora_name=shown, lora_int_id=served.number, lora_path=str(served.directory))
 
     return RankwiseResolver()
 
 
-class Finder:
-    """What finds adapters and follows aliases, made at the first request: it needs the heavy libraries."""
+class LazyResolver:
+    """An `AdapterResolver` and its `AliasFollower`, created at the first request: they import heavy libraries."""
 
-    def __init__(self, settings: Settings, server: Server) -> None:
-        """Nothing is opened yet."""
+    def __init__(self, settings: Settings, options: VllmOptions) -> None:
         self._settings = settings
-        self._server = server
+        self._options = options
         self._lock = threading.Lock()
         self._opened: tuple[Any, Any] | None = None
 
-    def find(self, base_model_name: str, name: str, uri: str) -> Served:
-        """The adapter of a URI that a request has called `name`.
-
-        Raises:
-            RankwiseError: It cannot be served.
-        """
-        from rankwise.serving.adapters import Watched
+    def find(self, base_model_name: str, name: str, uri: str) -> ServedAdapter:
+        """Resolve a URI that a request named `name`, and follow it if it is an alias."""
+        from rankwise.serving.adapters import WatchedAlias
 
         with self._lock:
             self._opened = self._opened or self._open()
         adapters, follower = self._opened
-        served: Served = adapters.find(base_model_name, uri)
+        served: ServedAdapter = adapters.find(base_model_name, uri)
         if follower is not None and served.uri != uri:
-            follower.watch(Watched(name=name, base_model_name=base_model_name, uri=uri, served=served))
+            follower.watch(WatchedAlias(name=name, base_model_name=base_model_name, uri=uri, served=served))
         return served
 
     def _open(self) -> tuple[Any, Any]:
-        from rankwise.serving.adapters import Adapters, Follower, unload
+        from rankwise.serving.adapters import AdapterResolver, AliasFollower, unload
         from rankwise.tracking.errors import connect
 
         connect(self._settings)
-        adapters, server = Adapters(self._settings, self._server), self._server
-        if server.url is None:
+        adapters, options = AdapterResolver(self._settings, self._options), self._options
+        if options.url is None:
             logger.warning(
-                "aliases that move are not followed: it is not known where the server answers over plain HTTP; a name "
-                "that it has loaded stays the version that it was"
+                "aliases that move are not followed: the server's plain HTTP address is unknown; a loaded name keeps "
+                "its version until the server restarts"
             )
             return adapters, None
-        return adapters, Follower(adapters.find, partial(unload, server.url, self._settings.vllm_api_key))
+        return adapters, AliasFollower(adapters.find, partial(unload, options.url, self._settings.vllm_api_key))

@@ -29,7 +29,7 @@ def test_pull_puts_the_files_at_the_root_and_prints_the_directory(tmp_path):
     assert result.exit_code == 0
     assert result.stdout == f"{target}\n"
     assert f"--enable-lora --max-lora-rank 8 --lora-modules pulled={target}" in result.stderr
-    assert "so near ties can fall otherwise." in result.stderr
+    assert "so near ties may resolve differently." in result.stderr
     assert (target / "adapter_config.json").is_file()
     assert (target / "adapter_model.safetensors").is_file()
     check_manifest(target)

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError, TrackingError
 from rankwise.modeling.fingerprint import check_manifest, write_manifest
 from rankwise.serving import adapters as module
-from rankwise.serving.adapters import REFUSED_S, TTL_S, Adapters
-from rankwise.serving.server import Server
+from rankwise.serving.adapters import ALIAS_TTL_S, REFUSAL_TTL_S, AdapterResolver
+from rankwise.serving.vllm_options import VllmOptions
 
 URI = "models:/served@champion"
 
@@ -33,7 +33,7 @@ def clock():
 
 @pytest.fixture
 def adapters(world, clock, client):
-    return Adapters(world.settings, Server(max_rank=16), clock=clock)
+    return AdapterResolver(world.settings, VllmOptions(max_rank=16), clock=clock)
 
 
 def test_an_adapter_is_given_as_the_files_that_the_loader_reads(world, adapters):
@@ -55,9 +55,9 @@ def test_an_adapter_is_given_as_the_files_that_the_loader_reads(world, adapters)
 def test_an_alias_that_moves_is_seen_after_the_time_to_live_and_has_a_path_of_its_own(world, adapters, clock, client):
     first = adapters.find(str(world.base_path), URI)
     client.set_registered_model_alias("served", "champion", "2")
-    clock.now = TTL_S - 1
+    clock.now = ALIAS_TTL_S - 1
     assert adapters.find(str(world.base_path), URI) == first
-    clock.now = TTL_S
+    clock.now = ALIAS_TTL_S
     second = adapters.find(str(world.base_path), URI)
     assert second.uri == "models:/served/2"
     assert second.directory != first.directory
@@ -69,7 +69,7 @@ def test_what_is_served_is_said_once_however_often_it_is_asked_for(world, adapte
     caplog.set_level("INFO", module.__name__)
     for _ in range(3):
         adapters.find(str(world.base_path), URI)
-        clock.now += TTL_S
+        clock.now += ALIAS_TTL_S
     assert caplog.text.count("models:/served@champion is models:/served/1, served from ") == 1
     client.set_registered_model_alias("served", "champion", "2")
     adapters.find(str(world.base_path), URI)
@@ -81,7 +81,7 @@ def test_a_version_of_a_model_that_was_deleted_and_made_anew_is_another_one(worl
     first = adapters.find(str(world.base_path), "models:/anew/1")
     client.delete_registered_model("anew")
     client.copy_model_version("models:/served/2", "anew")
-    clock.now = TTL_S
+    clock.now = ALIAS_TTL_S
     second = adapters.find(str(world.base_path), "models:/anew/1")
     assert second.uri == first.uri
     assert second.number != first.number
@@ -114,7 +114,7 @@ def test_a_directory_that_somebody_has_removed_is_made_again(world, adapters):
 def test_what_an_earlier_server_has_left_unwhole_is_made_again(world, adapters, client):
     first = adapters.find(str(world.base_path), URI)
     (first.directory / "adapter_config.json").write_text("{}")
-    assert Adapters(world.settings, Server(max_rank=16)).find(str(world.base_path), URI) == first
+    assert AdapterResolver(world.settings, VllmOptions(max_rank=16)).find(str(world.base_path), URI) == first
     check_manifest(first.directory)
 
 
@@ -135,9 +135,9 @@ def test_an_outage_of_mlflow_leaves_an_alias_where_it_was(world, adapters, clock
         raise TrackingError("no answer")
 
     monkeypatch.setattr(module, "resolve_uri", away)
-    clock.now = TTL_S
+    clock.now = ALIAS_TTL_S
     assert adapters.find(str(world.base_path), URI) == first
-    assert "MLflow does not answer, so it stays models:/served/1" in caplog.text
+    assert "MLflow is unavailable, it stays models:/served/1" in caplog.text
     with pytest.raises(TrackingError):
         adapters.find(str(world.base_path), "models:/served/2")
 
@@ -146,13 +146,13 @@ def test_another_base_is_refused_with_both_fingerprints(world, adapters, tmp_pat
     other = make_base(tmp_path / "other", seed=5)
     with pytest.raises(BaseMismatchError, match=r"weights: found sha256:\w+, trained on sha256"):
         adapters.find(str(other), URI)
-    with pytest.raises(ConfigError, match="no directory and no org/name"):
+    with pytest.raises(ConfigError, match="neither a directory nor an org/name"):
         adapters.find("/no/such/directory", "models:/served/2")
 
 
 def test_a_rank_above_the_server_s_is_refused_with_the_option(world, client):
-    few = Adapters(world.settings, Server(max_rank=2))
-    with pytest.raises(ConfigError, match="has r = 4, the server takes up to 2: start it with --max-lora-rank 8"):
+    few = AdapterResolver(world.settings, VllmOptions(max_rank=2))
+    with pytest.raises(ConfigError, match="has r = 4, the server allows up to 2: start it with --max-lora-rank 8"):
         few.find(str(world.base_path), URI)
 
 
@@ -165,7 +165,7 @@ def test_a_refusal_holds_for_a_while_and_not_for_ever(world, adapters, clock, cl
             adapters.find(str(world.base_path), "models:/served@nobody")
     assert len(asked) == 1
     client.set_registered_model_alias("served", "nobody", "2")
-    clock.now = REFUSED_S
+    clock.now = REFUSAL_TTL_S
     assert adapters.find(str(world.base_path), "models:/served@nobody").uri == "models:/served/2"
     client.delete_registered_model_alias("served", "nobody")
 
@@ -177,7 +177,7 @@ def test_spoilt_artifacts_are_refused(world, tmp_path, client):
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:
-        fresh = Adapters(replace(world.settings, cache=tmp_path / "cache"), Server())
+        fresh = AdapterResolver(replace(world.settings, cache=tmp_path / "cache"), VllmOptions())
         with pytest.raises(AdapterIntegrityError, match=r"adapter_model\.safetensors"):
             fresh.find(str(world.base_path), "models:/served/2")
     finally:

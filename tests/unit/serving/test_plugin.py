@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.serving.plugin import NAME, Finder, make_resolver, register
+from rankwise.serving.plugin import NAME, LazyResolver, make_resolver, register
 
 ROOT = Path(__file__).parents[3]
 FAKE = ROOT / "tests" / "helpers" / "fake_vllm"
@@ -29,8 +29,8 @@ def vllm(monkeypatch):
 def resolver(vllm, world, client, monkeypatch):
     world.enter(monkeypatch)
     opened = []
-    real = Finder._open
-    monkeypatch.setattr(Finder, "_open", lambda self: opened.append(real(self)) or opened[-1])
+    real = LazyResolver._open
+    monkeypatch.setattr(LazyResolver, "_open", lambda self: opened.append(real(self)) or opened[-1])
     yield make_resolver(LINE)
     for _, follower in opened:
         # A server follows aliases as long as it lives; the next tests are not to hear of it.
@@ -57,7 +57,7 @@ def test_the_entry_point_registers_a_resolver_once(vllm, monkeypatch):
 
 def test_without_vllm_nothing_is_registered_and_nothing_raised(caplog):
     register()
-    assert "rankwise serves no adapters: ModuleNotFoundError" in caplog.text
+    assert "the rankwise plugin is off: ModuleNotFoundError" in caplog.text
 
 
 def test_the_plugin_starts_without_the_heavy_libraries():
@@ -108,9 +108,9 @@ def test_the_server_s_event_loop_is_not_held_up(resolver, world, monkeypatch):
     import threading
 
     threads = []
-    find = Finder.find
+    find = LazyResolver.find
     monkeypatch.setattr(
-        Finder, "find", lambda self, *names: threads.append(threading.current_thread()) or find(self, *names)
+        LazyResolver, "find", lambda self, *names: threads.append(threading.current_thread()) or find(self, *names)
     )
     assert ask(resolver, str(world.base_path), "models:/served/1") is not None
     assert threads[0] is not threading.main_thread()

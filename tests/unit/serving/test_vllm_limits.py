@@ -4,7 +4,7 @@ import pytest
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.serving.server import differences, max_rank_for, obstacles, served_dtype, served_quantization
+from rankwise.serving.vllm_options import differences, max_rank_for, obstacles, served_dtype, served_quantization
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", "use_dora": False}
 
@@ -36,16 +36,16 @@ def test_what_the_loader_refuses_or_gets_wrong_is_named(setting):
 
 def test_the_sentence_says_what_is_computed_otherwise():
     nf4 = QuantizationSpec()
-    assert differences(nf4, "bfloat16").startswith("vLLM loads the base as it was trained over; ")
-    assert "computes in bfloat16, trained was in float32" in differences(nf4, "float32")
-    assert "trained was over fp4 with double quantization" in differences(
+    assert differences(nf4, "bfloat16").startswith("vLLM loads the base as in training; ")
+    assert "computes in bfloat16 instead of float32" in differences(nf4, "float32")
+    assert "instead of fp4 with double quantization" in differences(
         QuantizationSpec(bnb_4bit_quant_type="fp4"), "bfloat16"
     )
-    assert "trained was over nf4 without double quantization" in differences(
+    assert "instead of nf4 without double quantization" in differences(
         QuantizationSpec(bnb_4bit_use_double_quant=False), "float16"
     )
     int8 = QuantizationSpec(load_in_4bit=False, load_in_8bit=True)
-    assert "holds the base in 16 bit, trained was over LLM.int8" in differences(int8, "float16")
+    assert "loads the base in 16 bit instead of LLM.int8" in differences(int8, "float16")
     assert [served_quantization(spec) for spec in (nf4, int8, QuantizationSpec(load_in_4bit=False))] == [
         "bitsandbytes", "", ""
     ]  # fmt: skip

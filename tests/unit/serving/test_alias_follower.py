@@ -10,11 +10,11 @@ import pytest
 
 from rankwise.exceptions import ConfigError
 from rankwise.serving import adapters as module
-from rankwise.serving.adapters import TTL_S, Adapters, Follower, Served, Watched, unload
-from rankwise.serving.server import Server
+from rankwise.serving.adapters import ALIAS_TTL_S, AdapterResolver, AliasFollower, ServedAdapter, WatchedAlias, unload
+from rankwise.serving.vllm_options import VllmOptions
 
-FIRST = Served(uri="models:/m/1", version="1", directory=Path("/x"), number=1)
-ALIAS = Watched(name="m@best", base_model_name="base", uri="models:/m@best", served=FIRST)
+FIRST = ServedAdapter(uri="models:/m/1", version="1", directory=Path("/x"), number=1)
+ALIAS = WatchedAlias(name="m@best", base_model_name="base", uri="models:/m@best", served=FIRST)
 
 
 class World:
@@ -24,17 +24,17 @@ class World:
         self.version = "1"
         self.refused = False
         self.unloaded = []
-        self.follower = Follower(self.find, self.unloaded.append)
+        self.follower = AliasFollower(self.find, self.unloaded.append)
 
     def find(self, base, uri):
         if self.refused:
             raise ConfigError("r = 64")
-        return Served(uri=f"models:/m/{self.version}", version=self.version, directory=Path("/x"), number=1)
+        return ServedAdapter(uri=f"models:/m/{self.version}", version=self.version, directory=Path("/x"), number=1)
 
 
 @pytest.fixture
 def told(monkeypatch):
-    monkeypatch.setattr(module, "EVERY_S", 3600.0)
+    monkeypatch.setattr(module, "FOLLOW_INTERVAL_S", 3600.0)
     told = World()
     told.follower.watch(ALIAS)
     yield told
@@ -42,32 +42,32 @@ def told(monkeypatch):
 
 
 def test_the_server_forgets_a_name_once_after_its_alias_has_moved(told):
-    told.follower.look()
+    told.follower.check()
     assert told.unloaded == []
     told.version = "2"
-    told.follower.look()
-    told.follower.look()
+    told.follower.check()
+    told.follower.check()
     assert told.unloaded == ["m@best"]
     # It is watched from there on, also before the name is asked for again.
     told.version = "3"
-    told.follower.look()
+    told.follower.check()
     assert told.unloaded == ["m@best", "m@best"]
 
 
 def test_a_version_that_cannot_be_served_leaves_the_old_one(told, caplog):
     told.version, told.refused = "2", True
-    told.follower.look()
+    told.follower.check()
     assert told.unloaded == []
     assert "m@best stays models:/m/1: ConfigError: r = 64" in caplog.text
     told.refused = False
-    told.follower.look()
+    told.follower.check()
     assert told.unloaded == ["m@best"]
 
 
 def test_the_thread_looks_by_itself(monkeypatch):
-    monkeypatch.setattr(module, "EVERY_S", 0.01)
+    monkeypatch.setattr(module, "FOLLOW_INTERVAL_S", 0.01)
     world, seen = World(), threading.Event()
-    world.follower = Follower(world.find, lambda name: seen.set())
+    world.follower = AliasFollower(world.find, lambda name: seen.set())
     world.version = "2"
     world.follower.watch(ALIAS)
     assert seen.wait(10)
@@ -115,15 +115,15 @@ def test_the_server_is_told_over_its_own_interface(server):
 
 def test_an_alias_of_the_registry_is_followed(world, client):
     now = [0.0]
-    adapters = Adapters(world.settings, Server(), clock=lambda: now[0])
+    adapters = AdapterResolver(world.settings, VllmOptions(), clock=lambda: now[0])
     unloaded = []
-    follower = Follower(adapters.find, unloaded.append)
+    follower = AliasFollower(adapters.find, unloaded.append)
     base, uri = str(world.base_path), "models:/served@champion"
     first = adapters.find(base, uri)
-    follower.watch(Watched(name=uri, base_model_name=base, uri=uri, served=first))
+    follower.watch(WatchedAlias(name=uri, base_model_name=base, uri=uri, served=first))
     client.set_registered_model_alias("served", "champion", "2")
-    now[0] = TTL_S
-    follower.look()
+    now[0] = ALIAS_TTL_S
+    follower.check()
     follower.close()
     assert unloaded == [uri]
     assert adapters.find(base, uri).uri == "models:/served/2"

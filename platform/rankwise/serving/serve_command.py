@@ -1,4 +1,4 @@
-"""The `vllm serve` line for an adapter that lies in a PEFT directory."""
+"""The `vllm serve` command line for an adapter in a PEFT directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankwise.experiment.source import HubSource, LocalSource, parse_source
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts
 from rankwise.modeling.adapter import CONFIG_NAME
 from rankwise.modeling.fingerprint import differing_part, template_fingerprint
-from rankwise.serving.server import differences, max_rank_for, obstacles, served_dtype, served_quantization
+from rankwise.serving.vllm_options import differences, max_rank_for, obstacles, served_dtype, served_quantization
 from rankwise.settings import Settings
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -25,11 +25,7 @@ TEMPLATE_NAME = "chat_template.jinja"
 class ServeCommand:
     """How to serve an adapter with vLLM.
 
-    Attributes:
-        arguments: Of the program `vllm`; None where it cannot be served, or its base is not on this machine.
-        differs: How the arithmetic differs from that of the training, in one sentence.
-        obstacles: Why it cannot be served as it is.
-        remarks: What else whoever sends requests must know.
+    `arguments` is None if there are `obstacles`. `differs` says how the arithmetic differs from training.
     """
 
     arguments: tuple[str, ...] | None
@@ -39,11 +35,11 @@ class ServeCommand:
 
     @property
     def line(self) -> str | None:
-        """For a shell."""
+        """The command, quoted for a shell."""
         return None if self.arguments is None else shlex.join(("vllm", *self.arguments))
 
     def to_json(self) -> dict[str, Any]:
-        """As `pull --json` prints it."""
+        """The form in `rankwise pull --json`."""
         return {
             "line": self.line,
             "arguments": None if self.arguments is None else list(self.arguments),
@@ -54,26 +50,22 @@ class ServeCommand:
 
 
 def serve_command(directory: Path, metadata: AdapterMetadata, name: str, settings: Settings) -> ServeCommand:
-    """The command that serves an adapter over its base.
+    """The command that serves the adapter in a PEFT directory over its base, under a name for requests.
 
-    Args:
-        directory: The PEFT directory.
-        metadata: What the stored adapter says of itself.
-        name: By which requests name the adapter.
-        settings: Where bases are looked for. Nothing is downloaded: vLLM fetches a base of the hub itself.
+    Downloads nothing: vLLM fetches a base of the hub itself.
     """
     facts = metadata.base
     config = json.loads((directory / CONFIG_NAME).read_bytes())
     differs = differences(facts.quantization, facts.compute_dtype)
-    if found := obstacles(config):
-        return ServeCommand(arguments=None, differs=differs, obstacles=tuple(found))
+    if reasons := obstacles(config):
+        return ServeCommand(arguments=None, differs=differs, obstacles=tuple(reasons))
     base = _base_arguments(facts, settings)
     if base is None:
-        where = (
-            f"the base {facts.source} at {facts.revision} is not on this machine: `rankwise bases add "
-            f"{shlex.quote(facts.source)}` brings it; then pull again"
+        reason = (
+            f"the base {facts.source} at {facts.revision} is not on this machine: run `rankwise bases add "
+            f"{shlex.quote(facts.source)}`, then pull again"
         )
-        return ServeCommand(arguments=None, differs=differs, obstacles=(where,))
+        return ServeCommand(arguments=None, differs=differs, obstacles=(reason,))
     arguments = ["serve", *base, "--dtype", served_dtype(facts.compute_dtype)]
     if quantization := served_quantization(facts.quantization):
         arguments += ["--quantization", quantization]
@@ -81,18 +73,17 @@ def serve_command(directory: Path, metadata: AdapterMetadata, name: str, setting
     arguments += ["--lora-modules", f"{re.sub('[^A-Za-z0-9._/-]+', '-', name)}={directory}"]
     remarks = []
     if template_fingerprint(directory) != facts.fingerprint.chat_template:
-        # The server renders chats by the base's template otherwise; the adapter was trained with another one.
         if (directory / TEMPLATE_NAME).is_file():
             arguments += ["--chat-template", str(directory / TEMPLATE_NAME)]
         else:
-            remarks.append("the adapter has no chat template of its own: send whole prompts (/v1/completions)")
+            remarks.append("the adapter has no chat template: send complete prompts (/v1/completions)")
     if metadata.system is not None:
-        remarks.append(f"trained with the system message {metadata.system!r}: begin chats with it")
+        remarks.append(f"trained with the system message {metadata.system!r}: start every chat with it")
     return ServeCommand(arguments=tuple(arguments), differs=differs, remarks=tuple(remarks))
 
 
 def _base_arguments(facts: BaseFacts, settings: Settings) -> list[str] | None:
-    """The model and its pin; a directory only if its content is that of the base trained on."""
+    """The model and its revision; a directory only if its content has the recorded fingerprint."""
     source = parse_source(facts.source)
     if isinstance(source, HubSource):
         return [source.repo, "--revision", facts.revision]
@@ -102,5 +93,5 @@ def _base_arguments(facts: BaseFacts, settings: Settings) -> list[str] | None:
             if path.is_dir() and differing_part(path, facts.fingerprint, settings) is None:
                 return [str(path)]
         except AssetError:
-            continue  # No whole base: another one may be.
+            continue  # An incomplete base.
     return None

@@ -1,18 +1,14 @@
-"""What a vLLM server was started with, as far as a resolver must know it: vLLM tells it the name of the model only.
+"""A vLLM server's options, limits of vLLM's LoRA loader, and the adapter names that requests may use.
 
-Read in vLLM 0.11 to 0.12 (`vllm/config/lora.py`, `vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`,
-`vllm/lora/ops/triton_ops/`, `model_loader/bitsandbytes_loader.py`), which is not installable here:
+The limits come from the sources of vLLM 0.11 to 0.12 (`vllm/config/lora.py`, `vllm/lora/peft_helper.py`,
+`vllm/lora/lora_model.py`, `vllm/lora/ops/triton_ops/`, `model_loader/bitsandbytes_loader.py`); vLLM was not run:
 
-- `max_lora_rank` is one of a few numbers; an adapter of a higher rank is refused when it is loaded.
+- `max_lora_rank` is one of a few numbers; loading an adapter of a higher rank fails.
 - `adapter_config.json` must have `r`, `lora_alpha`, `target_modules`; `use_dora`, `modules_to_save` and a bias are
-  refused. Keys that the loader does not know are passed over, so `rank_pattern` and `alpha_pattern` would be scaled
-  wrongly, and trained token rows lost: refused here.
-- Its LoRA kernels take float16 and bfloat16 only.
-- In-flight quantization by bitsandbytes is NF4 with double quantization, whatever else was trained over; LLM.int8 only
-  comes from a checkpoint that is quantized already.
-
-- What vLLM's LoRA loader takes, and in what it computes otherwise than training did.
-- Names of adapters as requests give them.
+  refused. The loader ignores unknown keys, so it would scale `rank_pattern` and `alpha_pattern` wrongly and lose
+  trained token rows: refused here.
+- LoRA kernels support float16 and bfloat16 only.
+- In-flight bitsandbytes quantization is always NF4 with double quantization; LLM.int8 needs a quantized checkpoint.
 """
 
 from __future__ import annotations
@@ -30,17 +26,13 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be; vLLM's literal also has 1, which some releases lack."""
+"""Allowed values of `--max-lora-rank`, without 1, which some releases lack."""
 DEFAULT_MAX_RANK = 16
 _NF4 = QuantizationSpec()
 
 
 def max_rank_for(rank: int) -> int:
-    """The smallest `--max-lora-rank` that an adapter of this rank fits into.
-
-    Raises:
-        ConfigError: vLLM has none.
-    """
+    """The smallest `--max-lora-rank` for a rank; above vLLM's limit a `ConfigError`."""
     for allowed in MAX_RANKS:
         if rank <= allowed:
             return allowed
@@ -48,74 +40,64 @@ def max_rank_for(rank: int) -> int:
 
 
 def obstacles(config: dict[str, Any]) -> list[str]:
-    """Why vLLM cannot serve an adapter, or would compute something else; empty where it can.
-
-    Args:
-        config: The content of `adapter_config.json`.
-    """
-    found = []
+    """Why vLLM cannot serve an adapter with this `adapter_config.json`, or would serve it wrongly."""
+    reasons = []
     if config.get("use_dora"):
-        found.append("use_dora: vLLM has no DoRA")
+        reasons.append("use_dora: vLLM has no DoRA")
     if config.get("modules_to_save"):
-        found.append(f"modules_to_save ({', '.join(config['modules_to_save'])}): vLLM loads low-rank matrices only")
+        reasons.append(f"modules_to_save ({', '.join(config['modules_to_save'])}): vLLM loads low-rank matrices only")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        found.append("a bias: vLLM's loader refuses it")
+        reasons.append("a bias: vLLM's loader refuses it")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
-            found.append(f"{key}: vLLM scales all modules alike, so the answers would be wrong")
+            reasons.append(f"{key}: vLLM scales all modules alike, so the answers would be wrong")
     if config.get("trainable_token_indices"):
-        found.append("trainable_token_indices: vLLM would pass over the rows that were trained for tokens")
+        reasons.append("trainable_token_indices: vLLM would ignore the trained token rows")
     for key in ("target_parameters", "fan_in_fan_out"):
         if config.get(key):
-            found.append(f"{key}: not supported by vLLM's loader")
+            reasons.append(f"{key}: not supported by vLLM's loader")
     if int(config["r"]) > MAX_RANKS[-1]:
-        found.append(f"r = {config['r']}: vLLM serves up to {MAX_RANKS[-1]}")
-    return found
+        reasons.append(f"r = {config['r']}: vLLM serves up to {MAX_RANKS[-1]}")
+    return reasons
 
 
 def served_dtype(compute_dtype: str) -> str:
-    """What vLLM computes in, nearest to the dtype that was trained in."""
+    """The vLLM dtype closest to the one used in training."""
     return "float16" if compute_dtype == "float16" else "bfloat16"
 
 
 def served_quantization(quantization: QuantizationSpec) -> str:
-    """How vLLM can load the base, nearest to how it was trained over: `bitsandbytes` or nothing."""
+    """The vLLM quantization closest to the one used in training: `bitsandbytes` or empty."""
     return "bitsandbytes" if quantization.load_in_4bit else ""
 
 
 def differences(quantization: QuantizationSpec, compute_dtype: str) -> str:
-    """In one sentence, how vLLM's arithmetic differs from that of the training."""
+    """How vLLM's arithmetic differs from training, in one sentence."""
     parts = []
     served = served_dtype(compute_dtype)
     if served != compute_dtype:
-        parts.append(f"computes in {served}, trained was in {compute_dtype} (its LoRA kernels take 16 bit only)")
+        parts.append(f"computes in {served} instead of {compute_dtype} (its LoRA kernels support 16 bit only)")
     if quantization.load_in_8bit:
-        parts.append("holds the base in 16 bit, trained was over LLM.int8")
+        parts.append("loads the base in 16 bit instead of LLM.int8")
     elif quantization.load_in_4bit and quantization.effective() != _NF4.effective():
         double = "with" if quantization.bnb_4bit_use_double_quant else "without"
         kind = f"{quantization.bnb_4bit_quant_type} {double} double quantization"
-        parts.append(f"quantizes the base to nf4 with double quantization, trained was over {kind}")
+        parts.append(f"quantizes the base to nf4 with double quantization instead of {kind}")
     if not parts:
-        parts.append("loads the base as it was trained over")
-    return f"vLLM {' and '.join(parts)}; its kernels round in another order, so near ties can fall otherwise."
+        parts.append("loads the base as in training")
+    return f"vLLM {' and '.join(parts)}; its kernels round in a different order, so near ties may resolve differently."
 
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PORT = 8000
-"""vLLM's own."""
+DEFAULT_PORT = 8000  # of vLLM
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
-    """A server's options.
+class VllmOptions:
+    """Options that the server was started with; vLLM tells a resolver the model's name only.
 
-    Attributes:
-        max_rank: `--max-lora-rank`; None where the server was not started by a command line that is known, and vLLM
-            alone decides when it loads.
-        revision: `--revision` of the base; None for the hub's `main`.
-        quantization: `--quantization`; None for none.
-        url: Where it answers, without a path; None where that is not known, or over TLS.
+    Without a known command line, all are None. `url` has no path, and is None for a server with TLS.
     """
 
     max_rank: int | None = None
@@ -124,17 +106,13 @@ class Server:
     url: str | None = None
 
     @classmethod
-    def of(cls, argv: Sequence[str]) -> Server:
-        """Read the command line of `vllm serve`; options that do not matter here are passed over.
-
-        Options may be spelled with underscores, and be in the file of `--config`, over which the line wins. Where that
-        file cannot be read, nothing is known of the server.
-        """
+    def from_command_line(cls, argv: Sequence[str]) -> VllmOptions:
+        """Read the command line of `vllm serve` and the file of its `--config`; other options are ignored."""
         given = [_dashed(argument) for argument in argv[1:]]
         try:
             line = [*_configured(given), *given]
         except (OSError, ValueError) as error:
-            logger.warning("the file of --config cannot be read, so nothing is known of the server: %s", error)
+            logger.warning("the file of --config cannot be read, so the server's options are unknown: %s", error)
             return cls()
         if "--enable-lora" not in line:
             return cls()
@@ -147,7 +125,7 @@ class Server:
         parser.add_argument("--uds")
         parser.add_argument("--ssl-certfile")
         known, _ = parser.parse_known_args(line)
-        # Any address of its own does; `0.0.0.0` and none at all are all of them.
+        # Without a host, or with a wildcard address, the server listens on the loopback interface too.
         host = "127.0.0.1" if known.host in {None, "", "0.0.0.0", "::", "localhost"} else known.host
         elsewhere = known.uds is not None or known.ssl_certfile is not None
         return cls(
@@ -159,7 +137,6 @@ class Server:
 
 
 def _dashed(argument: str) -> str:
-    """An option by its name with dashes, as vLLM reads it; other arguments as they are."""
     if not argument.startswith("--"):
         return argument
     name, sign, value = argument.partition("=")
@@ -167,12 +144,7 @@ def _dashed(argument: str) -> str:
 
 
 def _configured(line: Sequence[str]) -> Iterator[str]:
-    """The options in the file of `--config`, where the line names one.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is no YAML mapping.
-    """
+    """The options in the file of `--config`, if the line has one."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config")
     path = parser.parse_known_args(list(line))[0].config
@@ -180,7 +152,7 @@ def _configured(line: Sequence[str]) -> Iterator[str]:
         return
     document = read_yaml(Path(path).read_text(encoding="utf-8"))
     if not isinstance(document, dict):
-        raise ValueError(f"{path} is no mapping of options to values")
+        raise ValueError(f"{path} is not a mapping of options to values")
     for name, value in document.items():
         option = _dashed(f"--{name}")
         if value is True:
@@ -194,7 +166,7 @@ _SHORT = re.compile(r"[^/@:\s]+@[\w-]+")
 
 
 def model_uri(name: str) -> str | None:
-    """`models:/NAME@ALIAS` and `models:/NAME/VERSION` as they are, `NAME@ALIAS` as such a URI; None for others."""
+    """The URI for `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME@ALIAS`; None for other names."""
     if _URI.fullmatch(name):
         return name
     return f"models:/{name}" if _SHORT.fullmatch(name) else None

@@ -8,7 +8,7 @@ import pytest
 
 import rankwise.flavor as flavor
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.serving.command import serve_command
+from rankwise.serving.serve_command import serve_command
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_the_line_names_base_dtype_quantization_rank_and_directory(world, direct
         "vllm", "serve", str(world.base_path), "--dtype", "bfloat16", "--quantization", "bitsandbytes",
         "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"my-model={directory}",
     ]  # fmt: skip
-    assert "computes in bfloat16, trained was in float32" in serve.differs
+    assert "computes in bfloat16 instead of float32" in serve.differs
     assert (serve.obstacles, serve.remarks) == ((), ())
 
 
@@ -57,7 +57,7 @@ def test_a_template_of_the_adapter_s_own_and_a_system_message_are_told(world, di
     (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     serve = serve_command(directory, replace(metadata, system="Be brief."), "m", world.settings)
     assert serve.arguments[-2:] == ("--chat-template", str(directory / "chat_template.jinja"))
-    assert serve.remarks == ("trained with the system message 'Be brief.': begin chats with it",)
+    assert serve.remarks == ("trained with the system message 'Be brief.': start every chat with it",)
     assert serve.to_json()["line"] == serve.line
 
 
