@@ -7,8 +7,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
 from rankwise.modeling.lora.packed import delete_adapter, install
-from rankwise.training.arm import LivingArm
-from rankwise.training.budget import usual_pass
+from rankwise.training.arm import TrainingArm
+from rankwise.training.budget import typical_pass_tokens
 from rankwise.training.loop import training_mode
 from rankwise.training.step import PeakMemory, Stepper
 
@@ -18,11 +18,11 @@ def peak_of_step(base, tasks) -> int:
     checkpointing = tasks[0].spec.training.gradient_checkpointing
     with (
         training_mode(base.model, gradient_checkpointing=checkpointing),
-        keep_dequantized(base.model, tokens=usual_pass(tasks, None)),
+        keep_dequantized(base.model, tokens=typical_pass_tokens(tasks, None)),
         lean_8_bit_layers(base.model),
         lean_feed_forwards(base.model),
     ):
-        arms = [LivingArm(task, base.model) for task in tasks]
+        arms = [TrainingArm(task, base.model) for task in tasks]
         try:
             stepper = Stepper(base.model, install(base.model), 3, PeakMemory(base.device))
             for arm in arms:

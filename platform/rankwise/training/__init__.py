@@ -1,1 +1,1 @@
-"""The step loop that trains a pack of arms over one base."""
+"""Training of packs: many arms over one shared base, each as if it were trained alone."""

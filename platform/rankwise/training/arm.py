@@ -1,14 +1,8 @@
-"""An arm while it is in a pack: its adapter, optimizer, data order and counters.
+"""One arm in training: its task, adapter, optimizer, learning rate schedule, counters and outcome.
 
-The names are transformers'. The states are made with the optimizer, not with its first step: so an arm has all the
-memory that it will ever have for itself before the first step, and running out of it cannot cut an update in half.
-
-8-bit moments are bitsandbytes' (Dettmers et al. 2022, block-wise dynamic quantization in blocks of 256); matrices below
-4,096 numbers keep theirs in fp32. bitsandbytes has kernels for them on GPUs, and on CPUs plain loops, which are slow.
-
-- AdamW as an arm's optimizer: fused and in fp32, or with its moments in 8 bit.
-- Learning rate schedules, by the formulas of `transformers.optimization`.
-- What goes into a training and what comes out of it.
+Schedules follow `transformers.optimization`. 8-bit moments are those of bitsandbytes (Dettmers et al. 2022, block-wise
+dynamic quantization); on CPUs its loops are slow. Optimizer states are allocated with the optimizer, not in its first
+step, so running out of memory cannot interrupt an update.
 """
 
 from __future__ import annotations
@@ -38,16 +32,11 @@ from rankwise.modeling.lora.function import DropoutKey
 from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, delete_adapter
 
 _BLOCK = 256
-_SMALL = 4096
-"""Matrices with fewer numbers have moments in fp32."""
+_SMALL = 4096  # matrices with fewer elements keep their moments in fp32
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
-    """An optimizer with its states.
-
-    Raises:
-        ConfigError: A paged optimizer on a device that has no paged memory.
-    """
+    """Create an arm's optimizer and its states; a paged optimizer on a CPU is a `ConfigError`."""
     options: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": (training.adam_beta1, training.adam_beta2),
@@ -62,8 +51,8 @@ def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingSpec) -
     device = parameters[0].device.type
     if paged and device != "cuda":
         raise ConfigError(
-            "training.optim: paged_adamw_8bit keeps moments in memory that a GPU shares with the CPU, and this base "
-            f"is on {device}; set it to adamw_bnb_8bit or adamw_torch_fused"
+            "training.optim: paged_adamw_8bit needs a CUDA GPU, and this base is on "
+            f"{device}; set it to adamw_bnb_8bit or adamw_torch_fused"
         )
     in_8_bit: torch.optim.Optimizer = bnb.optim.AdamW(
         parameters, optim_bits=8, min_8bit_size=_SMALL, is_paged=paged, **options
@@ -73,7 +62,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingSpec) -
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The optimizer's state under the matrices' names."""
+    """The optimizer's state, keyed by the matrices' names."""
     return {
         f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -86,7 +75,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
 def load_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy a state back, as `state_tensors` gave it; one from before the first step may have been stored as nothing."""
+    """Load the output of `state_tensors`, which may be empty if it was stored before the first step."""
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         for key, value in state.items():
@@ -100,12 +89,7 @@ def load_state(
 
 
 def state_bytes(matrices: Sequence[int], training: TrainingSpec) -> int:
-    """Bytes of an arm's matrices and gradients in fp32, and of its optimizer.
-
-    Args:
-        matrices: How many numbers each matrix has.
-        training: Which optimizer.
-    """
+    """Bytes of matrices with these numbers of elements, their gradients in fp32, and their optimizer."""
     if training.optim == "adamw_torch_fused":
         return 16 * sum(matrices)
     return sum(8 * size + (8 * size if size < _SMALL else 2 * size + 8 * -(-size // _BLOCK)) for size in matrices)
@@ -113,14 +97,7 @@ def state_bytes(matrices: Sequence[int], training: TrainingSpec) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate as a pure function of the step, so that there is no state to save.
-
-    Attributes:
-        kind: Name as in TrainingArguments.
-        peak: The learning rate after warm-up.
-        warmup: Steps of linear warm-up.
-        total: Optimizer steps of the whole training.
-    """
+    """The learning rate as a pure function of the step; `warmup` and `total` are numbers of optimizer steps."""
 
     kind: Literal["constant", "constant_with_warmup", "linear", "cosine"]
     peak: float
@@ -149,17 +126,10 @@ class ArmTask:
     """One arm to train.
 
     Attributes:
-        spec: Its settings.
-        train: Its training rows.
-        evaluation: Rows for evaluation during training; needed where `training.eval_steps` is set.
-        init_adapter: A PEFT directory to start from in place of fresh values. Its rank and its modules must be the
-            arm's; its scaling need not be: B is scaled so that the arm begins as what the adapter computes.
-        stop_at: After so many of its optimizer steps the arm is evaluated, saved aside and leaves the pack as `paused`;
-            a later pack with a larger `stop_at` or None goes on from there. The learning rate's schedule is that of all
-            steps. None, or all steps and more: it trains to its end.
-
-    Raises:
-        ValueError: `stop_at` is below 1.
+        evaluation: Rows for evaluation; required by `training.eval_steps` and `stop_at`.
+        init_adapter: A PEFT directory to start from, with the arm's rank and modules. Its scaling may differ.
+        stop_at: Optimizer steps after which the arm is evaluated, saved and leaves as `paused`. A later pack with a
+            larger `stop_at` or None resumes it. The learning rate schedule always spans all steps.
     """
 
     spec: ArmSpec
@@ -169,23 +139,19 @@ class ArmTask:
     stop_at: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a pause before the first step."""
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at must be at least 1 or None, got {self.stop_at}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One optimizer step of one arm.
+    """One optimizer step of one arm, counted from 1.
 
     Attributes:
-        step: Optimizer step, counted from 1.
-        loss: Mean negative log likelihood (nats) of the step's supervised tokens, before the update.
-        learning_rate: The rate that the update used.
-        grad_norm: Norm of the arm's gradient before clipping.
-        tokens: Tokens of the step's rows, without padding.
-        supervised_tokens: Those among them that the loss counts.
-        seconds: The arm's share of the pack step's wall time, by its padded tokens; the shares of a pack add up.
+        loss: Mean negative log likelihood (nats) of the supervised tokens, before the update.
+        grad_norm: Norm before clipping.
+        tokens: Without padding.
+        seconds: The arm's share of the pack step's wall time, by padded tokens.
     """
 
     step: int
@@ -199,25 +165,18 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmOutcome:
-    """How an arm ended.
+    """How an arm left its pack.
 
     Attributes:
-        spec_hash: Which arm.
-        status: `finished`: all steps done. `nonfinite`: a loss or gradient was not finite. `paused`: its `stop_at` was
-            reached; `metrics` has the evaluation there. `stopped`: asked to stop. For both of the last a checkpoint is
-            there to go on from.
-        steps: Optimizer steps done.
-        adapter: PEFT directory of the result: the last state of a finished arm, the last good checkpoint of one that
-            became non-finite (None if there was none yet), None for a paused or stopped one.
-        reason: Why it is not finished, in words; None for a finished arm.
-        metrics: Last `train.loss`, `train.tokens_per_second`, and of the last evaluation `eval.loss` etc.
-        seconds: Sum of the steps' shares of wall time, over all attempts that the checkpoints remember.
-        peak_memory_bytes: Largest memory of the process seen while the arm was in the pack: allocated on the GPU, or
-            resident on a CPU.
-        best: PEFT directory of the best evaluated state by the primary metric; None without evaluations.
-        best_step: The step of `best`.
-        best_value: The primary metric of `best`.
-        example_ids: Rows of the non-finite step, narrowed to those whose own loss is not finite where there are such.
+        status: `finished`: all steps done. `nonfinite`: a loss, gradient or weight was not finite. `paused`: reached
+            `stop_at`. `stopped`: on request. A paused or stopped arm has a checkpoint to resume from.
+        adapter: PEFT directory: the last state of a finished arm, the last good checkpoint of a non-finite one.
+        reason: Why the arm is not finished.
+        metrics: The last `train.*`, and `eval.*` of the last evaluation.
+        seconds: The steps' shares of wall time, summed over all attempts.
+        peak_memory_bytes: While the arm was in the pack: allocated on the GPU, or resident on a CPU.
+        best: PEFT directory of the best evaluated state by the primary metric, `best_value`.
+        example_ids: Rows of the non-finite step whose own loss is not finite, or all its rows.
     """
 
     spec_hash: str
@@ -235,61 +194,45 @@ class ArmOutcome:
 
 
 class PackObserver:
-    """Told what happens in a pack; every method does nothing here. Called from the thread that trains.
-
-    After a crash steps are repeated from the last checkpoint, so a step can be told twice: `on_start` says where an arm
-    begins.
-    """
+    """Callbacks, called from the training thread. After a crash, repeated steps are reported again."""
 
     def on_start(self, spec_hash: str, step: int, total_steps: int) -> None:
-        """An arm begins, with `step` of its `total_steps` steps done already."""
+        """An arm starts, with `step` of its `total_steps` steps already done."""
 
     def on_step(self, spec_hash: str, record: StepRecord) -> None:
-        """An arm made an optimizer step."""
+        """An arm completed an optimizer step."""
 
     def on_evaluation(self, spec_hash: str, step: int, metrics: Mapping[str, float]) -> None:
         """An arm was evaluated after `step` steps."""
 
     def on_checkpoint(self, step: int, directory: Path) -> None:
-        """All living arms were saved after the pack's step `step`."""
+        """All arms in the pack were saved after the pack's step `step`."""
 
     def on_end(self, outcome: ArmOutcome) -> None:
         """An arm left the pack."""
 
 
 @dataclass(kw_only=True, eq=False)
-class Best:
-    """The best evaluated state so far: where its adapter is, after which step, and the primary metric there."""
+class BestState:
+    """The best evaluated state so far: adapter directory, step, and value of the primary metric."""
 
     directory: Path
     step: int
     value: float
 
 
-class LivingArm:
-    """One arm in a pack. The model holds the matrices; everything else of the arm is here.
+class TrainingArm:
+    """One arm in a pack: everything except its matrices, which the model holds.
 
     Attributes:
-        task: What is trained.
         name: The adapter's name.
-        parameters: The matrices under the names of a PEFT file, kept from their creation: peft's own switches of
-            `requires_grad` and of active adapters say nothing about who trains.
+        parameters: The matrices, under their names in a PEFT file.
         step: Optimizer steps done.
-        total_steps: Optimizer steps of the whole training.
-        seconds: Share of wall time so far.
-        tokens: Tokens trained on so far.
-        metrics: The last numbers.
         evaluated: The step of the last evaluation; 0 before the first.
-        best: The best evaluated state.
     """
 
     def __init__(self, task: ArmTask, model: Any) -> None:
-        """Inject the arm's adapter with its start values.
-
-        Raises:
-            ConfigError: The adapter does not fit the base or `init_adapter`, or there is no such optimizer on the
-            base's device.
-        """
+        """Inject the adapter; a `ConfigError` if the base, `init_adapter` or the optimizer does not match."""
         training = task.spec.training
         self.task = task
         self.name = create_adapter(model, task.spec)
@@ -298,7 +241,7 @@ class LivingArm:
             if task.init_adapter is not None:
                 initial = read_adapter(task.init_adapter)
                 self.load(initial.tensors, str(task.init_adapter))
-                self._take_over_scaling(initial.config)
+                self._adopt_scaling(initial.config)
             self.optimizer = make_optimizer(list(self.parameters.values()), training)
         except BaseException:
             delete_adapter(model, self.name)
@@ -309,41 +252,41 @@ class LivingArm:
         self.tokens = 0
         self.metrics: dict[str, float] = {}
         self.evaluated = 0
-        self.best: Best | None = None
+        self.best: BestState | None = None
 
     @property
     def spec_hash(self) -> str:
-        """The arm's full name."""
+        """The arm's spec hash."""
         return self.task.spec.spec_hash
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of an optimizer step."""
+        """Number of micro-batches of an optimizer step."""
         return self.task.spec.training.gradient_accumulation_steps
 
     @property
     def done(self) -> bool:
-        """Whether all optimizer steps are made."""
+        """Whether all optimizer steps are done."""
         return self.step >= self.total_steps
 
     @property
-    def pauses(self) -> bool:
-        """Whether the arm is to leave the pack here, unfinished."""
+    def should_pause(self) -> bool:
+        """Whether the arm has reached `stop_at`, unfinished."""
         return self.task.stop_at is not None and self.step >= self.task.stop_at and not self.done
 
     @property
-    def is_due(self) -> bool:
-        """Whether the arm is to be evaluated after the step that it has made."""
+    def is_evaluation_due(self) -> bool:
+        """Whether the arm must be evaluated after its latest step."""
         every = self.task.spec.training.eval_steps
-        return self.pauses or (every is not None and (self.step % every == 0 or self.done))
+        return self.should_pause or (every is not None and (self.step % every == 0 or self.done))
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next optimizer step."""
         return self._schedule.learning_rate(self.step)
 
-    def window(self, step: int | None = None) -> list[list[Encoded]]:
-        """The rows of an optimizer step, counted from 0, by default the next: one list for each micro-batch."""
+    def micro_batches(self, step: int | None = None) -> list[list[Encoded]]:
+        """The rows of an optimizer step, counted from 0, by default the next one: a list for each micro-batch."""
         first = (self.step if step is None else step) * self.accumulation
         return [
             [self.task.train[index] for index in self._sampler.indices(micro_step)]
@@ -351,58 +294,54 @@ class LivingArm:
         ]
 
     def dropout(self, micro_step: int) -> DropoutKey | None:
-        """The key of the masks of one micro-batch of the next step."""
+        """The key of the dropout masks of one micro-batch of the next step; None without dropout."""
         if self.task.spec.lora.lora_dropout == 0:
             return None
         return DropoutKey(seed=self.task.spec.seed, step=self.step, micro_step=micro_step)
 
     def grad_norm(self) -> torch.Tensor:
-        """Norm of the gradient, a scalar on the arm's device."""
-        return get_total_norm([each.grad for each in self.parameters.values() if each.grad is not None])
+        """Norm of the gradient: a scalar tensor on the arm's device."""
+        return get_total_norm([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
 
     def update(self, grad_norm: torch.Tensor) -> None:
-        """Clip, make the optimizer step, and forget the gradient."""
+        """Clip the gradient, make the optimizer step, and drop the gradient."""
         limit = self.task.spec.training.max_grad_norm
         if limit > 0:
             clip_grads_with_norm_(self.parameters.values(), limit, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
-        self.forget_gradient()
+        self.clear_gradients()
         self.step += 1
 
     def is_finite(self) -> bool:
-        """Whether all matrices are finite: an update can overflow although loss and gradient did not."""
-        return bool(torch.isfinite(get_total_norm([each.detach() for each in self.parameters.values()])))
+        """Whether all matrices are finite: an update can overflow even if loss and gradient are finite."""
+        return bool(torch.isfinite(get_total_norm([parameter.detach() for parameter in self.parameters.values()])))
 
-    def forget_gradient(self) -> None:
+    def clear_gradients(self) -> None:
         """Drop the gradient."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-        """Copy stored matrices into the adapter.
-
-        Raises:
-            ConfigError: Names or shapes are not those of this arm.
-        """
+        """Copy stored matrices into the adapter; other names or shapes are a `ConfigError`."""
         expected = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if expected != found:
-            odd = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-            name = odd[0]
+        stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != stored:
+            differing = sorted(name for name in {*expected, *stored} if expected.get(name) != stored.get(name))
+            name = differing[0]
             raise ConfigError(
-                f"the adapter in {source} does not fit arm {self.task.spec.short}: {len(odd)} matrices differ, the "
-                f"first is {name}: the arm has {expected.get(name, 'none')}, the file {found.get(name, 'none')}; "
-                "lora.r and lora.target_modules must be those of the adapter that is continued"
+                f"the adapter in {source} does not fit arm {self.task.spec.short}: {len(differing)} matrices differ, "
+                f"the first is {name}: the arm has {expected.get(name, 'none')}, the file {stored.get(name, 'none')}; "
+                "set lora.r and lora.target_modules to those of the adapter"
             )
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
 
     @torch.no_grad()
-    def _take_over_scaling(self, config: LoraConfig) -> None:
-        """Let the arm begin as what the adapter computes, scaling * B A, where its own scaling is another."""
+    def _adopt_scaling(self, config: LoraConfig) -> None:
+        """Scale B so that the arm's scaling * B A equals the adapter's."""
         lora = self.task.spec.lora
         own = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
         for name, parameter in self.parameters.items():
@@ -411,11 +350,11 @@ class LivingArm:
                 parameter.mul_(scaling_of(config, module, rank=lora.r) / own)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """AdamW's state under the matrices' names."""
+        """The optimizer's state, keyed by the matrices' names."""
         return state_tensors(self.optimizer, self.parameters)
 
     def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take AdamW's state back, as `optimizer_tensors` gave it."""
+        """Load the output of `optimizer_tensors`."""
         load_state(self.optimizer, self.parameters, tensors)
 
     @cached_property

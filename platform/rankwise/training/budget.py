@@ -1,12 +1,11 @@
-"""How many arms fit into memory together, and in how many forward passes.
+"""Memory planning: which arms fit into memory together, and in how many forward passes.
 
     plan = plan_pack(base, tasks)
     logger.info(plan.estimate.text())
     outcomes = train_pack(base, plan.fits, directory=..., parts=plan.parts)
 
-What an arm keeps for the whole training (its matrices, their gradients, the optimizer's moments) decides whether it
-can be in the pack. What a forward pass keeps until its backward pass only decides in how many passes the arms go
-through the base, one after another, in each micro-step.
+Memory that an arm needs for the whole training (matrices, gradients, optimizer moments) decides whether it joins the
+pack. Memory from a forward pass to its backward pass decides into how many passes a micro-step is split.
 """
 
 from __future__ import annotations
@@ -26,32 +25,18 @@ from rankwise.training.arm import ArmTask, state_bytes
 from rankwise.training.step import Passes
 
 logger = logging.getLogger(__name__)
-CPU_SHARE = 0.75
-"""Of a machine's free memory: other processes live there too, and none of them is told before the kernel kills one."""
-CUDA_SHARE = 0.9
-"""Of a GPU's free memory: the rest is what the allocator cannot use for its pieces."""
+CPU_SHARE = 0.75  # of free memory; the rest is for other processes
+CUDA_SHARE = 0.9  # of free memory; the rest is lost to fragmentation
 CPU_TOKENS = 1280
-"""Tokens of a forward pass on a CPU: more of them at once need memory and gain nothing.
-
-SmolLM2-135M, 8 arms of 4 rows of 77 tokens, two cores with AVX512, CPU seconds of a step of an arm and the largest
-memory of the process: 1.74 and 2.0 GiB with 1,232 tokens a pass, 1.82 and 3.4 GiB with 2,464 (noise: the machine was
-busy). Smaller passes do cost: 7 % more with 308 tokens than with 616 where weights are kept dequantized.
-"""
+"""Tokens of a forward pass on a CPU: larger passes need more memory and are not faster (see docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackEstimate:
-    """Memory of a pack in bytes, by what it is for.
+    """Estimated memory of a pack, in bytes.
 
-    Attributes:
-        base: Weights as they are loaded, and what of them is dequantized at a time.
-        states: The arms' matrices, gradients and optimizers.
-        activations: What the largest forward pass keeps, and the backward pass through one layer.
-        logits: Logits of supervised positions in that pass, with their gradient.
-        free: What there is for everything but the base; None where it is not limited.
-        arms: How many arms.
-        passes: In how many forward passes they go through the base in a micro-step.
-        tokens: Tokens of the largest pass, with padding.
+    `base` includes the weights that are dequantized at a time, `states` are the arms' matrices, gradients and
+    optimizers. `activations`, `logits` and `tokens` (with padding) are of the largest pass. `free` excludes the base.
     """
 
     base: int
@@ -65,14 +50,14 @@ class PackEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum, in bytes."""
         return self.base + self.states + self.activations + self.logits
 
     def text(self) -> str:
-        """One line for people."""
+        """One line for the log."""
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         arms = "1 arm" if self.arms == 1 else f"{self.arms} arms"
-        free = "" if self.free is None else f", {_size(self.free)} free beside the base"
+        free = "" if self.free is None else f", {_size(self.free)} free besides the base"
         return (
             f"memory {_size(self.total)}: base {_size(self.base)}, {arms} {_size(self.states)}, activations "
             f"{_size(self.activations)} ({passes} of up to {self.tokens} tokens), logits {_size(self.logits)}{free}"
@@ -81,14 +66,7 @@ class PackEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class PackPlan:
-    """What goes together.
-
-    Attributes:
-        fits: The arms to train now, in their order; at least one.
-        left: The arms whose states do not fit beside them.
-        passes: How the arms go through the base.
-        estimate: Memory of the arms that fit.
-    """
+    """The arms to train now (at least one), the arms whose states do not fit, and the split into passes."""
 
     fits: tuple[ArmTask, ...]
     left: tuple[ArmTask, ...]
@@ -97,13 +75,13 @@ class PackPlan:
 
     @property
     def parts(self) -> int:
-        """Into how many runs memory makes the arms be cut."""
+        """Into how many parts the arms are split."""
         return self.passes.parts
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Share:
-    """What one arm brings to a pass, at most, and keeps."""
+class _ArmMemory:
+    """What one arm adds to a pass (`rows` of up to `length` tokens, `positions` with logits), and its states."""
 
     rows: int
     length: int
@@ -122,13 +100,13 @@ def plan_pack(
     """Choose which arms train together over a loaded base, and in how many passes.
 
     Args:
-        base: The base, without adapters of these arms.
-        tasks: The arms, the most wanted first.
-        free_bytes: Memory for everything but the base; what the device has free, less a margin, when left out.
-        token_budget: Tokens of a forward pass, with padding; on a CPU `CPU_TOKENS` when left out, on a GPU what fits.
+        base: Without adapters of these arms.
+        tasks: The arms, most important first.
+        free_bytes: Memory for everything except the base; by default from the device.
+        token_budget: Tokens of a forward pass, with padding; by default `default_token_budget`.
 
     Raises:
-        ConfigError: An arm's target modules are not those of the base.
+        ConfigError: An arm's target modules are not in the base.
         ValueError: No arms.
     """
     if not tasks:
@@ -139,25 +117,24 @@ def plan_pack(
     )
     max_tokens = default_token_budget(base) if token_budget is None else token_budget
     shares = [_share(task, linear) for task in tasks]
-    kept = dequantized_bytes(base.model, tokens=usual_pass(tasks, max_tokens))
-    free = free_for_packs(base, kept) if free_bytes is None else free_bytes
+    kept = dequantized_bytes(base.model, tokens=typical_pass_tokens(tasks, max_tokens))
+    free = free_pack_memory(base, kept) if free_bytes is None else free_bytes
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
 
-    def size(group: Sequence[_Share]) -> tuple[int, int]:
-        length = max(each.length for each in group)
+    def size(group: Sequence[_ArmMemory]) -> tuple[int, int]:
+        length = max(arm.length for arm in group)
         return shape.peak(
-            [(each.rows, length, each.adapter) for each in group],
-            sum(each.positions for each in group),
+            [(arm.rows, length, arm.adapter) for arm in group],
+            sum(arm.positions for arm in group),
             gradient_checkpointing=checkpointing,
         )
 
-    fitting, states, one = 1, shares[0].states, sum(size(shares[:1]))
-    for each in shares[1:]:
-        # An arm that goes through the base by itself is the least that a pass can be.
-        one = max(one, sum(size([each])))
-        if states + each.states + one > free:
+    fitting, states, smallest = 1, shares[0].states, sum(size(shares[:1]))
+    for arm in shares[1:]:
+        smallest = max(smallest, sum(size([arm])))
+        if states + arm.states + smallest > free:
             break
-        states += each.states
+        states += arm.states
         fitting += 1
     chosen = shares[:fitting]
     passes = Passes(max_tokens=max_tokens)
@@ -176,23 +153,23 @@ def plan_pack(
         tokens=max(map(_tokens, split)),
     )
     if states + activations + logits > free:
-        logger.warning("the estimate says that not even one arm fits: %s", estimate.text())
+        logger.warning("not even one arm fits by estimate: %s", estimate.text())
     return PackPlan(fits=tuple(tasks[:fitting]), left=tuple(tasks[fitting:]), passes=passes, estimate=estimate)
 
 
-def usual_pass(tasks: Sequence[ArmTask], max_tokens: int | None) -> int:
-    """Tokens of the largest pass of these arms, with padding, in a usual micro-step; memory may make it smaller.
+def typical_pass_tokens(tasks: Sequence[ArmTask], max_tokens: int | None) -> int:
+    """Tokens of the largest pass in a typical micro-step, with padding; limited memory may make it smaller.
 
-    It follows from the arms and their data alone. A single long row does not decide, as it does for what memory must
-    hold: of n rows that are drawn, the longest is as often above the quantile 0.5^(1/n) of all lengths as below it.
+    Depends on the arms and their data only. Uses the median of the longest of n drawn rows, which is the quantile
+    0.5^(1/n) of all lengths, so that a single long row does not decide.
     """
-    sizes = [_usual_rows_and_length(task) for task in tasks]
-    groups = Passes(max_tokens=max_tokens).split(sizes, lambda each: each)
+    sizes = [_typical_rows_and_length(task) for task in tasks]
+    groups = Passes(max_tokens=max_tokens).split(sizes, lambda size: size)
     return max(sum(rows for rows, _ in group) * max(length for _, length in group) for group in groups)
 
 
-def free_for_packs(base: LoadedBase, dequantized: int) -> int:
-    """Bytes that a pack over a loaded base may take, beside the base and so many bytes of dequantized weights."""
+def free_pack_memory(base: LoadedBase, dequantized: int) -> int:
+    """Bytes available to a pack, besides the loaded base and `dequantized` bytes of dequantized weights."""
     if base.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(base.device)
         unused = torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
@@ -201,16 +178,16 @@ def free_for_packs(base: LoadedBase, dequantized: int) -> int:
 
 
 def default_token_budget(base: LoadedBase) -> int | None:
-    """Tokens of a forward pass when nobody says how many: on a GPU as many as fit."""
+    """Default tokens of a forward pass; None on a GPU, where memory is the only limit."""
     return CPU_TOKENS if base.device.type == "cpu" else None
 
 
-def _share(task: ArmTask, linear: dict[str, tuple[int, int]]) -> _Share:
+def _share(task: ArmTask, linear: dict[str, tuple[int, int]]) -> _ArmMemory:
     spec = task.spec
     targets = match_targets(linear, spec.lora.target_modules)
     rows, length = _rows_and_length(task)
     matrices = [spec.lora.r * side for shape in targets.values() for side in shape]
-    return _Share(
+    return _ArmMemory(
         rows=rows,
         length=length,
         positions=rows * max(int(row.supervised.sum()) for row in task.train),
@@ -224,24 +201,24 @@ def _share(task: ArmTask, linear: dict[str, tuple[int, int]]) -> _Share:
 
 
 def _rows_and_length(task: ArmTask) -> tuple[int, int]:
-    """Rows of a micro-batch, and tokens of the longest row: the longest ones may come together."""
+    """Rows of a micro-batch, and tokens of the longest row of the data."""
     rows = min(task.spec.training.per_device_train_batch_size, len(task.train))
     return rows, max(len(row.input_ids) for row in task.train)
 
 
-def _usual_rows_and_length(task: ArmTask) -> tuple[int, int]:
-    """Rows of a micro-batch, and the median of the longest row's tokens."""
+def _typical_rows_and_length(task: ArmTask) -> tuple[int, int]:
+    """Rows of a micro-batch, and the median of its longest row's tokens."""
     rows, _ = _rows_and_length(task)
     lengths = sorted(len(row.input_ids) for row in task.train)
     return rows, lengths[math.ceil(len(lengths) * 0.5 ** (1 / rows)) - 1]
 
 
-def _split(passes: Passes, shares: Sequence[_Share]) -> Iterator[list[_Share]]:
-    return passes.split(shares, lambda each: (each.rows, each.length))
+def _split(passes: Passes, shares: Sequence[_ArmMemory]) -> Iterator[list[_ArmMemory]]:
+    return passes.split(shares, lambda arm: (arm.rows, arm.length))
 
 
-def _tokens(group: Sequence[_Share]) -> int:
-    return sum(each.rows for each in group) * max(each.length for each in group)
+def _tokens(group: Sequence[_ArmMemory]) -> int:
+    return sum(arm.rows for arm in group) * max(arm.length for arm in group)
 
 
 def _size(count: int) -> str:

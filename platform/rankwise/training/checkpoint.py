@@ -1,23 +1,21 @@
-"""Checkpoints of a pack, and the results of its arms, on disk.
+"""Checkpoints of a pack and results of its arms, on disk.
 
-    DIRECTORY/<composition>/passes.json     how the arms went through the base at first
+    DIRECTORY/<composition>/passes.json     how the arms were first split into passes
     DIRECTORY/<composition>/step-00000020/pack.json, manifest.json
                                           arm-<short>/adapter/        a PEFT directory
                                                       optimizer.safetensors
                                                       state.json
-                                                      best/           a PEFT directory, where there is a best
-    DIRECTORY/<composition>/aside/arm-<short>/step-00000020/  as in a generation: an arm that left the pack unfinished
+                                                      best/           a PEFT directory, after an evaluation
+    DIRECTORY/<composition>/aside/arm-<short>/step-00000020/  same files: an arm that left the pack unfinished
     DIRECTORY/<composition>/final/arm-<short>/outcome.json, manifest.json, adapter/, best/
 
-A composition is the set of arms that were started together. One rename publishes all of its arms at one pack step; two
-generations are kept. A pack of the same arms goes on from the newest generation whose every file is what was written,
-and gives the same bytes as without the interruption; on a GPU the same within rounding, since the backward pass of
-torch's fused attention adds up in an order of its own there. A pack of other arms takes each arm from its newest state
-in any composition; what it gives is the same within rounding.
+A composition is the set of arms that were started together. A generation has all its arms at one pack step and is
+published by one rename; two generations are kept. A pack of the same arms resumes from the newest generation that
+matches its manifest, with byte-equal results; on a GPU equal within rounding, because the backward pass of torch's
+fused attention sums in a nondeterministic order. A pack of other arms takes each arm's newest state from any
+composition, with results equal within rounding.
 
-Tensors are safetensors, everything else JSON. `DIRECTORY` may be shared by all packs of a home.
-
-- Directories that are either whole or not there: temporary name, fsync, manifest last, rename.
+Tensors are safetensors, everything else is JSON. All packs of a home may share `DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -42,20 +40,18 @@ from rankwise.files import complete_directory, remove_directory, storage_errors,
 from rankwise.modeling.adapter import read_adapter, save_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.fingerprint import check_manifest, write_manifest
-from rankwise.training.arm import ArmOutcome, Best, LivingArm
+from rankwise.training.arm import ArmOutcome, BestState, TrainingArm
 from rankwise.training.step import Passes
 
 _TEMPORARY = ".tmp-"
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """Give a directory to fill, which takes the place of `path` when the block ends without an error.
-
-    A former `path` is replaced. The manifest of the directory is written after everything in it is on the disk.
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory that replaces `path`, with a manifest, when the block ends without an error.
 
     Raises:
-        StorageError: The disk is full, or the place is not writable.
+        StorageError: The disk is full, or the directory is not writable.
     """
     with storage_errors(path, f"writing {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,28 +62,28 @@ def whole_directory(path: Path) -> Iterator[Path]:
                 remove(path)
             temporary.rename(path)
 
-        with complete_directory(_beside(path), place) as temporary:
+        with complete_directory(_temporary_path(path), place) as temporary:
             yield temporary
 
 
 def copy_directory(source: Path, target: Path) -> None:
-    """Copy plain files of a directory."""
+    """Copy a directory with its files."""
     shutil.copytree(source, target)
 
 
 def remove(path: Path) -> None:
-    """Remove a directory so that no half of it stays behind under its name."""
-    remove_directory(path, _beside(path))
+    """Remove a directory atomically: it is renamed first."""
+    remove_directory(path, _temporary_path(path))
 
 
-def sweep(directory: Path) -> None:
-    """Remove what killed processes left half-written in a directory."""
+def remove_temporary(directory: Path) -> None:
+    """Remove incomplete directories that killed processes left."""
     for path in directory.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
-    """A name that no other process has, also not one of another machine that shares the directory."""
+def _temporary_path(path: Path) -> Path:
+    """A unique name, even if several machines share the directory."""
     return path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -99,17 +95,13 @@ GENERATIONS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ArmState:
-    """A saved state of one arm: `arm-<short>` of a generation that was checked."""
+    """A saved and verified state of one arm."""
 
     directory: Path
     step: int
 
-    def restore(self, arm: LivingArm) -> None:
-        """Put an arm into this state.
-
-        Raises:
-            ConfigError: The stored adapter is not one of this arm.
-        """
+    def restore(self, arm: TrainingArm) -> None:
+        """Load this state into an arm."""
         state = json.loads((self.directory / "state.json").read_text(encoding="utf-8"))
         adapter = read_adapter(self.directory / "adapter")
         arm.load(adapter.tensors, str(adapter.directory))
@@ -118,14 +110,14 @@ class ArmState:
         arm.seconds = state["seconds"]
         arm.tokens = state["tokens"]
         arm.metrics = dict(state["metrics"])
-        arm.evaluated = state.get("evaluated", 0)  # not in what the first releases wrote
+        arm.evaluated = state.get("evaluated", 0)  # missing in checkpoints of the first releases
         best = state["best"]
-        arm.best = None if best is None else Best(directory=self.directory / "best", **best)
+        arm.best = None if best is None else BestState(directory=self.directory / "best", **best)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """All living arms at one pack step, how they went through the base, and how those ended that had left by then."""
+class CheckpointGeneration:
+    """The states of all arms in the pack at one pack step, their split into passes, and outcomes of arms that left."""
 
     pack_step: int
     passes: Passes
@@ -134,33 +126,24 @@ class Generation:
 
 
 class Checkpoints:
-    """The checkpoints of one composition below a directory.
-
-    Args:
-        directory: Root, shared by compositions.
-        spec_hashes: The arms that are started together.
-        base: The base; its source and revision go into the adapters' configuration.
-    """
+    """The checkpoints of one composition, below the root directory of all compositions."""
 
     def __init__(self, directory: Path, spec_hashes: Sequence[str], base: LoadedBase) -> None:
-        """Remove what was left half-written."""
         self._root = directory
         self._base = base
         self.directory = _composition(directory, spec_hashes)
         self._final = self.directory / "final"
-        sweep(self.directory)
-        sweep(self._final)
+        remove_temporary(self.directory)
+        remove_temporary(self._final)
         for spec_hash in spec_hashes:
-            sweep(self._aside(spec_hash))
+            remove_temporary(self._aside(spec_hash))
 
-    def save(self, pack_step: int, arms: Sequence[LivingArm], ended: Mapping[str, ArmOutcome], passes: Passes) -> Path:
-        """Write a generation, and remove those before the last two.
-
-        Raises:
-            StorageError: The disk is full, or the place is not writable.
-        """
+    def save(
+        self, pack_step: int, arms: Sequence[TrainingArm], ended: Mapping[str, ArmOutcome], passes: Passes
+    ) -> Path:
+        """Write a generation, and keep the last two; a full disk is a `StorageError`."""
         path = self.directory / _step_name(pack_step)
-        with whole_directory(path) as temporary:
+        with replace_directory(path) as temporary:
             for arm in arms:
                 self._save_arm(arm, temporary / _arm_name(arm.spec_hash))
             document = {
@@ -180,15 +163,15 @@ class Checkpoints:
             remove(old)
         return path
 
-    def newest(self) -> Generation | None:
-        """The newest generation of this composition that verifies; None if there is none."""
+    def newest(self) -> CheckpointGeneration | None:
+        """The newest intact generation of this composition; None if there is none."""
         for path in _steps(self.directory):
-            document = _checked(path)
+            document = _verified_document(path)
             if document is not None:
-                return Generation(
+                return CheckpointGeneration(
                     pack_step=document["pack_step"],
-                    passes=Passes(**document.get("passes", {})),  # not in what the first releases wrote
-                    states={each: _state(path / _arm_name(each)) for each in document["living"]},
+                    passes=Passes(**document.get("passes", {})),  # missing in checkpoints of the first releases
+                    states={name: _arm_state(path / _arm_name(name)) for name in document["living"]},
                     ended={
                         spec_hash: _outcome_from(value, self.directory)
                         for spec_hash, value in document["ended"].items()
@@ -196,32 +179,29 @@ class Checkpoints:
                 )
         return None
 
-    def first_passes(self, planned: Passes) -> Passes:
-        """How the first start of these arms split them: `planned`, if this is the first.
-
-        What is free differs from start to start, and with the split the last bits of all results.
-        """
+    def initial_passes(self, planned: Passes) -> Passes:
+        """The split of the first start of these arms, or `planned`: another split changes the last bits of results."""
         path = self.directory / "passes.json"
         if path.exists():
             return Passes(**json.loads(path.read_text(encoding="utf-8")))
         write_atomically(path, json.dumps(asdict(planned)).encode())
         return planned
 
-    def newest_of(self, spec_hash: str) -> ArmState | None:
-        """The newest state of one arm in any composition."""
+    def newest_state(self, spec_hash: str) -> ArmState | None:
+        """The newest state of one arm in any composition; None if there is none."""
         name = _arm_name(spec_hash)
-        found = [path for path in self._root.glob(f"*/step-*/{name}") if _checked(path.parent) is not None]
+        paths = [path for path in self._root.glob(f"*/step-*/{name}") if _verified_document(path.parent) is not None]
         aside = self._root.glob(f"*/aside/{name}/step-*")
-        found += [path for path in aside if _checked(path, "state.json") is not None]
-        return max(map(_state, found), key=lambda state: state.step, default=None)
+        paths += [path for path in aside if _verified_document(path, "state.json") is not None]
+        return max(map(_arm_state, paths), key=lambda state: state.step, default=None)
 
-    def put_aside(self, arm: LivingArm) -> None:
-        """Write the state of an arm that leaves the pack unfinished, in place of what was put aside of it before."""
+    def save_aside(self, arm: TrainingArm) -> None:
+        """Write the state of an arm that leaves the pack unfinished, and remove its earlier ones."""
         directory = self._aside(arm.spec_hash)
         path = directory / _step_name(arm.step)
-        # A state that is there already is not replaced: between its removal and the rename there would be none.
-        if not path.exists() or _checked(path, "state.json") != _document(arm):
-            with whole_directory(path) as temporary:
+        # An equal state is not replaced: between its removal and the rename there would be none.
+        if not path.exists() or _verified_document(path, "state.json") != _state_document(arm):
+            with replace_directory(path) as temporary:
                 self._save_arm(arm, temporary)
         if arm.best is not None:
             arm.best = replace(arm.best, directory=path / "best")
@@ -229,21 +209,17 @@ class Checkpoints:
             if old != path:
                 remove(old)
 
-    def save_best(self, arm: LivingArm, value: float) -> None:
-        """Write the adapter of an arm as its best so far; the next generation takes a copy."""
+    def save_best(self, arm: TrainingArm, value: float) -> None:
+        """Write an arm's adapter as its best so far; the next generation copies it."""
         path = self.directory / "best" / _arm_name(arm.spec_hash)
-        with whole_directory(path) as temporary:
+        with replace_directory(path) as temporary:
             self._save_adapter(arm, temporary)
-        arm.best = Best(directory=path, step=arm.step, value=value)
+        arm.best = BestState(directory=path, step=arm.step, value=value)
 
-    def finish(self, arm: LivingArm, outcome: ArmOutcome) -> ArmOutcome:
-        """Write the result of an arm that leaves, and return the outcome with the places of its adapters.
-
-        A finished arm's adapter is the one in memory; that of an arm which became non-finite is its last good
-        checkpoint's.
-        """
+    def finish(self, arm: TrainingArm, outcome: ArmOutcome) -> ArmOutcome:
+        """Write the result of an arm (non-finite: from its last checkpoint); returns the outcome with directories."""
         path = self._final / _arm_name(arm.spec_hash)
-        with whole_directory(path) as temporary:
+        with replace_directory(path) as temporary:
             good = outcome.status == "finished"
             if good:
                 self._save_adapter(arm, temporary / "adapter")
@@ -261,17 +237,17 @@ class Checkpoints:
         return outcome
 
     def outcomes(self) -> dict[str, ArmOutcome]:
-        """Results of this composition that are on disk and verify."""
-        found = {}
+        """Intact results of this composition on disk, by spec hash."""
+        outcomes = {}
         for path in sorted(self._final.glob("arm-*")):
-            document = _checked(path, "outcome.json")
+            document = _verified_document(path, "outcome.json")
             if document is not None:
                 outcome = _outcome_from(document, self.directory)
-                found[outcome.spec_hash] = outcome
-        return found
+                outcomes[outcome.spec_hash] = outcome
+        return outcomes
 
     def drop_generations(self) -> None:
-        """Remove what only an unfinished pack needs; results stay."""
+        """Remove everything except results and arms saved aside."""
         for path in _steps(self.directory):
             remove(path)
         if (self.directory / "best").exists():
@@ -284,14 +260,14 @@ class Checkpoints:
         generation = self.newest()
         return None if generation is None else generation.states.get(spec_hash)
 
-    def _save_arm(self, arm: LivingArm, directory: Path) -> None:
+    def _save_arm(self, arm: TrainingArm, directory: Path) -> None:
         self._save_adapter(arm, directory / "adapter")
         save_file(arm.optimizer_tensors(), directory / "optimizer.safetensors")
         if arm.best is not None:
             copy_directory(arm.best.directory, directory / "best")
-        (directory / "state.json").write_text(json.dumps(_document(arm), indent=1), encoding="utf-8")
+        (directory / "state.json").write_text(json.dumps(_state_document(arm), indent=1), encoding="utf-8")
 
-    def _save_adapter(self, arm: LivingArm, directory: Path) -> None:
+    def _save_adapter(self, arm: TrainingArm, directory: Path) -> None:
         save_adapter(
             self._base.model,
             arm.name,
@@ -302,12 +278,7 @@ class Checkpoints:
 
 
 def remove_composition(directory: Path, spec_hashes: Sequence[str]) -> None:
-    """Remove checkpoints and results of arms that were started together, once all of it is published.
-
-    Args:
-        directory: Root, as given to `train_pack`.
-        spec_hashes: The arms.
-    """
+    """Remove checkpoints and results of a composition, after its arms are published."""
     composition = _composition(directory, spec_hashes)
     if composition.exists():
         remove(composition)
@@ -327,31 +298,29 @@ def _step_name(step: int) -> str:
 
 
 def _steps(directory: Path) -> list[Path]:
-    """Generations, newest first."""
     return sorted(directory.glob("step-*"), reverse=True)
 
 
-def _checked(path: Path, name: str = "pack.json") -> dict[str, Any] | None:
-    """The JSON document of a directory, if all files of the directory are what was written."""
+def _verified_document(path: Path, name: str = "pack.json") -> dict[str, Any] | None:
+    """The JSON document of a directory; None, with a warning, if a file is damaged or the format is unknown."""
     try:
         check_manifest(path)
         document: dict[str, Any] = json.loads((path / name).read_text(encoding="utf-8"))
     except (AdapterIntegrityError, OSError, ValueError) as error:
-        logger.warning("%s is not used: %s", path, error)
+        logger.warning("skipping %s: %s", path, error)
         return None
     if document["version"] != FORMAT_VERSION:
-        logger.warning("%s is not used: format version %s, not %s", path, document["version"], FORMAT_VERSION)
+        logger.warning("skipping %s: format version %s, not %s", path, document["version"], FORMAT_VERSION)
         return None
     return document
 
 
-def _state(directory: Path) -> ArmState:
+def _arm_state(directory: Path) -> ArmState:
     state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     return ArmState(directory=directory, step=int(state["step"]))
 
 
-def _document(arm: LivingArm) -> dict[str, Any]:
-    """What of an arm's state is no tensor."""
+def _state_document(arm: TrainingArm) -> dict[str, Any]:
     return {
         "version": FORMAT_VERSION,
         "spec_hash": arm.spec_hash,

@@ -9,7 +9,7 @@ from helpers.peaks import peak_of_step
 
 from rankwise.exceptions import ConfigError
 from rankwise.training.arm import ArmTask
-from rankwise.training.budget import CPU_TOKENS, plan_pack, usual_pass
+from rankwise.training.budget import CPU_TOKENS, plan_pack, typical_pass_tokens
 from rankwise.training.loop import train_pack
 
 ROWS = make_rows(12)
@@ -41,7 +41,7 @@ def test_the_estimate_is_told_with_its_parts(base):
     assert estimate.tokens == 3 * 2 * longest
     assert replace(estimate, base=5 << 30, states=70 << 20, activations=2 << 30, logits=9 << 20).text() == (
         "memory 7.08 GiB: base 5.00 GiB, 3 arms 70 MiB, activations 2.00 GiB (1 pass of up to 78 tokens), "
-        "logits 9 MiB, 3.00 GiB free beside the base"
+        "logits 9 MiB, 3.00 GiB free besides the base"
     )
 
 
@@ -64,7 +64,7 @@ def test_arms_whose_states_do_not_fit_are_left_in_their_order(base):
 def test_a_single_arm_is_tried_whatever_the_estimate_says(base, caplog):
     plan = plan_pack(base, some(2), free_bytes=1)
     assert (len(plan.fits), len(plan.left)) == (1, 1)
-    assert "not even one arm fits: memory" in caplog.text
+    assert "not even one arm fits by estimate: memory" in caplog.text
 
 
 def test_a_token_budget_makes_passes(base):
@@ -78,15 +78,15 @@ def test_a_single_long_row_does_not_say_how_large_a_usual_pass_is():
         return [make_rows(1, shortest=length, longest=length)[0] for length in lengths]
 
     short = rows(*[10] * 60)
-    assert usual_pass(some(3), None) <= 3 * 2 * max(len(row.input_ids) for row in ROWS)
-    assert usual_pass(tasks(make_arm(), rows=short), None) == 2 * 10
-    assert usual_pass(tasks(make_arm(), rows=[*short, *rows(400)]), None) == 2 * 10
+    assert typical_pass_tokens(some(3), None) <= 3 * 2 * max(len(row.input_ids) for row in ROWS)
+    assert typical_pass_tokens(tasks(make_arm(), rows=short), None) == 2 * 10
+    assert typical_pass_tokens(tasks(make_arm(), rows=[*short, *rows(400)]), None) == 2 * 10
     # Of two rows that are drawn out of these, one is a long one more often than not.
-    assert usual_pass(tasks(make_arm(), rows=[*short, *rows(*[400] * 30)]), None) == 2 * 400
-    assert usual_pass(tasks(make_arm(), rows=rows(7)), None) == 7
+    assert typical_pass_tokens(tasks(make_arm(), rows=[*short, *rows(*[400] * 30)]), None) == 2 * 400
+    assert typical_pass_tokens(tasks(make_arm(), rows=rows(7)), None) == 7
     four = tasks(*(make_arm(seed=seed) for seed in range(4)), rows=short)
-    assert usual_pass(four, None) == 8 * 10
-    assert usual_pass(four, 40) == 40
+    assert typical_pass_tokens(four, None) == 8 * 10
+    assert typical_pass_tokens(four, 40) == 40
 
 
 def test_unknown_modules_and_no_arms_are_refused(base):

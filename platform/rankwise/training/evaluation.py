@@ -1,4 +1,4 @@
-"""Evaluation of arms during training: loss and token accuracy on their evaluation rows, in mixed batches."""
+"""Evaluation of arms during training: loss, perplexity and token accuracy on their evaluation rows."""
 
 from __future__ import annotations
 
@@ -15,22 +15,19 @@ from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError, is_out_of_memory
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import Routing, Segment
-from rankwise.training.arm import LivingArm
+from rankwise.training.arm import TrainingArm
 
 METRICS = ("eval.loss", "eval.perplexity", "eval.token_accuracy")
-"""What is computed here."""
 MAX_ROWS = 64
-MAX_LOGITS = 1 << 28
-"""Numbers of a batch's logits at supervised positions: 1 GiB in fp32, a few times that with what is made of them."""
+MAX_LOGITS = 1 << 28  # elements at supervised positions: 1 GiB in fp32, plus intermediate tensors
 
 logger = logging.getLogger(__name__)
 
 
-class Assessor:
-    """Computes the metrics of `METRICS`."""
+class TrainingEvaluator:
+    """Computes `METRICS` for the arms of a pack, in batches with rows of several arms."""
 
     def __init__(self, model: Any, routing: Routing, logits: SupervisedLogits, pad_token_id: int) -> None:
-        """Share the stepper's way to logits."""
         self._routing = routing
         self._logits = logits
         self._pad_token_id = pad_token_id
@@ -39,37 +36,29 @@ class Assessor:
         self._max_rows = self._rows = MAX_ROWS
 
     @torch.no_grad()
-    def assess(self, arms: Sequence[LivingArm]) -> dict[str, dict[str, float]]:
-        """Evaluate arms with their current weights, without dropout.
-
-        Returns:
-            For each spec hash the metrics over all supervised tokens of its evaluation rows.
-
-        Raises:
-            JobError: Out of memory with a single row.
-        """
+    def evaluate(self, arms: Sequence[TrainingArm]) -> dict[str, dict[str, float]]:
+        """By spec hash: metrics over all supervised tokens of the evaluation rows, without dropout."""
         while True:
             try:
-                return self._assess(arms)
+                return self._evaluate(arms)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self._rows == 1:
                     raise JobError(
-                        f"out of memory with one row of evaluation on {self._device}: lower training.max_length: "
-                        f"{error}"
+                        f"out of memory with one evaluation row on {self._device}: lower training.max_length: {error}"
                     ) from error
-            # Outside of the handler: the traceback holds on to the tensors of the failed pass.
+            # Outside the handler, whose traceback keeps the tensors of the failed pass alive.
             torch.cuda.empty_cache()
             self._max_rows = self._rows // 2
             logger.warning("out of memory: at most %d rows are evaluated together from now on", self._max_rows)
 
-    def _assess(self, arms: Sequence[LivingArm]) -> dict[str, dict[str, float]]:
+    def _evaluate(self, arms: Sequence[TrainingArm]) -> dict[str, dict[str, float]]:
         work: list[tuple[int, Encoded]] = []
         for index, arm in enumerate(arms):
             work += [(index, row) for row in arm.task.evaluation or ()]
-        # Rows of similar length together, longest first; arms of one batch share the base's products.
-        work.sort(key=lambda each: -len(each[1].input_ids))
+        # Rows of similar length go together, longest first.
+        work.sort(key=lambda item: -len(item[1].input_ids))
         size = max(arm.task.spec.evaluation.per_device_eval_batch_size for arm in arms) * len(arms)
         longest = max(int(row.supervised.sum()) for _, row in work)
         size = max(1, min(size, self._max_rows, MAX_LOGITS // (self._vocabulary * max(1, longest))))
@@ -77,7 +66,7 @@ class Assessor:
         sums: list[list[float]] = [[0.0, 0.0, 0.0] for _ in arms]
         for start in range(0, len(work), size):
             for index, loss, correct, tokens in self._pass(
-                arms, sorted(work[start : start + size], key=lambda each: each[0])
+                arms, sorted(work[start : start + size], key=lambda item: item[0])
             ):
                 sums[index][0] += loss
                 sums[index][1] += correct
@@ -93,7 +82,7 @@ class Assessor:
         return metrics
 
     def _pass(
-        self, arms: Sequence[LivingArm], work: Sequence[tuple[int, Encoded]]
+        self, arms: Sequence[TrainingArm], work: Sequence[tuple[int, Encoded]]
     ) -> list[tuple[int, float, int, int]]:
         batch = collate([row for _, row in work], self._pad_token_id)
         owners = torch.tensor([index for index, _ in work])

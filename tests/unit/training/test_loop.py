@@ -161,7 +161,7 @@ def test_the_pack_in_parts_after_running_out_of_memory_gives_the_same(base, pack
 
     monkeypatch.setattr(Stepper, "_pass", short_of_memory)
     result = train(base, different_arms(), tmp_path)
-    assert "8 arms go through the base in 4 parts" in caplog.text
+    assert "8 arms are trained in 4 parts" in caplog.text
     assert passes[3:9] == [8, 4, 2, 2, 2, 2]
     for arm in different_arms():
         assert_same(packed, result, arm)
@@ -324,9 +324,9 @@ def test_without_a_checkpoint_there_is_no_adapter_of_a_non_finite_arm(base, tmp_
 def test_a_gradient_that_is_not_finite_is_told_with_all_rows_of_the_step():
     losses = [(ROWS[:2], torch.tensor([0, 0, 1]), torch.ones(3)), (ROWS[2:3], torch.tensor([0]), torch.ones(1))]
     window = [ROWS[:2], ROWS[2:3]]
-    work = step._Work(arm=SimpleNamespace(step=4), window=window, supervised=4, losses=losses)
+    work = step._ArmStep(arm=SimpleNamespace(step=4), micro_batches=window, supervised=4, losses=losses)
     found = step._nonfinite(work, loss=1.0, grad_norm=math.inf)
-    assert (found.what, found.step, found.number) == ("gradient", 5, math.inf)
+    assert (found.quantity, found.step, found.number) == ("gradient", 5, math.inf)
     assert found.example_ids == tuple(row.id for row in ROWS[:3])
 
 
@@ -434,7 +434,7 @@ def test_an_adapter_of_another_rank_cannot_be_continued(base, tmp_path):
     ("change", "message"),
     [
         (lambda tasks: [], "at least one arm"),
-        (lambda tasks: [tasks[0], tasks[0]], "two arms of the pack are the same"),
+        (lambda tasks: [tasks[0], tasks[0]], "two arms of the pack are equal"),
         (
             lambda tasks: [tasks[0], replace(tasks[1], evaluation=None)],
             "eval_steps is set, but there are no evaluation",
@@ -453,7 +453,7 @@ def test_an_adapter_of_another_rank_cannot_be_continued(base, tmp_path):
                     ).model_copy(update={"checkpoint": "best"}),
                 )
             ],
-            "best checkpoint by eval.exact_match needs an evaluation that generates",
+            "best checkpoint by eval.exact_match needs generation",
         ),
         (lambda tasks: [replace(tasks[0], train=[])], "has no training rows"),
     ],

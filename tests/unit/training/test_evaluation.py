@@ -10,8 +10,8 @@ from torch.nn import functional
 from rankwise.exceptions import JobError
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import delete_adapter, install
-from rankwise.training.arm import ArmTask, LivingArm
-from rankwise.training.assess import Assessor
+from rankwise.training.arm import ArmTask, TrainingArm
+from rankwise.training.evaluation import TrainingEvaluator
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def arms(base):
     """Two arms with weights of their own, over 9 and 5 rows, and the routing of their rows."""
     rows = {1: make_rows(9, seed=1), 2: make_rows(5, seed=2)}
     arms = [
-        LivingArm(
+        TrainingArm(
             ArmTask(
                 spec=make_arm(seed=seed, evaluation={"per_device_eval_batch_size": 3}),
                 train=rows[seed],
@@ -42,7 +42,7 @@ def arms(base):
 
 def test_arms_in_one_batch_get_the_loss_and_accuracy_of_the_models_own_forward(base, arms):
     arms, routing = arms
-    found = Assessor(base.model, routing, SupervisedLogits(base.model), 3).assess(arms)
+    found = TrainingEvaluator(base.model, routing, SupervisedLogits(base.model), 3).evaluate(arms)
     for arm in arms:
         losses, right = [], []
         for row in arm.task.evaluation:
@@ -75,10 +75,10 @@ class Scarce:
 
 def test_out_of_memory_halves_the_rows_that_are_evaluated_together_for_good(base, arms, caplog):
     arms, routing = arms
-    wanted = Assessor(base.model, routing, SupervisedLogits(base.model), 3).assess(arms)
+    wanted = TrainingEvaluator(base.model, routing, SupervisedLogits(base.model), 3).evaluate(arms)
     scarce = Scarce(base.model, rows=2)
-    assessor = Assessor(base.model, routing, scarce, 3)
-    for found in (assessor.assess(arms), assessor.assess(arms)):
+    evaluator = TrainingEvaluator(base.model, routing, scarce, 3)
+    for found in (evaluator.evaluate(arms), evaluator.evaluate(arms)):
         for spec_hash, metrics in wanted.items():
             assert found[spec_hash] == pytest.approx(metrics, rel=1e-5)
     assert scarce.asked == [6, 3, *[1] * 28]
@@ -87,8 +87,8 @@ def test_out_of_memory_halves_the_rows_that_are_evaluated_together_for_good(base
 
 def test_one_row_that_does_not_fit_is_an_error_that_names_the_setting(base, arms):
     arms, routing = arms
-    with pytest.raises(JobError, match=r"one row of evaluation on cpu: lower training\.max_length"):
-        Assessor(base.model, routing, Scarce(base.model, rows=0), 3).assess(arms)
+    with pytest.raises(JobError, match=r"one evaluation row on cpu: lower training\.max_length"):
+        TrainingEvaluator(base.model, routing, Scarce(base.model, rows=0), 3).evaluate(arms)
 
 
 def test_an_error_of_another_kind_is_not_taken_for_the_end_of_memory(base, arms):
@@ -98,4 +98,4 @@ def test_an_error_of_another_kind_is_not_taken_for_the_end_of_memory(base, arms)
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        Assessor(base.model, routing, wrong, 3).assess(arms)
+        TrainingEvaluator(base.model, routing, wrong, 3).evaluate(arms)

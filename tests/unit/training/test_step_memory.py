@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from rankwise.training.step import PeakMemory, give_back
+from rankwise.training.step import PeakMemory, release_freed_memory
 
 
 def test_a_peak_that_was_sampled_is_remembered():
@@ -21,6 +21,6 @@ def test_what_is_freed_goes_back_to_the_system():
     pin = torch.ones(16 << 10, dtype=torch.uint8)
     resident = psutil.Process().memory_info().rss
     del pieces
-    give_back()
+    release_freed_memory()
     assert psutil.Process().memory_info().rss < resident - (32 << 20)
     assert pin.sum() == 16 << 10

@@ -169,5 +169,5 @@ def test_pauses_that_cannot_be_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match="stop_at must be at least 1 or None, got 0"):
         ArmTask(spec=arms()[0], train=ROWS, stop_at=0)
     task = ArmTask(spec=arms()[0], train=ROWS, stop_at=2)
-    with pytest.raises(ConfigError, match="it is to be evaluated at step 2, but there are no rows for it"):
+    with pytest.raises(ConfigError, match="stop_at is 2, but there are no evaluation rows"):
         train_pack(base, [task], directory=tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 from rankwise.exceptions import StorageError
 from rankwise.modeling.fingerprint import check_manifest
-from rankwise.training.checkpoint import remove, sweep, whole_directory
+from rankwise.training.checkpoint import remove, remove_temporary, replace_directory
 
 
 def fill(directory, text="one"):
@@ -17,7 +17,7 @@ def fill(directory, text="one"):
 
 
 def test_a_finished_directory_has_a_manifest_over_its_files(tmp_path):
-    with whole_directory(tmp_path / "a" / "result") as temporary:
+    with replace_directory(tmp_path / "a" / "result") as temporary:
         fill(temporary)
     check_manifest(tmp_path / "a" / "result")
     assert (tmp_path / "a" / "result" / "inner" / "file.txt").read_text() == "one"
@@ -25,9 +25,9 @@ def test_a_finished_directory_has_a_manifest_over_its_files(tmp_path):
 
 
 def test_an_error_leaves_nothing_behind_and_the_former_directory_in_place(tmp_path):
-    with whole_directory(tmp_path / "result") as temporary:
+    with replace_directory(tmp_path / "result") as temporary:
         fill(temporary)
-    with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "result") as temporary:
+    with pytest.raises(FileNotFoundError), replace_directory(tmp_path / "result") as temporary:
         (temporary / "missing" / "file.txt").write_text("two")
     assert (tmp_path / "result" / "inner" / "file.txt").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
@@ -35,7 +35,7 @@ def test_an_error_leaves_nothing_behind_and_the_former_directory_in_place(tmp_pa
 
 def test_a_former_directory_is_replaced(tmp_path):
     for text in ("one", "two"):
-        with whole_directory(tmp_path / "result") as temporary:
+        with replace_directory(tmp_path / "result") as temporary:
             fill(temporary, text)
     assert (tmp_path / "result" / "inner" / "file.txt").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
@@ -55,7 +55,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(Path, "rename", renamed)
-    with whole_directory(tmp_path / "result") as temporary:
+    with replace_directory(tmp_path / "result") as temporary:
         fill(temporary)
     at = len(synced) - 1 - synced[::-1].index("renamed")
     assert {temporary, temporary / "inner", temporary / "inner" / "file.txt"} <= set(synced[:at])
@@ -65,7 +65,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
 def test_a_full_disk_is_a_storage_error(tmp_path):
     with (
         pytest.raises(StorageError, match=r"writing result: cannot write .*free some space"),
-        whole_directory(tmp_path / "result"),
+        replace_directory(tmp_path / "result"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
@@ -73,7 +73,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path):
 
 def test_processes_of_two_machines_with_one_number_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.setattr("os.getpid", lambda: 1)
-    with whole_directory(tmp_path / "result") as one, whole_directory(tmp_path / "result") as other:
+    with replace_directory(tmp_path / "result") as one, replace_directory(tmp_path / "result") as other:
         assert one != other
         assert one.is_dir()
 
@@ -82,7 +82,7 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     (tmp_path / ".tmp-step-1-99").mkdir()
     fill(tmp_path / ".tmp-step-1-99")
     (tmp_path / "step-1").mkdir()
-    sweep(tmp_path)
+    remove_temporary(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     remove(tmp_path / "step-1")
     assert not list(tmp_path.iterdir())
