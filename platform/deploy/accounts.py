@@ -1,15 +1,15 @@
-"""Accounts of a team's MLflow server and what they may do.
+"""Manages the accounts of a team's MLflow server and their roles.
 
     docker compose run --rm accounts add anna --role editor
     docker compose run --rm accounts list
 
-| role | may |
+| role | permissions |
 |---|---|
-| reader | see everything, and make experiments and models of its own (MLflow lets everybody do that) |
-| editor | write to every experiment and model of everybody, move aliases, remove model versions |
-| admin | all of that, delete experiments, and manage accounts |
+| reader | read everything, create own experiments and models (MLflow allows that to every account) |
+| editor | write to all experiments and models, move aliases, remove model versions |
+| admin | everything, including deleting experiments and managing accounts |
 
-Workers are editors: they write to experiments that people have made, and remove what a crash has left twice.
+Workers are editors: they write to other accounts' experiments, and remove duplicates after a crash.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.server.auth.client import AuthServiceClient
 from mlflow.server.auth.entities import Role
 
-# MLflow's resources and how far an editor goes; where it removes something it must be MANAGE.
+# An editor's permission by MLflow resource; removing needs MANAGE.
 EDITOR = {
     "experiment": "EDIT",
     "run": "EDIT",
@@ -33,12 +33,11 @@ EDITOR = {
 }
 ROLES = ("reader", "editor", "admin")
 WORKER = "worker"
-# Without workspaces, rights lie in this one.
 WORKSPACE = "default"
 
 
 def prepare(client: AuthServiceClient) -> None:
-    """Make the role and the workers' account; their password is set to the environment's each time."""
+    """Create the editor role and the workers' account, and set its password from the environment."""
     editor = _editor(client)
     held = {grant.resource_type: grant for grant in client.list_role_permissions(editor.id)}
     for resource, permission in EDITOR.items():
@@ -55,9 +54,9 @@ def prepare(client: AuthServiceClient) -> None:
 
 
 def add(client: AuthServiceClient, name: str, role: str) -> None:
-    """Make an account and print its password."""
+    """Create an account and print its password."""
     if _exists(client, name):
-        sys.exit(f"there is an account {name!r} already: `accounts role` and `accounts password` change it")
+        sys.exit(f"the account {name!r} exists: change it with `accounts role` or `accounts password`")
     password = secrets.token_urlsafe(18)
     client.create_user(name, password)
     set_role(client, name, role)
@@ -65,18 +64,18 @@ def add(client: AuthServiceClient, name: str, role: str) -> None:
 
 
 def set_role(client: AuthServiceClient, name: str, role: str) -> None:
-    """Give an account one of the three roles in place of the one that it has."""
+    """Change the role of an account."""
     client.update_user_admin(name, role == "admin")
     editor = _editor(client)
-    has = any(held.id == editor.id for held in client.list_user_roles(name))
-    if role == "editor" and not has:
+    is_editor = any(held.id == editor.id for held in client.list_user_roles(name))
+    if role == "editor" and not is_editor:
         client.assign_role(name, editor.id)
-    if role != "editor" and has:
+    if role != "editor" and is_editor:
         client.unassign_role(name, editor.id)
 
 
 def change_password(client: AuthServiceClient, name: str) -> None:
-    """Give an account a new password and print it."""
+    """Set a new random password and print it."""
     password = secrets.token_urlsafe(18)
     client.update_user_password(name, password)
     print(password)
@@ -108,33 +107,33 @@ def _exists(client: AuthServiceClient, name: str) -> bool:
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="accounts", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("prepare", help="make the roles and the workers' account")
+    commands.add_parser("prepare", help="create the roles and the workers' account")
     commands.add_parser("list", help="show accounts and roles")
     for command, summary in {
-        "add": "make an account and print its password",
-        "role": "change what an account may do",
+        "add": "create an account and print its password",
+        "role": "change the role of an account",
         "password": "set a new password and print it",
         "remove": "remove an account",
     }.items():
-        one = commands.add_parser(command, help=summary)
-        one.add_argument("name")
+        subparser = commands.add_parser(command, help=summary)
+        subparser.add_argument("name")
         if command in ("add", "role"):
-            one.add_argument("--role", choices=ROLES, required=True)
-    given = parser.parse_args()
+            subparser.add_argument("--role", choices=ROLES, required=True)
+    arguments = parser.parse_args()
     client = AuthServiceClient(os.environ["MLFLOW_TRACKING_URI"])
-    if given.command == "prepare":
+    if arguments.command == "prepare":
         prepare(client)
-    elif given.command == "add":
-        add(client, given.name, given.role)
-    elif given.command == "role":
-        set_role(client, given.name, given.role)
-    elif given.command == "password":
-        change_password(client, given.name)
-    elif given.command == "remove":
-        client.delete_user(given.name)
+    elif arguments.command == "add":
+        add(client, arguments.name, arguments.role)
+    elif arguments.command == "role":
+        set_role(client, arguments.name, arguments.role)
+    elif arguments.command == "password":
+        change_password(client, arguments.name)
+    elif arguments.command == "remove":
+        client.delete_user(arguments.name)
     else:
         show(client)
 

@@ -1,8 +1,8 @@
-"""MLflow's bucket in the object store: `create` it, `save` it as a tar file to stdout, `load` one from stdin.
+"""Creates MLflow's bucket in the object store, saves it to stdout as a tar file, or loads one from stdin.
 
     OBJECT_STORE_URL=http://object-store:8333 OBJECT_STORE_ADMIN_KEY=... python bucket.py create
 
-A tar file holds one entry for each object, with its content type. Nothing is loaded into a bucket that has objects.
+A tar file has one entry per object, with its content type. Only an empty bucket can be loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _IN_MEMORY = 64 << 20
 
 
 def client() -> Any:
-    """The object store, as its administrator."""
+    """A client of the object store, with administrator access."""
     return boto3.client(
         "s3",
         endpoint_url=os.environ["OBJECT_STORE_URL"],
@@ -36,7 +36,7 @@ def client() -> Any:
 
 
 def create() -> None:
-    """Make the bucket if it is not there."""
+    """Create the bucket if it does not exist."""
     store = client()
     try:
         store.head_bucket(Bucket=BUCKET)
@@ -44,7 +44,7 @@ def create() -> None:
         if error.response["Error"]["Code"] not in {"404", "NoSuchBucket"}:
             raise
         store.create_bucket(Bucket=BUCKET)
-        print(f"made the bucket {BUCKET}", file=sys.stderr)
+        print(f"created the bucket {BUCKET}", file=sys.stderr)
 
 
 def save() -> None:
@@ -52,31 +52,34 @@ def save() -> None:
     store, count = client(), 0
     with tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for listed in objects(store):
-            # One that was removed since it was listed is not part of the copy.
             try:
-                found = store.get_object(Bucket=BUCKET, Key=listed["Key"])
+                reply = store.get_object(Bucket=BUCKET, Key=listed["Key"])
             except store.exceptions.NoSuchKey:
-                continue
+                continue  # Removed since the listing.
             entry = tarfile.TarInfo(listed["Key"])
-            entry.size, entry.mtime, entry.mode = found["ContentLength"], int(found["LastModified"].timestamp()), 0o600
-            entry.pax_headers = {CONTENT_TYPE: found["ContentType"]}
-            archive.addfile(entry, found["Body"])
+            entry.size, entry.mtime, entry.mode = (
+                reply["ContentLength"],
+                int(reply["LastModified"].timestamp()),
+                0o600,
+            )
+            entry.pax_headers = {CONTENT_TYPE: reply["ContentType"]}
+            archive.addfile(entry, reply["Body"])
             count += 1
     print(f"saved {count} objects", file=sys.stderr)
 
 
 def load() -> None:
-    """Put the objects of a tar file on stdin into the bucket, which must be empty."""
+    """Load the objects of a tar file from stdin into the empty bucket."""
     store, count = client(), 0
     create()
     if next(objects(store), None) is not None:
-        sys.exit(f"the bucket {BUCKET} has objects: a backup is loaded into an empty one only (a fresh volume)")
+        sys.exit(f"the bucket {BUCKET} has objects: load into an empty bucket only (on a fresh volume)")
     with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
         for entry in archive:
             source = archive.extractfile(entry)
             if source is None:
                 continue
-            # boto3 seeks in what it uploads, which a stream cannot.
+            # boto3 seeks in its input, which a stream does not support.
             with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY) as content:
                 while chunk := source.read(1 << 20):
                     content.write(chunk)

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Writes who may do what in the object store out of the environment, to memory, and starts it.
+# Writes the object store's identities from the environment to memory, and starts it.
 #
-# `mlflow` reads and writes in MLflow's bucket and nowhere else; `admin` makes the bucket and copies it.
+# `mlflow` has access to MLflow's bucket only; `admin` creates and copies the bucket.
 set -eu
 : "${OBJECT_STORE_SECRET_KEY:?}" "${OBJECT_STORE_ADMIN_KEY:?}"
 config="${TMPDIR:-/tmp}/object-store.json"

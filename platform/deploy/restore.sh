@@ -1,5 +1,5 @@
 #!/bin/sh
-# platform/deploy/restore.sh DIRECTORY: what backup.sh has saved, into a team that has only just been made.
+# platform/deploy/restore.sh DIRECTORY: restores a backup of backup.sh into a new, empty team.
 #
 #   docker compose up --detach --wait postgres object-store            with the .env of the backup, on fresh volumes
 #   docker compose run --rm bucket
@@ -12,7 +12,7 @@ compose="${COMPOSE:-docker compose}"
 for database in rankwise mlflow mlflow_auth; do
     tables="SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
     if [ "$($compose exec -T postgres psql --username=postgres -Atqc "$tables" "$database" < /dev/null)" != 0 ]; then
-        echo "the database $database has tables: a backup is loaded into empty databases only (a fresh volume)" >&2
+        echo "the database $database has tables: restore into empty databases only (on fresh volumes)" >&2
         exit 2
     fi
 done

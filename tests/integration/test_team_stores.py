@@ -111,6 +111,6 @@ def test_only_s3_of_the_object_store_can_be_reached_from_outside(team):
 
 
 def test_the_bucket_is_made_once(team):
-    assert "made the bucket" in team.log("bucket")
+    assert "created the bucket" in team.log("bucket")
     done = team.execute("bucket", *team.services["bucket"]["command"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
