@@ -1,15 +1,14 @@
-"""Logs: for a person on a terminal, JSON lines otherwise; what a job says is also kept in a file of its own.
+"""Logging: text on a terminal, JSON lines elsewhere, and a log file for each job.
 
-Modules log through `logging.getLogger(__name__)`. What is bound (`bind`, `bound`) stands in every line of the thread
-that bound it: job, attempt, arm, step. Secrets are taken out of every line. structlog is imported for the first line
-only, so that commands start quickly.
+Modules use `logging.getLogger(__name__)`. Bound values (`bind`, `bound`) are added to every line of the thread. Secrets
+are removed from every line. structlog is imported at the first line, so that commands start quickly.
 
 | file | content |
 |---|---|
 | stderr | lines of `RANKWISE_LOG_LEVEL` (default WARNING) and above |
 | `RANKWISE_HOME/logs/jobs/<job id>.log` | JSON lines of INFO and above of one job, all its attempts |
 
-A JSON line has `timestamp` (UTC, ISO 8601), `level`, `logger`, `event`, what is bound, and `exception` for a traceback.
+A JSON line has `timestamp` (UTC, ISO 8601), `level`, `logger`, `event`, bound values, and `exception` for a traceback.
 """
 
 from __future__ import annotations
@@ -29,32 +28,27 @@ from rankwise.redact import redact
 from rankwise.settings import Settings
 
 _ROOT = "rankwise"
-# Keys by which lines are told to belong to a job.
+# Keys that assign a line to a job.
 _OWNERS = ("job", "arm")
-# What every record has, and what formatters add to it.
+# Attributes of every record, and those that formatters add.
 _PLAIN = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime"})
 
 
 def configure(level: str = "WARNING", *, as_json: bool | None = None) -> None:
-    """Send the logs of this process to stderr. A second call replaces the first.
-
-    Args:
-        level: The lowest level shown, of `Settings.log_level`.
-        as_json: JSON lines; by default where stderr is no terminal.
-    """
+    """Send logs of `level` and above to stderr, as JSON unless it is a terminal. A second call replaces the first."""
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _Console)]:
+    for handler in [handler for handler in root.handlers if isinstance(handler, _StderrHandler)]:
         root.removeHandler(handler)
-    console = _Console()
+    console = _StderrHandler()
     console.setLevel(level)
-    console.setFormatter(_Lines(not sys.stderr.isatty() if as_json is None else as_json))
+    console.setFormatter(_LineFormatter(not sys.stderr.isatty() if as_json is None else as_json))
     root.addHandler(console)
-    # Handlers have levels of their own: a job's file takes INFO whatever the console shows.
+    # Job files take INFO regardless of the level on stderr.
     logging.getLogger(_ROOT).setLevel(min(console.level, logging.INFO))
 
 
 def bind(**values: Any) -> None:
-    """Put values into every later line of this thread: `job`, `attempt`, `arm`, `step`. None takes one away."""
+    """Add values to every later line of this thread: `job`, `attempt`, `arm`, `step`. None removes one."""
     from structlog.contextvars import bind_contextvars, unbind_contextvars
 
     bind_contextvars(**{key: value for key, value in values.items() if value is not None})
@@ -71,32 +65,26 @@ def bound(**values: Any) -> Iterator[None]:
 
 
 def job_log_path(settings: Settings, job_id: int) -> Path:
-    """Where the log of a job lies, or would lie."""
+    """Path of a job's log file, which may not exist."""
     return settings.home / "logs" / "jobs" / f"{job_id}.log"
 
 
 @contextmanager
 def job_log(settings: Settings, job_id: int, *, attempt: int | None = None, arm: str | None = None) -> Iterator[Path]:
-    """Append what is logged within the block, in any thread, to the job's file.
+    """Append the log lines of the block, of all threads, to the job's file.
 
-    Several may be open at once (the jobs of a pack): a line that is bound to one job or arm goes to that one's file
-    only, others go to all.
-
-    Args:
-        settings: Where the home is.
-        job_id: The job.
-        attempt: The number of the attempt, written to every line that has none.
-        arm: The arm, likewise.
+    Several may be open at once (the jobs of a pack): a line bound to a job or arm goes to its file only, other lines go
+    to all. `attempt` and `arm` are added to lines without them.
 
     Raises:
-        StorageError: The file cannot be opened. A disk that fills up later loses lines, not the job.
+        StorageError: The file cannot be opened. If the disk fills up later, lines are lost.
     """
     path = job_log_path(settings, job_id)
     with storage_errors(path, "opening the job's log"):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     own = {"job": job_id, "attempt": attempt, "arm": arm}
-    handler = _JobFile(descriptor, {key: value for key, value in own.items() if value is not None})
+    handler = _JobFileHandler(descriptor, {key: value for key, value in own.items() if value is not None})
     logger = logging.getLogger()
     logger.addHandler(handler)
     try:
@@ -107,15 +95,10 @@ def job_log(settings: Settings, job_id: int, *, attempt: int | None = None, arm:
         os.close(descriptor)
 
 
-def note_in_job_log(settings: Settings, job_id: int, event: str, *, attempt: int, exception: str | None = None) -> None:
-    """Append an error to a job's file, for a process that does not do the job itself. A full disk loses it.
+def log_job_error(settings: Settings, job_id: int, event: str, *, attempt: int, exception: str | None = None) -> None:
+    """Append an error to the log file of a job that runs in another process. On a full disk it is lost.
 
-    Args:
-        settings: Where the home is.
-        job_id: The job.
-        event: What went wrong.
-        attempt: The number of the attempt.
-        exception: A traceback, or the last words of a process that died.
+    `exception` is a traceback, or the last output of a process that died.
     """
     entry = {"job": job_id, "attempt": attempt, "level": "error", "logger": f"{_ROOT}.worker"}
     entry |= {"timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"), "event": redact(event)}
@@ -128,8 +111,8 @@ def note_in_job_log(settings: Settings, job_id: int, event: str, *, attempt: int
             file.write(f"{json.dumps(entry, ensure_ascii=False)}\n".encode(errors="replace"))
 
 
-def human(line: str) -> str:
-    """A JSON line of a job's log as text for a person; a line that is none (a crash's own words) as it is."""
+def format_line(line: str) -> str:
+    """Format a JSON line of a job's log as text; other lines (output of a crash) are returned unchanged."""
     try:
         entry = json.loads(line)
         head = f"{entry.pop('timestamp')[:19].replace('T', ' ')} {entry.pop('level'):8}{entry.pop('event')}"
@@ -141,8 +124,8 @@ def human(line: str) -> str:
     return text if exception is None else f"{text}\n{exception}"
 
 
-class _Console(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is now: progress bars put something of their own in its place while they draw."""
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to the current `sys.stderr`, which progress bars replace while they draw."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -152,14 +135,14 @@ class _Console(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
-class _JobFile(logging.Handler):
-    """One job's file."""
+class _JobFileHandler(logging.Handler):
+    """Writes to the log file of one job."""
 
     def __init__(self, descriptor: int, own: Mapping[str, Any]) -> None:
         super().__init__(logging.INFO)
         self._descriptor = descriptor
         self._owners = {key: own[key] for key in _OWNERS if key in own}
-        self.setFormatter(_Lines(True, own))
+        self.setFormatter(_LineFormatter(True, own))
 
     def emit(self, record: logging.LogRecord) -> None:
         from structlog.contextvars import get_contextvars
@@ -167,13 +150,13 @@ class _JobFile(logging.Handler):
         now = get_contextvars()
         if any(now.get(key, value) != value for key, value in self._owners.items()):
             return
-        # A full disk must not end a training; its checkpoint will tell of it.
+        # A full disk must not end a training here; its next checkpoint reports it.
         with suppress(OSError):
             os.write(self._descriptor, f"{self.format(record)}\n".encode())
 
 
-class _Lines(logging.Formatter):
-    """structlog's rendering of a record, made for the first one."""
+class _LineFormatter(logging.Formatter):
+    """Renders records with structlog, which it sets up at the first one."""
 
     def __init__(self, as_json: bool, own: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -218,7 +201,7 @@ class _Lines(logging.Formatter):
 
 
 def _with_extra(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """With what a call gave as `extra`. Other handlers' formatters put their own texts into the record as well."""
+    """Add the values of `extra`."""
     for key, value in vars(event["_record"]).items():
         if key not in _PLAIN:
             event.setdefault(key, value)
@@ -226,7 +209,7 @@ def _with_extra(logger: Any, method: str, event: MutableMapping[str, Any]) -> Mu
 
 
 def _redacted(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Without secrets, also in values that are no texts yet."""
+    """Remove secrets, also from values that are not strings."""
     for key, value in event.items():
         if not isinstance(value, int | float | bool | None) and not key.startswith("_"):
             event[key] = redact(str(value))

@@ -1,4 +1,4 @@
-"""Secrets are taken out of every text before it is stored or shown."""
+"""`redact` removes secrets from text before it is stored or shown."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 REDACTED = "[redacted]"
 
-# Every repetition that can fail after it has begun is bounded: a text of megabytes is cleaned in a time that grows with
-# its length, whatever stands in it.
-# What a secret looks like by itself: prefixes that their issuers made recognisable, keys, signed tokens.
+# Repetitions that can fail late are bounded, so that the time is linear in the length of any text.
+# Secrets with a recognizable shape: issuers' prefixes, private keys, signed tokens.
 _SHAPES = re.compile(
     r"""
       -----BEGIN[ ][A-Z ]{0,40}PRIVATE[ ]KEY-----.*?(?:-----END[ ][A-Z ]{0,40}PRIVATE[ ]KEY-----|\Z)
@@ -24,18 +23,18 @@ _SHAPES = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# A secret by what stands before it. Code such as `token = next(tokens)` stays: the value must be a quoted literal, or a
-# long run of characters without the brackets, dots and spaces of an expression.
+# Secrets after a telling name. Code such as `token = next(tokens)` stays: the value must be a quoted literal, or a long
+# run of characters without the brackets, dots and spaces of an expression.
 _NAMED = re.compile(
     r"""(?P<name>(?:password|passwd|secret|token|(?:api|access|account)[_-]?key|credential)s?["']?\s{0,20}[:=]\s{0,20})
         (?: (?P<quote>["'])(?:(?!(?P=quote)).){1,4000}(?P=quote)
           | (?=\S{0,200}[0-9])[A-Za-z0-9+/=_-]{12,}(?![\w.(\[]) )""",
     re.VERBOSE | re.IGNORECASE,
 )
-# As shells, environments and libpq's connection strings write it: a short one too.
+# In shells, environments and libpq's connection strings; also short ones.
 _PASSWORD = re.compile(r"(?P<name>(?:password|passwd|pwd)=)(?!\[redacted\])[^\s&;,'\"()]+", re.IGNORECASE)
 _BEARER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[\w.~+/=-]{12,}", re.IGNORECASE)
-# A password that is not percent-encoded may have a slash, in databases' URLs it works. `host:5000/x@y` has a port.
+# Database URLs allow passwords with a slash. `host:5000/x@y` has a port.
 _PASSWORD_WITH_SLASH = re.compile(
     r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}://)[^\s/:@'\"\[]{0,200}:(?!\d{1,5}[/?#])(?P<password>[^\s@'\"]{1,500})@",
     re.IGNORECASE,
@@ -46,23 +45,23 @@ _QUERY = re.compile(
     r"[^\s&'\"#]+",
     re.IGNORECASE,
 )
-# Names of variables whose values are secrets, and values that are none whatever the name says.
+# Names of variables whose values are secrets.
 _SECRET_NAME = re.compile(r"(?:PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|ACCESS_KEY|CREDENTIALS?)$", re.IGNORECASE)
 _SHORTEST = 8
 _known: set[str] = set()
 
 
 def redact(text: str) -> str:
-    """Replace what looks like a secret: keys, tokens, values of password-like names, the user part of a URL.
+    """Replace everything that looks like a secret: keys, tokens, passwords by name, the user part of a URL.
 
-    What `remember` was told is replaced wherever it stands.
+    Values known from `remember_secrets` are replaced everywhere.
     """
 
     def named(match: re.Match[str]) -> str:
         quote = match["quote"] or ""
         return f"{match['name']}{quote}{REDACTED}{quote}"
 
-    for value in sorted(_known, key=len, reverse=True):  # One may be the beginning of another.
+    for value in sorted(_known, key=len, reverse=True):  # A secret may be a prefix of another.
         text = text.replace(value, REDACTED)
     text = _PASSWORD_WITH_SLASH.sub(lambda match: f"{match['scheme']}{REDACTED}@", text)
     text = _USERINFO.sub(lambda match: f"{match['scheme']}{REDACTED}@", text)
@@ -73,18 +72,18 @@ def redact(text: str) -> str:
     return _NAMED.sub(named, text)
 
 
-def holds_secret(text: str) -> bool:
-    """Whether a text has what can only be a secret: a token of a known shape, a private key, a URL with a password."""
+def contains_secret(text: str) -> bool:
+    """Whether a text certainly has a secret: a token of a known shape, a private key, a URL with a password."""
     return any(pattern.search(text) for pattern in (_SHAPES, _QUERY, _PASSWORD_WITH_SLASH)) or any(
         ":" in match[0].partition("://")[2] for match in _USERINFO.finditer(text)
     )
 
 
-def remember(environment: Mapping[str, str]) -> None:
-    """Keep the secrets of an environment in mind, so that `redact` finds them wherever another program writes them.
+def remember_secrets(environment: Mapping[str, str]) -> None:
+    """Make `redact` replace the secrets of an environment.
 
-    Values of eight and more characters of variables such as `HF_TOKEN`, `PGPASSWORD`, `AWS_SECRET_ACCESS_KEY`, and the
-    passwords of URLs.
+    These are values of at least eight characters of variables such as `HF_TOKEN`, `PGPASSWORD` and
+    `AWS_SECRET_ACCESS_KEY`, and the passwords of URLs.
     """
     for name, value in environment.items():
         if _SECRET_NAME.search(name) and not value.startswith("/"):
@@ -98,7 +97,7 @@ def _keep(values: Iterable[str]) -> None:
 
 
 def _password(url: str) -> list[str]:
-    found = [match["password"] for match in _PASSWORD_WITH_SLASH.finditer(url)]
+    passwords = [match["password"] for match in _PASSWORD_WITH_SLASH.finditer(url)]
     with suppress(ValueError):
-        found.append(urlsplit(url).password or "")
-    return [*found, *map(unquote, found)]
+        passwords.append(urlsplit(url).password or "")
+    return [*passwords, *map(unquote, passwords)]

@@ -29,7 +29,7 @@ from pathlib import Path
 import platformdirs
 
 from rankwise.exceptions import ConfigError
-from rankwise.redact import remember
+from rankwise.redact import remember_secrets
 
 _WORK = "RANKWISE_WORK"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -188,7 +188,7 @@ def set_process_defaults() -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
     }.items():
         os.environ.setdefault(name, value)
-    remember(os.environ)
+    remember_secrets(os.environ)
 
 
 def child_environment(changes: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -145,9 +145,9 @@ def test_a_json_line_is_told_to_a_person_and_other_text_stays(settings):
     with logs.job_log(settings, 3, arm="ab12") as path:
         logs.configure()
         logger.info("bf16: %s", "CUDA capability 9.0")
-    assert logs.human(path.read_text()).endswith(" info    bf16: CUDA capability 9.0 job=3 arm=ab12")
-    assert logs.human("Fatal Python error: Segmentation fault\n") == "Fatal Python error: Segmentation fault"
-    assert logs.human('["a list"]') == '["a list"]'
+    assert logs.format_line(path.read_text()).endswith(" info    bf16: CUDA capability 9.0 job=3 arm=ab12")
+    assert logs.format_line("Fatal Python error: Segmentation fault\n") == "Fatal Python error: Segmentation fault"
+    assert logs.format_line('["a list"]') == '["a list"]'
 
 
 def test_the_level_comes_from_the_environment_and_another_word_is_an_error(monkeypatch):
@@ -162,12 +162,10 @@ def test_the_level_comes_from_the_environment_and_another_word_is_an_error(monke
 
 def test_what_ended_a_job_is_added_to_its_log_by_another_process(settings):
     path = logs.job_log_path(settings, 7)
-    logs.note_in_job_log(
-        settings, 7, "it was killed", attempt=2, exception="last words of postgresql://me:pa55word@db/q"
-    )
+    logs.log_job_error(settings, 7, "it was killed", attempt=2, exception="last words of postgresql://me:pa55word@db/q")
     (line,) = path.read_text().splitlines()
     entry = json.loads(line)
     assert (entry["job"], entry["attempt"], entry["level"], entry["event"]) == (7, 2, "error", "it was killed")
     assert "pa55word" not in line
-    assert "error   it was killed" in logs.human(line)
-    assert logs.human(line).endswith("last words of postgresql://[redacted]@db/q")
+    assert "error   it was killed" in logs.format_line(line)
+    assert logs.format_line(line).endswith("last words of postgresql://[redacted]@db/q")

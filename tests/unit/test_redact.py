@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rankwise.redact import REDACTED, holds_secret, redact, remember
+from rankwise.redact import REDACTED, contains_secret, redact, remember_secrets
 
 
 @pytest.mark.parametrize(
@@ -88,21 +88,21 @@ def test_a_secret_that_begins_with_another_one_is_taken_out_whole(monkeypatch):
     names = [f"{letter}_TOKEN" for letter in "ABCDEFGH"]
     for longest in range(9, 17):
         monkeypatch.setattr("rankwise.redact._known", set())
-        remember({name: "0123456789abcdef"[: longest - number] for number, name in enumerate(names)})
+        remember_secrets({name: "0123456789abcdef"[: longest - number] for number, name in enumerate(names)})
         assert redact("0123456789abcdef"[:longest]) == REDACTED
 
 
 def test_a_password_with_a_slash_is_known_wherever_it_stands(monkeypatch):
     monkeypatch.setattr("rankwise.redact._known", set())
-    remember({"RANKWISE_DATABASE_URL": "postgresql://ann:pass/word@db/queue"})
+    remember_secrets({"RANKWISE_DATABASE_URL": "postgresql://ann:pass/word@db/queue"})
     assert redact("FATAL: pass/word is wrong") == f"FATAL: {REDACTED} is wrong"
-    assert holds_secret("data: postgresql://ann:a/b@db/queue")
+    assert contains_secret("data: postgresql://ann:a/b@db/queue")
 
 
 @pytest.fixture
 def remembered(monkeypatch):
     monkeypatch.setattr("rankwise.redact._known", set())
-    remember(
+    remember_secrets(
         {
             "HF_TOKEN": "plainlooking",
             "MLFLOW_TRACKING_PASSWORD": "correct horse",
@@ -155,4 +155,4 @@ def test_a_long_text_is_cleaned_in_no_time_whatever_it_repeats(part):
     ],
 )
 def test_what_can_only_be_a_secret_is_known(text, held):
-    assert holds_secret(text) is held
+    assert contains_secret(text) is held

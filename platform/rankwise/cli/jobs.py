@@ -24,7 +24,7 @@ from rankwise.jobs.database import has_queue
 from rankwise.jobs.job import ENDED, Attempt, Job, JobKind, JobState, WorkerInfo
 from rankwise.jobs.queries import packs, remaining_seconds
 from rankwise.jobs.store import JobStore, every_job
-from rankwise.logs import human, job_log_path
+from rankwise.logs import format_line, job_log_path
 from rankwise.settings import Settings
 from rankwise.worker.placers import host
 
@@ -168,7 +168,7 @@ def show(job_id: int, as_json: bool) -> None:
         return
     _print_job(job, attempts, earlier, time)
     for line in last:
-        click.echo(human(line))
+        click.echo(format_line(line))
 
 
 @jobs.command()
@@ -207,7 +207,7 @@ def logs(job_id: int, following: bool, lines: int | None, as_json: bool) -> None
         if not path.exists() and (job.ended or not following):
             raise JobError(_no_log(job, path, queue.attempts(job_id)))
         for line in follow(path, lines, lambda: not following or queue.get(job_id).ended):
-            click.echo(line if as_json else human(line))
+            click.echo(line if as_json else format_line(line))
 
 
 def _no_log(job: Job, path: Path, attempts: Sequence[Attempt]) -> str:

@@ -31,7 +31,7 @@ from ruamel.yaml.events import (
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.paths import KeyPath, dotted
-from rankwise.redact import holds_secret
+from rankwise.redact import contains_secret
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
@@ -296,7 +296,7 @@ _ADVICE = (
 
 def secrets_in(document: Document) -> list[Problem]:
     """A problem for each value that holds a secret; the message does not repeat it."""
-    return [Problem(path=path, text=_ADVICE) for path, text in _texts(document.data, ()) if holds_secret(text)]
+    return [Problem(path=path, text=_ADVICE) for path, text in _texts(document.data, ()) if contains_secret(text)]
 
 
 def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rankwise.jobs.job import Job
 from rankwise.jobs.store import JobStore
-from rankwise.logs import note_in_job_log
+from rankwise.logs import log_job_error
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings, child_environment
 from rankwise.worker.child import ChildProcess
@@ -65,7 +65,7 @@ def local_worker(
         command.append("--terminal")
 
     def note(job: Job, event: str, more: str | None) -> None:
-        note_in_job_log(settings, job.id, event, attempt=job.attempts, exception=more)
+        log_job_error(settings, job.id, event, attempt=job.attempts, exception=more)
 
     try:
         with WorkerLoop(
