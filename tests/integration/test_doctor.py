@@ -18,7 +18,7 @@ def test_the_command_tells_of_a_fresh_machine_as_json_and_leaves_nothing(tmp_pat
     project = Project(tmp_path)
     done = project.run("doctor", "--json", env={"HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "local"})
     document = json.loads(done.stdout)
-    assert sorted(document) == ["findings", "rankwise", "state"]
+    assert sorted(document) == ["findings", "rankwise", "schema_version", "state"]
     states = {each["name"]: each["state"] for each in document["findings"]}
     assert states["queue.database"] == states["mlflow.store"] == states["hub"] == "skipped"
     assert states["compute.bitsandbytes.cpu"] == states["compute.dtype"] == "ok"
