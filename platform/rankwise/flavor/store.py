@@ -232,7 +232,7 @@ def log_model(
 
 
 def log_adapter(
-    adapter: Path | StoredAdapter,
+    directory: Path | StoredAdapter,
     base: LoadedBase,
     tokenizer: Any = None,
     name: str = "adapter",
@@ -242,7 +242,7 @@ def log_adapter(
     """Log an adapter that is saved already; the model in memory is not touched.
 
     Args:
-        adapter: A PEFT directory, as `modeling.adapter.save_adapter` writes it, or what `read_adapter` made of one.
+        directory: A PEFT directory, as `modeling.adapter.save_adapter` writes it, or what `read_adapter` made of one.
         base: The base it was trained on.
         tokenizer: The tokenizer with the chat template that was trained on; the base's own by default.
         name: Of the LoggedModel.
@@ -255,7 +255,7 @@ def log_adapter(
         ConfigError: The tokenizer has more tokens than the base has rows.
         TrackingError: MLflow cannot be reached or refuses.
     """
-    stored = read_adapter(adapter) if isinstance(adapter, Path) else adapter
+    stored = read_adapter(directory) if isinstance(directory, Path) else directory
     check_rows(base.model, stored.config, base.path)
     chosen = _check_tokenizer(tokenizer if tokenizer is not None else base.tokenizer, base.model)
     return log_stored(stored, facts_of(base), chosen, name, registered_model_name, LogOptions(**arguments))
