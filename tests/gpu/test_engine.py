@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from helpers.packs import Recorder, distance, make_arm, make_rows, read_weights
+from helpers.packs import Recorder, distance, make_arm, make_rows, planned, read_weights
 
 from rankwise.modeling.lora.function import DropoutKey, keep_mask
 from rankwise.training.arm import ArmTask
@@ -136,7 +136,8 @@ def peak_of(base, arms, directory, parts):
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    result = train(base, arms, directory, LONG_ROWS, parts=parts)
+    with planned(parts=parts):
+        result = train(base, arms, directory, LONG_ROWS)
     return torch.cuda.max_memory_reserved(), result
 
 
@@ -148,8 +149,8 @@ def test_a_pack_that_runs_out_of_memory_is_split_and_gives_the_same(load, limite
     assert whole > 1.5 * quarter, "the passes are too small for a limit between the two"
     gc.collect()
     limited((whole + quarter) // 2)
-    with caplog.at_level(logging.WARNING, logger="rankwise"):
-        split, adapters = train(base, arms, tmp_path / "limited", LONG_ROWS, parts=1)
+    with caplog.at_level(logging.WARNING, logger="rankwise"), planned(parts=1):
+        split, adapters = train(base, arms, tmp_path / "limited", LONG_ROWS)
     assert "out of memory" in caplog.text
     for each in arms:
         assert split[each.seed] == pytest.approx(losses[each.seed], rel=1e-4)
@@ -166,7 +167,8 @@ def test_the_estimate_of_memory_is_near_the_measured_peak(load, gpu, tmp_path):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    train(base, arms, tmp_path, LONG_ROWS, parts=plan.parts)
+    with planned(parts=plan.passes.parts):
+        train(base, arms, tmp_path, LONG_ROWS)
     measured = torch.cuda.max_memory_allocated() - before
     estimated = plan.estimate.states + plan.estimate.activations + plan.estimate.logits
     assert 0.5 * measured < estimated < 2.0 * measured

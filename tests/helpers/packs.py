@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from helpers.tiny import make_base
@@ -17,6 +20,7 @@ from rankwise.experiment.schema import ExperimentSpec
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.settings import Settings
 from rankwise.training.arm import ArmOutcome, ArmTask, PackObserver, StepRecord
+from rankwise.training.budget import PackPlan, plan_pack
 from rankwise.training.loop import train_pack
 
 
@@ -128,6 +132,19 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 
 
 ROWS = make_rows(12)
+
+
+@contextmanager
+def planned(**passes: int) -> Iterator[None]:
+    """Let packs go through the base in passes of one's choice (`Passes`), whatever memory is free."""
+
+    def plan(base: LoadedBase, tasks: Sequence[ArmTask]) -> PackPlan:
+        own = plan_pack(base, tasks)
+        return replace(own, passes=replace(own.passes, **passes))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankwise.training.loop.plan_pack", plan)
+        yield
 
 
 def train(

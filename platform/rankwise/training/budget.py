@@ -2,7 +2,7 @@
 
     plan = plan_pack(base, tasks)
     logger.info(plan.estimate.text())
-    outcomes = train_pack(base, plan.fits, directory=..., parts=plan.parts)
+    outcomes = train_pack(base, plan.fits, directory=...)
 
 Memory that an arm needs for the whole training (matrices, gradients, optimizer moments) decides whether it joins the
 pack. Memory from a forward pass to its backward pass decides into how many passes a micro-step is split.
@@ -72,11 +72,6 @@ class PackPlan:
     left: tuple[ArmTask, ...]
     passes: Passes
     estimate: PackEstimate
-
-    @property
-    def parts(self) -> int:
-        """Into how many parts the arms are split."""
-        return self.passes.parts
 
 
 @dataclass(frozen=True, kw_only=True)

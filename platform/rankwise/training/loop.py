@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,13 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
 from rankwise.modeling.lora.packed import delete_adapter, install
 from rankwise.training.arm import ArmOutcome, ArmTask, PackObserver, StepRecord, TrainingArm
-from rankwise.training.budget import default_token_budget, plan_pack, typical_pass_tokens
+from rankwise.training.budget import plan_pack, typical_pass_tokens
 from rankwise.training.checkpoint import Checkpoints
 from rankwise.training.evaluation import METRICS, TrainingEvaluator
 from rankwise.training.step import NonFiniteStep, Passes, PeakMemory, Stepper, release_freed_memory
 
 logger = logging.getLogger(__name__)
 
-Evaluate = Callable[[Sequence[str]], Mapping[str, Mapping[str, float]]]
-"""Maps names of adapters in the base's model to the metrics of each."""
 UNFINISHED = ("paused", "stopped")  # arms that can resume
 
 
@@ -48,13 +46,11 @@ class PackLoop:
         tasks: Sequence[ArmTask],
         checkpoints: Checkpoints,
         observer: PackObserver,
-        evaluate: Evaluate | None,
         passes: Passes,
     ) -> None:
         self._base = base
         self._checkpoints = checkpoints
         self._observer = observer
-        self._evaluate = evaluate
         self._memory = PeakMemory(base.device)
         self._arms: list[TrainingArm] = []
         self._outcomes: dict[str, ArmOutcome] = {}
@@ -164,13 +160,9 @@ class PackLoop:
     def _evaluate_due(self, evaluator: TrainingEvaluator, due: Sequence[TrainingArm]) -> None:
         if not due:
             return
-        if self._evaluate is None:
-            results: Mapping[str, Mapping[str, float]] = evaluator.evaluate(due)
-        else:
-            by_name = self._evaluate([arm.name for arm in due])
-            results = {arm.spec_hash: by_name[arm.name] for arm in due}
+        evaluations = evaluator.evaluate(due)
         for arm in due:
-            metrics = dict(results[arm.spec_hash])
+            metrics = dict(evaluations[arm.spec_hash])
             arm.metrics.update(metrics)
             arm.evaluated = arm.step
             self._observer.on_evaluation(arm.spec_hash, arm.step, metrics)
@@ -294,9 +286,6 @@ def train_pack(
     observer: PackObserver | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     should_leave: Callable[[str], bool] = lambda spec_hash: False,
-    evaluate: Evaluate | None = None,
-    parts: int | None = None,
-    max_pack_tokens: int | None = None,
 ) -> dict[str, ArmOutcome]:
     """Train arms together, from their newest checkpoints if there are any.
 
@@ -310,9 +299,6 @@ def train_pack(
         observer: Receives the pack's events.
         should_stop: Called before each pack step; if True, all arms are saved and end as `stopped`.
         should_leave: The same for a single arm, by spec hash.
-        evaluate: Replaces the evaluation at `eval_steps` (`METRICS`), for metrics that need generation.
-        parts: Parts of a micro-step; by default from `plan_pack`. A resumed pack keeps its first split.
-        max_pack_tokens: Tokens of a forward pass, with padding; by default from `plan_pack`.
 
     Returns:
         Outcomes by spec hash. If `directory` has the results of all arms, nothing is trained.
@@ -322,7 +308,7 @@ def train_pack(
         JobError: Out of memory with a single arm.
         StorageError: A checkpoint cannot be written.
     """
-    _validate(tasks, evaluate)
+    _validate(tasks)
     observer = observer or PackObserver()
     checkpoints = Checkpoints(directory, [task.spec.spec_hash for task in tasks], base)
     known = checkpoints.outcomes()
@@ -330,21 +316,17 @@ def train_pack(
         for outcome in known.values():
             observer.on_end(outcome)
         return known
-    if parts is None:
-        plan = plan_pack(base, tasks, token_budget=max_pack_tokens)
-        logger.info("%s", plan.estimate.text())
-        passes = plan.passes
-    else:
-        passes = Passes(parts=parts, max_tokens=max_pack_tokens or default_token_budget(base))
+    plan = plan_pack(base, tasks)
+    logger.info("%s", plan.estimate.text())
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
     release_freed_memory()
     with (
         training_mode(base.model, gradient_checkpointing=checkpointing),
-        keep_dequantized(base.model, tokens=typical_pass_tokens(tasks, passes.max_tokens)),
+        keep_dequantized(base.model, tokens=typical_pass_tokens(tasks, plan.passes.max_tokens)),
         lean_8_bit_layers(base.model),
         lean_feed_forwards(base.model),
     ):
-        pack = PackLoop(base, tasks, checkpoints, observer, evaluate, passes)
+        pack = PackLoop(base, tasks, checkpoints, observer, plan.passes)
         try:
             return pack.run(should_stop, should_leave)
         finally:
@@ -352,7 +334,7 @@ def train_pack(
             release_freed_memory()
 
 
-def _validate(tasks: Sequence[ArmTask], evaluate: Evaluate | None) -> None:
+def _validate(tasks: Sequence[ArmTask]) -> None:
     problems = []
     if not tasks:
         problems.append("a pack needs at least one arm")
@@ -369,7 +351,7 @@ def _validate(tasks: Sequence[ArmTask], evaluate: Evaluate | None) -> None:
         if task.stop_at is not None and not task.evaluation:
             problems.append(f"arm {spec.short}: stop_at is {task.stop_at}, but there are no evaluation rows")
         primary = spec.evaluation.primary_metric
-        if spec.checkpoint == "best" and evaluate is None and primary not in METRICS:
+        if spec.checkpoint == "best" and primary not in METRICS:
             problems.append(
                 f"arm {spec.short}: choosing the best checkpoint by {primary} needs generation; without it, the "
                 f"primary metric must be one of {', '.join(METRICS)}"

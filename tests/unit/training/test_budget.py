@@ -25,7 +25,7 @@ def some(count, **settings):
 
 def test_with_memory_to_spare_all_arms_go_in_one_pass(base):
     plan = plan_pack(base, some(3))
-    assert (len(plan.fits), plan.left, plan.parts) == (3, (), 1)
+    assert (len(plan.fits), plan.left, plan.passes.parts) == (3, (), 1)
     assert plan.passes.max_tokens == CPU_TOKENS
     assert plan.estimate.free > plan.estimate.total
 
@@ -48,9 +48,9 @@ def test_the_estimate_is_told_with_its_parts(base):
 def test_little_memory_means_more_passes_before_it_means_fewer_arms(base):
     whole = plan_pack(base, some(8), free_bytes=1 << 30).estimate
     half = plan_pack(base, some(8), free_bytes=whole.states + (whole.activations + whole.logits) * 6 // 10)
-    assert (len(half.fits), half.parts, half.estimate.passes) == (8, 2, 2)
+    assert (len(half.fits), half.passes.parts, half.estimate.passes) == (8, 2, 2)
     least = plan_pack(base, some(8), free_bytes=whole.states + (whole.activations + whole.logits) // 8)
-    assert (len(least.fits), least.parts) == (8, 8)
+    assert (len(least.fits), least.passes.parts) == (8, 8)
 
 
 def test_arms_whose_states_do_not_fit_are_left_in_their_order(base):
@@ -70,7 +70,7 @@ def test_a_single_arm_is_tried_whatever_the_estimate_says(base, caplog):
 def test_a_token_budget_makes_passes(base):
     longest = max(len(row.input_ids) for row in ROWS)
     plan = plan_pack(base, some(4), token_budget=2 * 2 * longest)
-    assert (plan.parts, plan.estimate.passes, plan.estimate.tokens) == (1, 2, 2 * 2 * longest)
+    assert (plan.passes.parts, plan.estimate.passes, plan.estimate.tokens) == (1, 2, 2 * 2 * longest)
 
 
 def test_a_single_long_row_does_not_say_how_large_a_usual_pass_is():

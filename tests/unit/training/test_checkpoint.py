@@ -78,22 +78,18 @@ def test_after_a_crash_at_any_step_the_adapters_are_byte_equal(base, undisturbed
 
 
 def test_the_best_state_before_a_crash_stays_the_best(base, tmp_path):
-    arm = make_arm(training={"max_steps": 5, "save_steps": 2, "eval_steps": 1})
-
-    def growing_worse(names):
-        asked.append(names)
-        return {name: {"eval.loss": float(len(asked))} for name in names}
-
-    outcomes = {}
-    for name, ends in (("undisturbed", []), ("crashed", [CrashAt(arm.spec_hash, 4)])):
-        asked = []
-        for observer in ends:
-            with pytest.raises(Crash):
-                train_pack(base, tasks([arm]), directory=tmp_path / name, observer=observer, evaluate=growing_worse)
-        found = train_pack(base, tasks([arm]), directory=tmp_path / name, evaluate=growing_worse)
-        outcomes[name] = found[arm.spec_hash]
-        assert (outcomes[name].best_step, outcomes[name].best_value) == (1, 1.0)
-    assert files(outcomes["crashed"].best) == files(outcomes["undisturbed"].best)
+    # Steps so large that rows it has not seen grow worse from the third step on.
+    arm = make_arm(training={"max_steps": 5, "save_steps": 2, "eval_steps": 1, "learning_rate": 0.3})
+    task = ArmTask(spec=arm, train=ROWS, evaluation=make_rows(20)[12:])
+    undisturbed = train_pack(base, [task], directory=tmp_path / "undisturbed")[arm.spec_hash]
+    with pytest.raises(Crash):
+        train_pack(base, [task], directory=tmp_path / "crashed", observer=CrashAt(arm.spec_hash, 4))
+    recorder = Recorder()
+    crashed = train_pack(base, [task], directory=tmp_path / "crashed", observer=recorder)[arm.spec_hash]
+    assert [step for step, _ in recorder.evaluations[arm.spec_hash]] == [3, 4, 5]
+    assert (crashed.best_step, crashed.best_value) == (2, undisturbed.best_value)
+    assert undisturbed.best_step == 2
+    assert files(crashed.best) == files(undisturbed.best)
 
 
 def test_generations_hold_all_living_arms_and_only_two_are_kept(base, tmp_path):

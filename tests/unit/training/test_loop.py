@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.autograd import _functions
-from helpers.packs import ROWS, Recorder, distance, load_tiny, make_arm, make_rows, read_weights, train
+from helpers.packs import ROWS, Recorder, distance, load_tiny, make_arm, make_rows, planned, read_weights, train
 
 from rankwise.data.batches import Sampler
 from rankwise.data.tokens import Encoded
@@ -184,11 +184,16 @@ def test_the_split_is_kept_with_the_checkpoints(base, tmp_path, monkeypatch):
     def stop_at(step):
         return lambda: len(recorder.steps.get(arms[0].spec_hash, ())) == step
 
-    train_pack(base, tasks, directory=tmp_path, observer=recorder, should_stop=stop_at(1), parts=2)
-    train_pack(base, tasks, directory=tmp_path, observer=recorder, parts=4)
+    with planned(parts=2):
+        train_pack(base, tasks, directory=tmp_path, observer=recorder, should_stop=stop_at(1))
+    train_pack(base, tasks, directory=tmp_path, observer=recorder)
     assert set(seen) == {2}
     seen.clear()
-    train_pack(base, tasks, directory=tmp_path / "other", max_pack_tokens=1)
+    train_pack(base, tasks, directory=tmp_path / "other")
+    assert set(seen) == {4}
+    seen.clear()
+    with planned(max_tokens=1):
+        train_pack(base, tasks, directory=tmp_path / "short")
     assert set(seen) == {1}
 
 
@@ -376,20 +381,6 @@ def test_a_greater_metric_can_be_the_better_one(base, tmp_path):
     outcomes, recorder = train(base, [arm], tmp_path)
     best = max(metrics["eval.token_accuracy"] for _, metrics in recorder.evaluations[arm.spec_hash])
     assert outcomes[arm.spec_hash].best_value == best
-
-
-def test_another_evaluation_can_take_the_place_of_the_own(base, tmp_path):
-    arms = [make_arm(seed=seed, training={"eval_steps": 2}, evaluation={"primary_metric": "eval.x"}) for seed in (1, 2)]
-    asked = []
-
-    def evaluate(names):
-        asked.append(list(names))
-        return {name: {"eval.x": 1.0 / len(asked)} for name in names}
-
-    outcomes, recorder = train(base, arms, tmp_path, evaluate=evaluate)
-    assert asked == [[arm.adapter_name for arm in arms]] * 2
-    assert recorder.evaluations[arms[0].spec_hash] == [(2, {"eval.x": 1.0}), (3, {"eval.x": 0.5})]
-    assert outcomes[arms[0].spec_hash].best_step == 3
 
 
 def test_an_adapter_can_be_continued(base, tmp_path):
