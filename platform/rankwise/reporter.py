@@ -33,7 +33,9 @@ class Reporter(ABC):
         """Something that rich can draw."""
 
     @abstractmethod
-    def noted(self, description: str, total: int | None, unit: str) -> AbstractContextManager[tuple[Advance, Remark]]:
+    def task_with_remark(
+        self, description: str, total: int | None, unit: str
+    ) -> AbstractContextManager[tuple[Advance, Remark]]:
         """A task (see `task`) that also takes remarks."""
 
     def say(self, text: str) -> None:
@@ -61,7 +63,7 @@ class Reporter(ABC):
             total: The amount of work in `unit`; None if unknown.
             unit: `B` for bytes, otherwise a plural noun (`tensors`).
         """
-        with self.noted(description, total, unit) as (advance, _):
+        with self.task_with_remark(description, total, unit) as (advance, _):
             yield advance
 
 
@@ -75,7 +77,7 @@ class Silent(Reporter):
         """Nothing."""
 
     @contextmanager
-    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
+    def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
         """A task that nobody sees."""
         yield lambda amount: None, lambda text: None
 

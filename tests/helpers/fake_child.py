@@ -9,7 +9,7 @@ from pathlib import Path
 from rankwise.jobs.job import Outcome
 from rankwise.reporter import SILENT, Kind, Reporter
 from rankwise.worker.child import ChildDiedError
-from rankwise.worker.protocol import Result, Results
+from rankwise.worker.protocol import Result, ResultFiles
 
 DONE = {"event": "done", "value": {}}
 SETTLED = {"event": "done", "value": {"submitted": []}}
@@ -64,7 +64,7 @@ class FakeChild:
         self.acts.append("close")
 
 
-def reports(results: Results, job: dict, outcome: Outcome = Outcome.SUCCEEDED, **values) -> dict:
+def reports(results: ResultFiles, job: dict, outcome: Outcome = Outcome.SUCCEEDED, **values) -> dict:
     """The event of a job's end, its file written first."""
     results.write(Result(token=job["token"], outcome=outcome, **values))
     return {"event": "result", "token": job["token"]}
@@ -82,8 +82,8 @@ class Listener(Reporter):
     def show(self, renderable) -> None:
         self.told.append(("show", str(renderable)))
 
-    def noted(self, description, total, unit):
-        return SILENT.noted(description, total, unit)
+    def task_with_remark(self, description, total, unit):
+        return SILENT.task_with_remark(description, total, unit)
 
     def texts(self, kind: str) -> str:
         return "\n".join(text for each, text in self.told if each == kind)

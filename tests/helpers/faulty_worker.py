@@ -12,7 +12,7 @@ from rankwise.cli.output import Bars
 from rankwise.settings import Settings, set_process_defaults
 from rankwise.tasks.local import local_worker
 from rankwise.worker.heartbeat import Stop, Timing
-from rankwise.worker.loop import Plan
+from rankwise.worker.loop import LoopOptions
 
 
 def main(max_arms: int, lease: float, patience: float) -> None:
@@ -29,7 +29,7 @@ def main(max_arms: int, lease: float, patience: float) -> None:
             Settings.load(), bars, stop, timing=timing, changes=changes, program="helpers.faulty_child"
         ) as loop,
     ):
-        loop.work(Plan(drain=True, max_arms=max_arms))
+        loop.work(LoopOptions(drain=True, max_arms=max_arms))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from rankwise.settings import Settings
 from rankwise.tasks.commands import COMMANDS
 from rankwise.tasks.session import Authority, Session
 from rankwise.worker.heartbeat import Stop, Timing
-from rankwise.worker.loop import Plan, WorkerLoop
-from rankwise.worker.protocol import Results
+from rankwise.worker.loop import LoopOptions, WorkerLoop
+from rankwise.worker.protocol import ResultFiles
 from rankwise.worker.relay import RemoteReporter
 
 QUICK = Timing(beat=0.2, poll=0.05, watch=0.05, pause=0.5)
@@ -36,9 +36,9 @@ class InlineChild:
         self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.authority = Authority()
         self.stop = threading.Event()
-        voice = RemoteReporter(self.events.put, width=200, terminal=False)
+        reporter = RemoteReporter(self.events.put, width=200, terminal=False)
         session = Session(
-            settings=settings, voice=voice, emit=self.events.put, stop=self.stop, authority=self.authority
+            settings=settings, voice=reporter, emit=self.events.put, stop=self.stop, authority=self.authority
         )
         self.thread = threading.Thread(target=session.serve, args=(self.commands.get, COMMANDS), daemon=True)
         self.thread.start()
@@ -85,19 +85,19 @@ class Listener(Reporter):
         pass
 
     @contextmanager
-    def noted(self, description: str, total: int | None, unit: str) -> Iterator[Any]:
+    def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[Any]:
         yield (lambda amount: None), (lambda text: None)
 
 
 @contextmanager
-def inline_worker(settings: Settings, voice: Any) -> Iterator[WorkerLoop]:
+def inline_worker(settings: Settings, reporter: Any) -> Iterator[WorkerLoop]:
     store = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     with WorkerLoop(
         store,
         worker=Worker(name="inline", host="here", pid=os.getpid()),
         spawn=lambda: InlineChild(settings),
-        results=Results(settings.home / "results"),
-        voice=voice,
+        results=ResultFiles(settings.home / "results"),
+        reporter=reporter,
         stop=Stop(),
         timing=QUICK,
     ) as loop:
@@ -113,11 +113,11 @@ def submission(definition: str, command: str = "run") -> dict[str, Any]:
 
 def run_inline(settings: Settings, definition: str, *, max_arms: int = 16) -> tuple[dict[str, Any], list[str]]:
     """What `rankwise run` does with the text of a definition: the comparison, and what was told."""
-    voice = Listener()
-    with inline_worker(settings, voice) as loop:
-        sweep = loop.ask(submission(definition))
+    reporter = Listener()
+    with inline_worker(settings, reporter) as loop:
+        sweep = loop.call(submission(definition))
         if sweep["jobs"]:
-            jobs = loop.work(Plan(among=frozenset(sweep["jobs"]), max_arms=max_arms, fragile=True))
-            loop.ask({**sweep, "do": "finish", "jobs": sorted(jobs), "command": "run"})
-        compared = loop.ask({"do": "compare", "experiment": sweep["experiment"], "width": 200, "terminal": False})
-    return compared["json"], voice.told
+            jobs = loop.work(LoopOptions(among=frozenset(sweep["jobs"]), max_arms=max_arms, fail_on_outage=True))
+            loop.call({**sweep, "do": "finish", "jobs": sorted(jobs), "command": "run"})
+        compared = loop.call({"do": "compare", "experiment": sweep["experiment"], "width": 200, "terminal": False})
+    return compared["json"], reporter.told

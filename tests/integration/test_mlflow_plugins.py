@@ -23,7 +23,7 @@ from rankwise.settings import Settings, at_work
 from rankwise.tasks import commands
 from rankwise.tasks.project_backend import RankwiseBackend
 from rankwise.tracking.run_context import WorkerContext
-from rankwise.worker.loop import Plan
+from rankwise.worker.loop import LoopOptions
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_submitted_run_is_waited_for_while_a_worker_does_it(project):
     run = submitted(project, **{"training.max_steps": "2", "training.save_steps": "2"})
     assert run.get_status() == mlflow.entities.RunStatus.SCHEDULED
     with inline_worker(Settings.load(), Listener()) as loop:
-        loop.work(Plan(drain=True))
+        loop.work(LoopOptions(drain=True))
     assert run.get_status() == mlflow.entities.RunStatus.FINISHED
     assert run.wait()
     record = mlflow.MlflowClient().get_run(run.run_id)
@@ -131,7 +131,7 @@ def test_a_run_that_a_users_code_starts_in_a_worker_has_job_attempt_and_worker(p
 
     monkeypatch.setattr(commands, "KINDS", {**commands.KINDS, JobKind.TRAIN: train})
     with inline_worker(Settings.load(), Listener()) as loop:
-        loop.work(Plan(drain=True))
+        loop.work(LoopOptions(drain=True))
     (run_id, jobs) = started[0]
     tags = mlflow.MlflowClient().get_run(run_id).data.tags
     assert tags["rankwise.job"] == ",".join(str(job.id) for job in jobs)

@@ -23,8 +23,7 @@ from rankwise.cli.worker import cluster as cluster_command
 from rankwise.exceptions import ClusterError
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome
 from rankwise.jobs.store import JobStore
-from rankwise.worker.placers import Demand
-from rankwise.worker.ray import PYTHON, connect
+from rankwise.worker.ray_placer import PYTHON, WorkerResources, connect
 
 if find_spec("ray") is None:
     # `make faults` installs it; importing it takes seconds, which collecting tests should not.
@@ -35,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 WORKER = Path(__file__).parents[1] / "helpers" / "queue_worker.py"
-CPU = Demand(cpus=1, gpus=0)
+CPU = WorkerResources(cpus=1, gpus=0)
 JOBS = 60
 
 
@@ -110,13 +109,13 @@ def test_workers_are_placed_listed_and_stopped(cluster, store, command):
     with connect(cluster.address, {}, insecure=True) as placer:
         assert [worker.name for worker in placer.workers()] == sorted(worker.name for worker in placed)
         with pytest.raises(
-            ClusterError, match=r"1 of 1 workers have no place after 3 s: each asks for 0 GPU and 1 CPU"
+            ClusterError, match=r"1 of 1 workers were not placed within 3 s: each needs 0 GPU and 1 CPU"
         ):
             placer.start(1, CPU, environment={}, command=command, timeout=3)
         assert len(placer.workers()) == 2, "what found no place is not left behind"
         asked = time.monotonic()
-        with pytest.raises(ClusterError, match="no node can hold a worker that asks for 1 GPU and 1 CPU"):
-            placer.start(1, Demand(), environment={}, command=command)
+        with pytest.raises(ClusterError, match="no node can run a worker that needs 1 GPU and 1 CPU"):
+            placer.start(1, WorkerResources(), environment={}, command=command)
         assert time.monotonic() - asked < 2
         assert placer.stop(grace=20) == []
         assert placer.workers() == []
@@ -194,7 +193,7 @@ def test_a_cluster_with_a_token_refuses_who_has_none(monkeypatch, store, command
     )  # fmt: skip
     address = head.stdout.readline().strip()
     ask = (
-        "import os, sys\nfrom rankwise.worker.ray import connect\n"
+        "import os, sys\nfrom rankwise.worker.ray_placer import connect\n"
         "with connect(sys.argv[1], os.environ) as placer: print(len(placer.nodes()))\n"
     )
 

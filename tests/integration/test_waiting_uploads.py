@@ -15,7 +15,7 @@ from rankwise.jobs.job import JobKind, JobState
 from rankwise.jobs.store import JobStore
 from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.store import Store
-from rankwise.worker.loop import Plan
+from rankwise.worker.loop import LoopOptions
 
 DEFINITION = """\
 version: 1
@@ -65,8 +65,8 @@ def test_arms_over_two_bases_wait_together_and_are_registered_over_their_own(set
     away(monkeypatch, 2)
     with inline_worker(settings, Listener()) as loop:
         for name, base in bases.items():
-            loop.ask(submission(DEFINITION.format(name=name, base=base, rows=rows)))
-        loop.work(Plan(drain=True))
+            loop.call(submission(DEFINITION.format(name=name, base=base, rows=rows)))
+        loop.work(LoopOptions(drain=True))
     jobs = queue.jobs(kinds=[JobKind.TRAIN])
     assert [(job.state, job.attempts) for job in jobs] == [(JobState.SUCCEEDED, 1)] * 2, [job.error for job in jobs]
     with Store.open(settings):
@@ -92,11 +92,11 @@ def test_an_arm_whose_claim_ran_out_while_it_waited_is_published_under_the_next_
 
     waits = Session.wait_for_upload
     with inline_worker(settings, Listener()) as loop:
-        loop.ask(submission(definition))
+        loop.call(submission(definition))
         monkeypatch.setattr("rankwise.tracking.store.unreachable", lambda uri: outage[0] if outage else None)
         monkeypatch.setattr("rankwise.tasks.publish._DRAIN_S", 3.0)
         monkeypatch.setattr(Session, "wait_for_upload", wait_for_upload)
-        loop.work(Plan(drain=True))
+        loop.work(LoopOptions(drain=True))
     (job,) = queue.jobs(kinds=[JobKind.TRAIN])
     assert (job.state, job.attempts, job.lost) == (JobState.SUCCEEDED, 2, 1)
     with Store.open(settings) as store:

@@ -80,7 +80,7 @@ def init_team(
 
 
 def _workers_here() -> str:
-    from rankwise.worker.placers import visible_gpus
+    from rankwise.worker.local_placer import visible_gpus
 
     return "gpu" if visible_gpus(child_environment({})) else "cpu"
 

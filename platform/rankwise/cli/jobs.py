@@ -26,7 +26,7 @@ from rankwise.jobs.queries import packs, remaining_seconds
 from rankwise.jobs.store import JobStore, every_job
 from rankwise.logs import format_line, job_log_path
 from rankwise.settings import Settings
-from rankwise.worker.placers import host
+from rankwise.worker.local_placer import host_name
 
 if TYPE_CHECKING:
     from rankwise.evaluation.compare import Comparison
@@ -328,7 +328,7 @@ def status(experiment: str | None, as_json: bool, alive: bool) -> int:
 
 def _alive(workers: Sequence[WorkerInfo]) -> int:
     """For a container's probe."""
-    here = host()
+    here = host_name()
     mine = [worker for worker in workers if worker.host == here]
     if any(worker.silent <= _SILENT_S for worker in mine):
         return 0

@@ -183,7 +183,7 @@ class Bars(Reporter):
         self.console.print(renderable)
 
     @contextmanager
-    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
+    def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
         """A task with a changing remark at its end (a loss, a speed)."""
         if not self.console.is_terminal:
             logged = _Logged(self.say, description, total, unit)

@@ -22,8 +22,8 @@ from rankwise.experiment.experiment import load_experiment
 from rankwise.settings import Settings, child_environment
 from rankwise.tasks.local import local_worker
 from rankwise.worker.heartbeat import Stop, Timing
-from rankwise.worker.loop import MAX_ARMS, Plan, WorkerLoop
-from rankwise.worker.placers import LocalPlacer, visible_gpus
+from rankwise.worker.local_placer import LocalPlacer, visible_gpus
+from rankwise.worker.loop import MAX_ARMS, LoopOptions, WorkerLoop
 
 _GRACE_S = 600.0
 """A person who waits for a checkpoint can press Ctrl-C once more."""
@@ -88,7 +88,7 @@ def _run(
     stop: Stop,
 ) -> int:
     try:
-        sweep = loop.ask(submission)
+        sweep = loop.call(submission)
     except KeyboardInterrupt:
         bars.warn("interrupted before anything was trained")
         return 130
@@ -96,17 +96,17 @@ def _run(
     if sweep["jobs"]:
         end = {"do": "end", "parent_run_id": sweep["parent_run_id"]}
         try:
-            plan = Plan(among=frozenset(sweep["jobs"]), max_arms=max_arms or MAX_ARMS, fragile=True)
+            plan = LoopOptions(among=frozenset(sweep["jobs"]), max_arms=max_arms or MAX_ARMS, fail_on_outage=True)
             sweep_of = (sweep["experiment"], sweep["parent_run_id"])
             with workers_beside(loop, bars, stop, others, *sweep_of, max_arms, _GRACE_S):
                 jobs = loop.work(plan)
-            if not stop.asked:
+            if not stop.requested:
                 finish = {**sweep, "do": "finish", "jobs": sorted(jobs), "command": submission["command"]}
-                loop.ask(finish, at_once=False)
+                loop.call(finish, at_once=False)
         except RankwiseError as error:
             _end_quietly(loop, bars, {**end, "killed": False, "reason": str(error)})
             raise
-        if stop.asked:
+        if stop.requested:
             _end_quietly(loop, bars, {**end, "killed": True, "reason": "interrupted"})
             bars.warn("interrupted; the same command goes on from here")
             return 130
@@ -117,7 +117,7 @@ def _run(
         "width": bars.console.width if on_terminal() else 200,
         "terminal": on_terminal(),
     }
-    comparison = loop.ask(compare)
+    comparison = loop.call(compare)
     if as_json:
         print_json(comparison["json"])
     else:
@@ -131,7 +131,7 @@ def _run(
 def _end_quietly(loop: WorkerLoop, bars: Bars, command: dict[str, Any]) -> None:
     """End the sweep's run where that can be done; the queue and the exit code say what has happened anyway."""
     try:
-        loop.ask(command, at_once=False)
+        loop.call(command, at_once=False)
     except (RankwiseError, KeyboardInterrupt) as error:
         bars.warn(f"the sweep's run could not be ended: {str(error) or 'interrupted'}")
 
@@ -182,13 +182,13 @@ def workers_beside(
     thread.start()
     stop.followers.append(end)
     try:
-        if stop.asked:
-            end.ask()
+        if stop.requested:
+            end.request()
         elif not loop.await_workers(1 + len(gpus), _STARTING_S):
             bars.warn(f"not all workers of the GPUs {', '.join(gpus)} are there after {_STARTING_S:.0f} s")
         yield
     finally:
         stop.followers.remove(end)
-        if not end.asked:
-            end.ask()
+        if not end.requested:
+            end.request()
         thread.join()

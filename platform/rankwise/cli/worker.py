@@ -21,12 +21,11 @@ from rankwise.cli.output import Bars, note, print_json, print_table
 from rankwise.exceptions import ClusterError
 from rankwise.settings import Settings, child_environment, set_data_roots
 from rankwise.supervise import GRACE_S
-from rankwise.worker.placers import Demand, Node
-from rankwise.worker.ray import PLACING_S, WORKER, connect
+from rankwise.worker.ray_placer import PLACING_S, WORKER, ClusterNode, WorkerResources, connect
 
 if TYPE_CHECKING:
     from rankwise.worker.heartbeat import Stop, Timing
-    from rankwise.worker.loop import Plan
+    from rankwise.worker.loop import LoopOptions
 
 _STOPPED = 130
 _GIVING_BACK_S = 30.0
@@ -90,7 +89,7 @@ def worker(
     _try_keys(settings)
     console = Console(stderr=True, highlight=False)
     from rankwise.worker.heartbeat import Stop, Timing
-    from rankwise.worker.placers import visible_gpus
+    from rankwise.worker.local_placer import visible_gpus
 
     stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
     places = visible_gpus(child_environment({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}))
@@ -102,13 +101,13 @@ def worker(
         timing = Timing.of_lease(lease, grace=grace, patience=patience)
         # Where nothing was said and no tool lists them, torch finds GPUs by itself.
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(places)} if places or gpus is not None else {}
-        from rankwise.worker.loop import MAX_ARMS, Plan
+        from rankwise.worker.loop import MAX_ARMS, LoopOptions
 
-        plan = Plan(drain=drain, experiment=experiment, watched=watched, max_arms=max_arms or MAX_ARMS)
+        plan = LoopOptions(drain=drain, experiment=experiment, watched=watched, max_arms=max_arms or MAX_ARMS)
         _work(settings, visible, stop, bars, timing, plan, max_arms)
-        if stop.asked:
+        if stop.requested:
             bars.say("stopped; its jobs are back in the queue")
-    return _STOPPED if drain and stop.asked else 0
+    return _STOPPED if drain and stop.requested else 0
 
 
 def _try_keys(settings: Settings) -> None:
@@ -124,7 +123,7 @@ def _try_keys(settings: Settings) -> None:
 
 def _place(places: Sequence[str], options: Sequence[str], stop: Stop, bars: Bars, *, drain: bool, grace: float) -> int:
     """A worker process for each GPU."""
-    from rankwise.worker.placers import LocalPlacer
+    from rankwise.worker.local_placer import LocalPlacer
 
     placer = LocalPlacer(
         [sys.executable, "-m", "rankwise", "worker", *options],
@@ -146,7 +145,7 @@ def _work(
     stop: Stop,
     bars: Bars,
     timing: Timing,
-    plan: Plan,
+    plan: LoopOptions,
     max_arms: int | None,
 ) -> None:
     """The worker of the one GPU, or of a machine without any."""
@@ -220,7 +219,7 @@ def start(
         arguments = [*(["--drain"] if drain else []), *(["--max-arms", str(max_arms)] if max_arms else [])]
         placed = placer.start(
             count,
-            Demand(cpus=cpus_per_worker, gpus=gpus_per_worker),
+            WorkerResources(cpus=cpus_per_worker, gpus=gpus_per_worker),
             environment=passed_on(settings, environment),
             command=[*WORKER, *arguments],
             timeout=timeout,
@@ -273,7 +272,7 @@ def stop(address: str, grace: float, insecure: bool) -> None:
     note(f"stopped; {len(killed)} had to be killed: {', '.join(killed)}" if killed else "all workers have ended")
 
 
-def refuse_unshared(settings: Settings, nodes: Sequence[Node]) -> None:
+def refuse_unshared(settings: Settings, nodes: Sequence[ClusterNode]) -> None:
     """Refuse stores that the nodes do not share.
 
     Raises:

@@ -18,7 +18,7 @@ import threading
 import traceback
 
 from rankwise.settings import Settings, set_process_defaults
-from rankwise.worker.protocol import Message, Writer, read
+from rankwise.worker.protocol import Message, Writer, read_messages
 
 _PR_SET_PDEATHSIG = 1
 
@@ -50,7 +50,7 @@ def main() -> None:
     authority = Authority()
 
     def listen() -> None:
-        for message in read(sys.stdin.buffer):
+        for message in read_messages(sys.stdin.buffer):
             match message["do"]:
                 case "beat":
                     authority.update(message["until"], message["lost"], message["cancelled"])

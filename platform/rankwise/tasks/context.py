@@ -22,7 +22,7 @@ from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 from rankwise.tracking.store import Store
 from rankwise.worker.child import LESS_MEMORY
-from rankwise.worker.placers import this_worker
+from rankwise.worker.local_placer import this_worker
 from rankwise.worker.protocol import Failure
 
 _MOST_EXPERIMENTS = 16

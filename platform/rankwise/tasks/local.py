@@ -14,9 +14,9 @@ from rankwise.reporter import Reporter
 from rankwise.settings import Settings, child_environment
 from rankwise.worker.child import ChildProcess
 from rankwise.worker.heartbeat import Stop, Timing
+from rankwise.worker.local_placer import this_worker
 from rankwise.worker.loop import WorkerLoop
-from rankwise.worker.placers import this_worker
-from rankwise.worker.protocol import Results
+from rankwise.worker.protocol import ResultFiles
 
 # torch asks for aligned memory, and glibc before 2.38 finds no room for it in the hole that an equally large tensor has
 # left, unless what it cuts off at the edges joins the hole again: which these caches for small pieces prevent. Without
@@ -72,8 +72,8 @@ def local_worker(
             queue,
             worker=this_worker(),
             spawn=lambda: ChildProcess(command, settings.home / "logs" / "workers", environment),
-            results=Results(settings.home / "results"),
-            voice=voice,
+            results=ResultFiles(settings.home / "results"),
+            reporter=voice,
             stop=stop,
             timing=timing,
             info=dict(info or {}),

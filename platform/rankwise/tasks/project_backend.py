@@ -141,7 +141,7 @@ class LogReporter(Reporter):
         """Tables stay in the run's artifacts."""
 
     @contextmanager
-    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
+    def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
         """A line when it begins."""
         logger.info(description)
         yield (lambda amount: None), (lambda text: None)

@@ -26,8 +26,8 @@ from rankwise.tasks.context import Context, failure_of, open_context
 from rankwise.tasks.rows import RowsCache
 from rankwise.tracking.run import Run
 from rankwise.worker.heartbeat import lease_clock
-from rankwise.worker.placers import worker_name
-from rankwise.worker.protocol import Message, Result, Results
+from rankwise.worker.local_placer import worker_name
+from rankwise.worker.protocol import Message, Result, ResultFiles
 
 _AGAIN_S = 0.5
 
@@ -156,9 +156,9 @@ class Session:
         return RowsCache(self.settings, self.voice)
 
     @cached_property
-    def results(self) -> Results:
+    def results(self) -> ResultFiles:
         """Results on disk."""
-        return Results(self.settings.home / "results")
+        return ResultFiles(self.settings.home / "results")
 
     def begin(self, parent_run_id: str, begin: Callable[[Context, str], None]) -> None:
         """Show that a sweep is under way, once."""
@@ -280,8 +280,8 @@ class Stoppable(Reporter):
         self._session.voice.show(renderable)
 
     @contextmanager
-    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
-        """See `Reporter.noted`."""
+    def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
+        """See `Reporter.task_with_remark`."""
         done = 0
         with self.shown(description, total, unit) as (advance, note):
 
@@ -297,7 +297,7 @@ class Stoppable(Reporter):
 
     def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[tuple[Advance, Remark]]:
         """Show a task to people."""
-        return self._session.voice.noted(description, total, unit)
+        return self._session.voice.task_with_remark(description, total, unit)
 
     def moved(self, description: str, done: int, total: int | None) -> None:
         """Tell how far a task is."""

@@ -157,7 +157,7 @@ def _train(
             leave_arm(session, by_hash[outcome.spec_hash], runs.pop(outcome.spec_hash))
 
     session.phase("train")
-    with bound(step=0), session.voice.noted(f"training {names}", steps, "steps") as (advance, note):
+    with bound(step=0), session.voice.task_with_remark(f"training {names}", steps, "steps") as (advance, note):
         watched = {arm.spec_hash: (runs[arm.spec_hash], arm.work.arm) for arm in arms}
         curves = Curves(watched, advance, note, tell, ended)
         return train_pack(

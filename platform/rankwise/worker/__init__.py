@@ -1,6 +1,6 @@
-"""A worker: a parent that claims jobs and keeps them alive, and the child process that does them.
+"""A worker: a parent process that claims jobs and renews their leases, and a child process that runs them.
 
-The parent imports no machine learning libraries and no MLflow: it starts at once, and neither a crash of CUDA nor the
-kernel's out-of-memory killer takes its heartbeat down. What the child is, and what it does for each kind of job, is
-given from above (`rankwise.tasks`); they speak JSON lines (`protocol`).
+The parent imports neither machine learning libraries nor MLflow, so that it starts fast and keeps its heartbeat when
+CUDA crashes or the kernel kills the child for memory. `rankwise.tasks` supplies the child's program. The two exchange
+JSON lines, see `protocol`.
 """

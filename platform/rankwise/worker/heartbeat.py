@@ -1,12 +1,4 @@
-"""Keeps a worker's claims alive while its child computes, and tells which are lost and which a person wants stopped.
-
-It also announces the worker, so that people see who is there.
-
-The end of the terminal (SIGHUP) asks for a checkpoint too, however often it is told.
-
-- How long things may take, in seconds.
-- The wish to stop: the first SIGINT or SIGTERM asks for a checkpoint, the second one ends the work at once.
-"""
+"""Heartbeat, timing and stop request of a worker."""
 
 from __future__ import annotations
 
@@ -37,34 +29,25 @@ DEADLINES: Mapping[str, float] = MappingProxyType(
         "report": 1800.0,
     }
 )
-"""Silence after which a child counts as hung, by phase. Downloads, tokenizing and steps tell of themselves; quantizing
-a large base and a step of a large model on a CPU do not for many minutes, hence the large numbers."""
+"""Seconds of silence after which a child counts as hung, by phase. Large, because quantizing a large base or a step
+of a large model on a CPU sends no message for many minutes."""
 
 
 def lease_clock() -> float:
-    """Seconds on a clock that all processes of a machine share, and that goes on while the machine sleeps.
+    """Seconds on CLOCK_BOOTTIME, which all processes of a machine share.
 
-    `time.monotonic()` stands still then, and a claim that others have taken over would look as if it still stood.
+    `time.monotonic()` pauses while the machine sleeps, so an expired claim would look valid afterwards.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """A worker's times.
+    """The intervals and limits of a worker, in seconds.
 
-    Attributes:
-        lease: A claim without a heartbeat for so long goes to another worker.
-        beat: Between two heartbeats.
-        watch: Between two looks for cancelled jobs.
-        announce: Between two announcements of the worker.
-        poll: Between two looks for work.
-        reclaim: Between two looks for dead workers.
-        grace: From the wish to stop until the child is ended, whatever it does.
-        upload: How long a worker that is to end waits for the tracking server to take what is computed.
-        pause: First pause after the environment was at fault; doubled each time up to `longest_pause`.
-        longest_pause: See `pause`.
-        deadlines: By phase, see `DEADLINES`.
+    A claim without a heartbeat for `lease` goes to another worker. A worker that is to stop interrupts its child after
+    `grace`. One that would otherwise end waits `upload` for an unavailable tracking server. Delays after outages grow
+    from `pause` to `longest_pause`.
     """
 
     lease: float = 60.0
@@ -81,13 +64,7 @@ class Timing:
 
     @classmethod
     def of_lease(cls, lease: float, *, grace: float = 60.0, patience: float | None = None) -> Self:
-        """The times that go with a lease: six heartbeats fit into it.
-
-        Args:
-            lease: Seconds.
-            grace: Seconds.
-            patience: In place of all deadlines.
-        """
+        """Intervals that fit six heartbeats into a lease. `patience` replaces all deadlines."""
         beat = min(10.0, lease / 6)
         return cls(
             lease=lease,
@@ -104,16 +81,15 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """A thread that renews leases. A context manager.
+    """A thread that renews the leases of claimed jobs and announces the worker. A context manager.
 
-    An outage of the database shorter than the lease changes nothing. After a longer one, `confirmed` says that nothing
-    may be published: another worker may have taken over; the first beat that gets through tells.
+    A database outage shorter than the lease has no effect. After a longer one another worker may own the jobs: until a
+    heartbeat succeeds, `confirmed` is False and nothing may be published. `info` is shown in the list of workers.
     """
 
     def __init__(
         self, queue: JobStore, timing: Timing, worker: Worker, info: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
-        """Beat for nothing yet; `info` is what the worker says of itself."""
         self._queue = queue
         self._timing = timing
         self._worker = worker
@@ -122,17 +98,17 @@ class Heartbeat:
         self._jobs: dict[str, int] = {}
         self._until: dict[str, float] = {}
         self._progress: dict[str, Mapping[str, Any]] = {}
-        self._untold: set[str] = set()
+        self._unsent: set[str] = set()
         self._lost: set[str] = set()
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.changes = 0
-        """Grows whenever a claim was confirmed, lost or cancelled."""
+        """Incremented when a claim is confirmed, lost or cancelled."""
 
     def hold(self, jobs: Collection[Job], since: float) -> None:
-        """Beat for claimed jobs, whose leases began at `since` (by `lease_clock`) or later."""
+        """Renew the leases of jobs that were claimed at `since` (`lease_clock`) or later."""
         with self._lock:
             for job in jobs:
                 assert job.token is not None
@@ -143,34 +119,34 @@ class Heartbeat:
             self.changes += 1
 
     def release(self, token: str) -> None:
-        """Stop beating for a job that has been finished, or is lost."""
+        """Stop renewing the lease of a finished or lost job."""
         with self._lock:
             for known in (self._jobs, self._until, self._progress):
                 known.pop(token, None)
-            for marked in (self._untold, self._lost, self._cancelled):
+            for marked in (self._unsent, self._lost, self._cancelled):
                 marked.discard(token)
 
     def holds(self, token: str) -> bool:
-        """Whether no heartbeat has said that the claim is lost."""
+        """Whether no heartbeat has reported the claim as lost."""
         return token in self._jobs and token not in self._lost
 
     def confirmed(self, token: str) -> bool:
-        """Whether the lease still runs, as far as this process knows."""
+        """Whether the lease is known to be valid."""
         return self.holds(token) and lease_clock() < self._until[token]
 
     def cancelled(self, token: str) -> bool:
-        """Whether a person wants the job stopped."""
+        """Whether a user cancelled the job."""
         return token in self._cancelled
 
-    def note(self, token: str, progress: Mapping[str, Any]) -> None:
-        """How far a job is, for the next beat."""
+    def add_progress(self, token: str, progress: Mapping[str, Any]) -> None:
+        """Send a job's progress with the next heartbeat."""
         with self._lock:
             if token in self._jobs:
                 self._progress[token] = {**self._progress.get(token, {}), **progress}
-                self._untold.add(token)
+                self._unsent.add(token)
 
-    def news(self) -> dict[str, Any]:
-        """What the child must know: until when claims are confirmed, and which are lost or cancelled."""
+    def status_message(self) -> dict[str, Any]:
+        """The `beat` command for the child: until when claims are confirmed, which are lost or cancelled."""
         with self._lock:
             return {
                 "do": "beat",
@@ -180,11 +156,6 @@ class Heartbeat:
             }
 
     def __enter__(self) -> Heartbeat:
-        """Announce the worker, and start.
-
-        Raises:
-            JobStoreError: The queue's database does not answer.
-        """
         self._announce()
         self._thread.start()
         return self
@@ -192,13 +163,12 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop, and say that the worker has ended."""
         self._end.set()
         self._thread.join()
         try:
             self._queue.retire(self._worker)
         except JobStoreError as failure:
-            logger.warning("this worker stays listed for a day: %s", failure)
+            logger.warning("this worker stays in the list of workers for a day: %s", failure)
 
     def _run(self) -> None:
         due = time.monotonic() + self._timing.beat
@@ -208,13 +178,13 @@ class Heartbeat:
                     due = time.monotonic() + self._timing.beat
                     self._beat()
                 else:
-                    self._watch()
+                    self._check_cancelled()
                 if time.monotonic() - self._announced >= self._timing.announce:
                     self._announce()
             except JobStoreError as error:
                 logger.warning("no heartbeat: %s", error)
             except Exception:
-                # A thread that ends here would let every lease run out while the work goes on.
+                # If this thread ended, every lease would expire while the work continues.
                 logger.exception("no heartbeat")
 
     def _announce(self) -> None:
@@ -223,103 +193,100 @@ class Heartbeat:
 
     def _beat(self) -> None:
         with self._lock:
-            asked = [token for token in self._jobs if token not in self._lost]
-            # Only what is new: the queue notes when a job was heard of last.
-            progress = {token: self._progress[token] for token in asked if token in self._untold}
-        if not asked:
+            tokens = [token for token in self._jobs if token not in self._lost]
+            # Only what is new: the queue records the time of each progress.
+            progress = {token: self._progress[token] for token in tokens if token in self._unsent}
+        if not tokens:
             return
-        # By the clock before the statement: the lease began at some moment after it.
+        # Read previous the statement, so that the lease ends no earlier than computed.
         sent = lease_clock()
-        beat = self._queue.beat(asked, lease=self._timing.lease, progress=progress or None)
+        beat = self._queue.beat(tokens, lease=self._timing.lease, progress=progress or None)
         with self._lock:
-            for token in asked:
-                if token not in self._jobs:  # Released in the meantime.
+            for token in tokens:
+                if token not in self._jobs:  # Released meanwhile.
                     continue
                 if token in beat.held:
                     self._until[token] = sent + self._timing.lease
                 else:
                     self._lost.add(token)
-            self._untold -= {token for token, told in progress.items() if self._progress.get(token) is told}
+            self._unsent -= {
+                token for token, sent_values in progress.items() if self._progress.get(token) is sent_values
+            }
             self._cancelled |= beat.cancelled & self._jobs.keys()
             self.changes += 1
 
-    def _watch(self) -> None:
-        """Look for wishes to cancel between two heartbeats, without writing."""
+    def _check_cancelled(self) -> None:
         with self._lock:
-            asked = dict(self._jobs)
-        if not asked:
+            tokens = dict(self._jobs)
+        if not tokens:
             return
-        found = {job.token for job in self._queue.jobs(ids=list(asked.values())) if job.cancel_requested}
+        cancelled = {job.token for job in self._queue.jobs(ids=list(tokens.values())) if job.cancel_requested}
         with self._lock:
-            new = {token for token in asked if token in found and token in self._jobs} - self._cancelled
+            new = {token for token in tokens if token in cancelled and token in self._jobs} - self._cancelled
             if new:
                 self._cancelled |= new
                 self.changes += 1
 
 
-_STANDARD = (0, 1, 2)
+_STANDARD_STREAMS = (0, 1, 2)
 _POLL_S = 0.1
 
 
 class Stop:
-    """What the signals have said so far."""
+    """A request to stop: the first lets the child write a checkpoint, the second interrupts it."""
 
     def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
-        """Nothing was asked for yet; `on_first` is called at the first wish."""
         self._on_first = on_first
-        self.since: float | None = None
-        self.now = False
+        self.requested_at: float | None = None
+        self.immediate = False
         self.followers: list[Stop] = []
-        """Asked whenever this one is."""
+        """Requested together with this one."""
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether the work is to end."""
-        return self.since is not None
+        return self.requested_at is not None
 
-    def ask(self) -> None:
-        """Wish it once, or once more."""
-        if self.since is None:
-            self.since = time.monotonic()
+    def request(self) -> None:
+        """Request a stop, or an immediate one if already requested."""
+        if self.requested_at is None:
+            self.requested_at = time.monotonic()
             self._on_first()
         else:
-            self.now = True
+            self.immediate = True
         for follower in self.followers:
-            follower.ask()
+            follower.request()
 
     def wait(self, seconds: float) -> None:
         """Return after so many seconds, or when a stop is requested."""
         deadline = time.monotonic() + seconds
-        while not self.asked and time.monotonic() < deadline:
+        while not self.requested and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take SIGINT, SIGTERM and SIGHUP (unless `nohup` has it ignored) for wishes while the block runs.
-
-        Only in a main thread.
-        """
-        terminals = [descriptor for descriptor in _STANDARD if os.isatty(descriptor)]
+        """Turn SIGINT, SIGTERM and SIGHUP (unless ignored, as under `nohup`) into requests. Main thread only."""
+        terminals = [descriptor for descriptor in _STANDARD_STREAMS if os.isatty(descriptor)]
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self.ask()
+            self.request()
 
         def on_hangup(number: int, frame: FrameType | None) -> None:
-            # What is still said to a terminal that is gone would be an error, and end the work.
-            nowhere = os.open(os.devnull, os.O_RDWR)
+            # Writing to a closed terminal would raise and end the work.
+            devnull = os.open(os.devnull, os.O_RDWR)
             for descriptor in terminals:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
-            # The shell and the kernel both tell.
-            if not self.asked:
-                self.ask()
+                os.dup2(devnull, descriptor)
+            os.close(devnull)
+            # Both the shell and the kernel send SIGHUP.
+            if not self.requested:
+                self.request()
 
         handlers = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal}
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             handlers[signal.SIGHUP] = on_hangup
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -1,7 +1,4 @@
-"""What a child process reports to a person: events on the pipe to its parent, which shows them.
-
-See `rankwise.worker.protocol` for the events.
-"""
+"""A child's output and log records as events to its parent, which shows them; see `rankwise.worker.protocol`."""
 
 from __future__ import annotations
 
@@ -25,48 +22,47 @@ _FIELDS = ("job", "attempt", "arm", "step")
 
 
 class RemoteReporter(Reporter):
-    """The child's end: reports become events for the parent, which shows them."""
+    """The child's end: reports become events; what rich draws fits the parent's console."""
 
     def __init__(self, emit: Callable[[Message], Any], *, width: int, terminal: bool) -> None:
-        """Report through `emit`; what rich draws fits a console of this width, coloured for a terminal."""
         self._emit = emit
         self._width = width
         self._terminal = terminal
         self._ids = itertools.count()
 
     def line(self, kind: Kind, text: str) -> None:
-        """One line of a kind."""
+        """See `Reporter.line`."""
         self._emit({"event": "line", "kind": kind, "text": text})
 
     def show(self, renderable: Any) -> None:
-        """Something that rich can draw."""
-        drawn = io.StringIO()
-        console = Console(file=drawn, force_terminal=self._terminal, width=self._width, highlight=False)
+        """See `Reporter.show`."""
+        rendered = io.StringIO()
+        console = Console(file=rendered, force_terminal=self._terminal, width=self._width, highlight=False)
         console.print(renderable)
-        self._emit({"event": "show", "text": drawn.getvalue().rstrip("\n")})
+        self._emit({"event": "show", "text": rendered.getvalue().rstrip("\n")})
 
     @contextmanager
-    def noted(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
-        """A task with a changing remark at its end; movements are gathered, a few go out a second."""
+    def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
+        """See `Reporter.task_with_remark`. Sends a few events per second, with accumulated progress."""
         number = next(self._ids)
         self._emit({"event": "task", "id": number, "description": description, "total": total, "unit": unit})
-        moved, remark, last = 0, "", time.monotonic()
+        unsent, remark, last = 0, "", time.monotonic()
 
         def flush(*, always: bool = False) -> None:
-            nonlocal moved, remark, last
+            nonlocal unsent, remark, last
             if not always and time.monotonic() - last < _PROGRESS_EVERY_S:
                 return
             last = time.monotonic()
-            if moved:
-                self._emit({"event": "advance", "id": number, "amount": moved})
-                moved = 0
+            if unsent:
+                self._emit({"event": "advance", "id": number, "amount": unsent})
+                unsent = 0
             if remark:
                 self._emit({"event": "note", "id": number, "text": remark})
                 remark = ""
 
         def advance(amount: int) -> None:
-            nonlocal moved
-            moved += amount
+            nonlocal unsent
+            unsent += amount
             flush()
 
         def note(text: str) -> None:
@@ -82,15 +78,14 @@ class RemoteReporter(Reporter):
 
 
 class RemoteLog(logging.Handler):
-    """Hands log records to the parent, which writes them."""
+    """Sends log records to the parent."""
 
     def __init__(self, emit: Callable[[Message], Any], *, level: str = "WARNING") -> None:
-        """Send records of this level and above through `emit`."""
         super().__init__(level)
         self._send = emit
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one record; an exception's traceback becomes part of its text."""
+        """Send one record; a traceback becomes part of its text."""
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
@@ -100,15 +95,14 @@ class RemoteLog(logging.Handler):
 
 
 class Relay:
-    """The parent's end: passes a child's events for people to a reporter."""
+    """The parent's end: events become reports."""
 
     def __init__(self, reporter: Reporter) -> None:
-        """Report through `reporter`."""
         self._reporter = reporter
         self._tasks: dict[int, tuple[ExitStack, Advance, Remark]] = {}
 
-    def take(self, message: Message) -> bool:
-        """Report an event; False for an event that is not for people."""
+    def handle(self, message: Message) -> bool:
+        """Report an event; False if it is not for the user."""
         match message["event"]:
             case "line":
                 self._reporter.line(message["kind"], message["text"])
@@ -117,7 +111,7 @@ class Relay:
             case "task":
                 stack = ExitStack()
                 advance, note = stack.enter_context(
-                    self._reporter.noted(message["description"], message["total"], message["unit"])
+                    self._reporter.task_with_remark(message["description"], message["total"], message["unit"])
                 )
                 self._tasks[message["id"]] = stack, advance, note
             case "advance":
@@ -132,8 +126,8 @@ class Relay:
                 return False
         return True
 
-    def end(self) -> None:
-        """Close the bars of a child that is gone."""
+    def close_tasks(self) -> None:
+        """Close the progress bars of a child that has ended."""
         for stack, _, _ in self._tasks.values():
             stack.close()
         self._tasks.clear()

@@ -75,7 +75,7 @@ def test_texts_are_shown_as_they_are(capsys, monkeypatch, text):
 def test_bars_show_texts_as_they_are():
     drawn = io.StringIO()
     console = Console(file=drawn, force_terminal=True, width=200, highlight=False)
-    with Bars(console) as bars, bars.noted("reading [/rows.csv]", 3, "rows") as (advance, remark):
+    with Bars(console) as bars, bars.task_with_remark("reading [/rows.csv]", 3, "rows") as (advance, remark):
         remark("loss [nan]")
         advance(1)
         bars._progress.refresh()

@@ -22,9 +22,9 @@ def test_a_log_gets_a_line_at_the_beginning_and_one_in_half_a_minute(clock):
     written = io.StringIO()
     with (
         Bars(Console(file=written, width=200)) as bars,
-        bars.noted("training", 60, "steps") as (advance, note),
-        bars.noted("pip download x", 2_500_000, "B") as (fetched, _),
-        bars.noted("waiting", None, "jobs") as (waited, _),
+        bars.task_with_remark("training", 60, "steps") as (advance, note),
+        bars.task_with_remark("pip download x", 2_500_000, "B") as (fetched, _),
+        bars.task_with_remark("waiting", None, "jobs") as (waited, _),
     ):
         for clock[0] in (1.0, 29.0, 31.0, 60.0, 62.0):
             advance(10)

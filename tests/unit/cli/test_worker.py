@@ -4,10 +4,9 @@ import pytest
 
 from rankwise.cli.main import cli
 from rankwise.cli.run import workers_beside
-from rankwise.worker import placers as gpus
-from rankwise.worker import placers as local_placer
+from rankwise.worker import local_placer
 from rankwise.worker.heartbeat import Stop
-from rankwise.worker.loop import Plan
+from rankwise.worker.loop import LoopOptions
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def placed(monkeypatch):
             return 130
 
     monkeypatch.setattr(local_placer, "LocalPlacer", Placer)
-    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    monkeypatch.setattr(local_placer.shutil, "which", lambda name: None)
     return given
 
 
@@ -53,9 +52,9 @@ def test_the_gpus_of_the_machine_are_taken_without_being_named(placed, monkeypat
 def test_a_worker_beside_a_run_is_told_which_sweep_is_not_its_own(monkeypatch):
     given = []
     monkeypatch.setattr("rankwise.cli.worker._work", lambda *values: given.extend(values))
-    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    monkeypatch.setattr(local_placer.shutil, "which", lambda name: None)
     invoke("--experiment", "e", "--watched", "run-1")
-    (plan,) = [value for value in given if isinstance(value, Plan)]
+    (plan,) = [value for value in given if isinstance(value, LoopOptions)]
     assert (plan.experiment, plan.watched, plan.drain) == ("e", "run-1", False)
 
 

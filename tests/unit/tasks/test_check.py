@@ -24,7 +24,7 @@ def test_modules_and_columns_that_are_not_there_are_all_told_before_the_base_is_
     settings = Settings.load()
     voice = Listener()
     with inline_worker(settings, voice) as loop, pytest.raises(ConfigError) as caught:
-        loop.ask(submission(definition))
+        loop.call(submission(definition))
     problems = str(caught.value).splitlines()
     assert len(problems) == 3
     assert problems[0].startswith("lora.target_modules: the base has no linear layer 'mlp.q_proj'")

@@ -12,7 +12,7 @@ from rankwise.exceptions import (
 )
 from rankwise.jobs.job import Outcome
 from rankwise.tasks.context import failure_of, outcome_of
-from rankwise.worker.child import as_exception
+from rankwise.worker.child_client import as_exception
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from rankwise.modeling.decoding.generation import Decoding
 from rankwise.settings import Settings
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.session import Stoppable
-from rankwise.worker.loop import Plan
+from rankwise.worker.loop import LoopOptions
 from rankwise.worker.relay import RemoteReporter
 
 ROWS = 11
@@ -98,7 +98,7 @@ def worker(world, listener=None):
 def drain(world):
     listener = Listener()
     with worker(world, listener) as loop:
-        loop.work(Plan(drain=True))
+        loop.work(LoopOptions(drain=True))
     return listener.told
 
 
@@ -184,9 +184,9 @@ def test_a_part_reads_none_of_the_rows_before_it_and_the_output_needs_all_of_the
     submit("--shards=2", rows, output)
     content = rows.read_text()
     with worker(world) as loop:
-        loop._round(Plan(max_arms=1))
+        loop._iterate(LoopOptions(max_arms=1))
         rows.write_text(content.replace("carat 0", "carat 9"))
-        loop.work(Plan(drain=True))
+        loop.work(LoopOptions(drain=True))
     first, second, join = jobs()
     assert (first.state, second.state, join.state) == (JobState.SUCCEEDED, JobState.SUCCEEDED, JobState.FAILED)
     assert "has changed since it was submitted (it was sha256:" in join.error
@@ -254,7 +254,7 @@ def test_a_worker_with_a_data_root_touches_nothing_outside_of_it(world, rows, tm
 def drain_once(world):
     """One attempt of the first job."""
     with worker(world) as loop:
-        loop._round(Plan(max_arms=1))
+        loop._iterate(LoopOptions(max_arms=1))
 
 
 def test_what_was_cut_off_goes_on_at_the_next_shard(world, rows, local, tmp_path, monkeypatch):

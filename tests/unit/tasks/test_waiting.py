@@ -25,7 +25,7 @@ def settings(tmp_path, monkeypatch):
 
 def ask(settings, *commands):
     with inline_worker(settings, Listener()) as loop:
-        return [loop.ask(command) for command in commands]
+        return [loop.call(command) for command in commands]
 
 
 def submission(ranks):

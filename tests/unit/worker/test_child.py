@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from rankwise.worker.child import ChildDiedError, ChildProcess, explain, tail
+from rankwise.worker.child import ChildDiedError, ChildProcess, explain_exit, log_tail
 
 # Light: no library is imported.
 PROGRAM = """
@@ -73,10 +73,8 @@ def test_a_line_that_death_cut_off_is_no_event_and_the_last_words_are_kept(child
     with pytest.raises(ChildDiedError) as death:
         answer(child)
     assert death.value.code == 3
-    text = explain(3, "train", child.log, killed_for_memory=False)
-    assert text == (
-        f"the worker's process ended with status 3 while it was at: train; its last words, in {child.log}:\nlast words"
-    )
+    text = explain_exit(3, "train", child.log, killed_for_memory=False)
+    assert text == (f"the worker process exited with status 3 during phase train; the end of {child.log}:\nlast words")
 
 
 def test_the_stacks_of_a_hung_child_are_kept(child):
@@ -153,22 +151,22 @@ time.sleep(100)
         (
             -9,
             True,
-            "out of memory: the kernel killed the worker's process while it was at: train; lower training.per_dev",
+            "out of memory: the kernel killed the worker process during phase train; lower training.per_dev",
         ),
         (
             -9,
             False,
-            "was killed (SIGKILL) while it was at: train; if nobody did that, it was for memory: lower training.",
+            "was killed (SIGKILL) during phase train; unless someone killed it, it ran out of memory: lower training.",
         ),
-        (-7, False, "crashed (SIGBUS) while it was at: train; it left no words in"),
-        (1, False, "ended with status 1 while it was at: train"),
+        (-7, False, "crashed (SIGBUS) during phase train; "),
+        (1, False, "exited with status 1 during phase train"),
     ],
 )
 def test_a_death_is_explained_with_what_can_be_done(tmp_path, code, killed_for_memory, said):
-    assert said in explain(code, "train", tmp_path / "none", killed_for_memory=killed_for_memory)
+    assert said in explain_exit(code, "train", tmp_path / "none", killed_for_memory=killed_for_memory)
 
 
 def test_only_the_end_of_a_long_log_is_kept(tmp_path):
     (tmp_path / "log").write_text("first\n" * 1000 + "last\n")
-    assert tail(tmp_path / "log", 20).endswith("last")
-    assert len(tail(tmp_path / "log", 20)) <= 20
+    assert log_tail(tmp_path / "log", 20).endswith("last")
+    assert len(log_tail(tmp_path / "log", 20)) <= 20

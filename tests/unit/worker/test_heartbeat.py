@@ -31,17 +31,17 @@ def claim(queue, count=1, lease=60.0):
 
 
 def beating(queue, jobs, timing=QUICK):
-    heart = Heartbeat(queue, timing, WORKER)
-    heart.hold(jobs, lease_clock())
-    return heart
+    heartbeat = Heartbeat(queue, timing, WORKER)
+    heartbeat.hold(jobs, lease_clock())
+    return heartbeat
 
 
 def test_a_claim_stays_alive_while_its_worker_computes(queue):
     jobs = claim(queue, lease=0.6)
-    with beating(queue, jobs, replace(QUICK, lease=0.6)) as heart:
+    with beating(queue, jobs, replace(QUICK, lease=0.6)) as heartbeat:
         time.sleep(0.9)
         assert queue.reclaim() == []
-        assert heart.confirmed(jobs[0].token)
+        assert heartbeat.confirmed(jobs[0].token)
     assert queue.holds(jobs[0].token)
 
 
@@ -49,44 +49,44 @@ def test_a_lost_claim_is_noticed(queue):
     lost, _ = claim(queue, 2, lease=-1)
     queue.reclaim()
     (again, _) = queue.claim(WORKER, lease=60, max_arms=2)
-    with beating(queue, [lost, again]) as heart:
-        until(lambda: not heart.holds(lost.token))
-        assert heart.holds(again.token)
-        assert heart.news()["lost"] == [lost.token]
+    with beating(queue, [lost, again]) as heartbeat:
+        until(lambda: not heartbeat.holds(lost.token))
+        assert heartbeat.holds(again.token)
+        assert heartbeat.status_message()["lost"] == [lost.token]
 
 
 def test_a_wish_to_cancel_arrives_without_a_heartbeat(queue):
     first, second = claim(queue, 2)
-    with beating(queue, [first, second], replace(QUICK, beat=100.0)) as heart:
-        before = heart.changes
+    with beating(queue, [first, second], replace(QUICK, beat=100.0)) as heartbeat:
+        before = heartbeat.changes
         queue.cancel([first.id])
-        until(lambda: heart.cancelled(first.token))
-        assert not heart.cancelled(second.token)
-        assert heart.changes == before + 1
+        until(lambda: heartbeat.cancelled(first.token))
+        assert not heartbeat.cancelled(second.token)
+        assert heartbeat.changes == before + 1
 
 
 def test_a_finished_job_is_not_taken_for_a_lost_one(queue):
     first, second = claim(queue, 2)
-    with beating(queue, [first, second]) as heart:
+    with beating(queue, [first, second]) as heartbeat:
         queue.finish(first.token, Outcome.SUCCEEDED)
-        heart.release(first.token)
+        heartbeat.release(first.token)
         time.sleep(0.05)
-        assert heart.news()["lost"] == []
-        assert heart.news()["until"].keys() == {second.token}
+        assert heartbeat.status_message()["lost"] == []
+        assert heartbeat.status_message()["until"].keys() == {second.token}
 
 
 def test_progress_travels_with_the_heartbeat(queue):
     (job,) = claim(queue)
-    with beating(queue, [job]) as heart:
-        heart.note(job.token, {"step": 3})
-        heart.note(job.token, {"checkpoint": 2})
+    with beating(queue, [job]) as heartbeat:
+        heartbeat.add_progress(job.token, {"step": 3})
+        heartbeat.add_progress(job.token, {"checkpoint": 2})
         until(lambda: queue.attempts(job.id)[0].progress == {"step": 3, "checkpoint": 2})
 
 
 def test_a_job_that_says_nothing_new_is_seen_to_be_silent(queue):
     (job,) = claim(queue)
-    with beating(queue, [job]) as heart:
-        heart.note(job.token, {"step": 3})
+    with beating(queue, [job]) as heartbeat:
+        heartbeat.add_progress(job.token, {"step": 3})
         until(lambda: queue.attempts(job.id)[0].progress_at)
         heard = queue.attempts(job.id)[0]
         until(lambda: queue.attempts(job.id)[0].lease_until > heard.lease_until + 0.1)
@@ -95,12 +95,12 @@ def test_a_job_that_says_nothing_new_is_seen_to_be_silent(queue):
 
 def test_after_the_machine_has_slept_for_longer_than_the_lease_nothing_is_certain(queue, monkeypatch):
     (job,) = claim(queue)
-    heart = beating(queue, [job])
-    assert heart.confirmed(job.token)
+    heartbeat = beating(queue, [job])
+    assert heartbeat.confirmed(job.token)
     real = time.clock_gettime
     slept = {time.CLOCK_BOOTTIME: 61.0}  # The clocks that count it; `monotonic` does not (clock_gettime(2)).
     monkeypatch.setattr("time.clock_gettime", lambda clock: real(clock) + slept.get(clock, 0.0))
-    assert not heart.confirmed(job.token)
+    assert not heartbeat.confirmed(job.token)
 
 
 def test_what_breaks_one_beat_does_not_end_the_heart(queue, caplog):
@@ -113,13 +113,13 @@ def test_what_breaks_one_beat_does_not_end_the_heart(queue, caplog):
             raise AttributeError("a bug")
         return {}
 
-    heart = Heartbeat(queue, replace(QUICK, lease=0.6, announce=0.05), WORKER, info)
-    heart.hold([job], lease_clock())
-    with heart:
+    heartbeat = Heartbeat(queue, replace(QUICK, lease=0.6, announce=0.05), WORKER, info)
+    heartbeat.hold([job], lease_clock())
+    with heartbeat:
         until(lambda: len(said) > 3)
         assert "AttributeError: a bug" in caplog.text
         time.sleep(0.6)
-        assert heart.confirmed(job.token)
+        assert heartbeat.confirmed(job.token)
 
 
 def test_an_outage_of_the_database_loses_nothing_until_the_lease_is_over(queue, monkeypatch, caplog):
@@ -134,13 +134,13 @@ def test_an_outage_of_the_database_loses_nothing_until_the_lease_is_over(queue, 
         return real(*arguments, **named)
 
     monkeypatch.setattr(queue, "beat", beat)
-    with beating(queue, [job], replace(QUICK, lease=0.3)) as heart:
+    with beating(queue, [job], replace(QUICK, lease=0.3)) as heartbeat:
         until(lambda: "no heartbeat: away" in caplog.text)
-        assert heart.confirmed(job.token)
-        until(lambda: not heart.confirmed(job.token))
-        assert heart.holds(job.token), "nobody has taken it, as far as is known"
+        assert heartbeat.confirmed(job.token)
+        until(lambda: not heartbeat.confirmed(job.token))
+        assert heartbeat.holds(job.token), "nobody has taken it, as far as is known"
         away.clear()
-        until(lambda: heart.confirmed(job.token))
+        until(lambda: heartbeat.confirmed(job.token))
 
 
 def test_a_worker_is_listed_while_it_lives(queue):

@@ -9,14 +9,14 @@ import pytest
 
 from rankwise.jobs.job import JobKind, NewJob
 from rankwise.jobs.store import JobStore
-from rankwise.worker.placers import host, this_worker
+from rankwise.worker.local_placer import host_name, this_worker
 
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c"]
 CLAIM = """
 import sys
 from pathlib import Path
 from rankwise.jobs.store import JobStore
-from rankwise.worker.placers import this_worker
+from rankwise.worker.local_placer import this_worker
 store = JobStore(sys.argv[1], lock=Path(sys.argv[2]))
 (job,) = store.claim(this_worker(), lease=600)
 print(this_worker().host)
@@ -29,7 +29,7 @@ print(this_worker().host)
 def test_the_name_of_a_machine_is_its_own_and_that_of_a_container_has_a_number(monkeypatch, link, found):
     monkeypatch.setattr("socket.gethostname", lambda: "gpu-1")
     monkeypatch.setattr("os.readlink", lambda path: link)
-    assert host() == found
+    assert host_name() == found
     assert this_worker().name == f"{found}:{os.getpid()}"
 
 
@@ -41,6 +41,6 @@ def test_a_claim_of_another_container_of_the_same_name_is_left_alone(tmp_path):
     store.submit([NewJob(kind=JobKind.TRAIN, experiment="e", spec_hash="a", spec={})])
     done = subprocess.run([*CONTAINER, CLAIM, url, str(tmp_path / "lock")], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(os.uname().nodename)
-    assert store.reclaim(host=host(), alive=[os.getpid()]) == []
+    assert store.reclaim(host=host_name(), alive=[os.getpid()]) == []
     assert store.reclaim(host=done.stdout.strip(), alive=[]) != [], "its own place sees that the process has ended"
     store.close()

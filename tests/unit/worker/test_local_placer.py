@@ -1,4 +1,4 @@
-"""The placer with small programs in place of workers: what it starts, restarts, stops and leaves behind."""
+"""The placer with small programs in slot of workers: what it starts, restarts, stops and leaves behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import psutil
 import pytest
 from helpers.waiting import until
 
+from rankwise.worker import local_placer
 from rankwise.worker.heartbeat import Stop
-from rankwise.worker.placers import LocalPlacer, Patience
+from rankwise.worker.local_placer import LocalPlacer, RestartPolicy, listed_gpus, visible_gpus
 
 # Notes its GPU and its process, and ends at the first SIGTERM.
 STAYS = (
@@ -38,7 +39,7 @@ def placer(code, *arguments, gpus, said, stop=None, **options):
         environment=dict(os.environ),
         stop=stop or Stop(),
         say=said.append,
-        patience=Patience(crashes=3, pause=0.01),
+        restarts=RestartPolicy(max_crashes=3, first_delay=0.01),
         **options,
     )
 
@@ -48,7 +49,7 @@ def test_each_gpu_gets_a_worker_and_all_end_when_asked(tmp_path, said):
 
     def ask():
         until(lambda: len(said) == 2)
-        stop.ask()
+        stop.request()
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -74,8 +75,8 @@ def test_a_worker_that_crashes_is_started_again_and_given_up_in_the_end(tmp_path
     )
     assert placer(code, tmp_path, gpus=["0", "1"], said=said).run() == 128 + signal.SIGSEGV
     assert len(list(tmp_path.iterdir())) == 3 + 1
-    assert said[-1] == "[0] the worker ended with status 139 3 times: given up"
-    assert said[0] == "[0] the worker ended with status 139; it is started again in 0 s"
+    assert said[-1] == "[0] the worker ended with status 139 3 times and is not restarted"
+    assert said[0] == "[0] the worker ended with status 139; restarting it in 0 s"
 
 
 @pytest.mark.parametrize(("code", "drain", "starts"), [(1, True, 1), (2, False, 1), (130, False, 1), (1, False, 3)])
@@ -88,7 +89,7 @@ def test_only_a_crash_is_tried_again(tmp_path, said, code, drain, starts):
 # A placer in a process of its own, which a test can kill.
 RUNS = (
     "import os, sys\n"
-    "from rankwise.worker.placers import LocalPlacer\n"
+    "from rankwise.worker.local_placer import LocalPlacer\n"
     "from rankwise.worker.heartbeat import Stop\n"
     f"command = [sys.executable, '-SEc', {STAYS!r}, sys.argv[1]]\n"
     "LocalPlacer(command, ['0'], environment=dict(os.environ), stop=Stop(), say=print, grace=5).run()\n"
@@ -102,3 +103,26 @@ def test_workers_do_not_outlive_a_killed_placer(tmp_path):
     process.kill()
     process.wait()
     until(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [("0,1", ("0", "1")), (" GPU-a , GPU-b", ("GPU-a", "GPU-b")), ("", ()), ("-1", ()), ("0,-1,1", ("0",))],
+)
+def test_what_the_environment_says_counts(said, names):
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": said}) == names
+
+
+def test_the_list_of_the_driver_is_read_with_divided_gpus():
+    text = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)
+  MIG 3g.40gb     Device  0: (UUID: MIG-a)
+  MIG 3g.40gb     Device  1: (UUID: MIG-b)
+"""
+    assert listed_gpus(text) == ("GPU-1", "MIG-a", "MIG-b")
+    assert listed_gpus("No devices found.\n") == ()
+
+
+def test_a_machine_without_the_driver_has_none(monkeypatch):
+    monkeypatch.setattr(local_placer.shutil, "which", lambda name: None)
+    assert visible_gpus({}) == ()

@@ -9,8 +9,8 @@ from rankwise.exceptions import JobStoreError, StorageError, TrackingError
 from rankwise.jobs.job import JobKind, JobState, Limits, NewJob, Outcome, Worker
 from rankwise.jobs.store import JobStore
 from rankwise.worker.heartbeat import Stop, Timing, lease_clock
-from rankwise.worker.loop import Plan, WorkerLoop
-from rankwise.worker.protocol import Results
+from rankwise.worker.loop import LoopOptions, WorkerLoop
+from rankwise.worker.protocol import ResultFiles
 
 ME = Worker(name="me", host="here", pid=1)
 TIMING = Timing(
@@ -41,8 +41,8 @@ def bench(queue, tmp_path, monkeypatch):
 class Bench:
     def __init__(self, queue, directory):
         self.queue = queue
-        self.results = Results(directory / "results")
-        self.voice = Listener()
+        self.results = ResultFiles(directory / "results")
+        self.reporter = Listener()
         self.stop = Stop()
         self.children = []
         self.log = directory / "child.log"
@@ -58,12 +58,12 @@ class Bench:
             worker=ME,
             spawn=spawn or start,
             results=self.results,
-            voice=self.voice,
+            reporter=self.reporter,
             stop=self.stop,
             timing=timing,
             note=lambda job, event, more: self.notes.append((job.id, job.attempts, event, more)),
         ) as loop:
-            return loop.work(plan or Plan(drain=True))
+            return loop.work(plan or LoopOptions(drain=True))
 
     def states(self):
         return {each.spec_hash: each.state for each in self.queue.jobs()}
@@ -132,7 +132,7 @@ def test_every_pack_is_followed_by_what_comes_of_it_and_new_jobs_join_those_watc
             return
         yield from succeed(bench)(child, command)
 
-    jobs = bench.work(script, Plan(among=frozenset([first.id])))
+    jobs = bench.work(script, LoopOptions(among=frozenset([first.id])))
     assert jobs == {first.id, other.id + 1}
     assert bench.states() == {"a": "succeeded", "other": "queued", "proposed": "succeeded"}
     assert all(not each["complete"] for each in bench.children[0].commands("settle"))
@@ -160,11 +160,11 @@ def test_a_child_that_dies_costs_a_failure_and_the_others_are_tried_without_the_
     bench.work(script)
     assert bench.states() == {"good": "succeeded", "poison": "failed"}
     assert bench.packs() == [["good", "poison"]] * 2 + [["good"], ["poison"]]
-    said = bench.voice.texts("fail")
-    assert said.count("job 2 (train poison), tried again in 0 s: the worker's process crashed") == 2
-    assert said.count("job 2 (train poison), for good: the worker's process crashed (SIGSEGV)") == 1
+    said = bench.reporter.texts("fail")
+    assert said.count("job 2 (train poison), retried in 0 s: the worker process crashed") == 2
+    assert said.count("job 2 (train poison), not retried: the worker process crashed (SIGSEGV)") == 1
     error = bench.queue.get(2).error
-    assert "crashed (SIGSEGV) while it was at: " in error
+    assert "crashed (SIGSEGV) during phase " in error
     assert error.endswith("Segmentation fault")
 
 
@@ -199,7 +199,7 @@ def test_a_hung_child_is_killed_after_its_stacks_were_kept(bench):
     assert bench.children[0].acts == ["stacks", "kill"]
     (first, second) = bench.queue.attempts(1)
     assert (first.outcome, second.outcome) == ("failed", "succeeded")
-    assert "no sign of life for 0 s at: tokenize; the stacks of its threads are in" in first.error
+    assert "no message for 0 s during phase tokenize; its thread stacks are in" in first.error
 
 
 def test_an_environment_at_fault_ends_what_is_watched_and_blames_no_job(bench):
@@ -212,7 +212,7 @@ def test_an_environment_at_fault_ends_what_is_watched_and_blames_no_job(bench):
         }  # fmt: skip
 
     with pytest.raises(StorageError, match="the disk is full"):
-        bench.work(script, Plan(drain=True, fragile=True))
+        bench.work(script, LoopOptions(drain=True, fail_on_outage=True))
     after = bench.queue.get(1)
     assert (after.state, after.failures, after.preemptions, after.error) == ("queued", 0, 1, "the disk is full")
 
@@ -233,7 +233,7 @@ def test_nobody_watches_a_worker_so_it_waits_for_the_environment(bench):
     bench.work(script)
     assert bench.states() == {"a": "succeeded"}
     assert bench.queue.get(1).failures == 0
-    assert "away; trying again in" in bench.voice.texts("warn")
+    assert "away; retrying in" in bench.reporter.texts("warn")
 
 
 AWAY = {
@@ -257,7 +257,7 @@ def test_what_follows_from_ended_jobs_is_tried_again_when_the_tracking_server_is
     assert settles[0] == ([1], True)
     assert settles[4] == ([1, 2], True), "both, and what an earlier worker has left"
     assert len(settles) == 5, "and then it is done"
-    assert bench.voice.texts("warn").count("away") <= 2, "said when the jobs have ended, and not at every try"
+    assert bench.reporter.texts("warn").count("away") <= 2, "said when the jobs have ended, and not at every try"
 
 
 def test_a_worker_that_is_to_end_does_not_wait_for_the_tracking_server_for_ever(bench):
@@ -272,14 +272,14 @@ def test_a_bug_in_what_follows_is_told_once_and_not_tried_again(bench):
     bug = {**AWAY, "type": "KeyError", "text": "'x'", "environment": False}
     bench.work(succeed(bench, settled=bug))
     assert len(bench.children[0].commands("settle")) == 1
-    assert bench.voice.texts("warn") == "after job 1 (train a): 'x'"
+    assert bench.reporter.texts("warn") == "after job 1 (train a): 'x'"
 
 
 def test_the_first_wish_to_stop_is_passed_on_and_the_jobs_come_back(bench):
     bench.queue.submit([job("a"), job("later", pack_key="q")])
 
     def script(child, command):
-        bench.stop.ask()
+        bench.stop.request()
         while not child.commands("stop"):
             yield None
         yield reports(bench.results, command["jobs"][0], Outcome.PREEMPTED)
@@ -297,7 +297,7 @@ def test_a_pack_that_is_stopped_goes_back_whole_whoever_waits_for_work(bench):
     other, taken = replace(ME, name="other"), []
 
     def script(child, command):
-        bench.stop.ask()
+        bench.stop.request()
         for each in command["jobs"]:
             yield reports(bench.results, each, Outcome.PREEMPTED)
             taken.extend(bench.queue.claim(other, lease=60, max_arms=16))
@@ -314,9 +314,9 @@ def test_a_second_wish_or_the_end_of_the_grace_ends_the_child_at_once(bench, how
     bench.queue.submit([job("a")])
 
     def script(child, command):
-        bench.stop.ask()
+        bench.stop.request()
         if how == "twice":
-            bench.stop.ask()
+            bench.stop.request()
         while True:
             time.sleep(0.01)
             yield None
@@ -366,7 +366,7 @@ def test_what_another_worker_has_taken_over_is_not_finished(bench):
 
     bench.work(script)
     assert bench.queue.get(1).result == {"by": "owner"}
-    assert "taken over by another worker; nothing of this attempt counts" in bench.voice.texts("warn")
+    assert "taken over by another worker; this attempt is discarded" in bench.reporter.texts("warn")
 
 
 def test_an_outage_of_the_queue_shorter_than_the_lease_costs_nothing(bench, monkeypatch):
@@ -380,7 +380,7 @@ def test_an_outage_of_the_queue_shorter_than_the_lease_costs_nothing(bench, monk
         return real(*arguments, **named)
 
     monkeypatch.setattr(bench.queue, "finish", finish)
-    monkeypatch.setattr("rankwise.worker.job_runner._AGAIN_S", 0.01)
+    monkeypatch.setattr("rankwise.worker.job_runner._RETRY_S", 0.01)
     bench.work(succeed(bench))
     assert bench.states() == {"a": "succeeded"}
     assert len(calls) == 3
@@ -393,7 +393,7 @@ def test_what_was_claimed_just_before_an_outage_is_done(bench, monkeypatch):
 
     def away():
         looks.append(None)
-        bench.stop.ask()  # Nothing else would end a loop whose claim nobody does.
+        bench.stop.request()  # Nothing else would end a loop whose claim nobody does.
         raise JobStoreError("away")
 
     def script(child, command):
@@ -420,7 +420,7 @@ def test_a_disk_too_full_to_start_a_child_is_waited_for(bench):
     bench.work(succeed(bench), spawn=spawn)
     after = bench.queue.get(1)
     assert (after.state, after.failures, after.lost) == ("succeeded", 0, 0)
-    assert "the disk is full; trying again in" in bench.voice.texts("warn")
+    assert "the disk is full; retrying in" in bench.reporter.texts("warn")
 
 
 def test_what_waits_for_the_tracking_server_is_held_and_published_later_without_training(bench):
@@ -514,7 +514,7 @@ def test_held_jobs_without_mates_are_settled_by_whoever_is_idle(bench):
     assert bench.packs() == [["a"], ["a"]]
 
 
-@pytest.mark.parametrize("plan", [Plan(drain=True), Plan()])
+@pytest.mark.parametrize("plan", [LoopOptions(drain=True), LoopOptions()])
 def test_a_lost_decision_is_made_although_evaluations_wait_for_it(bench, plan):
     (train,) = bench.queue.submit([job("a")])
     bench.queue.submit([job("b", kind=JobKind.EVALUATE, after=(train.id,))])
@@ -526,7 +526,7 @@ def test_a_lost_decision_is_made_although_evaluations_wait_for_it(bench, plan):
             if command["jobs"] == [train.id]:
                 bench.queue.settle([train.id], {})
             if set(bench.states().values()) == {JobState.SUCCEEDED}:
-                bench.stop.ask()
+                bench.stop.request()
             yield SETTLED
             return
         yield from succeed(bench)(child, command)
@@ -554,7 +554,7 @@ def test_a_run_goes_on_with_what_another_worker_has_proposed(bench):
 
     thread = threading.Timer(0.3, other_worker)
     thread.start()
-    jobs = bench.work(script, Plan(among=frozenset([first.id])))
+    jobs = bench.work(script, LoopOptions(among=frozenset([first.id])))
     thread.join()
     assert jobs == {first.id, proposed[0].id}
     assert bench.states() == {"a": "succeeded", "b": "succeeded"}
@@ -575,7 +575,7 @@ def test_a_run_goes_on_although_another_worker_ended_the_last_job_while_what_fol
             return
         yield from succeed(bench)(child, command)
 
-    jobs = bench.work(script, Plan(among=frozenset([first.id, second.id])))
+    jobs = bench.work(script, LoopOptions(among=frozenset([first.id, second.id])))
     assert jobs == {first.id, second.id, *(each.id for each in proposed)}
     assert bench.states() == {"a": "succeeded", "b": "succeeded", "c": "succeeded"}
     assert len(bench.children[0].commands("settle")) == 3, "what nobody else has changed is not settled again"
@@ -586,12 +586,12 @@ def test_a_worker_beside_a_run_finishes_all_sweeps_but_the_one_of_that_run(bench
 
     def script(child, command):
         if command["do"] == "settle":
-            bench.stop.ask()
+            bench.stop.request()
             yield SETTLED
             return
         yield from succeed(bench)(child, command)
 
-    bench.work(script, Plan(experiment="e", watched="run-1"))
+    bench.work(script, LoopOptions(experiment="e", watched="run-1"))
     (settled,) = bench.children[0].commands("settle")
     assert (settled["complete"], settled["watched"]) == (True, "run-1")
 
@@ -624,11 +624,11 @@ def test_a_worker_that_is_not_drained_waits_for_more(bench):
 
     def script(child, command):
         if command["do"] == "settle":
-            bench.stop.ask()
+            bench.stop.request()
             yield SETTLED
             return
         yield from succeed(bench)(child, command)
 
     thread.start()
-    bench.work(script, Plan())
+    bench.work(script, LoopOptions())
     assert bench.states() == {"late": "succeeded"}

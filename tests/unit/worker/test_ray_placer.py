@@ -10,8 +10,7 @@ import pytest
 from rankwise.cli.worker import passed_on, refuse_unshared
 from rankwise.exceptions import ClusterError
 from rankwise.settings import Settings
-from rankwise.worker.placers import Demand, Node, Placed
-from rankwise.worker.ray import RayPlacer, connect
+from rankwise.worker.ray_placer import ClusterNode, RayPlacer, RayWorker, WorkerResources, connect
 
 
 class RayError(Exception):
@@ -73,7 +72,7 @@ class Ray:
 
 def test_workers_are_actors_that_ray_never_starts_again():
     ray = Ray()
-    placed = RayPlacer(ray).start(2, Demand(gpus=1, cpus=2), environment={"A": "b"}, command=["x"], grace=5)
+    placed = RayPlacer(ray).start(2, WorkerResources(gpus=1, cpus=2), environment={"A": "b"}, command=["x"], grace=5)
     assert [(worker.state, worker.pid) for worker in placed] == [("running", 100), ("running", 101)]
     for handle in ray.made:
         assert handle.options.items() >= {
@@ -85,48 +84,48 @@ def test_workers_are_actors_that_ray_never_starts_again():
 
 def test_a_worker_on_a_node_without_a_gpu_sees_none():
     ray = Ray(gpus=0)
-    RayPlacer(ray).start(1, Demand(gpus=0), environment={}, command=["x"])
+    RayPlacer(ray).start(1, WorkerResources(gpus=0), environment={}, command=["x"])
     assert ray.made[0].given[1] == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_what_no_node_can_hold_is_said_at_once():
     ray = Ray(gpus=0)
     with pytest.raises(
-        ClusterError, match=r"no node can hold a worker that asks for 1 GPU and 1 CPU: there are one \("
+        ClusterError, match=r"no node can run a worker that needs 1 GPU and 1 CPU: the nodes are one \("
     ):
-        RayPlacer(ray).start(2, Demand(), environment={})
+        RayPlacer(ray).start(2, WorkerResources(), environment={})
     assert ray.made == []
 
 
 def test_what_has_no_place_in_time_is_said_and_given_up():
     ray = Ray(room=1)
     with pytest.raises(ClusterError) as raised:
-        RayPlacer(ray).start(3, Demand(), environment={}, timeout=60)
+        RayPlacer(ray).start(3, WorkerResources(), environment={}, timeout=60)
     first, second = str(raised.value).splitlines()
     assert first.startswith(
-        "2 of 3 workers have no place after 60 s: each asks for 1 GPU and 1 CPU, free are 0 GPU and 2"
+        "2 of 3 workers were not placed within 60 s: each needs 1 GPU and 1 CPU, free are 0 GPU and 2"
     )
-    assert second == "1 workers were placed and stay"
+    assert second == "1 workers were placed and keep running"
     assert ray.killed == [1, 2]
 
 
 def test_a_node_without_rankwise_is_said():
     with pytest.raises(ClusterError, match="a worker could not be started: ModuleNotFoundError: No module named"):
-        RayPlacer(Ray(broken=[0])).start(1, Demand(), environment={})
+        RayPlacer(Ray(broken=[0])).start(1, WorkerResources(), environment={})
 
 
 def test_a_worker_that_does_not_answer_is_pending():
     ray = Ray()
     placer = RayPlacer(ray)
-    placer.start(1, Demand(), environment={})
+    placer.start(1, WorkerResources(), environment={})
     ray.room = 0
-    assert placer.workers() == [Placed(name=ray.made[0].options["name"], state="pending")]
+    assert placer.workers() == [RayWorker(name=ray.made[0].options["name"], state="pending")]
 
 
 @pytest.mark.parametrize(
     ("address", "environment", "problem"),
     [
-        ("ray://head:10001", {"RAY_AUTH_MODE": "token"}, "client protocol is not used"),
+        ("ray://head:10001", {"RAY_AUTH_MODE": "token"}, "client protocol is not supported"),
         ("10.0.0.1:6379", {}, "RAY_AUTH_MODE is not `token`"),
         ("10.0.0.1:6379", {"RAY_AUTH_MODE": "disabled"}, "--insecure"),
     ],
@@ -148,8 +147,8 @@ def test_without_ray_the_extra_is_named(monkeypatch, address, environment, insec
         pass
 
 
-HERE = Node(node_id="a", address="127.0.0.1", host="here", cpus=1, gpus=0)
-THERE = Node(node_id="b", address="203.0.113.9", host="there", cpus=1, gpus=0)
+HERE = ClusterNode(node_id="a", address="127.0.0.1", host="here", cpus=1, gpus=0)
+THERE = ClusterNode(node_id="b", address="203.0.113.9", host="there", cpus=1, gpus=0)
 SHARED = {"RANKWISE_DATABASE_URL": "postgresql://me:secret@db/q", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
 
 

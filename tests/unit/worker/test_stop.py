@@ -22,14 +22,14 @@ console = Console(stderr=True)
 stop = Stop(lambda: console.print("stopping after this step"))
 with stop.on_signals(), Bars(console) as bars, bars.task("training", None) as advance:
     bars.say("ready")
-    while not stop.asked:
+    while not stop.requested:
         advance(1)
         time.sleep(0.02)
     for step in range(20):
         bars.say("writing a checkpoint")
         time.sleep(0.02)
 with open(sys.argv[1], "w") as file:
-    file.write(f"kept, {'at once' if stop.now else 'in peace'}")
+    file.write(f"kept, {'at once' if stop.immediate else 'in peace'}")
 """
 
 
