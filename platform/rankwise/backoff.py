@@ -1,4 +1,4 @@
-"""Waiting between tries of something that fails: longer after each failure, up to a limit."""
+"""Exponential backoff: the delay between retries, up to a limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def delay_after(failures: int, *, first: float, longest: float, factor: float = 2.0) -> float:
-    """Seconds to wait after a number of failures in a row (1 or more)."""
+    """Seconds to wait after a number of consecutive failures (1 or more)."""
     delay = first
     for _ in range(failures - 1):
         if delay >= longest:
@@ -18,7 +18,15 @@ def delay_after(failures: int, *, first: float, longest: float, factor: float = 
 
 
 class Backoff:
-    """The delay before the next try of something, and how long it has been failing."""
+    """The delay before the next retry of something, and how long it has been failing.
+
+    Args:
+        first: Seconds to wait after the first failure.
+        longest: The longest delay.
+        factor: Growth of the delay with each failure.
+        give_up_after: Seconds of failure until `is_exhausted`.
+        clock: Returns the time in seconds.
+    """
 
     def __init__(
         self,
@@ -29,15 +37,6 @@ class Backoff:
         give_up_after: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing has failed yet.
-
-        Args:
-            first: Seconds to wait after the first failure.
-            longest: The most seconds to wait.
-            factor: What the delay is multiplied with after each further failure.
-            give_up_after: Seconds after which `is_exhausted` says so.
-            clock: Gives the time in seconds.
-        """
         self._first = first
         self._longest = longest
         self._factor = factor
@@ -49,7 +48,7 @@ class Backoff:
 
     @property
     def delay(self) -> float:
-        """Seconds between the last failure and the next try; 0 while nothing fails."""
+        """Seconds between the last failure and the next retry; 0 if nothing fails."""
         if not self._failures:
             return 0.0
         return delay_after(self._failures, first=self._first, longest=self._longest, factor=self._factor)
@@ -61,7 +60,7 @@ class Backoff:
 
     @property
     def is_due(self) -> bool:
-        """Whether the delay after the last failure is over."""
+        """Whether the delay is over."""
         return self._clock() >= self._next
 
     @property
@@ -70,7 +69,7 @@ class Backoff:
         return self._since is not None and self._clock() - self._since > self._give_up_after
 
     def fail(self) -> float:
-        """Count a failure; the seconds to wait now."""
+        """Count a failure and return the delay."""
         self._failures += 1
         if self._since is None:
             self._since = self._clock()
@@ -78,9 +77,9 @@ class Backoff:
         return self.delay
 
     def restart(self) -> None:
-        """Begin the current delay anew."""
+        """Start the current delay again."""
         self._next = self._clock() + self.delay
 
     def reset(self) -> None:
-        """A try succeeded: the next failure counts as the first one."""
+        """Count a success."""
         self._failures, self._since, self._next = 0, None, -math.inf

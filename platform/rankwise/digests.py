@@ -1,8 +1,7 @@
-"""Digests of files, directories and values.
+"""SHA-256 digests of files, directories and values; those of files are cached in `digests.sqlite3`.
 
-A file counts as unchanged while device, inode, size, mtime and ctime are the same: ctime moves with every write and
-rename, and no ordinary program can set it back. The digest of an unchanged file is computed once on a machine and kept
-in `digests.sqlite3` in the cache.
+A file counts as unchanged while device, inode, size, mtime and ctime are the same. Every write and rename changes
+ctime, and ordinary programs cannot set it back.
 """
 
 from __future__ import annotations
@@ -27,26 +26,21 @@ logger = logging.getLogger(__name__)
 
 
 def content_digest(content: bytes) -> str:
-    """SHA-256 of the content: `sha256:` and 64 hex digits."""
+    """`sha256:` and 64 hex digits."""
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def canonical_json(value: Any, *, ascii_only: bool = False, allow_nan: bool = True) -> bytes:
-    """The value as JSON with sorted keys and no spaces: equal values give equal bytes.
+    """A value as JSON with sorted keys and no spaces: equal values give equal bytes.
 
     Stored digests depend on these bytes, so they must never change. A few older digests use `json.dumps` with other
-    separators and keep it.
-
-    Args:
-        value: What `json.dumps` accepts.
-        ascii_only: Escape characters outside of ASCII.
-        allow_nan: Write `NaN` and `Infinity`, which are not JSON, instead of raising `ValueError`.
+    separators. `NaN` and `Infinity`, which are not JSON, are written unless `allow_nan` is False.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=ascii_only, allow_nan=allow_nan)
     return text.encode()
 
 
-# Another process holds the database only for one row at a time; a longer wait means a hung file system.
+# Processes lock the database for one row at a time; a longer wait means a hung file system.
 _BUSY_SECONDS = 30.0
 
 _TABLE = """
@@ -58,24 +52,19 @@ CREATE TABLE IF NOT EXISTS digest (
 """
 
 
-class DigestMemo:
-    """A small SQLite file of digests, shared by all processes of a machine.
+class DigestCache:
+    """An SQLite file of digests, shared by all processes of a machine. Every call opens its own connection.
 
-    Each call opens and closes its own connection, so that threads and processes need nothing of each other. A memo
-    that cannot be written (a read-only cache) costs time, not correctness: it is logged, and files are hashed again.
+    If it cannot be written (a read-only cache), a warning is logged and files are hashed again. Raises `AssetError` if
+    it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        """Name the file; it is made by the first `remember`."""
         self.path = path
 
     def recall(self, stat: os.stat_result) -> str | None:
-        """The SHA-256 (64 hex digits) that was remembered for a file in exactly this state, or None.
-
-        Raises:
-            AssetError: The memo is damaged.
-        """
-        # An empty file is one that another thread or process is about to fill.
+        """The SHA-256 (64 hex digits) stored for a file in exactly this state, or None."""
+        # An empty file is just being created.
         if not self.path.exists() or not self.path.stat().st_size:
             return None
         with self._errors("read"), closing(self._connect(read_only=True)) as connection:
@@ -88,11 +77,7 @@ class DigestMemo:
         return None
 
     def remember(self, stat: os.stat_result, sha256: str) -> None:
-        """Remember the SHA-256 of a file that was in this state before and after it was read.
-
-        Raises:
-            AssetError: The memo is damaged.
-        """
+        """Store the SHA-256 of a file that was in this state before and after it was read."""
         with self._errors("written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection, connection:
@@ -118,10 +103,10 @@ class DigestMemo:
         try:
             yield
         except (sqlite3.OperationalError, OSError) as error:
-            logger.warning("the memo of digests %s could not be %s: %s", self.path, doing, error)
+            logger.warning("the cache of digests %s could not be %s: %s", self.path, doing, error)
         except sqlite3.DatabaseError as error:
             raise AssetError(
-                f"the memo of digests {self.path} is damaged ({error}); delete it, it is rebuilt"
+                f"the cache of digests {self.path} is damaged ({error}); delete it, and it is rebuilt"
             ) from error
 
 
@@ -130,32 +115,22 @@ def _signed(inode: int) -> int:
     return inode - (1 << 64) if inode >= 1 << 63 else inode
 
 
-# hashlib lets other threads run from 2 KiB on; at 4 MiB Python's share of the time is gone.
 _BLOCK = 4 << 20
-# A write in the same tick of the file system's clock leaves ctime as it is: what is younger is not remembered.
+# A write in the same tick of the file system's clock does not change ctime: younger files are not cached.
 _CLOCK_TICK_NS = 50_000_000
 _THREADS = 4
-# Below this a bar comes and goes within half a second on any disk.
+# Smaller files are hashed within half a second.
 _WORTH_A_BAR = 256 << 20
 
 
 def file_digest(path: Path, settings: Settings, *, verify: bool = False, progress: Reporter = SILENT) -> str:
-    """The digest of a file's content.
-
-    Args:
-        path: The file; a link counts as what it points to.
-        settings: Where the memo lies.
-        verify: Read the file anew, whatever was remembered.
-        progress: Told of the bytes read.
-
-    Returns:
-        `sha256:` and 64 hex digits.
+    """The digest of a file's content (`sha256:` and 64 hex digits), with links resolved. `verify` reads the file again.
 
     Raises:
-        AssetError: The file is missing, cannot be read, or changed while it was read.
+        AssetError: The file is missing or unreadable, or changed while it was read.
     """
     try:
-        remembered = None if verify else _memo(settings).recall(path.stat())
+        remembered = None if verify else _digest_cache(settings).recall(path.stat())
         if remembered is not None:
             return f"sha256:{remembered}"
         with hashing(path, settings) as sha256:
@@ -169,45 +144,33 @@ def file_digest(path: Path, settings: Settings, *, verify: bool = False, progres
 
 @contextmanager
 def hashing(path: Path, settings: Settings) -> Iterator[Any]:
-    """A SHA-256 object that the block feeds with the whole file; the digest is remembered afterwards.
+    """A SHA-256 object that the block feeds with the whole file; the digest is cached afterwards.
 
-    For callers that read the file anyway, so that nobody reads it a second time for its digest.
-
-    Raises:
-        AssetError: The file changed inside the block.
-        OSError: The file is missing.
+    For callers that read the file anyway. Raises `AssetError` if it changed inside the block.
     """
     sha256 = hashlib.sha256()
     before, started = path.stat(), time.time_ns()
     yield sha256
     if _state(before) != _state(path.stat()):
-        raise AssetError(f"{path} changed while it was read; try again when nothing writes to it any more")
+        raise AssetError(f"{path} changed while it was read; run again when nothing writes to it")
     if before.st_ctime_ns < started - _CLOCK_TICK_NS:
-        _memo(settings).remember(before, sha256.hexdigest())
+        _digest_cache(settings).remember(before, sha256.hexdigest())
 
 
 def remembered_digest(path: Path, settings: Settings) -> str | None:
-    """The digest that was remembered for a file in its present state, without reading it; None if there is none.
-
-    Raises:
-        AssetError: The memo is damaged.
-    """
-    found = _memo(settings).recall(path.stat())
-    return None if found is None else f"sha256:{found}"
+    """The cached digest of a file in its present state, without reading it, or None."""
+    sha256 = _digest_cache(settings).recall(path.stat())
+    return None if sha256 is None else f"sha256:{sha256}"
 
 
 def digests(
     files: Iterable[Path], settings: Settings, *, verify: bool = False, progress: Reporter = SILENT
 ) -> dict[Path, str]:
-    """The digests of several files, read by a few threads at once.
-
-    Raises:
-        AssetError: As `file_digest`.
-    """
+    """The digests of several files, read by a few threads. Raises as `file_digest`."""
     paths = list(files)
     with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda path: file_digest(path, settings, verify=verify, progress=progress), paths)
-        return dict(zip(paths, found, strict=True))
+        values = pool.map(lambda path: file_digest(path, settings, verify=verify, progress=progress), paths)
+        return dict(zip(paths, values, strict=True))
 
 
 def directory_digest(
@@ -220,22 +183,12 @@ def directory_digest(
 ) -> str:
     """The digest of a directory: SHA-256 over the lines `NAME NUL DIGEST` of its files, sorted by name.
 
-    Args:
-        path: The directory.
-        settings: Where the memo lies.
-        files: The files that count; by default all below it, without those that have a hidden part in their name.
-        verify: Read the files anew, whatever was remembered.
-        progress: Told of the bytes read.
-
-    Returns:
-        `sha256:` and 64 hex digits; the same for a copy elsewhere.
-
-    Raises:
-        AssetError: A file cannot be read, or there is none.
+    Of all visible files, or of `files`. The same for a copy elsewhere. Raises as `file_digest`, or if there are no
+    files.
     """
     chosen = sorted(visible_files(path) if files is None else files)
     if not chosen:
-        raise AssetError(f"{path} holds no files")
+        raise AssetError(f"{path} contains no files")
     whole = hashlib.sha256()
     named = {
         file.relative_to(path).as_posix(): digest
@@ -247,13 +200,13 @@ def directory_digest(
 
 
 def visible_files(path: Path) -> list[Path]:
-    """All files below a directory, without those that have a hidden part in their name (`.git`, `.cache`)."""
-    found: list[Path] = []
+    """All files below a directory whose path has no hidden part (`.git`, `.cache`)."""
+    files: list[Path] = []
     for folder, folders, names in os.walk(path):
-        # What is taken out of the list is not walked.
+        # `os.walk` skips folders removed from its list.
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder) / name for name in names if not name.startswith(".")]
-    return found
+        files += [Path(folder) / name for name in names if not name.startswith(".")]
+    return files
 
 
 def _read(path: Path, sha256: Any, progress: Reporter) -> None:
@@ -266,8 +219,8 @@ def _read(path: Path, sha256: Any, progress: Reporter) -> None:
             advance(count)
 
 
-def _memo(settings: Settings) -> DigestMemo:
-    return DigestMemo(settings.cache / "digests.sqlite3")
+def _digest_cache(settings: Settings) -> DigestCache:
+    return DigestCache(settings.cache / "digests.sqlite3")
 
 
 def _state(stat: os.stat_result) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
-"""The tree of errors.
+"""All exceptions of rankwise with their exit codes, and the detection of out-of-memory errors.
 
-Every error that a person can mend is a `RankwiseError`; the command line prints its message without a traceback and
-exits with its `exit_code`. Anything else is a bug and keeps its traceback. A message says what is wrong, which value,
-what is allowed and what to do next.
+A user-fixable error is a `RankwiseError`: the command line prints its message without a traceback and exits with its
+`exit_code`. Anything else is a bug. A message says what is wrong, which value, what is allowed and what to do next.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ from typing import ClassVar
 
 
 class RankwiseError(Exception):
-    """Root of the errors that a person can mend."""
+    """Root of the user-fixable errors."""
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(RankwiseError, ValueError):
-    """Raised when an experiment file, an override or an argument is not valid.
+    """Raised when an experiment file, an override or an argument is invalid.
 
     Args:
-        message: All problems, one a line.
+        message: All problems, one per line.
         problems: The same problems one by one (`FILE:LINE: key.path: ...` for those of a file).
     """
 
@@ -36,11 +35,11 @@ class ConfigError(RankwiseError, ValueError):
 
 
 class DatasetError(ConfigError):
-    """Raised when rows, columns, the chat template or the loss mask do not fit the definition."""
+    """Raised when rows, columns, the chat template or the loss mask do not match the definition."""
 
 
 class AssetError(RankwiseError, OSError):
-    """Raised when a base or a data set cannot be fetched, read, or is not what its pin says."""
+    """Raised when a base or data set cannot be fetched or read, or does not match its pin."""
 
     exit_code = 3
 
@@ -56,25 +55,25 @@ class BaseMismatchError(RankwiseError, ValueError):
 
 
 class QuantizationMismatchError(RankwiseError, ValueError):
-    """Raised when a base is quantized in another way than the one that an adapter was trained on."""
+    """Raised when a base is quantized differently from the one that an adapter was trained on."""
 
 
 class AdapterIntegrityError(RankwiseError, ValueError):
-    """Raised when a stored file of an adapter is not what was stored."""
+    """Raised when a file of an adapter has changed since it was stored."""
 
 
 class TrackingError(RankwiseError, ConnectionError):
-    """Raised when the MLflow store cannot be reached or refuses."""
+    """Raised when the MLflow store is unreachable or refuses."""
 
     exit_code = 3
 
 
 class JobError(RankwiseError, RuntimeError):
-    """Raised when a job failed, or when the queue refuses a request."""
+    """Raised when a job failed, or the queue refuses a request."""
 
 
 class JobStoreError(JobError):
-    """Raised when the queue's database cannot be reached or written, or has another schema."""
+    """Raised when the queue's database is unreachable, not writable, or has another schema."""
 
     exit_code = 3
 
@@ -103,8 +102,7 @@ _OUT_OF_MEMORY_TEXTS = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or torch says that memory ran out, on a device or on the host.
 
-    It works without torch: torch's own class is recognized by its name. Most other cases are a plain `RuntimeError`,
-    recognized by its text. A `RankwiseError` is never one: it reports what was done about it.
+    Works without torch: its class is recognized by name, a plain `RuntimeError` by its text. Never a `RankwiseError`.
     """
     if isinstance(error, RankwiseError):
         return False

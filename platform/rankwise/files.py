@@ -1,7 +1,4 @@
-"""Files and directories that are complete or absent, cache entries, and sizes in words.
-
-A cache entry is a complete directory that one process makes at a time.
-"""
+"""Atomic files, directories that are complete or absent, entries of the cache, and byte sizes in words."""
 
 from __future__ import annotations
 
@@ -25,21 +22,21 @@ logger = logging.getLogger(__name__)
 
 _FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
 _FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
-_A_FILE = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_NOT_A_DIRECTORY = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
 _STORAGE_ADVICE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
     errno.EROFS: _FORBIDDEN,
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
-    errno.ENOTDIR: _A_FILE,
-    errno.EEXIST: _A_FILE,
+    errno.ENOTDIR: _NOT_A_DIRECTORY,
+    errno.EEXIST: _NOT_A_DIRECTORY,
 }
 
 
 @contextmanager
 def storage_errors(path: Path, doing: str) -> Iterator[None]:
-    """Translate a full disk, a missing permission or a file in the way below `path` into a `StorageError`."""
+    """Translate a full disk, a missing permission or a file in the way into a `StorageError`."""
     try:
         yield
     except Exception as error:
@@ -47,29 +44,28 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
         if number not in _STORAGE_ADVICE:
             raise
         where = getattr(error, "filename", None) or path
-        room = _room(path) if _STORAGE_ADVICE[number] is _FULL else ""
+        free = _free_space(path) if _STORAGE_ADVICE[number] is _FULL else ""
         raise StorageError(
-            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}{room}"
+            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}{free}"
         ) from error
 
 
 def _error_number(error: Exception) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
-    # safetensors tells of a full disk by an exception of its own, with the number in the text.
+    # safetensors has an exception of its own, with the number in its text.
     match = re.search(r"\(os error ([0-9]+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
     return int(match[1]) if match else 0
 
 
-def _room(path: Path) -> str:
-    """How much is free where `path` would be, once what was half written there has been removed."""
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    usage = shutil.disk_usage(there)
-    return f" ({usage.free:,} bytes of {usage.total:,} are free at {there})"
+def _free_space(path: Path) -> str:
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    usage = shutil.disk_usage(existing)
+    return f" ({usage.free:,} bytes of {usage.total:,} are free at {existing})"
 
 
 def fsync_directory(path: Path) -> None:
-    """Make a rename inside `path` durable."""
+    """Make a rename inside a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -78,7 +74,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """Make every file below a directory durable, with its name."""
+    """Make every file below a directory durable."""
     for folder, _, names in os.walk(path):
         for name in names:
             with (Path(folder) / name).open("rb") as file:
@@ -87,30 +83,19 @@ def fsync_tree(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that no other process uses.
-
-    On a shared file system a process of another machine may have the same number, so the name has random digits too.
-    """
+    """A hidden name beside `path`, unique across processes and machines."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there: temporary name, fsync, rename.
-
-    Raises:
-        StorageError: The disk is full, or the directory is not writable.
-    """
+    """Write a file by temporary name, fsync and rename. Raises `StorageError`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name for the block to write a file under; after it the file is fsynced and gets its own name.
-
-    Raises:
-        StorageError: The disk is full, or the directory is not writable.
-    """
+    """A temporary path for the block to write; then it is fsynced and renamed to `path`. Raises `StorageError`."""
     with storage_errors(path, f"writing {path.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(path)
@@ -126,12 +111,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def complete_directory(temporary: Path, place: Callable[[Path], object]) -> Iterator[Path]:
-    """An empty directory for the block to fill. Then its files are made durable, and `place` renames it.
+    """An empty directory for the block to fill; then its files are made durable, and `place` renames it.
 
-    Args:
-        temporary: Name of the directory while it is incomplete, beside its final name. It is removed if the block or
-            `place` raises, or if `place` leaves it there.
-        place: Gives the directory its final name.
+    `temporary` is its name while it is incomplete, and is removed if anything fails.
     """
     try:
         temporary.mkdir()
@@ -144,33 +126,16 @@ def complete_directory(temporary: Path, place: Callable[[Path], object]) -> Iter
 
 
 def remove_directory(path: Path, doomed: Path | None = None) -> None:
-    """Rename a directory, then remove it: under its own name it is never incomplete.
-
-    Args:
-        path: The directory.
-        doomed: The name to remove it under; by default a temporary name.
-
-    Raises:
-        OSError: It is not there, or cannot be removed.
-    """
+    """Rename a directory to `doomed` (default: a temporary name), then remove it: it is never incomplete."""
     doomed = doomed or temporary_name(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None], *, doing: str) -> Path:
-    """Return a directory of the cache, building it first if it is not there.
+    """Return a directory of the cache, filled by `build` if it does not exist. One process builds it, the others wait.
 
-    An entry that is there is never locked, written or touched, so that a read-only cache serves.
-
-    Args:
-        entry: The directory, below `settings.cache`.
-        settings: Where the cache is.
-        build: Fills an empty directory. What it leaves there when it raises is removed.
-        doing: What is being done, for messages.
-
-    Returns:
-        `entry`.
+    An existing entry is neither locked nor written, so a read-only cache works. `doing` describes the work in messages.
 
     Raises:
         StorageError: The disk is full or not writable; nothing is left behind.
@@ -182,7 +147,7 @@ def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None],
         with _locked(entry, settings, doing):
             if entry.is_dir():
                 return entry
-            # Nobody else writes here while the lock is held: what lies there is left over from a process that died.
+            # The lock is held, so an existing directory was left by a dead process.
             temporary = entry.with_name(f".{entry.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             with complete_directory(temporary, lambda path: path.rename(entry)):
@@ -192,11 +157,7 @@ def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None],
 
 
 def remove_entry(entry: Path, settings: Settings) -> int:
-    """Remove an entry, in one step for those who look, and return the bytes it held.
-
-    Raises:
-        StorageError: It cannot be removed.
-    """
+    """Remove an entry of the cache atomically and return its size in bytes. Raises `StorageError`."""
     with storage_errors(entry, f"removing {entry.name}"), _locked(entry, settings, f"removing {entry.name}"):
         size = tree_size(entry)
         doomed = entry.with_name(f".{entry.name}.tmp")
@@ -206,12 +167,10 @@ def remove_entry(entry: Path, settings: Settings) -> int:
 
 
 def remove_leftovers(root: Path, settings: Settings) -> int:
-    """Remove what processes that died left half-built below `root`, and return the bytes it held.
-
-    What another process is building now is left alone.
+    """Remove incomplete entries below `root` that dead processes left, and return their size in bytes.
 
     Raises:
-        StorageError: It cannot be removed.
+        StorageError: One cannot be removed.
     """
     freed = 0
     for temporary in sorted(root.glob(".*.tmp")):
@@ -224,7 +183,7 @@ def remove_leftovers(root: Path, settings: Settings) -> int:
 
 
 def tree_size(path: Path) -> int:
-    """The bytes of all files below a directory; a link counts as what it points to."""
+    """The bytes of all files below a directory, with links resolved."""
     return sum(
         (Path(folder) / name).stat().st_size
         for folder, _, names in os.walk(path)
@@ -234,8 +193,8 @@ def tree_size(path: Path) -> int:
 
 
 def _share(path: Path) -> None:
-    """Make every file below a directory readable for whom the process's umask allows."""
-    # Python has no way to read the umask but setting it, which other threads would see: a new file shows it.
+    """Give every file below a directory the permissions of a new file."""
+    # Python can read the umask only by changing it, for all threads: a new file shows it.
     probe = path / ".umask"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -243,7 +202,7 @@ def _share(path: Path) -> None:
     for folder, _, names in os.walk(path):
         for name in names:
             file = Path(folder) / name
-            # safetensors writes 0600, which makes a shared cache useless to all others.
+            # safetensors writes 0600, unreadable for others who share the cache.
             if file.stat().st_mode & 0o777 != mode:
                 file.chmod(mode)
 
@@ -254,7 +213,7 @@ def _locked(entry: Path, settings: Settings, doing: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
-        logger.info("%s: waiting for another process that is at it", doing)
+        logger.info("%s: waiting for another process that does the same", doing)
         lock.acquire()
     try:
         yield
@@ -263,7 +222,7 @@ def _locked(entry: Path, settings: Settings, doing: str) -> Iterator[None]:
 
 
 def _lock(entry: Path, settings: Settings) -> BaseFileLock:
-    # The locks lie apart: a lock file inside or beside the entries would be one more thing that listings must know.
+    # In a directory of their own, so that listings of entries need not skip them.
     name = hashlib.sha256(str(entry).encode()).hexdigest()[:32]
     path = settings.cache / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,9 +238,8 @@ def format_size(count: float, spec: str = ".2f", *, unit: str | None = None) -> 
 
     Args:
         count: The bytes.
-        spec: Format of the number. Below 1 kB the number is exact.
-        unit: One of TB, GB, MB, kB (powers of 1000), GiB, MiB (powers of 1024); by default the largest power of 1000
-            that gives at least 1.
+        spec: Format of the number. Below 1 kB it is exact.
+        unit: TB, GB, MB, kB (powers of 1000), GiB, MiB; by default the largest power of 1000 that gives at least 1.
     """
     if unit is None:
         unit = next((unit for unit, size in _DECIMAL_UNITS.items() if count >= size), None)

@@ -1,7 +1,7 @@
-"""How code reports to a person: lines of text, and how far a task is. Nothing here knows a terminal.
+"""The interface through which code reports lines and progress to the user, without knowing a terminal.
 
-Implementations: `cli.output.Bars` (a terminal or a log file), `worker.relay.RemoteReporter` (a child process, which
-reports through its parent), `tasks.project_backend.LogReporter`, and `SILENT`.
+Implemented by `cli.output.Bars` (terminal or log file), `worker.relay.RemoteReporter` (a child process, through its
+parent), `tasks.project_backend.LogReporter` and `SILENT`.
 """
 
 from __future__ import annotations
@@ -11,55 +11,52 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
-Kind = Literal["say", "warn", "fail", "done"]
+LineKind = Literal["say", "warn", "fail", "done"]
 Advance = Callable[[int], None]
-"""Moves a task on by an amount of work done."""
+"""Adds an amount of finished work to a task."""
 Remark = Callable[[str], None]
-"""Replaces the remark at the end of a task (a loss, a speed)."""
+"""Replaces the remark of a task (a loss, a speed)."""
 
 
 class Reporter(ABC):
-    """Reports to a person. Texts are plain: nothing in them is markup.
-
-    Several tasks may be open at once, and any thread may move them.
-    """
+    """Reports to the user, from any thread, in plain text without markup. Several tasks may be open at once."""
 
     @abstractmethod
-    def line(self, kind: Kind, text: str) -> None:
-        """One line of a kind."""
+    def line(self, kind: LineKind, text: str) -> None:
+        """Print a line of a kind."""
 
     @abstractmethod
     def show(self, renderable: Any) -> None:
-        """Something that rich can draw."""
+        """Print something that rich can render."""
 
     @abstractmethod
     def task_with_remark(
         self, description: str, total: int | None, unit: str
     ) -> AbstractContextManager[tuple[Advance, Remark]]:
-        """A task (see `task`) that also takes remarks."""
+        """A task (see `task`) with a remark that changes."""
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print a line."""
         self.line("say", text)
 
     def warn(self, text: str) -> None:
-        """Something to look at, which stops nothing."""
+        """Print a warning."""
         self.line("warn", text)
 
     def fail(self, text: str) -> None:
-        """Something that went wrong, while other work continues."""
+        """Print an error that does not stop other work."""
         self.line("fail", text)
 
     def done(self, text: str) -> None:
-        """Something finished."""
+        """Print that something finished."""
         self.line("done", text)
 
     @contextmanager
     def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
-        """Show a task that takes more than a second.
+        """Show the progress of a task that takes more than a second.
 
         Args:
-            description: What is being done, to what.
+            description: What is done.
             total: The amount of work in `unit`; None if unknown.
             unit: `B` for bytes, otherwise a plural noun (`tensors`).
         """
@@ -67,19 +64,19 @@ class Reporter(ABC):
             yield advance
 
 
-class Silent(Reporter):
+class SilentReporter(Reporter):
     """Reports nothing."""
 
-    def line(self, kind: Kind, text: str) -> None:
-        """Nothing."""
+    def line(self, kind: LineKind, text: str) -> None:
+        """Do nothing."""
 
     def show(self, renderable: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     @contextmanager
     def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
-        """A task that nobody sees."""
+        """Do nothing."""
         yield lambda amount: None, lambda text: None
 
 
-SILENT = Silent()
+SILENT = SilentReporter()

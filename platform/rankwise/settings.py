@@ -1,19 +1,19 @@
-"""Paths, URIs and secrets. The only reader of the process's environment.
+"""Paths, URIs and secrets from environment variables, which no other module reads.
 
 | variable | meaning | default |
 |---|---|---|
 | `RANKWISE_HOME` | all local data: MLflow database and artifacts, queue, checkpoints, logs | `./mlruns` |
-| `RANKWISE_CACHE` | bases, quantized bases, tokens, wheels; can be thrown away | the user's cache directory |
+| `RANKWISE_CACHE` | bases, quantized bases, tokens, wheels; can be deleted | the user's cache directory |
 | `RANKWISE_DATABASE_URL` | the queue's database | SQLite in the home |
 | `RANKWISE_BASES` | directories with bases, for machines without a network, separated as in `PATH` | none |
 | `MLFLOW_TRACKING_URI` | the MLflow store | SQLite in the home |
 | `RANKWISE_LOG_LEVEL` | the lowest level of logs on stderr: DEBUG, INFO, WARNING or ERROR | WARNING |
-| `RANKWISE_COMPUTE_DTYPE` | what `compute_dtype: auto` is on this machine: float32, bfloat16 or float16 | by hardware |
-| `RANKWISE_DATA_ROOT` | directories as in `PATH`: definitions and predictions name files below them, no others | none |
+| `RANKWISE_COMPUTE_DTYPE` | the dtype for `compute_dtype: auto`: float32, bfloat16 or float16 | by hardware |
+| `RANKWISE_DATA_ROOT` | directories as in `PATH`, the only ones that definitions and predictions may read | none |
 | `RANKWISE_SIGNING_KEY` | file with the Ed25519 private key that signs adapters when they are logged | none |
 | `RANKWISE_TRUSTED_KEYS` | public keys, files or directories as in `PATH`; adapters signed by none are refused | none |
-| `VLLM_API_KEY` | vLLM's own; its plugin tells the server of aliases that have moved | none |
-| `RAY_ADDRESS`, `RAY_AUTH_MODE` | Ray's own; `rankwise doctor` looks at them | none |
+| `VLLM_API_KEY` | vLLM's own; its plugin updates moved aliases in the server | none |
+| `RAY_ADDRESS`, `RAY_AUTH_MODE` | Ray's own; `rankwise doctor` checks them | none |
 | `HF_HUB_OFFLINE` and other variables of Hugging Face and MLflow | as their documentation says | |
 """
 
@@ -38,7 +38,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Where this process keeps its data. Paths are absolute; nothing is created by reading them."""
+    """The settings of this process. Paths are absolute; reading them creates nothing."""
 
     home: Path
     cache: Path
@@ -57,10 +57,10 @@ class Settings:
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the environment (`os.environ` when none is given).
+        """Read the environment (`os.environ` by default).
 
         Raises:
-            ConfigError: A variable has a value that it cannot have.
+            ConfigError: A variable has an invalid value.
         """
         env = os.environ if environ is None else environ
         home = _path("RANKWISE_HOME", env.get("RANKWISE_HOME") or "mlruns")
@@ -83,12 +83,12 @@ class Settings:
 
     @property
     def local_store(self) -> bool:
-        """Whether MLflow's store is the SQLite file in the home, so that artifacts lie there too."""
+        """Whether MLflow's store is the SQLite file in the home."""
         return self.tracking_uri == f"sqlite:///{self.home / 'mlflow.db'}"
 
     @property
     def artifacts(self) -> Path:
-        """Where a local MLflow store keeps artifacts."""
+        """Artifacts of a local MLflow store."""
         return self.home / "artifacts"
 
     @property
@@ -98,17 +98,17 @@ class Settings:
 
     @property
     def outbox(self) -> Path:
-        """Points and files that wait for the tracking server."""
+        """Metrics and files not yet sent to the tracking server."""
         return self.home / "outbox"
 
 
 def compute_dtype(environ: Mapping[str, str] | None = None) -> str:
-    """What `compute_dtype: auto` is on this machine: the name of a dtype, or `auto` where the hardware decides.
+    """The dtype for `compute_dtype: auto` (`RANKWISE_COMPUTE_DTYPE`), or `auto` if the hardware decides.
 
-    Workers on unlike machines would train the arms of one sweep in unlike dtypes; so can all be held to one.
+    Different workers would otherwise train the arms of one sweep in different dtypes.
 
     Raises:
-        ConfigError: `RANKWISE_COMPUTE_DTYPE` names none that a base can compute in.
+        ConfigError: The variable has an invalid value.
     """
     env = os.environ if environ is None else environ
     name = env.get("RANKWISE_COMPUTE_DTYPE") or "auto"
@@ -129,10 +129,12 @@ def _paths(env: Mapping[str, str], variable: str, *, several: bool = True) -> tu
 
 
 def _path(variable: str, text: str) -> Path:
-    """An absolute path. A user without a home directory (any number in a container) has no `~` to expand."""
+    """An absolute path. In a container, a numeric user may have no home directory to expand `~`."""
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise ConfigError(f"{variable}: there is no home directory for {text!r}; set {variable} to an absolute path")
+        raise ConfigError(
+            f"{variable}: this user has no home directory to expand {text!r}; set {variable} to an absolute path"
+        )
     return Path(expanded).absolute()
 
 
@@ -148,8 +150,8 @@ def set_data_roots(paths: Sequence[Path]) -> None:
 
 
 @contextmanager
-def at_work(work: Mapping[str, str]) -> Iterator[None]:
-    """Say within the block what this process works on, to itself and to the programs that it starts."""
+def current_work(work: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, publish what this process works on, to itself and to programs that it starts."""
     os.environ[_WORK] = json.dumps(dict(work))
     try:
         yield
@@ -158,27 +160,21 @@ def at_work(work: Mapping[str, str]) -> Iterator[None]:
 
 
 def work_context() -> dict[str, str]:
-    """What `at_work` said in this process or in one that started it (`job`, `attempt`, `worker`), and the `device`.
-
-    Empty where nobody is at work.
-    """
+    """What `current_work` published here or in a parent (`job`, `attempt`, `worker`), and the `device`; or nothing."""
     try:
-        found = json.loads(os.environ.get(_WORK, "{}"))
+        stored = json.loads(os.environ.get(_WORK, "{}"))
     except ValueError:
         return {}
-    work = {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    work = {str(key): str(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
     devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     return {**work, "device": devices} if work and devices else work
 
 
 def set_process_defaults() -> None:
-    """Defaults of other libraries for this process and its children, where the environment does not say otherwise.
+    """Set defaults of other libraries for this process and its children; remember secrets of the environment.
 
-    The environment's secrets are remembered, so that they are taken out of what is stored or shown. Nothing is told to
-    anybody about what a user does, MLflow draws no bars between rankwise's own, tokenizers start no threads of their
-    own before a fork, and OpenMP's threads sleep while they wait for one another. By default they spin, which on a
-    machine that does anything else made a training step ten times as long (SmolLM2 on 2 cores under load: 38 s in place
-    of 3.7 s).
+    No telemetry, no progress bars of MLflow, no tokenizer threads before a fork. OpenMP threads sleep while they wait:
+    spinning makes a training step ten times as long on a machine that does anything else.
     """
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -192,5 +188,5 @@ def set_process_defaults() -> None:
 
 
 def child_environment(changes: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for a child process: this one's with changes, and defaults for what it does not set."""
+    """The environment of a child process: `defaults`, overridden by this process's, overridden by `changes`."""
     return {**(defaults or {}), **os.environ, **changes}

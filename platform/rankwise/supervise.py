@@ -1,13 +1,12 @@
-"""Run a command that ends with the process that started it: `python -m rankwise.supervise [--group] -- COMMAND`.
+"""Runs a command that ends with the process that started it: `python -m rankwise.supervise [--group] -- COMMAND`.
 
-The supervisor's standard input is a pipe that its starter holds. When the pipe closes, however the starter ended, the
-supervisor stops the command: SIGTERM, another SIGTERM after the grace, SIGKILL for its process group at last. Signals
-to the supervisor are passed on one by one. If the supervisor itself is killed, the kernel sends the command a SIGTERM.
+The starter holds the supervisor's standard input. When that pipe closes, for whatever reason, the supervisor stops the
+command: SIGTERM, SIGTERM again after the grace, then SIGKILL to its process group. It forwards signals one by one. If
+the supervisor is killed, the kernel sends the command a SIGTERM.
 
-With `--group`, for servers that start other processes and may end before them: signals go to the whole process group,
-a SIGTERM to the supervisor is a request to stop like a closed pipe, and nothing of the group is left at the end.
-
-One supervisor runs for each worker, so it imports nothing but the standard library.
+`--group` is for servers that start other processes and may end before them: signals go to the process group, a SIGTERM
+stops it like a closed pipe, and no process of the group remains. Only the standard library is imported, because every
+worker has a supervisor.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from types import FrameType
 from typing import IO, Any
 
 GRACE_S = 90.0
-"""Seconds for a worker to write a checkpoint and give its jobs back; more than its own grace."""
+"""Seconds for a worker to write a checkpoint and return its jobs; longer than its own grace."""
 SERVER_GRACE_S = 5.0
-"""Seconds between the two requests to a server; it is killed after as many again."""
+"""Seconds between the two SIGTERM to a server; SIGKILL follows after as many again."""
 _LAST_S = 10.0
 _POLL_S = 0.2
 _STOPPING_POLL_S = 0.05
@@ -47,19 +46,20 @@ def start(
 
     Args:
         command: The program and its arguments.
-        environment: Its environment.
-        grace: Seconds between the first SIGTERM and the second; SIGKILL follows after as many again, at most 10.
-        group: Whether signals go to the command's whole process group, which is gone at the end.
-        output: Where its standard output and error go; by default where this process's go.
+        environment: Its whole environment.
+        grace: Seconds between the two SIGTERM; SIGKILL follows after as many again, at most 10.
+        group: Whether signals go to the command's process group, of which nothing remains.
+        output: Where standard output and error go; by default where this process's go.
 
     Returns:
-        The supervisor. Its exit status is the command's (128 and more for a signal), or 0 for a group that was stopped.
-        Closing its `stdin` ends both.
+        The supervisor. Its exit status is the command's (128 + N for signal N), or 0 for a group that was stopped.
+            Closing
+        its `stdin` ends both.
     """
     # -P: a module in the working directory must not replace one of the standard library.
     supervisor = [sys.executable, "-P", "-m", "rankwise.supervise", "--grace", str(grace)]
     supervisor += [*(["--group"] if group else []), "--", *command]
-    # A session of its own: Ctrl-C on a terminal goes to the starter alone, which passes it on once.
+    # A session of its own: Ctrl-C reaches only the starter, which forwards it once.
     return subprocess.Popen(
         supervisor,
         stdin=subprocess.PIPE,
@@ -71,14 +71,7 @@ def start(
 
 
 def run(command: Sequence[str], pipe: int, *, grace: float, group: bool = False) -> int:
-    """Run a command until it ends or has been stopped, see `start`; its exit status.
-
-    Args:
-        command: The program and its arguments.
-        pipe: File descriptor whose end of file stops the command.
-        grace: See `start`.
-        group: See `start`.
-    """
+    """Run a command until it ends, or the file descriptor `pipe` is closed; its exit status. See `start`."""
     requests = 0
 
     def request_stop(number: int, frame: FrameType | None) -> None:
@@ -121,12 +114,12 @@ def run(command: Sequence[str], pipe: int, *, grace: float, group: bool = False)
 
 
 def _terminate_with_parent() -> None:
-    """Run in the command's process before its program: a SIGTERM when the supervisor dies."""
+    """SIGTERM when the supervisor dies; runs between fork and exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; False when nothing of it is left."""
+    """False if the process group is empty."""
     with suppress(ProcessLookupError):
         os.killpg(group, number)
         return True
@@ -134,7 +127,7 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     parser = argparse.ArgumentParser(prog="rankwise.supervise")
     parser.add_argument("--grace", type=float, default=GRACE_S)
     parser.add_argument("--group", action="store_true")

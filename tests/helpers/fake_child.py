@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rankwise.jobs.job import Outcome
-from rankwise.reporter import SILENT, Kind, Reporter
+from rankwise.reporter import SILENT, LineKind, Reporter
 from rankwise.worker.child import ChildDiedError
 from rankwise.worker.protocol import Result, ResultFiles
 
@@ -76,7 +76,7 @@ class Listener(Reporter):
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
 
-    def line(self, kind: Kind, text: str) -> None:
+    def line(self, kind: LineKind, text: str) -> None:
         self.told.append((kind, text))
 
     def show(self, renderable) -> None:

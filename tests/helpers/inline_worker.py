@@ -13,7 +13,7 @@ from typing import Any
 from rankwise.experiment.experiment import parse_experiment
 from rankwise.jobs.job import Worker
 from rankwise.jobs.store import JobStore
-from rankwise.reporter import Kind, Reporter
+from rankwise.reporter import LineKind, Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.commands import COMMANDS
 from rankwise.tasks.session import Authority, Session
@@ -78,7 +78,7 @@ class Listener(Reporter):
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def line(self, kind: Kind, text: str) -> None:
+    def line(self, kind: LineKind, text: str) -> None:
         self.told.append(text)
 
     def show(self, renderable: Any) -> None:

@@ -133,7 +133,7 @@ def test_a_repository_with_pickles_only_is_refused_before_any_download(hub, base
 @pytest.mark.parametrize(
     ("repo", "revision", "message"),
     [
-        ("org/none", "", "the hub has no org/none, or you may not see it"),
+        ("org/none", "", "the hub has no org/none, or you have no access to it"),
         ("org/tiny", "dev", "org/tiny has no revision 'dev'"),
         ("org/tiny", "f" * 40, f"org/tiny has no revision '{'f' * 40}'"),
     ],
@@ -151,7 +151,7 @@ def test_a_hub_that_does_not_answer_is_told_with_advice_and_soon(hub, monkeypatc
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     done = run(script, "org/tiny", revision)
     assert done.returncode == 3
-    assert "the hub cannot be reached (ConnectError" in done.stderr
+    assert "the hub is unreachable (ConnectError" in done.stderr
     assert "HF_ENDPOINT names a mirror" in done.stderr
     # The client's own retries would take half a minute and say so at each.
     assert "Retrying" not in done.stderr
@@ -163,7 +163,7 @@ def test_without_the_hub_the_commit_last_seen_is_taken_and_it_is_said(hub, base,
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     done = run(BASE, "org/tiny", "")
     assert json.loads(done.stdout)["revision"] == COMMIT
-    assert f"taking the commit that 'main' stood for when last seen: {COMMIT}" in done.stderr
+    assert f"using the last known commit of 'main': {COMMIT}" in done.stderr
 
 
 def test_rows_of_the_hub_are_read_once(hub, tmp_path):

@@ -15,7 +15,7 @@ from rankwise.settings import Settings
 RESOLVE = """
 import os, sys, torch
 torch.set_num_threads(1)
-from rankwise.assets import conversion
+from rankwise.assets import gguf_conversion
 from rankwise.assets.base import resolve_base
 from rankwise.settings import Settings
 

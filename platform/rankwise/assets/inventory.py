@@ -1,4 +1,4 @@
-"""What the cache holds of bases: files out of wheels, converted and added bases. Listed, added, read anew, cleared."""
+"""The assets in rankwise's cache (files from wheels, converted and added bases): list, add, verify."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.assets.base import ResolvedBase, resolve_base
-from rankwise.assets.conversion import read_conversion
+from rankwise.assets.gguf_conversion import read_conversion
 from rankwise.assets.layout import base_files, read_json, tensors_digest
 from rankwise.assets.wheel import RECORD
 from rankwise.digests import directory_digest, file_digest
@@ -22,16 +22,8 @@ DAMAGED = "damaged record"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cached:
-    """One entry of the cache.
-
-    Attributes:
-        kind: `file` is a member of a wheel, `converted` what a GGUF became, `added` a copy of a local directory.
-        path: Its directory.
-        source: Where it came from.
-        revision: Its digest: of the file, of the GGUF it was converted from, of the directory.
-        bytes: What it takes on disk.
-    """
+class CachedAsset:
+    """One entry: a member of a wheel (`file`), a base from a GGUF (`converted`), or a copied directory (`added`)."""
 
     kind: Literal["file", "converted", "added"]
     path: Path
@@ -40,19 +32,13 @@ class Cached:
     bytes: int
 
 
-def list_cached(settings: Settings) -> list[Cached]:
-    """All entries, by kind and name. One whose record cannot be read is listed as `DAMAGED`."""
+def list_cached(settings: Settings) -> list[CachedAsset]:
+    """All entries, by kind and name. The source of one with an unreadable record is `DAMAGED`."""
     return [*_files(settings), *_bases(settings)]
 
 
 def add_base(base_model: str, revision: str | None, settings: Settings, progress: Reporter = SILENT) -> ResolvedBase:
-    """Bring a base into the cache. A local directory is copied, so that it is found there by its fingerprint.
-
-    Raises:
-        ConfigError: `base_model` cannot be understood.
-        AssetError: As `resolve_base`.
-        StorageError: The cache cannot be written.
-    """
+    """Put a base into the cache, where its fingerprint finds it; a directory is copied. Raises as `resolve_base`."""
     base = resolve_base(base_model, revision, settings, progress)
     if base.source != str(base.path):
         return base
@@ -71,14 +57,8 @@ def add_base(base_model: str, revision: str | None, settings: Settings, progress
     return ResolvedBase(source=str(entry), revision=base.revision, path=entry, pinned=base.pinned)
 
 
-def check_cached(cached: Cached, settings: Settings, progress: Reporter = SILENT) -> str | None:
-    """Read an entry anew and say what is wrong with it, or None.
-
-    Args:
-        cached: The entry.
-        settings: Where digests are remembered; what is read here is remembered anew.
-        progress: Told of the bytes read.
-    """
+def check_cached(cached: CachedAsset, settings: Settings, progress: Reporter = SILENT) -> str | None:
+    """Read an entry again and return what is wrong with it, or None."""
     try:
         if cached.kind == "file":
             actual = file_digest(_member(cached.path), settings, verify=True, progress=progress)
@@ -90,7 +70,7 @@ def check_cached(cached: Cached, settings: Settings, progress: Reporter = SILENT
         else:
             conversion = read_conversion(cached.path)
             if conversion is None:
-                return f"lacks its record of the conversion; remove {cached.path} and run again"
+                return f"lacks the record of its conversion; remove {cached.path} and run again"
             expected = conversion.tensors
             actual = tensors_digest(cached.path, progress=progress)
     except AssetError as error:
@@ -98,21 +78,21 @@ def check_cached(cached: Cached, settings: Settings, progress: Reporter = SILENT
     return None if actual == expected else f"is {actual}, was {expected}; remove {cached.path} and run again"
 
 
-def _files(settings: Settings) -> Iterator[Cached]:
+def _files(settings: Settings) -> Iterator[CachedAsset]:
     for path in _entries(settings.cache / "pypi"):
         try:
             record = read_json(path / RECORD)
             source, sha256 = str(record["source"]), str(record["sha256"])
         except (AssetError, KeyError):
             source, sha256 = DAMAGED, DAMAGED
-        yield Cached(kind="file", path=path, source=source, revision=sha256, bytes=tree_size(path))
+        yield CachedAsset(kind="file", path=path, source=source, revision=sha256, bytes=tree_size(path))
 
 
-def _bases(settings: Settings) -> Iterator[Cached]:
+def _bases(settings: Settings) -> Iterator[CachedAsset]:
     for path in _entries(settings.cache / "bases"):
         if path.name.startswith("added-"):
             source, revision = str(path), f"sha256:{path.name.removeprefix('added-')}"
-            yield Cached(kind="added", path=path, source=source, revision=revision, bytes=tree_size(path))
+            yield CachedAsset(kind="added", path=path, source=source, revision=revision, bytes=tree_size(path))
             continue
         try:
             conversion = read_conversion(path)
@@ -122,7 +102,7 @@ def _bases(settings: Settings) -> Iterator[Cached]:
         source = (
             f"a GGUF, by transformers {conversion.libraries.get('transformers', 'unknown')}" if conversion else DAMAGED
         )
-        yield Cached(kind="converted", path=path, source=source, revision=revision, bytes=tree_size(path))
+        yield CachedAsset(kind="converted", path=path, source=source, revision=revision, bytes=tree_size(path))
 
 
 def _entries(root: Path) -> list[Path]:
@@ -132,5 +112,5 @@ def _entries(root: Path) -> list[Path]:
 def _member(path: Path) -> Path:
     files = [file for file in path.iterdir() if file.name != RECORD]
     if len(files) != 1:
-        raise AssetError(f"{path} holds {len(files)} files beside {RECORD}, expected one")
+        raise AssetError(f"{path} contains {len(files)} files besides {RECORD}, expected one")
     return files[0]

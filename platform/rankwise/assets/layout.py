@@ -1,7 +1,4 @@
-"""What belongs to a base's directory, and what makes one unusable.
-
-- Safetensors files, read without torch: names, shapes, types and bytes of the tensors of a base.
-"""
+"""The files of a base's directory: what belongs, is missing or is refused, and safetensors headers without torch."""
 
 from __future__ import annotations
 
@@ -27,14 +24,14 @@ _BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
-# The format's own limit (safetensors' `MAX_HEADER_SIZE`).
+# `MAX_HEADER_SIZE` of safetensors.
 _LARGEST_HEADER = 100_000_000
 _BLOCK = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """One tensor of a safetensors file: `start` and `stop` are offsets in bytes from the head of the file."""
+    """One tensor of a safetensors file; `start` and `stop` are byte offsets in the file."""
 
     name: str
     dtype: str
@@ -45,11 +42,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> list[TensorEntry]:
-    """The tensors of one safetensors file, in the order of their bytes.
-
-    Raises:
-        AssetError: The file cannot be read or is not in the format.
-    """
+    """The tensors of a safetensors file, in the order of their bytes. Raises `AssetError` if it is malformed."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -71,12 +64,9 @@ def read_header(path: Path) -> list[TensorEntry]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that transformers would load from a base's directory; they need not be there.
+    """The safetensors files that transformers would load from a directory, whether they exist or not.
 
-    `model.safetensors` comes before the index, as it does in transformers. Empty if there is neither.
-
-    Raises:
-        AssetError: The index cannot be read, or names a file outside the directory.
+    As in transformers, `model.safetensors` precedes the index. Raises `AssetError` if the index is malformed.
     """
     index = path / INDEX
     if (path / SINGLE).is_file() or not index.is_file():
@@ -87,37 +77,27 @@ def weight_files(path: Path) -> list[Path]:
         raise AssetError(f"cannot read {index}: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise AssetError(f"{index} names {name!r}, which is not a file of its own directory")
+            raise AssetError(f"{index} names {name!r}, which is not a file in its directory")
     return [path / name for name in names]
 
 
 def tensors(path: Path) -> list[TensorEntry]:
-    """The tensors of a base's directory, sorted by name.
-
-    Raises:
-        AssetError: A file is missing or not in the format.
-    """
-    found = [entry for file in weight_files(path) for entry in read_header(file)]
-    return sorted(found, key=lambda entry: entry.name)
+    """The tensors of a base's directory, sorted by name. Raises `AssetError` as `read_header`."""
+    entries = [entry for file in weight_files(path) for entry in read_header(file)]
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def tensors_digest(path: Path, *, progress: Reporter = SILENT) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor of a base, sorted by name.
+    """`sha256:...` over name, dtype, shape and bytes of every tensor of a base, sorted by name.
 
-    Unlike a file's digest it does not move when another release orders, aligns or shards the file in another way.
-
-    Returns:
-        `sha256:` and 64 hex digits.
-
-    Raises:
-        AssetError: A file is missing or not in the format.
+    Unlike a file's digest it does not depend on how a library orders, aligns or shards the files.
     """
     sha256 = hashlib.sha256()
     entries = tensors(path)
     total = sum(entry.stop - entry.start for entry in entries)
     with progress.task("hashing converted tensors", total) as advance:
         for entry in entries:
-            # A line of JSON cannot be confused with another name's line, whatever the name holds.
+            # JSON escapes newlines, so that different tensors never give the same line.
             sha256.update(json.dumps([entry.name, entry.dtype, list(entry.shape)]).encode() + b"\n")
             for block in _blocks(entry):
                 sha256.update(block)
@@ -141,7 +121,7 @@ def _entry(name: str, value: dict[str, Any], path: Path, head: int, size: int) -
     start, stop = value["data_offsets"]
     shape = tuple(int(n) for n in value["shape"])
     if not 0 <= start <= stop <= size - head:
-        raise AssetError(f"{path} is cut off: the tensor {name} ends at byte {head + stop} of {size}")
+        raise AssetError(f"{path} is truncated: the tensor {name} ends at byte {head + stop} of {size}")
     width = _BYTES.get(str(value["dtype"]))
     if min(shape, default=0) < 0 or (width is not None and math.prod(shape) * width != stop - start):
         raise AssetError(
@@ -155,8 +135,8 @@ def _entry(name: str, value: dict[str, Any], path: Path, head: int, size: int) -
 
 # Weights as safetensors, configuration, tokenizer, templates. No code (.py), no pickles (.bin, .pt, .pth).
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
-# `consolidated` holds the same weights once more, in another library's layout; folders hold other forms of the model.
-# Patterns as `fnmatch` reads them, and with it the hub's client: `*` runs over `/`.
+# `consolidated` has the same weights in another library's layout; folders have other forms of the model. `*` also
+# matches `/`, as in the hub's client.
 NOT_BASE_FILES = ("consolidated*", "adapter_*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.tiktoken")
 TEMPLATE_FOLDER = "additional_chat_templates"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model")
@@ -164,17 +144,13 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def base_files(path: Path) -> list[Path]:
-    """The files of a directory that a base consists of, sorted by name."""
+    """The files in a directory that belong to a base, sorted by name."""
     candidates = [*path.iterdir(), *(path / TEMPLATE_FOLDER).glob("*.jinja")]
-    return sorted(file for file in candidates if file.is_file() and belongs(file.relative_to(path).as_posix()))
+    return sorted(file for file in candidates if file.is_file() and is_base_file(file.relative_to(path).as_posix()))
 
 
 def missing_parts(path: Path) -> list[str]:
-    """What a directory lacks to be a base: names of files, or kinds of them; empty if it is whole.
-
-    Raises:
-        AssetError: The index of the weights cannot be read.
-    """
+    """Names or kinds of files that a directory lacks to be a base. Raises `AssetError` if its index is unreadable."""
     missing = [] if (path / "config.json").is_file() else ["config.json"]
     weights = weight_files(path)
     if not weights:
@@ -186,58 +162,46 @@ def missing_parts(path: Path) -> list[str]:
 
 
 def check_base(path: Path, source: str) -> None:
-    """Refuse a directory that is no base, or none that may be loaded.
-
-    Raises:
-        AssetError: Something is missing, the weights are pickled, or the configuration asks for code of its own.
-    """
+    """Raise an `AssetError` unless a directory is a complete base, without pickles and code of its own."""
     if not weight_files(path):
         refuse_without_safetensors(source, [file.name for file in path.iterdir() if file.is_file()])
     missing = missing_parts(path)
     if missing:
         advice = f"; {INDEX} names it" if any(name.endswith(".safetensors") for name in missing) else ""
         raise AssetError(
-            f"{source}: {path} is not a whole base: it lacks {', '.join(missing)}{advice}. A base is a directory as "
-            "`save_pretrained` of a model and of its tokenizer write it"
+            f"{source}: {path} is not a complete base: it lacks {', '.join(missing)}{advice}. A base is a directory "
+            "written by `save_pretrained` of a model and of its tokenizer"
         )
     for name in ("config.json", "tokenizer_config.json"):
         file = path / name
         if file.is_file() and "auto_map" in read_json(file):
             raise AssetError(
-                f"{source}: {file} has 'auto_map': it asks for Python code out of the base to be run, which is never "
-                "done. If transformers itself knows this model type, copy the directory, delete the key 'auto_map' "
-                "there, and name the copy as base_model"
+                f"{source}: {file} has 'auto_map': it requires Python code from the base, which is never run. If "
+                "transformers itself supports this model type, copy the directory, delete the key 'auto_map' "
+                "there, and use the copy as base_model"
             )
 
 
 def refuse_without_safetensors(source: str, names: list[str]) -> None:
-    """Refuse a base of which no file is safetensors, with the reason that its files give.
-
-    Raises:
-        AssetError: Always.
-    """
+    """Raise an `AssetError` for a base without safetensors, with a reason that depends on its files."""
     pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES))
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if pickles:
         raise AssetError(
-            f"{source} has its weights as {', '.join(pickles[:3])} only: these are pickles, which can run code when "
-            "they are read. Only safetensors are: take a revision that has them, or convert the base once yourself, in "
-            "a place you trust, with `save_pretrained`"
+            f"{source} has its weights as {', '.join(pickles[:3])} only: pickles can run code when they are read, so "
+            "only safetensors are supported. Use a revision that has them, or convert the base once yourself with "
+            "`save_pretrained`, in an environment you trust"
         )
     if ggufs:
         raise AssetError(
-            f"{source} has no safetensors, but GGUF files ({', '.join(ggufs[:3])}): download one and name the file "
-            "itself as base_model"
+            f"{source} has no safetensors, but GGUF files ({', '.join(ggufs[:3])}): download one and use the "
+            "file itself as base_model"
         )
     raise AssetError(f"{source} has no safetensors weights; found {', '.join(sorted(names)[:8]) or 'nothing'}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a file of a base.
-
-    Raises:
-        AssetError: The file cannot be read or is not a JSON object.
-    """
+    """A JSON object from a file. Raises `AssetError` if it is unreadable or something else."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
@@ -247,8 +211,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def belongs(name: str) -> bool:
-    """Whether a file of this name, relative to a base's directory, is part of the base."""
+def is_base_file(name: str) -> bool:
+    """Whether a file with this name, relative to the directory, belongs to a base."""
     return any(fnmatch(name, pattern) for pattern in BASE_FILES) and not any(
         fnmatch(name, pattern) for pattern in NOT_BASE_FILES
     )

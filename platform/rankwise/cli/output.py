@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.files import format_size
-from rankwise.reporter import Advance, Kind, Remark, Reporter
+from rankwise.reporter import Advance, LineKind, Remark, Reporter
 
 SCHEMA_VERSION = 1
 """Changes when a key is removed or renamed, or means something else; new keys do not change it."""
@@ -94,7 +94,7 @@ class _Console(Console):
 _LINE_EVERY = 30.0
 """Seconds between two lines of one task in a log."""
 
-_LABELS: Mapping[Kind, tuple[str, str]] = {
+_LABELS: Mapping[LineKind, tuple[str, str]] = {
     "say": ("", ""),
     "warn": ("warning: ", "yellow"),
     "fail": ("failed: ", "red"),
@@ -172,7 +172,7 @@ class Bars(Reporter):
         """Stop drawing and clear the bars."""
         self._progress.stop()
 
-    def line(self, kind: Kind, text: str) -> None:
+    def line(self, kind: LineKind, text: str) -> None:
         """One line of human text, above the bars."""
         label, style = _LABELS[kind]
         # Text, not a string: square brackets in a message are not markup.

@@ -28,7 +28,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
-from rankwise.assets.guard import read_yaml
+from rankwise.assets.input_checks import read_yaml
 from rankwise.compat.mlflow import artifact_repository
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
 from rankwise.flavor.metadata import (

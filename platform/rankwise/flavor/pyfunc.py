@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankwise.assets.guard import read_yaml
+from rankwise.assets.input_checks import read_yaml
 from rankwise.compat.mlflow import DOWNLOAD_NOTE
 from rankwise.data.template import Message, Renderer
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, TrackingError

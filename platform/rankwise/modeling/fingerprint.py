@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.assets.conversion import converted_digest, read_conversion
+from rankwise.assets.gguf_conversion import converted_digest, read_conversion
 from rankwise.assets.layout import read_json, weight_files
 from rankwise.digests import canonical_json, content_digest, digests
 from rankwise.exceptions import AdapterIntegrityError, AssetError

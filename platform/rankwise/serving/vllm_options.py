@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.assets.guard import read_yaml
+from rankwise.assets.input_checks import read_yaml
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import rankwise.flavor as flavor
-from rankwise.assets.guard import confine
+from rankwise.assets.input_checks import confine
 from rankwise.digests import file_digest
 from rankwise.exceptions import ConfigError, JobError, TrackingError
 from rankwise.experiment.schema import digest

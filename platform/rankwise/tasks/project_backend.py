@@ -16,7 +16,7 @@ from typing import Any
 from rankwise.experiment.experiment import load_experiment
 from rankwise.jobs.job import Job, JobState
 from rankwise.jobs.store import JobStore
-from rankwise.reporter import Advance, Kind, Remark, Reporter
+from rankwise.reporter import Advance, LineKind, Remark, Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.context import open_context
 from rankwise.tasks.rows import RowsCache
@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 _POLL_S = 2.0
 # The worker of the last job compares the arms and ends the sweep's run; a search's next round comes in this time too.
 _SETTLING_S = 120.0
-_LEVELS: dict[Kind, int] = {"say": logging.INFO, "done": logging.INFO, "warn": logging.WARNING, "fail": logging.ERROR}
+_LEVELS: dict[LineKind, int] = {
+    "say": logging.INFO,
+    "done": logging.INFO,
+    "warn": logging.WARNING,
+    "fail": logging.ERROR,
+}
 
 
 class RankwiseBackend(ProjectBackend):
@@ -133,7 +138,7 @@ class SweepSubmission:
 class LogReporter(Reporter):
     """Reports through the log: MLflow's command has no bars."""
 
-    def line(self, kind: Kind, text: str) -> None:
+    def line(self, kind: LineKind, text: str) -> None:
         """One line."""
         logger.log(_LEVELS[kind], text)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.dataset import ResolvedData, load_table, resolve_data
-from rankwise.assets.guard import confine
+from rankwise.assets.input_checks import confine
 from rankwise.data.preflight import Report, preflight, render_html, render_terminal
 from rankwise.data.rows import Example, Examples, RowMapping, load_examples
 from rankwise.data.template import Renderer, is_template_file

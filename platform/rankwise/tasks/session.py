@@ -19,8 +19,8 @@ from rankwise.exceptions import JobStoreError
 from rankwise.jobs.job import Job, JobKind, JobState, Outcome
 from rankwise.jobs.store import JobStore
 from rankwise.logs import job_log
-from rankwise.reporter import Advance, Kind, Remark, Reporter
-from rankwise.settings import Settings, at_work
+from rankwise.reporter import Advance, LineKind, Remark, Reporter
+from rankwise.settings import Settings, current_work
 from rankwise.tasks.bases import BaseHolder
 from rankwise.tasks.context import Context, failure_of, open_context
 from rankwise.tasks.rows import RowsCache
@@ -220,7 +220,7 @@ class Session:
     def logged(self, jobs: Collection[Job]) -> Iterator[None]:
         """Keep what is logged in the files of these jobs, and let MLflow runs that are started meanwhile know them."""
         work = {"job": _listed(job.id for job in jobs), "attempt": _listed(job.attempts for job in jobs)}
-        with ExitStack() as files, at_work({**work, "worker": worker_name(os.getppid())}):
+        with ExitStack() as files, current_work({**work, "worker": worker_name(os.getppid())}):
             for job in jobs:
                 arm = job.spec_hash[:12] if job.kind is JobKind.TRAIN else None
                 files.enter_context(job_log(self.settings, job.id, attempt=job.attempts, arm=arm))
@@ -271,7 +271,7 @@ class Stoppable(Reporter):
         self._session = session
         self._tokens = tokens
 
-    def line(self, kind: Kind, text: str) -> None:
+    def line(self, kind: LineKind, text: str) -> None:
         """See `Reporter.line`."""
         self._session.voice.line(kind, text)
 

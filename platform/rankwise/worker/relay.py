@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from structlog.contextvars import get_contextvars
 
-from rankwise.reporter import Advance, Kind, Remark, Reporter
+from rankwise.reporter import Advance, LineKind, Remark, Reporter
 from rankwise.worker.protocol import Message
 
 _PROGRESS_EVERY_S = 0.1
@@ -30,7 +30,7 @@ class RemoteReporter(Reporter):
         self._terminal = terminal
         self._ids = itertools.count()
 
-    def line(self, kind: Kind, text: str) -> None:
+    def line(self, kind: LineKind, text: str) -> None:
         """See `Reporter.line`."""
         self._emit({"event": "line", "kind": kind, "text": text})
 

@@ -1,10 +1,12 @@
 import shutil
 
 import pytest
+from helpers.bases import settings_in
+from helpers.gguf_file import make_gguf
 from helpers.tiny import make_base
 
 from rankwise import digests as digest
-from rankwise.assets.base import local_bases, resolve_base
+from rankwise.assets.base import find_config, local_bases, resolve_base
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.settings import Settings
 
@@ -63,9 +65,9 @@ def test_a_wrong_pin_names_both_digests_and_the_key(base, settings):
 @pytest.mark.parametrize(
     ("base_model", "revision", "error", "message"),
     [
-        ("./nowhere", None, AssetError, r"base_model: there is no /.*/nowhere; name a directory, a GGUF file"),
-        ("pypi:x==1#x/model.safetensors", None, ConfigError, "a base in one file is a GGUF"),
-        ("rows.jsonl", None, ConfigError, "a base in one file is a GGUF"),
+        ("./nowhere", None, AssetError, r"base_model: /.*/nowhere does not exist; use a directory, a GGUF file"),
+        ("pypi:x==1#x/model.safetensors", None, ConfigError, "a single file must be a GGUF"),
+        ("rows.jsonl", None, ConfigError, "a single file must be a GGUF"),
         ("no such thing", None, ConfigError, "^base_model: must be org/name"),
         ("./nowhere", "main", ConfigError, "^base_model_revision: must be 'sha256:'"),
     ],
@@ -101,3 +103,20 @@ def test_local_bases_are_those_of_the_named_directories_and_of_the_cache(base, t
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
     assert list(local_bases(settings)) == [base, base, cached]
+
+
+def test_a_configuration_is_named_by_itself_or_by_its_directory(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert find_config(str(name), settings_in(tmp_path)) == tmp_path / "config.json"
+
+
+def test_of_a_gguf_it_is_that_of_what_it_becomes(tmp_path):
+    path = find_config(str(make_gguf(tmp_path / "tiny.gguf")), settings_in(tmp_path))
+    assert path.parent.name.startswith("gguf-")
+    assert path.is_file()
+
+
+def test_what_is_nowhere_is_an_error(tmp_path):
+    with pytest.raises(AssetError, match="does not exist"):
+        find_config(str(tmp_path / "nothing"), settings_in(tmp_path))

@@ -4,7 +4,7 @@ import pytest
 
 from rankwise.assets.base import find_config, resolve_base
 from rankwise.assets.dataset import resolve_data
-from rankwise.assets.guard import confine, refuse_files_elsewhere
+from rankwise.assets.input_checks import confine, refuse_external_files
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.settings import Settings
 
@@ -89,9 +89,9 @@ def test_a_directorys_card_cannot_lead_elsewhere(root, settings, name):
 def test_an_ordinary_card_is_none_of_this(root):
     head = "license: mit\nhomepage: https://host.example/\nconfigs:\n- data_files: rows.jsonl\n"
     (root / "README.md").write_text(f"---\n{head}---\nSee /etc and ../x\n")
-    refuse_files_elsewhere(root)
+    refuse_external_files(root)
     (root / "README.md").write_text("# No head\n")
-    refuse_files_elsewhere(root)
+    refuse_external_files(root)
 
 
 def test_what_datasets_does_with_such_a_card_is_why(root, tmp_path):

@@ -140,9 +140,9 @@ def test_a_pin_is_checked_and_its_key_is_named(tmp_path, settings):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("./none.jsonl", AssetError, r"dataset: there is no /.*/none\.jsonl; name a file"),
-        ("pypi:x==1#x/model.pkl", ConfigError, r"a data file is one of \.jsonl, .*got 'x/model\.pkl'"),
-        ("./x.xlsx", ConfigError, r"a data file is one of \.jsonl, .*got 'x\.xlsx'"),
+        ("./none.jsonl", AssetError, r"dataset: /.*/none\.jsonl does not exist; use a file"),
+        ("pypi:x==1#x/model.pkl", ConfigError, r"must be a directory or a file of type \.jsonl, .*got 'x/model\.pkl'"),
+        ("./x.xlsx", ConfigError, r"must be a directory or a file of type \.jsonl, .*got 'x\.xlsx'"),
         ("what is this", ConfigError, "^train: must be org/name"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_hub_data_set_in_the_cache_is_read_offline(snapshot, settings, caplog)
     found = resolve_data("org/rows", COMMIT, settings)
     assert (found.hub, found.path, found.pinned) == ("org/rows", None, True)
     assert load_table(found, settings).to_list() == ROWS
-    assert f"the cache does not say whether it holds all files of {COMMIT}" in caplog.text
+    assert f"the cache does not record whether all files of {COMMIT}" in caplog.text
 
 
 def test_a_table_of_the_hub_that_was_read_needs_nothing_more(snapshot, settings):
@@ -248,5 +248,5 @@ def test_a_table_of_the_hub_that_was_read_needs_nothing_more(snapshot, settings)
 
 def test_offline_a_data_set_that_is_not_in_the_cache_is_an_error_with_advice(snapshot, settings):
     settings = replace(settings, offline=True)
-    with pytest.raises(AssetError, match=f"org/other at {COMMIT} is not whole in the cache .*HF_HUB_OFFLINE is set"):
+    with pytest.raises(AssetError, match=f"org/other at {COMMIT} is not complete in the cache .*HF_HUB_OFFLINE is set"):
         load_table(resolve_data("org/other", COMMIT, settings), settings)

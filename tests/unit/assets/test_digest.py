@@ -97,7 +97,7 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(tmp_path, settings, 
         return found
 
     monkeypatch.setattr(digest, "_read", meddle)
-    with pytest.raises(AssetError, match="changed while it was read; try again"):
+    with pytest.raises(AssetError, match="changed while it was read; run again"):
         file_digest(file, settings)
 
 
@@ -135,5 +135,5 @@ def test_only_the_chosen_files_of_a_directory_count(tmp_path, settings):
 
 
 def test_an_empty_directory_has_no_digest(tmp_path, settings):
-    with pytest.raises(AssetError, match="holds no files"):
+    with pytest.raises(AssetError, match="contains no files"):
         directory_digest(tmp_path, settings)

@@ -65,24 +65,26 @@ def test_offline_the_commit_of_main_is_the_one_last_seen_and_it_is_said(snapshot
     with caplog.at_level(logging.WARNING, "rankwise"):
         base = resolve_base("org/tiny", None, offline)
     assert (base.revision, base.pinned) == (COMMIT, False)
-    assert f"taking the commit that 'main' stood for when last seen: {COMMIT}" in caplog.text
+    assert f"using the last known commit of 'main': {COMMIT}" in caplog.text
 
 
 def test_offline_an_unknown_branch_is_an_error_with_advice(snapshot, offline):
-    with pytest.raises(AssetError, match=r"org/tiny at dev .*HF_HUB_OFFLINE is set.*name a local path") as caught:
+    with pytest.raises(AssetError, match=r"org/tiny at dev .*HF_HUB_OFFLINE is set.*use a local path") as caught:
         resolve_commit("org/tiny", "dev", offline)
     assert caught.value.exit_code == 3
 
 
 def test_offline_what_is_not_in_the_cache_is_an_error_with_advice(snapshot, offline):
-    with pytest.raises(AssetError, match=rf"org/other at {COMMIT} is not whole in the cache .*HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        AssetError, match=rf"org/other at {COMMIT} is not complete in the cache .*HF_HUB_OFFLINE is set"
+    ):
         resolve_base("org/other", COMMIT, offline)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_snapshot_that_lacks_a_part_is_not_taken(snapshot, offline, name):
     (snapshot / name).unlink()
-    with pytest.raises(AssetError, match="is not whole in the cache"):
+    with pytest.raises(AssetError, match="is not complete in the cache"):
         resolve_base("org/tiny", COMMIT, offline)
 
 
@@ -90,7 +92,7 @@ def test_a_snapshot_that_lacks_a_shard_is_not_taken(snapshot, offline):
     (snapshot / "model.safetensors").rename(snapshot / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (snapshot / INDEX).write_text(json.dumps(index))
-    with pytest.raises(AssetError, match="is not whole in the cache"):
+    with pytest.raises(AssetError, match="is not complete in the cache"):
         resolve_base("org/tiny", COMMIT, offline)
 
 
@@ -118,7 +120,7 @@ def test_a_cached_configuration_with_code_is_refused(snapshot, offline):
     config = json.loads((snapshot / "config.json").read_text())
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
-    with pytest.raises(AssetError, match="'auto_map': it asks for Python code"):
+    with pytest.raises(AssetError, match="'auto_map': it requires Python code"):
         resolve_base("org/tiny", COMMIT, offline)
 
 
@@ -151,4 +153,4 @@ def test_a_shared_cache_that_is_read_only_still_serves_a_branch(snapshot, offlin
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
     with caplog.at_level(logging.WARNING, "rankwise"):
         assert resolve_base("org/tiny", "v1", replace(offline, offline=False)).revision == COMMIT
-    assert "'v1' of org/tiny is not remembered for work offline" in caplog.text
+    assert "could not store the commit of 'v1' of org/tiny for use offline" in caplog.text

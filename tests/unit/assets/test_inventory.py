@@ -79,7 +79,7 @@ def test_a_damaged_record_is_listed_and_found(settings, kind, name, content):
 def test_a_missing_file_is_found(settings):
     (cached,) = (cached for cached in list_cached(settings) if cached.kind == "file")
     (cached.path / "x.csv").unlink()
-    assert "holds 0 files" in check_cached(cached, settings)
+    assert "contains 0 files" in check_cached(cached, settings)
 
 
 def test_a_record_without_its_libraries_says_unknown(settings):

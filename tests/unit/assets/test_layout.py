@@ -3,7 +3,7 @@ import json
 import pytest
 from helpers.tiny import make_base
 
-from rankwise.assets.layout import INDEX, base_files, belongs, check_base, missing_parts
+from rankwise.assets.layout import INDEX, base_files, check_base, is_base_file, missing_parts
 from rankwise.exceptions import AssetError
 
 
@@ -46,7 +46,7 @@ def test_a_saved_model_and_tokenizer_are_a_base(base):
     ],
 )
 def test_what_belongs_to_a_base(name, belonging):
-    assert belongs(name) is belonging
+    assert is_base_file(name) is belonging
 
 
 def test_the_files_of_a_base_leave_out_the_rest_of_its_directory(base):
@@ -84,14 +84,14 @@ def test_a_missing_shard_is_named(base):
 def test_pickled_weights_are_refused_with_the_reason(base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(
-        AssetError, match=r"org/x has its weights as pytorch_model.bin only: these are pickles.*safetensors"
+        AssetError, match=r"org/x has its weights as pytorch_model.bin only: pickles can run code.*safetensors"
     ):
         check_base(base, "org/x")
 
 
 def test_a_directory_of_ggufs_says_to_name_the_file(base):
     (base / "model.safetensors").rename(base / "x.Q4_0.gguf")
-    with pytest.raises(AssetError, match=r"GGUF files \(x.Q4_0.gguf\): download one and name the file itself"):
+    with pytest.raises(AssetError, match=r"GGUF files \(x.Q4_0.gguf\): download one and use the file itself"):
         check_base(base, "org/x")
 
 
@@ -99,7 +99,7 @@ def test_a_directory_of_ggufs_says_to_name_the_file(base):
 def test_code_out_of_a_base_is_refused(base, name):
     content = json.loads((base / name).read_text())
     (base / name).write_text(json.dumps({**content, "auto_map": {"AutoModel": "modeling.Evil"}}))
-    with pytest.raises(AssetError, match=rf"{name} has 'auto_map': it asks for Python code"):
+    with pytest.raises(AssetError, match=rf"{name} has 'auto_map': it requires Python code"):
         check_base(base, "x")
 
 

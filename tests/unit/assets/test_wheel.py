@@ -37,7 +37,7 @@ def wheels(tmp_path, monkeypatch):
 
 
 def states(settings):
-    """What a write would change. The memo of digests may learn of a file that was too young at the first look."""
+    """What a write would change. The cache of digests may learn of a file that was too young at the first look."""
     stats = {file: file.stat() for file in settings.cache.glob("pypi/**/*")}
     return {file: (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in stats.items()}
 
@@ -91,7 +91,9 @@ def test_a_damaged_file_in_the_cache_is_told_from_a_wrong_pin(wheels, settings, 
 
 
 def test_a_missing_member_names_the_nearest(wheels, settings):
-    with pytest.raises(AssetError, match=r"has no member 'tiny_rows/rows.csv'; the nearest: tiny_rows/data/rows.csv"):
+    with pytest.raises(
+        AssetError, match=r"has no member 'tiny_rows/rows.csv'; the most similar: tiny_rows/data/rows.csv"
+    ):
         fetch(settings, source=PypiSource("tiny-rows", "1.0", "tiny_rows/rows.csv"))
 
 
@@ -115,7 +117,7 @@ def test_an_index_that_does_not_answer_is_told_with_advice(wheels, settings, mon
 
 
 def test_a_distribution_that_no_index_has_is_told_with_advice(wheels, settings):
-    with pytest.raises(AssetError, match=r"no index that pip knows has a wheel of it"):
+    with pytest.raises(AssetError, match=r"no configured index has a wheel of it"):
         fetch(settings, source=PypiSource("never-made", "1.0", "x.csv"))
 
 
@@ -131,7 +133,7 @@ def test_a_broken_wheel_is_named(wheels, settings):
     wheel = next(wheels.iterdir())
     content = wheel.read_bytes()
     wheel.write_bytes(content.replace(CONTENT, CONTENT.replace(b"326", b"327")))
-    with pytest.raises(AssetError, match=r"tiny_rows-1.0-py3-none-any.whl is not a whole wheel: Bad CRC"):
+    with pytest.raises(AssetError, match=r"tiny_rows-1.0-py3-none-any.whl is not a valid wheel: Bad CRC"):
         fetch(settings)
     assert not member_entry(SOURCE, settings).exists()
 
@@ -166,7 +168,7 @@ def _bomb(folder, name="tiny_rows/data/rows.csv", size=200 << 20, mode=0):
 
 def test_a_member_that_grows_beyond_all_measure_is_refused_before_it_is_unpacked(tmp_path):
     target = tmp_path / "rows.csv"
-    with pytest.raises(AssetError, match=r"would grow from [\d,]+ to 209,715,200 bytes.* refused as a bomb"):
+    with pytest.raises(AssetError, match=r"would expand from [\d,]+ to 209,715,200 bytes.* refused as a zip bomb"):
         _extract(_bomb(tmp_path), SOURCE.member, target, SILENT)
     assert not target.exists()
 

@@ -3,7 +3,7 @@ import pytest
 from helpers.data_rows import ask, make_renderer
 
 from rankwise.data.tokens import Encoded, EncodedSet, encode, kept
-from rankwise.reporter import Silent
+from rankwise.reporter import SilentReporter
 from rankwise.settings import Settings
 
 
@@ -76,7 +76,7 @@ def test_tokens_are_made_once_for_the_same_rows(tmp_path):
     assert [each.input_ids.tolist() for each in again] == [each.input_ids.tolist() for each in first]
 
 
-class Recorder(Silent):
+class Recorder(SilentReporter):
     def __init__(self):
         self.tasks = []
 

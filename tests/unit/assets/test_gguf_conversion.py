@@ -8,7 +8,7 @@ from helpers.gguf_file import make_gguf
 from helpers.tiny import CHATML
 
 from rankwise.assets.base import resolve_base
-from rankwise.assets.conversion import RECORD, convert_gguf, converted_digest, read_conversion
+from rankwise.assets.gguf_conversion import RECORD, convert_gguf, converted_digest, read_conversion
 from rankwise.assets.layout import tensors, tensors_digest
 from rankwise.digests import file_digest
 from rankwise.exceptions import AssetError
@@ -87,9 +87,9 @@ def test_converting_again_elsewhere_gives_the_same_bytes(gguf, converted, settin
 
 
 def test_a_gguf_is_converted_once_and_the_result_is_not_touched(gguf, converted, settings, monkeypatch):
-    from rankwise.assets import conversion
+    from rankwise.assets import gguf_conversion
 
-    monkeypatch.setattr(conversion, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_conversion, "_convert", lambda *_: pytest.fail("converted again"))
     before = states(settings)
     base = resolve_base(str(gguf), None, settings)
     assert base.path == converted
@@ -105,7 +105,7 @@ def test_a_converted_base_of_which_a_byte_has_changed_is_not_given_out(gguf, tmp
     weights = entry / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(AssetError, match=rf"the base that {gguf.name} was converted to is damaged: .* remove {entry}"):
+    with pytest.raises(AssetError, match=rf"the base converted from {gguf.name} is damaged: .* remove {entry}"):
         resolve_base(str(gguf), None, settings)
     weights.write_bytes(content)
     assert resolve_base(str(gguf), None, settings).path == entry
@@ -118,7 +118,7 @@ def test_a_digest_that_cannot_be_remembered_is_computed_again(converted, setting
     (tmp_path / "tensor-digests").touch()
     elsewhere = replace(settings, cache=tmp_path)
     assert converted_digest(converted, elsewhere) == converted_digest(converted, settings) == tensors_digest(converted)
-    assert "is not remembered" in caplog.text
+    assert "could not store the digest of the tensors" in caplog.text
 
 
 def test_nothing_is_printed_while_converting(gguf, settings, tmp_path, capfd):

@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from rankwise.digests import DigestMemo, _signed
+from rankwise.digests import DigestCache, _signed
 from rankwise.exceptions import AssetError
 
 # Each process writes and reads its own files' rows, all in one memo.
 WRITER = """
 import sys
 from pathlib import Path
-from rankwise.digests import DigestMemo
-memo, folder, first = DigestMemo(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
+from rankwise.digests import DigestCache
+memo, folder, first = DigestCache(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
 for number in range(first, first + 40):
     file = folder / str(number)
     file.write_text(str(number))
@@ -25,7 +25,7 @@ for number in range(first, first + 40):
 
 @pytest.fixture
 def memo(tmp_path):
-    return DigestMemo(tmp_path / "memo" / "digests.sqlite3")
+    return DigestCache(tmp_path / "memo" / "digests.sqlite3")
 
 
 def stat(path, content=b"x"):
@@ -65,7 +65,7 @@ def test_processes_share_a_memo(memo, tmp_path):
 def test_a_damaged_memo_says_what_to_do(memo, tmp_path):
     memo.path.parent.mkdir()
     memo.path.write_bytes(b"not a database, " * 100)
-    with pytest.raises(AssetError, match=r"is damaged .* delete it, it is rebuilt"):
+    with pytest.raises(AssetError, match=r"is damaged .* delete it, and it is rebuilt"):
         memo.recall(stat(tmp_path / "file"))
 
 

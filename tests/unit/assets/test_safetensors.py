@@ -111,7 +111,7 @@ def test_a_cut_off_file_is_refused(tmp_path, values):
     path = tmp_path / "model.safetensors"
     save_file(values, path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(AssetError, match="is cut off: the tensor"):
+    with pytest.raises(AssetError, match="is truncated: the tensor"):
         read_header(path)
 
 
@@ -126,10 +126,10 @@ def test_a_missing_file_is_named(tmp_path):
         (b"[" * 200_000, "not a safetensors file"),
         (
             b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}',
-            "cannot have 4 bytes|is cut off",
+            "cannot have 4 bytes|is truncated",
         ),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000000]}}', "is cut off"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}', "cannot have 4 bytes|is cut off"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000000]}}', "is truncated"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}', "cannot have 4 bytes|is truncated"),
     ],
     ids=["deep", "shape", "end", "before"],
 )

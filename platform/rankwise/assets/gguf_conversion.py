@@ -1,4 +1,4 @@
-"""A GGUF file becomes a base as transformers keeps them, once: bf16 safetensors, configuration, tokenizer, template."""
+"""Converts a GGUF file once into a base for transformers: bf16 safetensors, configuration, tokenizer, template."""
 
 from __future__ import annotations
 
@@ -22,21 +22,15 @@ from rankwise.settings import Settings
 logger = logging.getLogger(__name__)
 
 RECORD = "conversion.json"
-# Part of the entry's name: raised when the conversion itself changes, so that old entries are not taken for new ones.
+# Part of the entry's name: increase it when the conversion changes.
 VERSION = 1
-# The libraries that decide what the converted numbers are.
+# The libraries that determine the converted numbers.
 LIBRARIES = ("transformers", "gguf", "torch", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What a converted base came from and what came out; kept in it as `conversion.json`.
-
-    Attributes:
-        gguf: Digest of the GGUF file.
-        tensors: Digest over name, dtype, shape and bytes of the converted tensors.
-        libraries: Versions of the libraries that converted it.
-    """
+class GgufConversion:
+    """The record in a converted base: digest of the GGUF, digest of the converted tensors, versions of libraries."""
 
     gguf: str
     tensors: str
@@ -44,16 +38,10 @@ class Conversion:
 
 
 def convert_gguf(path: Path, digest: str, settings: Settings, progress: Reporter = SILENT) -> Path:
-    """The directory of the base that a GGUF file becomes, made now if this machine has not made it before.
-
-    Args:
-        path: The GGUF file.
-        digest: Its digest, which names the entry of the cache.
-        settings: Where the cache is.
-        progress: Told of the tensors as they are unpacked.
+    """The directory of the base converted from a GGUF file, which is converted now unless the cache has it by `digest`.
 
     Raises:
-        AssetError: transformers cannot read the file, or what it was converted to has changed since.
+        AssetError: transformers cannot read the file, or the converted base has changed.
         StorageError: The cache cannot be written.
     """
     entry = converted_entry(digest, settings)
@@ -66,21 +54,12 @@ def convert_gguf(path: Path, digest: str, settings: Settings, progress: Reporter
 
 
 def converted_entry(digest: str, settings: Settings) -> Path:
-    """Where the cache keeps what the GGUF file with this digest becomes."""
+    """The cache entry of the GGUF file with this digest."""
     return settings.cache / "bases" / f"gguf-{digest.removeprefix('sha256:')[:32]}-v{VERSION}"
 
 
 def converted_digest(path: Path, settings: Settings, *, verify: bool = False) -> str:
-    """The digest of a converted base's tensors. The contents of its files decide it, so it is remembered by them.
-
-    Args:
-        path: The base.
-        settings: Where digests are remembered.
-        verify: Read everything anew, whatever is remembered.
-
-    Raises:
-        AssetError: A file is missing, cannot be read or is not in the format.
-    """
+    """The digest of a converted base's tensors, remembered by its files' digests. `verify` reads all again."""
     contents = sorted(digests(weight_files(path), settings, verify=verify).values())
     key = content_digest(canonical_json(contents)).removeprefix("sha256:")
     remembered = settings.cache / "tensor-digests" / key
@@ -90,39 +69,39 @@ def converted_digest(path: Path, settings: Settings, *, verify: bool = False) ->
     try:
         write_atomically(remembered, f"{digest}\n".encode())
     except StorageError as error:
-        # A cache that many share is often read-only, and serves all the same.
-        logger.warning("the digest of the tensors in %s is not remembered: %s", path, error)
+        # A shared cache may be read-only.
+        logger.warning("could not store the digest of the tensors in %s: %s", path, error)
     return digest
 
 
 def _check_undamaged(entry: Path, name: str, settings: Settings) -> None:
     conversion = read_conversion(entry)
-    found = converted_digest(entry, settings)
-    if conversion is None or conversion.tensors != found:
-        what = "it has no record" if conversion is None else f"its tensors were {conversion.tensors} and are {found}"
+    actual = converted_digest(entry, settings)
+    if conversion is None or conversion.tensors != actual:
+        problem = (
+            "it has no record" if conversion is None else f"its tensors were {conversion.tensors} and are {actual}"
+        )
         raise AssetError(
-            f"the base that {name} was converted to is damaged: {what}; remove {entry}, and it is converted anew"
+            f"the base converted from {name} is damaged: {problem}; remove {entry} and run again to convert it anew"
         )
 
 
-def read_conversion(path: Path) -> Conversion | None:
-    """The record in a base's directory, or None if it was not converted from a GGUF.
-
-    Raises:
-        AssetError: The record is damaged.
-    """
+def read_conversion(path: Path) -> GgufConversion | None:
+    """The record of a converted base, None for another base. Raises `AssetError` if it is damaged."""
     record = path / RECORD
     if not record.is_file():
         return None
     values = read_json(record)
     try:
-        return Conversion(
+        return GgufConversion(
             gguf=str(values["gguf"]),
             tensors=str(values["tensors"]),
             libraries={str(name): str(version) for name, version in values["libraries"].items()},
         )
     except (KeyError, AttributeError) as error:
-        raise AssetError(f"{record} is damaged ({error!r}); remove {path}, and the GGUF is converted anew") from error
+        raise AssetError(
+            f"{record} is damaged ({error!r}); remove {path} and run again to convert the GGUF anew"
+        ) from error
 
 
 def _convert(path: Path, digest: str, folder: Path, progress: Reporter) -> None:
@@ -143,15 +122,15 @@ def _convert(path: Path, digest: str, folder: Path, progress: Reporter) -> None:
         except MemoryError:
             raise
         except Exception as error:
-            # Fed with broken bytes, the parser raises whatever it meets: struct.error, KeyError, UnicodeDecodeError.
+            # The parser raises any exception on malformed input: struct.error, KeyError, UnicodeDecodeError.
             raise AssetError(
                 f"transformers {importlib.metadata.version('transformers')} cannot read {path}: {error!r}. "
-                "Name a base in safetensors, or a GGUF of an architecture that it knows"
+                "Use a base in safetensors, or a GGUF of an architecture that it supports"
             ) from error
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     check_base(folder, path.name)
-    conversion = Conversion(
+    conversion = GgufConversion(
         gguf=digest,
         tensors=tensors_digest(folder, progress=progress),
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -174,7 +153,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _unpacking(path: Path, progress: Reporter) -> Iterator[None]:
-    """Turn the bar that transformers always draws while it unpacks a GGUF into ours."""
+    """Replace the progress bar that transformers always draws while it unpacks a GGUF."""
     with (
         gguf_progress(lambda items: _counted(items, path, progress)),
         progress.task(f"converting {path.name}", None),
