@@ -69,10 +69,10 @@ def test_bytes_that_changed_under_an_unchanged_file_are_noticed(settings, monkey
     monkeypatch.setattr(digest, "_CLOCK_TICK_NS", -(10**12))
     resolve_base(listed.source, None, settings)
     assert check_external_base(listed, settings) is None
-    monkeypatch.setattr(digest, "_read", lambda *_: "0" * 64)
+    monkeypatch.setattr(digest, "_read", lambda path, sha256, progress: sha256.update(b"other bytes"))
     problem = check_external_base(listed, settings)
     assert problem is not None
-    assert f"model.safetensors is sha256:{'0' * 64}, was sha256:" in problem
+    assert f"model.safetensors is {digest.content_digest(b'other bytes')}, was sha256:" in problem
     assert "neither its size nor its times have changed" in problem
 
 
