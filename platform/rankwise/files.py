@@ -53,7 +53,7 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
 def _error_number(error: Exception) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
-    # safetensors has an exception of its own, with the number in its text.
+    # safetensors raises an exception of its own, with the number in its text.
     match = re.search(r"\(os error ([0-9]+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
     return int(match[1]) if match else 0
 

@@ -27,7 +27,7 @@ from typing import IO, Any
 GRACE_S = 90.0
 """Seconds for a worker to write a checkpoint and return its jobs; longer than its own grace."""
 SERVER_GRACE_S = 5.0
-"""Seconds between the two SIGTERM to a server; SIGKILL follows after as many again."""
+"""Seconds between the two SIGTERMs to a server; SIGKILL follows after as many again."""
 _LAST_S = 10.0
 _POLL_S = 0.2
 _STOPPING_POLL_S = 0.05
@@ -47,7 +47,7 @@ def start(
     Args:
         command: The program and its arguments.
         environment: Its whole environment.
-        grace: Seconds between the two SIGTERM; SIGKILL follows after as many again, at most 10.
+        grace: Seconds between the two SIGTERMs; SIGKILL follows after as many again, at most 10.
         group: Whether signals go to the command's process group, of which nothing remains.
         output: Where standard output and error go; by default where this process's go.
 

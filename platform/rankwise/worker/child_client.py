@@ -54,7 +54,7 @@ class Watchdog:
 _POLL_S = 0.2
 _KILL_AFTER_S = 5.0
 _MAX_OUTPUT_BYTES = 50_000
-"""Of the log of a dead child, or of the stacks of a hung one, in the logs of its jobs."""
+"""Bytes of a dead child's log, or of a hung child's stacks, that go into the logs of its jobs."""
 INTERRUPTED = "KeyboardInterrupt"
 logger = logging.getLogger(__name__)
 

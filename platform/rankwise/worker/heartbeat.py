@@ -198,7 +198,7 @@ class Heartbeat:
             progress = {token: self._progress[token] for token in tokens if token in self._unsent}
         if not tokens:
             return
-        # Read previous the statement, so that the lease ends no earlier than computed.
+        # Read before the statement, so that the lease ends no earlier than computed.
         sent = lease_clock()
         beat = self._queue.beat(tokens, lease=self._timing.lease, progress=progress or None)
         with self._lock:
@@ -217,12 +217,12 @@ class Heartbeat:
 
     def _check_cancelled(self) -> None:
         with self._lock:
-            tokens = dict(self._jobs)
-        if not tokens:
+            job_ids = dict(self._jobs)
+        if not job_ids:
             return
-        cancelled = {job.token for job in self._queue.jobs(ids=list(tokens.values())) if job.cancel_requested}
+        cancelled = {job.token for job in self._queue.jobs(ids=list(job_ids.values())) if job.cancel_requested}
         with self._lock:
-            new = {token for token in tokens if token in cancelled and token in self._jobs} - self._cancelled
+            new = {token for token in job_ids if token in cancelled and token in self._jobs} - self._cancelled
             if new:
                 self._cancelled |= new
                 self.changes += 1
