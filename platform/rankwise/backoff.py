@@ -20,12 +20,8 @@ def delay_after(failures: int, *, first: float, longest: float, factor: float = 
 class Backoff:
     """The delay before the next retry of something, and how long it has been failing.
 
-    Args:
-        first: Seconds to wait after the first failure.
-        longest: The longest delay.
-        factor: Growth of the delay with each failure.
-        give_up_after: Seconds of failure until `is_exhausted`.
-        clock: Returns the time in seconds.
+    The delay grows from `first` to `longest` seconds by `factor`. `is_exhausted` after `give_up_after` seconds of
+    failure.
     """
 
     def __init__(

@@ -124,10 +124,9 @@ _WORTH_A_BAR = 256 << 20
 
 
 def file_digest(path: Path, settings: Settings, *, verify: bool = False, progress: Reporter = SILENT) -> str:
-    """The digest of a file's content (`sha256:` and 64 hex digits), with links resolved. `verify` reads the file again.
+    """The digest (`sha256:` and 64 hex digits) of a file, with links resolved; cached, unless `verify` is set.
 
-    Raises:
-        AssetError: The file is missing or unreadable, or changed while it was read.
+    Raises `AssetError` if the file is missing, unreadable, or changed while it was read.
     """
     try:
         remembered = None if verify else _digest_cache(settings).recall(path.stat())

@@ -1,4 +1,4 @@
-"""Atomic files, directories that are complete or absent, entries of the cache, and byte sizes in words."""
+"""Atomic files, complete-or-absent directories, entries of the cache, and byte sizes in words."""
 
 from __future__ import annotations
 
@@ -133,12 +133,10 @@ def remove_directory(path: Path, doomed: Path | None = None) -> None:
 
 
 def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None], *, doing: str) -> Path:
-    """Return a directory of the cache, filled by `build` if it does not exist. One process builds it, the others wait.
+    """Return a directory of the cache. If it does not exist, one process fills it with `build` while others wait.
 
-    An existing entry is neither locked nor written, so a read-only cache works. `doing` describes the work in messages.
-
-    Raises:
-        StorageError: The disk is full or not writable; nothing is left behind.
+    An existing entry is neither locked nor written, so a read-only cache works. Raises `StorageError`; nothing is left
+    behind then. `doing` describes the work in messages.
     """
     if entry.is_dir():
         return entry
@@ -167,11 +165,7 @@ def remove_entry(entry: Path, settings: Settings) -> int:
 
 
 def remove_leftovers(root: Path, settings: Settings) -> int:
-    """Remove incomplete entries below `root` that dead processes left, and return their size in bytes.
-
-    Raises:
-        StorageError: One cannot be removed.
-    """
+    """Remove incomplete entries that dead processes left below `root`; their bytes. Raises `StorageError`."""
     freed = 0
     for temporary in sorted(root.glob(".*.tmp")):
         entry = root / temporary.name.removeprefix(".").removesuffix(".tmp")
@@ -234,12 +228,10 @@ _UNITS = {**_DECIMAL_UNITS, "GiB": 1 << 30, "MiB": 1 << 20}
 
 
 def format_size(count: float, spec: str = ".2f", *, unit: str | None = None) -> str:
-    """A number of bytes in words: `109.05 MB`.
+    """A number of bytes in words: `109.05 MB`; below 1 kB exact. `spec` formats the number.
 
-    Args:
-        count: The bytes.
-        spec: Format of the number. Below 1 kB it is exact.
-        unit: TB, GB, MB, kB (powers of 1000), GiB, MiB; by default the largest power of 1000 that gives at least 1.
+    `unit` is one of TB, GB, MB, kB (powers of 1000), GiB, MiB; by default the largest power of 1000 that gives at least
+    1.
     """
     if unit is None:
         unit = next((unit for unit, size in _DECIMAL_UNITS.items() if count >= size), None)

@@ -55,10 +55,7 @@ class Reporter(ABC):
     def task(self, description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
         """Show the progress of a task that takes more than a second.
 
-        Args:
-            description: What is done.
-            total: The amount of work in `unit`; None if unknown.
-            unit: `B` for bytes, otherwise a plural noun (`tensors`).
+        `total` is the amount of work, None if unknown, in `unit`: `B` for bytes, otherwise a plural noun (`tensors`).
         """
         with self.task_with_remark(description, total, unit) as (advance, _):
             yield advance

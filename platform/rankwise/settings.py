@@ -57,11 +57,7 @@ class Settings:
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the environment (`os.environ` by default).
-
-        Raises:
-            ConfigError: A variable has an invalid value.
-        """
+        """Read the environment (`os.environ` by default). Raises `ConfigError` for an invalid value."""
         env = os.environ if environ is None else environ
         home = _path("RANKWISE_HOME", env.get("RANKWISE_HOME") or "mlruns")
         return cls(
@@ -105,10 +101,7 @@ class Settings:
 def compute_dtype(environ: Mapping[str, str] | None = None) -> str:
     """The dtype for `compute_dtype: auto` (`RANKWISE_COMPUTE_DTYPE`), or `auto` if the hardware decides.
 
-    Different workers would otherwise train the arms of one sweep in different dtypes.
-
-    Raises:
-        ConfigError: The variable has an invalid value.
+    Different workers would otherwise train the arms of one sweep in different dtypes. Raises `ConfigError`.
     """
     env = os.environ if environ is None else environ
     name = env.get("RANKWISE_COMPUTE_DTYPE") or "auto"

@@ -5,8 +5,8 @@ command: SIGTERM, SIGTERM again after the grace, then SIGKILL to its process gro
 the supervisor is killed, the kernel sends the command a SIGTERM.
 
 `--group` is for servers that start other processes and may end before them: signals go to the process group, a SIGTERM
-stops it like a closed pipe, and no process of the group remains. Only the standard library is imported, because every
-worker has a supervisor.
+stops it like a closed pipe, and no process of the group remains. Imports the standard library only: every worker has a
+supervisor.
 """
 
 from __future__ import annotations
@@ -42,19 +42,11 @@ def start(
     group: bool = False,
     output: int | IO[Any] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a command that ends with this process.
+    """Start a command that ends with this process, and return its supervisor.
 
-    Args:
-        command: The program and its arguments.
-        environment: Its whole environment.
-        grace: Seconds between the two SIGTERMs; SIGKILL follows after as many again, at most 10.
-        group: Whether signals go to the command's process group, of which nothing remains.
-        output: Where standard output and error go; by default where this process's go.
-
-    Returns:
-        The supervisor. Its exit status is the command's (128 + N for signal N), or 0 for a group that was stopped.
-            Closing
-        its `stdin` ends both.
+    The supervisor's exit status is the command's (128 + N for signal N), or 0 for a group that was stopped. Closing its
+    `stdin` ends both: `grace` is the time between the two SIGTERMs, SIGKILL follows after as many again, at most 10 s.
+    `output` is for standard output and error, by default this process's.
     """
     # -P: a module in the working directory must not replace one of the standard library.
     supervisor = [sys.executable, "-P", "-m", "rankwise.supervise", "--grace", str(grace)]

@@ -126,7 +126,7 @@ def test_a_repository_with_pickles_only_is_refused_before_any_download(hub, base
     files["pytorch_model.bin"] = files.pop("model.safetensors")
     done = run(BASE, "org/old", COMMIT)
     assert done.returncode == 3
-    assert f"org/old at {COMMIT} has its weights as pytorch_model.bin only: these are pickles" in done.stderr
+    assert f"org/old at {COMMIT} has its weights as pytorch_model.bin only: pickles can run code" in done.stderr
     assert files_of(hub.requests) == []
 
 
@@ -152,7 +152,7 @@ def test_a_hub_that_does_not_answer_is_told_with_advice_and_soon(hub, monkeypatc
     done = run(script, "org/tiny", revision)
     assert done.returncode == 3
     assert "the hub is unreachable (ConnectError" in done.stderr
-    assert "HF_ENDPOINT names a mirror" in done.stderr
+    assert "HF_ENDPOINT sets a mirror" in done.stderr
     # The client's own retries would take half a minute and say so at each.
     assert "Retrying" not in done.stderr
 

@@ -68,10 +68,7 @@ class CommandFailedError(Exception):
 
 
 class ChildClient:
-    """Runs commands in a child process, which it replaces after a crash. A context manager: its end is the child's end.
-
-    It forwards the state of the claims (`heartbeat`) and a request to stop to the child.
-    """
+    """Runs commands in a child, which it replaces after a crash. A context manager: its end is the child's end."""
 
     def __init__(
         self, spawn: Callable[[], Child], *, reporter: Reporter, heartbeat: Heartbeat, timing: Timing, stop: Stop
@@ -101,10 +98,8 @@ class ChildClient:
     ) -> dict[str, Any]:
         """Run a command and return the value of its `done` event; `on_event` receives the events about jobs.
 
-        `at_once`: a request to stop interrupts the command, instead of letting it write a checkpoint first.
-
-        Raises:
-            CommandFailedError: It failed or was interrupted, or the child died or hung.
+        `at_once`: a request to stop interrupts the command, instead of letting it write a checkpoint first. Raises
+        `CommandFailedError`, also if the child died or hung.
         """
         is_new = self._child is None
         try:
