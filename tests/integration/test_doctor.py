@@ -9,9 +9,9 @@ from helpers.local_store import local_settings, prepared_home
 from helpers.project import Project
 
 from rankwise.settings import Settings
-from rankwise.tracking.examined import facts, round_trip
-from rankwise.tracking.server import is_loopback, look, serve
+from rankwise.tracking.server import is_loopback, probe_server, serve
 from rankwise.tracking.store import Store
+from rankwise.tracking.store_probe import facts, round_trip
 
 
 def test_the_command_tells_of_a_fresh_machine_as_json_and_leaves_nothing(tmp_path):
@@ -76,7 +76,7 @@ def test_an_open_server_is_found_to_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr("rankwise.tracking.server._SAFE", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "true"})
     monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "*")
     with serve(settings, port=0) as server:
-        found = look(server.url)
+        found = probe_server(server.url)
         assert found["foreign_host"] == 200
         assert found["jobs"] == "on"
 

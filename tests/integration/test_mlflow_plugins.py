@@ -85,10 +85,13 @@ def test_a_submitted_run_can_be_cancelled(project):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"parameters": {}}, "name the experiment file: -P experiment="),
+        ({"parameters": {}}, "the parameter 'experiment' is missing; add -P experiment="),
         ({"parameters": {"experiment": "none.yaml"}}, "there is no such file"),
         ({"parameters": {"experiment": "tiny.yaml", "lora.rank": "4"}}, "did you mean"),
-        ({"parameters": {"experiment": "tiny.yaml"}, "entry_point": "other"}, "entry point main only"),
+        (
+            {"parameters": {"experiment": "tiny.yaml"}, "entry_point": "other"},
+            "the only entry point",
+        ),
         ({"parameters": {"experiment": "tiny.yaml"}, "backend_config": {"priority": "high"}}, "a whole number"),
     ],
 )
@@ -108,7 +111,7 @@ def test_the_command_line_of_mlflow_submits_without_an_mlproject_file(project):
         text=True,
         check=True,
     )
-    run_id = re.search(r"=== Run \(ID '([0-9a-f]{32})'\) is in the queue: rankwise worker does it", done.stderr)[1]
+    run_id = re.search(r"=== Run \(ID '([0-9a-f]{32})'\) is queued: `rankwise worker` runs it", done.stderr)[1]
     assert mlflow.MlflowClient().get_run(run_id).info.status == "SCHEDULED"
     with queue_of(project) as queue:
         mine = [job for job in queue.jobs() if job.spec.get("parent_run_id") == run_id]

@@ -126,7 +126,7 @@ _START_SERVER = "start the server, or correct MLFLOW_TRACKING_URI; without it, t
 def mlflow(settings: Settings) -> Sequence[HealthFinding]:
     """The MLflow store or server: version, transport, access, and a write to its artifact store."""
     try:
-        facts = run_probe("rankwise.tracking.examined", timeout=MLFLOW_S)
+        facts = run_probe("rankwise.tracking.store_probe", timeout=MLFLOW_S)
     except ProbeError as error:
         return [problem("mlflow.store", f"mlflow does not start: {error}", "try `python -c 'import mlflow'`")]
     if facts["kind"] == "none":

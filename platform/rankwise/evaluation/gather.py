@@ -19,7 +19,15 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.module_names import layer_of
 from rankwise.experiment.schema import greater_is_better
 from rankwise.redact import redact
-from rankwise.tracking.query import Point, RunRecord, by_spec_hash, current_sweep, metric_histories, of_sweep, read_json
+from rankwise.tracking.query import (
+    MetricPoint,
+    RunRecord,
+    by_spec_hash,
+    current_sweep,
+    metric_histories,
+    of_sweep,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from rankwise.tracking.store import Store
@@ -208,7 +216,9 @@ def influences(table: Mapping[str, Any], key: str, mean: MetricValue) -> Influen
     return None
 
 
-def read_curves(store: Store, arms: Sequence[ArmRecord], keys: Sequence[str]) -> dict[str, dict[str, list[Point]]]:
+def read_curves(
+    store: Store, arms: Sequence[ArmRecord], keys: Sequence[str]
+) -> dict[str, dict[str, list[MetricPoint]]]:
     """Curves by run id and key, finite values only; one request for each of both, so the arms should be few.
 
     Raises:

@@ -23,7 +23,7 @@ from rankwise.report.cells import Cell, Column, Row, arm_table, count_text, endi
 from rankwise.report.costs import cost_charts, costs, front_rows, importance
 from rankwise.report.quality import chosen_arms, curve_charts, layer_chart, rank_charts, slice_charts, use_chart
 from rankwise.report.shell import render
-from rankwise.tracking.query import Point
+from rankwise.tracking.query import MetricPoint
 
 if TYPE_CHECKING:
     from rankwise.tracking.store import Store
@@ -178,7 +178,7 @@ class Material:
     comparison: Comparison
     finding: RankFinding | None
     curve_arms: Sequence[ArmRecord]
-    curves: Mapping[str, Mapping[str, Sequence[Point]]]
+    curves: Mapping[str, Mapping[str, Sequence[MetricPoint]]]
     curve_keys: Sequence[str]
     layer_arms: Sequence[ArmRecord]
     layers: Mapping[str, Mapping[int, float]]

@@ -29,7 +29,7 @@ from rankwise.evaluation.metrics import MetricValue
 from rankwise.evaluation.smallest_rank import RankFinding, rank_of
 from rankwise.report.cells import alpha_over_rank, axis_name, settings_text, status_of
 from rankwise.report.charts import COLOURS, Axis, Chart, axis, shorten
-from rankwise.tracking.query import Point
+from rankwise.tracking.query import MetricPoint
 
 MOST_SLICES = 9
 _MOST_SERIES = COLOURS
@@ -314,7 +314,7 @@ def chosen_arms(comparison: Comparison, finding: RankFinding | None) -> list[Arm
 def curve_charts(
     comparison: Comparison,
     arms: Sequence[ArmRecord],
-    curves: Mapping[str, Mapping[str, Sequence[Point]]],
+    curves: Mapping[str, Mapping[str, Sequence[MetricPoint]]],
     keys: Sequence[str],
 ) -> list[Markup]:
     """A chart for each key that has a curve of two points or more; arms that were cut off end in a dashed line."""
@@ -323,7 +323,10 @@ def curve_charts(
 
 
 def _curves(
-    comparison: Comparison, arms: Sequence[ArmRecord], curves: Mapping[str, Mapping[str, Sequence[Point]]], key: str
+    comparison: Comparison,
+    arms: Sequence[ArmRecord],
+    curves: Mapping[str, Mapping[str, Sequence[MetricPoint]]],
+    key: str,
 ) -> Markup | None:
     lines = [(arm, points) for arm in arms if len(points := thinned(curves.get(arm.run_id, {}).get(key, []))) > 1]
     if not lines:
@@ -364,7 +367,7 @@ def _curves(
     return chart.draw()
 
 
-def thinned(points: Sequence[Point]) -> list[tuple[float, float]]:
+def thinned(points: Sequence[MetricPoint]) -> list[tuple[float, float]]:
     """Steps and values; of many, means of neighbours, so that at most 80 are left."""
     latest = {point.step: point.value for point in points}
     pairs = sorted(latest.items())

@@ -214,7 +214,7 @@ def promote(
             candidate=candidate, champion=champion, alias=alias, decision=None, moved=False, forced=False, run_id=None
         )
     # Who may not move the alias learns it before the comparison.
-    registry.put_forward(candidate, alias)
+    registry.mark_candidate(candidate, alias)
     evaluator = Evaluator(context)
     on = setting.changed(data=data, limit=limit)
     seen = None

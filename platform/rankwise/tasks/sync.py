@@ -20,7 +20,7 @@ from rankwise.tasks.context import Context
 from rankwise.tasks.predict import EXPERIMENT as PREDICTIONS
 from rankwise.tasks.sweep import finish_open
 from rankwise.tracking.cleanup import close_run, open_runs, remove_version, versions_of_jobs
-from rankwise.tracking.recovery import SyncReport, refused_records
+from rankwise.tracking.outbox_recovery import SyncReport, refused_records
 from rankwise.tracking.registry import ModelVersion
 from rankwise.tracking.run import Status
 from rankwise.tracking.store import Store

@@ -1,7 +1,7 @@
-"""What jobs have put into MLflow: found by the tags that were set at creation, and taken away again.
+"""Find and remove what jobs have created in MLflow: versions, LoggedModels and runs.
 
-Numbers of jobs begin anew with every queue, and several queues may share one MLflow: what a job has made is known by
-the job's number and its run together, since only one queue has that run.
+Job numbers restart with every queue, and queues may share one MLflow store: job number and run id together identify
+what a job created. Functions raise `TrackingError` if the store is unreachable or refuses.
 """
 
 from __future__ import annotations
@@ -25,16 +25,7 @@ _EXPERIMENTS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class JobModel:
-    """A LoggedModel that a job has made.
-
-    Attributes:
-        model_id: MLflow's (`m-...`).
-        job: The job's number.
-        run_id: The job's run.
-        ready: Whether its upload was finished.
-        created_ms: Milliseconds since 1970.
-        location: Where its files are.
-    """
+    """A LoggedModel that a job created; `ready` says whether its upload finished."""
 
     model_id: str
     job: int
@@ -45,27 +36,17 @@ class JobModel:
 
 
 def versions_of_jobs(registry: Registry) -> dict[tuple[int, str], list[ModelVersion]]:
-    """All versions of all registered models that jobs have made, by job and run, oldest first.
-
-    A copy of a version has its tags and its run, and is of whoever made it.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
-    found: dict[tuple[int, str], list[ModelVersion]] = {}
+    """Return the versions that jobs created, by job number and run id, oldest first; copies, with the same tags, are left out."""
+    versions: dict[tuple[int, str], list[ModelVersion]] = {}
     for version in registry.search():
         job = version.tags.get(JOB, "")
         if job.isdecimal() and version.run_id is not None and not version.is_copy:
-            found.setdefault((int(job), version.run_id), []).append(version)
-    return found
+            versions.setdefault((int(job), version.run_id), []).append(version)
+    return versions
 
 
 def models_of_jobs(client: MlflowClient, experiment_ids: Collection[str]) -> list[JobModel]:
-    """The LoggedModels of experiments that jobs have made.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
+    """Return the LoggedModels in these experiments that jobs created."""
     if not experiment_ids:
         return []
     models = paged(
@@ -76,42 +57,26 @@ def models_of_jobs(client: MlflowClient, experiment_ids: Collection[str]) -> lis
 
 
 def remove_version(client: MlflowClient, version: ModelVersion) -> None:
-    """Take a version out of the registry; the LoggedModel behind it stays.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
-    """
+    """Delete a version from the registry; the LoggedModel behind it stays."""
     with tracking_errors(f"removing {version.uri}"):
         client.delete_model_version(version.name, str(version.version))
 
 
 def model_bytes(client: MlflowClient, model: JobModel) -> int:
-    """How much the files of a LoggedModel hold.
-
-    Raises:
-        TrackingError: The artifact store cannot be reached.
-    """
+    """Return the total size of a LoggedModel's files, in bytes."""
     with tracking_errors(f"reading the files of {model.model_id}"):
         return _bytes(_repository(client, model), None)
 
 
 def remove_model(client: MlflowClient, model: JobModel) -> None:
-    """Remove a LoggedModel with its files. Files first: what is cut off there is found again.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
-    """
+    """Delete a LoggedModel and its files. Files go first, so an interrupted removal is found again."""
     with tracking_errors(f"removing {model.model_id}"):
         _repository(client, model).delete_artifacts()
         client.delete_logged_model(model.model_id)
 
 
 def open_runs(client: MlflowClient, experiment_ids: Collection[str]) -> list[RunRecord]:
-    """Runs of experiments that are RUNNING or SCHEDULED.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
+    """Return the runs of these experiments that are RUNNING or SCHEDULED."""
     return [
         run
         for experiment_id in sorted(experiment_ids)
@@ -121,29 +86,21 @@ def open_runs(client: MlflowClient, experiment_ids: Collection[str]) -> list[Run
 
 
 def open_sweeps(client: MlflowClient) -> dict[str, str]:
-    """The runs of sweeps that are RUNNING or SCHEDULED, each with the name of its experiment.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
+    """Return the sweep runs that are RUNNING or SCHEDULED: run id to experiment name."""
     experiments = paged(
         "listing the experiments",
         lambda token: client.search_experiments(max_results=_EXPERIMENTS, page_token=token),
     )
     names: dict[str, str] = {experiment.experiment_id: experiment.name for experiment in experiments}
-    found: dict[str, str] = {}
+    open_sweep_runs: dict[str, str] = {}
     for status in ("RUNNING", "SCHEDULED"):
         for run in search_runs(client, *names, kind="sweep", status=status):
-            found[run.run_id] = names[run.experiment_id]
-    return found
+            open_sweep_runs[run.run_id] = names[run.experiment_id]
+    return open_sweep_runs
 
 
 def close_run(client: MlflowClient, run_id: str, status: Status, reason: str | None, ended_ms: int) -> None:
-    """Say how a run has ended whose writer is gone.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
-    """
+    """Set the final status of a run whose writer no longer exists."""
     with tracking_errors(f"ending run {run_id}"):
         if reason:
             client.set_tag(run_id, REASON, shorten(reason, 2000))

@@ -1,7 +1,4 @@
-"""Errors of MLflow and of the network become a `TrackingError` at the edge.
-
-- The way to an MLflow store: a database in the home that is made on the spot, or a server that must answer.
-"""
+"""Connections to an MLflow store, and the translation of its errors to `TrackingError`."""
 
 from __future__ import annotations
 
@@ -35,63 +32,63 @@ from rankwise.redact import redact
 from rankwise.settings import Settings
 
 _LONGEST = 600
-# The server understood the request and will never accept it. All else may pass: a restart, a lock, an expired token.
+# The server will never accept the request. Other errors may be temporary: a restart, a lock, an expired token.
 _FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"})
-# A value that cannot be written down; databases that this process writes to let these errors through.
+# The value cannot be stored. Databases that this process writes to directly raise these errors unchanged.
 _NO_VALUE = (UnicodeEncodeError, OverflowError)
 
-# What MLflow's client says of an answer; the server's own words differ by release.
+# MLflow's client words; those of the server differ by release.
 _STATUS_401 = re.compile(r"\b401\b|unauthenticated|not authenticated")
 _STATUS_403 = re.compile(r"\b403\b|permission[ _]denied")
 
-# By name: the queue's store is the only user of SQLAlchemy, and the clients of artifact stores are not installed with
-# rankwise. MLflow lets their errors through.
+# MLflow does not translate the errors of these libraries. Matched by name, since rankwise does not install the clients
+# of artifact stores, and only the queue's store imports SQLAlchemy.
 _LIBRARIES = frozenset({"sqlalchemy", "boto3", "botocore", "s3transfer", "azure", "google", "urllib3"})
 
 
 class UndeliverableError(TrackingError):
-    """Raised when something in an outbox can never be delivered."""
+    """Raised when an outbox record can never be delivered."""
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether sending the same request again cannot succeed."""
+    """Return whether sending the same request again cannot succeed."""
     if isinstance(error, (UndeliverableError, *_NO_VALUE)) or isinstance(error.__cause__, _NO_VALUE):
         return True
     return isinstance(error, MlflowException) and error.error_code in _FINAL
 
 
 def describe(error: BaseException) -> str:
-    """The cause in one redacted line, with advice where there is some."""
+    """Describe the cause in one redacted line, with advice for known errors."""
     text = " ".join(redact(str(error)).split())
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + " ..."
     lowered = text.lower()
     if SCHEMA_OUT_OF_DATE in lowered or "can't locate revision" in lowered:
         advice = (
-            "another MLflow release made the store: back it up and run `mlflow db upgrade URI`, or install that release"
+            "another MLflow release created the store: back it up and run `mlflow db upgrade URI`, or install that "
+            "release"
         )
     elif "invalid host header" in lowered:
-        text = "the server does not answer to the host name in MLFLOW_TRACKING_URI"
-        advice = "use a name that it knows, or have this one added to its --allowed-hosts"
+        text = "the server rejects the host name in MLFLOW_TRACKING_URI"
+        advice = "use a host name that it allows, or have this one added to its --allowed-hosts"
     elif _STATUS_401.search(lowered):
         advice = "check MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
     elif _STATUS_403.search(lowered):
         if not isinstance(error, MlflowException):
-            # An artifact store or a proxy refuses, to which the account is nobody.
-            return text
+            return text  # From an artifact store or a proxy, which do not know the MLflow account.
         return (
-            f"permission denied ({_account()} may not do this: ask an administrator of the server for the right to, or "
-            f"name another account by MLFLOW_TRACKING_USERNAME and _PASSWORD); the server said: {text}"
+            f"permission denied ({_account()} may not do this: ask an administrator of the server for permission, or "
+            f"set another account with MLFLOW_TRACKING_USERNAME and _PASSWORD); the server said: {text}"
         )
     elif "certificate_verify_failed" in lowered:
         advice = (
-            "its certificate is of no authority that this machine knows: name the authority's file in "
-            "MLFLOW_TRACKING_SERVER_CERT_PATH"
+            "this machine does not trust the authority that issued its certificate: set "
+            "MLFLOW_TRACKING_SERVER_CERT_PATH to the authority's certificate file"
         )
     elif isinstance(error, requests.RequestException) or "failed with exception" in lowered:
-        advice = "check MLFLOW_TRACKING_URI and that the server runs; unset it to use the store in RANKWISE_HOME"
+        advice = "check MLFLOW_TRACKING_URI and that the server is running; unset it to use the store in RANKWISE_HOME"
     elif "database is locked" in lowered:
-        advice = "another process holds the database; try again, or use a tracking server when many processes write"
+        advice = "another process has locked the database; try again, or use a tracking server if many processes write"
     else:
         return text
     return f"{text} ({advice})"
@@ -99,19 +96,15 @@ def describe(error: BaseException) -> str:
 
 def _account() -> str:
     name = MLFLOW_TRACKING_USERNAME.get()
-    return f"the account {name!r}" if name else "who gives no account"
+    return f"the account {name!r}" if name else "a request without an account"
 
 
 @contextmanager
 def tracking_errors(doing: str) -> Iterator[None]:
-    """Translate what MLflow and the network raise.
+    """Raise `TrackingError` for errors of MLflow, `requests`, the store's database and artifact stores.
 
     Args:
-        doing: What was being done, for the message: "creating the experiment 'x'".
-
-    Raises:
-        TrackingError: In place of `MlflowException` and of every error of `requests`, of the store's database and of
-            an artifact store: `OSError` for a directory, errors of their own libraries for others.
+        doing: The operation, for the message: "creating the experiment 'x'".
     """
     try:
         yield
@@ -125,15 +118,7 @@ def tracking_errors(doing: str) -> Iterator[None]:
 
 
 def paged(doing: str, fetch: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Entities of a search, page by page.
-
-    Args:
-        doing: What is being done, see `tracking_errors`.
-        fetch: Gives the page of a token, a `PagedList`; None is the first page.
-
-    Raises:
-        TrackingError: See `tracking_errors`.
-    """
+    """Iterate over the results of a paged search; `fetch` returns the page of a token, None is the first page."""
     token: str | None = None
     while True:
         with tracking_errors(doing):
@@ -145,23 +130,22 @@ def paged(doing: str, fetch: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 _PROBE_SECONDS = 10.0
-# With MLflow's pauses of 2, 4 and 8 seconds.
-_RETRIES = 3
+_RETRIES = 3  # MLflow waits 2, 4 and 8 seconds.
 
 
 def connect(settings: Settings) -> MlflowClient:
-    """A client of the store that the settings name.
+    """Return a client of the store that the settings name; create or upgrade the store in the home.
 
     Raises:
-        TrackingError: The server cannot be reached, or the store belongs to another MLflow release.
-        StorageError: The home cannot be written.
+        TrackingError: The server is unreachable, or the store belongs to another MLflow release.
+        StorageError: The home is not writable.
     """
     _set_up_client()
     if settings.local_store:
         return _prepare(settings)
     if reason := unreachable(settings.tracking_uri):
         raise TrackingError(
-            f"the MLflow server {redact(settings.tracking_uri)} does not answer: {reason}; start it, correct "
+            f"the MLflow server {redact(settings.tracking_uri)} does not answer: {reason}; start the server, correct "
             "MLFLOW_TRACKING_URI, or unset it to use the store in RANKWISE_HOME"
         )
     with tracking_errors(f"opening the MLflow store {redact(settings.tracking_uri)}"):
@@ -169,34 +153,26 @@ def connect(settings: Settings) -> MlflowClient:
 
 
 def unreachable(uri: str) -> str | None:
-    """Why a server does not answer now; None when it does, and for databases.
-
-    MLflow's own requests retry a dead server for two minutes, which is too late for a person and for the sender.
-    """
+    """Return why a server does not answer within 10 seconds; None if it does, and for databases."""
     if not uri.startswith(("http://", "https://")):
         return None
     try:
         answer = requests.get(uri.rstrip("/") + "/health", timeout=_PROBE_SECONDS)
     except requests.exceptions.SSLError:
-        return None  # Something answered; MLflow's request knows the certificate settings and judges.
+        return None  # It answered. MLflow's own request applies the certificate settings.
     except requests.RequestException as error:
         return redact(str(error))[:300]
-    # A proxy answers for a server that is down with 502 to 504; a server without this path is up all the same.
+    # 502 to 504 come from a proxy whose server is down. A server without this path is still up.
     return f"HTTP status {answer.status_code}" if answer.status_code in {502, 503, 504} else None
 
 
 def _set_up_client() -> None:
-    """Defaults of MLflow's client for this process, where the environment does not say otherwise.
-
-    Its links stay out of stdout, which is for results, and its notes about migrations out of stderr. A request that a
-    dead server cut off is retried for seconds, not for four minutes: whoever sends tries again, and would not notice
-    that the server is back. Files go through the server: with an object store behind it, it would send clients there,
-    who as a rule can neither reach it nor shall.
-    """
+    """Set this process's defaults for MLflow's client; the environment overrides them."""
+    # Files go through the server: clients usually cannot reach the object store behind it, and should not.
     for direct in (MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD, MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD):
         if not direct.is_set():
             direct.set(False)
-    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)  # stdout is for results.
     if not MLFLOW_LOGGING_LEVEL.is_set():
         logging.getLogger("mlflow").setLevel(logging.WARNING)
     if not MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set():
@@ -204,7 +180,7 @@ def _set_up_client() -> None:
 
 
 def _client(settings: Settings) -> MlflowClient:
-    # Making the client of a database already runs the migrations; the search proves that it answers.
+    # Creating the client of a database runs the migrations; the search shows that it answers.
     client = MlflowClient(tracking_uri=settings.tracking_uri)
     client.search_experiments(max_results=1)
     return client
@@ -214,7 +190,7 @@ def _prepare(settings: Settings) -> MlflowClient:
     with storage_errors(settings.home, "opening the MLflow store"):
         settings.home.mkdir(parents=True, exist_ok=True)
         settings.artifacts.mkdir(exist_ok=True)
-        # Two processes on a fresh database race in MLflow's migrations, and one of them dies.
+        # MLflow's migrations fail when two processes run them on a new database at the same time.
         lock = FileLock(settings.home / ".mlflow.lock")
         with lock, tracking_errors(f"opening {settings.home / 'mlflow.db'}"):
             try:
@@ -227,13 +203,13 @@ def _prepare(settings: Settings) -> MlflowClient:
 
 
 def _upgrade(settings: Settings) -> None:
-    """Bring the database of an older MLflow release up to date, after a copy."""
+    """Back up the database of an older MLflow release, then upgrade it."""
     database = settings.home / "mlflow.db"
     copy = database.with_name(f"mlflow.db.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.bak")
     shutil.copy2(database, copy)
-    # -P: a module of the working directory must not stand in for one of MLflow's.
+    # -P: modules in the working directory must not shadow MLflow's.
     command = [sys.executable, "-P", "-m", "mlflow", "db", "upgrade", settings.tracking_uri]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise TrackingError(f"upgrading {database} failed, a copy from before is {copy}: {last}")
+        raise TrackingError(f"upgrading {database} failed: {last}; the backup from before the upgrade is {copy}")

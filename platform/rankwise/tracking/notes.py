@@ -1,9 +1,4 @@
-"""Markdown notes that head a run or a model version in MLflow's UI.
-
-MLflow keeps shared views of an experiment as tags of it: the state of the page as JSON, by a key that the link names.
-
-- The experiment's table in MLflow's UI with the columns that tell arms apart, under a link of its own.
-"""
+"""Notes and table views in MLflow's UI: Markdown for runs and versions, columns for experiments."""
 
 from __future__ import annotations
 
@@ -24,16 +19,9 @@ _MOST_ARMS = 40
 def sweep_note(
     spec: ExperimentSpec, arms: Sequence[ArmSpec], *, command: str | None = None, results: str | None = None
 ) -> str:
-    """The note of a sweep's parent run.
-
-    Args:
-        spec: The definition.
-        arms: What it expands to.
-        command: How to run it again.
-        results: Markdown that is put first once there are results.
-    """
+    """Return the note of a sweep's parent run; `command` runs it again, `results` is Markdown to show first."""
     parts = [f"# {spec.name}"]
-    # MLflow folds a note after some lines: the answer comes before the question.
+    # MLflow folds long notes, so the results come first.
     if results:
         parts.append(results.strip())
     if spec.description:
@@ -45,7 +33,7 @@ def sweep_note(
     if len(arms) > len(shown):
         arms_part += f"\n\n... and {len(arms) - len(shown)} more"
     parts.append(arms_part)
-    parts.append(_setting(arms[0]) if arms else "")
+    parts.append(_setup_text(arms[0]) if arms else "")
     parts.append(f"Ranked by `{spec.evaluation.primary_metric}`.")
     if command:
         parts.append(f"Run it again:\n\n```\n{command}\n```")
@@ -53,13 +41,7 @@ def sweep_note(
 
 
 def arm_note(arm: ArmSpec, *, model_uri: str | None = None, metrics: Mapping[str, float] | None = None) -> str:
-    """The note of an arm's run, or of the model version that it made.
-
-    Args:
-        arm: The arm.
-        model_uri: Where its adapter is registered.
-        metrics: Results by key.
-    """
+    """Return the note of an arm's run or model version; `model_uri` is its registered adapter."""
     lora = arm.lora
     modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     parts = [f"# LoRA r = {lora.r}, alpha = {lora.lora_alpha:g} on {modules}"]
@@ -67,19 +49,19 @@ def arm_note(arm: ArmSpec, *, model_uri: str | None = None, metrics: Mapping[str
         parts.append(f'Registered as `{model_uri}`; load it with `rankwise.flavor.load_model("{model_uri}")`.')
     if metrics:
         parts.append(table(["metric", "value"], [[f"`{key}`", f"{value:.6g}"] for key, value in metrics.items()]))
-    parts.append(_setting(arm))
+    parts.append(_setup_text(arm))
     parts.append(table(["setting", "value"], [[f"`{key}`", _text(value)] for key, value in arm.params.items()]))
     parts.append(f"Spec hash `{arm.spec_hash}`.")
     return "\n\n".join(parts) + "\n"
 
 
 def base_note(arm: ArmSpec) -> str:
-    """The note of the run that evaluates the bare base, so that every table has that row."""
-    return f"# The base alone\n\nThe same evaluation without an adapter.\n\n{_setting(arm)}\n"
+    """Return the note of the run that evaluates the base model without an adapter."""
+    return f"# The base model\n\nThe same evaluation without an adapter.\n\n{_setup_text(arm)}\n"
 
 
 def varying_params(arms: Sequence[ArmSpec]) -> list[str]:
-    """Keys of `params` that differ between the arms, in their order; of a single arm its rank."""
+    """Return the keys of `params` that differ between the arms, in order; for a single arm, its rank."""
     if len(arms) == 1:
         return ["lora.r"]
     keys = dict.fromkeys(key for arm in arms for key in arm.params)
@@ -87,14 +69,14 @@ def varying_params(arms: Sequence[ArmSpec]) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
+    """Return a Markdown table; bars in cells are escaped."""
     lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
     )
 
 
-def _setting(arm: ArmSpec) -> str:
+def _setup_text(arm: ArmSpec) -> str:
     quantization = arm.quantization
     if quantization.load_in_4bit:
         double = " with double quantization" if quantization.bnb_4bit_use_double_quant else ""
@@ -112,14 +94,14 @@ def _text(value: object) -> str:
 _KEY = "rankwise"
 VIEW_TAG = f"{SHARED_VIEW}{_KEY}"
 _ALWAYS = ("lora.r", "lora.lora_alpha", "lora.lora_dropout")
-# In pixels: settings are short numbers, of metrics the name is long.
+# Pixels. Params are short numbers, metrics have long names.
 _NARROW, _WIDE = 100, 130
 
 
 def table_view(spec: ExperimentSpec) -> str:
-    """The value of `VIEW_TAG`: rank, alpha, dropout and whatever else the sweep varies, then what was measured.
+    """Return the value of `VIEW_TAG`: columns for rank, alpha, dropout, swept params and metrics.
 
-    The order of runs stays MLflow's own, by time: in any other it does not nest arms under their sweep.
+    Runs keep MLflow's default order, by time: with any other, it does not nest arms under their sweep.
     """
     swept = [*spec.sweep.parameters, *(path for arm in spec.sweep.arms for path in arm)]
     params = dict.fromkeys(map(param_name, [*_ALWAYS, *swept]))
@@ -134,16 +116,16 @@ def table_view(spec: ExperimentSpec) -> str:
 
 
 def view_route(experiment_id: str) -> str:
-    """The address of that view, from the UI's root on."""
+    """Return the path of that view, relative to the UI's root."""
     return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={_KEY}"
 
 
 def latest_views(client: MlflowClient, most: int) -> list[tuple[str, str]]:
-    """Names of the experiments that were worked on last, and the addresses of their tables.
-
-    Raises:
-        TrackingError: The store cannot be read.
-    """
+    """Return name and view path of the most recently updated experiments."""
     with tracking_errors("listing the experiments"):
-        found = client.search_experiments(max_results=most, order_by=["last_update_time DESC"])
-    return [(each.name, view_route(each.experiment_id)) for each in found if VIEW_TAG in each.tags]
+        experiments = client.search_experiments(max_results=most, order_by=["last_update_time DESC"])
+    return [
+        (experiment.name, view_route(experiment.experiment_id))
+        for experiment in experiments
+        if VIEW_TAG in experiment.tags
+    ]

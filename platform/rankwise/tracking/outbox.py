@@ -1,21 +1,19 @@
-"""The outbox: what a run wants to tell MLflow, in a file, until it was told.
+"""The outbox: a file of records that a run sends to MLflow, and the requests that deliver them.
 
-One file per run and attempt, `<run id>.<8 hex digits>.jsonl`: a header line (whose attempt it is, whether steps may be
-done again), then one JSON record a line, only ever appended. A point is written with its first timestamp, so that
-sending it twice adds nothing: MLflow keeps one row per (key, timestamp, step, value). Beside it lie `*.offset` (how
-much was delivered) and `*.files/` (artifacts under way).
+Each attempt at a run appends to its own file, `<run id>.<8 hex digits>.jsonl`. The first line is a header: the attempt,
+and whether steps may repeat. Every other line is one JSON record. `*.offset` holds the number of bytes delivered,
+`*.files/` the artifacts to deliver.
 
 | record | meaning |
 |---|---|
 | `{"m": {key: value}, "s": step, "t": milliseconds}` | metrics |
-| `{"params": {...}}`, `{"tags": {...}}` | as named |
-| `{"input": {...}}` | a data set, the fields of `datasets.DatasetRecord` |
+| `{"params": {...}}`, `{"tags": {...}}` | params, tags |
+| `{"input": {...}}` | a data set: the fields of `values.DatasetRecord` |
 | `{"file": name, "to": path, "table": bool}` | an artifact: `name` in `*.files/`, `path` in the run |
-| `{"status": "RUNNING"}`, `{"end": status, "t": milliseconds}` | the run's state |
+| `{"status": "RUNNING"}`, `{"end": status, "t": milliseconds}` | the run's status |
 
-The writer holds a lock on the file for as long as it lives, so that another process takes up only what was left behind.
-
-- How records of an outbox become requests to MLflow, in their order, as few as the limits allow.
+Sending a record twice changes nothing: points keep their first timestamp, and MLflow stores one row per (key,
+timestamp, step, value). The writer locks the file while it lives, so other processes adopt only orphaned files.
 """
 
 from __future__ import annotations
@@ -46,25 +44,19 @@ from rankwise.tracking.errors import UndeliverableError
 from rankwise.tracking.values import DatasetRecord
 
 FORMAT = 2
-# Format 1 knew neither attempts nor redone steps: its points had been compared with the store before they were written.
+# Format 1 has neither attempts nor repeated steps: points were compared with the store before they were written.
 _READABLE = (1, 2)
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:
-    """A record as it stands in the file, with its newline."""
+    """Encode a record as a line of the file, with its newline."""
     return _encode(record).encode() + b"\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the file.
-
-    Attributes:
-        end: The offset in bytes behind the line.
-        line: The line as it stands, with its newline.
-        record: What it says; None for a line that is not JSON (a power cut may leave one).
-    """
+    """One line of the file, ending at byte `end`; `record` is None if it is not JSON, as after a power failure."""
 
     end: int
     line: bytes
@@ -72,19 +64,14 @@ class Entry:
 
 
 class Outbox:
-    """One file of records. Appending is thread-safe; one thread at a time reads and commits.
+    """One file of records. Appending is thread-safe; only one thread at a time may read and commit.
 
-    Attributes:
-        path: The file.
-        run_id: MLflow's.
-        tracking_uri: The store that it is for, redacted.
-        attempt: Which attempt at its job wrote it, if any.
-        once: Whether a point is left out where the run has one of that key and step already.
-        closed: Whether the file was let go of.
+    `tracking_uri` is redacted; `attempt` is the job attempt that wrote the file. With `once`, points are skipped if
+    the run already has one with that key and step. Writing methods raise `StorageError` if the disk is full or not
+    writable.
     """
 
     def __init__(self, path: Path, descriptor: int, header: Mapping[str, Any], start: int) -> None:
-        """Use `create` or `adopt`."""
         self.path = path
         self.run_id: str = header["run_id"]
         self.tracking_uri: str = header["tracking_uri"]
@@ -101,11 +88,7 @@ class Outbox:
     def create(
         cls, directory: Path, run_id: str, tracking_uri: str, *, attempt: int | None = None, once: bool = False
     ) -> Outbox:
-        """Start a file for one attempt at a run; see the attributes.
-
-        Raises:
-            StorageError: The disk is full, or the directory is not writable.
-        """
+        """Create the file for one attempt at a run."""
         path = directory / f"{run_id}.{uuid.uuid4().hex[:8]}.jsonl"
         header = {
             "rankwise_outbox": FORMAT,
@@ -118,7 +101,7 @@ class Outbox:
         line = line_of(header)
         with storage_errors(path, "writing the outbox"):
             directory.mkdir(parents=True, exist_ok=True)
-            # Locked and filled under a name that nobody looks for: `adopt` never sees a file without its header.
+            # Renamed after locking and writing, so that `adopt` never sees a file without its header.
             temporary = path.with_suffix(".tmp")
             descriptor = os.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -133,7 +116,7 @@ class Outbox:
 
     @classmethod
     def adopt(cls, path: Path) -> Outbox | None:
-        """Take up a file that was left behind; None while its writer lives or when it is gone.
+        """Open an orphaned file; None if its writer is alive or the file is gone.
 
         Raises:
             TrackingError: The file is not an outbox, or a newer release wrote it.
@@ -160,46 +143,42 @@ class Outbox:
 
     @property
     def files(self) -> Path:
-        """The directory of the artifacts on their way."""
+        """The directory of artifacts to deliver."""
         return self.path.with_suffix(".files")
 
     @property
     def refused(self) -> Path:
-        """Lines that the server will never accept are kept in this file."""
+        """The file of records that the server will never accept."""
         return self.path.with_suffix(".refused")
 
     @property
     def pending(self) -> bool:
-        """Whether a complete line was not delivered yet."""
+        """Whether there is a complete line that is not delivered yet."""
         return self._offset < self._end
 
     @property
     def end(self) -> int:
-        """The offset behind the last complete line."""
+        """The offset after the last complete line."""
         return self._end
 
     @property
     def offset(self) -> int:
-        """How many bytes were delivered."""
+        """The number of bytes delivered."""
         return self._offset
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record; it survives the death of the process as soon as this returns.
-
-        Raises:
-            StorageError: The disk is full.
-        """
+        """Append one record. Once this returns, the record survives the death of the process."""
         line = line_of(record)
         with self._lock, storage_errors(self.path, "writing the outbox"):
             written = os.write(self._descriptor, line)
-            if written < len(line):  # The disk filled up within the line: take it back, or the next one would join it.
+            if written < len(line):  # Disk full: remove the partial line, or the next one would join it.
                 os.ftruncate(self._descriptor, self._size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             self._size += written
             self._end = self._size
 
     def spool(self, content: bytes, name: str) -> str:
-        """Keep a file until it was delivered, and return its name in `files`."""
+        """Store a file until it is delivered; return its name in `files`."""
         stored = f"{uuid.uuid4().hex[:12]}-{Path(name).name}"
         with storage_errors(self.files, "writing the outbox"):
             self.files.mkdir(parents=True, exist_ok=True)
@@ -212,7 +191,7 @@ class Outbox:
         return stored
 
     def read(self, limit: int = 1 << 20) -> list[Entry]:
-        """The next complete lines that were not delivered, about `limit` bytes of them."""
+        """Return the next undelivered lines, about `limit` bytes of them."""
         start, end = self._offset, self._end
         block = os.pread(self._descriptor, min(limit, end - start), start)
         while block and b"\n" not in block and start + len(block) < end:
@@ -224,10 +203,7 @@ class Outbox:
         return entries
 
     def commit(self, offset: int) -> None:
-        """Remember that everything before `offset` was delivered.
-
-        The rename is not synced: after a power cut the worst is that records are sent again, which changes nothing.
-        """
+        """Record that everything before `offset` is delivered. Not synced: at worst, records are sent again."""
         self._offset = offset
         target = self.path.with_suffix(".offset")
         temporary = target.with_suffix(".offset.tmp")
@@ -236,17 +212,17 @@ class Outbox:
             temporary.replace(target)
 
     def refuse(self, entries: list[Entry]) -> None:
-        """Put lines aside that the server will never accept."""
+        """Move lines that the server will never accept to `refused`."""
         with storage_errors(self.refused, "writing the outbox"), self.refused.open("ab") as file:
             file.writelines(entry.line for entry in entries)
 
     def sync(self) -> None:
-        """Force what was written to the disk."""
+        """Flush the file to disk."""
         with storage_errors(self.path, "writing the outbox"):
             os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the file; it is removed when everything in it was delivered, and else stays for a later `adopt`."""
+        """Close the file. It is removed if everything is delivered, otherwise it stays for a later `adopt`."""
         if not self.pending:
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(".offset").unlink(missing_ok=True)
@@ -257,7 +233,7 @@ class Outbox:
         self.release()
 
     def release(self) -> None:
-        """Let go of the file as it is."""
+        """Close the file and leave it as it is."""
         os.close(self._descriptor)
         self.closed = True
 
@@ -266,17 +242,17 @@ class Outbox:
             text = self.path.with_suffix(".offset").read_text().strip()
         except FileNotFoundError:
             return 0
-        # An unreadable offset (a power cut) means sending everything again.
+        # After a power failure the offset may be unreadable: send everything again.
         return int(text) if text.isdecimal() and int(text) <= self._size else 0
 
     def _last_newline(self) -> int:
-        """The end of the last complete line: a process killed while writing leaves a torn one, which never counted."""
+        """Return the end of the last complete line; a killed process may leave a partial one, which is ignored."""
         position = self._size
         while position > self._offset:
             step = min(65536, position - self._offset)
-            found = os.pread(self._descriptor, step, position - step).rfind(b"\n")
-            if found >= 0:
-                return position - step + found + 1
+            newline = os.pread(self._descriptor, step, position - step).rfind(b"\n")
+            if newline >= 0:
+                return position - step + newline + 1
             position -= step
         return self._offset
 
@@ -292,17 +268,17 @@ def _parse(line: bytes) -> Mapping[str, Any] | None:
 def _header(path: Path, line: bytes) -> Mapping[str, Any]:
     header = _parse(line)
     if header is None or "rankwise_outbox" not in header:
-        raise TrackingError(f"{path} is not an outbox file: its first line has no 'rankwise_outbox'; move it away")
+        raise TrackingError(f"{path} is not an outbox file: its first line has no 'rankwise_outbox'; move it elsewhere")
     if header["rankwise_outbox"] not in _READABLE:
         raise TrackingError(
-            f"{path} has outbox format {header['rankwise_outbox']}, this release reads "
-            f"{' and '.join(map(str, _READABLE))}: send it with the release that wrote it (`rankwise sync`)"
+            f"{path} has outbox format {header['rankwise_outbox']}; this release reads "
+            f"{' and '.join(map(str, _READABLE))}. Run `rankwise sync` with the release that wrote it"
         )
     return header
 
 
-# Limits of one log_batch request: 1,000 metrics, 100 params, 100 tags, 1 MB. Half of the bytes leaves room for the
-# longer form that a record takes in the request.
+# Limits of one log_batch request: 1,000 metrics, 100 params, 100 tags, 1 MB. A record is longer in the request than in
+# the file, so use less than half of the bytes.
 MAX_METRICS = 1000
 MAX_ITEMS = 100
 MAX_BYTES = 400_000
@@ -311,38 +287,38 @@ _KINDS = frozenset({*_BATCHED, "input", "file", "status", "end"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Entries that go out in one request. `kind` is the first key of their records, `?` for lines without a meaning."""
+class OutboxBatch:
+    """Entries sent in one request. `kind` is the first key of their records, or `?` for damaged lines."""
 
     kind: str
     entries: tuple[Entry, ...]
 
     @property
     def end(self) -> int:
-        """The offset behind the last entry."""
+        """The offset after the last entry."""
         return self.entries[-1].end
 
 
-def batches(entries: Sequence[Entry]) -> Iterator[Batch]:
-    """Join neighbours of one kind up to the limits; the order stays."""
+def batches(entries: Sequence[Entry]) -> Iterator[OutboxBatch]:
+    """Group neighbours of one kind up to the limits of a request, in order."""
     kind, held, count, size = "", list[Entry](), 0, 0
     for entry in entries:
         this = _kind(entry.record)
         amount = len(entry.record[this]) if entry.record is not None and this in _BATCHED else 1
         limit = {"m": MAX_METRICS, "params": MAX_ITEMS, "tags": MAX_ITEMS, "?": MAX_ITEMS}.get(this, 1)
         if held and (this != kind or count + amount > limit or size + len(entry.line) > MAX_BYTES):
-            yield Batch(kind=kind, entries=tuple(held))
+            yield OutboxBatch(kind=kind, entries=tuple(held))
             held, count, size = [], 0, 0
         kind = this
         held.append(entry)
         count += amount
         size += len(entry.line)
     if held:
-        yield Batch(kind=kind, entries=tuple(held))
+        yield OutboxBatch(kind=kind, entries=tuple(held))
 
 
-def halves(batch: Batch) -> tuple[Batch, Batch] | None:
-    """A batch in two parts: of its entries or, of a single one, of its items. None where it has but one item."""
+def halves(batch: OutboxBatch) -> tuple[OutboxBatch, OutboxBatch] | None:
+    """Split a batch by its entries, or a single entry by its items; None if it has only one item."""
     if len(batch.entries) > 1:
         middle = len(batch.entries) // 2
         return replace(batch, entries=batch.entries[:middle]), replace(batch, entries=batch.entries[middle:])
@@ -354,25 +330,19 @@ def halves(batch: Batch) -> tuple[Batch, Batch] | None:
     return _with(batch, entry, dict(items[:middle])), _with(batch, entry, dict(items[middle:]))
 
 
-def _with(batch: Batch, entry: Entry, items: Mapping[str, Any]) -> Batch:
+def _with(batch: OutboxBatch, entry: Entry, items: Mapping[str, Any]) -> OutboxBatch:
     assert entry.record is not None
     record = {**entry.record, batch.kind: items}
     return replace(batch, entries=(replace(entry, record=record, line=line_of(record)),))
 
 
-def deliver(client: MlflowClient, run_id: str, files: Path, batch: Batch) -> None:
-    """Send one batch. Sending it again changes nothing.
-
-    Args:
-        client: The client of the store.
-        run_id: The run.
-        files: Where the artifacts of the outbox lie.
-        batch: What to send; not of kind `?`.
+def deliver(client: MlflowClient, run_id: str, files: Path, batch: OutboxBatch) -> None:
+    """Send one batch, whose artifacts are in `files`. Sending it again changes nothing.
 
     Raises:
         UndeliverableError: A file of the outbox is gone.
-        MlflowException: The server refuses, or cannot be reached.
-        OSError: An artifact store that is a directory cannot be written.
+        MlflowException: The server refuses, or is unreachable.
+        OSError: An artifact directory is not writable.
     """
     records = [entry.record for entry in batch.entries if entry.record is not None]
     match batch.kind:
@@ -408,7 +378,7 @@ def _kind(record: Mapping[str, Any] | None) -> str:
 
 
 def _merged(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, str]]:
-    """Items of all records; of equal keys the last one counts (the server refuses two in one request)."""
+    """Items of all records; the last value of a key wins, since the server refuses duplicate keys in a request."""
     merged: dict[str, str] = {}
     for record in records:
         merged.update(record[key])
@@ -420,13 +390,13 @@ def _artifact(client: MlflowClient, run_id: str, source: Path, path: str, *, tab
         raise UndeliverableError(f"the file for the artifact {path} is gone from {source.parent}")
     directory, name = posixpath.split(path)
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
-        # The client names the artifact after the file. A link spares the copy.
+        # The client names the artifact after the file. A link avoids a copy.
         link = Path(scratch) / name
         link.symlink_to(source.absolute())
         client.log_artifact(run_id, str(link), directory or None)
     if table:
-        # What log_table would set, so that the UI shows it as a table. log_table itself appends to an artifact that is
-        # there already: sending twice would double the rows.
+        # The tag that log_table sets, so that the UI shows a table. log_table itself appends to an existing artifact,
+        # so sending twice would duplicate the rows.
         known = json.loads(client.get_run(run_id).data.tags.get(LOGGED_ARTIFACTS, "[]"))
         entry = {"path": path, "type": "table"}
         if entry not in known:

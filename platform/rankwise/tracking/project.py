@@ -1,4 +1,4 @@
-"""MLflow's side of the project backend: what `mlflow run --backend rankwise` calls, and what it gets back."""
+"""The MLflow side of the project backend: `mlflow run --backend rankwise` submits an experiment file."""
 
 from __future__ import annotations
 
@@ -26,35 +26,24 @@ EXPERIMENT = "experiment"
 Status = Literal["SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-class Submission(Protocol):
-    """A sweep in the queue.
-
-    Attributes:
-        run_id: The run of the sweep.
-    """
+class ProjectSubmission(Protocol):
+    """A queued sweep; `run_id` is the run of the sweep."""
 
     run_id: str
 
     def wait(self) -> bool:
-        """Return when all jobs have ended: whether all of them succeeded."""
+        """Wait until all jobs have ended; return whether all succeeded."""
 
     def status(self) -> Status:
-        """How it stands."""
+        """Return the current status."""
 
     def cancel(self) -> None:
-        """Cancel what has not ended, and wait until nothing is worked on any more."""
+        """Cancel all jobs that have not ended, and wait until none is running."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectRequest:
-    """What was asked for.
-
-    Attributes:
-        file: The experiment file.
-        overrides: `key.path=value` texts.
-        priority: The higher one is claimed first.
-        preflight: Whether rows are checked first.
-    """
+    """A request to submit `file`; `overrides` are `key.path=value` texts, `preflight` checks the rows first."""
 
     file: Path
     overrides: tuple[str, ...]
@@ -63,9 +52,9 @@ class ProjectRequest:
 
 
 class ProjectRun(SubmittedRun):  # type: ignore[misc]
-    """A submission as MLflow knows submitted runs."""
+    """A submission as MLflow's `SubmittedRun`."""
 
-    def __init__(self, submission: Submission) -> None:
+    def __init__(self, submission: ProjectSubmission) -> None:
         super().__init__()
         self._submission = submission
 
@@ -75,25 +64,25 @@ class ProjectRun(SubmittedRun):  # type: ignore[misc]
         return self._submission.run_id
 
     def wait(self) -> bool:
-        """Wait for the sweep's end, and say whether all of its jobs succeeded."""
-        with _mlflow_as_loud():
+        """Wait for the end of the sweep; return whether all jobs succeeded."""
+        with _mlflow_log_level():
             return self._submission.wait()
 
     def get_status(self) -> Any:
-        """One of `mlflow.entities.RunStatus`."""
+        """Return one of `mlflow.entities.RunStatus`."""
         return RunStatus.from_string(self._submission.status())
 
     def cancel(self) -> None:
-        """Cancel what has not ended."""
+        """Cancel all jobs that have not ended."""
         self._submission.cancel()
 
 
 class ProjectBackend(AbstractBackend):  # type: ignore[misc]
-    """Reads what MLflow hands over; a subclass submits."""
+    """Parses MLflow's arguments; a subclass submits."""
 
     @abstractmethod
-    def submit(self, request: ProjectRequest, settings: Settings) -> Submission:
-        """Put a definition into the queue."""
+    def submit(self, request: ProjectRequest, settings: Settings) -> ProjectSubmission:
+        """Add a definition to the queue."""
 
     def run(
         self,
@@ -107,33 +96,33 @@ class ProjectBackend(AbstractBackend):  # type: ignore[misc]
     ) -> ProjectRun:
         """Submit the experiment file that the parameter `experiment` names.
 
+        Every `RankwiseError` becomes an `ExecutionException`, which MLflow's command line prints.
+
         Args:
             project_uri: A directory or a git repository; the file's path is relative to it. No MLproject is needed.
             entry_point: `main`; there is no other.
             params: `experiment`, and `key.path` with its value for each override.
-            version: Of a git repository.
+            version: The version of a git repository.
             backend_config: `priority` (0) and `preflight` (true).
-            tracking_uri: MLflow's store, which becomes rankwise's where it is another one.
-            experiment_id: Ignored: a definition's name is its experiment.
-
-        Raises:
-            ExecutionException: What `RankwiseError` says, as MLflow's command line shows it.
+            tracking_uri: MLflow's store. If rankwise uses another one, MLflow is switched to that.
+            experiment_id: Ignored: the definition's name is its experiment.
         """
         set_process_defaults()
         try:
             settings = Settings.load()
             request = _request(project_uri, entry_point, params or {}, version, backend_config or {})
             if settings.tracking_uri != tracking_uri:
-                # MLflow sets tags on the run next, in the store that is its current one.
+                # MLflow sets tags on the run next, in its current store.
                 logger.warning(
-                    "the run is in %s; set MLFLOW_TRACKING_URI to it to look at it", redact(settings.tracking_uri)
+                    "the run is in the store %s; set MLFLOW_TRACKING_URI to it to see the run",
+                    redact(settings.tracking_uri),
                 )
                 mlflow.set_tracking_uri(settings.tracking_uri)
-            with _mlflow_as_loud():
+            with _mlflow_log_level():
                 submission = self.submit(request, settings)
-            # A child of MLflow's logger: its command line shows these lines.
+            # A child of MLflow's logger, so that MLflow's command line shows the line.
             logging.getLogger("mlflow.rankwise").info(
-                "=== Run (ID '%s') is in the queue: rankwise worker does it, rankwise status shows ===",
+                "=== Run (ID '%s') is queued: `rankwise worker` runs it, `rankwise status` shows its state ===",
                 submission.run_id,
             )
             return ProjectRun(submission)
@@ -142,8 +131,8 @@ class ProjectBackend(AbstractBackend):  # type: ignore[misc]
 
 
 @contextmanager
-def _mlflow_as_loud() -> Iterator[None]:
-    """Leave MLflow's own lines on stderr as they were (`connect` quiets them): here they are the command's answer."""
+def _mlflow_log_level() -> Iterator[None]:
+    """Keep MLflow's log level, which `connect` raises: here its lines are the command's output."""
     mlflows = logging.getLogger("mlflow")
     before = mlflows.level
     try:
@@ -156,12 +145,12 @@ def _request(
     uri: str, entry_point: str, params: Mapping[str, Any], version: str | None, config: Mapping[str, Any]
 ) -> ProjectRequest:
     if entry_point != "main":
-        raise ExecutionException(f"the backend rankwise has the entry point main only, got {entry_point!r}")
+        raise ExecutionException(f"the only entry point of the rankwise backend is 'main', got {entry_point!r}")
     if EXPERIMENT not in params:
-        raise ExecutionException(f"name the experiment file: -P {EXPERIMENT}=experiments/NAME.yaml")
+        raise ExecutionException(f"the parameter {EXPERIMENT!r} is missing; add -P {EXPERIMENT}=experiments/NAME.yaml")
     priority = config.get("priority", 0)
     if not isinstance(priority, int):
-        raise ExecutionException(f"backend_config: priority is a whole number, got {priority!r}")
+        raise ExecutionException(f"backend_config: priority must be a whole number, got {priority!r}")
     return ProjectRequest(
         file=fetch_project(uri, version) / str(params[EXPERIMENT]),
         overrides=tuple(f"{key}={value}" for key, value in params.items() if key != EXPERIMENT),

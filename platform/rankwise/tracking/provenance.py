@@ -1,4 +1,4 @@
-"""Where a result comes from: code, libraries, machine. Never environment variables; secrets are taken out."""
+"""Provenance of a run: code, libraries and machine. Environment variables are left out, secrets are redacted."""
 
 from __future__ import annotations
 
@@ -37,16 +37,10 @@ _GIT_SECONDS = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class GitState:
-    """The repository that holds a directory.
+    """The git repository that contains a directory.
 
-    Attributes:
-        commit: 40 hex digits; None when there is no repository, no commit, or no git (`problem` says which).
-        branch: None on a detached head.
-        remote: The URL of `origin`, without credentials.
-        dirty: Whether tracked files differ from the commit, or untracked files lie about.
-        diff: Changes of tracked files against the commit, redacted, at most a million characters.
-        untracked: Names of untracked files, at most 1,000.
-        problem: Why the state could not be read.
+    `problem` says why there is no `commit`; `branch` is None on a detached head; `remote` is the URL of `origin`.
+    `diff` is redacted and cut to a million characters, `untracked` to 1,000 names.
     """
 
     commit: str | None = None
@@ -62,19 +56,7 @@ class GitState:
 class Provenance:
     """Facts about one process on one machine. They belong to an attempt: tags and an artifact, never params.
 
-    Attributes:
-        git: The code around the experiment.
-        rankwise: Version of this package.
-        libraries: Distribution to version; those that are not installed are left out.
-        python: Version of the interpreter.
-        system: Operating system and architecture.
-        host: Name of the machine.
-        user: Login name.
-        cpu: Model of the processor.
-        cpu_count: Logical processors.
-        memory_bytes: Main memory.
-        gpus: Name, memory and driver of each NVIDIA GPU.
-        source: The program that ran.
+    Packages that are not installed are missing from `libraries`. `gpus` has name, memory and driver of each NVIDIA GPU.
     """
 
     git: GitState
@@ -91,7 +73,7 @@ class Provenance:
     source: str
 
     def tags(self) -> dict[str, str]:
-        """Tags of a run: MLflow's own names where it has one."""
+        """Return the facts as tags of a run, under MLflow's own names where there are any."""
         tags = {
             "mlflow.source.type": "LOCAL",
             "mlflow.source.name": self.source,
@@ -108,18 +90,14 @@ class Provenance:
         return {key: value for key, value in tags.items() if value}
 
     def to_dict(self) -> dict[str, Any]:
-        """For an artifact; the diff is left out, it is a file of its own."""
+        """Return the facts for a JSON artifact, without the diff, which is a file of its own."""
         facts = asdict(self)
         facts["git"].pop("diff")
         return facts
 
 
 def collect(directory: Path | None = None) -> Provenance:
-    """Gather everything.
-
-    Args:
-        directory: Whose repository is described; the working directory by default.
-    """
+    """Collect the provenance of this process, with the git state of `directory` (default: the working directory)."""
     return Provenance(
         git=git_state(directory or Path.cwd()),
         rankwise=__version__,
@@ -137,7 +115,7 @@ def collect(directory: Path | None = None) -> Provenance:
 
 
 def git_state(directory: Path) -> GitState:
-    """The state of the repository that holds `directory`; without one, a state whose `problem` says so."""
+    """Return the state of the repository that contains `directory`; errors are in `problem`."""
     try:
         commit = _git(directory, "rev-parse", "HEAD")
         branch = _git(directory, "rev-parse", "--abbrev-ref", "HEAD")
@@ -167,25 +145,25 @@ def _git(directory: Path, *arguments: str, allowed: tuple[int, ...] = (0,)) -> s
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_GIT_SECONDS, check=False)
     if done.returncode not in allowed:
         raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
-    # Only the end: the first character of a diff's line counts.
+    # Not the start: the first character of a diff line matters.
     return done.stdout.rstrip("\n")
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def user_name() -> str:
-    """Who this process belongs to; `unknown` where the system has no name for it."""
+    """Return the login name of this process; `unknown` if the system has none."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # A container's user id without a name.
+    except (KeyError, OSError):  # In a container, a user id may have no name.
         return "unknown"
 
 
@@ -199,7 +177,7 @@ def _cpu() -> str:
 
 
 def gpus() -> tuple[str, ...]:
-    """Name, memory and driver of each NVIDIA GPU, as `nvidia-smi` says."""
+    """Return name, memory and driver of each NVIDIA GPU, as reported by `nvidia-smi`."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()

@@ -1,10 +1,8 @@
-"""Reading many runs at once: one request per thousand runs, never one per run.
+"""Search and read runs, their curves and JSON artifacts, with few requests; find the arms of a sweep.
 
-An arm's own run names the sweep that trained it as its parent. A definition that was extended has arms of earlier
-sweeps too, so its run lists all of them.
-
-- Which arms belong to a sweep, and which sweep of an experiment is the current one, as tags of the sweep's run.
-- Small JSON artifacts of many runs, several requests at a time.
+The run of an arm names the sweep that trained it as its parent. After an extension, a sweep also has arms of earlier
+sweeps, so the tags of its run list all of its arms. Functions raise `TrackingError` if the store is unreachable or has
+no such run.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ _THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class MetricPoint:
     """One value of a curve; `timestamp_ms` is milliseconds since 1970."""
 
     step: int
@@ -44,9 +42,9 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run as the store has it. `params` are texts, as MLflow keeps them; `metrics` are the latest values.
+    """A run as stored: `params` as MLflow's texts, the latest `metrics`, times in milliseconds since 1970.
 
-    `status` is MLflow's: FINISHED, FAILED, KILLED, RUNNING or SCHEDULED; times are milliseconds since 1970.
+    `status` is FINISHED, FAILED, KILLED, RUNNING or SCHEDULED.
     """
 
     run_id: str
@@ -72,7 +70,7 @@ class RunRecord:
 
     @property
     def spec_hash(self) -> str | None:
-        """The arm."""
+        """The spec hash of the arm."""
         return self.tags.get(SPEC_HASH)
 
     @property
@@ -82,12 +80,12 @@ class RunRecord:
 
     @property
     def seconds(self) -> float | None:
-        """From start to end; None while it runs."""
+        """Duration; None while the run has not ended."""
         return None if self.ended_ms is None else (self.ended_ms - self.started_ms) / 1000
 
     @classmethod
     def of(cls, run: MlflowRun) -> RunRecord:
-        """Out of MLflow's entity."""
+        """Convert MLflow's entity."""
         return cls(
             run_id=run.info.run_id,
             experiment_id=run.info.experiment_id,
@@ -109,22 +107,11 @@ def search_runs(
     tags: Mapping[str, str] | None = None,
     status: str | None = None,
 ) -> list[RunRecord]:
-    """All runs of experiments that fit, oldest first.
-
-    Args:
-        client: The client of the store.
-        experiment_ids: The experiments; none, no runs.
-        kind: Only runs of this kind.
-        tags: Only runs with these tags.
-        status: Only runs of this status.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
-    wanted = dict(tags or {})
+    """Return all runs of the experiments with this kind, these tags and this status, oldest first."""
+    required_tags = dict(tags or {})
     if kind is not None:
-        wanted[KIND] = kind
-    conditions = [f"tags.`{key}` = '{_quoted(value)}'" for key, value in wanted.items()]
+        required_tags[KIND] = kind
+    conditions = [f"tags.`{key}` = '{_quoted(value)}'" for key, value in required_tags.items()]
     if status is not None:
         conditions.append(f"attributes.status = '{_quoted(status)}'")
     filters = " AND ".join(conditions)
@@ -147,7 +134,7 @@ def search_runs(
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Pause the cyclic garbage collector: it takes half of the time where a thousand runs make 60,000 objects."""
+    """Pause the cyclic garbage collector, which takes half the time of reading a thousand runs (60,000 objects)."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -158,17 +145,13 @@ def without_collector() -> Iterator[None]:
 
 
 def get_run(client: MlflowClient, run_id: str) -> RunRecord:
-    """One run.
-
-    Raises:
-        TrackingError: There is none, or the store cannot be reached.
-    """
+    """Return one run."""
     with tracking_errors(f"reading run {run_id}"):
         return RunRecord.of(client.get_run(run_id))
 
 
 def by_spec_hash(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs of each arm, in the given order; runs without a spec hash are left out."""
+    """Group runs by arm, in the given order; runs without a spec hash are left out."""
     grouped: dict[str, list[RunRecord]] = {}
     for run in runs:
         if run.spec_hash is not None:
@@ -178,24 +161,19 @@ def by_spec_hash(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
 
 def metric_histories(
     client: MlflowClient, run_ids: Sequence[str], keys: Sequence[str]
-) -> dict[str, dict[str, list[Point]]]:
-    """Whole curves, several requests at a time.
-
-    Returns:
-        Run id to key to points by step; a curve that does not exist is an empty list.
-
-    Raises:
-        TrackingError: The store cannot be reached, or a run does not exist.
-    """
+) -> dict[str, dict[str, list[MetricPoint]]]:
+    """Read whole curves, in parallel: run id to key to points by step, empty for a curve that does not exist."""
     pairs = [(run_id, key) for run_id in run_ids for key in keys]
 
-    def read(pair: tuple[str, str]) -> list[Point]:
+    def read(pair: tuple[str, str]) -> list[MetricPoint]:
         with tracking_errors(f"reading {pair[1]} of run {pair[0]}"):
             history = client.get_metric_history(*pair)
-        points = [Point(step=metric.step, value=metric.value, timestamp_ms=metric.timestamp) for metric in history]
+        points = [
+            MetricPoint(step=metric.step, value=metric.value, timestamp_ms=metric.timestamp) for metric in history
+        ]
         return sorted(points, key=lambda point: (point.step, point.timestamp_ms))
 
-    curves: dict[str, dict[str, list[Point]]] = {run_id: {} for run_id in run_ids}
+    curves: dict[str, dict[str, list[MetricPoint]]] = {run_id: {} for run_id in run_ids}
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         for (run_id, key), points in zip(pairs, pool.map(read, pairs), strict=True):
             curves[run_id][key] = points
@@ -203,7 +181,7 @@ def metric_histories(
 
 
 def _quoted(value: str) -> str:
-    # MLflow's filter language has no escape for a quote; hashes, ids and kinds have none.
+    # MLflow's filter language cannot escape a quote. Hashes, ids and kinds have none.
     if "'" in value:
         raise ValueError(f"a tag to search for must not contain a quote, got {value!r}")
     return value
@@ -212,16 +190,12 @@ def _quoted(value: str) -> str:
 ARMS = "rankwise.arms"
 SUBMITTED = "rankwise.submitted"
 _SHORT = 12
-# A tag holds 8,000 characters: 600 hashes of 12 digits and a comma each.
+# A tag holds 8,000 characters; each hash takes 12 digits and a comma.
 _PER_TAG = 600
 
 
 def sweep_tags(spec_hashes: Collection[str]) -> dict[str, str]:
-    """Tags for the run of a sweep, set whenever it is submitted (or has grown by a round of a search).
-
-    Args:
-        spec_hashes: Of all of its arms, also those that were trained before.
-    """
+    """Return the tags of a sweep's run for all of its arms, to be set on every submission and search round."""
     shorts = sorted({spec_hash[:_SHORT] for spec_hash in spec_hashes})
     parts = [shorts[start : start + _PER_TAG] for start in range(0, len(shorts), _PER_TAG)]
     tags = {ARMS if number == 0 else f"{ARMS}.{number}": ",".join(part) for number, part in enumerate(parts)}
@@ -229,18 +203,18 @@ def sweep_tags(spec_hashes: Collection[str]) -> dict[str, str]:
 
 
 def current_sweep(sweeps: Sequence[RunRecord]) -> RunRecord | None:
-    """The sweep that was submitted last, of the runs of kind `sweep`."""
+    """Return the sweep that was submitted last, of runs of kind `sweep`."""
     return max(sweeps, key=_submitted, default=None)
 
 
 def of_sweep(sweep: RunRecord, arms: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs of arms that belong to a sweep: those it lists, and those it is the parent of."""
+    """Return the runs of arms that belong to a sweep: it lists them or is their parent."""
     belongs = membership(sweep)
     return [run for run in arms if belongs(run.parent, run.spec_hash or "")]
 
 
 def membership(sweep: RunRecord) -> Callable[[str | None, str], bool]:
-    """Tells of an arm, by the run id of its parent and its spec hash, whether it belongs to a sweep."""
+    """Return a function that says whether an arm, given its parent's run id and its spec hash, belongs to the sweep."""
     listed = {
         short
         for key, value in sweep.tags.items()
@@ -256,15 +230,10 @@ def _submitted(run: RunRecord) -> int:
 
 
 def read_json(client: MlflowClient, runs: Mapping[str, str], path: str) -> dict[str, Any]:
-    """The JSON artifact `path` of each run; runs without such an artifact are left out.
-
-    Args:
-        client: The client of the store.
-        runs: Run id to the URI of its artifacts; where that is empty, it is asked for.
-        path: As it was logged.
+    """Return the JSON artifact `path` of each run that has it. An empty artifact URI in `runs` is looked up.
 
     Raises:
-        TrackingError: The store cannot be reached, or what is stored is no JSON.
+        TrackingError: The store is unreachable, or the artifact is not JSON.
     """
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         texts = pool.map(lambda run: _text(client, run[0], run[1], path), runs.items())
@@ -275,17 +244,17 @@ def read_json(client: MlflowClient, runs: Mapping[str, str], path: str) -> dict[
 def _text(client: MlflowClient, run_id: str, artifacts: str, path: str) -> str | None:
     if not artifacts:
         artifacts = get_run(client, run_id).artifact_uri
-    where = urlparse(artifacts)
-    if where.scheme in {"", "file"}:  # On this machine: no request, and thousands are read in a second.
-        file = Path(unquote(where.path)) / path
+    location = urlparse(artifacts)
+    if location.scheme in {"", "file"}:  # Reading local files without MLflow takes a second for thousands of runs.
+        file = Path(unquote(location.path)) / path
         return file.read_text() if file.is_file() else None
     parent = path.rpartition("/")[0] or None
     with tracking_errors(f"reading {path} of run {run_id}"):
         try:
             with TemporaryDirectory() as directory:
                 return Path(download_artifacts(artifact_uri=f"{artifacts}/{path}", dst_path=directory)).read_text()
-        except Exception as error:  # Each kind of store has its own error for a file that is not there: ask.
-            if any(found.path == path for found in client.list_artifacts(run_id, parent)):
+        except Exception as error:  # Each kind of store has its own error for a missing file, so list the files.
+            if any(info.path == path for info in client.list_artifacts(run_id, parent)):
                 raise TrackingError(f"{path} of run {run_id} cannot be read: {describe(error)}") from error
             return None
 
@@ -294,4 +263,4 @@ def _parsed(text: str, run_id: str, path: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise TrackingError(f"the artifact {path} of run {run_id} is no JSON: {error}") from error
+        raise TrackingError(f"the artifact {path} of run {run_id} is not JSON: {error}") from error

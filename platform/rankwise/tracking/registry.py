@@ -1,6 +1,6 @@
-"""Registered models: versions, tags, aliases, and what a model URI stands for.
+"""The model registry: versions, tags, aliases, model URIs, and links between runs and LoggedModels.
 
-- Runs and LoggedModels: results of a run as results of the model that it made, and models that a run has used.
+Functions and methods raise `TrackingError` if the store refuses or is unreachable.
 """
 
 from __future__ import annotations
@@ -31,18 +31,10 @@ _FORMS = "`models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/m-ID` or `runs:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """A version of a registered model.
+    """A version of a registered model, created by run `run_id`.
 
-    Attributes:
-        name: Of the registered model.
-        version: Its number.
-        run_id: The run that made it.
-        model_id: The LoggedModel behind it (`m-...`).
-        source: What was registered; `models:/m-...` for a LoggedModel.
-        status: MLflow's: READY when it can be loaded.
-        tags: Texts.
-        aliases: All that point to it.
-        created_ms: Milliseconds since 1970.
+    `model_id` is the LoggedModel behind it (`m-...`), `source` what was registered (`models:/m-...` for a LoggedModel);
+    `status` is READY once it can be loaded.
     """
 
     name: str
@@ -62,17 +54,17 @@ class ModelVersion:
 
     @property
     def is_copy(self) -> bool:
-        """Whether somebody made it of another version (`copy_model_version`): with its tags, run and job among them."""
+        """Whether it is a copy of another version (`copy_model_version`), with that version's tags, run and job."""
         return _VERSION_SOURCE.fullmatch(self.source) is not None
 
     @classmethod
     def of(cls, version: MlflowVersion) -> ModelVersion:
-        """Out of MLflow's entity."""
+        """Convert MLflow's entity."""
         return cls(
             name=version.name,
             version=int(version.version),
             run_id=version.run_id or None,
-            # SQL stores keep it in the source only.
+            # SQL stores have it only in the source.
             model_id=version.model_id
             or (match[1] if (match := _LOGGED_SOURCE.fullmatch(version.source or "")) else None),
             source=version.source or "",
@@ -85,14 +77,9 @@ class ModelVersion:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedModel:
-    """What a model URI stands for now.
+    """The model that a URI currently refers to.
 
-    Attributes:
-        uri: Fixed: an alias is resolved to its version.
-        source: Where the files are, or the `models:/m-...` that was registered.
-        run_id: The run that made it, where known.
-        model_id: The LoggedModel, where there is one.
-        version: The version, for URIs of registered models.
+    `uri` is fixed: an alias becomes its version. `source` is where the files are, or the registered `models:/m-...`.
     """
 
     uri: str
@@ -103,10 +90,10 @@ class ResolvedModel:
 
 
 class Registry:
-    """The model registry of a store. Every method raises a `TrackingError` when the store refuses or is away."""
+    """The model registry of a store."""
 
     def __init__(self, client: Callable[[], MlflowClient]) -> None:
-        """`Store.registry` is one; `client` is asked when the store is needed for the first time."""
+        """Use `Store.registry`. `client` is called when the store is first needed."""
         self._make = client
 
     @property
@@ -114,7 +101,7 @@ class Registry:
         return self._make()
 
     def ensure_model(self, name: str) -> None:
-        """Create the registered model if it is not there."""
+        """Create the registered model if it does not exist."""
         with tracking_errors(f"creating the registered model {name!r}"):
             try:
                 self._client.create_registered_model(name)
@@ -131,14 +118,10 @@ class Registry:
         tags: Mapping[str, str] | None = None,
         description: str | None = None,
     ) -> ModelVersion:
-        """Register a LoggedModel as a version.
+        """Register a LoggedModel (`m-...`) as a version; create the registered model if necessary.
 
-        Args:
-            name: Of the registered model, created if need be.
-            model_id: The LoggedModel (`m-...`); it is told of its version, so that the UI links both.
-            run_id: The run that made it; the LoggedModel's own when left out.
-            tags: Set at creation.
-            description: Markdown.
+        The LoggedModel is tagged with the version, so that the UI links both. `run_id` defaults to the LoggedModel's
+        run.
         """
         self.ensure_model(name)
         with tracking_errors(f"registering a version of {name!r}"):
@@ -152,45 +135,44 @@ class Registry:
         return ModelVersion.of(version)
 
     def versions(self, name: str) -> list[ModelVersion]:
-        """All versions, oldest first; none when there is no such model."""
+        """Return all versions, oldest first; none if the model does not exist."""
         return self._search(f"name = '{_quoted(name)}'")
 
     def get(self, name: str, version: int) -> ModelVersion:
-        """One version, with its aliases."""
+        """Return one version, with its aliases."""
         with tracking_errors(f"reading models:/{name}/{version}"):
             return ModelVersion.of(self._client.get_model_version(name, str(version)))
 
     def find_by_tag(self, name: str, key: str, value: str) -> list[ModelVersion]:
-        """Versions with this tag, oldest first."""
+        """Return the versions with this tag, oldest first."""
         return self._search(f"name = '{_quoted(name)}' AND tags.`{key}` = '{_quoted(value)}'")
 
     def of_job(self, name: str, job: int | str, run_id: str | None) -> list[ModelVersion]:
-        """Versions that a job has registered under its run, oldest first.
+        """Return the versions that a job registered, without copies, oldest first.
 
-        The numbers of jobs begin anew with every queue, and several queues may share one MLflow: the run tells them
-        apart. None takes any run. Copies of versions are of whoever made them.
+        Queues that share one MLflow store have jobs of the same number, so `run_id` tells them apart; None allows any
+        run.
         """
-        found = self.find_by_tag(name, JOB, str(job))
-        return [version for version in found if run_id in (None, version.run_id) and not version.is_copy]
+        versions = self.find_by_tag(name, JOB, str(job))
+        return [version for version in versions if run_id in (None, version.run_id) and not version.is_copy]
 
     def search(self) -> list[ModelVersion]:
-        """All versions of all registered models."""
+        """Return all versions of all registered models."""
         return self._search("")
 
     def tag_version(self, name: str, version: int, tags: Mapping[str, str | int | float | None]) -> None:
-        """Set tags of a version; None is left out."""
+        """Set tags of a version; None values are skipped."""
         with tracking_errors(f"tagging models:/{name}/{version}"):
             for key, value in tags.items():
                 if value is not None:
                     self._client.set_model_version_tag(name, str(version), key, str(value))
 
-    def put_forward(self, version: ModelVersion, alias: str) -> None:
-        """Write to a version for which alias it is being looked at: the tag `rankwise.candidate_for`.
+    def mark_candidate(self, version: ModelVersion, alias: str) -> None:
+        """Tag a version as a candidate for an alias (`rankwise.candidate_for`).
 
-        Raises:
-            TrackingError: This account may not write to the version, nor move its alias then.
+        This fails early if the account may not write to the version, and so could not move its alias either.
         """
-        with tracking_errors(f"putting {version.uri} forward for the alias {alias!r}"):
+        with tracking_errors(f"marking {version.uri} as a candidate for the alias {alias!r}"):
             self._client.set_model_version_tag(version.name, str(version.version), CANDIDATE, alias)
 
     def describe_version(self, name: str, version: int, markdown: str) -> None:
@@ -199,34 +181,31 @@ class Registry:
             self._client.update_model_version(name, str(version), description=markdown)
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point an alias to a version; it leaves the one that it pointed to."""
+        """Point an alias to a version; an existing alias moves."""
         with tracking_errors(f"setting the alias {alias!r} of {name!r} to version {version}"):
             self._client.set_registered_model_alias(name, alias, str(version))
 
     def delete_alias(self, name: str, alias: str) -> None:
-        """Take an alias away from whoever has it."""
+        """Delete an alias."""
         with tracking_errors(f"deleting the alias {alias!r} of {name!r}"):
             self._client.delete_registered_model_alias(name, alias)
 
     def get_alias(self, name: str, alias: str) -> ModelVersion | None:
-        """The version that an alias points to; None when there is no such alias or model."""
+        """Return the version that an alias points to; None if the alias or the model does not exist."""
         with tracking_errors(f"reading models:/{name}@{alias}"):
             try:
                 return ModelVersion.of(self._client.get_model_version_by_alias(name, alias))
             except MlflowException as error:
-                # SQL stores say INVALID_PARAMETER_VALUE for a missing alias of an existing model.
+                # SQL stores raise INVALID_PARAMETER_VALUE for a missing alias of an existing model.
                 if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
                     return None
                 raise
 
     def resolve(self, uri: str) -> ResolvedModel:
-        """What a URI stands for now.
-
-        Args:
-            uri: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `models:/m-ID` or `runs:/RUN_ID/NAME`.
+        """Return the model that a URI currently refers to.
 
         Raises:
-            TrackingError: It has another form, or names nothing that exists.
+            TrackingError: The URI is of no known form, or nothing of that name exists.
         """
         scheme, _, rest = uri.partition(":/")
         if scheme == "runs" and (match := re.fullmatch(r"/?([^/]+)/(.+)", rest)):
@@ -248,7 +227,7 @@ class Registry:
                     if isinstance(cause, MlflowException) and cause.error_code == "RESOURCE_DOES_NOT_EXIST":
                         raise TrackingError(f"{uri}: {self._alternatives(match[1])}") from error
                     raise
-        raise TrackingError(f"{uri!r} is not a model URI; write {_FORMS}")
+        raise TrackingError(f"{uri!r} is not a model URI; use {_FORMS}")
 
     def _of_run(self, uri: str, run_id: str, name: str) -> ResolvedModel:
         with tracking_errors(f"resolving {uri}"):
@@ -260,7 +239,7 @@ class Registry:
             )
         if not models:
             raise TrackingError(f"{uri}: run {run_id} has no logged model named {name!r}")
-        # One whose upload was cut off is FAILED or PENDING for ever.
+        # A model whose upload was interrupted stays FAILED or PENDING.
         newest = next((model for model in models if str(model.status) == "READY"), models[0])
         return ResolvedModel(
             uri=f"models:/{newest.model_id}",
@@ -284,18 +263,18 @@ class Registry:
     def _alternatives(self, name: str) -> str:
         versions = self.versions(name)
         if not versions:
-            return f"there is no registered model {name!r} with versions"
+            return f"no registered model {name!r} has versions; check the name, or register a version first"
         known = ", ".join(str(version.version) for version in versions[-20:])
         with tracking_errors(f"reading the registered model {name!r}"):
             aliases = ", ".join(sorted(self._client.get_registered_model(name).aliases)) or "none"
         return f"no such version or alias; versions of {name!r}: {known}; aliases: {aliases}"
 
     def _search(self, filters: str) -> list[ModelVersion]:
-        found = paged(
+        versions = paged(
             "searching the model registry",
             lambda token: self._client.search_model_versions(filters, max_results=_PAGE, page_token=token),
         )
-        return sorted(map(ModelVersion.of, found), key=lambda version: (version.name, version.version))
+        return sorted(map(ModelVersion.of, versions), key=lambda version: (version.name, version.version))
 
 
 def _of_version(version: ModelVersion) -> ResolvedModel:
@@ -305,7 +284,7 @@ def _of_version(version: ModelVersion) -> ResolvedModel:
 
 
 def _quoted(value: str) -> str:
-    # MLflow's filter language has no escape for a quote.
+    # MLflow's filter language cannot escape a quote.
     if "'" in value:
         raise TrackingError(f"names and tags to search for must not contain a quote, got {value!r}")
     return value
@@ -320,29 +299,18 @@ def link_metrics(
     *,
     dataset: DatasetRecord | None = None,
 ) -> None:
-    """Give a LoggedModel the points that a run has at `step`.
+    """Copy the points that a run has at `step` to a LoggedModel; keys without such a point are skipped.
 
-    Of several at `step` the last one counts. Points keep their own times: MLflow takes one with another time for a
-    second point of the curve.
-
-    Args:
-        client: Of the store.
-        run_id: The run; what it buffers must have been delivered.
-        model_id: The LoggedModel.
-        keys: Which metrics; those that the run does not have at `step` are passed over.
-        step: Of the run.
-        dataset: What was evaluated on.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
+    The run's buffered points must be delivered. Of several points of a key, the last one counts. Points keep their
+    timestamps: with another timestamp, MLflow would add a second point to the curve.
     """
     with tracking_errors(f"linking results to {model_id}"):
         points = []
         for key in keys:
-            there = [point for point in client.get_metric_history(run_id, key) if point.step == step]
-            if not there:
+            at_step = [point for point in client.get_metric_history(run_id, key) if point.step == step]
+            if not at_step:
                 continue
-            last = max(there, key=lambda point: point.timestamp)
+            last = max(at_step, key=lambda point: point.timestamp)
             points.append(
                 Metric(
                     key=key,
@@ -360,11 +328,7 @@ def link_metrics(
 
 
 def link_inputs(client: MlflowClient, run_id: str, model_ids: Collection[str]) -> None:
-    """Show LoggedModels as what a run has used. May be repeated.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
-    """
+    """Record LoggedModels as inputs of a run. May be repeated."""
     if model_ids:
         with tracking_errors(f"linking models to run {run_id}"):
             client.log_inputs(run_id, models=[LoggedModelInput(model_id) for model_id in sorted(model_ids)])

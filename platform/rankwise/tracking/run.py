@@ -1,12 +1,8 @@
-"""A run: what an arm, a sweep or an evaluation tells MLflow.
+"""Writing to an MLflow run: params, metrics, tags, artifacts, and system metrics of the machine.
 
-Everything goes into the run's outbox and returns at once; the sender delivers it. There is no active run: several runs
-live side by side in one process, each known by its id.
-
-MLflow's own monitor is a thread per run, each with its own requests. The names are its names, so that the UI shows them
-on the same tab.
-
-- System metrics: one thread per process samples the machine and writes to every open run.
+A `Run` writes everything to its outbox and returns at once; the sender delivers it. One process may write to several
+runs; none of them is "active". One `SystemMonitor` thread samples the machine for all open runs, under the names that
+MLflow's own monitor uses (which takes a thread per run).
 """
 
 from __future__ import annotations
@@ -50,14 +46,10 @@ _LONGEST_REASON = 2000
 
 
 class Run:
-    """One MLflow run. Thread-safe. A context manager: ends FINISHED, KILLED on Ctrl-C, FAILED on any other error.
+    """One MLflow run. Thread-safe. As a context manager it ends FINISHED, KILLED on Ctrl-C, or FAILED on other errors.
 
-    Nothing here needs the store to answer, but for the waiting of `flush`, `drain`, `end` and `leave`.
-
-    Attributes:
-        run_id: MLflow's id.
-        started_ms: What the steps of system metrics count from.
-        refusals: After the end, why MLflow refused records for good.
+    Only `flush`, `drain`, `end` and `leave` wait for the store. `started_ms` is where the steps of system metrics
+    start. After the end, `refusals` says why MLflow refused records. Writing raises `StorageError` if the disk is full.
     """
 
     def __init__(
@@ -69,15 +61,7 @@ class Run:
         sender: Sender,
         on_end: Callable[[Run], None] | None = None,
     ) -> None:
-        """Use `Store.start_run` or `Store.resume_run`.
-
-        Args:
-            run_id: MLflow's id.
-            started_ms: What the steps of system metrics count from, milliseconds since 1970.
-            outbox: Where records go.
-            sender: Who delivers them.
-            on_end: Called before the run ends, perhaps more than once.
-        """
+        """Use `Store.start_run` or `Store.resume_run`. `on_end` runs before the run ends, maybe more than once."""
         self.run_id = run_id
         self.started_ms = started_ms
         self._outbox = outbox
@@ -90,20 +74,14 @@ class Run:
         self._lock = threading.Lock()
 
     def metric(self, key: str, value: SupportsFloat, step: int) -> None:
-        """One point of a curve; see `metrics`."""
+        """Log one point of a curve; see `metrics`."""
         self.metrics({key: value}, step)
 
     def metrics(self, values: Mapping[str, SupportsFloat], step: int, timestamp_ms: int | None = None) -> None:
-        """Points of several curves at one step.
-
-        Args:
-            values: Key to value; NaN and infinities are kept.
-            step: The step.
-            timestamp_ms: Milliseconds since 1970; now when left out.
+        """Log points of several curves at one step, now or at `timestamp_ms` (since 1970). NaN and infinities are kept.
 
         Raises:
-            ValueError: A key has a character that MLflow does not take.
-            StorageError: The disk is full.
+            ValueError: A key has a character that MLflow does not allow.
         """
         for key in values:
             if key not in self._keys:
@@ -112,54 +90,49 @@ class Run:
         self._append({"m": points, "s": step, "t": timestamp_ms or time.time_ns() // 1_000_000})
 
     def params(self, params: Mapping[str, Scalar]) -> None:
-        """Parameters, which are written once: the same value again is fine. None is left out.
+        """Log params. Each is written once; repeating the same value is allowed. None is skipped.
 
         Raises:
-            ValueError: This process has written another value.
+            ValueError: This process has already written another value.
         """
         values = _texts(params)
         for key, value in values.items():
             if (before := self._params.get(key, value)) != value:
                 raise ValueError(
                     f"param {key!r} of run {self.run_id} is {before!r} and cannot become {value!r}: MLflow writes "
-                    "params once; what may change from one attempt to the next is a tag"
+                    "params once; use a tag for values that change between attempts"
                 )
         if new := {key: value for key, value in values.items() if key not in self._params}:
             self._append({"params": new})
             self._params |= new
 
     def tags(self, tags: Mapping[str, Scalar]) -> None:
-        """Tags; the last value counts. None is left out."""
+        """Set tags; the last value counts. None is skipped."""
         if values := _texts(tags):
             self._append({"tags": values})
 
     def describe(self, markdown: str) -> None:
-        """The description that the UI shows at the head of the run."""
+        """Set the description that the UI shows at the top of the run."""
         self.tags({NOTE: shorten(markdown)})
 
     def input(self, dataset: DatasetRecord) -> None:
-        """A data set that the run reads."""
+        """Log a data set as an input of the run."""
         self._append({"input": asdict(dataset)})
 
     def text(self, text: str, path: str) -> None:
-        """A text as the artifact `path`; secrets are taken out, but for pages, whose scripts that would break."""
+        """Log a text as the artifact `path`, redacted unless it is HTML, where that would break scripts."""
         self.data(encoded(text if path.endswith(".html") else redact(text)), path)
 
     def data(self, content: bytes, path: str) -> None:
-        """Bytes as the artifact `path`."""
+        """Log bytes as the artifact `path`."""
         self._file(content, path)
 
     def json(self, value: Any, path: str) -> None:
-        """A value as JSON in the artifact `path`."""
+        """Log a value as a JSON artifact."""
         self._file(encoded(json.dumps(value, indent=2, ensure_ascii=False) + "\n"), path)
 
     def table(self, rows: Sequence[Mapping[str, Any]], path: str) -> None:
-        """Rows as a table that the UI shows and `MlflowClient.load_table` reads; replaces an earlier one.
-
-        Args:
-            rows: Column to JSON value; a column that a row lacks is null.
-            path: Ends with `.json`.
-        """
+        """Log rows as a table that the UI shows and `MlflowClient.load_table` reads; an earlier one is replaced."""
         if not path.endswith(".json"):
             raise ValueError(f"a table's artifact path must end with .json, got {path!r}")
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -167,40 +140,34 @@ class Run:
         self._file(encoded(json.dumps({"columns": columns, "data": data}, ensure_ascii=False)), path, table=True)
 
     def figure(self, figure: Any, path: str) -> None:
-        """A figure of matplotlib (`.png`, `.svg`, `.pdf`)."""
+        """Log a matplotlib figure (`.png`, `.svg`, `.pdf`)."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.rpartition(".")[2], bbox_inches="tight")
         self._file(buffer.getvalue(), path)
 
     def restart(self) -> None:
-        """Say that the run is RUNNING again; `Store.resume_run` does it."""
+        """Set the status to RUNNING again; `Store.resume_run` calls this."""
         self._append({"status": "RUNNING"})
 
     def flush(self, timeout: float = 60.0) -> None:
-        """Wait until everything so far was delivered.
+        """Wait until everything logged so far is delivered.
 
         Raises:
-            TrackingError: It was not within `timeout` seconds.
+            TrackingError: `timeout` seconds were not enough.
         """
         if not self.drain(timeout):
-            raise TrackingError(self._waiting(timeout))
+            raise TrackingError(self._timeout_message(timeout))
 
     def drain(self, timeout: float) -> bool:
-        """Wait until everything so far was delivered; False after `timeout` seconds, or when the fence has fallen."""
+        """Wait for delivery; False after `timeout` seconds, or if this writer is fenced off."""
         return self._ended or self._sender.drain(self._outbox, timeout)
 
     def end(self, status: Status = "FINISHED", reason: str | None = None, timeout: float = 60.0) -> bool:
-        """End the run and wait until all of it was delivered. A second call does nothing.
+        """End the run and wait `timeout` seconds for delivery; return whether everything is delivered.
 
-        What MLflow refused for good is kept beside the outbox and was logged as an error; training is not at fault.
-
-        Args:
-            status: MLflow's.
-            reason: Why it failed or was killed: the tag `rankwise.reason`.
-            timeout: Seconds to wait for the delivery.
-
-        Returns:
-            Whether all was delivered; if not, that goes on as long as the store is open, and then waits for its `sync`.
+        Delivery of the rest continues while the store is open, and then with `Store.sync`. Records that MLflow refuses
+        permanently are kept beside the outbox and logged as errors. `reason` becomes the tag `rankwise.reason`. A
+        second call does nothing.
         """
         last: list[Mapping[str, Any]] = [{"end": status, "t": time.time_ns() // 1_000_000}]
         if reason is not None:
@@ -208,7 +175,7 @@ class Run:
         return self._close(last, timeout)
 
     def leave(self, timeout: float = 60.0) -> bool:
-        """Let go of the run and leave its state as it is; otherwise as `end`."""
+        """Stop writing to the run without changing its status; otherwise like `end`."""
         return self._close([], timeout)
 
     def _close(self, last: Sequence[Mapping[str, Any]], timeout: float) -> bool:
@@ -221,17 +188,15 @@ class Run:
                 self._outbox.append(record)
             self._ended = True
         delivered = self._sender.drain(self._outbox, timeout)
-        self.refusals = tuple(self._sender.let_go(self._outbox))
+        self.refusals = tuple(self._sender.detach(self._outbox))
         return delivered
 
     def __enter__(self) -> Run:
-        """The run itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the run as the block ended."""
         if error is None:
             self.end("FINISHED")
         elif isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -243,28 +208,31 @@ class Run:
     def _append(self, record: Mapping[str, Any]) -> None:
         with self._lock:
             if self._ended:
-                raise RuntimeError(f"run {self.run_id} has ended, it takes no more records")
+                raise RuntimeError(f"run {self.run_id} has ended and accepts no more records")
             self._outbox.append(record)
 
     def _file(self, content: bytes, path: str, *, table: bool = False) -> None:
         if posixpath.normpath(path) != path or path.startswith(("/", "..")):
-            raise ValueError(f"an artifact path is relative and plain (`dir/name.ext`), got {path!r}")
+            raise ValueError(f"an artifact path must be relative and normalized (`dir/name.ext`), got {path!r}")
         self._append({"file": self._outbox.spool(content, path), "to": path, "table": table})
 
     def _check_key(self, key: str) -> None:
         if not _KEY.fullmatch(key) or posixpath.normpath(key) != key or key.startswith(("/", "..")):
             raise ValueError(
-                f"metric key {key!r}: MLflow takes up to 250 letters, digits and _ - . / : or spaces, as a plain path"
+                f"invalid metric key {key!r}: use up to 250 letters, digits, spaces and _ - . / : as a relative path"
             )
         self._keys.add(key)
 
-    def _waiting(self, timeout: float) -> str:
+    def _timeout_message(self, timeout: float) -> str:
         cause = self._sender.outage or "the store is slow"
-        return f"run {self.run_id}: not delivered within {timeout:g} s, it waits in {self._outbox.path}: {cause}"
+        return (
+            f"run {self.run_id}: not delivered within {timeout:g} s ({cause}); its records stay in "
+            f"{self._outbox.path}; `rankwise sync` delivers them"
+        )
 
 
 def shorten(text: str, limit: int = _LONGEST_NOTE) -> str:
-    """Cut a text to what a tag holds, and say so."""
+    """Cut a text to the length of a tag, with a mark that it was shortened."""
     return text if len(text) <= limit else text[: limit - 20].rstrip() + " ... (shortened)"
 
 
@@ -273,7 +241,7 @@ def _texts(values: Mapping[str, Scalar]) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN: null in a table, as pandas writes it."""
+    """Replace NaN and infinities by null, as pandas does in JSON."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -284,24 +252,19 @@ _MIB = 1.048576  # megabytes in a mebibyte
 
 
 class SystemMonitor:
-    """Samples every `interval` seconds while a run is attached. Thread-safe."""
+    """Samples the machine every `interval` seconds for all attached runs. Thread-safe."""
 
     def __init__(self, *, interval: float = 10.0, sample: Callable[[], dict[str, float]] | None = None) -> None:
-        """Make a monitor; its thread starts with the first run.
-
-        Args:
-            interval: Seconds between samples.
-            sample: What measures; the machine by default.
-        """
+        """Create a monitor that calls `sample`; its thread starts with the first run."""
         self._interval = interval
-        self._sample = sample or Sampler().sample
+        self._sample = sample or SystemSampler().sample
         self._runs: dict[str, Run] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def attach(self, run: Run) -> None:
-        """Write samples to this run from now on."""
+        """Start writing samples to this run."""
         with self._changed:
             self._runs[run.run_id] = run
             if self._thread is None:
@@ -309,12 +272,12 @@ class SystemMonitor:
                 self._thread.start()
 
     def detach(self, run: Run) -> None:
-        """Stop writing to this run; returns once no sample for it is on its way."""
+        """Stop writing samples to this run; afterwards no sample is in flight."""
         with self._changed:
             self._runs.pop(run.run_id, None)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -325,33 +288,29 @@ class SystemMonitor:
             now = time.time_ns() // 1_000_000
             with self._changed:
                 for run in self._runs.values():
-                    # The step counts intervals since the run began, so that it goes on rising after a resumption.
+                    # Counts intervals since the start of the run, so it keeps rising after a resume.
                     step = max(0, round((now - run.started_ms) / 1000 / self._interval))
                     try:
                         run.metrics({PREFIX + key: value for key, value in values.items()}, step, now)
-                    except StorageError as error:  # A full disk ends training by its own writes, not by this thread's.
-                        _logger.warning("a sample of system metrics is lost: %s", error)
+                    except StorageError as error:  # On a full disk, the training's own writes fail too and end it.
+                        _logger.warning("lost a sample of system metrics: %s", error)
                 if self._changed.wait_for(lambda: self._closed, timeout=self._interval):
                     return
 
 
-class Sampler:
-    """Measures this machine: processor, memory, disk, network, this process, NVIDIA GPUs."""
+class SystemSampler:
+    """Measures CPU, memory, disk, network, this process and NVIDIA GPUs."""
 
     def __init__(self, disk: Path = Path("/")) -> None:
-        """Note the counters' state; network figures count from here.
-
-        Args:
-            disk: A path on the file system to watch.
-        """
+        """Start counting network traffic; `disk` is a path on the file system to measure."""
         self._disk = disk
         self._process = psutil.Process()
         self._network = psutil.net_io_counters()
         self._nvidia = shutil.which("nvidia-smi")
-        psutil.cpu_percent()  # The first call has nothing to compare with and says 0.
+        psutil.cpu_percent()  # The first call always returns 0.
 
     def sample(self) -> dict[str, float]:
-        """Key without prefix to value; megabytes are 10^6 bytes, as in MLflow."""
+        """Return key (without prefix) to value. Megabytes are 10^6 bytes, as in MLflow."""
         memory = psutil.virtual_memory()
         disk = psutil.disk_usage(str(self._disk))
         values = {
@@ -377,31 +336,29 @@ class Sampler:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=5.0, check=True)
         except (OSError, subprocess.SubprocessError) as error:
-            _logger.warning("GPU metrics are off: %s", error)
+            _logger.warning("GPU metrics are disabled: nvidia-smi failed: %s", error)
             self._nvidia = None
             return {}
         return parse_nvidia_smi(done.stdout)
 
 
 def parse_nvidia_smi(text: str) -> dict[str, float]:
-    """Metrics out of nvidia-smi's CSV; what a card does not report (`[N/A]`, as under MIG) is left out.
+    """Parse nvidia-smi's CSV; values that a GPU does not report (`[N/A]`, as under MIG) are left out.
 
-    Args:
-        text: One line per GPU with the fields index, utilization in percent, memory used and in all in MiB, power drawn
-            and its limit in watts.
+    Fields: index, utilization in percent, memory used and total in MiB, power draw and limit in watts.
     """
     metrics: dict[str, float] = {}
     for line in text.strip().splitlines():
         index, *rest = (part.strip() for part in line.split(","))
         busy, used, total, power, limit = (_number(part) for part in rest)
-        found = {
+        values = {
             "utilization_percentage": busy,
             "memory_usage_megabytes": None if used is None else used * _MIB,
             "memory_usage_percentage": None if used is None or not total else 100 * used / total,
             "power_usage_watts": power,
             "power_usage_percentage": None if power is None or not limit else 100 * power / limit,
         }
-        metrics |= {f"gpu_{index}_{key}": value for key, value in found.items() if value is not None}
+        metrics |= {f"gpu_{index}_{key}": value for key, value in values.items() if value is not None}
     return metrics
 
 

@@ -1,8 +1,6 @@
-"""MLflow's plugin `run_context_provider`: tags on every run that is started inside a worker, by a user's code too.
+"""MLflow plugin `run_context_provider`: tags runs started inside a worker with their job, in users' code too.
 
-A metric of another package, a callback, a program that a job starts: what begins an MLflow run with `mlflow.start_run`
-while a worker does a job is found again by that job. MLflow loads this module whenever it is imported, so it imports
-next to nothing.
+MLflow loads this module on import, so it imports almost nothing itself.
 """
 
 from __future__ import annotations
@@ -17,16 +15,16 @@ from rankwise.settings import work_context
 
 
 class WorkerContext(RunContextProvider):  # type: ignore[misc]
-    """Job, attempt, worker and GPUs, while a worker does a job."""
+    """Tags with job, attempt, worker and GPUs while a worker runs a job."""
 
     def in_context(self) -> bool:
-        """Whether this process, or the one that started it, is a worker's child at work."""
+        """Return whether this process, or one of its parents, runs a worker's job."""
         return bool(work_context())
 
     def tags(self) -> dict[str, str]:
-        """`rankwise.job` and `rankwise.attempt` (of a pack, all of them), `rankwise.worker`, `.device` and `.gpus`."""
+        """Return `rankwise.job` and `rankwise.attempt` (all of a pack), `rankwise.worker`, `.device` and `.gpus`."""
         context = work_context()
-        # Where one job of a pack is worked on, the log knows which.
+        # While one job of a pack is processed, the log context names it.
         bound = _bound()
         job = str(bound.get("job", context["job"]))
         attempt = str(bound.get("attempt", context["attempt"]))

@@ -1,4 +1,7 @@
-"""The thread that delivers outboxes. Training appends and goes on; an outage only makes files grow."""
+"""The sender thread, which delivers outboxes to MLflow in the background.
+
+Training only appends to files. During an outage the files grow; nothing waits.
+"""
 
 from __future__ import annotations
 
@@ -14,53 +17,49 @@ from mlflow import MlflowClient
 from rankwise.backoff import Backoff
 from rankwise.exceptions import RankwiseError, TrackingError
 from rankwise.tracking.errors import describe, is_final
-from rankwise.tracking.outbox import Batch, Outbox, batches, deliver, halves
+from rankwise.tracking.outbox import Outbox, OutboxBatch, batches, deliver, halves
 
 _logger = logging.getLogger(__name__)
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
-# While somebody waits for a drain, a server that came back must be noticed within its time limit.
+# While `drain` waits, the sender must notice within its timeout that a server has recovered.
 _LONGEST_PAUSE_DRAINING = 2.0
-# How long `remove` waits for a request under way; MLflow's client retries a dead server for minutes.
-_HANGING_SECONDS = 5.0
-# A round of deliveries takes time from the training: 8 ms of CPU time for each run's request over SQLite, and 0.08 ms
-# for each point. So it rests for so many times its own length, which gathers more points for a request.
+# How long `remove` waits for a request in flight; MLflow's client retries an unavailable server for minutes.
+_REQUEST_GRACE_S = 5.0
+# A round takes CPU time from the training (SQLite: 8 ms per request, 0.08 ms per point). So the sender then pauses for
+# this many times the duration of the round, which also collects more points per request.
 _REST = 300
 _MOST_INTERVALS = 6
-# How many outboxes are delivered in the background; others stay in their files for `sync`.
-_MOST_LEFT = 200
+# More outboxes than this are not delivered in the background; they wait for `sync`.
+_MAX_BACKGROUND = 200
 
-Deliver = Callable[[MlflowClient, str, Path, Batch], None]
-Missing = Callable[[MlflowClient, Batch], Batch | None]
+Deliver = Callable[[MlflowClient, str, Path, OutboxBatch], None]
+Missing = Callable[[MlflowClient, OutboxBatch], OutboxBatch | None]
 Fence = Callable[[], bool]
 
 
 @dataclass(kw_only=True)
-class _Post:
-    """What the sender knows of one outbox.
-
-    `missing` reduces a batch to what the run has not; `fence` says whether its writer may still speak for the run;
-    `left` that its writer is gone, so that it is closed as soon as it is empty.
-    """
+class _Delivery:
+    """The sender's state of one outbox, see `Sender.add`."""
 
     outbox: Outbox
     missing: Missing | None = None
     fence: Fence | None = None
-    left: bool = False
+    orphaned: bool = False
     fenced: bool = False
     refusals: list[str] = field(default_factory=list)
 
 
 def rest(interval: float, took: float) -> float:
-    """Seconds until the next round, after one that took so many seconds of CPU time."""
+    """Return the seconds until the next round, given the CPU seconds of the last one."""
     return min(max(interval, _REST * took), _MOST_INTERVALS * interval)
 
 
 class Sender:
-    """Sends what outboxes hold, in order, in batches, until it was accepted.
+    """Delivers outboxes in order and in batches, and retries until MLflow accepts or refuses a batch.
 
-    One daemon thread for all outboxes of a process, started with the first one. `add`, `drain` and `close` may be
-    called from any thread.
+    One daemon thread per process serves all outboxes; it starts with the first one. `add`, `drain` and `close` are
+    thread-safe.
     """
 
     def __init__(
@@ -72,22 +71,22 @@ class Sender:
         unreachable: Callable[[], str | None] = lambda: None,
         backoff: Backoff | None = None,
     ) -> None:
-        """Make a sender.
+        """Create a sender.
 
         Args:
-            client: Gives the client of the store; may raise a `TrackingError` as long as the store does not answer.
-            interval: Seconds between two looks at the outboxes, so that points travel in batches; up to six times as
-                many where a look takes long, so that deliveries stay below a third of a percent of a core.
-            send: What sends one batch.
-            unreachable: Says in a moment why the store does not answer, or None: a request of MLflow's client to a dead
-                server is retried for minutes, in which nobody would notice that it came back.
-            backoff: Delays while the store takes nothing; by default 1 to 30 seconds.
+            client: Returns the client of the store; may raise `TrackingError` while the store is unreachable.
+            interval: Seconds between rounds, so that points are sent in batches. Up to six times longer if a round
+                takes long: deliveries use less than a third of a percent of a core.
+            send: Sends one batch.
+            unreachable: Returns quickly why the store does not answer, or None. MLflow's client would retry for
+                minutes.
+            backoff: Delays while the store is unavailable; by default 1 to 30 seconds.
         """
         self._client = client
         self._interval = interval
         self._send = send
         self._unreachable = unreachable
-        self._posts: dict[Outbox, _Post] = {}
+        self._deliveries: dict[Outbox, _Delivery] = {}
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -103,37 +102,33 @@ class Sender:
         return self._outage
 
     @property
-    def left(self) -> list[Outbox]:
-        """What is delivered in the background, since its writer has ended."""
+    def orphans(self) -> list[Outbox]:
+        """Outboxes whose writer has ended and that are delivered in the background."""
         with self._changed:
-            return [post.outbox for post in self._posts.values() if post.left]
+            return [delivery.outbox for delivery in self._deliveries.values() if delivery.orphaned]
 
     def add(
-        self, outbox: Outbox, *, missing: Missing | None = None, fence: Fence | None = None, left: bool = False
+        self, outbox: Outbox, *, missing: Missing | None = None, fence: Fence | None = None, orphaned: bool = False
     ) -> None:
-        """Deliver this outbox from now on; outboxes of one run are delivered in the order of their adding.
+        """Deliver this outbox from now on; outboxes of one run are delivered in the order in which they were added.
 
         Args:
             outbox: The file.
-            missing: Reduces a batch to what the run has not (`replay.Replay.missing`).
-            fence: Asked before each request whether the writer may still speak for the run. Once it answers no,
-                nothing of the outbox is delivered any more; the file stays for a later `sync`.
-            left: Whether its writer is gone: nobody will call `remove`.
+            missing: Reduces a batch to what the run does not have (`outbox_recovery.Replay.missing`).
+            fence: Called before each request: may the writer still write to the run? After False, nothing more is
+                delivered, and the file stays for a later `sync`.
+            orphaned: Whether the writer has ended, so that the outbox is closed once it is empty.
         """
         with self._changed:
             if self._closing:
                 raise RuntimeError("the sender is closed")
-            self._posts[outbox] = _Post(outbox=outbox, missing=missing, fence=fence, left=left)
+            self._deliveries[outbox] = _Delivery(outbox=outbox, missing=missing, fence=fence, orphaned=orphaned)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="rankwise-sender", daemon=True)
                 self._thread.start()
 
     def drain(self, outbox: Outbox, timeout: float) -> bool:
-        """Wait until everything that is in the outbox now was delivered or refused.
-
-        Returns:
-            False after `timeout` seconds, and when the fence has fallen.
-        """
+        """Wait until everything now in the outbox is delivered or refused; False on timeout or once fenced off."""
         target = outbox.end
         deadline = time.monotonic() + timeout
         with self._changed:
@@ -141,9 +136,9 @@ class Sender:
             self._changed.notify_all()
             try:
                 while outbox.offset < target:
-                    post = self._posts.get(outbox)
+                    delivery = self._deliveries.get(outbox)
                     rest = deadline - time.monotonic()
-                    if rest <= 0 or post is None or post.fenced:
+                    if rest <= 0 or delivery is None or delivery.fenced:
                         return False
                     self._changed.wait(rest)
             finally:
@@ -151,52 +146,51 @@ class Sender:
         return True
 
     def remove(self, outbox: Outbox) -> list[str]:
-        """Stop delivering an outbox, close it, and return why lines of it were refused."""
+        """Stop delivering an outbox, close it, and return why records were refused."""
         with self._changed:
-            # A batch on its way is let finish, for a while: its offset would be lost otherwise.
-            self._changed.wait_for(lambda: self._busy is not outbox, timeout=_HANGING_SECONDS)
+            # Give a batch in flight some time to finish, or its offset would be lost.
+            self._changed.wait_for(lambda: self._busy is not outbox, timeout=_REQUEST_GRACE_S)
             busy = self._busy is outbox
-            post = self._posts.pop(outbox, None)
-        if post is None:  # One that was left, delivered meanwhile.
+            delivery = self._deliveries.pop(outbox, None)
+        if delivery is None:  # An orphan that was delivered in the meantime.
             return []
         if not busy:
             outbox.close()
-        return post.refusals
+        return delivery.refusals
 
-    def let_go(self, outbox: Outbox) -> list[str]:
-        """Its writer has ended: close the outbox, or deliver what is left of it in the background and close it then.
+    def detach(self, outbox: Outbox) -> list[str]:
+        """Close the outbox of a writer that has ended, after delivering the rest in the background.
 
-        Returns:
-            Why lines of it were refused so far.
+        The result says why records were refused so far.
         """
-        if len(left := self.left) >= _MOST_LEFT:
-            # Thousands of runs are made faster than they are delivered, and each outbox is an open file.
-            self.drain(left[0], 0.0 if self._outage else _HANGING_SECONDS)
-            if len(self.left) >= _MOST_LEFT:
+        if len(orphans := self.orphans) >= _MAX_BACKGROUND:
+            # Thousands of runs may be created faster than they are delivered, and each outbox is an open file.
+            self.drain(orphans[0], 0.0 if self._outage else _REQUEST_GRACE_S)
+            if len(self.orphans) >= _MAX_BACKGROUND:
                 return self.remove(outbox)
         with self._changed:
-            post = self._posts.get(outbox)
-            if post is not None and outbox.pending and not post.fenced and not self._closing:
-                post.left = True
-                return post.refusals
+            delivery = self._deliveries.get(outbox)
+            if delivery is not None and outbox.pending and not delivery.fenced and not self._closing:
+                delivery.orphaned = True
+                return delivery.refusals
         return self.remove(outbox)
 
     def close(self, timeout: float) -> bool:
-        """Deliver what can be delivered within `timeout` seconds and end the thread; False if something is left."""
+        """Deliver as much as possible within `timeout` seconds and stop the thread; False if something is left."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            waiting = list(self._posts)
-            left = self.left
+            pending = list(self._deliveries)
+            orphans = self.orphans
         delivered = True
-        for outbox in waiting:
-            # Somebody has waited for these already.
-            patience = 0.0 if outbox in left and self._outage else deadline - time.monotonic()
-            delivered &= self.drain(outbox, max(0.0, patience))
+        for outbox in pending:
+            # The end of an orphan's run has waited already.
+            timeout_left = 0.0 if outbox in orphans and self._outage else deadline - time.monotonic()
+            delivered &= self.drain(outbox, max(0.0, timeout_left))
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        for outbox in waiting:
-            if outbox in self._posts:
+        for outbox in pending:
+            if outbox in self._deliveries:
                 self.remove(outbox)
         return delivered
 
@@ -211,92 +205,91 @@ class Sender:
                     self._changed.wait_for(lambda: self._closing or self._drains > before, timeout=pause)  # noqa: B023
                 if self._closing:
                     return
-                posts = list(self._posts.values())
+                deliveries = list(self._deliveries.values())
             began = time.thread_time()
-            if self._round([post for post in posts if post.outbox.pending]):
+            if self._round([delivery for delivery in deliveries if delivery.outbox.pending]):
                 self._backoff.reset()
             else:
                 self._backoff.fail()
             self._rest = rest(self._interval, time.thread_time() - began)
 
-    def _round(self, posts: list[_Post]) -> bool:
-        """Deliver each outbox as far as it goes; False when the store did not take something."""
-        if posts and (reason := self._unreachable()):
+    def _round(self, deliveries: list[_Delivery]) -> bool:
+        """Deliver all outboxes; False if the store could not accept something."""
+        if deliveries and (reason := self._unreachable()):
             self._report_outage(reason)
             return False
         blocked: set[str] = set()
-        for post in posts:
-            # What a run said later must not overtake what it said before.
-            if post.outbox.run_id in blocked or post.fenced:
+        for delivery in deliveries:
+            # Later records of a run must not overtake earlier ones.
+            if delivery.outbox.run_id in blocked or delivery.fenced:
                 continue
             try:
-                if not self._empty(post):
-                    blocked.add(post.outbox.run_id)
-                elif post.left and (post.fenced or not post.outbox.pending):
-                    self.remove(post.outbox)  # What is left in it behind a fence is for whoever speaks for the run now.
+                if not self._deliver_all(delivery):
+                    blocked.add(delivery.outbox.run_id)
+                elif delivery.orphaned and (delivery.fenced or not delivery.outbox.pending):
+                    self.remove(delivery.outbox)  # The attempt that now owns the run delivers what a fence held back.
             except (RankwiseError, OSError) as error:
-                # A disk that is full or away: nothing can be remembered until it is back. Or nobody can say who may
-                # speak.
+                # The disk is full or unavailable, so no offset can be stored; or the fence cannot be checked.
                 self._report_outage(str(error))
-                blocked.add(post.outbox.run_id)
+                blocked.add(delivery.outbox.run_id)
         return not blocked
 
-    def _empty(self, post: _Post) -> bool:
-        """Deliver one outbox as far as it goes; False when the store cannot take it now."""
-        outbox = post.outbox
+    def _deliver_all(self, delivery: _Delivery) -> bool:
+        """Deliver one outbox; False if the store cannot accept it now."""
+        outbox = delivery.outbox
         with self._changed:
-            if outbox not in self._posts:
+            if outbox not in self._deliveries:
                 return True
             self._busy = outbox
         try:
             for batch in batches(outbox.read()):
-                if not self._may_speak(post):
+                if not self._may_write(delivery):
                     return True
-                if not self._deliver(post, batch):
+                if not self._deliver(delivery, batch):
                     return False
         finally:
             with self._changed:
                 self._busy = None
-                removed = outbox not in self._posts
+                removed = outbox not in self._deliveries
                 self._changed.notify_all()
-            if removed:  # `remove` did not wait for this batch to its end.
+            if removed:  # `remove` timed out on this batch.
                 outbox.close()
         return True
 
-    def _may_speak(self, post: _Post) -> bool:
+    def _may_write(self, delivery: _Delivery) -> bool:
         try:
-            if post.fence is None or post.fence():
+            if delivery.fence is None or delivery.fence():
                 return True
         except Exception as error:
-            raise TrackingError(f"nobody can say who may write to run {post.outbox.run_id}: {error}") from error
+            raise TrackingError(f"cannot check who may write to run {delivery.outbox.run_id}: {error}") from error
         _logger.warning(
-            "run %s: this attempt may not write any more, another one may have taken over; what it had to say waits "
-            "in %s",
-            post.outbox.run_id,
-            post.outbox.path,
+            "run %s: this attempt may no longer write, another one may have taken over; its remaining records stay in "
+            "%s",
+            delivery.outbox.run_id,
+            delivery.outbox.path,
         )
         with self._changed:
-            post.fenced = True
+            delivery.fenced = True
             self._changed.notify_all()
         return False
 
-    def _deliver(self, post: _Post, batch: Batch) -> bool:
-        outbox = post.outbox
+    def _deliver(self, delivery: _Delivery, batch: OutboxBatch) -> bool:
+        outbox = delivery.outbox
         try:
             if batch.kind == "?":
-                self._refuse(post, batch, f"{len(batch.entries)} damaged lines in {outbox.path}")
+                self._refuse(delivery, batch, f"{len(batch.entries)} damaged lines in {outbox.path}")
             else:
                 client = self._client()
-                wanted = batch if post.missing is None else post.missing(client, batch)
-                if wanted is not None and (reason := self._refusal(client, outbox, wanted)) is not None:
-                    for part, why in self._divided(client, outbox, wanted, reason):
-                        self._refuse(post, part, why)
-        except Exception as error:  # Artifact stores raise errors of their own libraries; nothing is lost by waiting.
+                needed = batch if delivery.missing is None else delivery.missing(client, batch)
+                if needed is not None and (reason := self._refusal(client, outbox, needed)) is not None:
+                    for part, why in self._send_in_parts(client, outbox, needed, reason):
+                        self._refuse(delivery, part, why)
+        except Exception as error:  # Artifact stores raise errors of their own libraries; retrying loses nothing.
             if not is_final(error):
                 self._report_outage(describe(error))
                 outbox.sync()
                 return False
-            self._refuse(post, batch, describe(error))
+            self._refuse(delivery, batch, describe(error))
         else:
             self._report_recovery()
         outbox.commit(batch.end)
@@ -304,8 +297,8 @@ class Sender:
             self._changed.notify_all()
         return True
 
-    def _refusal(self, client: MlflowClient, outbox: Outbox, batch: Batch) -> str | None:
-        """Send a batch, and return why the store refuses it for good; None where it was taken."""
+    def _refusal(self, client: MlflowClient, outbox: Outbox, batch: OutboxBatch) -> str | None:
+        """Send a batch; return why the store refuses it permanently, or None."""
         try:
             self._send(client, outbox.run_id, outbox.files, batch)
         except Exception as error:
@@ -314,28 +307,33 @@ class Sender:
             return describe(error)
         return None
 
-    def _divided(self, client: MlflowClient, outbox: Outbox, batch: Batch, reason: str) -> list[tuple[Batch, str]]:
-        """Send what is taken of a batch that was refused, and return the rest: one bad value takes nothing along."""
+    def _send_in_parts(
+        self, client: MlflowClient, outbox: Outbox, batch: OutboxBatch, reason: str
+    ) -> list[tuple[OutboxBatch, str]]:
+        """Send a refused batch in parts, so that one bad value affects no others; return the refused parts."""
         parts = halves(batch)
         reasons = [] if parts is None else [self._refusal(client, outbox, part) for part in parts]
-        if parts is None or reasons == [reason, reason]:  # Not about a value: the run was deleted, say.
+        if parts is None or reasons == [reason, reason]:  # Not because of a value, e.g. the run was deleted.
             return [(batch, reason)]
-        divided = [(part, why) for part, why in zip(parts, reasons, strict=True) if why is not None]
-        return [found for part, why in divided for found in self._divided(client, outbox, part, why)]
+        refused = [(part, why) for part, why in zip(parts, reasons, strict=True) if why is not None]
+        return [final for part, why in refused for final in self._send_in_parts(client, outbox, part, why)]
 
-    def _refuse(self, post: _Post, batch: Batch, reason: str) -> None:
-        post.outbox.refuse(list(batch.entries))
-        post.refusals.append(reason)
+    def _refuse(self, delivery: _Delivery, batch: OutboxBatch, reason: str) -> None:
+        delivery.outbox.refuse(list(batch.entries))
+        delivery.refusals.append(reason)
         _logger.error(
-            "run %s: MLflow refused a record, kept in %s: %s", post.outbox.run_id, post.outbox.refused, reason
+            "run %s: MLflow refused a record; it is kept in %s: %s",
+            delivery.outbox.run_id,
+            delivery.outbox.refused,
+            reason,
         )
 
     def _report_outage(self, reason: str) -> None:
         if self._outage is None:
-            _logger.warning("MLflow takes nothing at the moment, points wait in the outbox: %s", reason)
+            _logger.warning("MLflow is unavailable; records are kept in the outbox until it recovers: %s", reason)
         self._outage = reason
 
     def _report_recovery(self) -> None:
         if self._outage is not None:
-            _logger.warning("MLflow takes points again")
+            _logger.warning("MLflow is available again")
             self._outage = None

@@ -1,6 +1,6 @@
-"""MLflow's own server on the store of this project: for the UI on one machine, and for tests.
+"""MLflow's own server on the store in the home, and a check of how well any MLflow server is protected.
 
-- How an MLflow server is guarded, as anybody who reaches it can see. Nothing is changed there.
+`serve` starts a server for the UI on one machine. `probe_server` only sends requests that change nothing.
 """
 
 from __future__ import annotations
@@ -31,56 +31,41 @@ from rankwise.exceptions import TrackingError
 from rankwise.files import storage_errors
 from rankwise.settings import Settings, child_environment
 
-# A cold start was seen to take 40 seconds.
-_START_SECONDS = 120.0
+_START_SECONDS = 120.0  # A cold start has taken 40 seconds.
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-# On by default in MLflow, and not needed to look at results: running jobs for whoever reaches the server, pickles.
+# On by default in MLflow, and not needed to view results: running jobs for anyone who reaches the server, and pickles.
 _SAFE = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
-    """A running server.
-
-    Attributes:
-        url: Where it answers.
-        log: What it says goes to this file.
-        process: What holds it: it ends when this process does, however that comes about.
-    """
+class LocalServer:
+    """A running server; `process` supervises it and stops it when this process ends for any reason."""
 
     url: str
     log: Path
     process: subprocess.Popen[bytes]
 
     def wait(self) -> None:
-        """Return when the server ends by itself.
-
-        Raises:
-            TrackingError: It ended with an error.
-        """
+        """Wait until the server ends by itself; an error is a `TrackingError`."""
         if code := self.process.wait():
-            raise TrackingError(f"the MLflow server ended with {code}: {_last_lines(self.log)}")
+            raise TrackingError(f"the MLflow server exited with code {code}: {_last_lines(self.log)}")
 
 
 def is_remote(uri: str) -> bool:
-    """Whether a tracking URI names a server with a UI of its own."""
+    """Return whether a tracking URI names a server with its own UI."""
     return uri.startswith(("http://", "https://", "databricks"))
 
 
 @contextmanager
-def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iterator[Server]:
-    """Run a server until the block ends; it answers when the block begins.
+def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iterator[LocalServer]:
+    """Run a server until the block ends; when the block begins, the server answers.
 
-    The store must be there already (`connect`): MLflow's migrations race.
-
-    Args:
-        settings: The store, which must not be a server itself.
-        host: Network interface. Anything but loopback is open to whoever reaches it: there is no authentication.
-        port: 0 takes a free one.
+    The store must exist (`connect`), since MLflow's migrations race. There is no authentication, so only loopback is
+    private. Port 0 picks a free one.
 
     Raises:
         TrackingError: The port is in use, or the server does not start.
-        StorageError: The log cannot be written.
+        StorageError: The log is not writable.
     """
     port = _free_port(host, port)
     log = settings.home / "logs" / "mlflow-server.log"
@@ -88,7 +73,7 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iter
         log.parent.mkdir(parents=True, exist_ok=True)
         settings.artifacts.mkdir(parents=True, exist_ok=True)
         output = log.open("wb")
-    # -P: a module of the working directory must not stand in for one of MLflow's.
+    # -P: modules in the working directory must not shadow MLflow's.
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--no-serve-artifacts", "--default-artifact-root", settings.artifacts.as_uri()]
     with output:
@@ -96,7 +81,7 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iter
             command, _environment(settings, host), grace=supervise.SERVER_GRACE_S, group=True, output=output
         )
     address = "127.0.0.1" if host in {"0.0.0.0", "localhost"} else f"[{host}]" if ":" in host else host
-    server = Server(url=f"http://{address}:{port}", log=log, process=process)
+    server = LocalServer(url=f"http://{address}:{port}", log=log, process=process)
     try:
         _await(server)
         yield server
@@ -105,10 +90,10 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iter
 
 
 def _environment(settings: Settings, host: str) -> Mapping[str, str]:
-    # The store's URI may hold a password: in the environment, other users of the machine do not see it.
+    # The store's URI may contain a password. Other users of the machine cannot read the environment.
     changes = {**_SAFE, "MLFLOW_BACKEND_STORE_URI": settings.tracking_uri}
     defaults = {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    # MLflow's default takes any name that begins like a private address, such as 10.attacker.example.
+    # MLflow's default allows any name that starts like a private address, such as 10.attacker.example.
     names = ["localhost", "127.0.0.1", "[::1]"]
     if host not in _LOOPBACK:
         names += [socket.gethostname(), host]
@@ -126,17 +111,17 @@ def _free_port(host: str, port: int) -> int:
         except OSError as error:
             raise TrackingError(
                 f"cannot listen on {host}, port {port}: {os.strerror(error.errno or 0) if error.errno else error}; "
-                "name another port (--port), or 0 for a free one"
+                "choose another port (--port), or 0 for a free one"
             ) from error
-        found = probe.getsockname()[1]
-    assert isinstance(found, int)
-    return found
+        bound_port = probe.getsockname()[1]
+    assert isinstance(bound_port, int)
+    return bound_port
 
 
-def _await(server: Server) -> None:
+def _await(server: LocalServer) -> None:
     deadline = time.monotonic() + _START_SECONDS
     with requests.Session() as session:
-        session.trust_env = False  # A proxy is not asked for this machine.
+        session.trust_env = False  # No proxy for this machine.
         while True:
             if server.process.poll() is not None:
                 raise TrackingError(f"the MLflow server did not start: {_last_lines(server.log)}")
@@ -164,21 +149,22 @@ def _last_lines(log: Path) -> str:
 
 _ANSWER_S = 10.0
 _SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"
-_FOREIGN = "rankwise-doctor.invalid"  # RFC 2606: a name that nobody can have.
+_FOREIGN = "rankwise-doctor.invalid"  # RFC 2606: this name never exists.
 
 
-def look(uri: str) -> dict[str, Any]:
-    """What the server says to requests of several kinds.
+def probe_server(uri: str) -> dict[str, Any]:
+    """Check how a server responds to several kinds of requests.
 
     Args:
         uri: `http://...` or `https://...`.
 
     Returns:
-        `version` (or None), `https`, `loopback`, `credentials` (whether this user has some); HTTP status of a search
-        with a `foreign_host` header, of an `anonymous` one and of a `known` user's; `jobs`: `on`, `off` or `unknown`.
+        `version` (or None), `https`, `loopback`, `credentials` (whether this user has any); the HTTP status of a
+        search with a `foreign_host` header, of an `anonymous` one and of a `known` user's; `jobs`: `on`, `off` or
+        `unknown`.
 
     Raises:
-        requests.RequestException: It does not answer, or its certificate is not trusted.
+        requests.RequestException: The server does not answer, or its certificate is not trusted.
     """
     parsed = urlparse(uri)
     base = uri.rstrip("/")
@@ -186,7 +172,7 @@ def look(uri: str) -> dict[str, Any]:
         base = base.replace(f"{parsed.netloc}", parsed.netloc.rpartition("@")[2], 1)
     local = is_loopback(parsed.hostname or "")
     with requests.Session() as session:
-        # Neither a proxy for this machine, nor a password out of ~/.netrc in a request that is to have none.
+        # No proxy, and no password from ~/.netrc in requests that must not have one.
         trusted = session.merge_environment_settings(base, {}, False, None, None)["verify"]
         session.trust_env = False
         session.verify = not MLFLOW_TRACKING_INSECURE_TLS.get() and (MLFLOW_TRACKING_SERVER_CERT_PATH.get() or trusted)
@@ -204,7 +190,7 @@ def look(uri: str) -> dict[str, Any]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address can only be this machine."""
+    """Return whether a name or address can only be this machine."""
     if host == "localhost":
         return True
     try:
@@ -234,7 +220,7 @@ def _status(session: requests.Session, base: str, headers: dict[str, str]) -> in
 
 
 def _jobs(session: requests.Session, base: str, secret: dict[str, str]) -> str:
-    """Asks for a job without its parameters: refused before anything is stored, by words that tell whether jobs run."""
+    """Submit a job without its parameters: it is always refused, and the answer tells whether jobs are enabled."""
     answer = session.post(f"{base}{JOBS_ROUTE}", json=INCOMPLETE_JOB, headers=secret, timeout=_ANSWER_S)
     executes = executes_jobs(answer.status_code, answer.text)
     return "unknown" if executes is None else "on" if executes else "off"

@@ -1,4 +1,4 @@
-"""The MLflow store that this process writes to: experiments, runs, the registry."""
+"""The MLflow store that this process writes to: experiments, runs, the registry and pending outboxes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from rankwise.settings import Settings
 from rankwise.tracking.errors import connect, is_final, tracking_errors, unreachable
 from rankwise.tracking.notes import VIEW_TAG, table_view
 from rankwise.tracking.outbox import Outbox
+from rankwise.tracking.outbox_recovery import ATTEMPT, Replay, SyncReport, adopt_orphans
 from rankwise.tracking.query import RunRecord, search_runs
-from rankwise.tracking.recovery import ATTEMPT, Replay, SyncReport, find_left
 from rankwise.tracking.registry import JOB, Registry
 from rankwise.tracking.run import KIND, NOTE, PARENT, SPEC_HASH, Run, Scalar, SystemMonitor, shorten
 from rankwise.tracking.sender import Sender
@@ -37,12 +37,8 @@ _FOREIGN = re.compile(r"[^\w.-]")
 class Store:
     """A connection to MLflow. One per process; thread-safe; close it, or use it as a context manager.
 
-    A server is contacted when something is asked of it for the first time: `resume_run` and everything that a run
-    takes work while it is away.
-
-    Attributes:
-        settings: As given.
-        registry: The model registry.
+    A server is first contacted when its answer is needed: `resume_run` and everything that a run writes work while it
+    is unavailable. Other methods then raise `TrackingError`, and a later call tries again.
     """
 
     def __init__(self, settings: Settings, *, interval: float = 10.0) -> None:
@@ -60,19 +56,14 @@ class Store:
 
     @classmethod
     def open(cls, settings: Settings, *, interval: float = 10.0) -> Store:
-        """Open the store.
+        """Open the store, and make it MLflow's current one (`mlflow.set_tracking_uri`) for the flavor API.
 
-        One in the home is created or brought up to date, under a lock; a server is not contacted yet.
-
-        MLflow's own current store (`mlflow.set_tracking_uri`) is set to it, since the flavor API of MLflow uses that.
-
-        Args:
-            settings: Where the store is.
-            interval: Seconds between two deliveries of buffered points.
+        A store in the home is created or upgraded, under a lock. A server is not contacted yet. Buffered points are
+        delivered every `interval` seconds.
 
         Raises:
             TrackingError: The store in the home belongs to another MLflow release.
-            StorageError: The home cannot be written.
+            StorageError: The home is not writable.
         """
         store = cls(settings, interval=interval)
         if settings.local_store:
@@ -82,25 +73,17 @@ class Store:
 
     @property
     def client(self) -> MlflowClient:
-        """MLflow's client, for what has no method here (flavor).
-
-        Raises:
-            TrackingError: The server does not answer; asking again later tries again.
-        """
+        """MLflow's client, for what has no method here."""
         with self._connecting:
             if self._connected is None:
                 self._connected = connect(self.settings)
             return self._connected
 
     def experiment(self, name: str, spec: ExperimentSpec | None = None) -> str:
-        """The id of the experiment of that name, created if need be.
-
-        Raises:
-            TrackingError: It was deleted, or the store refuses.
-        """
+        """Return the id of an experiment, created if necessary; a deleted one is a `TrackingError`."""
         with tracking_errors(f"creating the experiment {name!r}"):
-            found = self.client.get_experiment_by_name(name)
-            if found is None:
+            existing = self.client.get_experiment_by_name(name)
+            if existing is None:
                 try:
                     return str(
                         self.client.create_experiment(name, self._artifact_location(name), tags=_experiment_tags(spec))
@@ -108,24 +91,24 @@ class Store:
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
                         raise
-                    found = self.client.get_experiment_by_name(name)
-            assert found is not None
-            if found.lifecycle_stage != "active":
+                    existing = self.client.get_experiment_by_name(name)
+            assert existing is not None
+            if existing.lifecycle_stage != "active":
                 raise TrackingError(
-                    f"the MLflow experiment {name!r} (id {found.experiment_id}) is deleted: restore it with "
-                    f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or give the definition "
+                    f"the MLflow experiment {name!r} (id {existing.experiment_id}) is deleted: restore it with "
+                    f"`mlflow experiments restore --experiment-id {existing.experiment_id}`, or give the definition "
                     "another name"
                 )
             for key, value in _experiment_tags(spec).items():
-                if found.tags.get(key) != value:
-                    self.client.set_experiment_tag(found.experiment_id, key, value)
-            return str(found.experiment_id)
+                if existing.tags.get(key) != value:
+                    self.client.set_experiment_tag(existing.experiment_id, key, value)
+            return str(existing.experiment_id)
 
     def find_experiment(self, name: str) -> str | None:
-        """The id of an active experiment; None when there is none of that name."""
+        """Return the id of an active experiment, or None."""
         with tracking_errors(f"reading the experiment {name!r}"):
-            found = self.client.get_experiment_by_name(name)
-        return str(found.experiment_id) if found is not None and found.lifecycle_stage == "active" else None
+            existing = self.client.get_experiment_by_name(name)
+        return str(existing.experiment_id) if existing is not None and existing.lifecycle_stage == "active" else None
 
     def start_run(
         self,
@@ -149,19 +132,15 @@ class Store:
             experiment_id: From `experiment`.
             name: As shown in the UI.
             parent: The run id of the parent.
-            params: Written once; None is left out.
-            tags: Set in the moment of creation. None is left out. `mlflow.user` and `mlflow.source.*` come from
-                `Provenance.tags`, `rankwise.job` (`registry.JOB`) names the job.
+            params: Written once; None is skipped.
+            tags: Set at creation; None is skipped. `Provenance.tags` has MLflow's, `registry.JOB` names the job.
             description: Markdown.
-            kind: What the run does: the tag `rankwise.kind`.
-            spec_hash: The arm: the tag `rankwise.spec_hash`.
-            status: SCHEDULED for what somebody else will do (`resume_run`): `leave` it. No system metrics then.
-            system_metrics: Whether the monitor of the process writes its samples to this run.
-            attempt: As in `resume_run`.
-            fence: Likewise.
-
-        Raises:
-            TrackingError: The server cannot be reached or refuses.
+            kind: The tag `rankwise.kind`.
+            spec_hash: The tag `rankwise.spec_hash`.
+            status: SCHEDULED if another process will resume the run; call `leave` then. It gets no system metrics.
+            system_metrics: Whether the process's monitor writes its samples to this run.
+            attempt: See `resume_run`.
+            fence: See `resume_run`.
         """
         special = {
             PARENT: parent,
@@ -183,7 +162,7 @@ class Store:
             if status != "RUNNING":  # MLflow creates every run as RUNNING.
                 self.client.update_run(run_id, status=status)
         outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, attempt=attempt, once=True)
-        # The process that makes a run knows that it has nothing yet.
+        # A new run has no points to compare with.
         self._sender.add(outbox, fence=fence)
         run = self._open_run(outbox, started, system_metrics and status == "RUNNING")
         run.params(params or {})
@@ -199,34 +178,33 @@ class Store:
         attempt: int | None = None,
         fence: Callable[[], bool] | None = None,
     ) -> Run:
-        """Go on with a run that was scheduled or interrupted. The store need not answer now.
+        """Resume a run that was scheduled or interrupted. The store may be unavailable.
 
-        What an earlier process on this machine left in its outbox is delivered first, and points that are there by
-        then are not written again by steps that are redone.
+        Outboxes of earlier processes on this machine are delivered first. If the run does not exist, that is refused.
 
         Args:
-            run_id: The run. One that does not exist is found out by the first delivery, which is refused.
-            system_metrics: As in `start_run`.
-            repeats: Whether steps may be done again, whose points are then dropped. False writes every point: of two
-                at one step the later one counts.
-            restart: Whether the run is RUNNING from now on. False leaves its state alone: `leave` it then.
-            attempt: The number of this attempt at the run's job: the tag `rankwise.attempt`. What an earlier attempt
-                left and somebody delivers later then changes neither the state nor the tags of the later one.
-            fence: Whether this process may still speak for the run: asked before every request, in another thread. An
-                error means that nobody knows now. After a no nothing more is delivered.
+            run_id: The run.
+            system_metrics: See `start_run`.
+            repeats: Whether steps may be repeated, whose points are then skipped. False writes every point: of two at
+                one step, the later one counts.
+            restart: Whether to set the status to RUNNING. With False, call `leave` at the end.
+            attempt: The number of this attempt at the run's job: the tag `rankwise.attempt`. Records of an earlier
+                attempt that are delivered later then change neither the status nor the tags.
+            fence: May this process still write to the run? Called before every request, in another thread; an error
+                means unknown. Once it returns False, nothing more is delivered.
 
         Raises:
-            TrackingError: This process has the run open.
+            TrackingError: The run is already open in this process.
             StorageError: The disk is full, or the home is not writable.
         """
         with self._lock:
             if run_id in self._runs:
-                raise TrackingError(f"run {run_id} is open in this process already")
-        for left in find_left(self.settings, run_id).outboxes:
-            if left.pending:
-                self._sender.add(left, missing=Replay(left).missing, fence=fence, left=True)
+                raise TrackingError(f"run {run_id} is already open in this process")
+        for orphan in adopt_orphans(self.settings, run_id).outboxes:
+            if orphan.pending:
+                self._sender.add(orphan, missing=Replay(orphan).missing, fence=fence, orphaned=True)
             else:
-                left.close()
+                orphan.close()
         outbox = Outbox.create(self.settings.outbox, run_id, self.settings.tracking_uri, attempt=attempt, once=repeats)
         self._sender.add(outbox, missing=Replay(outbox).missing, fence=fence)
         run = self._open_run(outbox, time.time_ns() // 1_000_000, system_metrics)
@@ -237,92 +215,76 @@ class Store:
         return run
 
     def find_scheduled(self, experiment_id: str) -> dict[int, str]:
-        """Runs that nobody has begun, by the number of their job (the tag `rankwise.job`).
-
-        Of two runs of one job the first counts.
-
-        Raises:
-            TrackingError: The server cannot be reached.
-        """
-        found: dict[int, str] = {}
+        """Return the SCHEDULED runs by job number (the tag `rankwise.job`); the first run of a job counts."""
+        scheduled: dict[int, str] = {}
         for run in search_runs(self.client, experiment_id, status="SCHEDULED"):
             if (job := run.tags.get(JOB, "")).isdecimal():
-                found.setdefault(int(job), run.run_id)
-        return found
+                scheduled.setdefault(int(job), run.run_id)
+        return scheduled
 
     def is_open(self, run_id: str) -> bool:
-        """Whether this process writes to the run."""
+        """Return whether this process writes to the run."""
         with self._lock:
             return run_id in self._runs
 
     def runs(self, experiment_id: str, *, kind: Kind | None = None) -> list[RunRecord]:
-        """All runs of an experiment that fit, oldest first (see `query.search_runs`)."""
+        """Return all runs of an experiment, optionally of one kind, oldest first (see `query.search_runs`)."""
         return search_runs(self.client, experiment_id, kind=kind)
 
     def find_running(self, experiment_id: str, job: int, kind: Kind) -> str | None:
-        """The first run that says it is at a job (the tag `rankwise.job`); None where there is none.
-
-        Raises:
-            TrackingError: The server cannot be reached.
-        """
-        found = search_runs(self.client, experiment_id, kind=kind, tags={JOB: str(job)}, status="RUNNING")
-        return found[0].run_id if found else None
+        """Return the first RUNNING run of a job (the tag `rankwise.job`), or None."""
+        running = search_runs(self.client, experiment_id, kind=kind, tags={JOB: str(job)}, status="RUNNING")
+        return running[0].run_id if running else None
 
     def sync(self, timeout: float = 60.0) -> SyncReport:
-        """Deliver what earlier processes left in the outbox, in `timeout` seconds at most.
-
-        Files of living processes are not touched.
-        """
+        """Deliver the outboxes of ended processes, for at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        left = find_left(self.settings)
-        problems = list(left.problems)
+        orphans = adopt_orphans(self.settings)
+        problems = list(orphans.problems)
         delivered: list[str] = []
         waiting: dict[str, str] = {}
-        # What runs of this process that have ended could not deliver belongs to it too.
-        adopted = self._sender.left
-        away = unreachable(self.settings.tracking_uri) if left.outboxes or adopted else None
-        for outbox in left.outboxes:
+        # Includes outboxes of this process whose runs have ended.
+        adopted = self._sender.orphans
+        outage = unreachable(self.settings.tracking_uri) if orphans.outboxes or adopted else None
+        for outbox in orphans.outboxes:
             replay = Replay(outbox)
-            if reason := away or self._not_now(replay):
+            if reason := outage or self._reason_to_wait(replay):
                 waiting[outbox.run_id] = reason
                 outbox.close()
             else:
                 self._sender.add(outbox, missing=replay.missing)
                 adopted.append(outbox)
         for outbox in adopted:
-            done = self._sender.drain(outbox, 0.0 if away else max(0.0, deadline - time.monotonic()))
-            problems += [f"run {outbox.run_id}: {refusal}" for refusal in self._sender.let_go(outbox)]
+            done = self._sender.drain(outbox, 0.0 if outage else max(0.0, deadline - time.monotonic()))
+            problems += [f"run {outbox.run_id}: {refusal}" for refusal in self._sender.detach(outbox)]
             if done:
                 delivered.append(outbox.run_id)
             else:
-                waiting[outbox.run_id] = away or self._sender.outage or "the store is slow"
+                waiting[outbox.run_id] = outage or self._sender.outage or "the store is slow"
         return SyncReport(delivered=tuple(delivered), waiting=waiting, problems=tuple(problems))
 
-    def _not_now(self, replay: Replay) -> str | None:
-        """Why an outbox must wait: a later attempt is at work on its run."""
+    def _reason_to_wait(self, replay: Replay) -> str | None:
+        """Return why an outbox cannot be delivered yet, or None."""
         try:
-            return "a later attempt is at work on this run" if replay.overtaken(self.client) else None
+            return "a later attempt is writing to this run" if replay.newer_attempt_running(self.client) else None
         except TrackingError as error:
-            # A run that is gone is for the sender, which puts aside what is refused.
+            # If the run does not exist, the sender moves its records aside.
             return None if is_final(error.__cause__ or error) else str(error)
 
     def close(self, timeout: float = 30.0) -> bool:
-        """Deliver what is buffered and stop the threads; runs that were not ended stay RUNNING.
+        """Deliver buffered records and stop the threads; return whether everything is delivered.
 
-        Returns:
-            Whether all was delivered; if not, it waits in the outbox for `sync`.
+        Runs that were not ended stay RUNNING; undelivered records stay in the outbox for `sync`.
         """
         self._monitor.close()
         return self._sender.close(timeout)
 
     def __enter__(self) -> Store:
-        """The store itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it, quickly when an error or Ctrl-C is under way."""
         self.close(timeout=30.0 if error is None else 5.0)
 
     def _open_run(self, outbox: Outbox, started_ms: int, system_metrics: bool) -> Run:
@@ -339,7 +301,7 @@ class Store:
             self._runs.pop(run.run_id, None)
 
     def _artifact_location(self, name: str) -> str | None:
-        """A local store keeps artifacts in the home; a server decides for itself."""
+        """Artifacts of a local store are in the home; a server chooses its own location."""
         if not self.settings.local_store:
             return None
         folder = _FOREIGN.sub("_", name)
@@ -349,7 +311,7 @@ class Store:
 
 
 def _experiment_tags(spec: ExperimentSpec | None) -> dict[str, str]:
-    # The kind keeps the UI from asking whether this is about training or about language model applications.
+    # Without this tag, the UI asks whether the experiment is about training or language model applications.
     tags = {EXPERIMENT_KIND: TRAINING_KIND}
     if spec is not None:
         tags[VIEW_TAG] = table_view(spec)

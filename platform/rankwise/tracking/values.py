@@ -1,7 +1,4 @@
-"""Texts as every store takes them.
-
-- Data sets as inputs of a run: name, digest, source, schema, size, and whether they trained or evaluated.
-"""
+"""Texts and data set records in a form that every MLflow store accepts."""
 
 from __future__ import annotations
 
@@ -17,36 +14,30 @@ from rankwise.redact import redact
 
 
 def storable(text: str) -> str:
-    """The text without secrets, NUL and halves of surrogate pairs, which are written as escapes.
+    """Redact secrets, and escape NUL (PostgreSQL cannot store it) and lone surrogates.
 
-    PostgreSQL has no NUL in texts. A half of a pair (of a file's name that is no UTF-8, say) has no encoding: the store
-    would fail at every attempt, as if it were away, and hold up all that the run has to say after it.
+    A lone surrogate, e.g. from a file name that is not UTF-8, cannot be encoded: every delivery would fail as in an
+    outage.
     """
     return encoded(redact(text)).decode().replace("\0", "\\x00")
 
 
 def encoded(text: str) -> bytes:
-    """The text as UTF-8, halves of surrogate pairs as escapes."""
+    """Encode as UTF-8, with lone surrogates as escapes."""
     return text.encode(errors="backslashreplace")
 
 
 Context = Literal["train", "eval", "predict"]
-# MLflow's column holds 36 characters.
-_DIGEST_LENGTH = 36
+_DIGEST_LENGTH = 36  # The width of MLflow's column.
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
-    """One data set.
+    """A data set as an input of a run.
 
-    Attributes:
-        name: As shown in the UI, such as the file's name.
-        digest: The caller's digest, `sha256:<64 hex>`; MLflow shows its first digits, a tag of the input holds all.
-        source: As written in the experiment file, with its pin where there is one.
-        source_type: `local`, `hugging_face` or `pypi`.
-        context: What the run does with it.
-        columns: Name to type, for the schema.
-        profile: Numbers such as rows and tokens.
+    `name` is shown in the UI; `digest` is `sha256:<64 hex>`; `source` is as written in the experiment file;
+    `source_type` is `local`, `hugging_face` or `pypi`; `columns` maps names to types; `profile` has numbers such as
+    rows and tokens.
     """
 
     name: str
@@ -59,11 +50,11 @@ class DatasetRecord:
 
     @property
     def short_digest(self) -> str:
-        """As much of the digest as MLflow's column holds."""
+        """The digest cut to the width of MLflow's column."""
         return self.digest.rpartition(":")[2][:_DIGEST_LENGTH]
 
     def entity(self) -> DatasetInput:
-        """MLflow's form of it."""
+        """Return MLflow's entity."""
         schema = {
             DATASET_COLUMNS: [{"type": kind, "name": name, "required": True} for name, kind in self.columns.items()]
         }

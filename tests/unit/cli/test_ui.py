@@ -24,7 +24,7 @@ def test_a_port_in_use_is_an_error_with_advice(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(TrackingError, match=f"port {port}: Address already in use; name another port"):
+        with pytest.raises(TrackingError, match=f"port {port}: Address already in use; choose another port"):
             CliRunner().invoke(ui, ["--port", str(port)], catch_exceptions=False)
 
 

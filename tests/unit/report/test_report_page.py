@@ -14,7 +14,7 @@ from rankwise.evaluation.compare import compare
 from rankwise.evaluation.smallest_rank import find_smallest_rank
 from rankwise.report.page import Material, make_page
 from rankwise.report.quality import MOST_CURVES, chosen_arms, thinned
-from rankwise.tracking.query import Point
+from rankwise.tracking.query import MetricPoint
 
 VOID = {"meta", "input", "br", "link", "img"}
 PRUNED = "pruned at step 16: eval.loss 1.61 is not among the best 4 of 16"
@@ -72,7 +72,7 @@ def of(arms, **changes):
 
 
 def curves(arms, points=200):
-    line = [Point(step=step, value=3.0 / step + 0.5, timestamp_ms=step) for step in range(1, points + 1)]
+    line = [MetricPoint(step=step, value=3.0 / step + 0.5, timestamp_ms=step) for step in range(1, points + 1)]
     return {each.run_id: {"train.loss": line} for each in arms}
 
 
@@ -225,9 +225,11 @@ def test_many_arms_show_the_curves_of_some_and_of_the_best_of_each_rank():
 
 
 def test_long_curves_are_thinned_to_means_of_neighbours():
-    points = [Point(step=step, value=float(step), timestamp_ms=0) for step in range(1, 1001)]
+    points = [MetricPoint(step=step, value=float(step), timestamp_ms=0) for step in range(1, 1001)]
     few = thinned(points)
     assert len(few) <= 80
     assert few[0] == (7.0, 7.0)
     assert thinned(points[:3]) == [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]
-    assert thinned([Point(step=1, value=9.0, timestamp_ms=0), Point(step=1, value=2.0, timestamp_ms=1)]) == [(1.0, 2.0)]
+    assert thinned(
+        [MetricPoint(step=1, value=9.0, timestamp_ms=0), MetricPoint(step=1, value=2.0, timestamp_ms=1)]
+    ) == [(1.0, 2.0)]

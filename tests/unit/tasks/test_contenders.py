@@ -70,7 +70,7 @@ def test_only_rows_that_took_part_in_the_choice_count_its_arms(store, monkeypatc
 
     setting = SimpleNamespace(arm=SimpleNamespace(dataset=dataset), changed=changed)
     store.registry = SimpleNamespace(
-        get_alias=lambda name, alias: None, put_forward=lambda *_: None, tag_version=lambda *_: None
+        get_alias=lambda name, alias: None, mark_candidate=lambda *_: None, tag_version=lambda *_: None
     )
     told = {}
     monkeypatch.setattr(promotion, "seen_by", lambda *_: None)

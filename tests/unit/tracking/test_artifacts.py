@@ -45,5 +45,5 @@ def test_a_store_elsewhere_is_asked_whether_a_file_is_there(store, monkeypatch):
 
 def test_a_file_that_is_no_json_is_named(store):
     broken = run_with(store, "a", table="{")
-    with pytest.raises(TrackingError, match=rf"the artifact table.json of run {broken} is no JSON"):
+    with pytest.raises(TrackingError, match=rf"the artifact table.json of run {broken} is not JSON"):
         read_json(store.client, {broken: ""}, "table.json")

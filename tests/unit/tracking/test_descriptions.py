@@ -40,7 +40,7 @@ def test_an_arms_note_names_settings_results_and_model():
 
 def test_the_bases_note_says_what_it_is():
     (arm,) = small_arms((4,))
-    assert base_note(arm).startswith("# The base alone")
+    assert base_note(arm).startswith("# The base model")
 
 
 def test_cells_of_a_table_cannot_break_it():

@@ -142,7 +142,7 @@ def test_closing_keeps_a_file_with_something_to_deliver(outbox):
 def test_a_newer_format_is_refused_with_advice(tmp_path):
     path = tmp_path / "r1.aaaaaaaa.jsonl"
     path.write_text('{"rankwise_outbox":3,"run_id":"r1","tracking_uri":"x"}\n')
-    with pytest.raises(TrackingError, match=r"has outbox format 3, this release reads 1 and 2: send it with the rel"):
+    with pytest.raises(TrackingError, match=r"has outbox format 3; this release reads 1 and 2. Run `rankwise sync`"):
         Outbox.adopt(path)
 
 

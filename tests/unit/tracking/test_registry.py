@@ -96,7 +96,7 @@ def test_a_logged_model_resolves_by_run_and_by_id(store, experiment, run):
     "uri", ["pricer/1", "models:/pricer", "models:/pricer/latest", "models:/a/b/1", "runs:/x", "models:/p@"]
 )
 def test_other_forms_are_refused_with_the_forms_there_are(store, uri):
-    with pytest.raises(TrackingError, match=r"is not a model URI; write `models:/NAME/VERSION`"):
+    with pytest.raises(TrackingError, match=r"is not a model URI; use `models:/NAME/VERSION`"):
         store.registry.resolve(uri)
 
 
@@ -110,7 +110,7 @@ def test_a_missing_version_or_alias_names_those_there_are(store, run, uri):
 
 @pytest.mark.parametrize("uri", ["models:/nothing/1", "models:/nothing@best"])
 def test_a_missing_model_is_named(store, uri):
-    with pytest.raises(TrackingError, match="there is no registered model 'nothing'"):
+    with pytest.raises(TrackingError, match="no registered model 'nothing' has versions"):
         store.registry.resolve(uri)
 
 

@@ -89,8 +89,8 @@ def test_an_outage_keeps_everything_and_the_end_of_it_delivers_all(tmp_path, sen
     assert server.steps == [("r1", step) for step in range(20)]
     assert sender.outage is None
     assert [record.message for record in caplog.records if record.name == module.__name__] == [
-        "MLflow takes nothing at the moment, points wait in the outbox: away",
-        "MLflow takes points again",
+        "MLflow is unavailable; records are kept in the outbox until it recovers: away",
+        "MLflow is available again",
     ]
 
 
@@ -193,7 +193,7 @@ def test_an_outbox_that_is_removed_while_a_request_hangs_is_closed_by_its_end(tm
     put(outbox, [0])
     while not server.calls:
         time.sleep(0.01)
-    monkeypatch.setattr(module, "_HANGING_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_REQUEST_GRACE_S", 0.1)
     sender.remove(outbox)
     assert outbox.path.exists()
     server.gate.set()
@@ -234,7 +234,7 @@ def test_a_disk_that_is_away_for_a_while_does_not_end_the_thread(tmp_path, sende
 
     monkeypatch.setattr(outbox, what, away_once)
     put(outbox, [0])
-    sender.let_go(outbox)
+    sender.detach(outbox)
     other = make(tmp_path, sender, "r2")
     put(other, [1])
     assert sender.drain(other, 10)
@@ -276,7 +276,7 @@ def test_nothing_is_sent_while_nobody_knows_who_may_speak(tmp_path, sender, serv
     sender.add(outbox, fence=fence)
     put(outbox, [0])
     assert not sender.drain(outbox, 0.3)
-    assert "nobody can say who may write to run r1: the queue is away" in sender.outage
+    assert "cannot check who may write to run r1: the queue is away" in sender.outage
     answers.clear()
     assert sender.drain(outbox, 10)
     assert server.steps == [("r1", 0)]
@@ -287,7 +287,7 @@ def test_an_outbox_that_was_left_goes_first_and_is_closed_when_it_is_empty(tmp_p
     put(left, [0, 1])
     left.close()
     sender._interval = 60
-    sender.add(Outbox.adopt(left.path), left=True)
+    sender.add(Outbox.adopt(left.path), orphaned=True)
     outbox = make(tmp_path, sender)
     put(outbox, [2])
     assert sender.drain(outbox, 10)
@@ -317,7 +317,7 @@ def test_what_is_let_go_is_delivered_in_the_background_and_closed_then(tmp_path,
     outbox = make(tmp_path, sender)
     put(outbox, [0, 1])
     assert not sender.drain(outbox, 0.1)
-    assert sender.let_go(outbox) == []
+    assert sender.detach(outbox) == []
     assert not outbox.closed
     server.error = None
     deadline = time.monotonic() + 10
@@ -331,7 +331,7 @@ def test_what_is_left_behind_a_fence_can_be_taken_up_by_others(tmp_path, sender,
     left = Outbox.create(tmp_path, "r1", "x")
     put(left, [0])
     left.close()
-    sender.add(Outbox.adopt(left.path), fence=lambda: False, left=True)
+    sender.add(Outbox.adopt(left.path), fence=lambda: False, orphaned=True)
     deadline = time.monotonic() + 10
     while (taken := Outbox.adopt(left.path)) is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -341,18 +341,18 @@ def test_what_is_left_behind_a_fence_can_be_taken_up_by_others(tmp_path, sender,
 
 
 def test_a_flood_of_ended_runs_does_not_hold_open_files_without_end(tmp_path, sender, server, monkeypatch):
-    monkeypatch.setattr(module, "_MOST_LEFT", 2)
+    monkeypatch.setattr(module, "_MAX_BACKGROUND", 2)
     server.error = MlflowException("away", TEMPORARILY_UNAVAILABLE)
     outboxes = [make(tmp_path, sender, f"r{number}") for number in range(4)]
     for outbox in outboxes:
         put(outbox, [0])
     assert not sender.drain(outboxes[0], 0.3)
     for outbox in outboxes:
-        sender.let_go(outbox)
+        sender.detach(outbox)
     assert [outbox.closed for outbox in outboxes] == [False, False, True, True]
     server.error = None
     deadline = time.monotonic() + 10
-    while sender.left and time.monotonic() < deadline:
+    while sender.orphans and time.monotonic() < deadline:
         time.sleep(0.01)
     assert sorted(server.steps) == [("r0", 0), ("r1", 0)]
     assert all(outbox.path.exists() for outbox in outboxes[2:])

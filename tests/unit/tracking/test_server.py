@@ -27,7 +27,7 @@ def test_a_port_in_use_is_an_error_before_anything_starts(settings):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        message = rf"port {port}: Address already in use; name another port"
+        message = rf"port {port}: Address already in use; choose another port"
         with pytest.raises(TrackingError, match=message), serve(settings, port=port):
             pass
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from rankwise.tracking.server import look
+from rankwise.tracking.server import probe_server
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -72,11 +72,12 @@ def uri(certificate):
 
 def test_a_server_whose_authority_nobody_knows_is_not_asked(uri):
     with pytest.raises(requests.exceptions.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
-        look(uri)
+        probe_server(uri)
 
 
 @pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE"])
 def test_the_authority_is_named_as_for_mlflow_s_own_client(uri, certificate, monkeypatch, variable):
     monkeypatch.setenv(variable, str(certificate))
-    seen = look(uri)
-    assert (seen["version"], seen["https"], seen["foreign_host"], seen["anonymous"]) == ("3.17.2", True, 403, 200)
+    server = probe_server(uri)
+    expected = {"version": "3.17.2", "https": True, "foreign_host": 403, "anonymous": 200}
+    assert {key: server[key] for key in expected} == expected

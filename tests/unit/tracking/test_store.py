@@ -26,7 +26,7 @@ def abandon(run):
     sender, outbox = run._sender, run._outbox
     with sender._changed:
         sender._changed.wait_for(lambda: sender._busy is not outbox)
-        sender._posts.pop(outbox)
+        sender._deliveries.pop(outbox)
     os.close(outbox._descriptor)
 
 
@@ -143,7 +143,7 @@ def test_the_run_of_a_job_is_found_while_nobody_has_ended_it(store, experiment):
 
 def test_an_open_run_is_not_opened_twice(store, experiment):
     run = store.start_run(experiment, "r=4", system_metrics=False)
-    with pytest.raises(TrackingError, match="is open in this process already"):
+    with pytest.raises(TrackingError, match="is already open in this process"):
         store.resume_run(run.run_id)
     run.end()
 
@@ -216,7 +216,7 @@ def test_what_an_earlier_attempt_left_changes_nothing_that_a_later_one_said(stor
     second.flush()
     for path in list(hidden.iterdir()):
         path.rename(settings.outbox / path.name)
-    assert store.sync(10).waiting == {run.run_id: "a later attempt is at work on this run"}
+    assert store.sync(10).waiting == {run.run_id: "a later attempt is writing to this run"}
     second.end()
     assert store.sync(10).delivered == (run.run_id,)
     record = get_run(store.client, run.run_id)

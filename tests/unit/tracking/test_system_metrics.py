@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rankwise.exceptions import StorageError
-from rankwise.tracking.run import Sampler, SystemMonitor, parse_nvidia_smi
+from rankwise.tracking.run import SystemMonitor, SystemSampler, parse_nvidia_smi
 
 
 class FakeRun:
@@ -67,7 +67,7 @@ def test_a_full_disk_does_not_end_the_thread(monitor, caplog):
     assert run.arrived.wait(5)
     run.arrived.clear()
     assert run.arrived.wait(5)
-    assert "a sample of system metrics is lost: disk full" in caplog.text
+    assert "lost a sample of system metrics: disk full" in caplog.text
 
 
 def test_the_thread_ends_with_the_monitor(monitor):
@@ -78,7 +78,7 @@ def test_the_thread_ends_with_the_monitor(monitor):
 
 
 def test_a_sample_has_mlflows_names_and_sane_values():
-    values = Sampler().sample()
+    values = SystemSampler().sample()
     assert {
         "cpu_utilization_percentage",
         "system_memory_usage_megabytes",

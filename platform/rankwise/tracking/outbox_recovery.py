@@ -1,17 +1,16 @@
-"""What of an outbox a run has already: an attempt that was interrupted may be followed by one that does steps again.
+"""Recover outboxes of processes that died or gave up, and skip what their runs already have.
 
-Nothing is read before the first delivery, so that a run can be gone on with while the store is away. What is compared:
+`adopt_orphans` opens the outboxes of a store that no living process writes. `Replay` compares an outbox with its run.
+The store is not read before the first delivery, so a run can resume while the store is unavailable. What is skipped:
 
-| record | is left out where |
+| record | skipped if |
 |---|---|
-| a point, in an outbox whose steps may be done again | the run has one of that key and step |
-| a tag, of an attempt that a later one has followed | the run has that tag |
-| an artifact, of such an attempt | the run has one of that path |
-| the run's state, of such an attempt | always |
+| a point, in an outbox with repeated steps (`once`) | the run has a point with that key and step |
+| a tag, of an attempt before the last | the run has that tag |
+| an artifact, of an attempt before the last | the run has an artifact with that path |
+| the run's status, of an attempt before the last | always |
 
-Which attempt is the last one is what the tag `rankwise.attempt` of the run says.
-
-- What processes that died or gave up have left in the outbox.
+The run's tag `rankwise.attempt` holds the number of the last attempt.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mlflow import MlflowClient
 from rankwise.exceptions import TrackingError
 from rankwise.redact import redact
 from rankwise.settings import Settings
-from rankwise.tracking.outbox import Batch, Outbox
+from rankwise.tracking.outbox import Outbox, OutboxBatch
 from rankwise.tracking.query import RunRecord, get_run
 from rankwise.tracking.run import PREFIX
 
@@ -35,42 +34,32 @@ ATTEMPT = "rankwise.attempt"
 
 
 class Replay:
-    """Compares one outbox with its run. Used by one thread at a time."""
+    """Compares one outbox with its run. Not thread-safe."""
 
     def __init__(self, outbox: Outbox) -> None:
-        """Compare this outbox."""
         self._run_id = outbox.run_id
         self._attempt = outbox.attempt
         self._once = outbox.once
         self._record: RunRecord | None = None
         self._steps: dict[str, frozenset[int]] = {}
 
-    def missing(self, client: MlflowClient, batch: Batch) -> Batch | None:
-        """The part of a batch that the run has not; None when it has everything.
-
-        Raises:
-            TrackingError: The run cannot be read.
-            MlflowException: Likewise.
-        """
+    def missing(self, client: MlflowClient, batch: OutboxBatch) -> OutboxBatch | None:
+        """Return the part of a batch that the run does not have; None if it has everything."""
         match batch.kind:
             case "m":
                 return _reduced(batch, "m", lambda record: self._new_points(client, record)) if self._once else batch
-            case "tags" if self._followed(client):
+            case "tags" if self._is_superseded(client):
                 return _reduced(batch, "tags", lambda record: self._new_tags(client, record))
-            case "file" if self._followed(client):
+            case "file" if self._is_superseded(client):
                 return None if self._has_artifact(client, batch) else batch
-            case "status" | "end" if self._followed(client):
+            case "status" | "end" if self._is_superseded(client):
                 return None
             case _:
                 return batch
 
-    def overtaken(self, client: MlflowClient) -> bool:
-        """Whether a later attempt is at work on the run now, whose points must come first.
-
-        Raises:
-            TrackingError: The run cannot be read.
-        """
-        return self._followed(client) and self._run(client).status == "RUNNING"
+    def newer_attempt_running(self, client: MlflowClient) -> bool:
+        """Return whether a later attempt is writing to the run now; its points must come first."""
+        return self._is_superseded(client) and self._run(client).status == "RUNNING"
 
     def _new_points(self, client: MlflowClient, record: Mapping[str, Any]) -> dict[str, float]:
         return {key: value for key, value in record["m"].items() if record["s"] not in self._known(client, key)}
@@ -79,15 +68,15 @@ class Replay:
         return {key: value for key, value in record["tags"].items() if key not in self._run(client).tags}
 
     def _known(self, client: MlflowClient, key: str) -> frozenset[int]:
-        """The steps at which the run had a point of this curve when this outbox's first one came to be sent."""
-        if key.startswith(PREFIX):  # Samples of the machine: no two are the same.
+        """Return the steps of the points that the run had before this outbox's first point was sent."""
+        if key.startswith(PREFIX):  # Two samples of the machine are never the same.
             return frozenset()
         if key not in self._steps:
             history = client.get_metric_history(self._run_id, key)
             self._steps[key] = frozenset(metric.step for metric in history)
         return self._steps[key]
 
-    def _followed(self, client: MlflowClient) -> bool:
+    def _is_superseded(self, client: MlflowClient) -> bool:
         return self._attempt is not None and last_attempt(self._run(client)) > self._attempt
 
     def _run(self, client: MlflowClient) -> RunRecord:
@@ -95,20 +84,20 @@ class Replay:
             self._record = get_run(client, self._run_id)
         return self._record
 
-    def _has_artifact(self, client: MlflowClient, batch: Batch) -> bool:
+    def _has_artifact(self, client: MlflowClient, batch: OutboxBatch) -> bool:
         (entry,) = batch.entries
         assert entry.record is not None
         path = entry.record["to"]
-        return any(found.path == path for found in client.list_artifacts(self._run_id, posixpath.dirname(path) or None))
+        return any(info.path == path for info in client.list_artifacts(self._run_id, posixpath.dirname(path) or None))
 
 
 def last_attempt(run: RunRecord) -> int:
-    """The number of the last attempt that has told the store of itself; 0 where none has."""
+    """Return the number of the last attempt that the run's tags name; 0 if none."""
     text = run.tags.get(ATTEMPT, "")
     return int(text) if text.isdecimal() else 0
 
 
-def _reduced(batch: Batch, key: str, keep: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Batch | None:
+def _reduced(batch: OutboxBatch, key: str, keep: Callable[[Mapping[str, Any]], dict[str, Any]]) -> OutboxBatch | None:
     entries = []
     for entry in batch.entries:
         assert entry.record is not None
@@ -118,8 +107,8 @@ def _reduced(batch: Batch, key: str, keep: Callable[[Mapping[str, Any]], dict[st
 
 
 @dataclass(frozen=True, kw_only=True)
-class Left:
-    """Outboxes without a living writer, oldest first, and why others were passed over, one line each."""
+class OrphanedOutboxes:
+    """Outboxes without a living writer, oldest first, and one line for each that was passed over."""
 
     outboxes: tuple[Outbox, ...]
     problems: tuple[str, ...]
@@ -127,26 +116,15 @@ class Left:
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """What `Store.sync` did with outboxes that earlier processes left.
-
-    Attributes:
-        delivered: Run ids of which an outbox was delivered.
-        waiting: Run ids of which something still waits, and why.
-        problems: Refused records and files that are not for this store, one line each.
-    """
+    """The result of `Store.sync`: run ids of delivered outboxes, pending run ids with the reason, other problems."""
 
     delivered: tuple[str, ...]
     waiting: Mapping[str, str]
     problems: tuple[str, ...]
 
 
-def find_left(settings: Settings, run_id: str | None = None) -> Left:
-    """Take up outboxes that no living process writes; the lock on each is held until it is closed.
-
-    Args:
-        settings: Where they are, and which store is theirs.
-        run_id: Only those of this run.
-    """
+def adopt_orphans(settings: Settings, run_id: str | None = None) -> OrphanedOutboxes:
+    """Open the outboxes without a living writer, optionally of one run; each stays locked until it is closed."""
     outboxes: list[Outbox] = []
     problems: list[str] = []
     for path in sorted(settings.outbox.glob(f"{run_id or '*'}.*.jsonl"), key=lambda path: (_age(path), path.name)):
@@ -158,24 +136,27 @@ def find_left(settings: Settings, run_id: str | None = None) -> Left:
         if outbox is None:
             continue
         if outbox.tracking_uri != redact(settings.tracking_uri):
-            problems.append(f"{path} is for the store {outbox.tracking_uri}: set MLFLOW_TRACKING_URI to it")
+            problems.append(
+                f"{path} is for the store {outbox.tracking_uri}; to deliver it, set MLFLOW_TRACKING_URI to that store "
+                "and run `rankwise sync`"
+            )
             outbox.close()
             continue
         outboxes.append(outbox)
-    return Left(outboxes=tuple(outboxes), problems=tuple(problems))
+    return OrphanedOutboxes(outboxes=tuple(outboxes), problems=tuple(problems))
 
 
 def _age(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
-    except FileNotFoundError:  # Delivered by its writer in this moment.
+    except FileNotFoundError:  # Its writer has just delivered it.
         return 0
 
 
 def refused_records(settings: Settings) -> tuple[str, ...]:
-    """Files of records that MLflow has refused for good, one line each."""
+    """Describe each file of records that MLflow refused permanently, one line each."""
     lines = []
     for path in sorted(settings.outbox.glob("*.refused")):
         count = path.read_bytes().count(b"\n")
-        lines.append(f"{path} has {count} records that MLflow refused for good; remove it once you have looked at it")
+        lines.append(f"{path} has {count} records that MLflow refused permanently; inspect the file, then remove it")
     return tuple(lines)

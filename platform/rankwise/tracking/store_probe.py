@@ -1,6 +1,6 @@
-"""A program: how an MLflow store stands, as one line of JSON. `rankwise doctor` starts it.
+"""A program that probes the MLflow store for `rankwise doctor` and prints one line of JSON.
 
-Reads, but for one small artifact, which is written, read and deleted.
+It only reads, except for one small artifact that it writes, reads and deletes.
 """
 
 from __future__ import annotations
@@ -22,56 +22,56 @@ from rankwise.exceptions import TrackingError
 from rankwise.redact import redact
 from rankwise.settings import Settings, set_process_defaults
 from rankwise.tracking.errors import _set_up_client, describe, tracking_errors, unreachable
-from rankwise.tracking.server import is_remote, look
+from rankwise.tracking.server import is_remote, probe_server
 
 FOLDER = "rankwise-doctor"
 
 
 def facts(settings: Settings) -> dict[str, Any]:
-    """The store's facts.
+    """Probe the store.
 
     Returns:
-        `uri` (without secrets), `kind` (`none`, `local`, `database` or `server`), `client` (version), `seconds` (of one
-        search), `server` (of `server_safety.look`, or None), `artifacts` (of `round_trip`, or None without
-        any experiment) and `problem` (or None).
+        `uri` (redacted), `kind` (`none`, `local`, `database` or `server`), `client` (version), `seconds` of one search,
+        `server` (of `server.probe_server`, or None), `artifacts` (of `round_trip`, or None without any experiment) and
+        `problem` (or None).
     """
     uri = settings.tracking_uri
     kind = "server" if is_remote(uri) else "local" if settings.local_store else "database"
-    found: dict[str, Any] = {"uri": redact(uri), "client": mlflow.__version__, "problem": None, "server": None}
+    report: dict[str, Any] = {"uri": redact(uri), "client": mlflow.__version__, "problem": None, "server": None}
     if kind == "local" and not (settings.home / "mlflow.db").exists():
-        return {**found, "kind": "none"}
-    found["kind"] = kind
+        return {**report, "kind": "none"}
+    report["kind"] = kind
     if reason := unreachable(uri):
-        return {**found, "problem": f"it does not answer: {reason}"}
+        return {**report, "problem": f"the server does not answer: {reason}"}
     began = time.perf_counter()
     try:
         if uri.startswith(("http://", "https://")):
             with tracking_errors("asking the server"):
-                found["server"] = look(uri)
+                report["server"] = probe_server(uri)
         began = time.perf_counter()
         with tracking_errors("searching experiments"):
             client = MlflowClient(tracking_uri=uri)
             experiments = client.search_experiments(max_results=1)
     except TrackingError as error:
-        return {**found, "problem": str(error)}
-    found["seconds"] = time.perf_counter() - began
+        return {**report, "problem": str(error)}
+    report["seconds"] = time.perf_counter() - began
     if not experiments:
-        return {**found, "artifacts": None}
-    # Inside an experiment's own place: that is what a server's permissions are about.
+        return {**report, "artifacts": None}
+    # Inside an experiment's location, since a server's permissions are per experiment.
     root = str(experiments[0].artifact_location).rstrip("/")
-    return {**found, "artifacts": round_trip(f"{root}/{FOLDER}/{uuid.uuid4().hex}", uri)}
+    return {**report, "artifacts": round_trip(f"{root}/{FOLDER}/{uuid.uuid4().hex}", uri)}
 
 
 def round_trip(location: str, tracking_uri: str) -> dict[str, Any]:
-    """Write a small file into an artifact store, read it, and delete it.
+    """Write a small file to an artifact store, read it and delete it.
 
     Returns:
         `location`, `bytes`, `seconds` of each step, and the `step` that failed with its `problem`, or None.
     """
     content = uuid.uuid4().bytes * 256
     seconds: dict[str, float] = {}
-    found: dict[str, Any] = {"location": redact(location.rsplit("/", 2)[0]), "bytes": len(content), "seconds": seconds}
-    found |= {"step": None, "problem": None}
+    report: dict[str, Any] = {"location": redact(location.rsplit("/", 2)[0]), "bytes": len(content), "seconds": seconds}
+    report |= {"step": None, "problem": None}
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
         file = Path(scratch) / "probe.bin"
         file.write_bytes(content)
@@ -79,7 +79,7 @@ def round_trip(location: str, tracking_uri: str) -> dict[str, Any]:
         def read() -> None:
             back = Path(repository.download_artifacts("probe.bin", dst_path=str(target)))
             if back.read_bytes() != content:
-                raise OSError("what comes back is not what was written")
+                raise OSError("the file that was read differs from the file that was written")
 
         target = Path(scratch) / "back"
         target.mkdir()
@@ -92,25 +92,25 @@ def round_trip(location: str, tracking_uri: str) -> dict[str, Any]:
                 act()
                 seconds[step] = time.perf_counter() - began
         except Exception as error:
-            found |= {"step": step, "problem": describe(error)}
-    return found
+            report |= {"step": step, "problem": describe(error)}
+    return report
 
 
 def _deleting(repository: Any) -> Any:
     def delete() -> None:
         repository.delete_artifacts("probe.bin")
-        # In a directory the empty folder stays behind; an object store has none.
+        # A directory keeps the empty folder; object stores have no folders.
         directory = local_directory(repository)
         if directory is not None and directory.is_dir():
             directory.rmdir()
-            with suppress(OSError):  # Another doctor is at work beside this one.
+            with suppress(OSError):  # Another doctor process is using the parent folder.
                 directory.parent.rmdir()
 
     return delete
 
 
 def main() -> None:
-    """Print the facts of the store that the environment names."""
+    """Print the facts about the store that the environment names."""
     set_process_defaults()
     _set_up_client()
     json.dump(facts(Settings.load()), sys.stdout)
