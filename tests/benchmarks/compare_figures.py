@@ -27,9 +27,9 @@ EXPERIMENT = "many"
 START_UP = """
 from rankwise.cli.main import cli
 from rankwise.evaluation.gather import gather
-from rankwise.report.table import comparison_json
+from rankwise.report.comparison_output import comparison_json
 from rankwise.report.page import report_page
-from rankwise.report.table import comparison_view
+from rankwise.report.comparison_output import comparison_view
 from rankwise.settings import Settings
 from rankwise.tasks.sweep import with_waiting
 from rankwise.tracking.store import Store

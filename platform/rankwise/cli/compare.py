@@ -37,7 +37,7 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
         raise click.UsageError("--json and --csv: one of both")
     from rankwise.evaluation.gather import gather
     from rankwise.evaluation.smallest_rank import smallest_rank
-    from rankwise.report.table import comparison_csv, comparison_json, comparison_view
+    from rankwise.report.comparison_output import comparison_csv, comparison_json, comparison_view
     from rankwise.tracking.store import Store
 
     settings = Settings.load()

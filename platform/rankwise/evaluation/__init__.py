@@ -1,1 +1,1 @@
-"""Metrics, the evaluator, the comparison across ranks."""
+"""Metrics, evaluation of adapters, comparison across ranks, and the gate for promotions."""

@@ -1,7 +1,4 @@
-"""The arms of an experiment side by side: configurations ranked by the mean over their seeds, and the best arm.
-
-- How metrics and numbers are spelled for people: headings, shares as percent, digits that the error carries.
-"""
+"""The arms of an experiment compared: configurations ranked by the mean over seeds, the best arm, number formats."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ class ArmRecord:
 
     @property
     def pruned(self) -> bool:
-        """Whether early stopping has ended it: as was meant, and no failure."""
+        """Whether early stopping ended it, which is not a failure."""
         return self.status == "KILLED" and (self.reason or "").startswith(PRUNED)
 
     def to_json(self) -> dict[str, object]:
@@ -278,7 +275,7 @@ SHARES = frozenset(
         "eval.parse_failures",
     }
 )
-# Follow from others, so that they are left out where room is short; `--json` has them.
+# Follow from other metrics, so tables leave them out; `--json` has them.
 SECONDARY = frozenset({"eval.perplexity", "eval.mean_relative_error"})
 NONE = "-"
 

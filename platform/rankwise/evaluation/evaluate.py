@@ -10,8 +10,7 @@ rows are padded to another's length. What a row gets does not depend on its neig
 
 Shapes: B rows of a batch, T tokens, S supervised tokens of all rows, V vocabulary.
 
-- How far do results move when the base is quantized otherwise? Paired, per model, on the same rows.
-- The table of predictions: one row per example, for MLflow's artifact view and for reading.
+Also compares the results under different quantizations, and builds the table of predictions.
 """
 
 from __future__ import annotations
@@ -254,7 +253,7 @@ def quantization_of(name: str) -> QuantizationSpec:
         ConfigError: There is no such name.
     """
     if name not in QUANTIZATIONS:
-        raise ConfigError(f"--quantization: there is no {name!r}; there are {', '.join(QUANTIZATIONS)}")
+        raise ConfigError(f"--quantization: unknown name {name!r}; use one of {', '.join(QUANTIZATIONS)}")
     return QUANTIZATIONS[name]
 
 

@@ -1,26 +1,23 @@
-"""May an alias move? A candidate against the model that has it, and against the bare base, on the same examples.
+"""The gate of a promotion: conditions that a candidate must meet against the champion and the bare base.
 
-The candidate passes when all of these hold:
+The candidate passes if all of these hold:
 
-- there are at least `min_examples` examples, equal prompts counted once, and it is known that no more than
-  `max_overlap` of those given were in its training data (they are dropped before anything is computed);
+- there are at least `min_examples` examples, equal prompts counted once, and at most `max_overlap` of the given ones
+  were in its training data, which must be known (these are dropped before anything is computed);
 - by the primary metric it is better than the champion by more than `min_improvement`, and better than the base, each
-  beyond noise: the end of the paired confidence interval that speaks against it decides, not the mean;
-- no metric that has a limit in `max_regression` may have become worse by more than that limit, at the bad end of its
-  interval;
-- it does not win by silence: where a metric leaves out predictions that say nothing, the candidate has a value for
-  `min_examples` examples, and not for fewer than the champion, beyond noise.
+  beyond noise: the unfavourable end of the paired confidence interval decides, not the mean;
+- no metric with a limit in `max_regression` is worse by more than that limit, at the unfavourable end of its interval;
+- it does not win by giving no answers: where a metric leaves out predictions without a value, the candidate has a value
+  for `min_examples` examples, and not for fewer than the champion, beyond noise.
 
-Examples with one prompt are one measurement, and are resampled together. A candidate that was chosen among K arms by
-these very examples is lucky on them as well as good: the best of K equal ones is "better beyond noise" far more often
-than any one of them, so its intervals are those at confidence 1 - alpha / K (Bonferroni). Examples that took no part in
-the choice need no such correction.
+Examples with the same prompt are one measurement and are resampled together. If the candidate was chosen among K arms
+by these examples, its result is partly luck: the best of K equal arms is "better beyond noise" far more often than any
+one of them. So its intervals are at confidence 1 - alpha / K (Bonferroni). Examples that were not used for the choice
+need no correction.
 
-Without a champion the base is the only one to beat. The champion may lie over another base: then each is evaluated over
-its own, on the same rows. Where the two bases cut a text into other tokens, what is counted per token cannot be
-compared, and a condition on it fails.
-
-- The conditions of the gate, one by one: what is asked for, what was found, and whether it holds.
+Without a champion, only the base has to be beaten. If the champion belongs to another base, each is evaluated over its
+own, on the same rows. If these bases tokenize texts differently, metrics per token cannot be compared, and a condition
+on them fails.
 """
 
 from __future__ import annotations
@@ -36,17 +33,17 @@ from rankwise.experiment.schema import PER_TOKEN, PromotionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class GateCheck:
     """One condition.
 
     Attributes:
-        name: Which: `examples`, `overlap`, `chosen`, `comparable`, `answers`, `improvement`, `regression`.
-        metric: The metric's key; None where it is about none.
-        against: `champion` or `base`; None where it is about neither.
+        name: `examples`, `overlap`, `chosen`, `comparable`, `answers`, `improvement` or `regression`.
+        metric: The metric's key, if any.
+        against: `champion`, `base` or None.
         difference: Candidate minus the other, with its interval.
-        limit: What was asked for.
+        limit: The required limit.
         ok: Whether it holds.
-        text: All of it in words.
+        text: The condition and its result in words.
     """
 
     name: str
@@ -88,7 +85,7 @@ class Pair:
         """Candidate minus the other."""
         return paired_difference(self.mine, self.theirs, clusters=self.prompts, confidence=confidence)
 
-    def answers(self, spec: PromotionSpec, confidence: float) -> list[Check]:
+    def answers(self, spec: PromotionSpec, confidence: float) -> list[GateCheck]:
         """Whether the candidate has a value for enough examples; nothing where that is no question."""
         mine, theirs = ([float(each.weight > 0) for each in side] for side in (self.mine, self.theirs))
         counted = len({prompt for prompt, own in zip(self.prompts, mine, strict=True) if own})
@@ -99,14 +96,14 @@ class Pair:
             return []
         shares = [[Sample(total=each) for each in side] for side in (mine, theirs)]
         found = paired_difference(*shares, clusters=self.prompts, confidence=confidence)
-        told = f"{self.key} has a value for {sum(mine):g} of {len(mine)} answers of the candidate"
-        asked = f"at least {spec.min_examples} are asked for"
+        counts = f"{self.key} has a value for {sum(mine):g} of {len(mine)} answers of the candidate"
+        required = f"at least {spec.min_examples} are required"
         if fewer:
-            told += f", and for {sum(theirs):g} of the champion"
-            asked += ", and not fewer than of the champion beyond noise"
+            counts += f", and for {sum(theirs):g} of the champion"
+            required += ", and not fewer than the champion has, beyond noise"
         ok = not few and (not fewer or (found.high is not None and found.high >= 0))
-        check = Check(
-            name="answers", ok=ok, text=f"{told}; {asked}", limit=spec.min_examples, metric=self.key,
+        check = GateCheck(
+            name="answers", ok=ok, text=f"{counts}; {required}", limit=spec.min_examples, metric=self.key,
             against=self.against, difference=found,
         )  # fmt: skip
         return [check]
@@ -118,72 +115,72 @@ class Pair:
         return found.low if self.key in self.metric.greater_is_better else -found.high
 
 
-def enough(candidate: Sequence[Observation], spec: PromotionSpec) -> Check:
+def enough(candidate: Sequence[Observation], spec: PromotionSpec) -> GateCheck:
     """Enough examples, those with one prompt counted once."""
     n, prompts = len(candidate), len({each.prompt for each in candidate})
-    told = f"{n} examples" if prompts == n else f"{n} examples with {prompts} different prompts"
-    text = f"{told}; at least {spec.min_examples} are asked for"
-    return Check(name="examples", ok=prompts >= spec.min_examples, text=text, limit=spec.min_examples)
+    count = f"{n} examples" if prompts == n else f"{n} examples with {prompts} different prompts"
+    text = f"{count}; at least {spec.min_examples} are required"
+    return GateCheck(name="examples", ok=prompts >= spec.min_examples, text=text, limit=spec.min_examples)
 
 
-def chosen(contenders: int, spec: PromotionSpec, confidence: float) -> Check:
+def chosen(contenders: int, spec: PromotionSpec, confidence: float) -> GateCheck:
     """Not a condition: that the choice among many makes the intervals wider."""
     text = (
-        f"the candidate is one of {contenders} arms that were compared on these rows, so intervals are at "
-        f"{confidence:.5g} in place of {spec.confidence:g}; rows that took no part in the choice (--data) need no such "
-        "care"
+        f"the candidate is one of {contenders} arms that were compared on these rows, so intervals are at confidence "
+        f"{confidence:.5g} instead of {spec.confidence:g}; rows that were not used for the choice (--data) need no "
+        "correction"
     )
-    return Check(name="chosen", ok=True, text=text, limit=confidence)
+    return GateCheck(name="chosen", ok=True, text=text, limit=confidence)
 
 
-def overlap(overlapping: int | None, kept: int, spec: PromotionSpec) -> Check:
+def overlap(overlapping: int | None, kept: int, spec: PromotionSpec) -> GateCheck:
     """Few of the examples were trained on, and it is known which."""
     if overlapping is None:
-        text = "which rows the candidate was trained on is not known, so none was left out"
-        return Check(name="overlap", ok=False, text=text, limit=spec.max_overlap)
+        text = "the rows that the candidate was trained on are unknown, so none was left out"
+        return GateCheck(name="overlap", ok=False, text=text, limit=spec.max_overlap)
     given = kept + overlapping
     share = overlapping / given if given else 0.0
     text = (
         f"{overlapping} of {given} examples ({share:.1%}) were in the candidate's training data and are left out; "
         f"at most {spec.max_overlap:.1%} are allowed"
     )
-    return Check(name="overlap", ok=share <= spec.max_overlap, text=text, limit=spec.max_overlap)
+    return GateCheck(name="overlap", ok=share <= spec.max_overlap, text=text, limit=spec.max_overlap)
 
 
-def not_comparable(key: str) -> Check:
+def not_comparable(key: str) -> GateCheck:
     """What is counted per token, over bases that cut texts otherwise."""
     text = (
-        f"{key} counts tokens, and the bases of candidate and champion cut texts into different ones: set "
+        f"{key} is per token, and the bases of candidate and champion tokenize texts differently: set "
         "promotion.metric to a metric of generated texts, such as eval.exact_match"
     )
-    return Check(name="comparable", ok=False, text=text, limit=0.0, metric=key, against="champion")
+    return GateCheck(name="comparable", ok=False, text=text, limit=0.0, metric=key, against="champion")
 
 
-def improvement(pair: Pair, found: Difference, limit: float) -> Check:
+def improvement(pair: Pair, found: Difference, limit: float) -> GateCheck:
     """Better by more than a limit, at the bad end of the interval."""
     worst = pair.worst(found)
-    text = f"{pair.key} against the {pair.against}: {found.text}; better by more than {limit:g} is asked for"
+    text = f"{pair.key} against the {pair.against}: {found.text}; must be better by more than {limit:g}"
     ok = worst is not None and worst > limit
-    return Check(
+    return GateCheck(
         name="improvement", ok=ok, text=text, limit=limit, metric=pair.key, against=pair.against, difference=found
     )
 
 
-def regression(pair: Pair, found: Difference, limit: float) -> Check:
+def regression(pair: Pair, found: Difference, limit: float) -> GateCheck:
     """Worse by no more than a limit, at the bad end of the interval."""
     worst = pair.worst(found)
-    text = f"{pair.key} against the {pair.against}: {found.text}; worse by at most {limit:g} is allowed"
+    text = f"{pair.key} against the {pair.against}: {found.text}; may be worse by at most {limit:g}"
     ok = worst is not None and -worst <= limit
-    return Check(
+    return GateCheck(
         name="regression", ok=ok, text=text, limit=limit, metric=pair.key, against=pair.against, difference=found
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
+class GateDecision:
     """What the gate says."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[GateCheck, ...]
 
     @property
     def passed(self) -> bool:
@@ -211,7 +208,7 @@ def decide(
     overlapping: int | None = 0,
     same_tokens: bool = True,
     contenders: int = 1,
-) -> Decision:
+) -> GateDecision:
     """Weigh a candidate.
 
     Args:
@@ -238,7 +235,8 @@ def decide(
     for wanted in (key, *spec.max_regression):
         if wanted not in functions:
             raise ConfigError(
-                f"promotion: {wanted} is no mean of the metrics {', '.join(metrics)}; they give {', '.join(functions)}"
+                f"promotion: {wanted} is not a mean of the metrics {', '.join(metrics)}; use one of "
+                f"{', '.join(functions)}"
             )
     confidence = 1 - (1 - spec.confidence) / contenders
     checks = [enough(candidate, spec), overlap(overlapping, len(candidate), spec)]
@@ -259,7 +257,7 @@ def decide(
                 checks.append(improvement(pair, found, limit))
             if name == "champion" and each in spec.max_regression:
                 checks.append(regression(pair, found, spec.max_regression[each]))
-    return Decision(checks=tuple(checks))
+    return GateDecision(checks=tuple(checks))
 
 
 def _by_key(names: Sequence[str]) -> Mapping[str, Metric]:

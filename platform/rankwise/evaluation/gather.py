@@ -1,7 +1,4 @@
-"""Read the arms of an experiment out of the tracking store.
-
-- What a report reads beyond the runs themselves: results of single examples, curves, anatomies.
-"""
+"""Read from the tracking store: the arms of an experiment, per-example results, curves and anatomies."""
 
 from __future__ import annotations
 

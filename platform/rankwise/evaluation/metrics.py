@@ -23,9 +23,7 @@ Metrics of other packages: an entry point of the group `rankwise.metrics`, named
 decorated function (`tests/helpers/example_metrics/` is such a package). It is loaded when a definition names it; its
 keys begin with `eval.` and are of no other metric.
 
-- Read the number that an answer such as `Price is $1,234.50` gives.
-- What one model did on one evaluation example: the input of every metric.
-- Metric values as they travel through MLflow, and their mean over seeds.
+Also reads numbers from answers such as `Price is $1,234.50`, and computes means over seeds.
 """
 
 from __future__ import annotations

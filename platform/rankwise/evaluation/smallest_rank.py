@@ -1,32 +1,29 @@
 """The smallest rank that is not worse than the best one beyond noise, by a multiple comparison with the best.
 
-A configuration is *excluded* when the one with the best mean beats it: its own mean is worse by more than c * se, where
+A configuration is *excluded* if the one with the best mean beats it: its own mean is worse by more than c * se, where
 se is the standard error of the difference of both and c the one-sided critical value of Student's t at confidence
-1 - alpha / (K - 1), K configurations having a result (Bonferroni: right whatever the results have in common). A
-configuration that is truly best is thereby excluded with probability alpha at most, however many there are and
-whichever of them looks best (subset selection, Gupta 1965, *Technometrics* 7, 225; multiple comparison with the best,
-Hsu 1984, *Annals of Statistics* 12, 1136). The answer is the smallest rank with a configuration that is not excluded.
-So with confidence 1 - alpha
+1 - alpha / (K - 1), with K configurations that have a result (Bonferroni: valid whatever the dependence between
+results). So the best configuration is excluded with probability alpha at most, whatever K is and whichever one looks
+best (subset selection, Gupta 1965, *Technometrics* 7, 225; multiple comparison with the best, Hsu 1984, *Annals of
+Statistics* 12, 1136). The answer is the smallest rank with a configuration that is not excluded. With confidence
+1 - alpha
 
 - no configuration of a smaller rank is as good as the best one, and
-- the one that is named is worse than the best by at most `Verdict.at_most` (the largest upper limit of its differences
-  to all that are not excluded; Edwards and Hsu 1983, *JASA* 78, 965: both hold together, at one confidence).
+- the named one is worse than the best by at most `Verdict.at_most` (the largest upper limit of its differences to all
+  that are not excluded; Edwards and Hsu 1983, *JASA* 78, 965: both statements hold together, at one confidence).
 
 Noise has two sources.
 
-- Examples: all configurations met the same ones, so the error is that of paired differences (linearised, with examples
-  as units, those with one prompt as one; `metrics.weighted_mean` has the formula). Where per-example results are not
-  there, both errors count as independent: too large where what is hard for one adapter is hard for the other, as is
-  usual.
-- Seeds: the variance between seeds of one configuration, pooled over all, or its own where that is larger. With one
-  seed for each it is not known, and the claim is about these adapters only: others of the same settings may differ.
+- Examples: all configurations were evaluated on the same ones, so the error is that of paired differences (linearised,
+  with examples as units and equal prompts as one; `metrics.weighted_mean` has the formula). Without per-example
+  results, both errors are treated as independent. That is too large if the same examples are hard for both adapters,
+  as is usual.
+- Seeds: the variance between seeds of one configuration, pooled over all, or its own if that is larger. With one seed
+  each it is unknown, and the claim holds for these adapters only, not for others of the same settings.
 
-The variances add up (the second holds some of the first, so their sum errs on the large side), and the critical value
-is the mean of both sources' own ones, weighted by their variances (Cochran 1964, *Biometrics* 20, 191), since a handful
-of seeds gives few degrees of freedom.
-
-- What a comparison says about the smallest rank that is enough, as numbers and in words.
-- Find the smallest rank that is not worse than the best in a comparison: its results as candidates, and the rule.
+The variances are added (the second includes some of the first, so the sum is conservative). The critical value is the
+mean of those of both sources, weighted by their variances (Cochran 1964, *Biometrics* 20, 191), since few seeds give
+few degrees of freedom.
 """
 
 from __future__ import annotations
@@ -59,7 +56,7 @@ _AT_ONCE = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class RankCandidate:
     """The results of one configuration, greater is better (a loss comes with its sign turned).
 
     Attributes:
@@ -90,20 +87,19 @@ those that a shorter one does not reach have no influence on it."""
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What can be said about ranks.
+    """The conclusion about ranks.
 
     Attributes:
         best: Index of the candidate with the best mean.
         chosen: Index of the best candidate of the smallest rank that is not excluded.
         remaining: Indices that are not excluded, ascending.
         behind: By how much the chosen one's mean is worse than the best one's, 0 or more.
-        at_most: Upper confidence limit of how much worse than the best it truly is; infinite where nothing is known of
-            the noise.
-        confidence: Of everything said here together.
+        at_most: Upper confidence limit of how much worse than the best it is; infinite if the noise is unknown.
+        confidence: Of all statements together.
         comparisons: K - 1.
         paired: Whether the examples' noise is that of paired differences for every comparison that mattered.
         seeds: Whether the noise over seeds is known.
-        unread: Candidates that were kept since there were too many to look at each.
+        unread: Candidates kept without reading their examples, since there were too many.
         means: Of all candidates.
         margins: Of all candidates, critical value times standard error of their difference to the best.
     """
@@ -122,7 +118,7 @@ class Verdict:
     margins: tuple[float, ...]
 
 
-def judge(candidates: Sequence[Candidate], read: Read, *, confidence: float = CONFIDENCE) -> Verdict | None:
+def judge(candidates: Sequence[RankCandidate], read: Read, *, confidence: float = CONFIDENCE) -> Verdict | None:
     """Find the smallest rank that is not worse than the best beyond noise; None without candidates.
 
     Args:
@@ -136,7 +132,7 @@ def judge(candidates: Sequence[Candidate], read: Read, *, confidence: float = CO
 
 
 class _Judge:
-    def __init__(self, candidates: Sequence[Candidate], read: Read, confidence: float) -> None:
+    def __init__(self, candidates: Sequence[RankCandidate], read: Read, confidence: float) -> None:
         self._all = candidates
         self._read = read
         self._confidence = confidence
@@ -240,7 +236,7 @@ class _Judge:
         return math.inf if None in errors else math.hypot(*(error or 0.0 for error in errors))
 
 
-def _seed_variances(candidates: Sequence[Candidate]) -> tuple[list[float], int]:
+def _seed_variances(candidates: Sequence[RankCandidate]) -> tuple[list[float], int]:
     """Of each candidate, the variance over seeds that counts; and the degrees of freedom, 0 where it is not known."""
     own = [float(np.var(each.values, ddof=1)) if len(each.values) > 1 else None for each in candidates]
     freedom = sum(len(each.values) - 1 for each in candidates)
@@ -315,74 +311,75 @@ class RankFinding:
         rank, best = format_param(self.chosen.params[RANK]), format_param(self.best.params[RANK])
         percent = f"{100 * self.verdict.confidence:g} %"
         if len(self.by_rank) == 1:
-            return f"r = {rank} is the only rank with a result: there is nothing to compare it with."
+            return f"r = {rank} is the only rank with a result, so there is nothing to compare it with."
         if not math.isfinite(self.verdict.at_most):
-            return (
-                f"r = {best} has the best mean; how far the others are behind cannot be told: the noise is not known."
-            )
+            return f"r = {best} has the best mean; the noise is unknown, and so is how much worse the others are."
         smallest = min(rank_of(each) for each in self.configurations)
         with_result = " with a result" if any(rank < smallest for rank in self.unjudged) else ""
         if self.chosen is self.best:
             if rank_of(self.chosen) == smallest:
-                return f"r = {rank} is the smallest rank{with_result}, and no larger one has a better mean."
+                return f"r = {rank} is the smallest rank{with_result}, and no larger rank has a better mean."
             largest = rank_of(self.chosen) == max(rank_of(each) for each in self.configurations)
-            which = ", the largest that has a result," if largest else ""
-            return f"r = {rank}{which} is the best, and every smaller rank is worse beyond noise ({percent})."
-        told = (
-            f"{title(self.key)} {self._mean(self.chosen)} against {self._mean(self.best)}, truly worse by "
-            f"{self.amount(self.verdict.at_most)} at most ({percent})"
+            which = ", the largest rank with a result," if largest else ""
+            return f"r = {rank}{which} is the best; every smaller rank is worse beyond noise ({percent} confidence)."
+        difference = (
+            f"{title(self.key)} {self._mean(self.chosen)} against {self._mean(self.best)}, at most "
+            f"{self.amount(self.verdict.at_most)} worse ({percent} confidence)"
         )
         if rank_of(self.chosen) > smallest:
             named = f"r = {rank} is the smallest rank that is not worse than the best (r = {best}) beyond noise"
-            return f"{named}: {told}."
-        told_apart = any(not stands for _, _, stands in self.by_rank)
-        end = "" if told_apart else " No rank is told apart from the best."
-        same = "another configuration of it" if rank == best else f"r = {best}"
-        return f"r = {rank}, the smallest{with_result}, is not worse than the best ({same}) beyond noise: {told}.{end}"
+            return f"{named}: {difference}."
+        any_worse = any(not stands for _, _, stands in self.by_rank)
+        end = "" if any_worse else " No rank is worse than the best beyond noise."
+        same = "another configuration of this rank" if rank == best else f"r = {best}"
+        return (
+            f"r = {rank}, the smallest{with_result}, is not worse than the best ({same}) beyond noise: "
+            f"{difference}.{end}"
+        )
 
     @property
     def notes(self) -> list[str]:
-        """What a reader has to know to trust the first line, one sentence or two each."""
+        """What a reader must know to trust the first line."""
         verdict, count = self.verdict, len(self.configurations)
         if count == 1:
             return []
         notes = [
-            f"Rule: a configuration is out when its mean of {title(self.key)} is worse than the best one's by more "
+            f"Rule: a configuration is excluded if its mean {title(self.key)} is worse than the best one's by more "
             f"than the one-sided {100 * verdict.confidence:g} % limit of their difference, corrected for the number of "
-            f"comparisons with the best, {verdict.comparisons:,} (Bonferroni; Gupta 1965, Hsu 1984). A truly best "
-            f"configuration is put out in at most {100 * (1 - verdict.confidence):g} % of sweeps."
+            f"comparisons with the best, {verdict.comparisons:,} (Bonferroni; Gupta 1965, Hsu 1984). The configuration "
+            f"that is really the best is excluded in at most {100 * (1 - verdict.confidence):g} % of sweeps."
         ]
         if verdict.paired:
             notes.append(
-                f"Noise over examples: every configuration met the same {self._examples:,} ones, and differences are "
-                "taken example by example."
+                f"Noise over examples: every configuration was evaluated on the same {self._examples:,} examples, and "
+                "differences are taken example by example."
             )
         else:
             notes.append(
-                "Noise over examples: results of single examples are not stored for all, so the errors of both count "
-                "as independent, which is too large where what is hard for one adapter is hard for the other."
+                "Noise over examples: per-example results are not stored for all configurations, so the errors of both "
+                "are treated as independent. That is too large if the same examples are hard for both adapters."
             )
         if self.problem:
-            notes.append(f"Results of single examples could not be read: {self.problem}")
+            notes.append(f"Per-example results could not be read: {self.problem}")
         if verdict.seeds:
             notes.append(
-                "Noise over seeds: the variance between seeds of one configuration, pooled over all, or its own where "
-                "that is larger."
+                "Noise over seeds: the variance between seeds of one configuration, pooled over all configurations, or "
+                "its own if that is larger."
             )
         else:
             notes.append(
-                "Noise over seeds is not known: every configuration has one seed. The claim is about these adapters; "
-                "trained again with another seed, they may come out in another order. Give sweep.parameters.seed two "
-                "values or more."
+                "Noise over seeds is unknown: every configuration has one seed. The claim is about these adapters; "
+                "training with another seed may change their order. To measure it, give sweep.parameters.seed two or "
+                "more values."
             )
         if verdict.unread:
             notes.append(
-                f"{verdict.unread:,} configurations are close to the best and were kept without looking at their "
-                "examples; this can make the named rank smaller and the limit larger, never the other way."
+                f"{verdict.unread:,} configurations are close to the best and were kept without reading their "
+                "per-example results; this can only make the named rank smaller and the limit larger."
             )
         if self.unjudged:
             ranks = ", ".join(format_param(rank) for rank in self.unjudged)
-            notes.append(f"Not judged, since no arm has a result that counts: r = {ranks}.")
+            notes.append(f"Not judged, because no arm has a usable result: r = {ranks}.")
         return notes
 
     def to_json(self) -> dict[str, object]:
@@ -495,11 +492,11 @@ def source_of(key: str) -> str:
     return key
 
 
-def _candidate(configuration: Configuration, key: str, greater: bool) -> Candidate:
+def _candidate(configuration: Configuration, key: str, greater: bool) -> RankCandidate:
     values = [arm.metrics[key] for arm in configuration.finished if _value(arm, key) is not None]
     errors = [each.stderr for each in values]
     sign = 1.0 if greater else -1.0
-    return Candidate(
+    return RankCandidate(
         rank=rank_of(configuration),
         values=tuple(sign * each.value for each in values if each.value is not None),
         stderr=None if None in errors else math.sqrt(math.fsum((e or 0.0) ** 2 for e in errors) / len(errors)),

@@ -1,9 +1,7 @@
-"""An adapter's anatomy as one HTML page: plots, tree and tables, readable without a network or scripts.
+"""An adapter's anatomy as one HTML page and as metrics: SVG plots, module tree and tables.
 
-A script library in the page would be 4.7 MB an arm; these are some tens of kilobytes.
-
-- Plots of an adapter's anatomy as SVG: small enough to be logged with every arm, drawn without scripts or a network.
-- The anatomy of an adapter that was just trained, for its run.
+The page needs neither network nor scripts and takes some tens of kilobytes, so that every arm can log one; a script
+library in the page would take 4.7 MB.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from rankwise.modeling.anatomy.anatomy import (
 )
 from rankwise.modeling.anatomy.reader import adapter_anatomy
 from rankwise.modeling.base import LoadedBase
-from rankwise.report.charts import PALETTE, Axis, svg_figure, svg_text, svg_title, viridis
+from rankwise.report.charts import PALETTE, ChartAxis, svg_figure, svg_text, svg_title, viridis
 
 _WIDTH, _LEFT, _CELL = 980, 190, 22
 _PLOT_HEIGHT = 260
@@ -37,13 +35,13 @@ _PLOT_HEIGHT = 260
 def heat_map(
     anatomy: Anatomy, title: str, value: Callable[[Target], float | None], show: Callable[[Target], str]
 ) -> str:
-    """A map with a row for each kind of module and a column for each layer; flagged modules have a red frame.
+    """Draw a map with a row per kind of module and a column per layer; flagged modules have a red frame.
 
     Args:
-        anatomy: What to draw.
-        title: Its heading.
-        value: What decides on a cell's colour; None or NaN leaves it grey.
-        show: What a cell says when the pointer rests on it.
+        anatomy: The anatomy.
+        title: The heading.
+        value: The number that a module's colour shows; None or NaN is grey.
+        show: The tooltip of a cell.
     """
     kinds = list(dict.fromkeys(kind_of(target.module) for target in anatomy.targets))
     layers = list(dict.fromkeys(layer_of(target.module) for target in anatomy.targets))
@@ -71,10 +69,9 @@ def heat_map(
 
 
 def energy_plot(anatomy: Anatomy, title: str) -> str:
-    """How much of the deltas' energy (squared norm) their best approximations of rank 1, 2, ... keep.
+    """Plot the share of the deltas' energy (squared norm) that their best approximation of rank 1, 2, ... keeps.
 
-    One line for each kind of module, over all its layers together, and a dashed one at 99 %. Empty where nothing was
-    learned.
+    One line per kind of module, over all its layers, and a dashed one at 99 %. Empty if nothing was learned.
     """
     energies: dict[str, list[float]] = {}
     for target in anatomy.targets:
@@ -90,8 +87,8 @@ def energy_plot(anatomy: Anatomy, title: str) -> str:
     right = _WIDTH - 240
     every = max(1, math.ceil(longest / 16))
     ticks = sorted({1, longest, *range(every, longest - every // 2, every)})
-    ranks = Axis(title="rank", low=1, high=max(2, longest), ticks=tuple(ticks))
-    shares = Axis(title="energy", low=0, high=1, ticks=(0, 0.25, 0.5, 0.75, 1), text=lambda share: f"{share:.0%}")
+    ranks = ChartAxis(title="rank", low=1, high=max(2, longest), ticks=tuple(ticks))
+    shares = ChartAxis(title="energy", low=0, high=1, ticks=(0, 0.25, 0.5, 0.75, 1), text=lambda share: f"{share:.0%}")
 
     def at(k: float, share: float) -> tuple[float, float]:
         return _LEFT + (right - _LEFT) * ranks.share(k), 24 + _PLOT_HEIGHT * (1 - shares.share(share))
@@ -118,7 +115,7 @@ def energy_plot(anatomy: Anatomy, title: str) -> str:
 
 
 def bars(title: str, sizes: Mapping[str, int]) -> str:
-    """Sizes in bytes as horizontal bars."""
+    """Draw sizes in bytes as horizontal bars."""
     top = max(sizes.values())
     shapes = []
     for index, (name, count) in enumerate(sizes.items()):
@@ -159,8 +156,7 @@ def _drawn(number: float | None) -> bool:
     return number is not None and math.isfinite(number)
 
 
-# Of modules with the same flag; the table at the end has all.
-_NAMED = 8
+_NAMED = 8  # Modules listed per flag; the table at the end has all.
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:64em;padding:0 1em;color:#222;background:#fff}
 h1{font-size:1.5em;margin-bottom:0;overflow-wrap:anywhere}h2{font-size:1.1em;margin:2em 0 .5em}
@@ -175,13 +171,7 @@ ul{margin:.2em 0}code{font-size:95%}summary{cursor:pointer;margin:.5em 0}
 
 
 def make_page(anatomy: Anatomy, title: str, over: str = "") -> str:
-    """The page.
-
-    Args:
-        anatomy: What to show.
-        title: What was taken apart.
-        over: Its base and quantization, in words.
-    """
+    """Return the page; `over` describes the base and its quantization."""
     learned = any(target.delta_norm is not None for target in anatomy.targets)
     parts = [
         f'<h1>{escape(title)}</h1><p class="over">{escape(over)}</p>',
@@ -202,7 +192,7 @@ def make_page(anatomy: Anatomy, title: str, over: str = "") -> str:
 
 
 def _remarks(anatomy: Anatomy) -> list[str]:
-    """What a reader must not miss: numbers that disagree, modules that learned nothing, whether the rank is used."""
+    """Remarks at the top: numbers that disagree, modules that learned nothing, whether the rank is used."""
     parts = [f'<p class="bad">DISAGREE: {escape(check.text)}</p>' for check in anatomy.disagreements]
     total = len(anatomy.targets)
     for flag, modules in anatomy.flagged.items():
@@ -276,7 +266,7 @@ def _module(alike: Sequence[Target]) -> str:
 
 
 def _beside(anatomy: Anatomy) -> str:
-    return f"<p>Beside the targets: stored rows, {anatomy.beside:,} parameters</p>" if anatomy.beside else ""
+    return f"<p>Outside the target modules: stored rows, {anatomy.beside:,} parameters</p>" if anatomy.beside else ""
 
 
 def _checks(anatomy: Anatomy) -> str:
@@ -316,22 +306,16 @@ PAGE_NAME = "anatomy.html"
 """The name of the page among a run's artifacts."""
 
 TABLE_NAME = "anatomy.json"
-"""The name of the numbers behind the page, in the form of `inspect --json`; the report of a sweep reads them."""
+"""The artifact with the numbers, in the form of `inspect --json`; the report of a sweep reads it."""
 
 
 def trained_page(anatomy: Anatomy, base: LoadedBase, title: str) -> str:
-    """The HTML page of an adapter over the base that it was trained on, for the artifact `PAGE_NAME`.
-
-    Args:
-        anatomy: The adapter's.
-        base: What it was trained on.
-        title: What to call it.
-    """
+    """Return the page of an adapter over the base that it was trained on, for the artifact `PAGE_NAME`."""
     return make_page(anatomy, title, f"over {base.source} at {base.revision}")
 
 
 def rank_metrics(anatomy: Anatomy) -> dict[str, float]:
-    """How much of its rank an adapter uses, for the run's metrics; empty where nothing was learned.
+    """Return how much of its rank an adapter uses, as metrics of its run; empty if nothing was learned.
 
     `adapter.effective_rank` is the mean over the modules (see `delta`), `adapter.rank_99` the smallest rank that keeps
     99 % of the energy of all deltas.
@@ -344,10 +328,10 @@ def rank_metrics(anatomy: Anatomy) -> dict[str, float]:
 
 
 def trained_anatomy(adapter: StoredAdapter, base: LoadedBase) -> Anatomy:
-    """Take apart an adapter over a base in memory, with the memory that this base takes.
+    """Return the anatomy of an adapter over a base in memory, with the memory that this base takes.
 
     Raises:
-        AdapterIntegrityError: The directory is no whole adapter.
+        AdapterIntegrityError: The directory is not a complete adapter.
     """
     names = getattr(base.model, "peft_config", None) or {}
     attached = {
@@ -362,5 +346,5 @@ def trained_anatomy(adapter: StoredAdapter, base: LoadedBase) -> Anatomy:
         quantization=base.quantization,
         module_dtype=str(base.module_dtype).removeprefix("torch."),
     )
-    # An adapter is loaded in the dtype that it is stored in.
+    # An adapter is loaded in the dtype of its file.
     return anatomy.with_memory(alone, alone + anatomy.bytes)

@@ -1,7 +1,7 @@
-"""Charts as SVG without scripts, and what all charts share: palette, axes with ticks at round numbers, SVG elements.
+"""SVG charts without scripts: palette, axes with ticks at round numbers, SVG elements, and a `Chart` with its marks.
 
-Every mark may carry a text that a browser shows under the pointer (`<title>`). All texts are escaped. The colours of a
-`Chart` are classes that the page's style fills, for light and dark pages.
+A mark may have a tooltip (`<title>`). All texts are escaped. The page's style defines the colours of a `Chart`'s
+classes, for light and dark pages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def viridis(share: float) -> str:
-    """The colour of a share between 0 and 1."""
+    """Return the colour of a share between 0 and 1."""
     position = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
     low = min(int(position), len(_VIRIDIS) - 2)
     channels = (
@@ -33,18 +33,18 @@ def viridis(share: float) -> str:
 
 
 def svg_text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
-    """A text; `anchor`: `start`, `middle`, `end`; `style`: classes."""
+    """Return a text element; `anchor` is `start`, `middle` or `end`."""
     classes = f' class="{style}"' if style else ""
     return f'<text{classes} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def svg_title(tip: str) -> str:
-    """What a browser shows under the pointer; nothing for an empty text."""
+    """Return the tooltip of a mark; nothing for an empty text."""
     return f"<title>{escape(tip)}</title>" if tip else ""
 
 
 def svg_figure(title: str, width: float, height: float, shapes: str, *, note: str = "", legend: str = "") -> Markup:
-    """A drawing with its heading; `shapes` and `legend` are markup."""
+    """Return a drawing with its heading; `shapes` and `legend` are markup."""
     small = f"<small>{escape(note)}</small>" if note else ""
     return Markup(
         f"<figure><figcaption>{escape(title)}{small}</figcaption>"
@@ -54,17 +54,8 @@ def svg_figure(title: str, width: float, height: float, shapes: str, *, note: st
 
 
 @dataclass(frozen=True, kw_only=True)
-class Axis:
-    """From values to places.
-
-    Attributes:
-        title: With its unit.
-        low: The smallest value shown.
-        high: The largest.
-        log: Equal factors are equal lengths; for positive values.
-        ticks: Where there are marks; chosen when left out.
-        text: How a tick is spelled.
-    """
+class ChartAxis:
+    """Maps values to positions. `log` needs positive values; without `ticks`, round numbers are chosen."""
 
     title: str
     low: float
@@ -74,14 +65,14 @@ class Axis:
     text: Callable[[float], str] = lambda value: f"{value:g}"
 
     def share(self, value: float) -> float:
-        """Where a value lies between both ends, 0 to 1."""
+        """Return a value's position between both ends, 0 to 1."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     @cached_property
     def marks(self) -> list[float]:
-        """The ticks within both ends; of several that are spelled alike (45.0 and 45.2 seconds) the first."""
+        """The ticks within both ends; of ticks with the same text (45.0 and 45.2 seconds), the first."""
         wanted = self.ticks if self.ticks is not None else _nice(self.low, self.high, self.log)
         slack = 1e-9 * abs(self.high - self.low)
         within = [tick for tick in wanted if self.low - slack <= tick <= self.high + slack]
@@ -98,7 +89,7 @@ def axis(
     room: float = 0.06,
     bounds: tuple[float, float] = (-math.inf, math.inf),
     whole: bool = False,
-) -> Axis:
+) -> ChartAxis:
     """An axis that shows all values, with some room at both ends.
 
     Args:
@@ -123,7 +114,7 @@ def axis(
     chosen = None if ticks is None else tuple(ticks)
     if whole:
         chosen = tuple(_nice(low, high, log, whole=True))
-    return Axis(title=title, low=low, high=high, log=log, ticks=chosen, text=text or _plain)
+    return ChartAxis(title=title, low=low, high=high, log=log, ticks=chosen, text=text or _plain)
 
 
 def _nice(low: float, high: float, log: bool, *, whole: bool = False) -> list[float]:
@@ -158,20 +149,11 @@ _TOP, _RIGHT, _BOTTOM = 14, 14, 44
 
 @dataclass(kw_only=True)
 class Chart:
-    """One set of axes; marks are drawn in the order of the calls.
-
-    Attributes:
-        title: The heading.
-        x: Horizontal.
-        y: Vertical; greater is higher.
-        width: Of the drawing, in its own units.
-        height: As above.
-        note: Below the heading.
-    """
+    """One set of axes; marks are drawn in the order of the calls. `note` is shown below the heading."""
 
     title: str
-    x: Axis
-    y: Axis
+    x: ChartAxis
+    y: ChartAxis
     width: int = 390
     height: int = 280
     note: str = ""
@@ -182,9 +164,9 @@ class Chart:
         self, x: float, y: float, *, colour: int | None = 0, tip: str = "", radius: float = 4.0, style: str = "",
         error: float | None = None,
     ) -> None:  # fmt: skip
-        """A mark in the shape of its colour, with an error bar of `error` to both sides.
+        """Draw a mark in the shape of its colour, with an error bar of `error` to both sides; colour None is grey.
 
-        `style`: further classes: `hollow`, `faint`, `ring`. `colour` None is grey.
+        `style` adds the classes `hollow`, `faint` or `ring`.
         """
         at, up = self._place(x, y)
         classes = f"{_colour(colour)} {style}".strip()
@@ -195,7 +177,7 @@ class Chart:
     def line(
         self, points: Sequence[tuple[float, float]], *, colour: int | None = 0, tip: str = "", style: str = ""
     ) -> None:
-        """A line through points; styles `dashed`, `faint`, `step`."""
+        """Draw a line through points; styles `dashed`, `faint`, `step`."""
         if not points:
             return
         places = [self._place(*point) for point in points]
@@ -204,7 +186,7 @@ class Chart:
         self._marks.append(f'<polyline class="{classes}" points="{path}">{svg_title(tip)}</polyline>')
 
     def band(self, low: float, high: float, *, tip: str = "") -> None:
-        """A band over the whole width."""
+        """Draw a band over the whole width."""
         bottom, top = (self._place(self.x.low, min(max(v, self.y.low), self.y.high))[1] for v in (low, high))
         self._marks.append(
             f'<rect class="band" x="{self._left}" y="{top:.1f}" width="{self._wide}" '
@@ -212,17 +194,17 @@ class Chart:
         )
 
     def level(self, value: float, *, tip: str = "") -> None:
-        """A dashed grey line over the whole width."""
+        """Draw a dashed grey line over the whole width."""
         self.line([(self.x.low, value), (self.x.high, value)], colour=None, style="dashed", tip=tip)
 
     def legend(self, label: str, colour: int | None = 0, style: str = "") -> None:
-        """An entry below the chart."""
+        """Add an entry to the legend below the chart."""
         entry = (label, f"{_colour(colour)} {style}".strip())
         if entry not in self._legend:
             self._legend.append(entry)
 
     def draw(self) -> Markup:
-        """The figure."""
+        """Return the figure."""
         keys = "".join(
             f'<li><svg viewBox="0 0 16 12" class="key" aria-hidden="true"><g class="m {classes}">'
             f"{_shape(_number(classes), 8, 6, 4)}</g></svg>{escape(label)}</li>"
@@ -278,7 +260,7 @@ class Chart:
 
 
 def shorten(label: str, limit: int = 60) -> str:
-    """A label that fits into a legend."""
+    """Shorten a label to fit into a legend."""
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 

@@ -1,16 +1,11 @@
-"""Quality against cost: adapter bytes, peak memory, time; and the configurations that nothing else beats.
+"""Quality against cost: the Pareto front over adapter size, memory and time; and which settings matter (ANOVA).
 
-Analysis of variance of the configurations' means by an additive model: an effect for each value of each setting, by
-least squares. A setting's sum of squares is what the residual one grows by when the setting is left out (type II
-without interactions: in a full grid that is the variance between its values, elsewhere the other settings' share in it
-is taken off). Its share of the variance is (SS - df * MS_residual) / SS_total, so that what any setting would explain
-by chance does not count (epsilon squared, Kelley 1935, *PNAS* 21, 554), and the F test tells it from noise. A number
-with more than eight values is cut into five groups of equal size. Settings that divide the configurations in the same
-way, whatever their values, move together and are one setting here. What settings do only together (interactions) is in
-none of the shares; it makes the test more cautious.
-
-- Which configurations are worth their cost: those that no other one beats in everything at once.
-- Which settings matter: how much of the variance between configurations each of them explains.
+Importance is an analysis of variance of the configurations' means by an additive least-squares model, with one effect
+per value of each setting. A setting's sum of squares (SS) is the increase of the residual SS when the setting is left
+out (type II, without interactions). Its share of the variance is (SS - df * MS_residual) / SS_total, which corrects for
+what it would explain by chance (epsilon squared, Kelley 1935, *PNAS* 21, 554); the F test compares it with noise.
+Numbers with more than eight values are cut into five groups of equal size. Settings that divide the configurations in
+the same way count as one. Interactions are in none of the shares; they make the test more cautious.
 """
 
 from __future__ import annotations
@@ -35,16 +30,15 @@ from rankwise.evaluation.compare import (
     with_error,
 )
 from rankwise.evaluation.smallest_rank import RankFinding
-from rankwise.report.cells import alpha_over_rank, axis_name, settings_text
 from rankwise.report.charts import Chart, axis
 from rankwise.report.quality import metric_axis
+from rankwise.report.tables import alpha_over_rank, axis_name, settings_text
 
 
 def front(costs: Sequence[Sequence[float]]) -> list[bool]:
-    """Whether each point is on the Pareto front: no other point is at most as large everywhere and smaller somewhere.
+    """Return whether each point is on the Pareto front. `costs` are finite, smaller is better.
 
-    Args:
-        costs: One row for each point, smaller is better in every column, all finite. Equal points are all on it.
+    A point is off the front if another one is at most as large everywhere and smaller somewhere; equal points stay.
     """
     if not len(costs):
         return []
@@ -65,7 +59,7 @@ _COSTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Costed:
-    """A configuration with its quality and its costs, each the mean over its seeds."""
+    """A configuration's quality and costs, each the mean over its seeds."""
 
     configuration: Configuration
     quality: float
@@ -75,14 +69,14 @@ class Costed:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """All configurations whose costs are known; `names` are those that are known for all and differ."""
+    """All configurations with known costs; `names` are the costs that are known for all of them."""
 
     names: tuple[str, ...]
     points: tuple[Costed, ...]
 
 
 def costs(finding: RankFinding) -> Costs | None:
-    """Quality and costs; None where fewer than two configurations have both."""
+    """Return quality and costs; None if fewer than two configurations have both."""
     rows = []
     for each in finding.configurations:
         mean = each.metric(finding.key)
@@ -104,12 +98,12 @@ def costs(finding: RankFinding) -> Costs | None:
 
 
 def cost_charts(comparison: Comparison, finding: RankFinding, found: Costs) -> list[Markup]:
-    """A chart for each cost; filled points are on the front of all costs together, the line is of this cost alone."""
+    """Return one chart per cost; filled points are on the front of all costs, the line is that of this cost alone."""
     return [_chart(comparison, finding, found, at) for at in range(len(found.names))]
 
 
 def front_rows(comparison: Comparison, finding: RankFinding, found: Costs) -> list[dict[str, str]]:
-    """The configurations on the front, smallest adapter first, as texts by heading."""
+    """Return the configurations on the front as texts by heading, smallest adapter first."""
     rows = []
     for point in sorted((each for each in found.points if each.on_front), key=lambda each: each.costs):
         mean = point.configuration.metric(finding.key)
@@ -137,17 +131,17 @@ def _chart(comparison: Comparison, finding: RankFinding, found: Costs, at: int) 
     many = len(found.points) > 150
     for point in found.points:
         ring = "ring" if point.configuration is finding.chosen else ""
-        told = ", ".join(_text(n, cost) for n, cost in zip(found.names, point.costs, strict=True))
+        cost_text = ", ".join(_text(n, cost) for n, cost in zip(found.names, point.costs, strict=True))
         quality = with_error(finding.key, point.quality)
-        tip = f"{settings_text(comparison, point.configuration)}: {quality}, {told}"
+        tip = f"{settings_text(comparison, point.configuration)}: {quality}, {cost_text}"
         if many and not point.on_front and not ring:
             chart.point(point.costs[at], point.quality, colour=None, radius=1.8, style="faint")
         else:
             style = f"{ring} {'' if point.on_front else 'hollow'}"
             colour = 0 if point.on_front else None
             chart.point(point.costs[at], point.quality, colour=colour, tip=tip, radius=6 if ring else 4, style=style)
-    chart.legend("on the front", 0)
-    chart.legend("beaten in everything by another one", None, "hollow")
+    chart.legend("on the Pareto front", 0)
+    chart.legend("dominated by another configuration", None, "hollow")
     return chart.draw()
 
 
@@ -175,7 +169,7 @@ def _mean(configuration: Configuration, name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-# That many more configurations than effects to estimate, and no fewer than eight.
+# The least number of configurations, and how many more than effects there must be.
 LEAST_CONFIGURATIONS, SPARE = 8, 3
 SIGNIFICANT = 0.05
 _MOST_LEVELS, _GROUPS = 8, 5
@@ -183,14 +177,14 @@ _MOST_LEVELS, _GROUPS = 8, 5
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One setting, or several that move together.
+    """The importance of one setting, or of several that change together.
 
     Attributes:
-        name: Of the setting.
-        share: Of the variance, 0 to 1.
-        p: Of the F test: how often noise alone explains as much, corrected for the number of settings (Holm 1979,
-            *Scandinavian Journal of Statistics* 6, 65): where no setting does anything, one is `real` in 5 % of sweeps.
-        levels: How many values or groups.
+        name: The setting.
+        share: Its share of the variance, 0 to 1.
+        p: Of the F test, corrected for the number of settings (Holm 1979, *Scandinavian Journal of Statistics* 6, 65):
+            if no setting has an effect, some setting is `real` in 5 % of sweeps.
+        levels: The number of values or groups.
     """
 
     name: str
@@ -200,13 +194,13 @@ class Share:
 
     @property
     def real(self) -> bool:
-        """Whether it is told apart from noise, at 5 %."""
+        """Whether it is significant at 5 %."""
         return self.p <= SIGNIFICANT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """Shares, largest first; of what is left, `noise` is the part that seeds explain (None: one seed each)."""
+    """Shares, largest first; `noise` is the share that seeds explain (None with one seed each)."""
 
     shares: tuple[Share, ...]
     noise: float | None
@@ -214,7 +208,7 @@ class Importance:
 
 
 def importance(comparison: Comparison, finding: RankFinding) -> Importance | str:
-    """The shares, or why nothing can be said."""
+    """Return the shares, or the reason why there are none."""
     configurations = finding.configurations
     means = [each.metric(finding.key) for each in configurations]
     results = np.array([mean.value for mean in means if mean is not None])
@@ -225,13 +219,13 @@ def importance(comparison: Comparison, finding: RankFinding) -> Importance | str
             groups.setdefault(tuple(levels), []).append(name)
     if len(groups) < 2:
         only = next(iter(groups.values()), ["the seed"])
-        return f"Nothing varies but {' with '.join(only)}: there is nothing to weigh against it."
+        return f"Only {' with '.join(only)} varies, so there is no other setting to compare it with."
     effects = {" with ".join(names): _dummies(levels) for levels, names in groups.items()}
     needed = max(LEAST_CONFIGURATIONS, 1 + sum(table.shape[1] for table in effects.values()) + SPARE)
     if len(results) < needed:
         return (
-            f"{len(results)} configurations have a result; for shares of {len(groups)} settings that mean anything, "
-            f"{needed} are needed at least."
+            f"{len(results)} configurations have a result; at least {needed} are needed for meaningful shares of "
+            f"{len(groups)} settings."
         )
     total = float(np.sum((results - results.mean()) ** 2))
     if total == 0:

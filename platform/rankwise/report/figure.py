@@ -1,4 +1,4 @@
-"""Quality against rank as a figure, for slides and for MLflow's list of images; the report has its own charts."""
+"""The matplotlib figure of quality against rank, for slides and MLflow's list of images."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from rankwise.report.quality import Panel, panels, ranks
 
 
 def failures(comparison: Comparison) -> str | None:
-    """Names the arms that have no point, or None when all have."""
+    """Return a text that names the arms without a point, or None."""
     without = [arm for arm in comparison.arms if arm.status != "FINISHED"]
     if not without:
         return None
-    told = ", ".join(
+    named = ", ".join(
         f"r = {format_param(arm.params.get(RANK))} {'pruned' if arm.pruned else arm.status.lower()}"
         for arm in without[:6]
     )
-    return f"not shown: {told}" + (f" and {len(without) - 6} more" if len(without) > 6 else "")
+    return f"not shown: {named}" + (f" and {len(without) - 6} more" if len(without) > 6 else "")
 
 
 BASE_COLOUR = "#666666"
 COLUMNS = 4
-# Series beside one another, so that their error bars do not cover each other: ranks are drawn apart by this factor.
+# The factor between neighbouring series, so that their error bars do not overlap.
 APART = 1.05
 
 
 def rank_figure(comparison: Comparison) -> Figure:
-    """The plot as a matplotlib figure, without pyplot and its global state.
+    """Return the plot as a matplotlib figure, without pyplot and its global state.
 
-    Points are means over seeds with one standard error; the bare base is a dashed line with its own error as a band;
-    the best configuration has a ring.
+    Points are means over seeds with one standard error. The bare base is a dashed line with its error as a band; a ring
+    marks the best configuration.
     """
     shown = panels(comparison)
     columns = min(COLUMNS, len(shown)) or 1
@@ -54,7 +54,7 @@ def rank_figure(comparison: Comparison) -> Figure:
         else:
             ax.set_axis_off()
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    if len(shown[0].series) > len(PALETTE):  # A cloud: a legend of hundreds of settings would be the whole figure.
+    if len(shown[0].series) > len(PALETTE):  # Too many settings for a legend.
         return figure
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     return figure

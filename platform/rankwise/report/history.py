@@ -1,4 +1,4 @@
-"""The history of a search: what was tried, in which round, and what came of it; as a table and as a page."""
+"""The history of a search as JSON and as an HTML page: its trials, their rounds and results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from markupsafe import Markup
 
 from rankwise.evaluation.compare import Param, format_param, format_value, title
-from rankwise.report.cells import Cell, Column, Row
 from rankwise.report.charts import Chart, axis
 from rankwise.report.quality import metric_axis, value_axis
-from rankwise.report.shell import render
+from rankwise.report.render import render
+from rankwise.report.tables import Cell, Column, TableRow
 
 # Colour and style of the marks.
 _STATES: Mapping[str, tuple[int | None, str]] = {"complete": (0, ""), "pruned": (4, ""), "unknown": (None, "hollow")}
@@ -26,14 +26,14 @@ class HistoryTrial:
 
     Attributes:
         number: Counted from 0, in the order in which arms were proposed.
-        round: Its round, counted from 0.
-        spec_hash: Its arm.
-        label: What sets it apart.
+        round: Counted from 0.
+        spec_hash: The arm.
+        label: The settings that distinguish it.
         values: What the search chose, by field path.
         state: `complete`, `pruned`, `unknown`, or `waiting` while it has not ended.
-        value: The primary metric of a complete one; of a pruned one, the metric at its last rung.
-        step: That rung.
-        run_id: Its MLflow run, where there is one.
+        value: The primary metric; of a pruned trial, the metric at its last rung.
+        step: The step of that rung.
+        run_id: The MLflow run, if any.
     """
 
     number: int
@@ -57,11 +57,11 @@ class History:
     greater_is_better: bool
     trials: Sequence[HistoryTrial]
     rejected: int = 0
-    """Points that were drawn in vain: equal to another one, or refused by `where`."""
+    """Points that were drawn but not used: equal to another one, or excluded by `where`."""
 
     @property
     def best_so_far(self) -> list[float | None]:
-        """After each trial, the best value of the complete ones; None before the first of them."""
+        """The best value of the complete trials after each trial; None before the first of them."""
         best: float | None = None
         values: list[float | None] = []
         for trial in self.trials:
@@ -72,7 +72,7 @@ class History:
         return values
 
     def to_json(self) -> dict[str, object]:
-        """The table."""
+        """Return the history as a dictionary."""
         return {
             "experiment": self.experiment,
             "method": self.method,
@@ -96,7 +96,7 @@ class History:
 
 
 def history_page(history: History) -> str:
-    """Values by trial with the best so far, values by each parameter, and all trials, as an HTML page."""
+    """Return an HTML page with values by trial and by parameter, the best so far, and all trials."""
     paths = list(history.trials[0].values) if history.trials else []
     shown = [trial for trial in history.trials if trial.value is not None and math.isfinite(trial.value)]
     charts = [_by_trial(history, shown), *(_by_value(history, shown, path) for path in paths)] if shown else []
@@ -106,7 +106,7 @@ def history_page(history: History) -> str:
     counts: dict[str, int] = {}
     for trial in history.trials:
         counts[trial.state] = counts.get(trial.state, 0) + 1
-    told = ", ".join(f"{count:,} {state}" for state, count in counts.items())
+    states = ", ".join(f"{count:,} {state}" for state, count in counts.items())
     return render(
         "history.html.j2",
         page_title=f"{history.experiment}: search",
@@ -115,7 +115,7 @@ def history_page(history: History) -> str:
         headline=f"Best {name} so far: {format_value(history.primary_metric, known[-1])[0]}"
         if known
         else "No result yet.",
-        facts=f"{len(history.trials):,} trials: {told}. {name.capitalize()} decides, {better} is better.",
+        facts=f"{len(history.trials):,} trials: {states}. Primary metric: {name}, {better} is better.",
         charts=charts,
         heads=[Column("trial"), Column("round"), Column("", "text"), Column(name), Column("step")]
         + [Column(path) for path in paths],
@@ -127,7 +127,7 @@ def _by_trial(history: History, shown: Sequence[HistoryTrial]) -> Markup:
     last = len(history.trials) - 1
     chart = Chart(
         title=f"{title(history.primary_metric)} by trial",
-        note="dashed lines part the rounds" if history.trials[-1].round else "",
+        note="dashed lines separate the rounds" if history.trials[-1].round else "",
         x=axis("trial", [0.0, float(last)], whole=True),
         y=metric_axis(history.primary_metric, [trial.value for trial in shown if trial.value is not None]),
     )
@@ -168,7 +168,7 @@ def _points(history: History, chart: Chart, shown: Sequence[HistoryTrial], place
         chart.legend(trial.state, colour, style)
 
 
-def _row(history: History, trial: HistoryTrial, paths: Sequence[str]) -> Row:
+def _row(history: History, trial: HistoryTrial, paths: Sequence[str]) -> TableRow:
     cells = [
         Cell(text=str(trial.number)),
         Cell(text=str(trial.round + 1)),
@@ -177,7 +177,7 @@ def _row(history: History, trial: HistoryTrial, paths: Sequence[str]) -> Row:
         Cell(text="" if trial.step is None else str(trial.step)),
         *(Cell(text=format_param(_coordinate(trial.values[path]))) for path in paths),
     ]
-    return Row(cells=cells)
+    return TableRow(cells=cells)
 
 
 def _coordinate(value: Any) -> Param:

@@ -1,11 +1,9 @@
-"""Read what the report of a comparison shows, and make the page: a bounded number of requests, however many arms.
+"""The HTML report of a sweep: reads what it shows with a bounded number of requests, and builds the sections.
 
-That view shows a page in a frame with `sandbox="allow-scripts"` (mlflow 3.17): scripts run, other pages cannot be
-opened, and the page's own address is `blob:`, so that links cannot be relative to it. All content is there without
-scripts; one of 5 kB sorts, filters and pages the table of arms and points the links to the MLflow server.
-
-- Sections of the report: rank by rank, quality, other settings, costs, arms without a result.
-- The report of a sweep as one HTML page: it opens from a disk and in MLflow's artifact view.
+The page opens from a disk and in MLflow's artifact view. That view (mlflow 3.17) uses a frame with
+`sandbox="allow-scripts"`: scripts run, but other pages cannot be opened, and the page's address is `blob:`, so links
+cannot be relative. All content is visible without scripts; a script of 5 kB sorts, filters and pages the table of arms
+and sets the links to the MLflow server.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from markupsafe import Markup
 from rankwise.evaluation.compare import ArmRecord, Comparison, title, with_error
 from rankwise.evaluation.gather import TRAIN_LOSS, read_curves, read_layers
 from rankwise.evaluation.smallest_rank import RankFinding
-from rankwise.report.cells import Cell, Column, Row, arm_table, count_text, endings, rank_table
 from rankwise.report.costs import cost_charts, costs, front_rows, importance
 from rankwise.report.quality import chosen_arms, curve_charts, layer_chart, rank_charts, slice_charts, use_chart
-from rankwise.report.shell import render
+from rankwise.report.render import render
+from rankwise.report.tables import Cell, Column, TableRow, arm_table, count_text, endings, rank_table
 from rankwise.tracking.query import MetricPoint
 
 if TYPE_CHECKING:
@@ -33,40 +31,38 @@ _MOST_FRONT = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A section of the page; `id` is what links in the page name."""
+    """A section of the page; the navigation links to `id`."""
 
     id: str
     title: str
     texts: Sequence[str] = ()
     charts: Sequence[Markup] = ()
     heads: Sequence[Column] = ()
-    rows: Sequence[Row] = ()
+    rows: Sequence[TableRow] = ()
     notes: Sequence[str] = ()
 
 
 def by_rank(comparison: Comparison, finding: RankFinding) -> Part:
-    """The best configuration of each rank against the best of all, and the rule."""
+    """The best configuration of each rank compared with the best overall, and the rule."""
     heads, rows = rank_table(comparison, finding)
-    text = "For each rank its best configuration, against the best of all; at most: the limit of the test."
+    text = 'The best configuration of each rank, compared with the best overall. "At most" is the confidence limit.'
     return Part(id="ranks", title="Rank by rank", texts=[text], heads=heads, rows=rows, notes=finding.notes)
 
 
 def quality(comparison: Comparison, finding: RankFinding) -> list[Part]:
-    """Quality against the rank and against other settings, and which settings matter."""
+    """Quality against the rank and other settings, and which settings matter."""
     several = any(len(each.finished) > 1 for each in finding.configurations)
-    over = "the evaluation rows and over seeds; small marks are single seeds" if several else "the evaluation rows"
+    over = "the evaluation rows and seeds; small marks are single seeds" if several else "the evaluation rows"
     parts = [
         Part(
             id="quality",
             title="Quality against rank",
-            texts=[f"Bars: one standard error, over {over}. A ring marks the configuration of the first line."],
+            texts=[f"Bars: one standard error over {over}. A ring marks the configuration named in the first line."],
             charts=rank_charts(comparison, finding),
         )
     ]
     if charts := slice_charts(comparison, finding):
-        parts.append(
-            Part(id="slices", title="Other settings", texts=["One mark for each configuration."], charts=charts)
-        )
+        parts.append(Part(id="slices", title="Other settings", texts=["One mark per configuration."], charts=charts))
     if len(finding.configurations) > 1:
         parts.append(_importance(comparison, finding))
     return parts
@@ -79,47 +75,47 @@ def _importance(comparison: Comparison, finding: RankFinding) -> Part:
         return Part(id="importance", title=name, texts=[found])
     rows = []
     for share in found.shares:
-        told = "" if share.real else "not told apart from noise"
+        remark = "" if share.real else "not distinguishable from noise"
         rows.append(
-            Row(
+            TableRow(
                 cells=[
                     _text(share.name),
                     _bar(share.share, share.real),
                     _plain("< 0.001" if share.p < 0.001 else f"{share.p:.3f}"),
-                    _text(told),
+                    _text(remark),
                 ]
             )
         )
     if found.noise is not None:
-        rows.append(Row(cells=[_text("seeds"), _bar(found.noise, False), _plain(""), _text("noise of the means")]))
+        rows.append(TableRow(cells=[_text("seeds"), _bar(found.noise, False), _plain(""), _text("noise of the means")]))
     heads = [Column("setting", "text"), Column("share of the variance", "text"), Column("p"), Column("", "text")]
     note = (
-        f"Of the variance of {title(finding.key)} between {found.configurations:,} configurations, the share that a "
-        "setting explains, the others being held, less what it would by chance (epsilon squared of an additive "
-        "analysis of variance); p by the F test, corrected for the number of settings (Holm). What settings do only in "
-        "combination is in none of the shares."
+        f"A setting's share of the variance of {title(finding.key)} between {found.configurations:,} configurations, "
+        "with the other settings held fixed, minus what it would explain by chance (epsilon squared of an additive "
+        "analysis of variance). p is from the F test, corrected for the number of settings (Holm). Effects of "
+        "combinations of settings are in none of the shares."
     )
     return Part(id="importance", title=name, heads=heads, rows=rows, notes=[note])
 
 
 def against_costs(comparison: Comparison, finding: RankFinding) -> list[Part]:
-    """Quality against size, memory and time; nothing where fewer than two configurations have costs."""
+    """Quality against size, memory and time; nothing if fewer than two configurations have costs."""
     found = costs(finding)
     if found is None:
         return []
     table = front_rows(comparison, finding, found)
     heads = [Column(name, "text" if name == "configuration" else "") for name in table[0]]
     rows = [
-        Row(
+        TableRow(
             cells=[Cell(text=value, kind="text wide" if name == "configuration" else "") for name, value in row.items()]
         )
         for row in table[:_MOST_FRONT]
     ]
     text = (
-        "The front: configurations that no other one beats or equals in quality, size, memory and time at once while "
-        "being better in one of them, by their means, without regard to noise."
+        "The Pareto front: configurations that are not dominated, i.e. no other one is at least as good in quality, "
+        "size, memory and time and better in one of them. This compares means and ignores noise."
     )
-    left = f"The {_MOST_FRONT} with the smallest adapters of the {len(table)} on the front."
+    left = f"Only the {_MOST_FRONT} with the smallest adapters are shown, of {len(table)} on the front."
     return [
         Part(
             id="costs",
@@ -134,11 +130,11 @@ def against_costs(comparison: Comparison, finding: RankFinding) -> list[Part]:
 
 
 def without_result(comparison: Comparison) -> Part | None:
-    """Arms that failed, were pruned or wait, by reason; None where all have a result."""
+    """Arms that failed, were pruned or are pending, by reason; None if all have a result."""
     heads, rows = endings(comparison)
     if not rows:
         return None
-    text = "They take no part in means, tests and charts of results."
+    text = "They are excluded from means, tests and charts of results."
     return Part(id="without", title="Arms without a result", texts=[text], heads=heads, rows=rows)
 
 
@@ -160,7 +156,7 @@ def _bar(share: float, real: bool) -> Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What a page shows.
+    """The data of a page.
 
     Attributes:
         comparison: The arms.
@@ -170,9 +166,9 @@ class Material:
         curve_keys: Keys to draw, in this order.
         layer_arms: Arms whose layers are shown.
         layers: Effective rank by run id and layer.
-        mlflow: Where links lead on a saved page; the artifact view knows better.
-        command: How to make the page again.
-        version: Of rankwise.
+        mlflow: The MLflow server that links of a saved page lead to.
+        command: The command that makes the page again.
+        version: rankwise's.
     """
 
     comparison: Comparison
@@ -188,7 +184,7 @@ class Material:
 
 
 def make_page(material: Material) -> str:
-    """The whole page."""
+    """Return the whole page."""
     comparison, finding = material.comparison, material.finding
     base = comparison.base.get(comparison.primary_metric)
     parts = [without_result(comparison)]
@@ -218,7 +214,7 @@ def make_page(material: Material) -> str:
 
 
 def headline(comparison: Comparison, finding: RankFinding | None) -> str:
-    """The first line: the smallest rank, or why there is none."""
+    """Return the first line: the smallest rank, or why there is none."""
     if finding is not None:
         return finding.headline
     if all(arm.status in {"FAILED", "KILLED"} for arm in comparison.arms):
@@ -230,8 +226,8 @@ def _one_seed(finding: RankFinding | None) -> str:
     if finding is None or finding.verdict.seeds or len(finding.configurations) < 2:
         return ""
     return (
-        "How much results move from one seed to another is not known, so the first line is about these adapters, not "
-        "about their settings. Error bars show the noise over examples only."
+        "How much results vary between seeds is unknown, so the first line is about these adapters, not about their "
+        "settings. Error bars show the noise over examples only."
     )
 
 
@@ -245,7 +241,7 @@ def _rank_use(material: Material) -> Part | None:
         return None
     text = (
         "The effective rank of a delta is the exponential of the entropy of its normalised singular values (Roy and "
-        "Vetterli 2007): how many directions it really uses. Where it stays below r, a smaller r might do."
+        "Vetterli 2007): the number of directions that it really uses. If it stays below r, a smaller r may be enough."
     )
     return Part(id="use", title="Is the rank used?", texts=[text], charts=drawn)
 
@@ -255,30 +251,30 @@ def _curves(material: Material) -> Part | None:
     if not charts:
         return None
     shown, count = len(material.curve_arms), len(material.comparison.arms)
-    of = f"{shown} of {count:,} arms: the best of each rank, and some of the others. " if shown < count else ""
-    text = f"{of}Dashed: arms that were cut off (pruned, failed, cancelled)."
+    of = f"{shown} of {count:,} arms: the best of each rank and some others. " if shown < count else ""
+    text = f"{of}Dashed: arms that ended early (pruned, failed, cancelled)."
     return Part(id="curves", title="Learning curves", texts=[text], charts=charts)
 
 
 LOCAL_UI = "http://127.0.0.1:5000"
-"""Where `rankwise ui` serves."""
+"""The address of `rankwise ui`."""
 _MOST_LAYER_LINES = 12
 
 
 def report_page(
     store: Store, comparison: Comparison, finding: RankFinding | None, *, command: str, version: str
 ) -> str:
-    """The HTML page of a comparison.
+    """Return the HTML page of a comparison.
 
     Args:
-        store: Where its arms are.
+        store: The store of its arms.
         comparison: The arms.
-        finding: What `smallest_rank` has found.
-        command: How to make the page again.
-        version: Of rankwise.
+        finding: The result of `smallest_rank`.
+        command: The command that makes the page again.
+        version: rankwise's.
 
     Raises:
-        TrackingError: The store cannot be reached.
+        TrackingError: The store is unreachable.
     """
     curve_arms = chosen_arms(comparison, finding)
     keys = list(dict.fromkeys([TRAIN_LOSS, "eval.loss", comparison.primary_metric]))
@@ -300,7 +296,7 @@ def report_page(
 
 
 def _of_ranks(comparison: Comparison, finding: RankFinding | None) -> list[ArmRecord]:
-    """An arm of the best configuration of each rank; without results, of each rank that has finished."""
+    """An arm of the best configuration of each rank; without results, of each rank with a finished arm."""
     if finding is not None:
         found = [each.finished[0] for each, _, _ in finding.by_rank]
     else:

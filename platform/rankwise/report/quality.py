@@ -1,8 +1,4 @@
-"""Charts of quality: against the rank, and against every other setting that varies.
-
-- Panels: what the charts and the PNG of quality against rank show.
-- Charts of what was learned: losses by step, and how much of its rank each layer uses.
-"""
+"""Charts of quality against rank and settings, of learning curves, and of how much of the rank is used."""
 
 from __future__ import annotations
 
@@ -27,20 +23,20 @@ from rankwise.evaluation.compare import (
 )
 from rankwise.evaluation.metrics import MetricValue
 from rankwise.evaluation.smallest_rank import RankFinding, rank_of
-from rankwise.report.cells import alpha_over_rank, axis_name, settings_text, status_of
-from rankwise.report.charts import COLOURS, Axis, Chart, axis, shorten
+from rankwise.report.charts import COLOURS, Chart, ChartAxis, axis, shorten
+from rankwise.report.tables import alpha_over_rank, axis_name, settings_text, status_of
 from rankwise.tracking.query import MetricPoint
 
 MOST_SLICES = 9
 _MOST_SERIES = COLOURS
 MAX_PANELS = 8
-# A base further away than this many times the range of the adapters presses them onto one line.
+# A base further away than this many times the range of the adapters would compress them to one line.
 _FAR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotPoint:
-    """One configuration: rank, mean over seeds, one standard error, and the arms behind it."""
+    """One configuration: rank, mean over seeds, one standard error, and its arms."""
 
     rank: float
     value: float
@@ -51,7 +47,7 @@ class PlotPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Configurations that differ in the rank only (and in what follows from it); `label` says in what from others."""
+    """Configurations that differ only in the rank and what follows from it; `label` has the other settings."""
 
     label: str
     points: tuple[PlotPoint, ...]
@@ -70,10 +66,10 @@ class Panel:
 
     @property
     def heading(self) -> str:
-        """The title; for the primary metric also what is better."""
+        """The title; for the primary metric also which direction is better."""
         if self.greater_is_better is None:
             return self.title
-        return f"{self.title} (decides, {'greater' if self.greater_is_better else 'smaller'} is better)"
+        return f"{self.title} (primary metric, {'greater' if self.greater_is_better else 'smaller'} is better)"
 
     @property
     def extent(self) -> list[float]:
@@ -83,7 +79,7 @@ class Panel:
 
     @property
     def base_is_far(self) -> bool:
-        """Whether the base would press the adapters onto one line."""
+        """Whether the base would compress the adapters to one line."""
         if self.base is None or self.base.value is None:
             return False
         low, high = min(self.extent), max(self.extent)
@@ -91,7 +87,7 @@ class Panel:
 
 
 def panels(comparison: Comparison) -> list[Panel]:
-    """Panels with at least one point, the primary metric's first, once more without the base where that is far off."""
+    """Return panels with at least one point, the primary metric's first; if the base is far off, again without it."""
     keys = [comparison.primary_metric]
     keys += [key for key in comparison.keys if key not in SECONDARY and key != comparison.primary_metric]
     made = [panel for key in keys if (panel := _panel(comparison, key)).series]
@@ -101,7 +97,7 @@ def panels(comparison: Comparison) -> list[Panel]:
 
 
 def ranks(comparison: Comparison) -> list[float]:
-    """All ranks of the experiment, of arms without a result too, in order."""
+    """Return all ranks of the experiment in order, including those without a result."""
     values = {arm.params.get(RANK) for arm in comparison.arms}
     return sorted(float(value) for value in values if isinstance(value, int | float))
 
@@ -136,7 +132,7 @@ def _panel(comparison: Comparison, key: str) -> Panel:
 
 
 def _axes(comparison: Comparison) -> list[str]:
-    """Settings that tell configurations of one rank apart. What follows from the rank (alpha = 2r) is none."""
+    """Settings that distinguish configurations of one rank, without those that follow from it (alpha = 2r)."""
     return [axis for axis in (ALPHA, *comparison.axes) if any(len(values) > 1 for values in _by_rank(comparison, axis))]
 
 
@@ -155,10 +151,9 @@ def _label(settings: Mapping[str, Param | None]) -> str:
 
 
 def rank_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
-    """A chart for each metric, the primary one first; one standard error over examples and seeds as bars.
+    """Return one chart per metric, the primary one first; bars are one standard error over examples and seeds.
 
-    More settings than there are colours make a cloud: then the best configuration of each rank by the primary metric
-    has a line of its own, in every chart.
+    With more settings than colours, only the best configuration of each rank by the primary metric has a line.
     """
     shown = [panel for panel in panels(comparison) if not panel.title.endswith("adapters only")]
     return [_rank_chart(comparison, finding, panel) for panel in shown]
@@ -182,7 +177,7 @@ def _rank_chart(comparison: Comparison, finding: RankFinding, panel: Panel) -> M
             chart.point(point.rank, point.value, colour=None, radius=2, style="faint")
         chart.legend(f"{len(points):,} configurations", None)
         best = [each for each, _, _ in finding.by_rank]
-        _configurations(chart, comparison, finding, best, key, 0, f"best of its rank by {title(finding.key)}")
+        _configurations(chart, comparison, finding, best, key, 0, f"best of each rank by {title(finding.key)}")
     else:
         for number, series in enumerate(panel.series):
             of_series = {id(point.arms[0]): point for point in series.points}
@@ -217,7 +212,7 @@ def _configurations(
 
 
 def slice_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
-    """The judged metric against alpha / r, dropout and other settings that vary: configurations, and their means."""
+    """Return charts of the judged metric against alpha / r, dropout and other settings that vary."""
     charts = []
     for name, values in slices(comparison, finding.configurations).items():
         chart = _slice(comparison, finding, name, values)
@@ -227,7 +222,7 @@ def slice_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
 
 
 def slices(comparison: Comparison, configurations: Sequence[Configuration]) -> dict[str, list[Param | None]]:
-    """Settings that vary, with each configuration's value: alpha / r first, then dropout, then the others."""
+    """Return the settings that vary with each configuration's value: alpha / r first, then dropout, then the others."""
     found: dict[str, list[Param | None]] = {"alpha / r": [alpha_over_rank(each) for each in configurations]}
     for key in sorted(comparison.axes, key=lambda key: key != "lora.dropout"):
         found[axis_name(key)] = [each.params.get(key) for each in configurations]
@@ -263,12 +258,12 @@ def _slice(comparison: Comparison, finding: RankFinding, name: str, values: Sequ
         for place, level in middle.items():
             tip = f"mean of {len(groups[place]):,}: {with_error(key, level)}"
             chart.point(place, level, colour=None, radius=4, tip=tip)
-        chart.legend("mean of all with this value", None)
+        chart.legend("mean of all configurations with this value", None)
     return chart.draw()
 
 
-def value_axis(name: str, values: Sequence[Param | None]) -> tuple[Mapping[Param | None, float], Axis]:
-    """Where values lie: numbers by size, on a log axis where they span magnitudes; anything else side by side."""
+def value_axis(name: str, values: Sequence[Param | None]) -> tuple[Mapping[Param | None, float], ChartAxis]:
+    """Return positions and axis of values: numbers by size (log if they span magnitudes), other values side by side."""
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values):
         order = sorted(set(values), key=lambda value: (str(type(value)), str(value)))
@@ -282,15 +277,15 @@ def value_axis(name: str, values: Sequence[Param | None]) -> tuple[Mapping[Param
     )
 
 
-def metric_axis(key: str, values: Sequence[float]) -> Axis:
-    """The vertical axis of a metric; shares in percent."""
+def metric_axis(key: str, values: Sequence[float]) -> ChartAxis:
+    """Return the vertical axis of a metric; shares in percent."""
     if key not in SHARES:
         return axis(title(key), values)
     bounds = (0.0, math.inf) if max(values) > 1 else (0.0, 1.0)  # A mean relative error may be more than 100 %.
     return axis(title(key), values, text=lambda value: f"{100 * value:.4g} %", bounds=bounds)
 
 
-def _rank_axis(all_ranks: Sequence[float]) -> Axis:
+def _rank_axis(all_ranks: Sequence[float]) -> ChartAxis:
     return axis("rank r", all_ranks, log=True, ticks=all_ranks)
 
 
@@ -299,7 +294,7 @@ _MOST_POINTS = 80
 
 
 def chosen_arms(comparison: Comparison, finding: RankFinding | None) -> list[ArmRecord]:
-    """Arms whose curves are shown: all, or of many the best of each rank and some of those that were cut off."""
+    """Return the arms whose curves are shown: all, or the best of each rank and a selection of the others."""
     started = [arm for arm in comparison.arms if arm.run_id and arm.status != "SCHEDULED"]
     if len(started) <= MOST_CURVES:
         return started
@@ -317,7 +312,7 @@ def curve_charts(
     curves: Mapping[str, Mapping[str, Sequence[MetricPoint]]],
     keys: Sequence[str],
 ) -> list[Markup]:
-    """A chart for each key that has a curve of two points or more; arms that were cut off end in a dashed line."""
+    """Return one chart per key with a curve of at least two points; curves of arms that ended early are dashed."""
     charts = [_curves(comparison, arms, curves, key) for key in keys]
     return [chart for chart in charts if chart is not None]
 
@@ -336,7 +331,7 @@ def _curves(
     )
     by_rank = len(ranks) > 1
     values = [value for _, points in lines for _, value in points]
-    # One diverged arm must not press the others onto one line.
+    # One diverged arm must not compress the others to one line.
     top = sorted(values)[math.ceil(0.98 * (len(values) - 1))]
     shown = [value for value in values if value <= top + (top - min(values))]
     name = "training loss" if key == "train.loss" else f"{title(key)} on the evaluation rows"
@@ -345,7 +340,7 @@ def _curves(
         title=name,
         x=axis("step", [step for _, points in lines for step, _ in points], room=0.02, whole=True),
         y=replace(metric_axis(key, shown), title=title(key).removeprefix("train.")),
-        note="each point the mean of several steps" if averaged else "",
+        note="each point is the mean of several steps" if averaged else "",
     )
     legend = not by_rank and len(lines) <= COLOURS
     for number, (arm, points) in enumerate(lines):
@@ -368,7 +363,7 @@ def _curves(
 
 
 def thinned(points: Sequence[MetricPoint]) -> list[tuple[float, float]]:
-    """Steps and values; of many, means of neighbours, so that at most 80 are left."""
+    """Return steps and values, at most 80: of more, means of neighbours."""
     latest = {point.step: point.value for point in points}
     pairs = sorted(latest.items())
     size = -(-len(pairs) // _MOST_POINTS)
@@ -383,7 +378,7 @@ def thinned(points: Sequence[MetricPoint]) -> list[tuple[float, float]]:
 def layer_chart(
     comparison: Comparison, arms: Sequence[ArmRecord], layers: Mapping[str, Mapping[int, float]]
 ) -> Markup | None:
-    """The effective rank of each layer's deltas, a line for each arm; None where no arm has an anatomy."""
+    """Return the effective rank of each layer's deltas, one line per arm; None if no arm has an anatomy."""
     lines = [(arm, layers[arm.run_id]) for arm in arms if arm.run_id in layers]
     if not lines:
         return None
@@ -403,7 +398,7 @@ def layer_chart(
 
 
 def use_chart(comparison: Comparison) -> Markup | None:
-    """Effective rank of all finished arms against r, with the line where the whole rank is used."""
+    """Return the effective rank of all finished arms against r, with a line at full use of the rank."""
     points = [
         (float(rank), arm.effective_rank, arm)
         for arm in comparison.arms
@@ -417,7 +412,7 @@ def use_chart(comparison: Comparison) -> Markup | None:
         title="effective rank against r",
         x=axis("rank r", ranks, log=True, ticks=ranks),
         y=axis("effective rank", top, log=True, ticks=ranks),
-        note="on the dashed line the whole rank would be used alike",
+        note="on the dashed line, all directions are used equally",
     )
     if len(ranks) > 1:
         chart.line([(rank, rank) for rank in ranks], colour=None, style="dashed")

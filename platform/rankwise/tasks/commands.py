@@ -13,7 +13,7 @@ from rankwise.evaluation.gather import gather
 from rankwise.evaluation.smallest_rank import smallest_rank
 from rankwise.experiment.experiment import Experiment, parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.report.table import comparison_json, comparison_view
+from rankwise.report.comparison_output import comparison_json, comparison_view
 from rankwise.tasks.claim import open_run
 from rankwise.tasks.context import failure_of
 from rankwise.tasks.evaluate import evaluate_claimed

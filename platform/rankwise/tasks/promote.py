@@ -18,7 +18,7 @@ from rankwise.data.preflight import RowDigests, row_key
 from rankwise.data.rows import Example
 from rankwise.digests import content_digest
 from rankwise.evaluation.evaluate import Evaluation, prediction_rows
-from rankwise.evaluation.gate import Decision, decide
+from rankwise.evaluation.gate import GateDecision, decide
 from rankwise.evaluation.metrics import PREFIX, Observation, to_tracking
 from rankwise.exceptions import AssetError, ConfigError, DatasetError, GateError
 from rankwise.experiment.arm import ArmSpec
@@ -161,7 +161,7 @@ class Promotion:
     candidate: ModelVersion
     champion: ModelVersion | None
     alias: str
-    decision: Decision | None
+    decision: GateDecision | None
     moved: bool
     forced: bool
     run_id: str | None
@@ -299,7 +299,7 @@ def _decide(
     champion: ModelVersion | None,
     overlapping: int | None,
     among: int,
-) -> Decision:
+) -> GateDecision:
     spec, evaluation = assessment.setting.spec, assessment.setting.arm.evaluation
     mine = assessment.models[candidate.uri]
     theirs = None if champion is None else assessment.models[champion.uri]
@@ -335,7 +335,7 @@ def _write_evidence(
     candidate: ModelVersion,
     champion: ModelVersion | None,
     alias: str,
-    decision: Decision,
+    decision: GateDecision,
     force: str | None,
 ) -> str:
     spec = assessment.setting.spec
@@ -375,7 +375,7 @@ def _note(
     candidate: ModelVersion,
     champion: ModelVersion | None,
     alias: str,
-    decision: Decision,
+    decision: GateDecision,
     force: str | None,
 ) -> str:
     rows = [["yes" if check.ok else "**no**", check.text] for check in decision.checks]

@@ -23,11 +23,11 @@ from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.search import SEARCHES
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import JobStore, every_job
-from rankwise.report.cells import model_route, run_route
+from rankwise.report.comparison_output import comparison_json
 from rankwise.report.figure import rank_figure
 from rankwise.report.history import History
 from rankwise.report.page import headline, report_page
-from rankwise.report.table import comparison_json
+from rankwise.report.tables import model_route, run_route
 from rankwise.tasks.context import Context, Work
 from rankwise.tasks.search import arms_so_far, end_pruned_runs, history, publish_history
 from rankwise.tasks.submit import queue_arms

@@ -36,7 +36,7 @@ class JobModel:
 
 
 def versions_of_jobs(registry: Registry) -> dict[tuple[int, str], list[ModelVersion]]:
-    """Return the versions that jobs created, by job number and run id, oldest first; copies, with the same tags, are left out."""
+    """Return the versions that jobs created, by job number and run id, oldest first; without copies."""
     versions: dict[tuple[int, str], list[ModelVersion]] = {}
     for version in registry.search():
         job = version.tags.get(JOB, "")

@@ -51,7 +51,7 @@ def test_a_candidate_that_is_better_within_noise_does_not():
     decision = weigh(observations(2.0, seed=2), observations(2.001, seed=3), BASE)
     (reason,) = decision.reasons
     assert reason.startswith("eval.loss against the champion: ")
-    assert reason.endswith("(n = 200); better by more than 0 is asked for")
+    assert reason.endswith("(n = 200); must be better by more than 0")
 
 
 def test_an_improvement_must_be_as_large_as_asked_for():
@@ -78,7 +78,7 @@ def test_another_metric_may_not_get_worse_than_its_limit():
     assert weigh(worse, champion, BASE).passed
     (reason,) = weigh(worse, champion, BASE, **limits).reasons
     assert reason == (
-        "eval.mean_absolute_error against the champion: +90 [+90, +90] (n = 200); worse by at most 50 is allowed"
+        "eval.mean_absolute_error against the champion: +90 [+90, +90] (n = 200); may be worse by at most 50"
     )
     assert weigh(worse, champion, BASE, max_regression={"eval.mean_absolute_error": 90}).passed
     assert weigh(observations(1.5, price=1000), champion, BASE, **limits).passed
@@ -94,7 +94,7 @@ def test_what_is_not_defined_does_not_pass():
 
 def test_too_few_examples_and_too_many_that_were_trained_on():
     few = [observations(loss, n=20) for loss in (1.0, 2.0, 5.0)]
-    assert weigh(*few).reasons == ("20 examples; at least 100 are asked for",)
+    assert weigh(*few).reasons == ("20 examples; at least 100 are required",)
     assert weigh(*few, min_examples=20, overlapping=2).passed
     assert weigh(*few, min_examples=20, overlapping=5).reasons == (
         "5 of 25 examples (20.0%) were in the candidate's training data and are left out; at most 10.0% are allowed",
@@ -108,7 +108,7 @@ def test_perplexity_is_decided_by_the_loss():
 
 def test_a_key_that_no_metric_gives_is_refused():
     with pytest.raises(
-        ConfigError, match=r"promotion: eval\.bleu is no mean of the metrics loss, token_accuracy, number"
+        ConfigError, match=r"promotion: eval\.bleu is not a mean of the metrics loss, token_accuracy, number"
     ):
         weigh(BASE, None, BASE, max_regression={"eval.bleu": 1})
 
@@ -125,14 +125,14 @@ def test_the_evidence_is_plain_data():
 def test_what_was_trained_on_must_be_known():
     decision = weigh(observations(1.9, seed=2), observations(2.0, seed=3), BASE, overlapping=None)
     (reason,) = decision.reasons
-    assert reason == "which rows the candidate was trained on is not known, so none was left out"
+    assert reason == "the rows that the candidate was trained on are unknown, so none was left out"
 
 
 def test_over_bases_that_cut_texts_otherwise_only_metrics_of_texts_compare():
     better, champion = observations(1.9, price=1000, seed=2), observations(2.0, price=1010, seed=3)
     (reason,) = weigh(better, champion, BASE, same_tokens=False).reasons
     assert reason.startswith(
-        "eval.loss counts tokens, and the bases of candidate and champion cut texts into different"
+        "eval.loss is per token, and the bases of candidate and champion tokenize texts differently"
     )
     worse_base = observations(5.0, price=1500, seed=1)
     by_texts = {"same_tokens": False, "metric": "eval.mean_absolute_error"}
@@ -158,7 +158,7 @@ def test_nobody_wins_by_silence():
     refused = weigh(talking(range(3), error=0), champion, base, **by_price).reasons
     assert refused[0] == (
         "eval.mean_absolute_error has a value for 3 of 200 answers of the candidate, and for 200 of the champion; at "
-        "least 100 are asked for, and not fewer than of the champion beyond noise"
+        "least 100 are required, and not fewer than the champion has, beyond noise"
     )
     # Enough of them, and yet a fifth that the champion has answered.
     assert not weigh(talking(range(160), error=0), champion, base, **by_price).passed
@@ -170,7 +170,7 @@ def test_nobody_wins_by_silence():
 def test_examples_with_one_prompt_are_one_measurement():
     few = [observations(loss, n=20, seed=seed) for loss, seed in ((1.99, 1), (2.0, 2), (5.0, 3))]
     copies = [[replace(each, id=f"{each.id}.{copy}") for each in side for copy in range(10)] for side in few]
-    assert weigh(*copies).reasons[0] == "200 examples with 20 different prompts; at least 100 are asked for"
+    assert weigh(*copies).reasons[0] == "200 examples with 20 different prompts; at least 100 are required"
     once, ten = (weigh(*sides, min_examples=20).checks[2].difference for sides in (few, copies))
     assert (ten.n, ten.clusters, once.clusters) == (200, 20, 20)
     assert (ten.low, ten.high) == pytest.approx((once.low, once.high))
@@ -216,7 +216,8 @@ def test_the_choice_among_many_is_said():
     (chosen,) = [check for check in decision.checks if check.name == "chosen"]
     assert decision.passed
     assert (
-        "is one of 10 arms that were compared on these rows, so intervals are at 0.995 in place of 0.95" in chosen.text
+        "is one of 10 arms that were compared on these rows, so intervals are at confidence 0.995 instead of 0.95"
+        in chosen.text
     )
     alone = weigh(observations(1.9, seed=2), observations(2.0, seed=3), BASE).checks[2].difference
     among = decision.checks[3].difference

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rankwise.evaluation import smallest_rank
-from rankwise.evaluation.smallest_rank import Candidate, judge
+from rankwise.evaluation.smallest_rank import RankCandidate, judge
 
 RANKS = (2, 4, 8, 16)
 
@@ -29,7 +29,7 @@ def sweep(draw, truth, *, seeds=1, examples=100, of_seeds=0.0, paired=True, rank
             mean += influence / seeds
             squares.append(examples / (examples - 1) * float(influence @ influence))
         candidates.append(
-            Candidate(rank=ranks[at], values=tuple(values), stderr=math.sqrt(np.mean(squares)), examples=examples)
+            RankCandidate(rank=ranks[at], values=tuple(values), stderr=math.sqrt(np.mean(squares)), examples=examples)
         )
         influences[at] = mean if paired else None
     return candidates, lambda wanted: {at: influences[at] for at in wanted}
@@ -126,7 +126,7 @@ def test_one_seed_says_so_and_several_widen_the_limits():
 
 def test_seeds_that_vary_more_than_those_of_others_count_for_themselves():
     values = [(0.0, 2.0), (0.0, 0.2), (1.0,)]
-    candidates = [Candidate(rank=2, values=each, stderr=0.1, examples=9) for each in values]
+    candidates = [RankCandidate(rank=2, values=each, stderr=0.1, examples=9) for each in values]
     pooled = (2.0 + 0.02) / 2
     assert smallest_rank._seed_variances(candidates) == (pytest.approx([2.0, pooled, pooled]), 2)
 
@@ -156,12 +156,14 @@ def test_too_many_examples_to_read_keep_candidates_and_never_put_one_out(monkeyp
 
 def test_no_candidate_gives_no_verdict_and_a_single_one_is_the_best():
     assert judge([], lambda wanted: {}) is None
-    alone = judge([Candidate(rank=8, values=(-0.5,), stderr=0.1, examples=50)], lambda wanted: {})
+    alone = judge([RankCandidate(rank=8, values=(-0.5,), stderr=0.1, examples=50)], lambda wanted: {})
     assert (alone.best, alone.chosen, alone.behind, alone.at_most, alone.comparisons) == (0, 0, 0.0, 0.0, 0)
 
 
 def test_noise_that_is_not_known_excludes_nothing():
-    blind = [Candidate(rank=rank, values=(quality,), stderr=None, examples=1) for rank, quality in ((2, 0.0), (4, 9.0))]
+    blind = [
+        RankCandidate(rank=rank, values=(quality,), stderr=None, examples=1) for rank, quality in ((2, 0.0), (4, 9.0))
+    ]
     verdict = judge(blind, lambda wanted: {})
     assert verdict.chosen == 0
     assert verdict.at_most == math.inf
@@ -169,6 +171,6 @@ def test_noise_that_is_not_known_excludes_nothing():
 
 def test_equal_results_are_equal():
     influence = np.array([0.1, -0.1])
-    same = [Candidate(rank=rank, values=(1.0,), stderr=0.1, examples=2) for rank in (2, 4)]
+    same = [RankCandidate(rank=rank, values=(1.0,), stderr=0.1, examples=2) for rank in (2, 4)]
     verdict = judge(same, lambda wanted: dict.fromkeys(wanted, influence))
     assert (verdict.chosen, verdict.behind, verdict.at_most) == (0, 0.0, 0.0)

@@ -42,34 +42,35 @@ def test_the_first_line_names_the_smallest_rank_and_what_it_may_cost():
     assert finding.chosen.params["lora.r"] == 4
     assert finding.headline.startswith(
         "r = 4 is the smallest rank that is not worse than the best (r = 8) beyond noise: loss 0.715 against 0.710, "
-        "truly worse by 0.0"
+        "at most 0.0"
     )
-    assert finding.headline.endswith(" at most (95 %).")
+    assert finding.headline.endswith(" worse (95 % confidence).")
     assert [(c.params["lora.r"], stands) for c, _, stands in finding.by_rank] == [(2, False), (4, True), (8, True)]
 
 
 def test_the_first_line_says_when_the_best_stands_alone_and_when_nothing_is_told_apart():
     assert find_smallest_rank(losses(0.93, 0.85, 0.71), alike(0.01)).headline == (
-        "r = 8, the largest that has a result, is the best, and every smaller rank is worse beyond noise (95 %)."
+        "r = 8, the largest rank with a result, is the best; "
+        "every smaller rank is worse beyond noise (95 % confidence)."
     )
     assert find_smallest_rank(losses(0.93, 0.71, 0.9), alike(0.01)).headline == (
-        "r = 4 is the best, and every smaller rank is worse beyond noise (95 %)."
+        "r = 4 is the best; every smaller rank is worse beyond noise (95 % confidence)."
     )
     tied = find_smallest_rank(losses(0.712, 0.711, 0.71), alike(0.1))
     assert tied.headline.startswith("r = 2, the smallest, is not worse than the best (r = 8) beyond noise")
-    assert tied.headline.endswith("No rank is told apart from the best.")
+    assert tied.headline.endswith("No rank is worse than the best beyond noise.")
     assert find_smallest_rank(losses(0.71, 0.72, 0.9), alike(0.1)).headline == (
-        "r = 2 is the smallest rank, and no larger one has a better mean."
+        "r = 2 is the smallest rank, and no larger rank has a better mean."
     )
 
 
 def test_the_first_line_does_not_call_a_rank_the_smallest_where_smaller_ones_have_no_result():
     best = find_smallest_rank(losses(None, 0.71, 0.72), alike(0.1))
-    assert best.headline == "r = 4 is the smallest rank with a result, and no larger one has a better mean."
+    assert best.headline == "r = 4 is the smallest rank with a result, and no larger rank has a better mean."
     tied = find_smallest_rank(losses(None, 0.711, 0.71), alike(0.1))
     assert tied.headline.startswith("r = 4, the smallest with a result, is not worse than the best (r = 8)")
     larger = find_smallest_rank(losses(0.71, 0.72, None), alike(0.1))
-    assert larger.headline == "r = 2 is the smallest rank, and no larger one has a better mean."
+    assert larger.headline == "r = 2 is the smallest rank, and no larger rank has a better mean."
 
 
 def test_one_rank_alone_and_no_result_claim_nothing():
@@ -83,16 +84,16 @@ def test_without_results_of_single_examples_the_errors_of_both_count_and_the_not
     finding = find_smallest_rank(losses(0.93, 0.73, 0.71), nothing)
     assert not finding.verdict.paired
     assert finding.chosen.params["lora.r"] == 4
-    assert any("results of single examples are not stored" in note for note in finding.notes)
+    assert any("per-example results are not stored" in note for note in finding.notes)
     assert not any("example by example" in note for note in finding.notes)
 
 
 def test_with_one_seed_the_notes_say_that_its_noise_is_not_known():
     one = find_smallest_rank(losses(0.93, 0.71), alike(0.01))
-    assert any("Noise over seeds is not known" in note for note in one.notes)
+    assert any("Noise over seeds is unknown" in note for note in one.notes)
     several = find_smallest_rank(seeds_and_rates(), alike(0.01))
     assert several.verdict.seeds
-    assert not any("is not known" in note for note in several.notes)
+    assert not any("is unknown" in note for note in several.notes)
     assert several.verdict.comparisons == 7
 
 
@@ -105,13 +106,13 @@ def test_the_rule_its_confidence_and_where_it_comes_from_are_told():
 def test_ranks_whose_arms_have_failed_or_were_pruned_are_named_as_not_judged():
     finding = find_smallest_rank(ranks(), alike(0.01))
     assert finding.unjudged == (16.0,)
-    assert "Not judged, since no arm has a result that counts: r = 16." in finding.notes
+    assert "Not judged, because no arm has a usable result: r = 16." in finding.notes
 
 
 def test_a_greater_metric_is_judged_the_other_way():
     finding = find_smallest_rank(ranks(primary_metric="eval.token_accuracy", greater_is_better=True), nothing)
     assert finding.best.params["lora.r"] == 8
-    assert "points at most" in finding.headline or finding.chosen is finding.best
+    assert " points worse (" in finding.headline or finding.chosen is finding.best
     assert finding.verdict.behind >= 0
 
 

@@ -2,7 +2,7 @@
   const root = document.documentElement;
   root.classList.add("js");
 
-  // Links into MLflow. The artifact view shows this page at blob:ORIGIN/ID; a saved page is told where MLflow is.
+  // Links into MLflow. The artifact view shows this page at blob:ORIGIN/ID; a saved page has a field for MLflow's address.
   const origin = location.protocol === "blob:" ? location.href.slice(5).split("/").slice(0, 3).join("/") : "";
   const address = document.getElementById("mlflow");
   if (address) {
@@ -18,7 +18,7 @@
     address.addEventListener("input", point);
     point();
   }
-  // A sandboxed frame may not open pages: then the address is put where a person can take it from.
+  // A sandboxed frame may not open pages, so a click copies the address.
   document.addEventListener("click", (event) => {
     const place = event.target.closest('nav a[href^="#"]');
     if (place) {

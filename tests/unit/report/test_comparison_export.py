@@ -8,7 +8,7 @@ from helpers.comparisons import arm, ranks, seeds_and_rates
 
 from rankwise.evaluation.compare import compare
 from rankwise.evaluation.smallest_rank import find_smallest_rank
-from rankwise.report.table import comparison_csv, comparison_json
+from rankwise.report.comparison_output import comparison_csv, comparison_json
 
 
 def exported(comparison):

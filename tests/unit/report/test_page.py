@@ -119,17 +119,17 @@ def test_the_first_line_of_the_page_is_the_smallest_rank():
     page = full()
     (answer,) = re.findall(r'<p class="answer">(.*?)</p>', page)
     assert answer.startswith("r = ")
-    assert answer.endswith("(95 %).") or "told apart" in answer
+    assert answer.endswith("(95 % confidence).") or "No rank is worse" in answer
     assert page.index("answer") < page.index("<main>")
 
 
 def test_arms_that_failed_or_were_pruned_are_shown_as_such_with_their_reason():
     text = Page(full()).text
     assert "26 arms: 24 finished, 1 failed, 1 pruned" in text
-    part = text.partition("They take no part")[2].partition("The front")[0]
+    part = text.partition("They are excluded from")[2].partition("The Pareto front")[0]
     assert "failed 1 CUDA out of memory r = 32" in part
     assert f"pruned 1 {PRUNED} r = 64" in part
-    table = text.partition("Peak memory is that")[0].rpartition("All arms")[2]
+    table = text.partition("Peak memory is per process")[0].rpartition("All arms")[2]
     assert "CUDA out of memory" in table
     assert PRUNED in table
 
@@ -140,22 +140,22 @@ def test_reasons_that_differ_in_measured_numbers_are_one_line():
         for at in range(20)
     ]
     text = Page(page_of(of(arms))).text
-    assert "pruned 20 pruned at step 8: eval.loss 1.01 is not among the best 4 of 16 (and the like)" in text
+    assert "pruned 20 pruned at step 8: eval.loss 1.01 is not among the best 4 of 16 (and similar)" in text
     assert "and 8 more" in text
 
 
 @pytest.mark.parametrize(
     ("arms", "first"),
     [
-        ([arm(8, 0.5)], "r = 8 is the only rank with a result: there is nothing to compare it with."),
-        ([arm(8, 0.5, stderr=None)], "r = 8 is the only rank with a result: there is nothing to compare it with."),
+        ([arm(8, 0.5)], "r = 8 is the only rank with a result, so there is nothing to compare it with."),
+        ([arm(8, 0.5, stderr=None)], "r = 8 is the only rank with a result, so there is nothing to compare it with."),
         ([arm(2, None, status="FAILED", reason="no disk"), arm(4, None, status="FAILED")],
          "No rank can be named: no arm has finished."),
         ([arm(2, None, status="RUNNING")], "No rank can be named yet: no arm has a result."),
         ([arm(2, None), arm(4, None)], "No rank can be named yet: no arm has a result."),
         ([arm(2, 0.5, stderr=None), arm(4, 0.4, stderr=None)],
-         "r = 4 has the best mean; how far the others are behind cannot be told: the noise is not known."),
-        ([arm(2, 0.5), arm(4, 0.5)], "r = 2 is the smallest rank, and no larger one has a better mean."),
+         "r = 4 has the best mean; the noise is unknown, and so is how much worse the others are."),
+        ([arm(2, 0.5), arm(4, 0.5)], "r = 2 is the smallest rank, and no larger rank has a better mean."),
     ],
     ids=["one arm", "one example", "all failed", "running", "not evaluated", "no noise", "equal"],
 )  # fmt: skip

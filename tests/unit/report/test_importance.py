@@ -103,6 +103,6 @@ def test_numbers_of_many_values_are_cut_into_groups():
 def test_too_few_arms_say_that_nothing_can_be_said():
     few = grid(lambda s, draw: 1.0 + s["r"], r=(2, 4), training__learning_rate=(1, 2))
     assert weighed(few) == (
-        "4 configurations have a result; for shares of 2 settings that mean anything, 8 are needed at least."
+        "4 configurations have a result; at least 8 are needed for meaningful shares of 2 settings."
     )
-    assert "nothing to weigh" in weighed([arm(2, 0.5), arm(4, 0.4)])
+    assert "no other setting to compare" in weighed([arm(2, 0.5), arm(4, 0.4)])

@@ -1,4 +1,4 @@
-"""Pages that need nothing from outside: style and script are in the page, and its policy (CSP) forbids any request."""
+"""Renders self-contained HTML pages: style and script are inline, and a policy (CSP) forbids all requests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ _PARTS = files("rankwise.report") / "parts"
 
 
 def render(template: str, **values: object) -> str:
-    """A page out of a template of `parts`; every text is escaped, `Markup` is not.
-
-    Args:
-        template: Its file name.
-        values: What it shows; `page_title` always.
-    """
+    """Render a template of `parts`; every text is escaped, `Markup` is not. `values` must have `page_title`."""
     style, script = _file("report.css"), _file("report.js")
     return (
         _environment()
@@ -43,5 +38,5 @@ def _file(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a policy names the only style and script that may be used."""
+    """Return the hash by which the policy allows the style and the script."""
     return "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()

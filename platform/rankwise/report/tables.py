@@ -1,6 +1,6 @@
-"""Tables of the report: all arms with links, those without a result by reason, the best configuration of each rank.
+"""Tables of the HTML report: all arms with links, arms without a result by reason, the best configuration of each rank.
 
-- How a report names configurations, arms and their ends.
+Also the texts by which reports name configurations, settings and arms.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rankwise.evaluation.smallest_rank import RankFinding
 
 
 def settings_text(comparison: Comparison, configuration: Configuration) -> str:
-    """`r = 8, alpha 16, learning rate 0.002`: the rank and what else varies in the experiment."""
+    """`r = 8, alpha 16, learning rate 0.002`: the rank and the other settings that vary in the experiment."""
     parts = [f"r = {format_param(configuration.params.get(RANK))}"]
     parts += [f"{axis_name(key)} {format_param(configuration.params.get(key))}" for key in comparison.varying]
     return ", ".join(parts)
@@ -45,13 +45,13 @@ def axis_name(key: str) -> str:
 
 
 def alpha_over_rank(configuration: Configuration) -> float | None:
-    """Its alpha / r; None where one of both is not there."""
+    """Return alpha / r, or None if either is missing."""
     alpha, rank = configuration.params.get(ALPHA), configuration.params.get(RANK)
     return round(alpha / rank, 6) if isinstance(alpha, int | float) and isinstance(rank, int | float) and rank else None
 
 
 def status_of(arm: ArmRecord) -> str:
-    """What became of an arm, for people."""
+    """Return an arm's status as shown to users."""
     if arm.pruned:
         return "pruned"
     if arm.status == "FINISHED" and not arm.metrics:
@@ -64,8 +64,8 @@ def count_text(arms: Sequence[ArmRecord]) -> str:
     counts: dict[str, int] = {}
     for arm in arms:
         counts[status_of(arm)] = counts.get(status_of(arm), 0) + 1
-    told = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
-    return f"{len(arms):,} {'arm' if len(arms) == 1 else 'arms'}: {told}"
+    parts = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"{len(arms):,} {'arm' if len(arms) == 1 else 'arms'}: {parts}"
 
 
 _MOST_METRICS = 6
@@ -78,12 +78,12 @@ class Cell:
     """One cell.
 
     Attributes:
-        text: What it says.
-        kind: Classes of the style: `text` is left aligned, `mono`, `wide`, `clip` one line that may be cut off.
-        value: What it is sorted by, where that is not the text; empty: last.
-        route: Where its link leads, in MLflow's UI.
-        tag: The class of the label that its text is.
-        drawn: Before the text.
+        text: The text.
+        kind: CSS classes: `text` is left aligned, `mono`, `wide`, `clip` is one line that may be cut off.
+        value: The sort key if it is not the text; empty sorts last.
+        route: The link target in MLflow's UI.
+        tag: The CSS class of the label around the text.
+        drawn: Markup before the text.
     """
 
     text: str
@@ -95,15 +95,15 @@ class Cell:
 
 
 class Column(NamedTuple):
-    """A heading; `kind` as of its cells."""
+    """A heading; `kind` as in `Cell`."""
 
     text: str
     kind: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row; `kind` is its class."""
+class TableRow:
+    """One row; `kind` is its CSS class."""
 
     cells: Sequence[Cell]
     kind: str = ""
@@ -114,11 +114,11 @@ class ArmTable:
     """All arms, best configuration first, those without a result last."""
 
     heads: Sequence[Column]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
 def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
-    """The table of all arms."""
+    """Return the table of all arms."""
     places = {arm.spec_hash: place for place, each in enumerate(comparison.ranking, start=1) for arm in each.arms}
     keys = [key for key in comparison.keys if key not in SECONDARY or key == comparison.primary_metric]
     keys = sorted(keys, key=lambda key: key != comparison.primary_metric)[:_MOST_METRICS]
@@ -156,12 +156,12 @@ def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
             Cell(text=arm.reason or "", kind="text clip"),
         ]
         kind = "chosen" if arm.spec_hash in chosen else ""
-        rows.append(Row(cells=cells, kind=f"best {kind}".strip() if arm is best else kind))
+        rows.append(TableRow(cells=cells, kind=f"best {kind}".strip() if arm is best else kind))
     return ArmTable(heads=heads, rows=rows)
 
 
-def endings(comparison: Comparison) -> tuple[list[Column], list[Row]]:
-    """Arms without a result by what became of them and why; reasons that differ in measured numbers only are one."""
+def endings(comparison: Comparison) -> tuple[list[Column], list[TableRow]]:
+    """Group arms without a result by status and reason; reasons that differ only in measured numbers count as one."""
     groups: dict[tuple[str, str], list[ArmRecord]] = {}
     for arm in comparison.arms:
         if (status := status_of(arm)) != "finished":
@@ -173,9 +173,9 @@ def endings(comparison: Comparison) -> tuple[list[Column], list[Row]]:
             by_rank.setdefault(format_param(arm.params.get(RANK)), []).append(arm.spec_hash[:8])
         named = "; ".join(f"r = {rank}: {', '.join(hashes)}" for rank, hashes in by_rank.items())
         more = f" and {len(arms) - _MOST_NAMED:,} more" if len(arms) > _MOST_NAMED else ""
-        reason = (arms[0].reason or "no reason was recorded") + (" (and the like)" if _differ(arms) else "")
+        reason = (arms[0].reason or "no reason was recorded") + (" (and similar)" if _differ(arms) else "")
         rows.append(
-            Row(
+            TableRow(
                 cells=[
                     Cell(text=status, kind="text", tag=status.replace(" ", "-")),
                     Cell(text=f"{len(arms):,}"),
@@ -187,8 +187,8 @@ def endings(comparison: Comparison) -> tuple[list[Column], list[Row]]:
     return [Column("", "text"), Column("arms"), Column("reason", "text"), Column("which", "text")], rows
 
 
-def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Column], list[Row]]:
-    """The best configuration of each rank, and whether the rank stands against the best one."""
+def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Column], list[TableRow]]:
+    """Return the best configuration of each rank and how it compares with the best overall."""
     key, best = finding.key, finding.best.metric(finding.key)
     assert best is not None
     heads = [Column("r"), Column("against the best", "text"), Column(title(key)), Column("worse by"), Column("at most")]
@@ -201,16 +201,16 @@ def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Colum
         assert mean is not None
         behind = abs(mean.value - best.value)
         if configuration is finding.chosen:
-            said, tag = ("the best" if configuration is finding.best else "the smallest that is not worse"), "stands"
+            label, tag = ("the best" if configuration is finding.best else "the smallest that is not worse"), "stands"
         elif configuration is finding.best:
-            said, tag = "the best mean", "stands"
+            label, tag = "the best mean", "stands"
         else:
-            said, tag = ("not told apart", "out") if stands else ("worse", "failed")
+            label, tag = ("not worse", "out") if stands else ("worse", "failed")
         sizes = [arm.adapter_bytes for arm in configuration.finished if arm.adapter_bytes is not None]
         is_best = configuration is finding.best
         cells = [
             Cell(text=format_param(configuration.params.get(RANK))),
-            Cell(text=said, kind="text", tag=tag),
+            Cell(text=label, kind="text", tag=tag),
             Cell(text=with_error(key, mean.value, mean.stderr)),
             Cell(text=NONE if is_best else finding.amount(behind)),
             Cell(text=NONE if is_best or margin == float("inf") else finding.amount(behind + margin)),
@@ -219,19 +219,19 @@ def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Colum
         ]
         if comparison.varying:
             cells.append(Cell(text=settings_text(comparison, configuration).partition(", ")[2], kind="text wide"))
-        rows.append(Row(cells=cells, kind="chosen" if configuration is finding.chosen else ""))
+        rows.append(TableRow(cells=cells, kind="chosen" if configuration is finding.chosen else ""))
     return heads, rows
 
 
 def run_route(comparison: Comparison, arm: ArmRecord) -> str:
-    """The place of a run in MLflow's UI, after `#/`; empty where the experiment's id is not known."""
+    """Return the path of a run in MLflow's UI, after `#/`; empty if the experiment's id is unknown."""
     if comparison.experiment_id is None or not arm.run_id:
         return ""
     return f"experiments/{comparison.experiment_id}/runs/{arm.run_id}"
 
 
 def model_route(comparison: Comparison, arm: ArmRecord) -> str:
-    """The place of an arm's model version, or of its logged model; empty where it has none."""
+    """Return the path of an arm's model version or logged model in MLflow's UI; empty without one."""
     name, _, version = (arm.model_uri or "").removeprefix("models:/").partition("/")
     if version:
         return f"models/{quote(name, safe='')}/versions/{quote(version, safe='')}"

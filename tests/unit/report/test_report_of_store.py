@@ -58,7 +58,7 @@ def test_the_page_has_curves_layers_and_every_arm(settings):
         page = report_page(store, comparison, finding, command="rankwise report many", version="1")
     for wanted in ("training loss", "loss on the evaluation rows", "effective rank by layer", "layer 11: "):
         assert wanted in page
-    assert f"the same {EXAMPLES} ones" in page
+    assert f"the same {EXAMPLES} examples" in page
     for each in comparison.arms:
         assert f'href="#/experiments/{comparison.experiment_id}/runs/{each.run_id}"' in page
     assert {each.status for each in comparison.arms} >= {"FINISHED", "KILLED"}
@@ -90,7 +90,7 @@ def test_without_the_tables_of_single_examples_the_page_says_what_it_does_instea
     monkeypatch.setattr("rankwise.evaluation.gather.PREDICTIONS", "nothing.json")
     page = tmp_path / "page.html"
     CliRunner().invoke(report, ["many", "--output", str(page)], catch_exceptions=False)
-    assert "results of single examples are not stored for all" in page.read_text()
+    assert "per-example results are not stored for all" in page.read_text()
 
 
 @pytest.mark.usefixtures("environment")
@@ -101,7 +101,7 @@ def test_tables_that_cannot_be_read_do_not_hide_the_results_and_the_problem_is_t
     monkeypatch.setattr("rankwise.evaluation.smallest_rank.read_influences", broken)
     table = CliRunner().invoke(compare, ["many"], catch_exceptions=False).stdout
     assert table.startswith("r = ")
-    assert "errors count as independent: predictions.json of run x cannot be read: access denied" in table
+    assert "errors are treated as independent: predictions.json of run x cannot be read: access denied" in table
     page = tmp_path / "page.html"
     CliRunner().invoke(report, ["many", "--output", str(page)], catch_exceptions=False)
     assert "could not be read: predictions.json of run x cannot be read: access denied" in page.read_text()

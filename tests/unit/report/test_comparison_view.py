@@ -8,7 +8,7 @@ from rich.console import Console
 
 from rankwise.evaluation.compare import Comparison, compare
 from rankwise.evaluation.smallest_rank import find_smallest_rank
-from rankwise.report.table import comparison_view
+from rankwise.report.comparison_output import comparison_view
 
 
 def printed(comparison: Comparison, width: int = 200) -> list[str]:
@@ -59,8 +59,8 @@ def test_of_many_configurations_the_best_ones_and_the_best_of_each_rank_are_show
     lines = console.file.getvalue().splitlines()
     assert len(lines) < 70
     assert {"2", "4", "8", "16", "32"} <= {line.split()[1] for line in lines if line.split()[0].isdecimal()} | {"2"}
-    assert "... and 190 more configurations: --csv and --json have all" in lines
-    assert "... and 18 more arms without a result: --csv and --json have all" in lines
+    assert "... and 190 more configurations; --csv and --json list all" in lines
+    assert "... and 18 more arms without a result; --csv and --json list all" in lines
 
 
 def test_the_bare_base_has_its_row():
@@ -91,7 +91,7 @@ def test_an_arm_that_hardly_answers_is_said_to_have_no_place():
     silent = arm(2, 0.1)
     silent = replace(silent, metrics={**silent.metrics, "eval.loss": replace(silent.metrics["eval.loss"], n=3)})
     lines = printed(compare("x", [silent, arm(4, 0.5)], primary_metric="eval.loss", greater_is_better=False))
-    assert any(line.startswith("r = 2, arm ") and line.endswith("loss is about 3 examples only") for line in lines)
+    assert any(line.startswith("r = 2, arm ") and line.endswith("a value for only 3 examples") for line in lines)
     assert row(lines, "★", "1", "4")
 
 
@@ -100,7 +100,7 @@ def test_many_pruned_arms_are_one_line_and_hide_no_failure():
     arms = [arm(at + 1, None, status="KILLED", reason=reason) for at, reason in enumerate(reasons)]
     arms += [arm(100, 0.5), arm(101, None, status="FAILED", reason="CUDA out of memory")]
     lines = printed(compare("x", arms, primary_metric="eval.loss", greater_is_better=False))
-    assert "90 arms stopped early: 30 pruned at step 16, 60 pruned at step 4; why each: --csv and --json" in lines
+    assert "90 arms stopped early: 30 pruned at step 16, 60 pruned at step 4; reasons: --csv and --json" in lines
     assert not any("not among the best" in line for line in lines)
     assert any(line.endswith("FAILED: CUDA out of memory") for line in lines)
 

@@ -1,7 +1,4 @@
-"""The comparison for the terminal: arms by rank, the bare base below, the best one marked, failures with reasons.
-
-- A comparison for programs: the dictionary of `compare --json`, and one line for each arm as CSV.
-"""
+"""The comparison as a terminal table with notes, as JSON and as CSV."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ MOST_PRUNED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class _Column:
-    """A heading and the cells under it; `leading` columns name the row and are repeated when the table is split."""
+    """A heading and its cells; `leading` columns name the row and are repeated when the table is split."""
 
     heading: str
     cells: tuple[Text, ...]
@@ -50,12 +47,12 @@ class _Column:
 
 
 def comparison_view(comparison: Comparison, console: Console, finding: RankFinding | None = None) -> RenderableType:
-    """The table, in two parts where the console is too narrow for one, with notes on what is not in it.
+    """Return the terminal table, split in two if the console is too narrow, with notes on what it leaves out.
 
     Args:
         comparison: The arms.
-        console: What it is drawn for.
-        finding: The smallest rank, for the first line; None where it was not looked for, or no arm has a result.
+        console: The console to draw for.
+        finding: The smallest rank, for the first line; None if unknown or without results.
     """
     shown = _shown(comparison, finding)
     columns = _columns(comparison, shown)
@@ -71,13 +68,13 @@ def comparison_view(comparison: Comparison, console: Console, finding: RankFindi
     head = Text(_headline(comparison), style="bold" if finding is None else "")
     problems = []
     if finding is not None and finding.problem:
-        text = f"Results of single examples could not be read, so errors count as independent: {finding.problem}"
+        text = f"Per-example results could not be read, so errors are treated as independent: {finding.problem}"
         problems.append(Text(text, style="yellow"))
     return Group(*first, head, *parts, *_notes(comparison, len(shown)), *problems)
 
 
 def _shown(comparison: Comparison, finding: RankFinding | None) -> list[Configuration]:
-    """All configurations; of many the best ones and the best of each rank, in their order."""
+    """All configurations; of many, the best ones and the best of each rank, in their order."""
     if len(comparison.configurations) <= MOST_ROWS:
         return list(comparison.configurations)
     wanted = {id(each) for each, _, _ in finding.by_rank} if finding is not None else set()
@@ -148,18 +145,18 @@ def _headline(comparison: Comparison) -> str:
         return f"{head}; no arm has a result yet"
     best = comparison.ranking[0]
     mean, rank = best.metric(key), format_param(best.params.get(RANK))
-    assert mean is not None, "what is ranked has a value"
+    assert mean is not None, "a ranked configuration has a value"
     return f"{head}; best: r = {rank} with {with_error(key, mean.value, mean.stderr)}"
 
 
 def _notes(comparison: Comparison, shown: int) -> list[Text]:
     notes = []
     if (left := len(comparison.configurations) - shown) > 0:
-        notes.append(Text(f"... and {left:,} more configurations: --csv and --json have all", style="yellow"))
+        notes.append(Text(f"... and {left:,} more configurations; --csv and --json list all", style="yellow"))
     notes.append(
         Text(
-            "★ the best arm; # place by the mean over seeds; ± one standard error over the evaluation rows "
-            "(and over seeds where there are several). More metrics: --json.",
+            "★ best arm; # place by the mean over seeds; ± one standard error over the evaluation rows (and over "
+            "seeds if there are several). More metrics: --json.",
             style="dim",
         )
     )
@@ -174,20 +171,21 @@ def _notes(comparison: Comparison, shown: int) -> list[Text]:
     named = [*failed[:MOST_NAMED], *(pruned if len(pruned) <= MOST_PRUNED else [])]
     for arm in named:
         status = "stopped early" if arm.pruned else arm.status
-        told = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {status}"
-        notes.append(Text(told + (f": {arm.reason}" if arm.reason else ""), style="dim" if arm.pruned else "red"))
+        note = f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]}: {status}"
+        notes.append(Text(note + (f": {arm.reason}" if arm.reason else ""), style="dim" if arm.pruned else "red"))
     if (left := len(failed) - MOST_NAMED) > 0:
-        notes.append(Text(f"... and {left:,} more arms without a result: --csv and --json have all", style="yellow"))
+        notes.append(Text(f"... and {left:,} more arms without a result; --csv and --json list all", style="yellow"))
     for arm in comparison.silent[:MOST_NAMED]:
-        told = (
-            f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]} has no place: "
-            f"{title(comparison.primary_metric)} is about {arm.metrics[comparison.primary_metric].n:,} examples only"
+        note = (
+            f"r = {format_param(arm.params.get(RANK))}, arm {arm.spec_hash[:12]} is not ranked: "
+            f"{title(comparison.primary_metric)} has a value for only "
+            f"{arm.metrics[comparison.primary_metric].n:,} examples"
         )
-        notes.append(Text(told, style="red"))
+        notes.append(Text(note, style="red"))
     if len(pruned) > MOST_PRUNED:
         rungs = Counter((arm.reason or "").partition(":")[0] for arm in pruned)
-        told = ", ".join(f"{count:,} {rung}" for rung, count in rungs.items())
-        notes.append(Text(f"{len(pruned):,} arms stopped early: {told}; why each: --csv and --json", style="dim"))
+        by_rung = ", ".join(f"{count:,} {rung}" for rung, count in rungs.items())
+        notes.append(Text(f"{len(pruned):,} arms stopped early: {by_rung}; reasons: --csv and --json", style="dim"))
     return notes
 
 
@@ -234,10 +232,10 @@ def _largest(configuration: Configuration, field: str) -> int | None:
 
 
 def comparison_json(comparison: Comparison, finding: RankFinding | None) -> dict[str, object]:
-    """What `compare --json` prints and the sweep's run has as `comparison.json`.
+    """Return what `compare --json` prints and the sweep's run stores as `comparison.json`.
 
-    `smallest_rank` is null while no arm has a result; `importance` has a `reason` in place of `settings` where nothing
-    can be said.
+    `smallest_rank` is null while no arm has a result; `importance` has a `reason` instead of `settings` if it is
+    unknown.
     """
     places = {id(each): place for place, each in enumerate(comparison.ranking, start=1)}
     found = costs(finding) if finding is not None else None
@@ -268,7 +266,7 @@ def comparison_json(comparison: Comparison, finding: RankFinding | None) -> dict
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """One line for each arm, in the order of the comparison; a value that is not there is empty."""
+    """Return one line per arm, in the order of the comparison; missing values are empty."""
     params = list(dict.fromkeys(key for arm in comparison.arms for key in arm.params))
     facts = ("spec_hash", "run_id", "status", "pruned", "reason", "model_uri")
     sizes = ("adapter_parameters", "adapter_bytes", "seconds", "peak_memory_bytes", "effective_rank", "rank_99")

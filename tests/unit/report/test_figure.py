@@ -21,7 +21,7 @@ def png(figure):
 
 def test_the_first_panel_is_the_primary_metric_and_shows_its_base_and_errors():
     axes = rank_figure(ranks()).axes
-    assert axes[0].get_title() == "loss (decides, smaller is better)"
+    assert axes[0].get_title() == "loss (primary metric, smaller is better)"
     (line,) = [each for each in axes[0].get_lines() if each.get_label() == "bare base"]
     assert set(line.get_ydata()) == {3.1}
     (bars,) = axes[0].containers
