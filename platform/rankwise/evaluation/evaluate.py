@@ -40,8 +40,8 @@ MAX_ROWS = 64
 MAX_LOGITS = 2**27
 
 
-class Generated(Protocol):
-    """What the evaluator reads of a generation (`modeling.generation.Generated` is one)."""
+class GeneratedAnswer(Protocol):
+    """What the evaluator reads of a generation (`modeling.decoding.generation.Generated` is one)."""
 
     @property
     def text(self) -> str: ...  # noqa: D102
@@ -50,7 +50,7 @@ class Generated(Protocol):
     def finish_reason(self) -> str: ...  # noqa: D102
 
 
-Generator = Callable[[Sequence[Sequence[int]], Sequence[str | None]], Sequence[Generated]]
+Generator = Callable[[Sequence[Sequence[int]], Sequence[str | None]], Sequence[GeneratedAnswer]]
 """Greedy answers in the order asked: token ids of the prompts, and the adapter of each (None: the bare base)."""
 
 
@@ -64,7 +64,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
+class _EvaluatedRow:
     """One example under one adapter; `example` is its index."""
 
     example: int
@@ -122,11 +122,11 @@ def evaluate(
     if needing and generate is None:
         raise ValueError(f"metrics {', '.join(needing)} need generations: pass generate=")
     distinct = list(dict.fromkeys(adapters))
-    rows = [_Row(example=index, adapter=adapter) for index in range(len(examples)) for adapter in distinct]
+    rows = [_EvaluatedRow(example=index, adapter=adapter) for index in range(len(examples)) for adapter in distinct]
     known = [row for row in rows if examples[row.example].id in by_id]
     tokens_of = {index: by_id[example.id] for index, example in enumerate(examples) if example.id in by_id}
     tokens = _teacher_forced(base, known, tokens_of, spec.per_device_eval_batch_size * len(distinct), progress)
-    answers: dict[_Row, Generated] = {}
+    answers: dict[_EvaluatedRow, GeneratedAnswer] = {}
     if needing and generate is not None:
         texts = [example.prompt for example in examples]
         prompts = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
@@ -137,7 +137,7 @@ def evaluate(
         observations = tuple(
             _observation(example, tokens.get(row, NO_TOKENS), answers.get(row))
             for index, example in enumerate(examples)
-            for row in [_Row(example=index, adapter=adapter)]
+            for row in [_EvaluatedRow(example=index, adapter=adapter)]
         )
         evaluations[adapter] = Evaluation(
             adapter=adapter, metrics=compute(metrics, observations), observations=observations
@@ -145,7 +145,7 @@ def evaluate(
     return evaluations
 
 
-def _observation(example: Example, tokens: _Tokens, answer: Generated | None) -> Observation:
+def _observation(example: Example, tokens: _Tokens, answer: GeneratedAnswer | None) -> Observation:
     return Observation(
         id=example.id,
         prompt=example.prompt,
@@ -160,10 +160,14 @@ def _observation(example: Example, tokens: _Tokens, answer: Generated | None) ->
 
 
 def _teacher_forced(
-    base: LoadedBase, rows: Sequence[_Row], encoded: Mapping[int, Encoded], wanted_rows: int, progress: Reporter | None
-) -> dict[_Row, _Tokens]:
+    base: LoadedBase,
+    rows: Sequence[_EvaluatedRow],
+    encoded: Mapping[int, Encoded],
+    wanted_rows: int,
+    progress: Reporter | None,
+) -> dict[_EvaluatedRow, _Tokens]:
     routing = install(base.model)
-    results: dict[_Row, _Tokens] = {}
+    results: dict[_EvaluatedRow, _Tokens] = {}
     shown = (progress or SILENT).task("evaluate", len(rows), "rows")
     with evaluating(base.model), torch.no_grad(), shown as advance:
         logits_of = SupervisedLogits(base.model)
@@ -174,17 +178,17 @@ def _teacher_forced(
 
 
 def _batches(
-    rows: Sequence[_Row], encoded: Mapping[int, Encoded], max_rows: int, vocabulary: int, direct: bool
-) -> Iterator[list[_Row]]:
+    rows: Sequence[_EvaluatedRow], encoded: Mapping[int, Encoded], max_rows: int, vocabulary: int, direct: bool
+) -> Iterator[list[_EvaluatedRow]]:
     """Batches of similar length, longest first, within the limits on rows and logits, each sorted by adapter.
 
     `direct`: whether logits are computed for supervised tokens only, else for all tokens and padding too.
     """
 
-    def length(row: _Row) -> int:
+    def length(row: _EvaluatedRow) -> int:
         return len(encoded[row.example].input_ids)
 
-    batch: list[_Row] = []
+    batch: list[_EvaluatedRow] = []
     tokens = 0
     for row in sorted(
         rows, key=lambda row: (-length(row), row.example)
@@ -203,9 +207,9 @@ def _forward(
     base: LoadedBase,
     routing: Routing,
     logits_of: SupervisedLogits,
-    rows: Sequence[_Row],
+    rows: Sequence[_EvaluatedRow],
     encoded: Mapping[int, Encoded],
-) -> dict[_Row, _Tokens]:
+) -> dict[_EvaluatedRow, _Tokens]:
     batch = collate([encoded[row.example] for row in rows], pad_token_id=_padding(base))
     row_of, position = batch.supervised.nonzero(as_tuple=True)  # (S,) each
     if len(row_of) == 0:

@@ -30,7 +30,7 @@ _MOST_FRONT = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ReportSection:
     """A section of the page; the navigation links to `id`."""
 
     id: str
@@ -42,19 +42,19 @@ class Part:
     notes: Sequence[str] = ()
 
 
-def by_rank(comparison: Comparison, finding: RankFinding) -> Part:
+def by_rank(comparison: Comparison, finding: RankFinding) -> ReportSection:
     """The best configuration of each rank compared with the best overall, and the rule."""
     heads, rows = rank_table(comparison, finding)
     text = 'The best configuration of each rank, compared with the best overall. "At most" is the confidence limit.'
-    return Part(id="ranks", title="Rank by rank", texts=[text], heads=heads, rows=rows, notes=finding.notes)
+    return ReportSection(id="ranks", title="Rank by rank", texts=[text], heads=heads, rows=rows, notes=finding.notes)
 
 
-def quality(comparison: Comparison, finding: RankFinding) -> list[Part]:
+def quality(comparison: Comparison, finding: RankFinding) -> list[ReportSection]:
     """Quality against the rank and other settings, and which settings matter."""
     several = any(len(each.finished) > 1 for each in finding.configurations)
     over = "the evaluation rows and seeds; small marks are single seeds" if several else "the evaluation rows"
     parts = [
-        Part(
+        ReportSection(
             id="quality",
             title="Quality against rank",
             texts=[f"Bars: one standard error over {over}. A ring marks the configuration named in the first line."],
@@ -62,17 +62,19 @@ def quality(comparison: Comparison, finding: RankFinding) -> list[Part]:
         )
     ]
     if charts := slice_charts(comparison, finding):
-        parts.append(Part(id="slices", title="Other settings", texts=["One mark per configuration."], charts=charts))
+        parts.append(
+            ReportSection(id="slices", title="Other settings", texts=["One mark per configuration."], charts=charts)
+        )
     if len(finding.configurations) > 1:
         parts.append(_importance(comparison, finding))
     return parts
 
 
-def _importance(comparison: Comparison, finding: RankFinding) -> Part:
+def _importance(comparison: Comparison, finding: RankFinding) -> ReportSection:
     found = importance(comparison, finding)
     name = "Which settings matter"
     if isinstance(found, str):
-        return Part(id="importance", title=name, texts=[found])
+        return ReportSection(id="importance", title=name, texts=[found])
     rows = []
     for share in found.shares:
         remark = "" if share.real else "not distinguishable from noise"
@@ -95,10 +97,10 @@ def _importance(comparison: Comparison, finding: RankFinding) -> Part:
         "analysis of variance). p is from the F test, corrected for the number of settings (Holm). Effects of "
         "combinations of settings are in none of the shares."
     )
-    return Part(id="importance", title=name, heads=heads, rows=rows, notes=[note])
+    return ReportSection(id="importance", title=name, heads=heads, rows=rows, notes=[note])
 
 
-def against_costs(comparison: Comparison, finding: RankFinding) -> list[Part]:
+def against_costs(comparison: Comparison, finding: RankFinding) -> list[ReportSection]:
     """Quality against size, memory and time; nothing if fewer than two configurations have costs."""
     found = costs(finding)
     if found is None:
@@ -117,7 +119,7 @@ def against_costs(comparison: Comparison, finding: RankFinding) -> list[Part]:
     )
     left = f"Only the {_MOST_FRONT} with the smallest adapters are shown, of {len(table)} on the front."
     return [
-        Part(
+        ReportSection(
             id="costs",
             title="Quality against cost",
             texts=[text],
@@ -129,13 +131,13 @@ def against_costs(comparison: Comparison, finding: RankFinding) -> list[Part]:
     ]
 
 
-def without_result(comparison: Comparison) -> Part | None:
+def without_result(comparison: Comparison) -> ReportSection | None:
     """Arms that failed, were pruned or are pending, by reason; None if all have a result."""
     heads, rows = endings(comparison)
     if not rows:
         return None
     text = "They are excluded from means, tests and charts of results."
-    return Part(id="without", title="Arms without a result", texts=[text], heads=heads, rows=rows)
+    return ReportSection(id="without", title="Arms without a result", texts=[text], heads=heads, rows=rows)
 
 
 def _text(text: str) -> Cell:
@@ -231,7 +233,7 @@ def _one_seed(finding: RankFinding | None) -> str:
     )
 
 
-def _rank_use(material: Material) -> Part | None:
+def _rank_use(material: Material) -> ReportSection | None:
     charts = [
         use_chart(material.comparison),
         layer_chart(material.comparison, material.layer_arms, material.layers),
@@ -243,17 +245,17 @@ def _rank_use(material: Material) -> Part | None:
         "The effective rank of a delta is the exponential of the entropy of its normalised singular values (Roy and "
         "Vetterli 2007): the number of directions that it really uses. If it stays below r, a smaller r may be enough."
     )
-    return Part(id="use", title="Is the rank used?", texts=[text], charts=drawn)
+    return ReportSection(id="use", title="Is the rank used?", texts=[text], charts=drawn)
 
 
-def _curves(material: Material) -> Part | None:
+def _curves(material: Material) -> ReportSection | None:
     charts = curve_charts(material.comparison, material.curve_arms, material.curves, material.curve_keys)
     if not charts:
         return None
     shown, count = len(material.curve_arms), len(material.comparison.arms)
     of = f"{shown} of {count:,} arms: the best of each rank and some others. " if shown < count else ""
     text = f"{of}Dashed: arms that ended early (pruned, failed, cancelled)."
-    return Part(id="curves", title="Learning curves", texts=[text], charts=charts)
+    return ReportSection(id="curves", title="Learning curves", texts=[text], charts=charts)
 
 
 LOCAL_UI = "http://127.0.0.1:5000"

@@ -312,7 +312,7 @@ def test_a_store_that_cannot_be_opened_is_an_outage(tmp_path, server):
     assert sender.close(5)
 
 
-def test_what_is_let_go_is_delivered_in_the_background_and_closed_then(tmp_path, sender, server):
+def test_a_detached_outbox_is_delivered_in_the_background_and_then_closed(tmp_path, sender, server):
     server.error = MlflowException("away", TEMPORARILY_UNAVAILABLE)
     outbox = make(tmp_path, sender)
     put(outbox, [0, 1])
