@@ -14,7 +14,7 @@ from rankwise.settings import Settings
 
 @functools.cache
 def _template() -> Path:
-    from rankwise.tracking.errors import connect
+    from rankwise.tracking.connection import connect
 
     home = Path(tempfile.mkdtemp(prefix="rankwise-test-store-"))
     connect(local_settings(home))

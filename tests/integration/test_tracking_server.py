@@ -16,7 +16,7 @@ from helpers.local_store import prepared_home
 
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
-from rankwise.tracking.errors import connect
+from rankwise.tracking.connection import connect
 from rankwise.tracking.query import get_run
 from rankwise.tracking.server import serve
 from rankwise.tracking.store import Store

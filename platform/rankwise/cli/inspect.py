@@ -84,7 +84,7 @@ def locate(model: str, base: str | None, settings: Settings, warn: Warn) -> Iter
 
     uri = f"runs:/{model}" if _RUN_ID.fullmatch(model) else model
     if uri.startswith(("models:", "runs:")):
-        from rankwise.tracking.errors import connect
+        from rankwise.tracking.connection import connect
 
         connect(settings)
     with fetch(uri, settings.tracking_uri) as fetched:

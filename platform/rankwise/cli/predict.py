@@ -102,7 +102,7 @@ def predict(
         from rankwise.inference.shards import Request
         from rankwise.modeling.decoding.generation import Decoding
         from rankwise.tasks.predict import stand_of
-        from rankwise.tracking.errors import connect
+        from rankwise.tracking.connection import connect
 
         decoding = Decoding(**{each.name: asked.pop(each.name) for each in fields(Decoding)})
         request = Request(decoding=decoding, **asked)

@@ -33,7 +33,7 @@ def pull(uri: str, directory: Path, as_json: bool) -> None:
     with waiting(f"Fetching {uri} ...") as status:
         from rankwise.flavor.fetch import download_adapter, read_metadata, resolve_uri
         from rankwise.serving.serve_command import serve_command
-        from rankwise.tracking.errors import connect
+        from rankwise.tracking.connection import connect
 
         settings = Settings.load()
         if uri.startswith(("models:", "runs:")):
@@ -97,7 +97,7 @@ def import_(
     # Late: MLflow and torch take seconds to import.
     with waiting(f"Importing {source} ...") as status:
         from rankwise.flavor.imports import QUANTIZATIONS, import_adapter
-        from rankwise.tracking.errors import connect
+        from rankwise.tracking.connection import connect
 
         settings = Settings.load()
         connect(settings)
@@ -178,7 +178,7 @@ def export(
     with waiting(f"Merging {uri} ...") as status:
         from rankwise.flavor.export import MERGED_INTO, export_merged
         from rankwise.flavor.pyfunc import read_prompts
-        from rankwise.tracking.errors import connect
+        from rankwise.tracking.connection import connect
 
         settings = Settings.load()
         given = read_prompts(prompts, sample) if prompts is not None else None
@@ -252,7 +252,7 @@ def sign(uri: str, as_json: bool) -> None:
     """
     from rankwise.flavor.store import sign_version
     from rankwise.settings import Settings
-    from rankwise.tracking.errors import connect
+    from rankwise.tracking.connection import connect
 
     settings = Settings.load()
     connect(settings)

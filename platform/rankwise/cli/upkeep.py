@@ -254,7 +254,7 @@ def ui(port: int, host: str) -> None:
     """
     # Late: MLflow takes seconds to import.
     from rankwise.redact import redact
-    from rankwise.tracking.errors import connect
+    from rankwise.tracking.connection import connect
     from rankwise.tracking.notes import latest_views
     from rankwise.tracking.server import is_remote, serve
 

@@ -44,7 +44,7 @@ from rankwise.flavor.signing import SIGNATURE_NAME, Signer, Statement, check_sig
 from rankwise.modeling.adapter import read_adapter
 from rankwise.modeling.fingerprint import WRITTEN_BY_MLFLOW, check_manifest
 from rankwise.redact import redact
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.connection import tracking_errors
 
 logger = logging.getLogger(__name__)
 

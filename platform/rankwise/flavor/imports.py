@@ -54,7 +54,7 @@ from rankwise.modeling.adapter import (
 from rankwise.modeling.base import LoadedBase, load_base, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
 from rankwise.settings import Settings
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.connection import tracking_errors
 
 # Between the name of a layer that an adapter targets and `weight`: a name that transformers does not know.
 _WRAPPED = ".base_layer."

@@ -53,7 +53,7 @@ from rankwise.modeling.base import DTYPES, LoadedBase, default_device, load_base
 from rankwise.modeling.fingerprint import Fingerprint, differing_part, fingerprint_base
 from rankwise.modeling.lora.packed import uninstall
 from rankwise.settings import Settings
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.connection import tracking_errors
 
 logger = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ from rankwise.modeling.decoding.generation import row_seed
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.modeling.lora.packed import pass_lock
 from rankwise.settings import Settings
-from rankwise.tracking.errors import is_final
+from rankwise.tracking.connection import is_final
 
 _FORMS = (
     "a text, a list of texts, a chat (a list of {'role', 'content'}), a list of chats, a dict with 'messages' or "

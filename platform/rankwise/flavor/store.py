@@ -34,7 +34,7 @@ from rankwise.flavor.signing import NAME_TAG, SIGNATURE_TAG, signed
 from rankwise.modeling.adapter import StoredAdapter, check_rows, embedding_rows, read_adapter, save_adapter
 from rankwise.modeling.base import REPACKED, LoadedBase, hold_exact, is_repacked
 from rankwise.settings import Settings
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.connection import tracking_errors
 from rankwise.tracking.registry import Registry, link_metrics
 
 

@@ -99,7 +99,7 @@ class LazyResolver:
 
     def _open(self) -> tuple[Any, Any]:
         from rankwise.serving.adapters import AdapterResolver, AliasFollower, unload
-        from rankwise.tracking.errors import connect
+        from rankwise.tracking.connection import connect
 
         connect(self._settings)
         adapters, options = AdapterResolver(self._settings, self._options), self._options

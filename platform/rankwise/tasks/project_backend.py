@@ -23,7 +23,7 @@ from rankwise.tasks.rows import RowsCache
 from rankwise.tasks.search import is_pruned
 from rankwise.tasks.submit import prepare, submit
 from rankwise.tasks.sweep import jobs_of_sweep
-from rankwise.tracking.errors import connect
+from rankwise.tracking.connection import connect
 from rankwise.tracking.project import ProjectBackend, ProjectRequest, Status
 from rankwise.tracking.query import get_run
 

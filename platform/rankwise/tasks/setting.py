@@ -17,7 +17,7 @@ from rankwise.experiment.experiment import Experiment, load_experiment, parse_ex
 from rankwise.experiment.schema import ExperimentSpec, keys_of
 from rankwise.jobs.job import JobKind
 from rankwise.tasks.context import Context, Work
-from rankwise.tracking.errors import tracking_errors
+from rankwise.tracking.connection import tracking_errors
 
 DEFINITION = "experiment.yaml"
 _RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})")

@@ -14,7 +14,7 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 from rankwise.compat.mlflow import artifact_repository
-from rankwise.tracking.errors import paged, tracking_errors
+from rankwise.tracking.connection import paged, tracking_errors
 from rankwise.tracking.query import RunRecord, search_runs
 from rankwise.tracking.registry import JOB, ModelVersion, Registry
 from rankwise.tracking.run import REASON, Status, shorten

@@ -40,7 +40,7 @@ from rankwise.compat.mlflow import LOGGED_ARTIFACTS
 from rankwise.exceptions import TrackingError
 from rankwise.files import storage_errors
 from rankwise.redact import redact
-from rankwise.tracking.errors import UndeliverableError
+from rankwise.tracking.connection import UndeliverableError
 from rankwise.tracking.values import DatasetRecord
 
 FORMAT = 2

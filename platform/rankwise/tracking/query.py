@@ -24,7 +24,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run as MlflowRun
 
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.errors import describe, paged, tracking_errors
+from rankwise.tracking.connection import describe, paged, tracking_errors
 from rankwise.tracking.run import KIND, PARENT, REASON, SPEC_HASH
 
 _PAGE = 1000

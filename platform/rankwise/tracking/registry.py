@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from rankwise.compat.mlflow import MODEL_VERSIONS
 from rankwise.exceptions import TrackingError
-from rankwise.tracking.errors import paged, tracking_errors
+from rankwise.tracking.connection import paged, tracking_errors
 from rankwise.tracking.values import DatasetRecord
 
 JOB = "rankwise.job"

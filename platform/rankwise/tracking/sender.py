@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from rankwise.backoff import Backoff
 from rankwise.exceptions import RankwiseError, TrackingError
-from rankwise.tracking.errors import describe, is_final
+from rankwise.tracking.connection import describe, is_final
 from rankwise.tracking.outbox import Outbox, OutboxBatch, batches, deliver, halves
 
 _logger = logging.getLogger(__name__)

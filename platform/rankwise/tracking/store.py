@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from rankwise.compat.mlflow import EXPERIMENT_KIND, TRAINING_KIND
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
-from rankwise.tracking.errors import connect, is_final, tracking_errors, unreachable
+from rankwise.tracking.connection import connect, is_final, tracking_errors, unreachable
 from rankwise.tracking.notes import VIEW_TAG, table_view
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.outbox_recovery import ATTEMPT, Replay, SyncReport, adopt_orphans

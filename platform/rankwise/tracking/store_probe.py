@@ -21,7 +21,7 @@ from rankwise.compat.mlflow import artifact_repository, local_directory
 from rankwise.exceptions import TrackingError
 from rankwise.redact import redact
 from rankwise.settings import Settings, set_process_defaults
-from rankwise.tracking.errors import _set_up_client, describe, tracking_errors, unreachable
+from rankwise.tracking.connection import _set_up_client, describe, tracking_errors, unreachable
 from rankwise.tracking.server import is_remote, probe_server
 
 FOLDER = "rankwise-doctor"

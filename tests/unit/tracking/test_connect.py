@@ -4,7 +4,7 @@ import pytest
 
 from rankwise.exceptions import TrackingError
 from rankwise.settings import Settings
-from rankwise.tracking.errors import connect
+from rankwise.tracking.connection import connect
 
 
 def test_a_file_that_is_no_database_is_an_error(tmp_path):

@@ -7,7 +7,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UN
 from mlflow.store.entities import PagedList
 
 from rankwise.exceptions import StorageError, TrackingError
-from rankwise.tracking.errors import UndeliverableError, is_final, paged, tracking_errors
+from rankwise.tracking.connection import UndeliverableError, is_final, paged, tracking_errors
 
 
 @pytest.mark.parametrize(
