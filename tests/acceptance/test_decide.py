@@ -173,7 +173,7 @@ def test_who_has_no_training_data_promotes_by_what_the_training_has_left(project
         forced = json.loads(project.succeed(*command, "--force", "--reason", "checked by hand", "--json"))
         assert (forced["passed"], forced["moved"], forced["forced"]) == (False, True, True)
         (overlap,) = [check for check in forced["checks"] if check["name"] == "overlap"]
-        assert "is not known, so none was left out" in overlap["text"]
+        assert "are unknown, so none was left out" in overlap["text"]
         digests.write_bytes(kept)
     finally:
         (tmp_path / "elsewhere.jsonl").rename(rows)

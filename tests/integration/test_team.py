@@ -209,7 +209,7 @@ def test_a_reader_reads_and_moves_no_alias(rita, anna, compared, tmp_path):
     before = champion(anna)
     done = rita.run("promote", "tiny-adder", "--candidate", "1", "--force", "--reason", "mine")
     assert done.returncode == 3
-    assert "putting models:/tiny-adder/1 forward for the alias 'champion': permission denied" in done.stderr
+    assert "marking models:/tiny-adder/1 as a candidate for the alias 'champion': permission denied" in done.stderr
     assert "the account 'rita' may not do this: ask an administrator" in done.stderr
     assert "Traceback" not in done.stderr
     run = compared["arms"][0]["run_id"]

@@ -131,7 +131,7 @@ def test_a_database_of_another_release_is_copied_before_it_is_upgraded(tmp_path)
     settings = prepared_home(tmp_path / "home")
     with closing(sqlite3.connect(settings.home / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'unheard'")
-    with pytest.raises(TrackingError, match=r"upgrading .*mlflow.db failed, a copy from before is .*\.bak"):
+    with pytest.raises(TrackingError, match=r"upgrading .*mlflow.db failed: .*; the backup .* is .*\.bak"):
         connect(settings)
     (copy,) = settings.home.glob("mlflow.db.*.bak")
     with closing(sqlite3.connect(copy)) as connection:
