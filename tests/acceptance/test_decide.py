@@ -62,7 +62,13 @@ def test_promote_and_roll_back(project, client):
     assert "models:/tiny-adder@champion is version 1 again; it was version 2" in back.stderr
     back = project.run("rollback", "tiny-adder", "--json")
     assert "models:/tiny-adder@champion is unset again; it was version 1" in back.stderr
-    assert json.loads(back.stdout) == {"schema_version": 1, "name": "tiny-adder", "alias": "champion", "from": 1, "to": None}
+    assert json.loads(back.stdout) == {
+        "schema_version": 1,
+        "name": "tiny-adder",
+        "alias": "champion",
+        "from": 1,
+        "to": None,
+    }
     assert alias(client) is None
 
 
