@@ -19,14 +19,14 @@ from rankwise.assets import gguf_conversion
 from rankwise.assets.base import resolve_base
 from rankwise.settings import Settings
 
-convert = conversion._convert
+convert = gguf_conversion._convert
 def announce(path, digest, folder, progress):
     print("converting", flush=True)
     convert(path, digest, folder, progress)
     if len(sys.argv) > 2:
         print(os.getpid(), flush=True)
         sys.stdin.read()
-conversion._convert = announce
+gguf_conversion._convert = announce
 resolve_base(sys.argv[1], None, Settings.load())
 """
 

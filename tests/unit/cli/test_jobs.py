@@ -176,13 +176,13 @@ def test_status_tells_depth_packs_workers_and_the_time_left():
 
 @pytest.mark.usefixtures("queue")
 def test_a_probe_tells_whether_a_worker_of_this_host_was_heard_of(monkeypatch):
-    monkeypatch.setattr("rankwise.cli.jobs.host", lambda: "here")
+    monkeypatch.setattr("rankwise.cli.jobs.host_name", lambda: "here")
     assert probe() == (0, "")
     monkeypatch.setattr("rankwise.cli.jobs._SILENT_S", -1)
     code, said = probe()
     assert code == 1
     assert "no worker of here was heard of for" in said
-    monkeypatch.setattr("rankwise.cli.jobs.host", lambda: "elsewhere")
+    monkeypatch.setattr("rankwise.cli.jobs.host_name", lambda: "elsewhere")
     assert probe() == (1, "the queue knows no worker of elsewhere\n")
 
 
