@@ -144,7 +144,7 @@ def test_an_extended_sweep_trains_only_what_is_missing(tmp_path):
     # Under another name: what is trained already is linked, and only evaluated rows decide whether it is measured anew.
     renamed = project.run("run", "tiny.yaml", "--json", "--set", "name=other")
     assert renamed.returncode == 0, renamed.stderr
-    assert "trained in experiment 'tiny' already, linked" in renamed.stderr
+    assert "already trained in experiment 'tiny'; its result is reused" in renamed.stderr
     linked = json.loads(renamed.stdout)
     assert [arm["model_uri"] for arm in linked["arms"]] == [arm["model_uri"] for arm in comparison["arms"]]
     assert [arm["metrics"] for arm in linked["arms"]] == [arm["metrics"] for arm in comparison["arms"]]

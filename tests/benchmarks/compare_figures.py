@@ -31,7 +31,7 @@ from rankwise.report.comparison_output import comparison_json
 from rankwise.report.page import report_page
 from rankwise.report.comparison_output import comparison_view
 from rankwise.settings import Settings
-from rankwise.tasks.sweep import with_waiting
+from rankwise.tasks.sweep_lifecycle import with_queued_arms
 from rankwise.tracking.store import Store
 Store.open(Settings.load()).close()
 """

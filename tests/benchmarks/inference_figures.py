@@ -126,7 +126,7 @@ class Bench:
         from benchmarks.decoding_ways import Fleet
         from benchmarks.subjects import make_workload, mixed_ranks
         from rankwise.reporter import SILENT
-        from rankwise.tasks.rows import RowsCache, find_sources
+        from rankwise.tasks.arm_rows import RowsCache, find_sources
 
         self.figures, self.scratch, self.settings, self.say = figures, scratch, settings, say
         subject = SUBJECTS[figures.subject](settings.cache / "benchmark" if figures.subject == "8b" else scratch)

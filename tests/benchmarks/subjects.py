@@ -19,7 +19,7 @@ from rankwise.experiment.experiment import load_experiment
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.reporter import SILENT
 from rankwise.settings import Settings
-from rankwise.tasks.rows import RowsCache, find_sources
+from rankwise.tasks.arm_rows import RowsCache, find_sources
 
 RANKS = (2, 16, 4, 8)
 """Ranks of consecutive arms, so that a small pack holds small and large ones."""

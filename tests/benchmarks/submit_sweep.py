@@ -14,8 +14,8 @@ from helpers.project import make_project
 import rankwise.tasks.submit as enqueue
 from rankwise.experiment.experiment import parse_experiment
 from rankwise.settings import Settings
+from rankwise.tasks.arm_rows import RowsCache
 from rankwise.tasks.context import open_context
-from rankwise.tasks.rows import RowsCache
 from rankwise.tasks.submit import prepare, submit
 
 EAGER = 50
@@ -33,7 +33,7 @@ def submit_sweep(directory: Path, arms: int) -> dict[str, float]:
             seeds = ", ".join(map(str, range(count)))
             sweep = f"sweep={{parameters: {{lora.r: [2], seed: [{seeds}]}}}}"
             experiment = parse_experiment(text, "tiny.yaml", [f"name={name}", f"description={name}", sweep])
-            prepared = prepare(context, experiment, RowsCache(settings, context.voice), preflight=False)
+            prepared = prepare(context, experiment, RowsCache(settings, context.reporter), preflight=False)
             began = time.perf_counter()
             submit(context, prepared, command="bench")
             return time.perf_counter() - began

@@ -20,7 +20,7 @@ from benchmarks.bench import Bench
 from benchmarks.engine import Marks
 from benchmarks.subjects import label
 from rankwise.logs import bound
-from rankwise.tasks.claim import Curves
+from rankwise.tasks.arm_run import Curves
 from rankwise.tracking.store import Store
 from rankwise.training.arm import ArmTask, StepRecord
 from rankwise.training.loop import train_pack

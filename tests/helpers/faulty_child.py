@@ -42,7 +42,7 @@ def main() -> None:
     if fault == "clock":
         shift_clock()
     if fault == "hang":
-        from rankwise.tasks.rows import RowsCache
+        from rankwise.tasks.arm_rows import RowsCache
 
         load = RowsCache._load
 

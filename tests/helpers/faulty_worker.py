@@ -10,7 +10,7 @@ from rich.console import Console
 from helpers.faulty_child import shift_clock
 from rankwise.cli.output import Bars
 from rankwise.settings import Settings, set_process_defaults
-from rankwise.tasks.local import local_worker
+from rankwise.tasks.local_worker import local_worker
 from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.loop import LoopOptions
 

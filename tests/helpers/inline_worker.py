@@ -16,7 +16,7 @@ from rankwise.jobs.store import JobStore
 from rankwise.reporter import LineKind, Reporter
 from rankwise.settings import Settings
 from rankwise.tasks.commands import COMMANDS
-from rankwise.tasks.session import Authority, Session
+from rankwise.tasks.session import Claims, Session
 from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.loop import LoopOptions, WorkerLoop
 from rankwise.worker.protocol import ResultFiles
@@ -34,11 +34,11 @@ class InlineChild:
         self.log = settings.home / "child.log"
         self.commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.authority = Authority()
+        self.claims = Claims()
         self.stop = threading.Event()
         reporter = RemoteReporter(self.events.put, width=200, terminal=False)
         session = Session(
-            settings=settings, voice=reporter, emit=self.events.put, stop=self.stop, authority=self.authority
+            settings=settings, reporter=reporter, emit=self.events.put, stop=self.stop, claims=self.claims
         )
         self.thread = threading.Thread(target=session.serve, args=(self.commands.get, COMMANDS), daemon=True)
         self.thread.start()
@@ -46,7 +46,7 @@ class InlineChild:
     def send(self, message: dict[str, Any]) -> None:
         match message["do"]:
             case "beat":
-                self.authority.update(message["until"], message["lost"], message["cancelled"])
+                self.claims.update(message["until"], message["lost"], message["cancelled"])
             case "stop":
                 self.stop.set()
             case _:

@@ -12,7 +12,7 @@ from rankwise.jobs.database import _configuration, current_revision, head_revisi
 from rankwise.jobs.job import JobKind, JobState, NewJob, Outcome, Worker
 from rankwise.jobs.rows import Table
 from rankwise.jobs.store import JobStore
-from rankwise.tasks.context import Work
+from rankwise.tasks.context import ArmWork
 
 WORKER = Worker(name="new", host="new", pid=2)
 # What waited for a failed job for ever is cancelled by the migration.
@@ -77,7 +77,7 @@ class MigrationContract:
         jobs = [job for job in store.jobs() if "arm" in job.spec]
         assert len(jobs) == (revision == "0003")
         for job in jobs:
-            assert Work.of(job) == arm_work()
+            assert ArmWork.of(job) == arm_work()
             (again,) = store.submit([arm_work().train_job()], again=True)
             assert again == job
             assert store.claim(WORKER, lease=60, among=[job.id])[0].spec == job.spec

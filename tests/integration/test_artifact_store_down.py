@@ -41,7 +41,7 @@ def test_an_artifact_store_that_is_away_at_the_end_is_waited_for_without_trainin
             away = time.monotonic()
             with queue_of(project) as queue:
                 until(lambda: queue.counts()[JobState.UPLOADING] == 2, what="the state uploading")
-                until(lambda: "waits to be registered" in worker.said, 300, "a try that failed")
+                until(lambda: "trained but not yet registered" in worker.said, 300, "a try that failed")
                 assert {job.attempts for job in queue.jobs(kinds=[JobKind.TRAIN])} == {1}
                 gone = time.monotonic() - away
                 store.on()

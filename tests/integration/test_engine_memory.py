@@ -61,7 +61,7 @@ def test_the_estimate_is_the_peak_of_a_step_over_smollm2(tmp_path):
                 f"resident: {resident >> 20} MiB, estimate / resident {of_process:.2f}, weights {dequantized >> 20} MiB"
             )
             # This process, unlike a worker's child, has glibc's caches for small pieces: they cost a third more
-            # (`tasks.local.ALLOCATOR`). A quarter of the free memory is left out of every plan.
+            # (`tasks.local_worker.ALLOCATOR`). A quarter of the free memory is left out of every plan.
             assert 0.6 < of_process < 1.5
         ratio = (estimate.activations + estimate.logits) / peak_of_step(base, tasks)
         print(f"checkpointing {checkpointing}: {estimate.text()}; estimate / peak {ratio:.3f}")

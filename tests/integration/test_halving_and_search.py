@@ -73,8 +73,8 @@ def test_a_sweep_of_eight_arms_is_halved_to_one_winner_in_the_registry(halved):
     assert [reason[: len("pruned at step 2")] for reason in reasons] == ["pruned at step 2"] * 4 + [
         "pruned at step 4"
     ] * 2
-    assert any("4 of 8 arms go on after step 2" in line for line in told)
-    assert any("2 of 4 arms go on after step 4" in line for line in told)
+    assert any("4 of 8 arms continue after step 2" in line for line in told)
+    assert any("2 of 4 arms continue after step 4" in line for line in told)
 
     runs, _ = runs_of(settings, "halved", "train")
     # 8 arms to step 2, 4 to step 4, 2 to the end.

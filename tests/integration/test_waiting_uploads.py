@@ -86,7 +86,7 @@ def test_an_arm_whose_claim_ran_out_while_it_waited_is_published_under_the_next_
     def wait_for_upload(session, job, reason):
         if outage:
             queue.reclaim(host="here")
-            until(lambda: not session.authority.holds(token_of(job)), 20)
+            until(lambda: not session.claims.holds(token_of(job)), 20)
             outage.clear()
         waits(session, job, reason)
 

@@ -224,7 +224,7 @@ def test_what_is_computed_waits_for_the_registry_and_is_not_trained_again(tmp_pa
     until(lambda: queued(project, JobState.UPLOADING), what="the state uploading")
     began = time.monotonic()
     assert worker.wait() == 0, worker.said
-    assert "waits to be registered: the server is away" in worker.said
+    assert "trained but not yet registered: the server is away" in worker.said
     at_rest(project, STEPS)
     with queue_of(project) as queue:
         assert {job.attempts for job in queue.jobs()} == {1}

@@ -69,7 +69,7 @@ def evaluate(
         from rankwise.evaluation.evaluate import quantization_of
         from rankwise.tasks.context import open_context
         from rankwise.tasks.evaluate import Evaluator, publish_assessment
-        from rankwise.tasks.setting import recorded_setting, without_aliases
+        from rankwise.tasks.evaluation_setup import recorded_setup, without_aliases
 
         wanted: dict[str, QuantizationSpec | None] = {name: quantization_of(name) for name in _names(quantizations)}
         with open_context(Settings.load(), bars) as context:
@@ -80,7 +80,7 @@ def evaluate(
             names = list(versions.values())
             # The first that knows what it was made from.
             source = next((uri for uri in names if uri.startswith(("models:", "runs:"))), names[0])
-            setting = recorded_setting(context, source, file).changed(
+            setting = recorded_setup(context, source, file).changed(
                 data=data, split=split, metrics=_names(metrics), limit=limit
             )
             evaluator = Evaluator(context)
@@ -189,13 +189,13 @@ def promote(
     with Bars(Console(stderr=True, highlight=False)) as bars:
         bars.say("starting ...")
         from rankwise.tasks.context import open_context
+        from rankwise.tasks.evaluation_setup import recorded_setup
         from rankwise.tasks.promote import promote as through_the_gate
-        from rankwise.tasks.setting import recorded_setting
 
         with open_context(Settings.load(), bars) as context:
             version = context.store.registry.resolve(f"models:/{name}/{candidate}").version
             assert version is not None, "a URI with a version names one"
-            setting = recorded_setting(context, version.uri, file)
+            setting = recorded_setup(context, version.uri, file)
             done = through_the_gate(
                 context, setting, version, alias=alias, data=data, limit=limit, force=reason if force else None
             )

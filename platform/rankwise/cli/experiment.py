@@ -176,8 +176,8 @@ def submit(
     experiment.require_known_arms()
     console = Console(stderr=True, highlight=False)
     with Bars(console) as bars:
+        from rankwise.tasks.arm_rows import RowsCache
         from rankwise.tasks.context import open_context
-        from rankwise.tasks.rows import RowsCache
         from rankwise.tasks.submit import prepare
         from rankwise.tasks.submit import submit as submit_prepared
 

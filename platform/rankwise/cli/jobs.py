@@ -98,13 +98,13 @@ def with_waiting_arms(settings: Settings, store: Store, comparison: Comparison, 
     Raises:
         TrackingError: The store cannot be reached.
     """
-    from rankwise.tasks.sweep import with_waiting
+    from rankwise.tasks.sweep_lifecycle import with_queued_arms
 
     reason = "there is no queue yet in the database of RANKWISE_DATABASE_URL, by default in RANKWISE_HOME"
     try:
         if has_queue(settings.database_url):
             with open_queue(settings) as queue:
-                return with_waiting(store, queue, comparison, everything=everything)
+                return with_queued_arms(store, queue, comparison, everything=everything)
     except JobStoreError as error:
         reason = str(error)
     note(f"arms that wait are not shown: {reason}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rankwise.cli.output import Bars
     from rankwise.inference.shards import Queued, Request, Stand
     from rankwise.jobs.store import JobStore
-    from rankwise.tasks.predict import Submission
+    from rankwise.tasks.predict import PredictionSubmission
 
 
 @click.command()
@@ -189,7 +189,7 @@ def _submit(
     return _end(bars, jobs[-1], output, as_json=as_json) if watch else 0
 
 
-def _tell(bars: Bars, submission: Submission, output: Path) -> None:
+def _tell(bars: Bars, submission: PredictionSubmission, output: Path) -> None:
     for asked, resolved in submission.manifest.models.items():
         if asked != resolved:
             bars.say(f"{asked} is {resolved}")
@@ -212,7 +212,7 @@ def _what(job: Job) -> str:
     return f"rows {span[0] * shard_rows} to {min(rows, span[1] * shard_rows) - 1}"
 
 
-def _watch(queue: JobStore, bars: Bars, submission: Submission) -> list[Job]:
+def _watch(queue: JobStore, bars: Bars, submission: PredictionSubmission) -> list[Job]:
     """Wait until all jobs have ended."""
     ids = [job.id for job in submission.jobs]
     shown = 0

@@ -20,7 +20,7 @@ from rankwise.cli.output import Bars, on_terminal, print_json
 from rankwise.exceptions import RankwiseError
 from rankwise.experiment.experiment import load_experiment
 from rankwise.settings import Settings, child_environment
-from rankwise.tasks.local import local_worker
+from rankwise.tasks.local_worker import local_worker
 from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.local_placer import LocalPlacer, visible_gpus
 from rankwise.worker.loop import MAX_ARMS, LoopOptions, WorkerLoop

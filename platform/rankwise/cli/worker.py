@@ -149,7 +149,7 @@ def _work(
     max_arms: int | None,
 ) -> None:
     """The worker of the one GPU, or of a machine without any."""
-    from rankwise.tasks.local import local_worker
+    from rankwise.tasks.local_worker import local_worker
 
     worker = local_worker(
         settings,

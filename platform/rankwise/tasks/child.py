@@ -1,7 +1,7 @@
-"""The program of a worker's child: `python -m rankwise.tasks.child`, started by `rankwise.worker.child`.
+"""Main program of a worker's child process: `python -m rankwise.tasks.child`, started by `rankwise.worker.child`.
 
-It takes commands from its standard input, and ends with it; the kernel ends it when its parent dies. Only the parent
-decides about signals: SIGTERM, which some supervisors send to all processes at once, is left to it.
+Reads commands from standard input and exits when it closes. The kernel kills it when its parent dies. It ignores
+SIGTERM and SIGHUP, which some supervisors send to every process: the parent decides when to stop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve until the parent says `quit`, or is gone."""
+    """Run commands until the parent sends `quit` or is gone."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -44,24 +44,24 @@ def main() -> None:
 
     stop = threading.Event()
     commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    # Light: the parent's words are heard while the libraries are imported.
-    from rankwise.tasks.session import Authority
+    # A light import: commands are read while the heavy libraries are being imported.
+    from rankwise.tasks.session import Claims
 
-    authority = Authority()
+    claims = Claims()
 
-    def listen() -> None:
+    def read_commands() -> None:
         for message in read_messages(sys.stdin.buffer):
             match message["do"]:
                 case "beat":
-                    authority.update(message["until"], message["lost"], message["cancelled"])
+                    claims.update(message["until"], message["lost"], message["cancelled"])
                 case "stop":
                     stop.set()
                 case _:
                     commands.put(message)
         os._exit(1)
 
-    threading.Thread(target=listen, name="parent", daemon=True).start()
-    code = 0
+    threading.Thread(target=read_commands, name="parent", daemon=True).start()
+    exit_code = 0
     try:
         from rankwise.tasks.commands import COMMANDS
         from rankwise.tasks.session import Session
@@ -69,17 +69,17 @@ def main() -> None:
 
         logging.getLogger().addHandler(RemoteLog(events.send, level=Settings.load().log_level))
         logging.getLogger("rankwise").setLevel(logging.INFO)
-        voice = RemoteReporter(events.send, width=arguments.width, terminal=arguments.terminal)
-        session = Session(settings=Settings.load(), voice=voice, emit=events.send, stop=stop, authority=authority)
+        reporter = RemoteReporter(events.send, width=arguments.width, terminal=arguments.terminal)
+        session = Session(settings=Settings.load(), reporter=reporter, emit=events.send, stop=stop, claims=claims)
         session.serve(commands.get, COMMANDS)
     except BaseException:
         traceback.print_exc()
-        code = 1
+        exit_code = 1
     logging.shutdown()
     sys.stderr.flush()
-    # Not through the interpreter's teardown: threads of libraries have been seen to hang there, and the one that
-    # listens holds a lock on the standard input, at which Python would abort.
-    os._exit(code)
+    # Skip interpreter shutdown: threads of libraries can hang there, and Python aborts because the reading thread
+    # holds the lock of standard input.
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":

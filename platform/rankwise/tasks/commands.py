@@ -1,4 +1,4 @@
-"""What a child can be told to do, by the names of the protocol. A further kind of job is one more line of the table."""
+"""Commands that a worker's child process accepts from its parent, by their protocol names."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from rankwise.evaluation.smallest_rank import smallest_rank
 from rankwise.experiment.experiment import Experiment, parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.report.comparison_output import comparison_json, comparison_view
-from rankwise.tasks.claim import open_run
+from rankwise.tasks.adaptive_sweep import settle_rungs
+from rankwise.tasks.arm_run import open_run
 from rankwise.tasks.context import failure_of
 from rankwise.tasks.evaluate import evaluate_claimed
+from rankwise.tasks.evaluation_setup import recorded_definition
 from rankwise.tasks.predict import predict_claimed, settle_predictions
 from rankwise.tasks.publish import publish_again
-from rankwise.tasks.search import settle_rungs
 from rankwise.tasks.session import Session, jobs_of
-from rankwise.tasks.setting import recorded_definition
 from rankwise.tasks.submit import make_current, prepare, submit
-from rankwise.tasks.sweep import (
-    arms_of,
+from rankwise.tasks.sweep_lifecycle import (
+    arms_of_sweep,
     begin_sweep,
     end_sweep,
-    finish_complete,
-    finish_open,
+    finish_open_sweeps,
     finish_sweep,
-    submit_next,
-    with_waiting,
+    finish_sweeps_of,
+    submit_next_rounds,
+    with_queued_arms,
 )
 from rankwise.tasks.train import load_claimed, train_claimed
 from rankwise.tracking.provenance import collect
@@ -45,7 +45,7 @@ KINDS: Mapping[str, Callable[[Session, list[Job]], None]] = {
     JobKind.EVALUATE: evaluate_claimed,
     JobKind.PREDICT: predict_claimed,
 }
-"""One function per kind of job: it reports the end of each job, or raises."""
+"""One function per kind of job. It reports how each job ended, or raises."""
 
 
 def _work(session: Session, command: Message) -> Value:
@@ -58,8 +58,8 @@ def _work(session: Session, command: Message) -> Value:
 
 
 def _publish(session: Session, command: Message) -> Value:
-    """Try again to publish arms that are computed."""
-    stored = {job.id: job.result for job in session.context.queue.jobs(ids=[each["id"] for each in command["jobs"]])}
+    """Retry publishing arms that are already trained."""
+    stored = {job.id: job.result for job in session.context.queue.jobs(ids=[row["id"] for row in command["jobs"]])}
     jobs = [replace(job, result=stored.get(job.id)) for job in jobs_of(command)]
     runs = {}
     with session.logged(jobs):
@@ -78,7 +78,7 @@ def _publish(session: Session, command: Message) -> Value:
 
 
 def _settle(session: Session, command: Message) -> Value:
-    """What follows from jobs that have ended or paused: files to remove, rungs, next rounds, sweeps to finish."""
+    """Follow up on jobs that ended or paused: delete files, decide rungs, submit rounds, finish sweeps."""
     jobs = session.context.queue.jobs(ids=command["jobs"])
     done = {job.id for job in jobs if job.state is JobState.SUCCEEDED}
     for composition in list(session.compositions):
@@ -88,21 +88,20 @@ def _settle(session: Session, command: Message) -> Value:
             session.compositions.remove(composition)
     settle_predictions(session.context, jobs)
     settle_rungs(session.context, jobs)
-    submitted = [job.id for job in submit_next(session.context, jobs)]
+    submitted = [job.id for job in submit_next_rounds(session.context, jobs)]
     if command["complete"]:
         watched = command["watched"]
-        finish_complete(session.context, [job for job in jobs if job.spec.get("parent_run_id") != watched])
+        finish_sweeps_of(session.context, [job for job in jobs if job.spec.get("parent_run_id") != watched])
         if command["open"]:
-            finish_open(session.context, watched=watched)
+            finish_open_sweeps(session.context, watched=watched)
     return {"submitted": submitted}
 
 
 def _submit(session: Session, command: Message) -> Value:
-    """Prepare and submit a definition, for `rankwise run`."""
     context = session.context
     session.phase("load")
     for problem in context.store.sync().problems:
-        context.voice.warn(f"an earlier run left something that cannot be delivered: {problem}")
+        context.reporter.warn(f"an earlier run left records that cannot be delivered to MLflow: {problem}")
     if command["source"] is not None:
         text = recorded_definition(context, command["source"])
         experiment = parse_experiment(text, command["source"], command["overrides"])
@@ -112,7 +111,7 @@ def _submit(session: Session, command: Message) -> Value:
     context.experiments.add(prepared.experiment)
     if prepared.complete:
         make_current(context, prepared)
-        session.voice.say(f"nothing to do: all {len(prepared.sweep_arms)} arms are trained and evaluated")
+        session.reporter.say(f"nothing to do: all {len(prepared.sweep_arms)} arms are trained and evaluated")
         return {"experiment": prepared.experiment.spec.name, "parent_run_id": None, "jobs": []}
     submitted = submit(context, prepared, command=command["command"])
     session.begin(submitted.parent_run_id, begin_sweep)
@@ -125,7 +124,6 @@ def _submit(session: Session, command: Message) -> Value:
 
 
 def _finish(session: Session, command: Message) -> Value:
-    """Compare a sweep whose jobs have ended."""
     session.phase("report")
     context = session.context
     jobs = context.queue.jobs(ids=command["jobs"])
@@ -134,7 +132,7 @@ def _finish(session: Session, command: Message) -> Value:
     finish_sweep(
         context,
         experiment,
-        arms_of(experiment, jobs),
+        arms_of_sweep(experiment, jobs),
         command["parent_run_id"],
         failed=len(failed),
         command=command["command"],
@@ -143,21 +141,19 @@ def _finish(session: Session, command: Message) -> Value:
 
 
 def _end(session: Session, command: Message) -> Value:
-    """End the run of a sweep that was cut off."""
     end_sweep(session.context, command["parent_run_id"], killed=command["killed"], reason=command["reason"])
     return None
 
 
 def _compare(session: Session, command: Message) -> Value:
-    """The comparison of an experiment, as JSON and drawn for the parent's console."""
     session.phase("report")
     context = session.context
-    comparison = with_waiting(context.store, context.queue, gather(context.store, command["experiment"]))
-    finding = smallest_rank(context.store, comparison)
-    drawn = io.StringIO()
-    console = Console(file=drawn, width=command["width"], force_terminal=command["terminal"], highlight=False)
-    console.print(comparison_view(comparison, console, finding))
-    return {"json": comparison_json(comparison, finding), "text": drawn.getvalue()}
+    comparison = with_queued_arms(context.store, context.queue, gather(context.store, command["experiment"]))
+    smallest = smallest_rank(context.store, comparison)
+    text = io.StringIO()
+    console = Console(file=text, width=command["width"], force_terminal=command["terminal"], highlight=False)
+    console.print(comparison_view(comparison, console, smallest))
+    return {"json": comparison_json(comparison, smallest), "text": text.getvalue()}
 
 
 COMMANDS: Mapping[str, Callable[[Session, Message], Value]] = {

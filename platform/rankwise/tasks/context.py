@@ -1,8 +1,4 @@
-"""What every task needs: settings, the queue, the MLflow store, a voice, and the wish to stop.
-
-- What a job's row says about its work, so that any worker can do it with nothing but the row.
-- How an error that cut a job off is told to the queue and to people.
-"""
+"""What tasks share: `Context` (settings, stores, reporter), `ArmWork` (the payload of a job's row), error outcomes."""
 
 from __future__ import annotations
 
@@ -29,22 +25,18 @@ _MOST_EXPERIMENTS = 16
 
 
 class Experiments:
-    """The experiments that this process knows, by the text of their definition; the ones used last stay."""
+    """A cache of parsed experiments by definition text; keeps the most recently used."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Start empty."""
         self._known: dict[str, Experiment] = {}
 
     def add(self, experiment: Experiment) -> None:
-        """Keep one that was checked already."""
+        """Add an experiment that was validated already."""
         self._keep(experiment.text, experiment)
 
     def get(self, definition: str, name: str) -> Experiment:
-        """The experiment of a definition, parsed and checked only the first time; `name` is for messages.
-
-        Raises:
-            ConfigError: It is not valid.
-        """
+        """Return the experiment of a definition, parsed only once; `name` is for messages."""
         experiment = self._known.pop(definition, None) or parse_experiment(definition, name)
         self._keep(definition, experiment)
         return experiment
@@ -58,63 +50,49 @@ class Experiments:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """One process's connections. `stop` is set when a person or the system wants it to end."""
+    """One process's connections. `stop` is set when the process should end."""
 
     settings: Settings
     store: Store
     queue: JobStore
-    voice: Reporter
+    reporter: Reporter
     stop: threading.Event = field(default_factory=threading.Event)
     experiments: Experiments = field(default_factory=Experiments)
 
-    def experiment_of(self, work: Work) -> Experiment:
-        """The experiment that a job is a part of.
-
-        Raises:
-            ConfigError: Its definition is no longer valid.
-        """
+    def experiment_of(self, work: ArmWork) -> Experiment:
+        """Return the experiment that a job belongs to; raises `ConfigError` if its definition is no longer valid."""
         return self.experiments.get(work.definition, f"the definition of {work.experiment}")
 
     @property
     def worker(self) -> Worker:
-        """Who this process is in the queue."""
+        """This process as a worker in the queue."""
         return this_worker()
 
 
 @contextmanager
-def open_context(settings: Settings, voice: Reporter, stop: threading.Event | None = None) -> Iterator[Context]:
-    """Open the stores, creating them in a fresh home, and close them at the end.
-
-    Raises:
-        JobError: The queue's database cannot be used.
-        TrackingError: The MLflow store cannot be reached.
-        StorageError: The home cannot be written.
-    """
+def open_context(settings: Settings, reporter: Reporter, stop: threading.Event | None = None) -> Iterator[Context]:
+    """Open the stores, creating them in a fresh home, and close them on exit."""
     queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     try:
         with Store.open(settings) as store:
-            yield Context(settings=settings, store=store, queue=queue, voice=voice, stop=stop or threading.Event())
+            yield Context(
+                settings=settings, store=store, queue=queue, reporter=reporter, stop=stop or threading.Event()
+            )
     finally:
         queue.close()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """The work of a train or evaluate job.
+class ArmWork:
+    """Payload of a train or evaluate job. Its row alone lets any worker do the job.
 
     Attributes:
-        arm: The arm; of a job that evaluates the bare base, any arm over that base and those rows.
-        bare: Whether the bare base is evaluated and not the arm's adapter.
-        experiment: Name of the definition.
-        experiment_id: Of MLflow.
-        parent_run_id: Run of the sweep.
-        run_name: As shown in the UI.
-        register_as: Name of the registered model, or None.
-        log_examples: Whether texts of rows may be stored in MLflow.
+        arm: The arm; for an evaluation of the bare base, any arm over that base and those rows.
+        log_examples: Whether row texts may be stored in MLflow.
         definition: The resolved experiment file.
-        stops: Steps after which the arm pauses until it is decided whether it goes on (a rung each), ascending.
-        group: Names the arms that this one is compared with when it pauses; None without early stopping.
-        command: How a person starts the sweep again, for its note.
+        stops: Ascending steps of the rungs: the arm pauses after each until it is promoted or pruned.
+        group: Names the arms that it is compared with at rungs; None without early stopping.
+        command: Command that restarts the sweep, for its note.
     """
 
     arm: ArmSpec
@@ -132,14 +110,14 @@ class Work:
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """Read a job's row, also one that an older release wrote."""
-        known = {each.name for each in fields(cls)}
+        """Read a job's row, including rows written by older releases."""
+        known = {attribute.name for attribute in fields(cls)}
         values = {key: value for key, value in job.spec.items() if key in known}
         arm = ArmSpec.model_validate_json(values["arm"])
         return cls(**{**values, "arm": arm, "stops": tuple(values.get("stops", ()))})
 
     def stop_after(self, step: int) -> int | None:
-        """The next rung of an arm that has paused at `step` (0 at the beginning); None: it trains to its end."""
+        """The next rung after `step`; None if the arm trains to its end."""
         return next((stop for stop in self.stops if stop > step), None)
 
     def train_job(self, *, priority: int = 0, after: tuple[int, ...] = ()) -> NewJob:
@@ -147,7 +125,7 @@ class Work:
         return self._job(JobKind.TRAIN, self.arm.spec_hash, self.arm.pack_key, priority, after)
 
     def evaluate_job(self, after: tuple[int, ...] = (), *, priority: int = 0) -> NewJob:
-        """The job that evaluates the arm's adapter, or the bare base. Evaluations over equal rows share a pack."""
+        """The job that evaluates the arm's adapter or the bare base. Evaluations over equal rows share a pack key."""
         base = self.arm.base_eval_hash()
         return self._job(JobKind.EVALUATE, base if self.bare else self.arm.eval_hash(), base, priority, after)
 
@@ -185,10 +163,10 @@ def outcome_of(error: BaseException) -> Outcome:
 
     | error | outcome |
     |---|---|
-    | an interruption | preempted: goes on later, counts as no failure |
-    | the environment (disk, store, hub) | preempted: it is not the job's fault, and waits until that is mended |
-    | the definition or the rows | fatal: trying again cannot help |
-    | anything else, memory too | failed: tried again with backoff |
+    | interruption | preempted: resumes later, not counted as a failure |
+    | environment (disk, store, hub) | preempted: resumes when the environment works again |
+    | definition or rows | fatal: a retry cannot help |
+    | anything else, including out of memory | failed: retried with backoff |
     """
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return Outcome.PREEMPTED
@@ -197,8 +175,8 @@ def outcome_of(error: BaseException) -> Outcome:
     return Outcome.FAILED
 
 
-def text_of(error: BaseException) -> str:
-    """An error in words: as it is where it is for people, with its kind where it is a bug, with advice for memory."""
+def error_text(error: BaseException) -> str:
+    """An error as text: with advice if memory ran out, with its type if it is a bug."""
     if isinstance(error, RankwiseError):
         return str(error)
     if is_out_of_memory(error):
@@ -207,20 +185,20 @@ def text_of(error: BaseException) -> str:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """An error as the parent is told of it."""
+    """An error as the child reports it to its parent."""
     outcome = outcome_of(error)
     interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
     for_people = interrupted or isinstance(error, RankwiseError) or is_out_of_memory(error)
     return Failure(
         outcome=str(outcome),
         type="KeyboardInterrupt" if interrupted else _public_name(error),
-        text="interrupted" if interrupted else text_of(error),
+        text="interrupted" if interrupted else error_text(error),
         environment=isinstance(error, RankwiseError) and outcome is Outcome.PREEMPTED,
         trace=None if for_people else "".join(traceback.format_exception(error)),
     )
 
 
 def _public_name(error: BaseException) -> str:
-    """The class that the parent raises again: an error for people may be of a class that only its own package knows."""
-    public = (each.__name__ for each in type(error).__mro__ if each.__module__ == RankwiseError.__module__)
+    """The nearest class of `rankwise.exceptions`, which the parent can raise again."""
+    public = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == RankwiseError.__module__)
     return next(public, type(error).__name__)

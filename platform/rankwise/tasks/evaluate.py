@@ -1,8 +1,7 @@
-"""Evaluate stored adapters and bare bases: for evaluate jobs, the `evaluate` command and a promotion's comparison.
+"""Evaluation of stored adapters and bare bases: for evaluate jobs, the `evaluate` command and a promotion's comparison.
 
-All three go through an `Evaluator`: it loads a base and its rows once, attaches the adapters that lie over it, and
-measures them and the bare base on the same rows in shared batches. `record_evaluation` writes what one model did to a
-run. The command and the gate group models by base first (`group_by_base`); a claimed pack is one group already.
+`Evaluator` loads a base and its rows once, attaches adapters, and evaluates them and the bare base on the same rows in
+shared batches. The command and the gate first group models by base; a claimed pack is one group already.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from rankwise.modeling.fingerprint import fingerprint_base
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.modeling.lora.packed import delete_adapter
 from rankwise.reporter import Reporter
-from rankwise.tasks.bases import BaseHolder
-from rankwise.tasks.context import Context, Work
-from rankwise.tasks.rows import Rows, RowsCache, find_sources
-from rankwise.tasks.session import Session, Stoppable, token_of
-from rankwise.tasks.setting import Setting, recorded_setting
+from rankwise.tasks.arm_rows import ArmRows, RowsCache, find_sources
+from rankwise.tasks.base_holder import BaseHolder
+from rankwise.tasks.context import ArmWork, Context
+from rankwise.tasks.evaluation_setup import EvaluationSetup, recorded_setup
+from rankwise.tasks.session import Session, StoppableReporter, token_of
 from rankwise.tasks.submit import run_of_arm
 from rankwise.tracking.notes import base_note
 from rankwise.tracking.provenance import collect
@@ -46,13 +45,13 @@ from rankwise.tracking.registry import link_metrics
 from rankwise.tracking.run import Run
 
 BARE = "base"
-"""How the setting's bare base is named among the models; another base is `base of URI`."""
+"""Name of the setup's bare base among the models; other bases are named `base of URI`."""
 _NO_TEMPLATE = "none"
 _TEMPLATE = ("chat_template", "chat_template_revision")
 
 
-def measure(
-    base: LoadedBase, rows: Rows, adapters: Sequence[str | None], spec: EvaluationSpec, progress: Reporter
+def evaluate_attached(
+    base: LoadedBase, rows: ArmRows, adapters: Sequence[str | None], spec: EvaluationSpec, progress: Reporter
 ) -> dict[str | None, Evaluation]:
     """Evaluate adapters that are attached to the base, and the bare base (None), on the evaluation rows.
 
@@ -68,15 +67,7 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """A base, for people and for comparison.
-
-    Attributes:
-        source: What names it.
-        revision: Its pin.
-        fingerprint: Digest of its content.
-        tokenizer: Digest of its tokenizer: two bases whose digests differ may cut a text into other tokens.
-        quantization: How it was loaded, in words.
-    """
+    """A base, for messages and comparison; digests of its content and tokenizer, and its quantization in words."""
 
     source: str
     revision: str
@@ -86,7 +77,7 @@ class BaseIdentity:
 
     @classmethod
     def of(cls, base: LoadedBase) -> BaseIdentity:
-        """Of a base in memory."""
+        """Describe a loaded base."""
         return cls(
             source=base.source,
             revision=base.revision,
@@ -101,16 +92,10 @@ class BaseIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """Models over one base, whose rows have one form.
+class BaseGroup:
+    """Models over one base (`bare` is its own name) whose rows are rendered the same way.
 
-    Attributes:
-        experiment: Of the definition, for messages.
-        base: On this machine.
-        arm: The setting's rows and metrics over this base.
-        bare: How the base alone is named.
-        other: Whether it is loaded otherwise than the adapters were trained over it.
-        models: The adapters, and `bare` where it is evaluated too.
+    `other`: the base is quantized differently than when the adapters were trained.
     """
 
     experiment: str
@@ -122,38 +107,29 @@ class Group:
 
 
 def is_plain_directory(uri: str) -> bool:
-    """Whether a name is a PEFT directory, which says nothing of its base that could be relied on."""
+    """Whether a name is a PEFT directory, which does not reliably identify its base."""
     return Path(uri).is_dir() and not (Path(uri) / "MLmodel").exists()
 
 
 def group_by_base(
     context: Context,
-    setting: Setting,
+    setting: EvaluationSetup,
     uris: Sequence[str],
     quantization: QuantizationSpec | None,
     metadata: Mapping[str, AdapterMetadata],
-) -> list[Group]:
-    """Group models by their base; the setting's own base comes first, also where no adapter lies over it.
+) -> list[BaseGroup]:
+    """Group models by base and chat template. The first group is over the setup's own base, even without adapters.
 
-    Adapters over one base that were trained with different chat templates are groups of their own: each reads the rows
-    as it has learned to.
-
-    Args:
-        context: The stores.
-        setting: On what and by what.
-        uris: Stored adapters, or PEFT directories, which are taken to lie over the setting's base.
-        quantization: Of all bases, in place of the recorded ones.
-        metadata: What each stored adapter says of itself.
+    PEFT directories are assumed to belong to the setup's base; `quantization` replaces the recorded ones.
 
     Raises:
-        BaseMismatchError: A base was found that is not the recorded one.
-        AssetError: A base cannot be had.
+        BaseMismatchError: The base at hand is not the recorded one.
     """
     arm = setting.arm
-    recorded = {uri: found.base for uri, found in metadata.items()}
+    recorded = {uri: located.base for uri, located in metadata.items()}
     resolved = _own_base(context, arm, recorded)
     chosen = quantization or arm.quantization
-    own = Group(
+    own = BaseGroup(
         experiment=setting.spec.name,
         base=resolved,
         arm=arm.model_copy(update={"quantization": chosen}),
@@ -171,15 +147,15 @@ def group_by_base(
         template = metadata[uri].chat_template
         base = (facts.fingerprint.digest, describe_quantization(facts.quantization))
         if base == own_base and template != own_template and _recorded_template(context, uri) is None:
-            template = own_template  # Whoever chose the setting knows better.
+            template = own_template  # No template is recorded for the adapter; the setup's definition decides.
         key = (*base, template)
         if key not in groups:
-            found = find_base(facts, uri, context.settings)
+            located = find_base(facts, uri, context.settings)
             used = quantization or facts.quantization
-            groups[key] = Group(
+            groups[key] = BaseGroup(
                 experiment=setting.spec.name,
-                base=found,
-                arm=_over(context, arm, uri, found, used),
+                base=located,
+                arm=_over(context, arm, uri, located, used),
                 bare=f"{BARE} of {uri}",
                 other=describe_quantization(used) != describe_quantization(facts.quantization),
             )
@@ -190,7 +166,6 @@ def group_by_base(
 
 
 def _template_of(arm: ArmSpec, base: ResolvedBase) -> str:
-    """The digest of the chat template that an arm's rows are rendered with."""
     dataset = arm.dataset
     with quiet_transformers():
         tokenizer = load_tokenizer(base.path)
@@ -198,16 +173,15 @@ def _template_of(arm: ArmSpec, base: ResolvedBase) -> str:
 
 
 def _own_base(context: Context, arm: ArmSpec, recorded: Mapping[str, BaseFacts]) -> ResolvedBase:
-    """The setting's base. Where an adapter over it says what is in it, it may lie elsewhere (`RANKWISE_BASES`)."""
+    """The setup's base; at another path (`RANKWISE_BASES`) if an adapter over it records its content."""
     for uri, facts in recorded.items():
         if (facts.source, facts.revision) == (arm.base_model, arm.base_model_revision):
             return find_base(facts, uri, context.settings)
-    return resolve_base(arm.base_model, arm.base_model_revision, context.settings, context.voice)
+    return resolve_base(arm.base_model, arm.base_model_revision, context.settings, context.reporter)
 
 
 def _over(context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantization: QuantizationSpec) -> ArmSpec:
-    """The setting's arm over another base, with the chat template that the adapter there was trained with."""
-    # Of a model that was not made by a run of this program: the base's own template.
+    # A model that rankwise did not train gets the base's own template.
     template = _recorded_template(context, uri) or dict.fromkeys(_TEMPLATE)
     return arm.model_copy(
         update={
@@ -220,55 +194,40 @@ def _over(context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantiza
 
 
 def _recorded_template(context: Context, uri: str) -> dict[str, str | None] | None:
-    """The chat template of the definition that an adapter was made from; None where none is recorded."""
     if uri.startswith(("models:", "runs:")):
         with suppress(ConfigError):
-            dataset = recorded_setting(context, uri).arm.dataset
+            dataset = recorded_setup(context, uri).arm.dataset
             return {name: getattr(dataset, name) for name in _TEMPLATE}
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assessed:
-    """What one model did.
-
-    Attributes:
-        evaluation: Metrics and observations.
-        uri: The resolved URI; None for a bare base and for a directory.
-        base: Over which base.
-        bare: The name of that base alone among the assessment's models.
-        rows: The rows as that base's tokenizer and template make them.
-    """
+class ModelEvaluation:
+    """One model's evaluation; `uri` is None for a bare base or a directory, `bare` names the bare base of its group."""
 
     evaluation: Evaluation
     uri: str | None
     base: BaseIdentity
     bare: str
-    rows: Rows
+    rows: ArmRows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assessment:
-    """What models did.
+    """Evaluations by given name, bare bases last; `excluded` counts rows that the caller excluded."""
 
-    Attributes:
-        setting: On what.
-        models: By the names given, then the bare bases.
-        left_out: Rows that were left out since the caller asked for that.
-    """
-
-    setting: Setting
-    models: dict[str, Assessed]
-    left_out: int = 0
+    setting: EvaluationSetup
+    models: dict[str, ModelEvaluation]
+    excluded: int = 0
 
     @property
     def results(self) -> dict[str, Evaluation]:
-        """The evaluations by name."""
+        """Evaluations by name."""
         return {name: model.evaluation for name, model in self.models.items()}
 
     @property
     def bases(self) -> tuple[BaseIdentity, ...]:
-        """The different bases."""
+        """The distinct bases."""
         return tuple(dict.fromkeys(model.base for model in self.models.values()))
 
 
@@ -276,36 +235,27 @@ class Evaluator:
     """Evaluates models; keeps base and rows between calls."""
 
     def __init__(self, context: Context, bases: BaseHolder | None = None, rows: RowsCache | None = None) -> None:
-        """Load nothing yet; `bases` and `rows` are what a process holds already."""
+        """Take the base and rows that the process already holds, or start empty."""
         self._context = context
-        self._bases = bases or BaseHolder(context.settings, context.voice)
-        self._rows = rows or RowsCache(context.settings, context.voice)
+        self._bases = bases or BaseHolder(context.settings, context.reporter)
+        self._rows = rows or RowsCache(context.settings, context.reporter)
 
-    def training_rows(self, setting: Setting) -> list[Example]:
-        """The rows that a setting's arm is trained on, out of its data.
+    def training_rows(self, setting: EvaluationSetup) -> list[Example]:
+        """The training rows of a setup's arm.
 
         Raises:
-            AssetError: Base or rows cannot be had.
             DatasetError: The rows do not fit the definition.
         """
-        sources = find_sources(setting.arm, self._context.settings, self._context.voice)
+        sources = find_sources(setting.arm, self._context.settings, self._context.reporter)
         base = self._bases.get(sources.base, setting.arm.quantization)
         return self._rows.get(setting.arm, sources, base.tokenizer).examples.train
 
     def evaluate(
-        self, group: Group, base: LoadedBase, rows: Rows, stored: Mapping[str, Fetched], progress: Reporter
+        self, group: BaseGroup, base: LoadedBase, rows: ArmRows, stored: Mapping[str, Fetched], progress: Reporter
     ) -> dict[str, tuple[Evaluation, str | None]]:
-        """Evaluate the models of a group in mixed batches; their adapters are attached meanwhile.
+        """Attach the adapters of a group, evaluate its models in mixed batches in the given order, and detach them.
 
-        Args:
-            group: The models, in the order of the batches.
-            base: Their base in memory.
-            rows: The rows.
-            stored: The checked files of the stored adapters.
-            progress: Told of rows.
-
-        Returns:
-            For each model what it did, and the URI that it resolves to (None for the bare base and for a directory).
+        Returns each model's evaluation and resolved URI (None for the bare base and for a directory).
 
         Raises:
             ConfigError: A metric is not known, or a prompt does not fit.
@@ -318,80 +268,72 @@ class Evaluator:
                 if name in adapters:
                     continue
                 adapter, uris[name] = self._attach(base, name, stored.get(name), other=group.other)
-                if adapter not in adapters.values():  # An alias and its version are one adapter.
+                if adapter not in adapters.values():  # An alias and its version name the same adapter.
                     stack.callback(delete_adapter, base.model, adapter)
                 adapters[name] = adapter
             order = [adapters[name] for name in group.models]
-            results = measure(base, rows, order, group.arm.evaluation, progress)
+            results = evaluate_attached(base, rows, order, group.arm.evaluation, progress)
         return {name: (results[adapters[name]], uris[name]) for name in group.models}
 
     def assess(
         self,
-        setting: Setting,
+        setting: EvaluationSetup,
         uris: Sequence[str],
         *,
         quantization: QuantizationSpec | None = None,
-        leave_out: Callable[[Example], bool] | None = None,
+        exclude: Callable[[Example], bool] | None = None,
     ) -> Assessment:
-        """Evaluate models and the bare bases on the same rows; one base after another.
+        """Evaluate models, each over its own base, and the bare bases on the same rows.
 
-        Every adapter is evaluated over the base that it was trained on. Those over one base share its batches.
-
-        Args:
-            setting: On what and by what.
-            uris: Stored adapters, or PEFT directories (over the setting's base); `base` among them, or not, is the bare
-                base of the setting, which always is.
-            quantization: Of the bases; another one than the adapters were trained over gives a warning.
-            leave_out: Says of a row whether it is left out.
+        `uris` are stored adapters or PEFT directories; `base` is always included. `quantization` replaces that of the
+        bases, with a warning if the adapters were trained over another one.
 
         Raises:
             ConfigError: There are no rows, or a metric is not known.
-            BaseMismatchError: A base was found that is not the recorded one.
-            AssetError: Base or rows cannot be had.
+            BaseMismatchError: The base at hand is not the recorded one.
         """
         names = [uri for uri in dict.fromkeys(uris) if uri != BARE]
-        models: dict[str, Assessed] = {}
-        left_out = 0
+        models: dict[str, ModelEvaluation] = {}
+        excluded = 0
         with ExitStack() as stack:
-            # Once: of a remote store it is a download.
+            # Fetch only once: a remote store downloads the files.
             stored = {
                 uri: stack.enter_context(fetch(uri, self._context.settings.tracking_uri))
                 for uri in names
                 if not is_plain_directory(uri)
             }
-            metadata = {uri: found.metadata for uri, found in stored.items()}
+            metadata = {uri: fetched.metadata for uri, fetched in stored.items()}
             for group in group_by_base(self._context, setting, names, quantization, metadata):
-                surplus, models_of_group = self._assess(group, stored, leave_out)
+                surplus, models_of_group = self._assess(group, stored, exclude)
                 models |= models_of_group
                 if group.bare == BARE:
-                    left_out = surplus
+                    excluded = surplus
         ordered = [*names, *(name for name in models if name not in names)]
-        return Assessment(setting=setting, models={name: models[name] for name in ordered}, left_out=left_out)
+        return Assessment(setting=setting, models={name: models[name] for name in ordered}, excluded=excluded)
 
     def _assess(
-        self, group: Group, stored: Mapping[str, Fetched], leave_out: Callable[[Example], bool] | None
-    ) -> tuple[int, dict[str, Assessed]]:
-        """The models over one base: how many rows were left out, and what the models did."""
+        self, group: BaseGroup, stored: Mapping[str, Fetched], exclude: Callable[[Example], bool] | None
+    ) -> tuple[int, dict[str, ModelEvaluation]]:
         context, arm = self._context, group.arm
-        sources = find_sources(arm, context.settings, context.voice, base=group.base, training=False)
+        sources = find_sources(arm, context.settings, context.reporter, base=group.base, training=False)
         base = self._bases.get(group.base, arm.quantization)
         table = self._rows.get(arm, sources, base.tokenizer)
         examples, _ = table.evaluated
         if not examples:
             raise ConfigError(
-                f"{group.experiment} has no evaluation rows: give dataset.eval in the definition, or --data"
+                f"{group.experiment} has no evaluation rows: set dataset.eval in the definition, or pass --data"
             )
-        surplus = {example.id for example in examples if leave_out is not None and leave_out(example)}
-        used = table.without(surplus) if surplus else table
-        results = self.evaluate(group, base, used, stored, context.voice)
+        excluded = {example.id for example in examples if exclude is not None and exclude(example)}
+        used = table.without(excluded) if excluded else table
+        results = self.evaluate(group, base, used, stored, context.reporter)
         identity = BaseIdentity.of(base)
-        return len(surplus), {
-            name: Assessed(evaluation=evaluation, uri=uri, base=identity, bare=group.bare, rows=table)
+        return len(excluded), {
+            name: ModelEvaluation(evaluation=evaluation, uri=uri, base=identity, bare=group.bare, rows=table)
             for name, (evaluation, uri) in results.items()
         }
 
     def _attach(self, base: LoadedBase, uri: str, stored: Fetched | None, *, other: bool) -> tuple[str, str | None]:
-        """Lay an adapter over the base: its name in the model, and the URI that it resolves to."""
+        """Return the adapter's name in the model and its resolved URI."""
         if stored is None:
             name = f"directory-{abs(hash(Path(uri).resolve())):x}"
             load_adapter(base.model, Path(uri), name)
@@ -404,7 +346,7 @@ def record_evaluation(
     context: Context,
     run: Run,
     evaluation: Evaluation,
-    rows: Rows,
+    rows: ArmRows,
     spec: EvaluationSpec,
     *,
     step: int = 0,
@@ -412,22 +354,7 @@ def record_evaluation(
     tags: Mapping[str, str] | None = None,
     model_id: str | None = None,
 ) -> dict[str, float]:
-    """Write what one model did to a run, and its metrics to its LoggedModel; the metrics as they were written.
-
-    Args:
-        context: The stores.
-        run: The run; it stays open.
-        evaluation: What the model did.
-        rows: The rows.
-        spec: The metrics it was evaluated by.
-        step: Of the metrics.
-        log_examples: Whether texts of rows may be stored.
-        tags: Written with the metrics.
-        model_id: The LoggedModel; None where there is none.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
-    """
+    """Write one model's results to a run, which stays open, and to its LoggedModel; returns the metrics as written."""
     values = to_tracking(evaluation.metrics)
     run.metrics(values, step)
     if tags:
@@ -440,19 +367,7 @@ def record_evaluation(
 
 
 def publish_assessment(context: Context, assessment: Assessment, *, note: str = "") -> dict[str, str]:
-    """Write every model's results to a run of its own.
-
-    Args:
-        context: The stores.
-        assessment: What they did.
-        note: What is special about it (another quantization), for the runs' names.
-
-    Returns:
-        The run id of each model, by its name in the assessment.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
-    """
+    """Write each model's results to a run of its own, with `note` in its name; returns run IDs by model name."""
     spec = assessment.setting.spec
     experiment_id = context.store.experiment(spec.name, spec)
     runs: dict[str, str] = {}
@@ -473,7 +388,7 @@ def publish_assessment(context: Context, assessment: Assessment, *, note: str = 
                 "rankwise.model_uri": uri,
                 "rankwise.base_fingerprint": model.base.fingerprint,
             },
-            # Never "base": `compare` takes the last run of that kind for the base on the definition's own rows.
+            # Not "base": `compare` uses the last run of that kind as the base's result on the definition's own rows.
             kind="evaluate",
             system_metrics=False,
         )
@@ -493,34 +408,30 @@ def publish_assessment(context: Context, assessment: Assessment, *, note: str = 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """What one job evaluates: the adapter of a trained arm, or the bare base."""
+class _EvaluateJob:
+    """A claimed evaluate job; `trained` is the result of the arm's train job, None for the bare base."""
 
     job: Job
     token: str
-    work: Work
+    work: ArmWork
     trained: dict[str, Any] | None
 
     @property
     def model(self) -> str:
-        """What is evaluated, by the name that the evaluator knows it by."""
+        """The evaluator's name for the model."""
         return BARE if self.trained is None else str(self.trained["model_uri"])
 
 
 def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
-    """Evaluate the jobs of one claim over one base and report the end of each of them.
+    """Evaluate the jobs of one claim over one base and report how each ended.
 
-    Adapters are loaded by their registered URI, with all checks of the flavor, as any user would.
-
-    Raises:
-        RankwiseError: What a person has to mend.
-        Exception: A bug.
+    Adapters are loaded by registered URI with all checks of the flavor, as users load them.
     """
     context = session.context
     session.phase("load")
-    subjects = [_subject(context, job, token_of(job)) for job in jobs]
+    subjects = [_evaluate_job(context, job, token_of(job)) for job in jobs]
     arm = subjects[0].work.arm
-    sources = find_sources(arm, context.settings, context.voice)
+    sources = find_sources(arm, context.settings, context.reporter)
     base = session.bases.get(sources.base, arm.quantization)
     session.phase("tokenize")
     table = session.rows.get(arm, sources, base.tokenizer)
@@ -528,12 +439,12 @@ def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
     with ExitStack() as stack:
         stored = _fetch(context, [subject.model for subject in subjects if subject.trained is not None], stack)
         models = [subject.model for subject in subjects]
-        group = Group(experiment=subjects[0].work.experiment, base=sources.base, arm=arm, bare=BARE, models=models)
-        progress = Stoppable(session, [subject.token for subject in subjects])
+        group = BaseGroup(experiment=subjects[0].work.experiment, base=sources.base, arm=arm, bare=BARE, models=models)
+        progress = StoppableReporter(session, [subject.token for subject in subjects])
         results = Evaluator(context, session.bases, session.rows).evaluate(group, base, table, stored, progress)
     session.phase("upload")
     for subject in subjects:
-        if session.authority.cancelled(subject.token):
+        if session.claims.cancelled(subject.token):
             session.report(subject.job, Outcome.CANCELLED)
         elif session.may_publish(subject.job):
             evaluation, _ = results[subject.model]
@@ -543,31 +454,29 @@ def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
 
 
 def _fetch(context: Context, uris: Sequence[str], stack: ExitStack) -> dict[str, Fetched]:
-    """The checked files of adapters, until the stack is closed."""
     if not uris:
         return {}
-    with context.voice.task(f"loading {len(uris)} adapters from the registry", len(uris), "adapters") as advance:
+    with context.reporter.task(f"loading {len(uris)} adapters from the registry", len(uris), "adapters") as advance:
         stored = {uri: stack.enter_context(fetch(uri, context.settings.tracking_uri)) for uri in uris}
         advance(len(uris))
     return stored
 
 
-def _subject(context: Context, job: Job, token: str) -> _Subject:
-    work = Work.of(job)
+def _evaluate_job(context: Context, job: Job, token: str) -> _EvaluateJob:
+    work = ArmWork.of(job)
     if work.bare:
-        return _Subject(job=job, token=token, work=work, trained=None)
+        return _EvaluateJob(job=job, token=token, work=work, trained=None)
     trained = context.queue.find(JobKind.TRAIN, [work.arm.spec_hash]).get(work.arm.spec_hash)
     if trained is None or trained.result is None:
-        raise JobError(f"job {job.id} evaluates arm {work.arm.short}, which has not been trained")
-    return _Subject(job=job, token=token, work=work, trained=trained.result)
+        raise JobError(f"job {job.id} evaluates arm {work.arm.short}, which is not trained yet")
+    return _EvaluateJob(job=job, token=token, work=work, trained=trained.result)
 
 
-def _publish(session: Session, subject: _Subject, table: Rows, evaluation: Evaluation) -> dict[str, Any]:
-    """Write the results to the arm's run, its LoggedModel and its version; what the job's row is to keep of them."""
+def _publish(session: Session, subject: _EvaluateJob, table: ArmRows, evaluation: Evaluation) -> dict[str, Any]:
     context, work, trained = session.context, subject.work, subject.trained
     fence = session.fence(subject.job)
-    # The arm's last step, also where an earlier state was registered: MLflow shows the value of the highest step, and
-    # evaluations during training have the same keys.
+    # The arm's last step, even if an earlier checkpoint was registered: MLflow shows the value of the highest step, and
+    # evaluations during training use the same keys.
     step = int(trained["steps"]) if trained is not None else 0
     if trained is not None:
         run = context.store.resume_run(
@@ -612,8 +521,7 @@ def _publish(session: Session, subject: _Subject, table: Rows, evaluation: Evalu
 
 
 def _tag_version(context: Context, model_uri: str, values: Mapping[str, float]) -> None:
-    """Show the results at the model version."""
     resolved = context.store.registry.resolve(model_uri)
     if resolved.version is not None:
-        shown = {key: repr(value) for key, value in values.items() if not key.endswith(".n")}
-        context.store.registry.tag_version(resolved.version.name, resolved.version.version, shown)
+        tags = {key: repr(value) for key, value in values.items() if not key.endswith(".n")}
+        context.store.registry.tag_version(resolved.version.name, resolved.version.version, tags)

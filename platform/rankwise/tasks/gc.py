@@ -1,19 +1,16 @@
-"""Remove what no job needs: from this machine's disk, and LoggedModels.
+"""Garbage collection: finds and removes local files and LoggedModels that no unfinished job needs.
 
-| kind | what | is removed when |
+| kind | item | removed when |
 |---|---|---|
-| checkpoint | a pack's checkpoints and results | none of its arms is in an unfinished job, and it is old |
-| aside | the state of an arm that left a pack, beside checkpoints that are needed | its job has ended, and it is old |
-| model | a LoggedModel of a job, with its files | no version stands on it, it is not its job's result, and it is old |
-| log | a job's log, a worker's crash output and stacks | the job, the worker has ended, and it is old |
+| checkpoint | checkpoints and results of a pack | no unfinished job has one of its arms, and it is old |
+| aside | saved state of an arm that left a pack, next to checkpoints still in use | its job has ended, and it is old |
+| model | LoggedModel of a job, with its files | it has no version, is not its job's result, and is old |
+| log | log of a job; crash output and stacks of a worker | the job or worker has ended, and it is old |
 | outbox | an outbox | everything in it was delivered and its writer is gone |
-| quantized, adapter, tokens | entries of the cache | no unfinished job needs it, and it is old |
+| quantized, adapter, tokens | cache entries | no unfinished job needs it, and it is old |
 
-Old means: for the given time not written and, where the file system notes that, not read. What is removed disappears
-under its name in one step. A failed or cancelled job that is tried again begins anew once its checkpoints are gone.
-
-- What the jobs of the queue need on this machine and in MLflow, for those who clean up.
-- What lies on this machine's disk or in MLflow that no job needs; nothing here removes before it is told to.
+Old means not written for the given time and, if the file system records access, not read. Each item disappears in one
+step. A failed or cancelled job whose checkpoints were removed starts from the beginning if it is retried.
 """
 
 from __future__ import annotations
@@ -43,18 +40,11 @@ from rankwise.training.checkpoint import remove
 
 
 @dataclass(kw_only=True)
-class Needs:
-    """What unfinished jobs need, and what ended ones have made.
+class References:
+    """What unfinished jobs need, and what ended jobs have made.
 
-    Attributes:
-        jobs: Numbers of the unfinished jobs.
-        arms: The first 12 digits of the spec hashes of arms that are to be trained or evaluated.
-        bases: Source and revision of their bases.
-        adapters: Names of the directories of adapters that they start from.
-        since: When the oldest unfinished job was submitted, seconds since the epoch; None without one.
-        models: Run to the LoggedModel that its succeeded train job counts as its result.
-        ended: Runs of train jobs that have ended, by (job, run), with their state.
-        experiments: Ids of all experiments.
+    `arms` are 12-digit prefixes of spec hashes, `since` is the submission of the oldest unfinished job, `models` maps
+    runs to the LoggedModel that is their result, and `ended` maps (job, run) to the job's state.
     """
 
     jobs: set[int] = field(default_factory=set)
@@ -67,19 +57,19 @@ class Needs:
     experiments: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, jobs: Iterable[Job]) -> Needs:
-        """Read them out of rows."""
-        needs = cls()
+    def of(cls, jobs: Iterable[Job]) -> References:
+        """Collect references from job rows."""
+        references = cls()
         for job in jobs:
             if "experiment_id" in job.spec:
-                needs.experiments.add(str(job.spec["experiment_id"]))
+                references.experiments.add(str(job.spec["experiment_id"]))
             if not job.ended:
-                needs._add(job)
+                references._add(job)
             elif job.mlflow_run_id is not None:
-                needs.ended[job.id, job.mlflow_run_id] = job.state
+                references.ended[job.id, job.mlflow_run_id] = job.state
                 if job.state is JobState.SUCCEEDED and (model := (job.result or {}).get("model_id")):
-                    needs.models[job.mlflow_run_id] = str(model)
-        return needs
+                    references.models[job.mlflow_run_id] = str(model)
+        return references
 
     def _add(self, job: Job) -> None:
         self.since = job.created_at if self.since is None else min(self.since, job.created_at)
@@ -92,115 +82,108 @@ class Needs:
 
 
 def adapter_directory(uri: str) -> str:
-    """The name of the cache's directory for a registered adapter that an arm starts from."""
+    """Cache directory name of a registered adapter that an arm starts from."""
     return uri.replace("models:/", "").replace("/", "-")
 
 
 def _arm(job: Job) -> dict[str, Any] | None:
-    # Not as an ArmSpec: a row that another release wrote must not keep anybody from cleaning up.
+    # Not parsed as an ArmSpec: a row that another release wrote must not block garbage collection.
     arm = job.spec.get("arm")
     values = json.loads(arm) if isinstance(arm, str) else arm
     return values if isinstance(values, dict) and "base_model" in values else None
 
 
-# Times of files and of the database come from two clocks, and may be read a while apart.
+# File times and database times come from two clocks, and may be read a while apart.
 _MARGIN_S = 86_400.0
-# An outbox has files beside it that are made before or removed after it.
+# The files next to an outbox are created before it and removed after it.
 _SETTLED_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """Something that can be removed.
-
-    Attributes:
-        kind: As in the table of `rankwise.tasks.gc`.
-        name: A path, or the URI of a model.
-        bytes: What it holds.
-        reason: Why it is not needed.
-        needed: Asked again, with fresh needs, just before it is removed.
-        remove: Removes it.
-    """
+class GarbageItem:
+    """An item that can be removed; `needed` is called again with fresh references just before removal."""
 
     kind: str
     name: str
     bytes: int
     reason: str
-    needed: Callable[[Needs], bool]
+    needed: Callable[[References], bool]
     remove: Callable[[], object]
 
     def to_json(self) -> dict[str, Any]:
-        """As `rankwise gc --json` prints it."""
+        """The item as `rankwise gc --json` prints it."""
         return {"kind": self.kind, "name": self.name, "bytes": self.bytes, "reason": self.reason}
 
 
-def checkpoints(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
-    """Checkpoints of packs, and what is put aside of arms beside checkpoints that are needed."""
+def checkpoints(settings: Settings, references: References, before: float) -> Iterator[GarbageItem]:
+    """Checkpoints of packs, and states set aside by arms that left."""
     for pack in _directories(settings.checkpoints):
         arms = frozenset(path.name.removeprefix("arm-") for path in pack.rglob("arm-*") if path.is_dir())
-        if arms.isdisjoint(needs.arms):
+        if arms.isdisjoint(references.arms):
             if _last_use(pack) < before:
                 yield _checkpoint("checkpoint", pack, "no unfinished job has one of its arms", arms)
             continue
         for aside in _directories(pack / "aside"):
             arm = aside.name.removeprefix("arm-")
-            if arm not in needs.arms and _last_use(aside) < before:
+            if arm not in references.arms and _last_use(aside) < before:
                 yield _checkpoint("aside", aside, "the job of this arm has ended", frozenset({arm}))
 
     for path in sorted(settings.checkpoints.glob(".tmp-*")):
         if time.time() - _last_use(path) > _SETTLED_S:
-            yield Item(
+            yield GarbageItem(
                 kind="checkpoint",
                 name=str(path),
                 bytes=tree_size(path),
-                reason="half removed by a process that died",
+                reason="partly removed by a process that died",
                 needed=lambda now: False,
                 remove=partial(_discard, path),
             )
 
 
-def _checkpoint(kind: str, path: Path, reason: str, arms: frozenset[str]) -> Item:
-    def do() -> None:
+def _checkpoint(kind: str, path: Path, reason: str, arms: frozenset[str]) -> GarbageItem:
+    def remove_checkpoint() -> None:
         with storage_errors(path, f"removing {path.name}"):
             remove(path)
 
-    return Item(
+    return GarbageItem(
         kind=kind,
         name=str(path),
         bytes=tree_size(path),
         reason=reason,
         needed=lambda now: not arms.isdisjoint(now.arms),
-        remove=do,
+        remove=remove_checkpoint,
     )
 
 
-def outboxes(settings: Settings) -> Iterator[Item]:
-    """Outboxes of which everything was delivered, and what others have left beside their place."""
+def outboxes(settings: Settings) -> Iterator[GarbageItem]:
+    """Delivered outboxes, and stray files next to outboxes that are gone."""
     for path in sorted(settings.outbox.glob("*.jsonl")):
         try:
             outbox = Outbox.adopt(path)
-        except TrackingError:  # No outbox, or of a newer release: `sync` tells of it.
+        except TrackingError:  # Not an outbox, or one of a newer release: `sync` reports it.
             continue
         if outbox is None:
             continue
         delivered = not outbox.pending
         outbox.release()
         if delivered:
-            beside = [path, path.with_suffix(".offset"), path.with_suffix(".files")]
-            yield _outbox(path, beside, "everything in it was delivered", partial(_close, path))
+            files = [path, path.with_suffix(".offset"), path.with_suffix(".files")]
+            yield _outbox(path, files, "everything in it was delivered", partial(_close, path))
     for path in sorted(settings.outbox.glob("*")) if settings.outbox.is_dir() else []:
-        alone = path.suffix in {".offset", ".files", ".tmp"} and not path.with_suffix(".jsonl").exists()
-        if alone and time.time() - _last_use(path) > _SETTLED_S:
+        is_stray = path.suffix in {".offset", ".files", ".tmp"} and not path.with_suffix(".jsonl").exists()
+        if is_stray and time.time() - _last_use(path) > _SETTLED_S:
             yield _outbox(path, [path], "its outbox is gone", partial(_discard, path))
 
 
-def _outbox(path: Path, files: list[Path], reason: str, do: Callable[[], None]) -> Item:
+def _outbox(path: Path, files: list[Path], reason: str, remove_item: Callable[[], None]) -> GarbageItem:
     size = sum(tree_size(file) if file.is_dir() else file.stat().st_size for file in files if file.exists())
-    return Item(kind="outbox", name=str(path), bytes=size, reason=reason, needed=lambda now: False, remove=do)
+    return GarbageItem(
+        kind="outbox", name=str(path), bytes=size, reason=reason, needed=lambda now: False, remove=remove_item
+    )
 
 
 def _close(path: Path) -> None:
-    # Another process may have taken it up meanwhile; closing one that is delivered removes it.
+    # Another process may have adopted it since; closing a delivered outbox removes it.
     if (outbox := Outbox.adopt(path)) is not None:
         outbox.close()
 
@@ -213,12 +196,12 @@ def _discard(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def logs(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
-    """Logs of jobs that have ended, and what processes of workers that died have left."""
+def logs(settings: Settings, references: References, before: float) -> Iterator[GarbageItem]:
+    """Logs of ended jobs, and files of dead workers."""
     for path in sorted((settings.home / "logs" / "jobs").glob("*.log")):
-        if not path.stem.isdecimal() or int(path.stem) in needs.jobs or path.stat().st_mtime >= before:
+        if not path.stem.isdecimal() or int(path.stem) in references.jobs or path.stat().st_mtime >= before:
             continue
-        yield Item(
+        yield GarbageItem(
             kind="log",
             name=str(path),
             bytes=path.stat().st_size,
@@ -228,7 +211,7 @@ def logs(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
         )
     for path in sorted((settings.home / "logs" / "workers").glob("child-*")):
         if path.stat().st_mtime < before and not _is_alive(path):
-            yield Item(
+            yield GarbageItem(
                 kind="log",
                 name=str(path),
                 bytes=path.stat().st_size,
@@ -238,33 +221,32 @@ def logs(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
             )
 
 
-def _needs_job(needs: Needs, job: int) -> bool:
-    return job in needs.jobs
+def _needs_job(references: References, job: int) -> bool:
+    return job in references.jobs
 
 
 def _is_alive(path: Path) -> bool:
-    """Whether the worker may live that a file of `rankwise.worker.child` names: `child-PID-...`."""
     pid = path.name.split("-")[1]
     return pid.isdecimal() and psutil.pid_exists(int(pid))
 
 
-def caches(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
-    """Entries of the cache that were not used for long: quantized bases, adapters to start from, tokens."""
+def caches(settings: Settings, references: References, before: float) -> Iterator[GarbageItem]:
+    """Unused cache entries: quantized bases, adapters to start from, tokens."""
     for entry in list_entries(settings):
         base = (entry.source, entry.revision)
-        # Its description is read by every listing.
-        if not _needs_base(needs, base) and _last_use(entry.path, without=ENTRY_NAME) < before:
-            yield Item(
+        # Every listing reads the description, so that does not count as use.
+        if not _needs_base(references, base) and _last_use(entry.path, without=ENTRY_NAME) < before:
+            yield GarbageItem(
                 kind="quantized",
                 name=str(entry.path),
                 bytes=entry.bytes,
-                reason=f"{entry.source}, quantized: no unfinished job is over it",
+                reason=f"{entry.source}, quantized: no unfinished job uses it",
                 needed=partial(_needs_base, base=base),
                 remove=partial(remove_entry, entry.path, settings),
             )
     for path in _directories(settings.cache / "adapters"):
-        if path.name not in needs.adapters and _last_use(path) < before:
-            yield Item(
+        if path.name not in references.adapters and _last_use(path) < before:
+            yield GarbageItem(
                 kind="adapter",
                 name=str(path),
                 bytes=tree_size(path),
@@ -274,8 +256,8 @@ def caches(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
             )
     for path in sorted((settings.cache / "tokens").glob("*.arrow")):
         used = _last_use(path)
-        if used < before and not _needs_tokens(needs, used):
-            yield Item(
+        if used < before and not _needs_tokens(references, used):
+            yield GarbageItem(
                 kind="tokens",
                 name=str(path),
                 bytes=path.stat().st_size,
@@ -285,41 +267,37 @@ def caches(settings: Settings, needs: Needs, before: float) -> Iterator[Item]:
             )
 
 
-def _needs_base(needs: Needs, base: tuple[str, str]) -> bool:
-    # A base that is still to be pinned may turn out to be this one.
-    return base in needs.bases or (base[0], None) in needs.bases
+def _needs_base(references: References, base: tuple[str, str]) -> bool:
+    # A base that is not pinned yet may resolve to this one.
+    return base in references.bases or (base[0], None) in references.bases
 
 
-def _needs_adapter(needs: Needs, name: str) -> bool:
-    return name in needs.adapters
+def _needs_adapter(references: References, name: str) -> bool:
+    return name in references.adapters
 
 
-def _needs_tokens(needs: Needs, used: float) -> bool:
-    # Which rows an entry is of cannot be told without the base's tokenizer; a job's are read when it is submitted.
-    return needs.since is not None and used > needs.since - _MARGIN_S
+def _needs_tokens(references: References, used: float) -> bool:
+    # Only the base's tokenizer could map an entry to its rows; a job reads its entries when it is submitted.
+    return references.since is not None and used > references.since - _MARGIN_S
 
 
 def _remove_tokens(path: Path) -> None:
-    # The lock of `TokenCache`; its file stays, as another process may wait for it.
+    # The lock of `TokenCache`. The lock file stays because another process may be waiting for it.
     with storage_errors(path, "removing tokens"), FileLock(path.with_suffix(".lock")):
         path.unlink(missing_ok=True)
 
 
-def models(store: Store, needs: Needs, before: float) -> Iterator[Item]:
-    """LoggedModels of jobs that have ended, on which no version stands and which are no job's result.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
-    if not needs.experiments:
+def models(store: Store, references: References, before: float) -> Iterator[GarbageItem]:
+    """LoggedModels of ended jobs without a version that are no job's result."""
+    if not references.experiments:
         return
     registered = {version.model_id for version in store.registry.search()}
-    for model in models_of_jobs(store.client, needs.experiments):
-        if model.model_id in registered or model.created_ms / 1000 >= before or _needs_model(needs, model):
+    for model in models_of_jobs(store.client, references.experiments):
+        if model.model_id in registered or model.created_ms / 1000 >= before or _needs_model(references, model):
             continue
-        failed = needs.ended[model.job, model.run_id] is not JobState.SUCCEEDED
-        reason = "did not succeed" if failed else "has another one as its result"
-        yield Item(
+        failed = references.ended[model.job, model.run_id] is not JobState.SUCCEEDED
+        reason = "did not succeed" if failed else "has another model as its result"
+        yield GarbageItem(
             kind="model",
             name=f"models:/{model.model_id}",
             bytes=model_bytes(store.client, model),
@@ -329,10 +307,10 @@ def models(store: Store, needs: Needs, before: float) -> Iterator[Item]:
         )
 
 
-def _needs_model(needs: Needs, model: JobModel) -> bool:
-    # A job that this queue does not know may be another queue's.
-    unknown = (model.job, model.run_id) not in needs.ended
-    return unknown or needs.models.get(model.run_id) == model.model_id
+def _needs_model(references: References, model: JobModel) -> bool:
+    # A job that is not in this queue may belong to another one.
+    unknown = (model.job, model.run_id) not in references.ended
+    return unknown or references.models.get(model.run_id) == model.model_id
 
 
 def _directories(root: Path) -> list[Path]:
@@ -342,73 +320,52 @@ def _directories(root: Path) -> list[Path]:
 
 
 def _last_use(path: Path, without: str | None = None) -> float:
-    """When anything in it was written or, where the file system notes it, read; seconds since the epoch.
-
-    Args:
-        path: A file or directory.
-        without: The name of files that do not count.
-    """
+    """Epoch time of the last write or recorded read of a file, or of any file of a directory not named `without`."""
     files = [path, *(file for file in path.rglob("*") if file.name != without)] if path.is_dir() else [path]
     times = [0.0]
     for file in files:
         try:
-            found = file.stat()
-        except FileNotFoundError:  # Its owner is at work.
+            status = file.stat()
+        except FileNotFoundError:  # In use: its owner just removed it.
             return time.time()
-        # Looking into a directory is no use of it.
-        times += [found.st_mtime, *([] if file.is_dir() else [found.st_atime])]
+        # Listing a directory does not count as use.
+        times += [status.st_mtime, *([] if file.is_dir() else [status.st_atime])]
     return max(times)
 
 
-# How old an answer of the queue may be when something is removed because of it.
+# How old the queue's state may be when an item is removed.
 _FRESH_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What can be removed, and what could not be looked at."""
+class Garbage:
+    """Items that can be removed, and problems while looking."""
 
-    items: tuple[Item, ...]
+    items: tuple[GarbageItem, ...]
     problems: tuple[str, ...]
 
 
-def find_garbage(store: Store, queue: JobStore, settings: Settings, *, older_than: float) -> Found:
-    """Look for it; nothing is changed.
-
-    Args:
-        store: The MLflow store; while it is away, LoggedModels are passed over.
-        queue: The job store.
-        settings: Where home and cache are.
-        older_than: Seconds.
-
-    Raises:
-        JobStoreError: The queue's database cannot be reached.
-    """
-    needs, before = Needs.of(every_job(queue)), time.time() - older_than
-    items = [*checkpoints(settings, needs, before), *outboxes(settings), *caches(settings, needs, before)]
-    items += logs(settings, needs, before)
+def find_garbage(store: Store, queue: JobStore, settings: Settings, *, older_than: float) -> Garbage:
+    """List garbage older than this many seconds, without removing it. Skips LoggedModels if MLflow is unavailable."""
+    references, before = References.of(every_job(queue)), time.time() - older_than
+    items = [*checkpoints(settings, references, before), *outboxes(settings), *caches(settings, references, before)]
+    items += logs(settings, references, before)
     problems = []
     try:
-        items += models(store, needs, before)
+        items += models(store, references, before)
     except TrackingError as error:
-        problems.append(f"models are passed over: {error}")
-    return Found(items=tuple(items), problems=tuple(problems))
+        problems.append(f"models are skipped: {error}")
+    return Garbage(items=tuple(items), problems=tuple(problems))
 
 
-def remove_garbage(items: Sequence[Item], queue: JobStore) -> list[Item]:
-    """Remove what is still not needed, and return it.
-
-    Raises:
-        JobStoreError: The queue's database cannot be reached.
-        StorageError: Something cannot be removed.
-        TrackingError: The MLflow store refuses.
-    """
-    removed: list[Item] = []
-    needs, asked = Needs(), -_FRESH_S
+def remove_garbage(items: Sequence[GarbageItem], queue: JobStore) -> list[GarbageItem]:
+    """Remove the items that are still not needed; returns the removed ones."""
+    removed: list[GarbageItem] = []
+    references, read_at = References(), -_FRESH_S
     for item in items:
-        if time.monotonic() - asked >= _FRESH_S:
-            needs, asked = Needs.of(every_job(queue)), time.monotonic()
-        if not item.needed(needs):
+        if time.monotonic() - read_at >= _FRESH_S:
+            references, read_at = References.of(every_job(queue)), time.monotonic()
+        if not item.needed(references):
             item.remove()
             removed.append(item)
     return removed

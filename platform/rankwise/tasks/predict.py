@@ -1,8 +1,8 @@
-"""Predict jobs: submitted as one job for each range of shards and one that puts the output together; done by a worker.
+"""Predict jobs: one for each range of shards and one that assembles the output; submission and execution.
 
-The directory `OUTPUT.parts` belongs to the jobs from their submission on. The same command again finds the same jobs;
-those that had failed or were cancelled are tried again. A prediction that has ended is a run of the MLflow experiment
-`predictions`.
+The directory `OUTPUT.parts` belongs to the jobs once they are submitted. Submitting the same prediction again finds the
+same jobs and retries those that failed or were cancelled. A finished prediction is shown as a run of the MLflow
+experiment `predictions`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rankwise.modeling.lora.packed import delete_adapter
 from rankwise.reporter import Advance, Remark
 from rankwise.settings import Settings
 from rankwise.tasks.context import Context
-from rankwise.tasks.session import Session, Stoppable, token_of
+from rankwise.tasks.session import Session, StoppableReporter, token_of
 from rankwise.tracking.provenance import collect
 from rankwise.tracking.registry import JOB, link_inputs
 from rankwise.tracking.run import Run
@@ -47,13 +47,7 @@ _LONGEST = 255
 
 @dataclass(frozen=True, kw_only=True)
 class PredictWork:
-    """The work of a predict job.
-
-    Attributes:
-        prediction: The prediction that it is a part of, with paths as workers see them.
-        span: Its shards, as (first, behind the last); None puts the output together.
-        host: Where it was submitted.
-    """
+    """Payload of a predict job: shards `span` as (first, last + 1), or None to assemble the output."""
 
     prediction: Prediction
     span: tuple[int, int] | None
@@ -74,7 +68,7 @@ class PredictWork:
         return cls(prediction=prediction, span=span, host=spec["host"])
 
     def job(self, *, priority: int, after: tuple[int, ...] = ()) -> NewJob:
-        """As the queue takes it."""
+        """The job as submitted to the queue."""
         prediction = self.prediction
         spec: dict[str, Any] = {
             "whole": prediction.whole,
@@ -96,36 +90,26 @@ class PredictWork:
 
 
 def listed_as(output: Path) -> str:
-    """What the queue lists the jobs of an output under."""
+    """Experiment name under which the queue lists an output's jobs."""
     return f"predict {output.name}"[:_LONGEST]
 
 
 def jobs_of_prediction(queue: JobStore, output: Path, whole: str) -> list[Job]:
-    """The jobs of a prediction, the one that puts the output together last."""
+    """Jobs of a prediction; the one that assembles the output is last."""
     listed = every_job(queue, kinds=[JobKind.PREDICT], experiment=listed_as(output))
     jobs = [job for job in listed if job.spec["whole"] == whole]
     return sorted(jobs, key=lambda job: (job.spec["span"] is None, job.id))
 
 
 def confine_files(source: Path, output: Path, models: Iterable[str], settings: Settings) -> None:
-    """Refuse files that this machine does not touch for others.
-
-    Args:
-        source: The input.
-        output: The output.
-        models: Resolved URIs; those that are absolute paths are directories.
-        settings: With `RANKWISE_DATA_ROOT`, or without.
-
-    Raises:
-        ConfigError: One is outside of `RANKWISE_DATA_ROOT`.
-    """
+    """Raise `ConfigError` for files outside of `RANKWISE_DATA_ROOT`; models that are absolute paths are directories."""
     directories = [Path(uri) for uri in models if uri.startswith("/")]
     for key, path in (("INPUT", source), ("OUTPUT", output), *(("--model", path) for path in directories)):
         confine(path, settings, key)
 
 
 def stand_of(queue: JobStore, output: Path, whole: str) -> Stand:
-    """How far the jobs of a prediction are; those that nobody has queued have ended."""
+    """State of a prediction's jobs; a prediction without jobs counts as ended."""
     jobs = jobs_of_prediction(queue, output, whole)
     if not all(job.ended for job in jobs):
         return Stand.OPEN
@@ -133,14 +117,8 @@ def stand_of(queue: JobStore, output: Path, whole: str) -> Stand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submission:
-    """What a submission has come to.
-
-    Attributes:
-        jobs: All jobs of the prediction as they now stand; the last one puts the output together.
-        manifest: What was resolved.
-        done: Whether the output is there already, made by these jobs.
-    """
+class PredictionSubmission:
+    """All jobs of a prediction, the assembling one last; `done` if they have already written the output."""
 
     jobs: tuple[Job, ...]
     manifest: Manifest
@@ -157,57 +135,47 @@ def submit_prediction(
     priority: int = 0,
     overwrite: bool = False,
     restart: bool = False,
-) -> Submission:
-    """Queue a prediction; what a local command has begun is gone on with.
+) -> PredictionSubmission:
+    """Queue a prediction in at most `shards` jobs; continues one that a local command has begun.
 
-    Args:
-        context: The stores.
-        request: What is asked; its `device` is the workers' to choose.
-        source: The input, which the workers must see under this path.
-        output: Where the answers go, likewise.
-        shards: Into how many jobs the rows are split, at most.
-        priority: The higher one is claimed first.
-        overwrite: Replace an output that is there.
-        restart: Throw away what was begun, and cancel its jobs.
+    Workers must see both paths. `restart` discards what was begun and cancels its jobs.
 
     Raises:
-        ConfigError: The request, or what was begun, does not fit; the output is there already; a file is outside of
-            `RANKWISE_DATA_ROOT`.
-        AssetError: The input cannot be read.
-        TrackingError: The registry cannot be reached.
+        ConfigError: The request does not fit the input or the prediction in progress, the output exists, or a file is
+            outside of `RANKWISE_DATA_ROOT`.
     """
     source, output = source.absolute(), output.absolute()
     check_paths(source, output)
-    # What workers with the same roots would refuse later.
+    # Workers with the same roots would reject these files later.
     confine_files(source, output, (), context.settings)
-    opened = Source(source, context.settings)
+    content = Source(source, context.settings)
     parts = Parts(output)
     with parts.held():
         queued = parts.queued()
         if queued is not None and restart:
             _cancel(context, jobs_of_prediction(context.queue, output, queued.whole))
-        anew = restart or (queued is not None and _is_done(context, queued))
-        known = None if anew else parts.manifest()
-        if known is None:
-            # Without a manifest nothing says what the shards in a directory answer.
+        restarted = restart or (queued is not None and _is_done(context, queued))
+        begun = None if restarted else parts.manifest()
+        if begun is None:
+            # Without a manifest it is unknown what existing shards answer.
             parts.remove()
-        manifest = plan(request, opened, output, parts, known, context.settings.tracking_uri, context.voice)
+        manifest = plan(request, content, output, parts, begun, context.settings.tracking_uri, context.reporter)
         confine_files(source, output, manifest.models.values(), context.settings)
         if manifest.queued is None:
-            whole, before = _name(context, manifest, source, output)
-            if before and not overwrite and not restart and _is_there(context, output, before[-1]):
+            identity, previous = _name(context, manifest, source, output)
+            if previous and not overwrite and not restart and _is_there(context, output, previous[-1]):
                 parts.remove()
-                return Submission(jobs=tuple(before), manifest=manifest, done=True)
-            if known is None and output.exists() and not overwrite:
+                return PredictionSubmission(jobs=tuple(previous), manifest=manifest, done=True)
+            if begun is None and output.exists() and not overwrite:
                 parts.remove()
-                raise ConfigError(f"{output} is there already; name another file, or replace it with --overwrite")
-            # Those of a directory that somebody has removed.
-            _cancel(context, before)
-            manifest = replace(manifest, queued=Queued(whole=whole, spans=_spans(manifest.shards, shards)))
-            # Before the jobs: a worker that claims one finds it.
+                raise ConfigError(f"{output} already exists; name another file, or replace it with --overwrite")
+            # Jobs whose directory was deleted.
+            _cancel(context, previous)
+            manifest = replace(manifest, queued=Queued(whole=identity, spans=_spans(manifest.shards, shards)))
+            # Before the jobs, so that a worker that claims one finds the manifest.
             parts.begin(manifest)
     jobs = _queue(context, request, manifest, source, output, priority)
-    return Submission(jobs=tuple(jobs), manifest=manifest)
+    return PredictionSubmission(jobs=tuple(jobs), manifest=manifest)
 
 
 def _cancel(context: Context, jobs: Sequence[Job]) -> None:
@@ -215,36 +183,34 @@ def _cancel(context: Context, jobs: Sequence[Job]) -> None:
 
 
 def _name(context: Context, manifest: Manifest, source: Path, output: Path) -> tuple[str, list[Job]]:
-    """A name that no prediction has yet, and the jobs of the last one that was the same."""
-    same = {key: value for key, value in manifest.to_json().items() if key not in ("survey", "queued")}
-    before: list[Job] = []
+    """A name that no prediction has yet, and the jobs of the latest identical prediction."""
+    settings = {key: value for key, value in manifest.to_json().items() if key not in ("survey", "queued")}
+    previous: list[Job] = []
     for number in itertools.count():
-        whole = digest({**same, "source": str(source), "output": str(output), "number": number})
-        jobs = jobs_of_prediction(context.queue, output, whole)
+        identity = digest({**settings, "source": str(source), "output": str(output), "number": number})
+        jobs = jobs_of_prediction(context.queue, output, identity)
         if not jobs:
-            return whole, before
-        before = jobs
+            return identity, previous
+        previous = jobs
     raise AssertionError("there is always another number")
 
 
 def _is_there(context: Context, output: Path, last: Job) -> bool:
-    """Whether the output is the file that a job has put together."""
     if last.state is not JobState.SUCCEEDED or not output.exists():
         return False
     return file_digest(output, context.settings) == (last.result or {}).get("sha256")
 
 
 def _is_done(context: Context, queued: Queued) -> bool:
-    """Whether the jobs have ended well, and only the directory was left behind."""
+    """Whether the jobs succeeded and only the directory remains."""
     last = digest({"whole": queued.whole, "span": None})
-    found = context.queue.find(JobKind.PREDICT, [last]).get(last)
-    return found is not None and found.state is JobState.SUCCEEDED
+    job = context.queue.find(JobKind.PREDICT, [last]).get(last)
+    return job is not None and job.state is JobState.SUCCEEDED
 
 
 def _spans(shards: int, jobs: int) -> tuple[tuple[int, int], ...]:
-    """Ranges of shards, as equal as they can be."""
     count = min(jobs, shards)
-    edges = [shards * each // count for each in range(count + 1)] if count else []
+    edges = [shards * index // count for index in range(count + 1)] if count else []
     return tuple(itertools.pairwise(edges))
 
 
@@ -262,16 +228,9 @@ def _queue(
 
 
 def record_prediction(session: Session, job: Job, prediction: Prediction, result: dict[str, Any]) -> str | None:
-    """Show a prediction whose output is there. The output is what counts: without a server it is not shown.
+    """Record a finished prediction in MLflow, in the run of an earlier attempt if there is one; returns the run ID.
 
-    Args:
-        session: The child.
-        job: The job that put the output together; another attempt writes to the same run.
-        prediction: What it is.
-        result: What its row is to keep.
-
-    Returns:
-        The run; None where the tracking server does not answer.
+    A tracking failure is only a warning, since the output exists; without any run the result is None.
 
     Raises:
         JobError: Another worker has taken over the job.
@@ -296,14 +255,16 @@ def record_prediction(session: Session, job: Job, prediction: Prediction, result
         store = session.context.store
         resolved = [store.registry.resolve(uri) for uri in manifest.models.values() if uri.startswith("models:")]
         run.flush()
-        link_inputs(store.client, run.run_id, {each.model_id for each in resolved if each.model_id is not None})
+        link_inputs(
+            store.client, run.run_id, {version.model_id for version in resolved if version.model_id is not None}
+        )
         run.end("FINISHED")
     except TrackingError as error:
-        session.voice.warn(f"{prediction.output} is there, and MLflow does not show all of it: {error}")
+        session.reporter.warn(f"{prediction.output} is complete, but its MLflow run is not: {error}")
         if run is None:
             return None
-        # What it lacks is delivered when the server answers; the work has ended all the same.
-        run.end("FINISHED", f"not all of the prediction is shown: {error}", timeout=_LAST_TRY_S)
+        # The outbox delivers the rest when the server answers; the work itself is done.
+        run.end("FINISHED", f"the run lacks part of the prediction: {error}", timeout=_LAST_TRY_S)
     except BaseException:
         if run is not None:
             run.leave(timeout=0.0)
@@ -312,11 +273,10 @@ def record_prediction(session: Session, job: Job, prediction: Prediction, result
 
 
 def _open(session: Session, job: Job, prediction: Prediction) -> Run:
-    """The job's run: a new one, or that of an earlier attempt."""
     store, request = session.context.store, prediction.manifest.request
     if job.mlflow_run_id is not None:
         return store.resume_run(job.mlflow_run_id, system_metrics=False, attempt=job.attempts, fence=session.fence(job))
-    noted, may_speak = False, session.fence(job)
+    recorded, may_write = False, session.fence(job)
     decoding = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "prompt")
     run = store.start_run(
         store.experiment(EXPERIMENT),
@@ -332,31 +292,30 @@ def _open(session: Session, job: Job, prediction: Prediction) -> Run:
         kind="predict",
         system_metrics=False,
         attempt=job.attempts,
-        # Nobody else knows of it before it is noted.
-        fence=lambda: not noted or may_speak(),
+        # No other worker knows the run before it is recorded.
+        fence=lambda: not recorded or may_write(),
     )
-    noted = session.context.queue.set_run(token_of(job), run.run_id)
-    if not noted:
+    recorded = session.context.queue.set_run(token_of(job), run.run_id)
+    if not recorded:
         run.end("KILLED", "another worker has taken over this prediction")
         raise JobError(f"{job.title} was taken over by another worker")
     return run
 
 
 def predict_claimed(session: Session, jobs: Sequence[Job]) -> None:
-    """Do the claimed jobs, one after another, and report the end of each.
+    """Do the claimed jobs one after another and report how each ended.
 
-    A wish to stop is heard between two shards, which are kept; a cancelled job ends after the batch under way.
+    A stop takes effect after the current shard, which is kept. A cancelled job ends after the current batch.
 
     Raises:
-        RankwiseError: What a person has to mend.
-        KeyboardInterrupt: Nobody wants it any more, or this process is to stop; another attempt goes on.
+        KeyboardInterrupt: The job was cancelled or taken over, or this process must stop; another attempt resumes it.
     """
     for job in jobs:
         work = PredictWork.of(job)
         session.phase("load")
         _check_reach(session, work)
         try:
-            source = work.prediction.open(session.settings, session.voice)
+            source = work.prediction.open(session.settings, session.reporter)
             result = (
                 _join(session, job, work.prediction, source)
                 if work.span is None
@@ -365,17 +324,16 @@ def predict_claimed(session: Session, jobs: Sequence[Job]) -> None:
         except InputChangedError as error:
             raise ConfigError(
                 f"the input {work.prediction.source} has changed since it was submitted (it was "
-                f"{work.prediction.manifest.request['input']}, is {error.digest}): put it back and retry the job, or "
+                f"{work.prediction.manifest.request['input']}, is {error.digest}): restore it and retry the job, or "
                 "submit again with --restart"
             ) from error
         session.report(job, Outcome.SUCCEEDED, result=result)
 
 
 def settle_predictions(context: Context, jobs: Collection[Job]) -> None:
-    """What follows from predict jobs, now that the queue knows how they ended.
+    """Follow up on predict jobs that ended: delete the shards of a finished output.
 
-    The shards of an output that is there are removed. With `--fail-fast`, what is left of a failed prediction is
-    cancelled.
+    With `--fail-fast`, cancel the remaining jobs of a failed prediction.
     """
     for job in jobs:
         if job.kind is not JobKind.PREDICT:
@@ -383,7 +341,7 @@ def settle_predictions(context: Context, jobs: Collection[Job]) -> None:
         work = PredictWork.of(job)
         prediction, parts = work.prediction, work.prediction.parts
         if job.state is JobState.SUCCEEDED and work.span is None and parts.own:
-            # Whoever holds it is at a prediction into the same output, and removes what has ended well.
+            # The lock's holder is preparing a prediction into the same output and removes finished shards itself.
             with suppress(ConfigError), parts.held():
                 if parts.own:
                     parts.remove()
@@ -395,39 +353,33 @@ def settle_predictions(context: Context, jobs: Collection[Job]) -> None:
 
 
 def _check_reach(session: Session, work: PredictWork) -> None:
-    """Refuse what this worker cannot see.
-
-    Raises:
-        JobError: A path is not there; another worker may see it.
-        ConfigError: This machine does not touch such files.
-    """
+    """Raise `JobError` for paths that do not exist here: another worker may see them."""
     source, output, parts = work.prediction.source, work.prediction.output, work.prediction.parts
     confine_files(source, output, work.prediction.manifest.models.values(), session.settings)
     here = socket.gethostname()
-    shared = f"submitted on {work.host}, claimed on {here}: INPUT and OUTPUT must lie where every worker sees them"
+    shared = f"submitted on {work.host}, claimed on {here}: every worker must see INPUT and OUTPUT under these paths"
     if not source.exists():
-        raise JobError(f"there is no input {source} on this machine ({shared})")
+        raise JobError(f"the input {source} does not exist on this machine ({shared})")
     if not parts.own:
         raise JobError(
-            f"{parts.directory} is not there, or belongs to another prediction ({shared}); if somebody has "
-            "removed it, submit again with --restart"
+            f"{parts.directory} does not exist here, or belongs to another prediction ({shared}); if it was removed, "
+            "submit again with --restart"
         )
 
 
 def _answer(session: Session, job: Job, work: PredictWork, source: Source) -> dict[str, Any]:
-    """Answer the shards of a job that no earlier attempt has; what the job's row is to keep."""
     assert work.span is not None
     prediction, parts = work.prediction, work.prediction.parts
     part = prediction.part(range(*work.span))
     first = prediction.manifest.span(part.shards.start).start
-    logger.info("rows %d to %d, %d of them answered already", first, first + part.rows - 1, part.reused)
+    logger.info("rows %d to %d, %d of them already answered", first, first + part.rows - 1, part.reused)
     tokens, seconds = 0, 0.0
     if part.left:
         with ExitStack() as stack:
             predictor = _load(session, prediction, stack)
             session.phase("answer")
-            advance = stack.enter_context(session.voice.task("answering", part.rows - part.reused, "rows"))
-            watched = _Watched(session, token_of(job), advance, part)
+            advance = stack.enter_context(session.reporter.task("answering", part.rows - part.reused, "rows"))
+            watched = _ShardProgress(session, token_of(job), advance, part)
 
             def keep(shard: int, answers: list[Answer]) -> None:
                 _check_still_own(session, job, parts)
@@ -446,25 +398,19 @@ def _answer(session: Session, job: Job, work: PredictWork, source: Source) -> di
 
 
 def _check_still_own(session: Session, job: Job, parts: Parts) -> None:
-    """Before each write: the job may have been taken over, and its output given to another prediction meanwhile.
-
-    Raises:
-        KeyboardInterrupt: Another attempt has the job, or nobody wants it any more.
-        ConfigError: The directory belongs to another prediction, or is gone.
-    """
+    """Check before each write that neither the job nor its output directory was taken over."""
     if not session.may_publish(job):
         raise KeyboardInterrupt
     if not parts.own:
         raise ConfigError(
-            f"{parts.directory} was removed, or given to another prediction, while this job answered its rows: "
-            "nothing more is written there; submit again with --restart if it is still wanted"
+            f"{parts.directory} was removed, or taken by another prediction, while this job was running; "
+            "submit again with --restart if you still need the output"
         )
 
 
 def _load(session: Session, prediction: Prediction, stack: ExitStack) -> Predictor:
-    """The models of a prediction over the base in memory, where it is the one they ask for; taken off at the end."""
     uris = list(dict.fromkeys(prediction.manifest.models.values()))
-    with session.voice.task(f"loading {len(uris)} adapters and their base", None, "adapters"):
+    with session.reporter.task(f"loading {len(uris)} adapters and their base", None, "adapters"):
         loaded = flavor.load_models(
             uris,
             base_model=prediction.request.base_model,
@@ -478,8 +424,8 @@ def _load(session: Session, prediction: Prediction, stack: ExitStack) -> Predict
     return stack.enter_context(Predictor(dict(zip(uris, loaded, strict=True))))
 
 
-class _Watched(Stoppable):
-    """Reporter within a job: rows that are kept and rows of the shard under way. A shard is not cut off by a stop."""
+class _ShardProgress(StoppableReporter):
+    """Reports rows of a job; a stop does not interrupt a shard."""
 
     stops = False
 
@@ -489,18 +435,18 @@ class _Watched(Stoppable):
         self._rows, self._done, self._kept = part.rows, part.reused, len(part.shards) - len(part.left)
         self._tokens_made = 0
         self._began = time.perf_counter()
-        self._tell(0)
+        self._report_progress(0)
 
     def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[tuple[Advance, Remark]]:
         """One bar for all shards of the job."""
         return nullcontext((self._advance, lambda text: None))
 
     def moved(self, description: str, done: int, total: int | None) -> None:
-        """Rows of the shard under way."""
-        self._tell(done)
+        """Report rows of the current shard."""
+        self._report_progress(done)
 
-    def _tell(self, more: int) -> None:
-        """Say how many rows are answered, `more` of them not kept yet."""
+    def _report_progress(self, more: int) -> None:
+        """Report the rows answered so far; `more` of them are not saved yet."""
         values: dict[str, Any] = {
             "phase": "answer",
             "step": self._done + more,
@@ -513,26 +459,25 @@ class _Watched(Stoppable):
             self._session.progress(token, values, always=not more)
 
     def keep(self, answers: Sequence[Answer]) -> None:
-        """A shard is on disk."""
+        """Count a shard that is on disk."""
         self._done += len(answers)
         self._kept += 1
         self._tokens_made += sum(answer.completion_tokens or 0 for answer in answers)
-        self._tell(0)
+        self._report_progress(0)
 
 
 def _join(session: Session, job: Job, prediction: Prediction, source: Source) -> dict[str, Any]:
-    """Put the output together; what the job's row is to keep."""
     session.phase("upload")
     parts, manifest = prediction.parts, prediction.manifest
     missing = prediction.part(range(manifest.shards)).left
     if missing:
         raise ConfigError(
-            f"{parts.directory} lacks {len(missing)} of {manifest.shards} shards, the first is {missing[0]}, although "
-            "all jobs that answer them have succeeded: somebody has removed files; submit again with --restart"
+            f"{parts.directory} lacks {len(missing)} of {manifest.shards} shards (the first is {missing[0]}), although "
+            "all jobs that answer them succeeded: files were removed; submit again with --restart"
         )
     _check_still_own(session, job, parts)
     failed = write_output(prediction, source)
-    session.voice.done(f"{prediction.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
+    session.reporter.done(f"{prediction.output}: {manifest.rows - failed} of {manifest.rows} rows answered")
     result = {
         "output": str(prediction.output),
         "rows": manifest.rows,

@@ -1,7 +1,7 @@
-"""The project backend `rankwise`: `mlflow run . --backend rankwise -P experiment=experiments/diamonds-rank.yaml`.
+"""MLflow project backend `rankwise`: submits a sweep and lets a program wait for it, poll it or cancel it.
 
-Submits as `rankwise submit` does; workers anywhere do the jobs. MLflow's command line ends then, as it does with every
-backend of a plugin; `mlflow.projects.run` waits for the end of the sweep unless told otherwise, and Ctrl-C cancels it.
+`mlflow run . --backend rankwise -P experiment=experiments/diamonds-rank.yaml` submits as `rankwise submit` does, and
+ends once the jobs are queued. `mlflow.projects.run` waits for the sweep by default; Ctrl-C cancels it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from rankwise.jobs.job import Job, JobState
 from rankwise.jobs.store import JobStore
 from rankwise.reporter import Advance, LineKind, Remark, Reporter
 from rankwise.settings import Settings
+from rankwise.tasks.adaptive_sweep import is_pruned
+from rankwise.tasks.arm_rows import RowsCache
 from rankwise.tasks.context import open_context
-from rankwise.tasks.rows import RowsCache
-from rankwise.tasks.search import is_pruned
 from rankwise.tasks.submit import prepare, submit
-from rankwise.tasks.sweep import jobs_of_sweep
+from rankwise.tasks.sweep_lifecycle import jobs_of_sweep
 from rankwise.tracking.connection import connect
 from rankwise.tracking.project import ProjectBackend, ProjectRequest, Status
 from rankwise.tracking.query import get_run
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
-# The worker of the last job compares the arms and ends the sweep's run; a search's next round comes in this time too.
+# Time for the last worker to submit a search's next round, or to compare the arms and end the sweep's run.
 _SETTLING_S = 120.0
 _LEVELS: dict[LineKind, int] = {
     "say": logging.INFO,
@@ -40,21 +40,17 @@ _LEVELS: dict[LineKind, int] = {
 
 
 class RankwiseBackend(ProjectBackend):
-    """MLflow makes one for each `mlflow run`."""
+    """Backend that MLflow instantiates for each `mlflow run`."""
 
     def submit(self, request: ProjectRequest, settings: Settings) -> SweepSubmission:
-        """Queue what is missing of the definition.
-
-        Raises:
-            RankwiseError: As `rankwise submit`.
-        """
+        """Queue the missing jobs of a definition."""
         experiment = load_experiment(request.file, request.overrides)
         experiment.require_known_arms()
-        voice = LogReporter()
-        with open_context(settings, voice) as context:
-            prepared = prepare(context, experiment, RowsCache(settings, voice), preflight=request.preflight)
-            sets = [f"--set={each}" for each in request.overrides]
-            command = shlex.join(["rankwise", "run", str(request.file), *sets])
+        reporter = LogReporter()
+        with open_context(settings, reporter) as context:
+            prepared = prepare(context, experiment, RowsCache(settings, reporter), preflight=request.preflight)
+            options = [f"--set={override}" for override in request.overrides]
+            command = shlex.join(["rankwise", "run", str(request.file), *options])
             submitted = submit(context, prepared, command=command, priority=request.priority)
         waiting = sum(not job.ended for job in submitted.jobs)
         logger.info("%d jobs of %s, %d of them to do", len(submitted.jobs), submitted.experiment, waiting)
@@ -62,11 +58,7 @@ class RankwiseBackend(ProjectBackend):
 
 
 class SweepSubmission:
-    """A sweep in the queue, as `rankwise.tracking.project.Submission` wants it.
-
-    Attributes:
-        run_id: The run of the sweep.
-    """
+    """A submitted sweep; implements `rankwise.tracking.project.Submission`. `run_id` is the sweep's run."""
 
     def __init__(
         self,
@@ -77,41 +69,41 @@ class SweepSubmission:
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Of jobs that were submitted; a search adds more."""
+        """Track the submitted jobs; a search adds more."""
         self.run_id = run_id
         self._settings = settings
         self._experiment = experiment
-        # Arms that another sweep has trained are of this one too.
+        # Includes arms that another sweep has trained.
         self._ids = {job.id for job in jobs}
         self._sleep = sleep
 
     def wait(self) -> bool:
-        """Return when all jobs have ended and the sweep's run has: whether all of them succeeded."""
-        settled = None
+        """Block until all jobs and the sweep's run have ended; returns whether the sweep succeeded."""
+        deadline = None
         with self._queue() as queue:
             while True:
                 jobs = self._jobs(queue)
                 if all(job.ended for job in jobs):
-                    settled = settled or time.monotonic() + _SETTLING_S
-                    if self._run_has_ended() or time.monotonic() > settled:
-                        return _all_well(jobs)
+                    deadline = deadline or time.monotonic() + _SETTLING_S
+                    if self._run_has_ended() or time.monotonic() > deadline:
+                        return _has_succeeded(jobs)
                 else:
-                    settled = None
+                    deadline = None
                 self._sleep(_POLL_S)
 
     def status(self) -> Status:
-        """By the queue, which is the truth about work."""
+        """Status derived from the queue, which is authoritative."""
         with self._queue() as queue:
             jobs = self._jobs(queue)
         if not all(job.ended for job in jobs):
             begun = any(job.state is not JobState.QUEUED for job in jobs)
             return "RUNNING" if begun else "SCHEDULED"
-        if _all_well(jobs):
+        if _has_succeeded(jobs):
             return "FINISHED"
         return "FAILED" if any(job.state is JobState.FAILED for job in jobs) else "KILLED"
 
     def cancel(self) -> None:
-        """Cancel what has not ended; what is worked on ends after its step, as with `rankwise cancel`."""
+        """Cancel unfinished jobs, as `rankwise cancel` does; running ones end after their step."""
         with self._queue() as queue:
             while open_ids := [job.id for job in self._jobs(queue) if not job.ended]:
                 queue.cancel(open_ids)
@@ -136,24 +128,24 @@ class SweepSubmission:
 
 
 class LogReporter(Reporter):
-    """Reports through the log: MLflow's command has no bars."""
+    """Reports to the log, because MLflow's command shows no progress bars."""
 
     def line(self, kind: LineKind, text: str) -> None:
-        """One line."""
+        """Log one line."""
         logger.log(_LEVELS[kind], text)
 
     def show(self, renderable: Any) -> None:
-        """Tables stay in the run's artifacts."""
+        """Skip tables; they are among the run's artifacts."""
 
     @contextmanager
     def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
-        """A line when it begins."""
+        """Log the task's start."""
         logger.info(description)
         yield (lambda amount: None), (lambda text: None)
 
 
-def _all_well(jobs: list[Job]) -> bool:
-    """Whether all jobs have succeeded, but for arms that early stopping has ended, and their evaluations."""
+def _has_succeeded(jobs: list[Job]) -> bool:
+    """Whether all jobs succeeded, apart from arms that early stopping pruned and their evaluations."""
     pruned = {job.spec["arm"] for job in jobs if is_pruned(job)}
     return all(
         job.state is JobState.SUCCEEDED or (job.state is JobState.CANCELLED and job.spec["arm"] in pruned)

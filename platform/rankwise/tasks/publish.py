@@ -1,4 +1,4 @@
-"""What becomes of a trained arm: its adapter is logged and registered, and its job ends. Each step may be repeated."""
+"""The end of a trained arm: its adapter is logged and registered, and its job is reported. Every step is repeatable."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rankwise.jobs.job import Job, Outcome
 from rankwise.modeling.adapter import StoredAdapter, read_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.report.anatomy import PAGE_NAME, TABLE_NAME, rank_metrics, trained_anatomy, trained_page
-from rankwise.tasks.claim import ClaimedArm
-from rankwise.tasks.promote import FILE_TAG
-from rankwise.tasks.search import paused_result
-from rankwise.tasks.session import Computed, Session, token_of
+from rankwise.tasks.adaptive_sweep import paused_result
+from rankwise.tasks.arm_run import ClaimedArm
+from rankwise.tasks.promote import ROW_DIGESTS_TAG
+from rankwise.tasks.session import ComputedArm, Session, token_of
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.run import Run
 from rankwise.training.arm import ArmOutcome
@@ -29,16 +29,12 @@ _DRAIN_S = 60.0
 
 
 def finish_arm(session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, outcome: ArmOutcome) -> None:
-    """Publish what an arm has become, and report its end; one that is computed may have to wait for the server.
-
-    Raises:
-        RankwiseError: The adapter cannot be stored for another reason than a server or a disk.
-    """
+    """Publish a trained arm and report its job; it waits if the tracking server is unavailable."""
     session.phase("upload")
     if not session.may_publish(arm.job) or outcome.status == "stopped":
         leave_arm(session, arm, run, timeout=_DRAIN_S / 6)
     elif outcome.status == "paused":
-        run.tags({"rankwise.reason": f"paused after step {outcome.steps}, until the others are there to be compared"})
+        run.tags({"rankwise.reason": f"paused after step {outcome.steps}, until the other arms reach it"})
         run.leave()
         session.report(arm.job, Outcome.PAUSED, result=paused_result(arm.work, outcome.steps, outcome.metrics))
     elif (adapter := _chosen(arm, outcome)[0]) is None:
@@ -49,27 +45,27 @@ def finish_arm(session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, ou
 
 
 def leave_arm(session: Session, arm: ClaimedArm, run: Run, *, timeout: float = 0.0) -> None:
-    """Report an arm that goes no further here: cancelled, interrupted, or taken over by another worker."""
-    if not session.authority.holds(token_of(arm.job)):
-        # Nothing of it may be seen: whoever holds the job now writes to the same run.
+    """Report an arm that stops here: cancelled, interrupted, or taken over by another worker."""
+    if not session.claims.holds(token_of(arm.job)):
+        # Publish nothing: the job's new owner writes to the same run.
         run.leave(timeout=0.0)
         session.report(arm.job, Outcome.PREEMPTED)
         return
-    cancelled = session.authority.cancelled(token_of(arm.job))
+    cancelled = session.claims.cancelled(token_of(arm.job))
     run.end("KILLED", "cancelled" if cancelled else INTERRUPTED, timeout=timeout)
     session.report(arm.job, Outcome.CANCELLED if cancelled else Outcome.PREEMPTED)
 
 
 def publish_again(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm], runs: dict[int, Run]) -> None:
-    """Try once more for arms that wait for the tracking server."""
+    """Retry publishing arms that wait for the tracking server."""
     for arm in arms:
         outcome = stored_outcome(session, base, arm)
         if outcome is None:
-            # Somebody has removed the files: nothing is left but to train again.
-            gone = "what was computed is not on this machine any more"
+            # The files were removed, so the arm must be trained again.
+            reason = "the trained adapter is no longer on this machine"
             session.computed.pop(arm.job.id, None)
-            runs.pop(arm.job.id).end("FAILED", gone)
-            session.report(arm.job, Outcome.FAILED, error=gone)
+            runs.pop(arm.job.id).end("FAILED", reason)
+            session.report(arm.job, Outcome.FAILED, error=reason)
             continue
         with arm.logged():
             finish_arm(session, base, arm, runs[arm.job.id], outcome)
@@ -77,7 +73,7 @@ def publish_again(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm]
 
 
 def stored_outcome(session: Session, base: LoadedBase, arm: ClaimedArm) -> ArmOutcome | None:
-    """The outcome of an arm whose publication was cut off, if its files are on this machine."""
+    """Outcome of an arm that is finished but not published, if its files are on this machine."""
     composition = _row(session, arm.job).get("composition")
     if composition is None:
         return None
@@ -90,7 +86,7 @@ def _row(session: Session, job: Job) -> dict[str, Any]:
 
 
 def _chosen(arm: ClaimedArm, outcome: ArmOutcome) -> tuple[Path | None, int]:
-    """The adapter to register and the step that it is of."""
+    """The adapter to register and its step."""
     if outcome.status == "nonfinite":
         return None, outcome.steps
     if arm.work.arm.checkpoint == "best" and outcome.best is not None and outcome.best_step is not None:
@@ -121,12 +117,14 @@ def _publish_or_wait(
         run.text(trained_page(anatomy, base, name), PAGE_NAME)
         run.json(anatomy.to_dict(), TABLE_NAME)
         composition = _composition(session, job) or _row(session, job)["composition"]
-        told = {"steps": outcome.steps, "composition": list(composition)}
-        computed = session.computed[job.id] = Computed(token=token_of(job), row=told)
-        session.authority.patiently(token_of(job), lambda: session.context.queue.uploading(token_of(job), told))
+        upload_record = {"steps": outcome.steps, "composition": list(composition)}
+        computed = session.computed[job.id] = ComputedArm(token=token_of(job), row=upload_record)
+        session.claims.retry_while_held(
+            token_of(job), lambda: session.context.queue.uploading(token_of(job), upload_record)
+        )
     try:
         if not run.drain(_DRAIN_S):
-            raise TrackingError("the tracking server does not take the run's points")
+            raise TrackingError("the tracking server does not accept the run's metrics")
         if not session.may_publish(job):
             run.leave(timeout=0.0)
             session.report(job, Outcome.PREEMPTED)
@@ -134,24 +132,26 @@ def _publish_or_wait(
         result = {**_register(session, base, arm, run, stored or adapter, step), "steps": outcome.steps}
     except (TrackingError, StorageError) as error:
         computed.run = run
-        session.wait_for_upload(job, f"{name} is trained and waits to be registered: {error}")
+        session.wait_for_upload(job, f"{name} is trained but not yet registered: {error}")
         return
     delivered = run.end("FINISHED")
     del session.computed[job.id]
     session.report(job, Outcome.SUCCEEDED, result=result)
     logger.info("trained in %.0f s and stored as %s", outcome.seconds, result["model_uri"])
-    waiting = "" if delivered else " (points wait in the outbox: the tracking server does not answer)"
-    session.voice.done(f"{name} trained in {outcome.seconds:,.0f} s: {result['model_uri']}{waiting}")
+    waiting = "" if delivered else " (metrics wait in the outbox: the tracking server does not answer)"
+    session.reporter.done(f"{name} trained in {outcome.seconds:,.0f} s: {result['model_uri']}{waiting}")
 
 
 def _composition(session: Session, job: Job) -> tuple[str, ...] | None:
-    return next((each.spec_hashes for each in reversed(session.compositions) if job.id in each.open), None)
+    return next(
+        (composition.spec_hashes for composition in reversed(session.compositions) if job.id in composition.open), None
+    )
 
 
 def _register(
     session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, adapter: Path | StoredAdapter, step: int
 ) -> dict[str, Any]:
-    """Log and register the adapter; a version that this job has registered already is adopted."""
+    """Log and register the adapter, or adopt the version that this job has already registered."""
     registry, name = session.context.store.registry, arm.work.register_as
     existing = registry.of_job(name, arm.job.id, run.run_id) if name is not None else []
     if existing:
@@ -170,7 +170,7 @@ def _register(
                 "rankwise.attempt": arm.job.attempts,
                 "rankwise.spec_hash": arm.work.arm.spec_hash,
                 "rankwise.experiment": arm.work.experiment,
-                FILE_TAG: content_digest(arm.row_digests),
+                ROW_DIGESTS_TAG: content_digest(arm.row_digests),
             },
         )
         model_id = info.model_id

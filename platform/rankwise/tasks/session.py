@@ -1,8 +1,4 @@
-"""A child's side of the conversation: commands, one after another, and what stays warm between them.
-
-- Which claims this process may still speak for. The parent beats, and passes on what the queue says.
-- Work that ends between two batches when nobody wants it any more.
-"""
+"""State of a worker's child: `Session` runs commands and keeps base and stores; `Claims` tells what it may write."""
 
 from __future__ import annotations
 
@@ -21,94 +17,88 @@ from rankwise.jobs.store import JobStore
 from rankwise.logs import job_log
 from rankwise.reporter import Advance, LineKind, Remark, Reporter
 from rankwise.settings import Settings, current_work
-from rankwise.tasks.bases import BaseHolder
+from rankwise.tasks.arm_rows import RowsCache
+from rankwise.tasks.base_holder import BaseHolder
 from rankwise.tasks.context import Context, failure_of, open_context
-from rankwise.tasks.rows import RowsCache
 from rankwise.tracking.run import Run
 from rankwise.worker.heartbeat import lease_clock
 from rankwise.worker.local_placer import worker_name
 from rankwise.worker.protocol import Message, Result, ResultFiles
 
-_AGAIN_S = 0.5
+_RETRY_S = 0.5
 
 
-class Authority:
-    """What is known of the claims. Thread-safe.
+class Claims:
+    """Claims of the child's jobs, as reported by the parent's heartbeats. Thread-safe.
 
-    Time is that of `lease_clock`, in which a process that was stopped (SIGSTOP) or a machine that slept has aged: after
-    that a claim counts as unconfirmed until the parent says otherwise.
+    Times come from `lease_clock`, which also advances while a process is stopped (SIGSTOP) or a machine sleeps.
+    Afterwards a claim counts as unconfirmed until the next heartbeat.
     """
 
     def __init__(self) -> None:
-        """No claims."""
+        """Start without claims."""
         self._until: dict[str, float] = {}
         self._lost: frozenset[str] = frozenset()
         self._cancelled: frozenset[str] = frozenset()
         self._lock = threading.Lock()
 
     def update(self, until: Mapping[str, float], lost: Collection[str], cancelled: Collection[str]) -> None:
-        """Take over what the parent knows."""
+        """Replace the state with that of a heartbeat."""
         with self._lock:
             self._until = dict(until)
             self._lost = frozenset(lost)
             self._cancelled = frozenset(cancelled)
 
     def holds(self, token: str) -> bool:
-        """Whether nobody has said that the claim is lost."""
+        """Whether the claim is not known to be lost."""
         return token in self._until and token not in self._lost
 
     def confirmed(self, token: str) -> bool:
-        """Whether the lease still runs, as far as this process knows."""
+        """Whether the claim is held and its lease has not expired."""
         return self.holds(token) and lease_clock() < self._until[token]
 
     def cancelled(self, token: str) -> bool:
-        """Whether a person wants the job stopped."""
+        """Whether the job was cancelled."""
         return token in self._cancelled
 
     def check(self, token: str, queue: JobStore) -> bool:
-        """Ask the queue, before anything is written that others can see; a no is remembered.
+        """Ask the queue whether the claim is held, before a write that others can see; a refusal is remembered.
 
-        An outage of the queue's database is waited for while the lease lasts.
+        If the queue's database is unavailable, this waits while the lease lasts.
         """
-        if self.patiently(token, lambda: queue.holds(token)):
+        if self.retry_while_held(token, lambda: queue.holds(token)):
             return True
         with self._lock:
             self._lost |= {token}
         return False
 
-    def patiently(self, token: str, ask: Callable[[], bool]) -> bool:
-        """The queue's answer for a claim; False where the claim is lost, or the queue away for as long as it lasts."""
+    def retry_while_held(self, token: str, ask: Callable[[], bool]) -> bool:
+        """Retry a queue call while the lease lasts; False if the claim is lost or the queue stays unavailable."""
         while self.holds(token):
             try:
                 return ask()
             except JobStoreError:
                 if not self.confirmed(token):
                     return False
-                time.sleep(_AGAIN_S)
+                time.sleep(_RETRY_S)
         return False
 
 
-_OFTEN_S = 1.0
-_FENCED_S = 2.0
+_PROGRESS_INTERVAL_S = 1.0
+_LEAVE_TIMEOUT_S = 2.0
 
 
 @dataclass(kw_only=True)
 class Composition:
-    """Arms that were trained together: their files stay until the queue knows all of them."""
+    """Arms that were trained together. Their files stay until the queue has recorded all of them."""
 
     spec_hashes: tuple[str, ...]
     open: set[int]
 
 
 @dataclass(kw_only=True)
-class Computed:
-    """An arm that is computed and not published yet.
-
-    Attributes:
-        token: Of the claim that it was computed under.
-        row: What the queue was told of it.
-        run: Its run, open while it waits for the tracking server.
-    """
+class ComputedArm:
+    """A trained, unpublished arm: its claim's token, its result in the queue, and its run while MLflow is down."""
 
     token: str
     row: dict[str, Any]
@@ -117,43 +107,33 @@ class Computed:
 
 @dataclass(kw_only=True)
 class Session:
-    """One child.
-
-    Attributes:
-        settings: Where data is.
-        voice: Speaks through the parent.
-        stop: Set when the parent wants a checkpoint and the end.
-        authority: Which claims may be spoken for.
-        emit: Sends an event to the parent.
-        computed: Arms that are computed and not published yet, by job; see `computed_by`.
-        compositions: Packs whose files are still needed.
-    """
+    """State of one child process. `stop` requests a checkpoint and the end; `emit` sends an event to the parent."""
 
     settings: Settings
-    voice: Reporter
+    reporter: Reporter
     emit: Callable[[Message], Any]
     stop: threading.Event = field(default_factory=threading.Event)
-    authority: Authority = field(default_factory=Authority)
-    computed: dict[int, Computed] = field(default_factory=dict)
+    claims: Claims = field(default_factory=Claims)
+    computed: dict[int, ComputedArm] = field(default_factory=dict)
     compositions: list[Composition] = field(default_factory=list)
     _begun: set[str] = field(default_factory=set)
     _opened: ExitStack = field(default_factory=ExitStack)
-    _told: dict[str, float] = field(default_factory=dict)
+    _last_progress: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def context(self) -> Context:
-        """The stores, opened when they are first needed; an error is one of the command that needs them."""
-        return self._opened.enter_context(open_context(self.settings, self.voice, self.stop))
+        """The stores, opened on first use so that an error belongs to the command that needs them."""
+        return self._opened.enter_context(open_context(self.settings, self.reporter, self.stop))
 
     @cached_property
     def bases(self) -> BaseHolder:
-        """The base in memory."""
-        return BaseHolder(self.settings, self.voice)
+        """Holder of the loaded base."""
+        return BaseHolder(self.settings, self.reporter)
 
     @cached_property
     def rows(self) -> RowsCache:
-        """Rows as tokens."""
-        return RowsCache(self.settings, self.voice)
+        """Cache of tokenized rows."""
+        return RowsCache(self.settings, self.reporter)
 
     @cached_property
     def results(self) -> ResultFiles:
@@ -161,66 +141,66 @@ class Session:
         return ResultFiles(self.settings.home / "results")
 
     def begin(self, parent_run_id: str, begin: Callable[[Context, str], None]) -> None:
-        """Show that a sweep is under way, once."""
+        """Mark a sweep as running, once."""
         if parent_run_id not in self._begun:
             self._begun.add(parent_run_id)
             begin(self.context, parent_run_id)
 
     def phase(self, name: str) -> None:
-        """Say what is done now."""
+        """Report the current phase."""
         self.emit({"event": "phase", "name": name})
 
     def progress(self, token: str, values: Mapping[str, Any], *, always: bool = False) -> None:
-        """Say how far a job is; a few times a second is enough."""
+        """Report a job's progress, at most once a second unless `always`."""
         now = time.monotonic()
-        if always or now - self._told.get(token, 0.0) > _OFTEN_S:
-            self._told[token] = now
+        if always or now - self._last_progress.get(token, 0.0) > _PROGRESS_INTERVAL_S:
+            self._last_progress[token] = now
             self.emit({"event": "progress", "token": token, "values": dict(values)})
 
     def report(
         self, job: Job, outcome: Outcome, *, result: Mapping[str, Any] | None = None, error: str | None = None
     ) -> None:
-        """Say how a job ended: on disk first, then to the parent, who tells the queue."""
+        """Report how a job ended: written to disk, then sent to the parent, which updates the queue."""
         token = token_of(job)
         self.results.write(Result(token=token, outcome=outcome, result=result, error=error))
-        self._told.pop(token, None)
+        self._last_progress.pop(token, None)
         self.emit({"event": "result", "token": token})
 
     def wait_for_upload(self, job: Job, reason: str) -> None:
-        """Say that a job is computed, and that its publication must be tried again."""
+        """Report that a job is trained and its publication must be retried."""
         self.emit({"event": "waiting", "token": token_of(job), "reason": reason})
 
-    def computed_by(self, job: Job) -> Computed | None:
-        """What this claim of a job has computed. What an earlier claim has left is let go, its run too."""
-        found = self.computed.get(job.id)
-        if found is None or found.token == token_of(job):
-            return found
+    def computed_by(self, job: Job) -> ComputedArm | None:
+        """The arm that this claim has trained. An arm of an earlier claim is dropped and its run released."""
+        computed = self.computed.get(job.id)
+        if computed is None or computed.token == token_of(job):
+            return computed
         del self.computed[job.id]
-        if found.run is not None:
-            # For so long, for the fence to be seen: what waits behind it is then free for who goes on with the run.
-            found.run.leave(timeout=_FENCED_S)
+        if computed.run is not None:
+            # Long enough for delivery to reach the fence, which releases the outbox for the run's new owner.
+            computed.run.leave(timeout=_LEAVE_TIMEOUT_S)
         return None
 
     def may_publish(self, job: Job) -> bool:
-        """Whether the job's claim still stands: asked before every external write."""
-        return self.authority.check(token_of(job), self.context.queue)
+        """Whether the job's claim still holds; checked before every external write."""
+        return self.claims.check(token_of(job), self.context.queue)
 
     def fence(self, job: Job) -> Callable[[], bool]:
-        """The same for what is delivered in the background: within the lease nobody can have taken over."""
+        """Like `may_publish`, for background delivery: no queue call while the lease is confirmed."""
         token = token_of(job)
 
-        def may_speak() -> bool:
-            if self.authority.confirmed(token):
+        def may_write() -> bool:
+            if self.claims.confirmed(token):
                 return True
-            return self.authority.check(token, self.context.queue)
+            return self.claims.check(token, self.context.queue)
 
-        return may_speak
+        return may_write
 
     @contextmanager
     def logged(self, jobs: Collection[Job]) -> Iterator[None]:
-        """Keep what is logged in the files of these jobs, and let MLflow runs that are started meanwhile know them."""
-        work = {"job": _listed(job.id for job in jobs), "attempt": _listed(job.attempts for job in jobs)}
-        with ExitStack() as files, current_work({**work, "worker": worker_name(os.getppid())}):
+        """Write log records to the log files of these jobs, and expose the jobs to MLflow runs started meanwhile."""
+        facts = {"job": _listed(job.id for job in jobs), "attempt": _listed(job.attempts for job in jobs)}
+        with ExitStack() as files, current_work({**facts, "worker": worker_name(os.getppid())}):
             for job in jobs:
                 arm = job.spec_hash[:12] if job.kind is JobKind.TRAIN else None
                 files.enter_context(job_log(self.settings, job.id, attempt=job.attempts, arm=arm))
@@ -229,7 +209,7 @@ class Session:
     def serve(
         self, next_command: Callable[[], Message], table: Mapping[str, Callable[[Session, Message], Any]]
     ) -> None:
-        """Do commands until `quit`."""
+        """Run commands until `quit`."""
         try:
             while (command := next_command())["do"] != "quit":
                 try:
@@ -255,35 +235,35 @@ def jobs_of(command: Message) -> list[Job]:
 
 
 def token_of(job: Job) -> str:
-    """The token of a claimed job."""
+    """Token of a claimed job."""
     assert job.token is not None, f"job {job.id} is not claimed"
     return job.token
 
 
-class Stoppable(Reporter):
-    """Reports on claimed jobs, to the queue too; raises `KeyboardInterrupt` when all of them are unwanted."""
+class StoppableReporter(Reporter):
+    """Reporter for claimed jobs; raises `KeyboardInterrupt` on a stop, or if all jobs were cancelled or taken over."""
 
     stops = True
-    """Whether a wish to stop ends the work too; otherwise it may first be kept."""
+    """Whether a stop interrupts the task; a subclass may save its work first."""
 
     def __init__(self, session: Session, tokens: Sequence[str]) -> None:
-        """Of the jobs with these tokens."""
+        """Report on the jobs with these tokens."""
         self._session = session
         self._tokens = tokens
 
     def line(self, kind: LineKind, text: str) -> None:
         """See `Reporter.line`."""
-        self._session.voice.line(kind, text)
+        self._session.reporter.line(kind, text)
 
     def show(self, renderable: Any) -> None:
         """See `Reporter.show`."""
-        self._session.voice.show(renderable)
+        self._session.reporter.show(renderable)
 
     @contextmanager
     def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
         """See `Reporter.task_with_remark`."""
         done = 0
-        with self.shown(description, total, unit) as (advance, note):
+        with self.shown(description, total, unit) as (advance, remark):
 
             def move(amount: int) -> None:
                 nonlocal done
@@ -293,18 +273,17 @@ class Stoppable(Reporter):
                 self.moved(description, done, total)
                 advance(amount)
 
-            yield move, note
+            yield move, remark
 
     def shown(self, description: str, total: int | None, unit: str) -> AbstractContextManager[tuple[Advance, Remark]]:
-        """Show a task to people."""
-        return self._session.voice.task_with_remark(description, total, unit)
+        """Show a task to the user."""
+        return self._session.reporter.task_with_remark(description, total, unit)
 
     def moved(self, description: str, done: int, total: int | None) -> None:
-        """Tell how far a task is."""
+        """Report a task's progress to the queue."""
         for token in self._tokens:
             self._session.progress(token, {"phase": description, "done": done, "of": total})
 
     def _unwanted(self) -> bool:
-        """Whether a person has cancelled all of the jobs, or others have them now."""
-        authority = self._session.authority
-        return all(authority.cancelled(token) or not authority.holds(token) for token in self._tokens)
+        claims = self._session.claims
+        return all(claims.cancelled(token) or not claims.holds(token) for token in self._tokens)

@@ -1,9 +1,7 @@
-"""From a definition to jobs in the queue: pins, checks, runs that show what is planned, and the jobs themselves.
+"""Submission of sweeps: a definition becomes jobs in the queue and planned runs in MLflow.
 
-Submitting the same definition again adds nothing; what was cut off in the middle is completed.
-
-- What another experiment has done already: runs of its own here, pointing there, in place of doing it again.
-- Arms into the queue: training, evaluation after it, the bare base, and the runs that show what is planned.
+`prepare` resolves pins and checks rows; `submit` creates the sweep's run; `queue_arms` queues training, evaluation and
+the bare base, and reuses work of other experiments. Repeating a submission completes it or adds nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ from rankwise.experiment.schema import digest
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.modeling.adapter import embedding_rows
 from rankwise.modeling.base import load_tokenizer
-from rankwise.tasks.bases import BaseHolder
-from rankwise.tasks.context import Context, Work
-from rankwise.tasks.rows import RowsCache, Sources, check_names, check_rows, find_sources, pin
-from rankwise.tasks.search import SweepArm, arms_so_far, is_pruned
+from rankwise.tasks.adaptive_sweep import SweepArm, arms_so_far, is_pruned
+from rankwise.tasks.arm_rows import ArmSources, RowsCache, check_names, check_rows, find_sources, pin
+from rankwise.tasks.base_holder import BaseHolder
+from rankwise.tasks.context import ArmWork, Context
 from rankwise.tracking.notes import arm_note, base_note, sweep_note
 from rankwise.tracking.provenance import collect
 from rankwise.tracking.query import RunRecord, get_run, search_runs, sweep_tags
@@ -36,38 +34,32 @@ from rankwise.tracking.registry import JOB
 from rankwise.tracking.run import SPEC_HASH, Run
 
 
-def link_done(context: Context, pairs: Sequence[tuple[Work, Job]], evaluations: Iterable[Job]) -> None:
-    """Give this experiment a run, with results, for everything that the queue knows as done elsewhere.
-
-    Args:
-        context: The stores.
-        pairs: Each arm's work with its train job.
-        evaluations: The evaluate jobs of the arms and of the bare base.
-    """
+def reuse_finished(context: Context, pairs: Sequence[tuple[ArmWork, Job]], evaluations: Iterable[Job]) -> None:
+    """Create runs in this experiment, with results, for work that another experiment has finished."""
     work = pairs[0][0]
     runs = context.store.runs(work.experiment_id)
     own = {run.spec_hash for run in runs if run.kind == "train"}
-    for each, train in pairs:
+    for arm_work, train in pairs:
         if train.state is JobState.SUCCEEDED and train.spec_hash not in own:
-            _link_arm(context, each, train)
-    have = {run.tags.get(EVAL_HASH) for run in runs}
-    works = {each.arm.eval_hash(): each for each, _ in pairs}
+            _link_arm(context, arm_work, train)
+    recorded = {run.tags.get(EVAL_HASH) for run in runs}
+    works = {arm_work.arm.eval_hash(): arm_work for arm_work, _ in pairs}
     for evaluation in evaluations:
-        if evaluation.state is JobState.SUCCEEDED and evaluation.spec_hash not in have:
+        if evaluation.state is JobState.SUCCEEDED and evaluation.spec_hash not in recorded:
             _link_results(context, works.get(evaluation.spec_hash), work, evaluation)
 
 
-def run_of_arm(context: Context, work: Work) -> str:
-    """The id of the run that stands for an arm in the experiment of `work`.
+def run_of_arm(context: Context, work: ArmWork) -> str:
+    """ID of the arm's run in the experiment of `work`.
 
     Raises:
-        JobError: There is none.
+        JobError: There is no such run.
     """
     runs = search_runs(context.store.client, work.experiment_id, kind="train", tags={SPEC_HASH: work.arm.spec_hash})
     if not runs:
         raise JobError(
             f"arm {work.arm.short} is trained, but experiment {work.experiment!r} has no run of it: was the MLflow "
-            "store exchanged or a run deleted? Restore it, or start with a fresh RANKWISE_HOME"
+            "store replaced or the run deleted? Restore it, or start with a fresh RANKWISE_HOME"
         )
 
     def order(run: RunRecord) -> bool:
@@ -76,28 +68,27 @@ def run_of_arm(context: Context, work: Work) -> str:
     return sorted(runs, key=order)[-1].run_id
 
 
-def _link_arm(context: Context, work: Work, train: Job) -> None:
+def _link_arm(context: Context, work: ArmWork, train: Job) -> None:
     assert train.result is not None
-    there = get_run(context.store.client, train.result["run_id"])
+    source = get_run(context.store.client, train.result["run_id"])
     run = context.store.start_run(
         work.experiment_id,
         work.run_name,
         parent=work.parent_run_id,
         params=work.arm.params,
-        tags={LINKED: there.run_id, "rankwise.model_uri": train.result["model_uri"]},
+        tags={LINKED: source.run_id, "rankwise.model_uri": train.result["model_uri"]},
         description=arm_note(work.arm, model_uri=train.result["model_uri"]),
         kind="train",
         spec_hash=work.arm.spec_hash,
         system_metrics=False,
     )
-    kept = {key: value for key, value in there.metrics.items() if key.startswith(("train.", "adapter."))}
-    run.metrics(kept, int(train.result["steps"]))
+    metrics = {key: value for key, value in source.metrics.items() if key.startswith(("train.", "adapter."))}
+    run.metrics(metrics, int(train.result["steps"]))
     run.end("FINISHED")
-    context.voice.say(f"{work.run_name}: trained in experiment {train.experiment!r} already, linked")
+    context.reporter.say(f"{work.run_name}: already trained in experiment {train.experiment!r}; its result is reused")
 
 
-def _link_results(context: Context, own: Work | None, any_work: Work, evaluation: Job) -> None:
-    """Write an evaluation's results to the arm's run, or to a run of the bare base."""
+def _link_results(context: Context, own: ArmWork | None, any_work: ArmWork, evaluation: Job) -> None:
     result = evaluation.result or {}
     values = to_tracking({key: MetricValue(**value) for key, value in result["metrics"].items()})
     if own is not None:
@@ -117,103 +108,99 @@ def _link_results(context: Context, own: Work | None, any_work: Work, evaluation
     run.end("FINISHED")
 
 
-_AHEAD = 16
-"""As many as a worker claims together."""
+_SCHEDULED_AHEAD = 16
+"""As many jobs as a worker claims at once."""
 
 
 def queue_arms(
-    context: Context, any_work: Work, arms: Sequence[SweepArm], *, priority: int = 0, after: Sequence[int] = ()
+    context: Context, any_work: ArmWork, arms: Sequence[SweepArm], *, priority: int = 0, after: Sequence[int] = ()
 ) -> list[Job]:
-    """Queue what is missing of some arms of a sweep: training, evaluation after it, and the bare base.
+    """Queue the missing jobs of some arms of a sweep; returns all their jobs in their current state.
 
-    What was decided about an arm stays decided: one that was pruned in this sweep, and one from which a later round was
-    proposed, is not tried again.
-
-    Args:
-        context: The stores.
-        any_work: The work of any arm of the sweep: what its rows have in common.
-        arms: The arms.
-        priority: The higher one is claimed first.
-        after: Jobs that must have succeeded first.
-
-    Returns:
-        All jobs of these arms, as they now stand.
+    Arms that were pruned in this sweep, or that a later round was proposed from, are not retried. `any_work` is the
+    payload of any arm of the sweep; jobs in `after` must succeed first.
     """
     works = [
         replace(
             any_work,
-            arm=each.arm,
+            arm=sweep_arm.arm,
             bare=False,
-            run_name=each.label or f"arm {each.arm.short}",
-            stops=each.stops,
-            group=each.group,
+            run_name=sweep_arm.label or f"arm {sweep_arm.arm.short}",
+            stops=sweep_arm.stops,
+            group=sweep_arm.group,
         )
-        for each in arms
+        for sweep_arm in arms
     ]
-    known = context.queue.find(JobKind.TRAIN, [each.arm.spec_hash for each in arms])
-    left = {each.arm.spec_hash for each in arms if _is_decided(each, known.get(each.arm.spec_hash))}
-    open_works = [work for work in works if work.arm.spec_hash not in left]
+    known = context.queue.find(JobKind.TRAIN, [sweep_arm.arm.spec_hash for sweep_arm in arms])
+    decided = {
+        sweep_arm.arm.spec_hash for sweep_arm in arms if _is_decided(sweep_arm, known.get(sweep_arm.arm.spec_hash))
+    }
+    open_works = [work for work in works if work.arm.spec_hash not in decided]
     submitted = context.queue.submit(
         [work.train_job(priority=priority, after=tuple(after)) for work in open_works], again=True
     )
     trains = {**known, **{job.spec_hash: job for job in submitted}}
     _schedule(context, any_work.experiment_id, [(work, trains[work.arm.spec_hash]) for work in open_works])
     bare = {
-        each.arm.base_eval_hash(): replace(
-            any_work, arm=each.arm, bare=True, run_name="base alone", stops=(), group=None
+        sweep_arm.arm.base_eval_hash(): replace(
+            any_work, arm=sweep_arm.arm, bare=True, run_name="base alone", stops=(), group=None
         )
-        for each in arms
+        for sweep_arm in arms
     }
     evaluate = [work.evaluate_job(tuple(after), priority=priority) for work in bare.values()]
     evaluate += [work.evaluate_job(after=(trains[work.arm.spec_hash].id,), priority=priority) for work in open_works]
     evaluations = context.queue.submit(evaluate, again=True)
-    ended = context.queue.find(JobKind.EVALUATE, [work.arm.eval_hash() for work in works if work.arm.spec_hash in left])
+    ended = context.queue.find(
+        JobKind.EVALUATE, [work.arm.eval_hash() for work in works if work.arm.spec_hash in decided]
+    )
     evaluations += ended.values()
     pairs = [(work, trains[work.arm.spec_hash]) for work in works]
-    link_done(context, pairs, evaluations)
+    reuse_finished(context, pairs, evaluations)
     ids = [*(train.id for _, train in pairs), *(evaluation.id for evaluation in evaluations)]
-    # Once more: since then the runs have been noted, and a worker may have begun.
-    stand = {job.id: job for job in context.queue.jobs(ids=ids)}
-    return [stand[each] for each in ids]
+    # Read again: runs were recorded since, and a worker may have started.
+    current = {job.id: job for job in context.queue.jobs(ids=ids)}
+    return [current[sweep_arm] for sweep_arm in ids]
 
 
 def all_done(context: Context, arms: Sequence[SweepArm]) -> bool:
-    """Whether nothing of these arms is left to do."""
-    trains = context.queue.find(JobKind.TRAIN, [each.arm.spec_hash for each in arms])
-    hashes = [*(each.arm.eval_hash() for each in arms), *{each.arm.base_eval_hash() for each in arms}]
+    """Whether nothing is left to do for these arms."""
+    trains = context.queue.find(JobKind.TRAIN, [sweep_arm.arm.spec_hash for sweep_arm in arms])
+    hashes = [
+        *(sweep_arm.arm.eval_hash() for sweep_arm in arms),
+        *{sweep_arm.arm.base_eval_hash() for sweep_arm in arms},
+    ]
     evaluations = context.queue.find(JobKind.EVALUATE, hashes)
     ended = {
-        each.arm.eval_hash()
-        for each in arms
-        if (train := trains.get(each.arm.spec_hash)) is not None and _is_pruned_here(each, train)
+        sweep_arm.arm.eval_hash()
+        for sweep_arm in arms
+        if (train := trains.get(sweep_arm.arm.spec_hash)) is not None and _is_pruned_here(sweep_arm, train)
     }
     ended |= {value for value, job in evaluations.items() if job.state is JobState.SUCCEEDED}
     return ended.issuperset(hashes)
 
 
-def _is_decided(each: SweepArm, train: Job | None) -> bool:
-    return train is not None and (each.settled or _is_pruned_here(each, train))
+def _is_decided(sweep_arm: SweepArm, train: Job | None) -> bool:
+    return train is not None and (sweep_arm.settled or _is_pruned_here(sweep_arm, train))
 
 
-def _is_pruned_here(each: SweepArm, train: Job) -> bool:
-    """Whether early stopping has ended the arm in this sweep; what another sweep has pruned is trained here."""
-    return each.group is not None and is_pruned(train, each.group)
+def _is_pruned_here(sweep_arm: SweepArm, train: Job) -> bool:
+    return sweep_arm.group is not None and is_pruned(train, sweep_arm.group)
 
 
-def _schedule(context: Context, experiment_id: str, pairs: Sequence[tuple[Work, Job]]) -> None:
-    """Make the runs of the arms that are claimed first, so that a server that is away then keeps nobody waiting.
+def _schedule(context: Context, experiment_id: str, pairs: Sequence[tuple[ArmWork, Job]]) -> None:
+    """Create the runs of the arms that are claimed first, so that an unavailable server does not delay them later.
 
-    A run takes MLflow a good part of a second: the others are made when their arm is claimed. `compare` has those from
-    the queue.
+    Creating a run takes a large part of a second. The other runs are created when their arm is claimed; until then
+    `compare` reads these arms from the queue.
     """
     queued = [(work, job) for work, job in pairs if job.state is JobState.QUEUED]
-    waiting = [(work, job) for work, job in queued if job.mlflow_run_id is None]
-    waiting = waiting[: max(0, _AHEAD - (len(queued) - len(waiting)))]
-    if not waiting:
+    unscheduled = [(work, job) for work, job in queued if job.mlflow_run_id is None]
+    unscheduled = unscheduled[: max(0, _SCHEDULED_AHEAD - (len(queued) - len(unscheduled)))]
+    if not unscheduled:
         return
     provenance = collect().tags()
     scheduled = context.store.find_scheduled(experiment_id)
-    for work, job in waiting:
+    for work, job in unscheduled:
         if job.id in scheduled:
             context.queue.assign_run(job.id, scheduled[job.id])
             continue
@@ -231,25 +218,23 @@ def _schedule(context: Context, experiment_id: str, pairs: Sequence[tuple[Work, 
         if context.queue.assign_run(job.id, run.run_id):
             run.leave(timeout=0.0)
         else:
-            run.end("KILLED", "a worker has begun this arm in a run of its own", timeout=0.0)
+            run.end("KILLED", "a worker started this arm in a run of its own", timeout=0.0)
 
 
 logger = logging.getLogger(__name__)
-SWEEP = "rankwise.sweep"
+SWEEP_TAG = "rankwise.sweep"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """An experiment that is ready for the queue.
+class PreparedSweep:
+    """An experiment that is ready to submit.
 
     Attributes:
         experiment: With every pin.
-        sweep_arms: Its arms; of a search those that are known so far.
-        sweep: Names the set of arms and evaluations: the tag `rankwise.sweep` of the sweep's run.
-        experiment_id: Of MLflow.
-        parent_run_id: The run of an earlier submission of the same sweep.
-        complete: Whether all of it is done, reported too.
-        reports: Preflight and preview by the name of the rows.
+        sweep_arms: Its arms; for a search, those known so far.
+        sweep: ID of the set of arms and evaluations: the tag `rankwise.sweep` of the sweep's run.
+        parent_run_id: Run of an earlier submission of the same sweep.
+        reports: Preflight report and preview by name of the rows.
     """
 
     experiment: Experiment
@@ -263,18 +248,12 @@ class Prepared:
     @property
     def arms(self) -> list[ArmSpec]:
         """The arms."""
-        return [each.arm for each in self.sweep_arms]
+        return [sweep_arm.arm for sweep_arm in self.sweep_arms]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submitted:
-    """What a submission has come to.
-
-    Attributes:
-        experiment: Name of the definition.
-        parent_run_id: The run of the sweep.
-        jobs: All jobs of the sweep, as they now stand.
-    """
+class SubmittedSweep:
+    """A submitted sweep: its experiment's name, its run, and all its jobs in their current state."""
 
     experiment: str
     parent_run_id: str
@@ -288,37 +267,30 @@ def prepare(
     *,
     preflight: bool = True,
     bases: BaseHolder | None = None,
-) -> Prepared:
-    """Resolve pins, and check the rows before anything is queued.
+) -> PreparedSweep:
+    """Resolve pins and check the rows, before anything is queued.
 
-    Args:
-        context: The stores.
-        experiment: The experiment; missing pins are resolved and recorded.
-        rows: Makes rows into tokens, and keeps them.
-        preflight: Whether to check rows.
-        bases: Loads the base, for a process that trains next; otherwise only its tokenizer is read.
+    `bases` loads the base, for a process that trains next; without it only the tokenizer is read.
 
     Raises:
         ConfigError: The definition does not fit the base.
         DatasetError: The rows do not fit the definition.
-        AssetError: Base or rows cannot be had.
-        TrackingError: The tracking server does not answer.
     """
-    pinned = pin(experiment, context.settings, context.voice, context.store.registry)
+    pinned = pin(experiment, context.settings, context.reporter, context.store.registry)
     sweep_arms = arms_so_far(context, pinned)
-    arms = [each.arm for each in sweep_arms]
+    arms = [sweep_arm.arm for sweep_arm in sweep_arms]
     sweep = _identity(pinned)
     experiment_id = context.store.experiment(pinned.spec.name, pinned.spec)
-    before = [run for run in context.store.runs(experiment_id, kind="sweep") if run.tags.get(SWEEP) == sweep]
-    complete = all_done(context, sweep_arms) and bool(before) and before[-1].status == "FINISHED"
+    previous = [run for run in context.store.runs(experiment_id, kind="sweep") if run.tags.get(SWEEP_TAG) == sweep]
+    complete = all_done(context, sweep_arms) and bool(previous) and previous[-1].status == "FINISHED"
     for advice in () if complete else rung_advice(pinned.spec.sweep.early_stopping, arms):
-        context.voice.warn(advice)
-    return Prepared(
+        context.reporter.warn(advice)
+    return PreparedSweep(
         experiment=pinned,
         sweep_arms=sweep_arms,
         sweep=sweep,
         experiment_id=experiment_id,
-        parent_run_id=before[-1].run_id if before else None,
+        parent_run_id=previous[-1].run_id if previous else None,
         complete=complete,
         reports=_check(context, arms, rows, bases) if preflight and not complete else {},
     )
@@ -326,31 +298,23 @@ def prepare(
 
 def submit(
     context: Context,
-    prepared: Prepared,
+    prepared: PreparedSweep,
     *,
     command: str,
     priority: int = 0,
     after: Sequence[int] = (),
-) -> Submitted:
-    """Queue what is missing: training, evaluation after it, and the bare base.
-
-    Args:
-        context: The stores.
-        prepared: From `prepare`.
-        command: How to run it again, for the note of the sweep.
-        priority: The higher one is claimed first.
-        after: Jobs that must have succeeded first.
+) -> SubmittedSweep:
+    """Queue the missing jobs of a prepared sweep; `command` runs it again, for its note.
 
     Raises:
-        JobError: A job of `after` does not exist.
-        TrackingError: The tracking server does not answer.
+        JobError: A job of `after`, which must succeed first, does not exist.
     """
     spec = prepared.experiment.spec
     for job_id in after:
         context.queue.get(job_id)
     parent_run_id = prepared.parent_run_id or _create_parent(context, prepared, command)
     _store_reports(context, prepared, parent_run_id)
-    first = Work(
+    first = ArmWork(
         arm=prepared.arms[0],
         experiment=spec.name,
         experiment_id=prepared.experiment_id,
@@ -362,14 +326,11 @@ def submit(
         command=command,
     )
     jobs = queue_arms(context, first, prepared.sweep_arms, priority=priority, after=after)
-    return Submitted(experiment=spec.name, parent_run_id=parent_run_id, jobs=tuple(jobs))
+    return SubmittedSweep(experiment=spec.name, parent_run_id=parent_run_id, jobs=tuple(jobs))
 
 
 def _identity(experiment: Experiment) -> str:
-    """Names a sweep by its arms, their evaluations and what ranks them.
-
-    A search, whose arms follow from results, is named by its first ones.
-    """
+    """ID of a sweep: its arms, their evaluations and the ranking metric; for a search, its first arms."""
     spec, arms = experiment.spec, experiment.arms
     hashes = [*(arm.spec_hash for arm in arms), *(arm.eval_hash() for arm in arms)]
     if (primary := spec.evaluation.primary_metric) != DEFAULT_PRIMARY_METRIC:
@@ -385,13 +346,13 @@ def _identity(experiment: Experiment) -> str:
 def _check(
     context: Context, arms: Sequence[ArmSpec], rows: RowsCache, bases: BaseHolder | None
 ) -> dict[str, tuple[Report, str]]:
-    """Names, then the preflight of every distinct table. Raises `ConfigError` with all errors of either."""
+    """Check names, then run the preflight of every distinct table; each raises with all of its errors."""
     reports: dict[str, tuple[Report, str]] = {}
-    seen: set[int] = set()
+    checked: set[int] = set()
     tokenizers: dict[str, tuple[Any, int]] = {}
-    found = [(arm, find_sources(arm, context.settings, context.voice)) for arm in arms]
-    check_names(context, found)
-    for arm, sources in found:
+    sourced_arms = [(arm, find_sources(arm, context.settings, context.reporter)) for arm in arms]
+    check_names(context, sourced_arms)
+    for arm, sources in sourced_arms:
         if bases is not None:
             base = bases.get(sources.base, arm.quantization)
             tokenizer, vocab_size = base.tokenizer, embedding_rows(base.model)
@@ -399,29 +360,28 @@ def _check(
             path = str(sources.base.path)
             tokenizer, vocab_size = tokenizers.setdefault(path, _tokenizer(sources))
         table = rows.get(arm, sources, tokenizer)
-        if id(table) in seen:
+        if id(table) in checked:
             continue
-        seen.add(id(table))
+        checked.add(id(table))
         name = "data" if not reports else f"data-{len(reports) + 1}"
-        reports[name] = check_rows(context.voice, arm, vocab_size, table, show=not reports)
+        reports[name] = check_rows(context.reporter, arm, vocab_size, table, show=not reports)
     return reports
 
 
-def _tokenizer(sources: Sources) -> tuple[Any, int]:
-    """A base's tokenizer, and the tokens that it has rows for as its configuration says."""
+def _tokenizer(sources: ArmSources) -> tuple[Any, int]:
     tokenizer = load_tokenizer(sources.base.path)
     config = read_json(sources.base.path / "config.json")
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return tokenizer, int(size) if size is not None else len(tokenizer)
 
 
-def _create_parent(context: Context, prepared: Prepared, command: str) -> str:
+def _create_parent(context: Context, prepared: PreparedSweep, command: str) -> str:
     provenance = collect()
     spec = prepared.experiment.spec
     run = context.store.start_run(
         prepared.experiment_id,
         f"sweep of {sum(prepared.experiment.planned_rounds) or len(prepared.sweep_arms)} arms",
-        tags={**provenance.tags(), SWEEP: prepared.sweep, PRIMARY_METRIC: spec.evaluation.primary_metric},
+        tags={**provenance.tags(), SWEEP_TAG: prepared.sweep, PRIMARY_METRIC: spec.evaluation.primary_metric},
         description=sweep_note(spec, prepared.arms, command=command),
         kind="sweep",
         status="SCHEDULED",
@@ -434,21 +394,21 @@ def _create_parent(context: Context, prepared: Prepared, command: str) -> str:
     return run.run_id
 
 
-def make_current(context: Context, prepared: Prepared) -> None:
-    """Make a sweep that is complete the one that `compare` shows, as a submission does."""
+def make_current(context: Context, prepared: PreparedSweep) -> None:
+    """Make a complete sweep the one that `compare` shows, as a submission does."""
     assert prepared.parent_run_id is not None, "what is complete has a run"
     _resume_current(context, prepared, prepared.parent_run_id).leave()
 
 
-def _resume_current(context: Context, prepared: Prepared, parent_run_id: str) -> Run:
+def _resume_current(context: Context, prepared: PreparedSweep, parent_run_id: str) -> Run:
     run = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
-    # The sweep that was submitted last is the one that `compare` shows.
+    # `compare` shows the sweep that was submitted last.
     bases = sorted({arm.base_eval_hash() for arm in prepared.arms})
     run.tags({**sweep_tags([arm.spec_hash for arm in prepared.arms]), BASE_EVALUATIONS: ",".join(bases)})
     return run
 
 
-def _store_reports(context: Context, prepared: Prepared, parent_run_id: str) -> None:
+def _store_reports(context: Context, prepared: PreparedSweep, parent_run_id: str) -> None:
     run = _resume_current(context, prepared, parent_run_id)
     for name, (report, preview) in prepared.reports.items():
         run.json(asdict(report), f"{name}/preflight.json")

@@ -1,4 +1,4 @@
-"""Train a claimed pack: base and rows, what fits into memory together, the engine, then for each arm its end."""
+"""Training of a claimed pack: load base and rows, select the arms that fit into memory, train, publish each arm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rankwise.experiment.arm import ArmSpec
 from rankwise.jobs.job import Job, Outcome
 from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
-from rankwise.tasks.claim import ClaimedArm, Curves, open_run
-from rankwise.tasks.context import Work, failure_of
+from rankwise.tasks.arm_rows import ArmSources, find_sources
+from rankwise.tasks.arm_run import ClaimedArm, Curves, open_run
+from rankwise.tasks.context import ArmWork, failure_of
 from rankwise.tasks.gc import adapter_directory
 from rankwise.tasks.publish import finish_arm, leave_arm, stored_outcome
-from rankwise.tasks.rows import Sources, find_sources
 from rankwise.tasks.session import Composition, Session, token_of
 from rankwise.tracking.provenance import collect
 from rankwise.tracking.run import Run
@@ -31,19 +31,15 @@ _MOST_NAMES = 4
 
 
 def train_claimed(session: Session, jobs: Sequence[Job]) -> None:
-    """Train the jobs of one claim together and report the end of each of them.
+    """Train the jobs of one claim together and report how each ended.
 
-    A problem of one arm (a loss that is not finite, a lost claim) ends that arm only. An error of the whole pack goes
-    to whoever called; arms that have ended before are reported already.
-
-    Raises:
-        RankwiseError: What a person has to mend.
-        Exception: A bug.
+    A problem of one arm (non-finite loss, lost claim) ends only that arm. An error of the whole pack is raised; arms
+    that ended before it are already reported.
     """
     runs: dict[str, Run] = {}
     try:
         base, arms = load_claimed(session, jobs)
-        outcomes = _known(session, base, arms)
+        outcomes = _finished_before(session, base, arms)
         tasks = [_task(session, arm) for arm in arms if arm.spec_hash not in outcomes]
         arms = _return_what_does_not_fit(session, base, arms, tasks)
         provenance = collect()
@@ -69,26 +65,26 @@ def train_claimed(session: Session, jobs: Sequence[Job]) -> None:
 
 
 def load_claimed(session: Session, jobs: Sequence[Job]) -> tuple[LoadedBase, list[ClaimedArm]]:
-    """The base of a pack, and its arms with their rows."""
+    """Load the base of a pack, and its arms with their rows."""
     session.phase("load")
-    works = [Work.of(job) for job in jobs]
+    works = [ArmWork.of(job) for job in jobs]
     assert len({work.arm.pack_key for work in works}) == 1, "they share one base, which is loaded once"
-    sources = [find_sources(work.arm, session.settings, session.voice) for work in works]
+    sources = [find_sources(work.arm, session.settings, session.reporter) for work in works]
     base = session.bases.get(sources[0].base, works[0].arm.quantization)
     session.phase("tokenize")
-    arms = [_claimed(session, base, *each) for each in zip(jobs, works, sources, strict=True)]
+    arms = [_claimed(session, base, *claimed) for claimed in zip(jobs, works, sources, strict=True)]
     return base, arms
 
 
-def _claimed(session: Session, base: LoadedBase, job: Job, work: Work, sources: Sources) -> ClaimedArm:
+def _claimed(session: Session, base: LoadedBase, job: Job, work: ArmWork, sources: ArmSources) -> ClaimedArm:
     with bound(arm=work.arm.short):
         return ClaimedArm(job=job, work=work, rows=session.rows.get(work.arm, sources, base.tokenizer))
 
 
-def _known(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm]) -> dict[str, ArmOutcome]:
-    """Arms that an earlier attempt has computed, whose publication it did not live to see."""
-    found = {arm.spec_hash: stored_outcome(session, base, arm) for arm in arms}
-    return {spec_hash: outcome for spec_hash, outcome in found.items() if outcome is not None}
+def _finished_before(session: Session, base: LoadedBase, arms: Sequence[ClaimedArm]) -> dict[str, ArmOutcome]:
+    """Arms that an earlier attempt finished but did not publish."""
+    outcomes = {arm.spec_hash: stored_outcome(session, base, arm) for arm in arms}
+    return {spec_hash: outcome for spec_hash, outcome in outcomes.items() if outcome is not None}
 
 
 def _task(session: Session, arm: ClaimedArm) -> ArmTask:
@@ -111,23 +107,23 @@ def _initial_adapter(session: Session, arm: ArmSpec) -> Path | None:
 def _return_what_does_not_fit(
     session: Session, base: LoadedBase, arms: Sequence[ClaimedArm], tasks: list[ArmTask]
 ) -> list[ClaimedArm]:
-    """Give back, before anything starts, the arms whose states do not fit into memory beside the others."""
+    """Return arms to the queue whose state does not fit into memory with the others."""
     if not tasks:
         return list(arms)
     plan = plan_pack(base, tasks)
-    session.voice.say(plan.estimate.text())
-    left = {task.spec.spec_hash for task in plan.left}
+    session.reporter.say(plan.estimate.text())
+    excluded = {task.spec.spec_hash for task in plan.left}
     tasks[:] = plan.fits
     for arm in arms:
-        if arm.spec_hash in left:
+        if arm.spec_hash in excluded:
             session.report(arm.job, Outcome.RETURNED)
-    if left:
-        session.voice.say(f"{len(left)} arms do not fit into memory beside these and go back to the queue")
-    return [arm for arm in arms if arm.spec_hash not in left]
+    if excluded:
+        session.reporter.say(f"{len(excluded)} arms do not fit into memory with the others and return to the queue")
+    return [arm for arm in arms if arm.spec_hash not in excluded]
 
 
 def pack_label(names: Sequence[str]) -> str:
-    """The arms of a pack by name (a name may have commas), as far as they fit beside a bar; more are counted."""
+    """Label of a pack for its progress bar: the arms' names, or their number if there are many."""
     return "; ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} arms"
 
 
@@ -146,20 +142,20 @@ def _train(
 
     def should_leave(spec_hash: str) -> bool:
         token = token_of(jobs[spec_hash])
-        return not session.authority.holds(token) or session.authority.cancelled(token)
+        return not session.claims.holds(token) or session.claims.cancelled(token)
 
-    def tell(spec_hash: str, values: Mapping[str, Any], always: bool) -> None:
+    def report_progress(spec_hash: str, values: Mapping[str, Any], always: bool) -> None:
         session.progress(token_of(jobs[spec_hash]), values, always=always)
 
-    def ended(outcome: ArmOutcome) -> None:
-        # A person who has cancelled an arm, or its new owner, does not wait for the others.
+    def on_arm_end(outcome: ArmOutcome) -> None:
+        # A cancelled or taken-over arm does not wait for the others to finish.
         if should_leave(outcome.spec_hash):
             leave_arm(session, by_hash[outcome.spec_hash], runs.pop(outcome.spec_hash))
 
     session.phase("train")
-    with bound(step=0), session.voice.task_with_remark(f"training {names}", steps, "steps") as (advance, note):
-        watched = {arm.spec_hash: (runs[arm.spec_hash], arm.work.arm) for arm in arms}
-        curves = Curves(watched, advance, note, tell, ended)
+    with bound(step=0), session.reporter.task_with_remark(f"training {names}", steps, "steps") as (advance, note):
+        targets = {arm.spec_hash: (runs[arm.spec_hash], arm.work.arm) for arm in arms}
+        curves = Curves(targets, advance, note, report_progress, on_arm_end)
         return train_pack(
             base,
             tasks,

@@ -16,7 +16,7 @@ from helpers.definitions import DEFINITION, parse
 from rankwise.jobs.database import head_revision
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.store import JobStore
-from rankwise.tasks.context import Work
+from rankwise.tasks.context import ArmWork
 
 HERE = Path(__file__).parent
 
@@ -73,9 +73,9 @@ def fill(store: JobStore) -> None:
     store.submit([arm_work().train_job()])
 
 
-def arm_work() -> Work:
+def arm_work() -> ArmWork:
     """The work of a train job, with its definition."""
-    return Work(
+    return ArmWork(
         arm=parse().arms[1],
         experiment="saved",
         experiment_id="1",

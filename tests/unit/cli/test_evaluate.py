@@ -26,13 +26,13 @@ def test_an_alias_that_moves_meanwhile_changes_nothing(monkeypatch):
     def resolve(uri):
         return SimpleNamespace(version=SimpleNamespace(uri=next(moved)))
 
-    def recorded_setting(context, uri, file):
+    def recorded_setup(context, uri, file):
         seen.append(uri)
         return SimpleNamespace(changed=lambda **changes: None)
 
     context = SimpleNamespace(store=SimpleNamespace(registry=SimpleNamespace(resolve=resolve)))
-    monkeypatch.setattr("rankwise.tasks.context.open_context", lambda settings, voice: nullcontext(context))
-    monkeypatch.setattr("rankwise.tasks.setting.recorded_setting", recorded_setting)
+    monkeypatch.setattr("rankwise.tasks.context.open_context", lambda settings, reporter: nullcontext(context))
+    monkeypatch.setattr("rankwise.tasks.evaluation_setup.recorded_setup", recorded_setup)
     monkeypatch.setattr("rankwise.tasks.evaluate.Evaluator", Evaluator)
     runner = CliRunner()
     with pytest.raises(Stop):

@@ -25,7 +25,8 @@ def test_arms_that_wait_are_added_where_there_is_a_queue(tmp_path, capsys, monke
     with open_queue(settings):
         pass
     monkeypatch.setattr(
-        "rankwise.tasks.sweep.with_waiting", lambda store, queue, comparison, everything: (comparison, everything)
+        "rankwise.tasks.sweep_lifecycle.with_queued_arms",
+        lambda store, queue, comparison, everything: (comparison, everything),
     )
     assert with_waiting_arms(settings, None, "what MLflow has", everything=True) == ("what MLflow has", True)
     assert capsys.readouterr().err == ""

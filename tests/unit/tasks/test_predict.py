@@ -22,8 +22,8 @@ from rankwise.inference.shards import Parts, Request
 from rankwise.jobs.job import JobKind, JobState
 from rankwise.modeling.decoding.generation import Decoding
 from rankwise.settings import Settings
-from rankwise.tasks.bases import BaseHolder
-from rankwise.tasks.session import Stoppable
+from rankwise.tasks.base_holder import BaseHolder
+from rankwise.tasks.session import StoppableReporter
 from rankwise.worker.loop import LoopOptions
 from rankwise.worker.relay import RemoteReporter
 
@@ -146,7 +146,7 @@ def test_jobs_make_the_file_that_the_local_command_makes(world, rows, local, tmp
     assert output.read_bytes() == local
     assert len(jobs()) == 7, "an output that is gone is made anew"
     output.write_text("mine")
-    assert "is there already" in submit(rows, output, code=2)
+    assert "already exists" in submit(rows, output, code=2)
     assert output.read_text() == "mine"
 
 
@@ -190,7 +190,7 @@ def test_a_part_reads_none_of_the_rows_before_it_and_the_output_needs_all_of_the
     first, second, join = jobs()
     assert (first.state, second.state, join.state) == (JobState.SUCCEEDED, JobState.SUCCEEDED, JobState.FAILED)
     assert "has changed since it was submitted (it was sha256:" in join.error
-    assert "put it back and retry the job" in join.error
+    assert "restore it and retry the job" in join.error
     assert not output.exists()
     rows.write_text(content)
     with open_queue() as queue:
@@ -228,15 +228,15 @@ def test_paths_that_the_worker_does_not_see_are_named(world, rows, tmp_path):
     submit(rows, tmp_path / "out.jsonl")
     rows.rename(tmp_path / "elsewhere.jsonl")
     drain_once(world)
-    assert "there is no input" in jobs()[0].error
-    assert "must lie where every worker sees them" in jobs()[0].error
+    assert "does not exist on this machine" in jobs()[0].error
+    assert "every worker must see INPUT and OUTPUT" in jobs()[0].error
     (tmp_path / "elsewhere.jsonl").rename(rows)
     Parts(tmp_path / "out.jsonl").remove()
     with open_queue() as queue:
         queue.cancel([jobs()[0].id])
         queue.retry([jobs()[0].id])
     drain_once(world)
-    assert "out.jsonl.parts is not there" in jobs()[0].error
+    assert "out.jsonl.parts does not exist here" in jobs()[0].error
 
 
 def test_a_worker_with_a_data_root_touches_nothing_outside_of_it(world, rows, tmp_path, monkeypatch):
@@ -285,7 +285,7 @@ def test_what_was_cut_off_goes_on_at_the_next_shard(world, rows, local, tmp_path
 
 def test_cancelling_reaches_a_job_between_two_batches(world, rows, tmp_path, monkeypatch):
     submit(rows, tmp_path / "out.jsonl")
-    moved = Stoppable.moved
+    moved = StoppableReporter.moved
     seen = []
 
     def cancel(self, description, done, total):
@@ -293,10 +293,10 @@ def test_cancelling_reaches_a_job_between_two_batches(world, rows, tmp_path, mon
         with open_queue() as queue:
             queue.cancel([1])
         # The heartbeat hears of it within two seconds.
-        self._session.authority._cancelled = frozenset(self._tokens)
+        self._session.claims._cancelled = frozenset(self._tokens)
         moved(self, description, done, total)
 
-    monkeypatch.setattr("rankwise.tasks.predict._Watched.moved", cancel)
+    monkeypatch.setattr("rankwise.tasks.predict._ShardProgress.moved", cancel)
     drain(world)
     assert [job.state for job in jobs()] == [JobState.CANCELLED, JobState.CANCELLED]
     assert len(seen) == 1
@@ -369,7 +369,7 @@ def test_a_worker_whose_directory_is_taken_away_stops(world, rows, tmp_path, mon
     monkeypatch.setattr(Parts, "write", taken)
     drain_once(world)
     assert jobs()[0].state is JobState.FAILED
-    assert "was removed, or given to another prediction" in jobs()[0].error
+    assert "was removed, or taken by another prediction" in jobs()[0].error
     assert not Parts(output).directory.exists()
 
 
@@ -410,7 +410,7 @@ def test_a_warm_base_serves_evaluation_and_prediction_and_one_with_other_dtypes_
     (adapter,) = flavor.load_models(["models:/one/1"], settings=settings, find=holder.recorded, tracking_uri=uri)
     assert adapter.base is base
     assert adapter.overrides == ()
-    monkeypatch.setattr("rankwise.tasks.bases.loads_plainly", lambda first, resolved: False)
+    monkeypatch.setattr("rankwise.tasks.base_holder.loads_plainly", lambda first, resolved: False)
     (again,) = flavor.load_models(["models:/one/1"], settings=settings, find=holder.recorded, tracking_uri=uri)
     assert again.base is not base
     assert again.overrides == ()

@@ -56,7 +56,7 @@ def test_an_alias_that_moved_during_the_comparison_is_not_moved(context):
     _move(context, version(1), None, "champion", "r", "")
     registry.holder = version(5)
     with pytest.raises(
-        GateError, match=r"was version 1 when the comparison began and is 5 now: somebody else has moved"
+        GateError, match=r"was version 1 when the comparison began and is 5 now: it was moved meanwhile"
     ):
         _move(context, version(2), version(1), "champion", "r", "")
     registry.holder = None
@@ -70,12 +70,12 @@ def test_an_alias_that_moved_during_the_comparison_is_not_moved(context):
 
 
 def test_the_first_move_is_undone_to_nobody_and_nothing_is_undone_twice(context):
-    with pytest.raises(ConfigError, match="no move of models:/m@champion is known here"):
+    with pytest.raises(ConfigError, match="no move of models:/m@champion is recorded here"):
         rollback(context, "m", "champion", reason="")
     _move(context, version(1), None, "champion", "r", "")
     assert rollback(context, "m", "champion", reason="") == (1, None)
     assert context.store.registry.holder is None
-    with pytest.raises(ConfigError, match="every move of models:/m@champion that is known here has been undone"):
+    with pytest.raises(ConfigError, match="every recorded move of models:/m@champion has been undone"):
         rollback(context, "m", "champion", reason="")
 
 
@@ -88,5 +88,5 @@ def test_rolling_back_again_goes_further_back_and_not_to_and_fro(context):
     _move(context, version(2), version(1), "champion", "r", "once more")
     assert rollback(context, "m", "champion", reason="") == (2, 1)
     context.store.registry.holder = version(9)
-    with pytest.raises(ConfigError, match="is version 9 and not 1, to which it was moved last"):
+    with pytest.raises(ConfigError, match="is version 9 and not 1, to which rankwise last moved it"):
         rollback(context, "m", "champion", reason="")

@@ -37,7 +37,7 @@ def experiment(store):
 
 @pytest.fixture
 def sync(store, queue, settings):
-    context = Context(settings=settings, store=store, queue=queue, voice=Listener())
+    context = Context(settings=settings, store=store, queue=queue, reporter=Listener())
     return lambda: synchronize(context, timeout=20)
 
 
@@ -155,7 +155,7 @@ def test_a_server_that_is_away_does_not_hide_what_waits(queue, tmp_path):
     outbox.append({"tags": {"a": "b"}})
     outbox.close()
     with Store.open(settings) as store:
-        context = Context(settings=settings, store=store, queue=queue, voice=Listener())
+        context = Context(settings=settings, store=store, queue=queue, reporter=Listener())
         synced = synchronize(context, timeout=1)
     assert list(synced.outbox.waiting) == ["r1"]
     assert "does not answer" in synced.error

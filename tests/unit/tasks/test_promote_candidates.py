@@ -6,7 +6,7 @@ import pytest
 
 from rankwise.tasks import promote as module
 from rankwise.tasks import promote as promotion
-from rankwise.tasks.promote import contenders
+from rankwise.tasks.promote import count_candidates
 from rankwise.tracking.query import RunRecord, sweep_tags
 from rankwise.tracking.registry import ModelVersion
 
@@ -50,14 +50,14 @@ def store(monkeypatch):
 
 
 def test_all_evaluated_arms_of_the_sweeps_of_an_arm_are_its_contenders(store):
-    assert contenders(store, version("arm-1")) == 5
-    assert contenders(store, version("arm-5")) == 5
-    assert contenders(store, version("other")) == 1
+    assert count_candidates(store, version("arm-1")) == 5
+    assert count_candidates(store, version("arm-5")) == 5
+    assert count_candidates(store, version("other")) == 1
 
 
 def test_what_no_sweep_has_made_was_chosen_among_none(store):
-    assert contenders(store, version("alone")) == 1
-    assert contenders(store, version(None)) == 1
+    assert count_candidates(store, version("alone")) == 1
+    assert count_candidates(store, version(None)) == 1
 
 
 @pytest.mark.parametrize(("data", "among"), [(None, 5), ("fresh.jsonl", 1)])
@@ -73,7 +73,7 @@ def test_only_rows_that_took_part_in_the_choice_count_its_arms(store, monkeypatc
         get_alias=lambda name, alias: None, mark_candidate=lambda *_: None, tag_version=lambda *_: None
     )
     told = {}
-    monkeypatch.setattr(promotion, "seen_by", lambda *_: None)
+    monkeypatch.setattr(promotion, "training_row_filter", lambda *_: None)
     monkeypatch.setattr(promotion, "Evaluator", lambda context: SimpleNamespace(assess=lambda *_, **__: None))
     monkeypatch.setattr(promotion, "_write_evidence", lambda *_: "run")
 

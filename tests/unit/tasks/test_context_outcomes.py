@@ -43,7 +43,7 @@ def test_a_bug_keeps_its_traceback_and_a_message_for_people_does_not():
     except ZeroDivisionError as error:
         failure = failure_of(error)
     assert failure.text == "ZeroDivisionError: a bug"
-    assert "test_outcomes.py" in failure.trace
+    assert "test_context_outcomes.py" in failure.trace
     assert not failure.environment
     told = failure_of(StorageError("the disk is full"))
     assert (told.environment, told.trace, told.text) == (True, None, "the disk is full")

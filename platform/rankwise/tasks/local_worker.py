@@ -1,4 +1,4 @@
-"""A worker of this machine: its queue, its loop, and the program of its child. Imports nothing heavy."""
+"""`local_worker`: a worker loop on this machine, with its queue and its child process. Imports no heavy libraries."""
 
 from __future__ import annotations
 
@@ -18,19 +18,16 @@ from rankwise.worker.local_placer import this_worker
 from rankwise.worker.loop import WorkerLoop
 from rankwise.worker.protocol import ResultFiles
 
-# torch asks for aligned memory, and glibc before 2.38 finds no room for it in the hole that an equally large tensor has
-# left, unless what it cuts off at the edges joins the hole again: which these caches for small pieces prevent. Without
-# them the child took 12 % less at its peak (SmolLM2, 8 arms, 616 tokens a pass: 1,543 in place of 1,673 to 1,748 MiB),
-# in the same time. What else was tried: tensors in mappings of their own (1,441 MiB, but 40 % more CPU time, which the
-# kernel spends on fresh pages), trimming after each step (1,696 MiB, 8 % more), huge pages (1,785 MiB). Other C
-# libraries do not read it.
+# torch requests aligned memory. glibc before 2.38 cannot reuse the space of a freed tensor for an equally large one
+# while its caches for small blocks hold the leftover edges. Without these caches the child's peak memory is 12 % lower
+# (docs/benchmarks.md). Other C libraries ignore the variable.
 ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
 
 
 @contextmanager
 def local_worker(
     settings: Settings,
-    voice: Reporter,
+    reporter: Reporter,
     stop: Stop,
     *,
     timing: Timing | None = None,
@@ -40,32 +37,19 @@ def local_worker(
     info: Mapping[str, Any] | None = None,
     program: str = "rankwise.tasks.child",
 ) -> Iterator[WorkerLoop]:
-    """A worker's loop over the queue of the settings; the queue is created in a fresh home.
+    """Open a worker loop on the configured queue, creating the queue in a fresh home.
 
-    Args:
-        settings: Where data is.
-        voice: Tells people.
-        stop: The wish to stop.
-        timing: Leases, intervals, deadlines.
-        width: Of the console, for what the child draws.
-        terminal: Whether the console has colours.
-        changes: To the child's environment (`CUDA_VISIBLE_DEVICES`).
-        info: What the worker says of itself in the queue.
-        program: The module that a child runs.
-
-    Raises:
-        JobStoreError: The queue's database cannot be used.
-        StorageError: The home cannot be written.
+    `width` and `terminal` describe the console that the child renders for; `changes` are to the child's environment.
     """
     queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
-    # A user's `queue.py` in the working directory must not stand in for a module of Python's.
+    # A user's `queue.py` in the working directory must not shadow Python's module.
     environment = child_environment({"PYTHONSAFEPATH": "1", **(changes or {})}, ALLOCATOR)
     command = [sys.executable, "-m", program, "--width", str(width)]
     if terminal:
         command.append("--terminal")
 
-    def note(job: Job, event: str, more: str | None) -> None:
-        log_job_error(settings, job.id, event, attempt=job.attempts, exception=more)
+    def note(job: Job, event: str, details: str | None) -> None:
+        log_job_error(settings, job.id, event, attempt=job.attempts, exception=details)
 
     try:
         with WorkerLoop(
@@ -73,7 +57,7 @@ def local_worker(
             worker=this_worker(),
             spawn=lambda: ChildProcess(command, settings.home / "logs" / "workers", environment),
             results=ResultFiles(settings.home / "results"),
-            reporter=voice,
+            reporter=reporter,
             stop=stop,
             timing=timing,
             info=dict(info or {}),

@@ -45,7 +45,7 @@ def record(run, run_id="run-1", ours=True):
     queue = SimpleNamespace(set_run=lambda token, run_id: ours)
     session = SimpleNamespace(
         context=SimpleNamespace(store=store, queue=queue),
-        voice=SimpleNamespace(warn=warned.append),
+        reporter=SimpleNamespace(warn=warned.append),
         fence=lambda job: lambda: True,
     )
     manifest = SimpleNamespace(request={"input": "sha256:1"}, rows=1, models={}, to_json=dict)
@@ -58,8 +58,8 @@ def test_a_server_that_goes_away_leaves_no_run_open():
     run = OpenRun(TrackingError("away"))
     run_id, warned = record(run)
     assert run_id == "run-1"
-    assert run.ends == [("FINISHED", "not all of the prediction is shown: away")]
-    assert warned == ["out.jsonl is there, and MLflow does not show all of it: away"]
+    assert run.ends == [("FINISHED", "the run lacks part of the prediction: away")]
+    assert warned == ["out.jsonl is complete, but its MLflow run is not: away"]
 
 
 def test_another_error_lets_go_of_the_run_for_the_next_attempt():

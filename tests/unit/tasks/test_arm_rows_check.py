@@ -22,14 +22,14 @@ def test_modules_and_columns_that_are_not_there_are_all_told_before_the_base_is_
         definition = definition.replace(right, wrong)
     (tmp_path / "e.csv").write_text("a,sum\n1,2\n")
     settings = Settings.load()
-    voice = Listener()
-    with inline_worker(settings, voice) as loop, pytest.raises(ConfigError) as caught:
+    listener = Listener()
+    with inline_worker(settings, listener) as loop, pytest.raises(ConfigError) as caught:
         loop.call(submission(definition))
     problems = str(caught.value).splitlines()
     assert len(problems) == 3
     assert problems[0].startswith("lora.target_modules: the base has no linear layer 'mlp.q_proj'")
     assert problems[1].startswith("dataset.completion: unknown column 'total'")
     assert problems[2].startswith("dataset.prompt (eval data): unknown column 'b'")
-    assert [told for told in voice.told if told.startswith("base:")] == []
+    assert [told for told in listener.told if told.startswith("base:")] == []
     with open_queue(settings) as queue:
         assert queue.jobs() == []

@@ -12,7 +12,7 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.tasks import evaluate as base_groups
 from rankwise.tasks.evaluate import group_by_base
-from rankwise.tasks.setting import Setting
+from rankwise.tasks.evaluation_setup import EvaluationSetup
 
 OWN, OTHER = "sha256:own", "sha256:other"
 
@@ -31,17 +31,17 @@ def grouped(monkeypatch):
     monkeypatch.setattr(base_groups, "fingerprint_base", lambda path, settings: fingerprint)
     monkeypatch.setattr(base_groups, "_template_of", lambda arm, base: OWN)
 
-    def recorded_setting(context, uri):
+    def recorded_setup(context, uri):
         if uri.startswith("models:/m-"):
             raise ConfigError("it was not made by a run")
-        return Setting(spec=spec, arm=other)
+        return EvaluationSetup(spec=spec, arm=other)
 
-    monkeypatch.setattr(base_groups, "recorded_setting", recorded_setting)
-    context = SimpleNamespace(settings=SimpleNamespace(tracking_uri=""), voice=None)
+    monkeypatch.setattr(base_groups, "recorded_setup", recorded_setup)
+    context = SimpleNamespace(settings=SimpleNamespace(tracking_uri=""), reporter=None)
 
     def group(templates):
         metadata = {uri: SimpleNamespace(base=facts, chat_template=name) for uri, name in templates.items()}
-        return group_by_base(context, Setting(spec=spec, arm=arm), list(templates), None, metadata)
+        return group_by_base(context, EvaluationSetup(spec=spec, arm=arm), list(templates), None, metadata)
 
     return group
 

@@ -6,10 +6,10 @@ from helpers.definitions import DEFINITION, parse
 
 from rankwise.exceptions import ConfigError
 from rankwise.jobs.job import Job, JobKind, JobState
-from rankwise.tasks.context import Experiments, Work
+from rankwise.tasks.context import ArmWork, Experiments
 
 
-def work(arm, **changes) -> Work:
+def work(arm, **changes) -> ArmWork:
     values = {
         "arm": arm,
         "experiment": "diamonds",
@@ -20,7 +20,7 @@ def work(arm, **changes) -> Work:
         "log_examples": True,
         "definition": "version: 1\n",
     }
-    return Work(**{**values, **changes})
+    return ArmWork(**{**values, **changes})
 
 
 def test_a_row_says_all_that_a_worker_needs():
@@ -28,8 +28,8 @@ def test_a_row_says_all_that_a_worker_needs():
     new = work(arm).train_job()
     stored = json.loads(json.dumps(new.spec))
     job = Job(id=1, kind=new.kind, experiment="diamonds", spec_hash=new.spec_hash, spec=stored, state=JobState.QUEUED)
-    assert Work.of(job) == work(arm)
-    assert Work.of(job).arm.spec_hash == arm.spec_hash
+    assert ArmWork.of(job) == work(arm)
+    assert ArmWork.of(job).arm.spec_hash == arm.spec_hash
 
 
 def test_arms_over_one_base_are_mates_in_training():

@@ -13,8 +13,16 @@ from helpers.definitions import parse
 from rankwise.jobs.job import JobState, Outcome, Worker
 from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
-from rankwise.tasks.context import Context, Work
-from rankwise.tasks.search import end_pruned_runs, group_of, is_pruned, paused_at, paused_result, settle_rungs, stops_of
+from rankwise.tasks.adaptive_sweep import (
+    end_pruned_runs,
+    group_of,
+    is_pruned,
+    paused_at,
+    paused_result,
+    settle_rungs,
+    stops_of,
+)
+from rankwise.tasks.context import ArmWork, Context
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
 GRID = "    lora.r: [4, 8]"
@@ -38,18 +46,18 @@ class Runs:
 def context(tmp_path):
     queue = JobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "queue.lock")
     said: list[str] = []
-    voice = SimpleNamespace(say=said.append, said=said)
-    yield Context(settings=Settings.load(), queue=queue, store=Runs(), voice=voice)
+    reporter = SimpleNamespace(say=said.append, said=said)
+    yield Context(settings=Settings.load(), queue=queue, store=Runs(), reporter=reporter)
     queue.close()
 
 
-def work(label, arm, **changes) -> Work:
+def work(label, arm, **changes) -> ArmWork:
     given = {
         "arm": arm, "experiment": "small", "experiment_id": "1", "parent_run_id": "p", "run_name": label,
         "register_as": None, "log_examples": True, "definition": EXPERIMENT.text,
         "stops": stops_of(SPEC, [arm for _, arm in ARMS]), "group": group_of(SPEC, [arm for _, arm in ARMS]),
     }  # fmt: skip
-    return Work(**{**given, **changes})
+    return ArmWork(**{**given, **changes})
 
 
 def submit(context, arms=ARMS, **changes):
@@ -70,7 +78,7 @@ def claim(context, most=16):
 def pause(context, jobs, values):
     """Let claimed jobs reach their next rung with these losses."""
     for job, value in zip(jobs, values, strict=True):
-        each = Work.of(job)
+        each = ArmWork.of(job)
         result = paused_result(each, each.stop_after(paused_at(job)), {"eval.loss": value, "eval.perplexity": math.inf})
         assert context.queue.finish(job.token, Outcome.PAUSED, result=json.loads(json.dumps(result)))
 
@@ -102,15 +110,15 @@ def test_a_sweep_is_halved_until_one_arm_is_left(context):
     assert states(context, evaluations) == ["cancelled"] * 4 + ["queued"] * 4
     assert context.queue.get(trains[0].id).error == "pruned at step 5: eval.loss 8 is not among the best 4 of 8"
     assert context.store.ended["run1"] == ("KILLED", "pruned at step 5: eval.loss 8 is not among the best 4 of 8")
-    assert context.voice.said == ["small: 4 of 8 arms go on after step 5 (by eval.loss)"]
+    assert context.reporter.said == ["small: 4 of 8 arms continue after step 5 (by eval.loss)"]
 
     second = claim(context)
     assert [job.id for job in second] == [job.id for job in trains[4:]], "packed together again"
-    assert {Work.of(job).stop_after(paused_at(job)) for job in second} == {10}
+    assert {ArmWork.of(job).stop_after(paused_at(job)) for job in second} == {10}
     pause(context, second, [1, 2, 3, 4])
     settle_rungs(context, second)
     third = claim(context)
-    assert {Work.of(job).stop_after(paused_at(job)) for job in third} == {20}, "the arms' end too: no pause"
+    assert {ArmWork.of(job).stop_after(paused_at(job)) for job in third} == {20}, "the arms' end too: no pause"
     assert len(context.store.ended) == 6
     for job in third:
         context.queue.finish(job.token, Outcome.SUCCEEDED, result={"steps": 20})
@@ -183,7 +191,7 @@ def test_the_last_arm_does_not_stop_at_further_rungs(context):
     pause(context, claim(context), [2, 1])
     settle_rungs(context, context.queue.jobs())
     (job,) = claim(context)
-    assert Work.of(job).stop_after(paused_at(job)) is None
+    assert ArmWork.of(job).stop_after(paused_at(job)) is None
 
 
 def test_seeds_of_a_configuration_go_on_together(context):
@@ -209,7 +217,7 @@ def test_a_retried_arm_goes_on_from_its_rung_although_it_was_pruned(context):
         context.queue.finish(job.token, Outcome.SUCCEEDED, result={})
     context.queue.retry([trains[0].id])
     (job,) = [each for each in claim(context) if each.id == trains[0].id]
-    assert Work.of(job).stop_after(paused_at(job)) == 10
+    assert ArmWork.of(job).stop_after(paused_at(job)) == 10
     pause(context, [job], [9.0])
     settle_rungs(context, [job])
     assert context.queue.get(job.id).state is JobState.QUEUED, "alone at its rung, it goes on"
@@ -225,7 +233,7 @@ def test_what_one_sweep_has_pruned_begins_anew_in_another(context):
     submit(context, ARMS[:1], group="another")
     (job,) = context.queue.claim(WORKER, lease=60, among=[trains[0].id])
     assert paused_at(job) == 0
-    assert Work.of(job).stop_after(paused_at(job)) == 5
+    assert ArmWork.of(job).stop_after(paused_at(job)) == 5
 
 
 def test_jobs_without_early_stopping_are_no_matter_of_this(context):

@@ -8,7 +8,7 @@ import pytest
 
 from rankwise.exceptions import AssetError, GateError
 from rankwise.tasks import promote as seen
-from rankwise.tasks.promote import FILE_TAG, seen_by
+from rankwise.tasks.promote import ROW_DIGESTS_TAG, training_row_filter
 
 
 def version(uri, run_id, **tags):
@@ -24,13 +24,13 @@ def refusal(monkeypatch, artifacts, candidate, before=None, training_rows=None):
     )
     assessor = SimpleNamespace(training_rows=training_rows or (lambda setting: []))
     with pytest.raises(GateError) as caught:
-        seen_by(context, candidate, SimpleNamespace(arm=arm), assessor)
+        training_row_filter(context, candidate, SimpleNamespace(arm=arm), assessor)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"not what was stored", b""])
 def test_a_file_of_digests_that_is_damaged_is_not_mended_by_a_definition(monkeypatch, content):
-    candidate = version("models:/m/2", "r2", **({FILE_TAG: "sha256:0"} if content else {}))
+    candidate = version("models:/m/2", "r2", **({ROW_DIGESTS_TAG: "sha256:0"} if content else {}))
     told = refusal(monkeypatch, {"r2": content}, candidate)
     assert "--force" in told
     assert "--experiment" not in told
@@ -38,7 +38,7 @@ def test_a_file_of_digests_that_is_damaged_is_not_mended_by_a_definition(monkeyp
 
 def test_nor_is_the_ignorance_of_what_an_earlier_adapter_was_trained_on(monkeypatch):
     told = refusal(monkeypatch, {}, version("models:/m/2", "r2"), before=version("models:/m/1", "r1"))
-    assert "models:/m/2 goes on from models:/m/1" in told
+    assert "models:/m/2 was trained further from models:/m/1" in told
     assert "--force" in told
     assert "--experiment" not in told
 

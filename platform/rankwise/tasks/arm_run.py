@@ -1,7 +1,4 @@
-"""A claimed arm with all that belongs to it, while its pack is worked on.
-
-- The engine's records as points in MLflow, as movement of the progress bar, and as progress of the jobs.
-"""
+"""The MLflow run of a claimed train job: opened or resumed under the claim, then fed with the arm's curves."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ from rankwise.files import format_size
 from rankwise.jobs.job import Job
 from rankwise.logs import bind, bound
 from rankwise.modeling.base import LoadedBase
-from rankwise.tasks.context import Work
-from rankwise.tasks.promote import FILE, digests_of
-from rankwise.tasks.rows import Rows
-from rankwise.tasks.search import paused_at
+from rankwise.tasks.adaptive_sweep import paused_at
+from rankwise.tasks.arm_rows import ArmRows
+from rankwise.tasks.context import ArmWork
+from rankwise.tasks.promote import ROW_DIGESTS_FILE, row_digests_of
 from rankwise.tasks.session import Session, token_of
 from rankwise.tracking.notes import arm_note
 from rankwise.tracking.provenance import Provenance
@@ -35,60 +32,53 @@ _TAKEN = "{} was taken over by another worker"
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimedArm:
-    """One claimed train job.
-
-    Attributes:
-        job: Its row, with the token.
-        work: What the row says.
-        rows: Its rows as tokens.
-    """
+    """A claimed train job with its work and its rows as tokens."""
 
     job: Job
-    work: Work
-    rows: Rows
+    work: ArmWork
+    rows: ArmRows
 
     @property
     def spec_hash(self) -> str:
-        """The arm."""
+        """Spec hash of the arm."""
         return self.work.arm.spec_hash
 
     @cached_property
     def row_digests(self) -> bytes:
-        """The content of the artifact `FILE`: which rows the arm trains on."""
-        return digests_of(self.work.arm, self.rows.examples.train)
+        """Content of the artifact `ROW_DIGESTS_FILE`: the rows that the arm trains on."""
+        return row_digests_of(self.work.arm, self.rows.examples.train)
 
     def logged(self) -> AbstractContextManager[None]:
-        """What is logged within the block is about this arm, and goes into its job's file only."""
+        """Mark log records within the block with this arm; they go only into its job's log."""
         return bound(arm=self.work.arm.short)
 
     @property
     def done_steps(self) -> int:
-        """Steps at which the arm has paused already."""
+        """Step at which the arm paused; 0 before the first rung."""
         return paused_at(self.job)
 
 
 def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Provenance) -> Run:
-    """The arm's run: the one that was scheduled or begun, or a new one.
+    """Resume the arm's run, or start one and record it in the queue.
 
     Raises:
         JobError: Another worker has taken over the job.
-        TrackingError: There is no run yet, and the server does not answer.
     """
     job, work, context = arm.job, arm.work, session.context
     computed = session.computed_by(job)
     if computed is not None and computed.run is not None:
         run, computed.run = computed.run, None
         return run
-    # Submitting notes the run after the job: a quick worker has claimed it in between.
+    # Submission records the run after the job: a fast worker may have claimed the job in between.
     run_id = job.mlflow_run_id or context.queue.get(job.id).mlflow_run_id
     adopted = _adopt(session, arm) if run_id is None and job.attempts > 1 else None
     run_id = run_id or adopted
     if run_id is not None:
         run = context.store.resume_run(run_id, attempt=job.attempts, fence=session.fence(job))
         if adopted is not None:
-            run.params(work.arm.params)  # They may have been lost with the process that made it.
+            run.params(work.arm.params)  # The process that created the run may have died before sending them.
     else:
-        noted, may_speak = False, session.fence(job)
+        recorded, may_write = False, session.fence(job)
         created = context.store.start_run(
             work.experiment_id,
             work.run_name,
@@ -99,22 +89,22 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
             kind="train",
             spec_hash=work.arm.spec_hash,
             attempt=job.attempts,
-            # Nobody else knows of it before it is noted.
-            fence=lambda: not noted or may_speak(),
+            # No other worker knows the run before it is recorded.
+            fence=lambda: not recorded or may_write(),
         )
         try:
-            noted = context.queue.set_run(token_of(job), created.run_id)
+            recorded = context.queue.set_run(token_of(job), created.run_id)
         except BaseException:
             created.leave(timeout=0.0)
             raise
-        if not noted:
+        if not recorded:
             if context.queue.get(job.id).mlflow_run_id == created.run_id:
-                created.leave(timeout=0.0)  # It has been found, and is gone on with.
+                created.leave(timeout=0.0)  # The new owner has adopted the run.
             else:
                 created.end("KILLED", "another worker has taken over this arm")
             raise JobError(_TAKEN.format(job.title))
         run = created
-    # An earlier attempt may have ended before this, or have given the arm to another worker without opening its run.
+    # Also in later attempts: an earlier one may have ended before this point.
     if not arm.done_steps:
         for record in arm.rows.inputs:
             run.input(record)
@@ -122,8 +112,8 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
         run.json(provenance.to_dict(), "provenance.json")
         if (rows := len(arm.rows.examples.train)) > MANY_ROWS:
             size = format_size(len(arm.row_digests), ",.0f", unit="MB")
-            session.voice.say(f"the digests of {rows:,} training rows take {size} in MLflow")
-        run.data(arm.row_digests, FILE)
+            session.reporter.say(f"the digests of {rows:,} training rows take {size} in MLflow")
+        run.data(arm.row_digests, ROW_DIGESTS_FILE)
     run.tags(
         {
             **provenance.tags(),
@@ -140,12 +130,7 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
 
 
 def _adopt(session: Session, arm: ClaimedArm) -> str | None:
-    """The run that an earlier attempt made and was killed before it noted it; noted now.
-
-    Raises:
-        JobError: Another worker has taken over the job.
-        TrackingError: The server does not answer.
-    """
+    """The run that an earlier attempt created but died before recording; it is recorded now."""
     job, context = arm.job, session.context
     run_id = context.store.find_running(arm.work.experiment_id, job.id, "train")
     if run_id is not None and not context.queue.set_run(token_of(job), run_id):
@@ -153,53 +138,53 @@ def _adopt(session: Session, arm: ClaimedArm) -> str | None:
     return run_id
 
 
-Tell = Callable[[str, Mapping[str, Any], bool], None]
-"""Given a spec hash, how far its arm is, and whether that must not be left out."""
+ReportProgress = Callable[[str, Mapping[str, Any], bool], None]
+"""Called with spec hash, progress values, and whether the report must not be throttled."""
 
 
 class Curves(PackObserver):
-    """Writes each arm's curves to its run."""
+    """Writes each arm's curves to its run, and its progress to the bar and to the queue."""
 
     def __init__(
         self,
         arms: Mapping[str, tuple[Run, ArmSpec]],
         advance: Callable[[int], None],
-        note: Callable[[str], None],
-        tell: Tell = lambda spec_hash, values, always: None,
-        ended: Callable[[ArmOutcome], None] = lambda outcome: None,
+        show_note: Callable[[str], None],
+        report_progress: ReportProgress = lambda spec_hash, values, always: None,
+        on_arm_end: Callable[[ArmOutcome], None] = lambda outcome: None,
     ) -> None:
-        """Write to the run of each arm, by spec hash; `tell` hears how far each arm is, `ended` how it ended."""
+        """Take each arm's run by spec hash; `report_progress` and `on_arm_end` are called per arm."""
         self._arms = arms
         self._advance = advance
-        self._note = note
-        self._tell = tell
-        self._ended = ended
+        self._show_note = show_note
+        self._report_progress = report_progress
+        self._on_arm_end = on_arm_end
         self._furthest = 0
-        self._living: dict[str, int] = {}
+        self._total_steps: dict[str, int] = {}
 
     def on_start(self, spec_hash: str, step: int, total_steps: int) -> None:
-        """An arm begins, perhaps in the middle."""
-        self._living[spec_hash] = total_steps
+        """Report where the arm starts; a resumed arm starts after step 0."""
+        self._total_steps[spec_hash] = total_steps
         if step > self._furthest:
             self._advance(step - self._furthest)
             self._furthest = step
-        self._tell(spec_hash, {"phase": "train", "step": step, "steps": total_steps}, True)
+        self._report_progress(spec_hash, {"phase": "train", "step": step, "steps": total_steps}, True)
 
     def on_step(self, spec_hash: str, record: StepRecord) -> None:
-        """An arm has made a step."""
+        """Report the step; log its metrics every `logging_steps` steps."""
         bind(step=record.step)
         run, arm = self._arms[spec_hash]
         if record.step > self._furthest:
             self._advance(record.step - self._furthest)
             self._furthest = record.step
-        self._note(f"loss {record.loss:.3f}")
+        self._show_note(f"loss {record.loss:.3f}")
         speed = record.tokens / record.seconds if record.seconds > 0 else 0.0
-        self._tell(
+        self._report_progress(
             spec_hash,
             {
                 "phase": "train",
                 "step": record.step,
-                "steps": self._living.get(spec_hash),
+                "steps": self._total_steps.get(spec_hash),
                 "loss": record.loss if record.loss == record.loss else None,
                 "tokens_per_second": round(speed, 1),
             },
@@ -218,15 +203,15 @@ class Curves(PackObserver):
         )
 
     def on_evaluation(self, spec_hash: str, step: int, metrics: Mapping[str, float]) -> None:
-        """An arm was evaluated during training."""
+        """Log metrics of an evaluation during training."""
         self._arms[spec_hash][0].metrics(metrics, step)
 
     def on_checkpoint(self, step: int, directory: Path) -> None:
-        """All living arms were saved."""
-        for spec_hash in self._living:
-            self._tell(spec_hash, {"checkpoint": step}, True)
+        """Report the checkpoint for every arm in the pack."""
+        for spec_hash in self._total_steps:
+            self._report_progress(spec_hash, {"checkpoint": step}, True)
 
     def on_end(self, outcome: ArmOutcome) -> None:
-        """An arm left the pack."""
-        self._living.pop(outcome.spec_hash, None)
-        self._ended(outcome)
+        """Drop an arm that left the pack."""
+        self._total_steps.pop(outcome.spec_hash, None)
+        self._on_arm_end(outcome)

@@ -3,7 +3,7 @@ import torch
 from helpers.packs import load_tiny, make_arm
 
 from rankwise.modeling.lora.packed import create_adapter, delete_adapter
-from rankwise.tasks.bases import leftovers, sample_digest
+from rankwise.tasks.base_holder import pack_residue, sample_digest
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +13,13 @@ def model(tmp_path_factory):
 
 def test_a_base_is_clean_before_a_pack_and_after_it(model):
     before = sample_digest(model)
-    assert leftovers(model) == []
+    assert pack_residue(model) == []
     name = create_adapter(model, make_arm())
-    found = leftovers(model)
+    found = pack_residue(model)
     assert found[0] == f"adapters {name}"
-    assert "parameters that ask for a gradient" in found[1]
+    assert "parameters that require gradients" in found[1]
     delete_adapter(model, name)
-    assert leftovers(model) == []
+    assert pack_residue(model) == []
     assert sample_digest(model) == before, "an adapter is no part of the base"
 
 
@@ -27,7 +27,7 @@ def test_a_gradient_and_the_mode_are_noticed(model):
     parameter = model.get_input_embeddings().weight
     parameter.grad = torch.zeros_like(parameter)
     model.train()
-    assert leftovers(model) == ["1 gradients, the first is that of model.embed_tokens.weight", "training mode"]
+    assert pack_residue(model) == ["1 gradients, the first is that of model.embed_tokens.weight", "training mode"]
     parameter.grad = None
     model.eval()
 

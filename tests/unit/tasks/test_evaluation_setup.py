@@ -8,8 +8,8 @@ import pytest
 from helpers.definitions import DEFINITION, changed, parse
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.tasks import setting
-from rankwise.tasks.setting import recorded_setting, without_aliases
+from rankwise.tasks import evaluation_setup
+from rankwise.tasks.evaluation_setup import recorded_setup, without_aliases
 
 
 @pytest.fixture
@@ -28,25 +28,25 @@ def context(trained, monkeypatch):
         asked.append(uri)
         return SimpleNamespace(version=version)
 
-    monkeypatch.setattr(setting, "Work", SimpleNamespace(of=lambda job: SimpleNamespace(arm=job)))
-    monkeypatch.setattr(setting, "recorded_definition", lambda context, uri: DEFINITION)
+    monkeypatch.setattr(evaluation_setup, "ArmWork", SimpleNamespace(of=lambda job: SimpleNamespace(arm=job)))
+    monkeypatch.setattr(evaluation_setup, "recorded_definition", lambda context, uri: DEFINITION)
     queue = SimpleNamespace(find=lambda kind, hashes: {trained.spec_hash: trained})
     return SimpleNamespace(store=SimpleNamespace(registry=SimpleNamespace(resolve=resolve)), queue=queue, asked=asked)
 
 
 def test_the_recorded_arm_counts_as_the_queue_has_it(context, trained):
-    assert recorded_setting(context, "models:/pricer/3").arm is trained
+    assert recorded_setup(context, "models:/pricer/3").arm is trained
 
 
 def test_a_file_decides_about_rows_and_metrics_although_the_queue_knows_the_version(context, trained, tmp_path):
     file = tmp_path / "other.yaml"
     file.write_text(changed(("How much is {carat}?", "Price of {carat}:"), ("[loss, number]", "[loss]")))
-    arm = recorded_setting(context, "models:/pricer/3", file).arm
+    arm = recorded_setup(context, "models:/pricer/3", file).arm
     assert arm.dataset.prompt == "Price of {carat}:"
     assert arm.evaluation.metrics == ("loss",)
     assert arm.spec_hash == ArmSpec.of(parse(("How much is {carat}?", "Price of {carat}:")).spec).spec_hash
     file.write_text(changed(("[loss, number]", "[loss]")))
-    arm = recorded_setting(context, "models:/pricer/3", file).arm
+    arm = recorded_setup(context, "models:/pricer/3", file).arm
     assert (arm.spec_hash, arm.evaluation.metrics) == (trained.spec_hash, ("loss",))
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.exceptions import JobError
-from rankwise.tasks.claim import open_run
-from rankwise.tasks.session import Computed, Session
+from rankwise.tasks.arm_run import open_run
+from rankwise.tasks.session import ComputedArm, Session
 
 
 class Took(SimpleNamespace):
@@ -40,7 +40,7 @@ class Bench:
         self.arm = SimpleNamespace(job=self.job, work=work, done_steps=1)
         context = SimpleNamespace(store=self, queue=self, worker=SimpleNamespace(host="here"))
         self.holds = True
-        self.session = Session(settings=None, voice=None, emit=None)
+        self.session = Session(settings=None, reporter=None, emit=None)
         self.session.context = context
         self.session.fence = lambda job: lambda: self.holds
 
@@ -67,7 +67,7 @@ class Bench:
         return self.run
 
     def open(self, monkeypatch):
-        monkeypatch.setattr("rankwise.tasks.claim.arm_note", lambda arm: "")
+        monkeypatch.setattr("rankwise.tasks.arm_run.arm_note", lambda arm: "")
         base = SimpleNamespace(device="cpu", dtype_reason="", fingerprint=SimpleNamespace(digest=""))
         return open_run(self.session, self.arm, base, SimpleNamespace(tags=dict))
 
@@ -90,11 +90,11 @@ def test_a_run_is_made_for_this_attempt_which_may_write_while_it_holds_the_job(m
 
 def test_what_an_earlier_claim_has_computed_is_not_spoken_for(monkeypatch):
     bench = Bench(attempts=2, ghost="ghost")
-    bench.session.computed[7] = Computed(token="earlier", row={"steps": 3}, run=Took("ghost"))
+    bench.session.computed[7] = ComputedArm(token="earlier", row={"steps": 3}, run=Took("ghost"))
     earlier = bench.session.computed[7].run
     assert bench.open(monkeypatch) is bench.run
     assert earlier.acts == ["left"]
-    bench.session.computed[7] = Computed(token="t", row={"steps": 3}, run=Took("ghost"))
+    bench.session.computed[7] = ComputedArm(token="t", row={"steps": 3}, run=Took("ghost"))
     own = bench.session.computed[7].run
     assert bench.open(monkeypatch) is own
     assert (own.acts, bench.session.computed[7].run) == ([], None)

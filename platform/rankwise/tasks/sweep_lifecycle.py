@@ -1,9 +1,4 @@
-"""A sweep as a whole: when all of its jobs have ended it is compared, plotted, and the alias is set.
-
-- Arms whose run has not begun, or is not there yet: until a worker begins with them the queue knows how they are.
-- What a finished sweep leaves: comparison and report on the parent run, and the alias on the best version.
-- The next round of a search, submitted by whoever sees the one before end.
-"""
+"""Life cycle of a sweep: begin, the next rounds of a search, comparison and report, the alias, the end of its run."""
 
 from __future__ import annotations
 
@@ -28,8 +23,8 @@ from rankwise.report.figure import rank_figure
 from rankwise.report.history import History
 from rankwise.report.page import headline, report_page
 from rankwise.report.tables import model_route, run_route
-from rankwise.tasks.context import Context, Work
-from rankwise.tasks.search import arms_so_far, end_pruned_runs, history, publish_history
+from rankwise.tasks.adaptive_sweep import arms_so_far, end_pruned_runs, history, publish_history
+from rankwise.tasks.context import ArmWork, Context
 from rankwise.tasks.submit import queue_arms
 from rankwise.tracking.cleanup import open_sweeps
 from rankwise.tracking.notes import arm_note, sweep_note, table
@@ -37,7 +32,7 @@ from rankwise.tracking.query import current_sweep, membership
 from rankwise.tracking.run import Run
 from rankwise.tracking.store import Store
 
-# Of jobs without a run. What has succeeded has one, here or in another experiment, and is linked by whoever submits it.
+# Status of jobs without a run. Succeeded jobs always have one; submission reuses that of another experiment.
 _STATUS: Mapping[JobState, str] = {
     JobState.QUEUED: "SCHEDULED",
     JobState.RUNNING: "RUNNING",
@@ -47,18 +42,10 @@ _STATUS: Mapping[JobState, str] = {
 }
 
 
-def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, everything: bool = False) -> Comparison:
-    """Take the arms without a run that has begun from the queue, with the state of their job in MLflow's words.
+def with_queued_arms(store: Store, queue: JobStore, comparison: Comparison, *, everything: bool = False) -> Comparison:
+    """Add arms whose run has not started, with the state of their job in MLflow's terms.
 
-    Args:
-        store: The MLflow store.
-        queue: The job store.
-        comparison: From `rankwise.evaluation.gather`.
-        everything: Whether it has the arms of all sweeps.
-
-    Raises:
-        JobStoreError: The queue's database cannot be reached.
-        TrackingError: The store cannot be reached.
+    `everything`: the comparison covers the arms of all sweeps.
     """
     known = {arm.spec_hash: arm for arm in comparison.arms}
     begun = {spec_hash for spec_hash, arm in known.items() if arm.status != "SCHEDULED"}
@@ -84,7 +71,7 @@ def with_waiting(store: Store, queue: JobStore, comparison: Comparison, *, every
 def _record(job: Job, planned: ArmRecord | None) -> ArmRecord:
     if planned is not None:
         return replace(planned, status=_STATUS[job.state], reason=job.error)
-    params = Work.of(job).arm.params
+    params = ArmWork.of(job).arm.params
     return ArmRecord(
         spec_hash=job.spec_hash,
         run_id=job.mlflow_run_id or "",
@@ -96,28 +83,19 @@ def _record(job: Job, planned: ArmRecord | None) -> ArmRecord:
 
 
 REPORT = "report.html"
-"""The page among the artifacts of the sweep's run."""
+"""Artifact of the sweep's run."""
 
-# A note holds 8,000 characters.
-_MOST_ROWS = 25
+_MOST_ROWS = 25  # an MLflow note holds 8,000 characters
 
 
 def publish_report(
     context: Context, experiment: Experiment, arms: Sequence[ArmSpec], parent: Run, command: str
 ) -> Comparison:
-    """Compare the arms of this sweep, store comparison and report, and point the alias to the best version.
-
-    Args:
-        context: The stores.
-        experiment: The experiment.
-        arms: The sweep's arms; others of the same experiment are left out.
-        parent: The sweep's run.
-        command: How to run it again, for the note.
-    """
+    """Compare the arms of this sweep, store comparison and report, and set the alias on the best version."""
     spec = experiment.spec
-    # Another sweep of the experiment may have been submitted since, with a primary metric and a base of its own.
+    # The experiment's current sweep may be another one, with a different primary metric and base.
     known = gather(context.store, spec.name, everything=True, parent_run_id=parent.run_id)
-    everything = with_waiting(context.store, context.queue, known, everything=True)
+    everything = with_queued_arms(context.store, context.queue, known, everything=True)
     hashes = {arm.spec_hash for arm in arms}
     comparison = replace(everything, arms=tuple(arm for arm in everything.arms if arm.spec_hash in hashes))
     finding = smallest_rank(context.store, comparison)
@@ -127,12 +105,11 @@ def publish_report(
     parent.describe(sweep_note(spec, arms, command=command, results=_results(comparison, finding)))
     best = comparison.best
     if best is not None:
-        _crown(context, spec, best, {arm.spec_hash: arm for arm in arms}[best.spec_hash])
+        _set_alias(context, spec, best, {arm.spec_hash: arm for arm in arms}[best.spec_hash])
     return comparison
 
 
-def _crown(context: Context, spec: ExperimentSpec, best: ArmRecord, arm: ArmSpec) -> None:
-    """Describe the best version and give it the alias."""
+def _set_alias(context: Context, spec: ExperimentSpec, best: ArmRecord, arm: ArmSpec) -> None:
     if spec.register is None or best.model_uri is None:
         return
     resolved = context.store.registry.resolve(best.model_uri)
@@ -143,13 +120,13 @@ def _crown(context: Context, spec: ExperimentSpec, best: ArmRecord, arm: ArmSpec
     context.store.registry.describe_version(name, version, arm_note(arm, model_uri=best.model_uri, metrics=values))
     if spec.register.alias is not None:
         context.store.registry.set_alias(name, spec.register.alias, version)
-        context.voice.done(f"models:/{name}@{spec.register.alias} is version {version} (r = {arm.lora.r})")
+        context.reporter.done(f"models:/{name}@{spec.register.alias} is version {version} (r = {arm.lora.r})")
 
 
 def _results(comparison: Comparison, finding: RankFinding | None) -> str:
-    """The comparison as Markdown, best configuration first; its links work in MLflow's UI wherever that is served."""
+    """The comparison as Markdown, best configuration first. Links are relative to MLflow's UI."""
     keys = [key for key in comparison.keys if key not in SECONDARY]
-    head = ["r", *(title(key) for key in keys), "run", "model"]
+    header = ["r", *(title(key) for key in keys), "run", "model"]
     finished = [arm for configuration in comparison.ranking for arm in configuration.finished]
     rows = []
     for arm in finished[:_MOST_ROWS]:
@@ -157,14 +134,14 @@ def _results(comparison: Comparison, finding: RankFinding | None) -> str:
         run = f"[{arm.run_id[:8]}](#/{run_route(comparison, arm)})"
         model = f"[{arm.model_uri}](#/{model_route(comparison, arm)})" if arm.model_uri else ""
         rows.append([str(arm.params.get("lora.r", "")), *cells, run, model])
-    base = [
+    base_cells = [
         " ± ".join(filter(None, format_value(key, comparison.base[key].value, comparison.base[key].stderr)))
         if key in comparison.base
         else ""
         for key in keys
     ]
     text = f"**{headline(comparison, finding)}** The artifact `{REPORT}` has the rule, plots and curves.\n\n"
-    text += table(head, [*rows, ["base alone", *base, "", ""]])
+    text += table(header, [*rows, ["base alone", *base_cells, "", ""]])
     if len(finished) > _MOST_ROWS:
         text += f"\n\n... and {len(finished) - _MOST_ROWS:,} more."
     pruned = sum(arm.pruned for arm in comparison.arms)
@@ -184,7 +161,7 @@ _UNFINISHED = (JobState.QUEUED, JobState.RUNNING, JobState.UPLOADING)
 
 
 def begin_sweep(context: Context, parent_run_id: str) -> None:
-    """Show that work on a sweep is under way. Needs no server now."""
+    """Mark a sweep as running. Works without the server."""
     run = context.store.resume_run(parent_run_id, system_metrics=False)
     run.tags({"rankwise.reason": ""})
     run.leave(timeout=0.0)
@@ -199,16 +176,7 @@ def finish_sweep(
     failed: int,
     command: str,
 ) -> Comparison:
-    """Compare the arms, store the comparison in the sweep's run, set the alias, and end the run. May be repeated.
-
-    Args:
-        context: The stores.
-        experiment: The experiment.
-        arms: The sweep's arms.
-        parent_run_id: The sweep's run.
-        failed: How many of its jobs have failed.
-        command: How to run it again, for the note.
-    """
+    """Compare the arms, store the comparison in the sweep's run, set the alias, and end the run. Repeatable."""
     end_pruned_runs(context, context.queue.find(JobKind.TRAIN, [arm.spec_hash for arm in arms]).values())
     parent = context.store.resume_run(parent_run_id, system_metrics=False, repeats=False, restart=False)
     try:
@@ -223,42 +191,34 @@ def finish_sweep(
 
 
 def end_sweep(context: Context, parent_run_id: str, *, killed: bool, reason: str) -> None:
-    """End the run of a sweep that was cut off."""
+    """End the run of an interrupted sweep."""
     parent = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
     parent.end("KILLED" if killed else "FAILED", reason, timeout=10)
 
 
-def finish_complete(context: Context, jobs: Collection[Job]) -> list[str]:
-    """Finish the sweeps of these jobs that have no work left, as the last worker of a sweep does; their run ids."""
+def finish_sweeps_of(context: Context, jobs: Collection[Job]) -> list[str]:
+    """Finish the sweeps of these jobs that have no unfinished job; returns their run IDs."""
     finished = []
-    sweeps = {work.parent_run_id: work for work in (Work.of(job) for job in jobs if "parent_run_id" in job.spec)}
+    sweeps = {work.parent_run_id: work for work in (ArmWork.of(job) for job in jobs if "parent_run_id" in job.spec)}
     for parent_run_id, work in sweeps.items():
         if any(_of_sweep(context.queue, work.experiment, parent_run_id, _UNFINISHED)):
             continue
         own = jobs_of_sweep(context.queue, work.experiment, parent_run_id)
         experiment = context.experiment_of(work)
         failed = sum(job.state is JobState.FAILED for job in own)
-        arms = arms_of(experiment, own)
+        arms = arms_of_sweep(experiment, own)
         finish_sweep(context, experiment, arms, parent_run_id, failed=failed, command=work.command)
-        context.voice.done(f"{work.experiment}: all jobs of the sweep have ended; rankwise compare {work.experiment}")
+        context.reporter.done(
+            f"{work.experiment}: all jobs of the sweep have ended; rankwise compare {work.experiment}"
+        )
         finished.append(parent_run_id)
     return finished
 
 
-def finish_open(context: Context, *, watched: str | None = None) -> tuple[str, ...]:
-    """Finish the sweeps whose runs look open although all of their jobs have ended.
+def finish_open_sweeps(context: Context, *, watched: str | None = None) -> tuple[str, ...]:
+    """Finish sweeps whose run is open although all of their jobs have ended, for example after a crash.
 
-    Whoever did the last job was killed before it could, or met a tracking server that was away.
-
-    Args:
-        context: The stores.
-        watched: The run of a sweep that another process has in hand.
-
-    Returns:
-        The run ids of the sweeps.
-
-    Raises:
-        TrackingError: The store cannot be reached or refuses.
+    Skips `watched`, the run of a sweep that another process will finish.
     """
     finished = []
     for run_id, experiment in open_sweeps(context.store.client).items():
@@ -266,18 +226,18 @@ def finish_open(context: Context, *, watched: str | None = None) -> tuple[str, .
             continue
         own = islice(_of_sweep(context.queue, experiment, run_id), 1)
         try:
-            finished += finish_complete(context, list(own))
-        except ConfigError as error:  # Its definition is no longer one: the others are to be finished all the same.
-            context.voice.warn(f"the sweep of {experiment} cannot be finished: {error}")
+            finished += finish_sweeps_of(context, list(own))
+        except ConfigError as error:  # Its definition is no longer valid; still finish the others.
+            context.reporter.warn(f"the sweep of {experiment} cannot be finished: {error}")
     return tuple(finished)
 
 
-def arms_of(experiment: Experiment, jobs: Collection[Job]) -> list[ArmSpec]:
-    """The arms of a sweep: those of its definition, and those that were proposed while it ran."""
+def arms_of_sweep(experiment: Experiment, jobs: Collection[Job]) -> list[ArmSpec]:
+    """The arms of a sweep: those of its definition and those proposed by a search."""
     arms = {arm.spec_hash: arm for arm in experiment.arms}
     for job in jobs:
         if job.kind is JobKind.TRAIN:
-            arm = Work.of(job).arm
+            arm = ArmWork.of(job).arm
             arms.setdefault(arm.spec_hash, arm)
     return list(arms.values())
 
@@ -285,7 +245,7 @@ def arms_of(experiment: Experiment, jobs: Collection[Job]) -> list[ArmSpec]:
 def jobs_of_sweep(
     queue: JobStore, experiment: str, parent_run_id: str, states: Collection[JobState] | None = None
 ) -> list[Job]:
-    """The jobs that were submitted for a sweep, those of a search's later rounds too; of all states by default."""
+    """Jobs submitted for a sweep, including later rounds of a search; in all states by default."""
     return list(_of_sweep(queue, experiment, parent_run_id, states))
 
 
@@ -296,49 +256,46 @@ def _of_sweep(
     return (job for job in jobs if job.spec.get("parent_run_id") == parent_run_id)
 
 
-def submit_next(context: Context, jobs: Collection[Job]) -> list[Job]:
-    """Queue the next round of each search that these jobs belong to, where the one before has ended.
-
-    Returns:
-        All jobs of these searches, those of earlier rounds too: another worker may have submitted the next one.
-    """
-    found: list[Job] = []
+def submit_next_rounds(context: Context, jobs: Collection[Job]) -> list[Job]:
+    """Queue the next round of each search of these jobs whose previous round has ended; returns the searches' jobs."""
+    jobs_of_searches: list[Job] = []
     for work, priority in _sweeps(jobs):
         experiment = context.experiment_of(work)
         if not experiment.is_search:
             continue
         arms = arms_so_far(context, experiment)
-        trains = context.queue.find(JobKind.TRAIN, [each.arm.spec_hash for each in arms])
-        evaluations = context.queue.find(JobKind.EVALUATE, [each.arm.eval_hash() for each in arms])
-        new = [
-            each
-            for each in arms
-            # Without its evaluation an arm was submitted by a process that died half-way.
-            if not each.settled and (each.arm.spec_hash not in trains or each.arm.eval_hash() not in evaluations)
+        trains = context.queue.find(JobKind.TRAIN, [sweep_arm.arm.spec_hash for sweep_arm in arms])
+        evaluations = context.queue.find(JobKind.EVALUATE, [sweep_arm.arm.eval_hash() for sweep_arm in arms])
+        new_arms = [
+            sweep_arm
+            for sweep_arm in arms
+            # An arm without its evaluation was submitted by a process that died in between.
+            if not sweep_arm.settled
+            and (sweep_arm.arm.spec_hash not in trains or sweep_arm.arm.eval_hash() not in evaluations)
         ]
-        if new:
-            context.voice.say(_told(history(context, experiment), len(experiment.planned_rounds), len(new)))
-            found += queue_arms(context, work, new, priority=priority)
-        found += [*trains.values(), *evaluations.values()]
-    return found
+        if new_arms:
+            context.reporter.say(
+                _round_message(history(context, experiment), len(experiment.planned_rounds), len(new_arms))
+            )
+            jobs_of_searches += queue_arms(context, work, new_arms, priority=priority)
+        jobs_of_searches += [*trains.values(), *evaluations.values()]
+    return jobs_of_searches
 
 
-def _told(found: History, rounds: int, new: int) -> str:
-    """Which round begins, from how many arms it was proposed, and the best of them."""
-    number = found.trials[-1].round
-    ended = sum(trial.round < number for trial in found.trials)
-    text = f"{found.experiment}: round {number + 1} of {rounds}: {new} arms, proposed from {ended} that have ended"
-    best = found.best_so_far[-1]
+def _round_message(record: History, rounds: int, new: int) -> str:
+    number = record.trials[-1].round
+    ended = sum(trial.round < number for trial in record.trials)
+    text = f"{record.experiment}: round {number + 1} of {rounds}: {new} arms, proposed from {ended} that have ended"
+    best = record.best_so_far[-1]
     if best is None:
         return text
-    trial = next(trial for trial in found.trials if trial.state == "complete" and trial.value == best)
-    return f"{text}; best so far {found.primary_metric} {best:.4g} with {trial.label}"
+    trial = next(trial for trial in record.trials if trial.state == "complete" and trial.value == best)
+    return f"{text}; best so far {record.primary_metric} {best:.4g} with {trial.label}"
 
 
-def _sweeps(jobs: Collection[Job]) -> list[tuple[Work, int]]:
-    """The work of one job of each sweep, and its priority."""
-    found: dict[str, tuple[Work, int]] = {}
+def _sweeps(jobs: Collection[Job]) -> list[tuple[ArmWork, int]]:
+    sweeps: dict[str, tuple[ArmWork, int]] = {}
     for job in jobs:
-        if "parent_run_id" in job.spec and job.spec["parent_run_id"] not in found:
-            found[job.spec["parent_run_id"]] = Work.of(job), job.priority
-    return list(found.values())
+        if "parent_run_id" in job.spec and job.spec["parent_run_id"] not in sweeps:
+            sweeps[job.spec["parent_run_id"]] = ArmWork.of(job), job.priority
+    return list(sweeps.values())

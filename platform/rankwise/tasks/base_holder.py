@@ -1,7 +1,4 @@
-"""The base that this process has loaded. One at a time: consecutive packs over it find it warm.
-
-- Whether a base is as it was loaded, checked between two packs: a warm one carries over what a pack left in it.
-"""
+"""`BaseHolder`: keeps one loaded base for consecutive packs, and reloads it if a pack has left it changed."""
 
 from __future__ import annotations
 
@@ -24,32 +21,31 @@ from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 
-_SAMPLED = 256
-"""Bytes of each tensor that the digest looks at."""
+_SAMPLED = 256  # bytes of each tensor
 
 
-def leftovers(model: Any) -> list[str]:
-    """What a pack has left behind, in words; empty for a base in evaluation mode without adapters or gradients."""
-    found = []
+def pack_residue(model: Any) -> list[str]:
+    """What a pack left in a base, one phrase each; empty if it has no adapters or gradients and is in eval mode."""
+    problems = []
     adapters = sorted({name for module in model.modules() for name in getattr(module, "lora_A", ())})
     if adapters:
-        found.append(f"adapters {', '.join(adapters)}")
-    asking = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if asking:
-        found.append(f"{len(asking)} parameters that ask for a gradient, the first is {asking[0]}")
-    holding = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-    if holding:
-        found.append(f"{len(holding)} gradients, the first is that of {holding[0]}")
+        problems.append(f"adapters {', '.join(adapters)}")
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if trainable:
+        problems.append(f"{len(trainable)} parameters that require gradients, the first is {trainable[0]}")
+    with_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    if with_gradient:
+        problems.append(f"{len(with_gradient)} gradients, the first is of {with_gradient[0]}")
     if model.training:
-        found.append("training mode")
-    return found
+        problems.append("training mode")
+    return problems
 
 
 @torch.no_grad()
 def sample_digest(model: Any) -> int:
-    """A checksum over a few bytes of every parameter that is not quantized.
+    """CRC-32 over a sample of bytes of every parameter that is not quantized.
 
-    Quantized weights are left out: bitsandbytes packs them anew, in place, for some CPUs.
+    Quantized weights are skipped: bitsandbytes repacks them in place for some CPUs.
     """
     digest = 0
     for name, parameter in model.named_parameters():
@@ -72,33 +68,28 @@ class _Held:
 
 
 class BaseHolder:
-    """Holds the loaded base until another one is asked for."""
+    """Holds one loaded base. It frees the previous base before it loads the next."""
 
-    def __init__(self, settings: Settings, voice: Reporter) -> None:
-        """Nothing is loaded yet."""
+    def __init__(self, settings: Settings, reporter: Reporter) -> None:
+        """Start without a base."""
         self._settings = settings
-        self._voice = voice
+        self._reporter = reporter
         self._held: _Held | None = None
 
     def get(self, resolved: ResolvedBase, quantization: QuantizationSpec) -> LoadedBase:
-        """The base in memory, checked to be as it was loaded.
-
-        What was there before is let go first, so that two never lie side by side.
+        """The loaded base, loaded again if it is another one or was changed.
 
         Raises:
-            AssetError: The base cannot be loaded.
-            ConfigError: It cannot be quantized so.
-            StorageError: The cache cannot be written.
+            ConfigError: The base cannot be quantized this way.
         """
         key = (str(resolved.path), resolved.revision, quantization)
         return self._hold(key, resolved.source, lambda: load_base(resolved, quantization, self._settings))
 
     def recorded(self, first: Fetched, options: LoadOptions) -> LoadedBase:
-        """The base that a stored adapter asks for, as recorded; `find` of `rankwise.flavor.load_models`.
+        """The base that a stored adapter records; the `find` argument of `rankwise.flavor.load_models`.
 
         Raises:
-            BaseMismatchError: What was found is another base.
-            AssetError: Nothing was found.
+            BaseMismatchError: The base at hand is not the recorded one.
         """
         facts = first.metadata.base
         resolved = find_base(
@@ -117,26 +108,26 @@ class BaseHolder:
         if self._held is not None and self._held.key == key and self._is_clean(self._held):
             return self._held.base
         self.release()
-        with self._voice.task(f"loading the base {source}", None, "steps"):
+        with self._reporter.task(f"loading the base {source}", None, "steps"):
             base = load()
         origin = "from the cache of quantized bases" if base.from_cache else "quantized now"
-        self._voice.say(
+        self._reporter.say(
             f"base: {origin}, computes in {base.dtype_reason}, {format_size(base.memory_bytes, ',.0f', unit='MB')}"
         )
         self._held = _Held(key=key, base=base, digest=sample_digest(base.model))
         return base
 
     def release(self) -> None:
-        """Let the base go."""
+        """Free the base and its memory."""
         self._held = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _is_clean(self, held: _Held) -> bool:
-        found = leftovers(held.base.model)
+        problems = pack_residue(held.base.model)
         if sample_digest(held.base.model) != held.digest:
-            found.append("other weights than those loaded")
-        if found:
-            self._voice.warn(f"the base was not left as it was loaded ({'; '.join(found)}): it is loaded again")
-        return not found
+            problems.append("weights that differ from the loaded ones")
+        if problems:
+            self._reporter.warn(f"the last pack changed the base ({'; '.join(problems)}): loading it again")
+        return not problems

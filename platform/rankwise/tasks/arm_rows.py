@@ -1,8 +1,4 @@
-"""Rows as tokens, made once for all arms that read the same rows in the same form.
-
-- From a definition to what it is made from: pins resolved, base and tables on this machine.
-- Checks of base and rows before anything is trained, and a preview of what will be learnt.
-"""
+"""Bases and rows of arms: located on this machine, pinned, tokenized once per distinct table, checked, previewed."""
 
 from __future__ import annotations
 
@@ -33,8 +29,8 @@ from rankwise.tracking.values import DatasetRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Where an arm's base and rows are on this machine; `train` is None where its rows are not needed."""
+class ArmSources:
+    """An arm's base and tables on this machine; `train` is None if the training rows are not needed."""
 
     base: ResolvedBase
     train: ResolvedData | None
@@ -42,11 +38,7 @@ class Sources:
 
 
 def find_data(dataset: DatasetSpec, settings: Settings, progress: Reporter) -> tuple[ResolvedData, ResolvedData | None]:
-    """Resolve the training rows, and the evaluation rows where they are a source of their own.
-
-    Raises:
-        AssetError: A source cannot be had, or is not what its pin says.
-    """
+    """Resolve the training rows, and the evaluation rows if they have a source of their own."""
     train = resolve_data(dataset.train, dataset.train_revision, settings, dataset.train_split, dataset.name, progress)
     if not isinstance(dataset.eval, str):
         return train, None
@@ -61,39 +53,20 @@ def _find_eval(dataset: DatasetSpec, source: str, settings: Settings, progress: 
 
 def find_sources(
     arm: ArmSpec, settings: Settings, progress: Reporter, *, base: ResolvedBase | None = None, training: bool = True
-) -> Sources:
-    """Resolve what an arm is made from.
+) -> ArmSources:
+    """Resolve an arm's base, unless given, and tables.
 
-    Args:
-        arm: The arm.
-        settings: Where the caches are.
-        progress: Told of downloads and conversions.
-        base: A base that has been found already.
-        training: Whether its training rows are needed. Evaluation rows that are a split of them need them too.
-
-    Raises:
-        AssetError: A source cannot be had, or is not what its pin says.
+    Without `training`, training rows are resolved only if the evaluation rows are split off them.
     """
     base = base or resolve_base(arm.base_model, arm.base_model_revision, settings, progress)
     if not training and isinstance(arm.dataset.eval, str):
-        return Sources(base=base, train=None, eval=_find_eval(arm.dataset, arm.dataset.eval, settings, progress))
+        return ArmSources(base=base, train=None, eval=_find_eval(arm.dataset, arm.dataset.eval, settings, progress))
     train, evaluation = find_data(arm.dataset, settings, progress)
-    return Sources(base=base, train=train, eval=evaluation)
+    return ArmSources(base=base, train=train, eval=evaluation)
 
 
 def pin(experiment: Experiment, settings: Settings, progress: Reporter, registry: Registry) -> Experiment:
-    """Fetch base and rows, and fill in every pin that the definition leaves open.
-
-    Args:
-        experiment: The experiment.
-        settings: Where the caches are.
-        progress: Told of downloads and conversions.
-        registry: Says which version the alias of `init_from` points to now.
-
-    Raises:
-        AssetError: A source cannot be had, or is not what its pin says.
-        TrackingError: `init_from` names nothing that exists.
-    """
+    """Fetch base and rows, and fill in every missing pin of a definition; `init_from` gets a version for its alias."""
     spec = experiment.spec
     base = resolve_base(spec.base_model, spec.base_model_revision, settings, progress)
     train, evaluation = find_data(spec.dataset, settings, progress)
@@ -106,16 +79,8 @@ def pin(experiment: Experiment, settings: Settings, progress: Reporter, registry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """One arm's rows.
-
-    Attributes:
-        examples: Both sides as conversations.
-        train: Tokens of the training side; none where its rows are not needed.
-        eval: Tokens of the evaluation side, in the order of `examples.eval`.
-        renderer: Tokenizer and chat template that made them.
-        inputs: What MLflow is told of the data sets.
-    """
+class ArmRows:
+    """Tokenized rows of an arm; `eval` follows the order of `examples.eval`, `inputs` are MLflow's data set records."""
 
     examples: Examples
     train: EncodedSet
@@ -125,31 +90,26 @@ class Rows:
 
     @property
     def evaluated(self) -> tuple[list[Example], EncodedSet]:
-        """The evaluation examples that have tokens, with these tokens, in one order."""
+        """The evaluation examples that have tokens, and these tokens, in the same order."""
         kept = set(self.eval.ids)
         return [example for example in self.examples.eval if example.id in kept], self.eval
 
-    def without(self, ids: Collection[str]) -> Rows:
-        """The same with these evaluation rows left out; `inputs` still tells of the whole data set."""
+    def without(self, ids: Collection[str]) -> ArmRows:
+        """A copy without these evaluation rows; `inputs` still describes the whole data set."""
         return replace(self, eval=EncodedSet.of(row for row in self.eval if row.id not in ids))
 
 
 class RowsCache:
-    """Rows by what decides them."""
+    """Tokenized rows, cached by everything that determines them."""
 
     def __init__(self, settings: Settings, progress: Reporter) -> None:
-        """Nothing is read yet."""
+        """Start empty."""
         self._settings = settings
         self._progress = progress
-        self._rows: dict[bytes, Rows] = {}
+        self._rows: dict[bytes, ArmRows] = {}
 
-    def get(self, arm: ArmSpec, sources: Sources, tokenizer: Any) -> Rows:
-        """The rows of an arm.
-
-        Args:
-            arm: The arm.
-            sources: Its base and tables.
-            tokenizer: The base's tokenizer, as loaded; it is not changed.
+    def get(self, arm: ArmSpec, sources: ArmSources, tokenizer: Any) -> ArmRows:
+        """Return the rows of an arm; `tokenizer` is the base's own and is not modified.
 
         Raises:
             DatasetError: The rows do not fit the definition.
@@ -161,7 +121,7 @@ class RowsCache:
             self._rows[key] = self._load(arm, sources, tokenizer)
         return self._rows[key]
 
-    def _load(self, arm: ArmSpec, sources: Sources, tokenizer: Any) -> Rows:
+    def _load(self, arm: ArmSpec, sources: ArmSources, tokenizer: Any) -> ArmRows:
         template = arm.dataset.chat_template
         if template is not None and is_template_file(template):
             confine(Path(template).expanduser().absolute(), self._settings, "dataset.chat_template")
@@ -174,16 +134,16 @@ class RowsCache:
         examples = load_examples(arm.dataset, sources.train, sources.eval, renderer, self._settings, self._progress)
         train = self._encode(examples.train, renderer, arm.training.max_length)
         evaluation = self._encode(examples.eval, renderer, arm.training.max_length)
-        used = {"train": (sources.train, examples.train, train)}
-        used["eval"] = (sources.eval or sources.train, examples.eval, evaluation)
-        return Rows(
+        sides = {"train": (sources.train, examples.train, train)}
+        sides["eval"] = (sources.eval or sources.train, examples.eval, evaluation)
+        return ArmRows(
             examples=examples,
             train=train,
             eval=evaluation,
             renderer=renderer,
             inputs=tuple(
-                _record(context, source.source, source.revision, made, tokens)
-                for context, (source, made, tokens) in used.items()
+                _record(context, source.source, source.revision, side_examples, tokens)
+                for context, (source, side_examples, tokens) in sides.items()
                 if source is not None
             ),
         )
@@ -216,20 +176,15 @@ def _record(
 _PREVIEWED = 3
 
 
-def check_names(context: Context, found: Sequence[tuple[ArmSpec, Sources]]) -> None:
-    """Look up the modules and columns that arms name, before a base is loaded: that takes minutes for a large one.
-
-    Args:
-        context: Where the caches are.
-        found: The arms, each with where its base and rows are.
+def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSources]]) -> None:
+    """Check module and column names before a base is loaded, which takes minutes if it is large.
 
     Raises:
-        AssetError: A table cannot be read.
-        ConfigError: With every name that the base or a table does not have.
+        ConfigError: Lists every name that the base or a table lacks.
     """
-    bases = {path: Estimator(path).linear for path in {sources.base.path for _, sources in found}}
+    bases = {path: Estimator(path).linear for path in {sources.base.path for _, sources in sourced_arms}}
     lookups: dict[object, Callable[[], object]] = {}
-    for arm, sources in found:
+    for arm, sources in sourced_arms:
         path, targets = sources.base.path, arm.lora.target_modules
         lookups[path, targets] = partial(match_targets, bases[path], targets)
         for side, data in (("train", sources.train), ("eval", sources.eval)):
@@ -246,24 +201,14 @@ def check_names(context: Context, found: Sequence[tuple[ArmSpec, Sources]]) -> N
 
 def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData | None, side: str) -> None:
     if data is not None:
-        RowMapping.of(dataset, load_table(data, context.settings, context.voice).column_names, side)
+        RowMapping.of(dataset, load_table(data, context.settings, context.reporter).column_names, side)
 
 
-def check_rows(voice: Reporter, arm: ArmSpec, vocab_size: int, rows: Rows, *, show: bool) -> tuple[Report, str]:
-    """Run the preflight, tell a person what it found, and make the preview.
-
-    Args:
-        voice: Whom to tell.
-        arm: The arm whose rows they are.
-        vocab_size: Tokens that its base has rows for.
-        rows: Its rows.
-        show: Whether to print the preview too.
-
-    Returns:
-        The report, and the preview as a page of HTML.
+def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows, *, show: bool) -> tuple[Report, str]:
+    """Run the preflight, report its warnings, and render the preview; returns the report and the preview as HTML.
 
     Raises:
-        DatasetError: With every error that was found.
+        DatasetError: Lists every error.
     """
     report = preflight(
         rows.examples,
@@ -274,11 +219,11 @@ def check_rows(voice: Reporter, arm: ArmSpec, vocab_size: int, rows: Rows, *, sh
         vocab_size=vocab_size,
     )
     for finding in report.warnings:
-        voice.warn(str(finding))
+        reporter.warn(str(finding))
     report.raise_for_errors()
     first = [rows.train[index] for index in range(min(_PREVIEWED, len(rows.train)))]
     if show:
         counts = f"{len(rows.train):,} rows to train on, {len(rows.eval):,} to evaluate on"
-        voice.say(f"rows: {counts}; the first ones, supervised tokens marked:")
-        voice.show(render_terminal(first, rows.renderer.tokenizer))
+        reporter.say(f"rows: {counts}; the first ones, supervised tokens marked:")
+        reporter.show(render_terminal(first, rows.renderer.tokenizer))
     return report, render_html(first, rows.renderer.tokenizer)

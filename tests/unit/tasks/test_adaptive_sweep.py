@@ -11,7 +11,7 @@ from helpers.definitions import parse
 from rankwise.experiment.search import TrialState
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.jobs.store import JobStore
-from rankwise.tasks.search import arms_so_far, group_of, history, publish_history, results_of, rounds_so_far
+from rankwise.tasks.adaptive_sweep import arms_so_far, group_of, history, publish_history, results_of, rounds_so_far
 
 WORKER = Worker(name="w", host="here", pid=os.getpid())
 GRID = "  parameters:\n    lora.r: [4, 8]"
@@ -128,14 +128,14 @@ def test_the_history_lies_with_the_sweep_and_a_short_search_is_told(context, mon
             complete(context, arm, float(arm.lora.r))
     complete(context, found[-1].arms[0][1], 0.5)
     warned, stored, points = [], {}, []
-    context.voice = SimpleNamespace(warn=warned.append)
+    context.reporter = SimpleNamespace(warn=warned.append)
     parent = SimpleNamespace(
         json=lambda value, path: stored.setdefault(path, value),
         text=lambda value, path: stored.setdefault(path, value),
         metric=lambda key, value, step: points.append((key, value, step)),
     )
     publish_history(context, experiment, parent)
-    assert warned == ["small: 3 of 5 arms: no further point was found that differs"]
+    assert warned == ["small: only 3 of 5 arms: the search found no further distinct point"]
     assert stored.keys() == {"search/history.json", "search/history.html"}
     assert points[-1] == ("search.best_so_far", 0.5, 2)
     assert len(points) == 3

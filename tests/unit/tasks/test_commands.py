@@ -17,9 +17,9 @@ def test_the_sweep_that_another_process_has_in_hand_is_left_to_it(monkeypatch, w
         for at, run in ((1, "mine"), (2, "earlier"))
     ]
     told = []
-    for name in ("settle_predictions", "settle_rungs", "submit_next"):
+    for name in ("settle_predictions", "settle_rungs", "submit_next_rounds"):
         monkeypatch.setattr(commands, name, lambda context, jobs: [])
-    monkeypatch.setattr(commands, "finish_complete", lambda context, jobs: told.extend(job.id for job in jobs))
+    monkeypatch.setattr(commands, "finish_sweeps_of", lambda context, jobs: told.extend(job.id for job in jobs))
     context = SimpleNamespace(queue=SimpleNamespace(jobs=lambda ids: jobs))
     session = SimpleNamespace(context=context, compositions=[])
     commands.COMMANDS["settle"](

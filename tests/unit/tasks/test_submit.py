@@ -19,7 +19,7 @@ def settings(tmp_path, monkeypatch):
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANKWISE_HOME", str(tmp_path / "mlruns"))
-    monkeypatch.setattr(enqueue, "_AHEAD", 2)
+    monkeypatch.setattr(enqueue, "_SCHEDULED_AHEAD", 2)
     return Settings.load()
 
 

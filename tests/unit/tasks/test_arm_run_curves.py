@@ -1,7 +1,7 @@
 from helpers.arms import small_experiment
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.tasks.claim import Curves
+from rankwise.tasks.arm_run import Curves
 from rankwise.training.arm import StepRecord
 
 

@@ -37,9 +37,11 @@ def world(monkeypatch):
     monkeypatch.setattr(evaluate, "load_adapter", lambda model, directory, name: None)
     monkeypatch.setattr(evaluate, "find_sources", lambda *_, **__: SimpleNamespace(base=None))
     monkeypatch.setattr(evaluate, "delete_adapter", lambda model, name: None)
-    monkeypatch.setattr(evaluate, "measure", lambda base, rows, adapters, *_: {name: name for name in adapters})
+    monkeypatch.setattr(
+        evaluate, "evaluate_attached", lambda base, rows, adapters, *_: {name: name for name in adapters}
+    )
     monkeypatch.setattr(evaluate.BaseIdentity, "of", lambda base: "the base")
-    context = SimpleNamespace(settings=SimpleNamespace(tracking_uri="http://mlflow"), voice=None)
+    context = SimpleNamespace(settings=SimpleNamespace(tracking_uri="http://mlflow"), reporter=None)
     evaluator = Evaluator(context)
     evaluator._bases = SimpleNamespace(get=lambda *_: SimpleNamespace(tokenizer=None, model=None))
     evaluator._rows = SimpleNamespace(get=lambda *_: rows)
