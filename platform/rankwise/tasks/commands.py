@@ -58,7 +58,6 @@ def _work(session: Session, command: Message) -> Value:
 
 
 def _publish(session: Session, command: Message) -> Value:
-    """Retry publishing arms that are already trained."""
     stored = {job.id: job.result for job in session.context.queue.jobs(ids=[row["id"] for row in command["jobs"]])}
     jobs = [replace(job, result=stored.get(job.id)) for job in jobs_of(command)]
     runs = {}

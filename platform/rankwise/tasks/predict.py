@@ -202,7 +202,6 @@ def _is_there(context: Context, output: Path, last: Job) -> bool:
 
 
 def _is_done(context: Context, queued: Queued) -> bool:
-    """Whether the jobs succeeded and only the directory remains."""
     last = digest({"whole": queued.whole, "span": None})
     job = context.queue.find(JobKind.PREDICT, [last]).get(last)
     return job is not None and job.state is JobState.SUCCEEDED

@@ -294,7 +294,6 @@ def _decide(
 
 
 def _form(model: ModelEvaluation) -> tuple[str, str]:
-    """Tokenizer and chat template, which determine the tokens of a row."""
     return model.base.tokenizer, model.rows.renderer.template
 
 

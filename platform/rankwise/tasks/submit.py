@@ -188,11 +188,7 @@ def _is_pruned_here(sweep_arm: SweepArm, train: Job) -> bool:
 
 
 def _schedule(context: Context, experiment_id: str, pairs: Sequence[tuple[ArmWork, Job]]) -> None:
-    """Create the runs of the arms that are claimed first, so that an unavailable server does not delay them later.
-
-    Creating a run takes a large part of a second. The other runs are created when their arm is claimed; until then
-    `compare` reads these arms from the queue.
-    """
+    """Create the runs of the arms that are claimed first, so that an unavailable server does not delay them later."""
     queued = [(work, job) for work, job in pairs if job.state is JobState.QUEUED]
     unscheduled = [(work, job) for work, job in queued if job.mlflow_run_id is None]
     unscheduled = unscheduled[: max(0, _SCHEDULED_AHEAD - (len(queued) - len(unscheduled)))]
@@ -230,8 +226,6 @@ class PreparedSweep:
     """An experiment that is ready to submit.
 
     Attributes:
-        experiment: With every pin.
-        sweep_arms: Its arms; for a search, those known so far.
         sweep: ID of the set of arms and evaluations: the tag `rankwise.sweep` of the sweep's run.
         parent_run_id: Run of an earlier submission of the same sweep.
         reports: Preflight report and preview by name of the rows.

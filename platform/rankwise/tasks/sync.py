@@ -40,7 +40,6 @@ class SyncResult:
         refused: Records that MLflow rejected permanently, now or earlier: one line with path and number each.
         kept: URIs of versions that should be removed, with the reason why they were not.
         ended: Status given to runs, by run ID.
-        finished: Run IDs of sweeps that were compared and ended.
     """
 
     outbox: SyncReport

@@ -107,7 +107,6 @@ def _initial_adapter(session: Session, arm: ArmSpec) -> Path | None:
 def _return_what_does_not_fit(
     session: Session, base: LoadedBase, arms: Sequence[ClaimedArm], tasks: list[ArmTask]
 ) -> list[ClaimedArm]:
-    """Return arms to the queue whose state does not fit into memory with the others."""
     if not tasks:
         return list(arms)
     plan = plan_pack(base, tasks)

@@ -27,7 +27,7 @@ def test_a_gradient_and_the_mode_are_noticed(model):
     parameter = model.get_input_embeddings().weight
     parameter.grad = torch.zeros_like(parameter)
     model.train()
-    assert pack_residue(model) == ["1 gradients, the first is that of model.embed_tokens.weight", "training mode"]
+    assert pack_residue(model) == ["1 gradients, the first is of model.embed_tokens.weight", "training mode"]
     parameter.grad = None
     model.eval()
 
