@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from rankwise.compat.peft import SEVERAL_ADAPTERS
 from rankwise.modeling.base import LoadedBase, expected_warning
-from rankwise.modeling.decoding.engine import Prompt, generate
 from rankwise.modeling.decoding.generation import Decoding, end_token_ids
+from rankwise.modeling.decoding.scheduler import Prompt, generate
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.modeling.lora.packed import uninstall
 

@@ -384,24 +384,24 @@ class Margins:
     """Notes by how much the likeliest token leads in every step inside the block."""
 
     def __enter__(self) -> Margins:
-        from rankwise.modeling.decoding.engine import Flight
+        from rankwise.modeling.decoding.engine import RunningBatch
 
-        self._kept = logits = Flight.logits
+        self._kept = logits = RunningBatch.logits
         self._seen: list[float] = []
 
-        def noting(flight: Any) -> Any:
-            made = logits(flight)
+        def noting(batch: Any) -> Any:
+            made = logits(batch)
             first, second = made.float().topk(2, dim=-1).values.unbind(-1)
             self._seen += (first - second).tolist()
             return made
 
-        Flight.logits = noting  # type: ignore[method-assign]
+        RunningBatch.logits = noting  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        from rankwise.modeling.decoding.engine import Flight
+        from rankwise.modeling.decoding.engine import RunningBatch
 
-        Flight.logits = self._kept  # type: ignore[method-assign]
+        RunningBatch.logits = self._kept  # type: ignore[method-assign]
 
     def share(self, limit: float) -> float:
         """Of the steps, those with a smaller lead."""

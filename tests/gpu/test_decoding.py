@@ -6,8 +6,9 @@ import pytest
 import torch
 from benchmarks.decoding_ways import NAMES, OURS, PLAIN, Fleet
 
-from rankwise.modeling.decoding.engine import Prompt, engine_of, generate
+from rankwise.modeling.decoding.engine import engine_of
 from rankwise.modeling.decoding.generation import Decoding
+from rankwise.modeling.decoding.scheduler import Prompt, generate
 
 pytestmark = pytest.mark.gpu
 TEXTS = ["How much is this diamond?", "carat 0.23", "0 1 2 3 4 5 6 7 8 9 10 20", "Price is $326 user", "E"]

@@ -15,8 +15,8 @@ from rankwise.data.template import Message
 from rankwise.evaluation.evaluate import evaluate
 from rankwise.experiment.schema import EvaluationSpec
 from rankwise.modeling.adapter import load_adapter
-from rankwise.modeling.decoding.engine import Prompt, generate
 from rankwise.modeling.decoding.generation import Decoding
+from rankwise.modeling.decoding.scheduler import Prompt, generate
 from rankwise.modeling.lora.packed import delete_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")

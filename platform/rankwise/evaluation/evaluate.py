@@ -41,7 +41,7 @@ MAX_LOGITS = 2**27
 
 
 class GeneratedAnswer(Protocol):
-    """What the evaluator reads of a generation (`modeling.decoding.generation.Generated` is one)."""
+    """What the evaluator reads of a generation (`modeling.decoding.generation.Generation` is one)."""
 
     @property
     def text(self) -> str: ...  # noqa: D102

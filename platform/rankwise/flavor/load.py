@@ -400,7 +400,7 @@ class LoadedAdapter:
     def activate(self) -> None:
         """Make this adapter, and no other over the base, the one that a plain call of `model` goes through.
 
-        For batches in which rows go through different adapters use `modeling.packed_lora` with `adapter_name`.
+        For batches in which rows go through different adapters use `modeling.lora.packed` with `adapter_name`.
         """
         activate(self.model, self.adapter_name)
 
@@ -469,7 +469,7 @@ def load_models(
 
     `find` gives the base that the first adapter asks for, in place of loading it anew; it is checked as any other. The
     first adapter is active; over a base that may be in memory already (`base`, `find`) nothing changes in what is
-    active (see `LoadedAdapter.activate`, and `modeling.packed_lora` for batches whose rows go through different
+    active (see `LoadedAdapter.activate`, and `modeling.lora.packed` for batches whose rows go through different
     adapters).
 
     Raises:

@@ -48,8 +48,8 @@ from rankwise.flavor.load import LoadedAdapter, load_directory
 from rankwise.flavor.metadata import read_params
 from rankwise.flavor.package import MODEL_CONFIG, LoadOptions
 from rankwise.flavor.signing import NAME_TAG
-from rankwise.modeling.decoding.engine import Prompt, generate
 from rankwise.modeling.decoding.generation import row_seed
+from rankwise.modeling.decoding.scheduler import Prompt, generate
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.modeling.lora.packed import pass_lock
 from rankwise.settings import Settings
@@ -177,7 +177,7 @@ logger = logging.getLogger(__name__)
 
 
 class QloraModel:
-    """What `mlflow.pyfunc` wraps: one adapter, decoded as batch inference does it (`modeling.mixed_batch`)."""
+    """What `mlflow.pyfunc` wraps: one adapter, decoded as batch inference does it (`modeling.decoding.scheduler`)."""
 
     def __init__(self, adapter: LoadedAdapter) -> None:
         self.adapter = adapter

@@ -20,8 +20,8 @@ from rankwise.data.rows import RowTemplate, check_column, parse_messages
 from rankwise.data.template import Message, Renderer, RenderError
 from rankwise.exceptions import ConfigError, DatasetError, JobError
 from rankwise.flavor.load import LoadedAdapter, load_models
-from rankwise.modeling.decoding.engine import Prompt, generate_each, prompt_problem
 from rankwise.modeling.decoding.generation import Decoding, row_seed
+from rankwise.modeling.decoding.scheduler import Prompt, generate_each, prompt_problem
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings

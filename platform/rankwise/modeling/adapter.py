@@ -1,17 +1,14 @@
-"""Adapters on disk: a standard PEFT directory (`adapter_config.json`, `adapter_model.safetensors`), strictly.
+"""Adapters on disk: strict reading and writing of PEFT directories, and the embedding rows that adapters bring.
 
-PEFT itself warns where a tensor is missing, falls back to pickled `.bin` files, and asks the hub while it saves. Here
-every tensor of the file must have its place in the model and the other way round, before the model is touched.
+PEFT only warns about missing tensors, falls back to pickled `.bin` files and queries the hub while saving. Here every
+tensor of the file must match one of the model and vice versa, before the model changes. Writing is deterministic: the
+same adapter gives the same bytes.
 
 A model is a transformers model with injected LoRA layers, or a `PeftModel`.
 
-An adapter brings rows by `LoraConfig(trainable_token_indices=...)`: they are stored with it. One that brings all rows
-beyond the base's is loaded over the base with as many rows added; what these hold does not matter, since the adapter's
-own take their place.
-
-- `adapter_config.json`: read strictly, written so that the same adapter gives the same bytes.
-- Rows of the embedding: an adapter cannot stand for rows that its base does not have, unless it brings them.
-- Rank and scaling of one module, as an adapter's configuration says.
+An adapter may bring embedding rows (`LoraConfig(trainable_token_indices=...)`), which are stored with it. If it brings
+all rows beyond the base's, the base is enlarged before loading; the initial content of those rows does not matter,
+because the adapter's rows replace it.
 """
 
 from __future__ import annotations
@@ -41,14 +38,14 @@ from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
 
 CONFIG_NAME = "adapter_config.json"
 
-# Not a field of the file: peft drops it on saving and warns on loading.
+# peft drops it on saving and warns about it on loading.
 _NOT_IN_FILES = {"runtime_config"}
-# What changes the base itself, imports a module by name or reads another file; none of it belongs to a plain adapter.
+# These change the base, import a module by name, or read another file.
 _MUST_BE_EMPTY = (
     "megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora", "alora_invocation_tokens",
 )  # fmt: skip
-# PiSSA, OLoRA, CorDA, LoftQ and the like put a part of the base's weights into the adapter and change the base.
+# PiSSA, OLoRA, CorDA, LoftQ and similar move part of the base's weights into the adapter.
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -56,25 +53,25 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     """Read and check the configuration of a PEFT directory.
 
     Raises:
-        AdapterIntegrityError: The file is missing or no JSON object; has keys that the installed peft does not know,
-            `auto_map` anywhere, a mapping to code outside of transformers, another method than LoRA, or settings that
-            change the base.
+        AdapterIntegrityError: The file is missing or not a JSON object; has keys unknown to the installed peft,
+            `auto_map` anywhere, or a mapping to code outside of transformers; is not LoRA; or has settings that change
+            the base.
     """
     path = directory / CONFIG_NAME
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise AdapterIntegrityError(f"{directory} has no {CONFIG_NAME}, so it is no PEFT adapter") from error
+        raise AdapterIntegrityError(f"{directory} has no {CONFIG_NAME}, so it is not a PEFT adapter") from error
     except (OSError, ValueError) as error:
         raise AdapterIntegrityError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(document, dict):
-        raise AdapterIntegrityError(f"{path} must hold a JSON object, got {type(document).__name__}")
+        raise AdapterIntegrityError(f"{path} must contain a JSON object, got {type(document).__name__}")
     _check(document, path)
     values = {key: value for key, value in document.items() if key not in {"auto_mapping", "peft_type"}}
     try:
         config = LoraConfig(**values)
     except (TypeError, ValueError) as error:
-        raise AdapterIntegrityError(f"{path}: peft {peft.__version__} refuses it: {error}") from error
+        raise AdapterIntegrityError(f"{path}: peft {peft.__version__} rejects it: {error}") from error
     if not isinstance(config.r, int) or isinstance(config.r, bool) or config.r <= 0:
         raise AdapterIntegrityError(f"{path}: r must be a positive integer, got {config.r!r}")
     return config
@@ -83,13 +80,13 @@ def read_adapter_config(directory: Path) -> LoraConfig:
 def write_adapter_config(
     config: LoraConfig, directory: Path, *, base_source: str | None, base_revision: str | None
 ) -> None:
-    """Write `adapter_config.json`, with the base that the adapter belongs to.
+    """Write `adapter_config.json` with the source and revision of its base.
 
     Raises:
         StorageError: The directory cannot be written.
     """
     values = {key: _plain(value) for key, value in config.to_dict().items()}
-    # Readers such as `AutoPeftModelForCausalLM` choose the class by it; injected adapters have none.
+    # `AutoPeftModelForCausalLM` chooses the class by task_type, which injected adapters lack.
     values["task_type"] = values["task_type"] or "CAUSAL_LM"
     values.update(base_model_name_or_path=base_source, revision=base_revision, inference_mode=True, auto_mapping=None)
     content = json.dumps(values, indent=2, sort_keys=True, default=str).encode() + b"\n"
@@ -98,14 +95,16 @@ def write_adapter_config(
 
 def _check(document: dict[str, Any], path: Path) -> None:
     if _has_key(document, "auto_map"):
-        raise AdapterIntegrityError(f"{path} has auto_map, which asks for code to be run on loading; it is refused")
+        raise AdapterIntegrityError(
+            f"{path} has auto_map, which would run code on loading; remove it to load the adapter"
+        )
     known = {field.name for field in fields(LoraConfig)} - _NOT_IN_FILES
     unknown = sorted(set(document) - known)
     if unknown:
         raise AdapterIntegrityError(
             f"{path} has keys that peft {peft.__version__} does not know: {', '.join(unknown)} (written by peft "
-            f"{document.get('peft_version', 'unknown')}); they may change what the adapter computes: upgrade peft, or "
-            "take the keys out if they have no effect"
+            f"{document.get('peft_version', 'unknown')}); they may change what the adapter computes; upgrade peft, or "
+            "remove the keys if they have no effect"
         )
     if document.get("peft_type") != "LORA":
         raise AdapterIntegrityError(f"{path}: peft_type must be LORA, got {document.get('peft_type')!r}")
@@ -115,14 +114,14 @@ def _check(document: dict[str, Any], path: Path) -> None:
         and set(mapping) <= {"base_model_class", "parent_library"}
         and str(mapping.get("parent_library")).startswith("transformers.models.")
     ):
-        raise AdapterIntegrityError(f"{path}: auto_mapping names code outside of transformers: {mapping!r}")
+        raise AdapterIntegrityError(f"{path}: auto_mapping must name a transformers model, got {mapping!r}")
     used = [key for key in _MUST_BE_EMPTY if document.get(key)]
     if used:
-        raise AdapterIntegrityError(f"{path}: settings that a plain LoRA adapter does not have: {', '.join(used)}")
+        raise AdapterIntegrityError(f"{path}: only plain LoRA is supported, but these are set: {', '.join(used)}")
     if document.get("init_lora_weights", True) not in _PLAIN_INITIALISATIONS:
         raise AdapterIntegrityError(
-            f"{path}: init_lora_weights is {document['init_lora_weights']!r}, which moves a part of the base's weights "
-            "into the adapter; convert it with peft's `path_initial_model_for_weight_conversion` first"
+            f"{path}: init_lora_weights is {document['init_lora_weights']!r}, which moves part of the base's weights "
+            "into the adapter; convert it first with peft's `path_initial_model_for_weight_conversion`"
         )
 
 
@@ -133,36 +132,31 @@ def _has_key(value: Any, key: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Sets become sorted lists: their order changes from process to process, and with it the file's digest."""
+    """Convert sets to sorted lists: their order, and with it the file's digest, varies between processes."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     return value
 
 
 def embedding_rows(model: Any) -> int:
-    """The number of tokens that the model's input embedding has rows for."""
+    """Rows of the model's input embedding."""
     return int(plain_module(model.get_input_embeddings()).weight.shape[0])
 
 
 def base_rows(base_path: Path) -> int | None:
-    """The number of rows that a base's directory has; None where its `config.json` does not say."""
+    """Rows of a base according to its `config.json`; None if it does not say."""
     values = read_json(base_path / "config.json")
     recorded = values.get("vocab_size", values.get("text_config", {}).get("vocab_size"))
     return None if recorded is None else int(recorded)
 
 
 def rows_needed(config: LoraConfig, rows: int) -> int:
-    """The number of rows that an adapter needs over a base with `rows`: more, where it brings some beyond them."""
+    """Embedding rows that an adapter needs over a base with `rows`."""
     return max(rows, max(token_indices(config), default=-1) + 1)
 
 
 def check_rows(model: Any, config: LoraConfig, base_path: Path) -> None:
-    """Refuse an adapter over a resized embedding, unless all new rows are stored with it.
-
-    Args:
-        model: The adapted model.
-        config: The adapter's configuration; `trainable_token_indices` names the rows that are stored.
-        base_path: The base's directory, whose `config.json` says how many rows it has.
+    """Refuse an adapter over a resized embedding unless all new rows are stored with it.
 
     Raises:
         BaseMismatchError: Rows beyond the base's are not stored.
@@ -172,23 +166,16 @@ def check_rows(model: Any, config: LoraConfig, base_path: Path) -> None:
         return
     if rows > recorded and not (lost := _lost(model, config, recorded, rows)):
         return
-    named = f" ({len(lost)} of them, from {lost[0]})" if rows > recorded and lost else ""
+    named = f" ({len(lost)} of them, starting at {lost[0]})" if rows > recorded and lost else ""
     raise BaseMismatchError(
-        f"the model's embedding has {rows} rows, its base {base_path} has {recorded}: the new rows are not stored with "
-        f"the adapter{named}, so it could not be loaded over its base again. Use tokens within the base's rows, or "
-        "train the new rows of the embedding, and of a head of its own, with LoraConfig(trainable_token_indices=...)"
+        f"the model's embedding has {rows} rows, but its base {base_path} has {recorded}. The new rows are not stored "
+        f"with the adapter{named}, so it could not be loaded again. Use tokens within the base's rows, or train the "
+        "new rows of the embedding (and of the head, if separate) with LoraConfig(trainable_token_indices=...)"
     )
 
 
 def add_rows(model: Any, config: LoraConfig) -> bool:
-    """Give a bare base the rows that an adapter brings; nothing is done where it brings none beyond the base's.
-
-    Args:
-        model: A base without adapters: its embedding is replaced by a larger one.
-        config: The configuration of the adapter that is to be attached next.
-
-    Returns:
-        Whether rows were added.
+    """Enlarge a bare base's embedding for the rows of an adapter attached next; return whether rows were added.
 
     Raises:
         BaseMismatchError: The adapter does not bring all rows up to its highest one.
@@ -199,10 +186,9 @@ def add_rows(model: Any, config: LoraConfig) -> bool:
         return False
     if lost := _lost(model, config, rows, needed):
         raise BaseMismatchError(
-            f"the adapter has rows for tokens up to {needed - 1}, the base's embedding has {rows} rows, and those "
-            f"between are not all stored with the adapter ({len(lost)} are not, from {lost[0]}): what they were is "
-            "not known. Take a base with more rows, or train the adapter again with all new rows in "
-            "LoraConfig(trainable_token_indices=...)"
+            f"the adapter has rows for tokens up to {needed - 1}, but the base's embedding has {rows} rows, and not "
+            f"all rows between are stored with the adapter ({len(lost)} missing, starting at {lost[0]}). Use a base "
+            "with more rows, or train the adapter again with all new rows in LoraConfig(trainable_token_indices=...)"
         )
     device = model.get_input_embeddings().weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -215,7 +201,7 @@ def add_rows(model: Any, config: LoraConfig) -> bool:
 
 
 def check_indices(model: Any, config: LoraConfig) -> None:
-    """Refuse an adapter with rows for tokens that the model's embedding does not have.
+    """Refuse an adapter with rows beyond the model's embedding.
 
     Raises:
         BaseMismatchError: An index is beyond the embedding.
@@ -224,42 +210,42 @@ def check_indices(model: Any, config: LoraConfig) -> None:
     beyond = sorted(index for index in set(token_indices(config)) if not 0 <= index < rows)
     if beyond:
         raise BaseMismatchError(
-            f"the adapter has rows for tokens {beyond[:5]}, the base's embedding has {rows} rows; add rows first "
-            "(`rankwise.modeling.adapter.add_rows`), as `rankwise.flavor.load_model` does"
+            f"the adapter has rows for tokens {beyond[:5]}, but the base's embedding has {rows} rows; add rows first "
+            "with `rankwise.modeling.adapter.add_rows`, or use `rankwise.flavor.load_model`"
         )
 
 
 def token_indices(config: LoraConfig) -> list[int]:
-    """The token ids of all rows stored with an adapter."""
+    """Token ids of all rows stored with an adapter."""
     return [index for entries in _entries(config) for index in entries]
 
 
 def _entries(config: LoraConfig) -> list[list[int]]:
-    """The stored token ids, a list for each embedding that has some."""
+    """The stored token ids, one list per embedding that has some."""
     indices = config.trainable_token_indices or []
     lists = list(indices.values()) if isinstance(indices, dict) else [indices]
     return [[int(index) for index in entries] for entries in lists]
 
 
 def _lost(model: Any, config: LoraConfig, start: int, stop: int) -> list[int]:
-    """Rows from `start` up to `stop` that are not stored for the embedding, or not for a head of its own."""
+    """Rows from `start` up to `stop` that are not stored for the embedding or for a separate head."""
     head = plain_module(model.get_output_embeddings())
     tied = head is None or bool(getattr(model.config, "tie_word_embeddings", False))
     entries = _entries(config)
     if not tied and (len(entries) < 2 or getattr(head, "bias", None) is not None):
-        # A head with a bias has one more number a row, which peft does not store.
+        # peft does not store the rows of a head's bias.
         return list(range(start, stop))
-    return [row for row in range(start, stop) if not all(row in one for one in entries)]
+    return [row for row in range(start, stop) if not all(row in stored for stored in entries)]
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-# Every name in a PEFT file starts with this, whatever the model in memory is wrapped in.
+# Every name in a PEFT file starts with this, however the model in memory is wrapped.
 PREFIX = "base_model.model."
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
 def adapter_tensors(model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The parameters of one adapter under the names that a PEFT file gives them; not copies.
+    """The parameters of one adapter, named as in a PEFT file; not copies.
 
     Raises:
         ConfigError: The model has no such adapter.
@@ -267,12 +253,12 @@ def adapter_tensors(model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
     config = _configs(model).get(adapter_name)
     if config is None:
         raise ConfigError(f"the model has no adapter {adapter_name!r}; it has {sorted(_configs(model))}")
-    # Not `model.state_dict()`: that packs the quantization state of every layer, and unpacks repacked weights in place.
+    # `model.state_dict()` would pack every layer's quantization state and unpack repacked weights in place.
     state = dict(model.named_parameters(remove_duplicate=False))
     if config.modules_to_save:
         state.update(model.named_buffers(remove_duplicate=False))
-    found = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
-    return {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in sorted(found.items())}
+    tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
+    return {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in sorted(tensors.items())}
 
 
 def save_adapter(
@@ -284,15 +270,15 @@ def save_adapter(
     base_revision: str | None,
     base_path: Path | None = None,
 ) -> None:
-    """Write one adapter as a PEFT directory. The same weights give the same bytes; no network is asked.
+    """Write one adapter as a PEFT directory. Deterministic; no network access.
 
     Args:
         model: The model that has the adapter.
-        adapter_name: Its name in the model; it does not appear in the files.
-        directory: Made if need be. Other files in it are left alone.
-        base_source: What names the base, for `base_model_name_or_path`.
-        base_revision: The commit or digest that was trained on, for `revision`.
-        base_path: The base's local directory; with it, a resized embedding is noticed.
+        adapter_name: Its name in the model; not stored.
+        directory: Created if missing. Other files in it stay in place.
+        base_source: For `base_model_name_or_path`.
+        base_revision: The commit or digest trained on, for `revision`.
+        base_path: The base's local directory, needed to detect a resized embedding.
 
     Raises:
         BaseMismatchError: The embedding was resized and its new rows are not stored with the adapter.
@@ -313,13 +299,7 @@ def save_adapter(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """A PEFT directory that was checked and read.
-
-    Attributes:
-        directory: Where it is.
-        config: What `adapter_config.json` says.
-        tensors: What `adapter_model.safetensors` holds, on the CPU.
-    """
+    """A checked PEFT directory, its tensors on the CPU."""
 
     directory: Path
     config: LoraConfig
@@ -327,28 +307,28 @@ class StoredAdapter:
 
     @property
     def weights(self) -> Path:
-        """The file of tensors."""
+        """The safetensors file."""
         return self.directory / WEIGHTS_NAME
 
     @cached_property
     def parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Elements of all tensors."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
 def read_adapter(directory: Path) -> StoredAdapter:
-    """Read a PEFT directory after checking its manifest, if it has one.
+    """Read a PEFT directory, after checking its manifest if it has one.
 
     Raises:
-        AdapterIntegrityError: A file is not what was stored, missing, pickled, or cannot be parsed.
+        AdapterIntegrityError: A file is missing, modified, pickled or unreadable.
     """
     if (directory / MANIFEST_NAME).exists():
         check_manifest(directory)
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise AdapterIntegrityError(
-            f"{directory} has pickled files ({', '.join(pickles)}), which can run code when they are read; only "
-            f"{WEIGHTS_NAME} is read, and a directory with pickles is refused"
+            f"{directory} has pickled files ({', '.join(pickles)}), which can run code when loaded; remove them (only "
+            f"{WEIGHTS_NAME} is read)"
         )
     config = read_adapter_config(directory)
     path = directory / WEIGHTS_NAME
@@ -363,42 +343,39 @@ def read_adapter(directory: Path) -> StoredAdapter:
 
 
 def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -> LoraConfig:
-    """Attach a stored adapter to a model under a name, its parameters frozen.
+    """Attach a stored adapter to a model, with frozen parameters; return its configuration as held in the model.
 
-    The first adapter of a model becomes the active one, later ones do not; what is active and what asks for a
-    gradient stays as it was.
+    A model's first adapter becomes active, later ones do not. `requires_grad` of other parameters is unchanged.
 
     Args:
-        model: A base, adapted already or not.
-        adapter: What `read_adapter` returned, or a PEFT directory to read. On the CPU the model shares its tensors.
+        model: A base, with or without adapters.
+        adapter: The result of `read_adapter`, or a PEFT directory. On the CPU the model shares its tensors.
         adapter_name: A new name, without dots.
 
-    Returns:
-        The adapter's configuration, as peft holds it in the model.
-
     Raises:
-        AdapterIntegrityError: See `read_adapter`; or a tensor is missing, surplus or of another shape than this model
-            and the adapter's configuration ask for.
+        AdapterIntegrityError: See `read_adapter`; or a tensor is missing, surplus or has another shape than model and
+            configuration require.
         BaseMismatchError: The adapter has rows for tokens beyond the model's embedding, or targets nothing in it.
-        ConfigError: The name is taken or not possible; or one of the model's adapters and this one differ in whether
-            they have rows of their own for tokens.
+        ConfigError: The name is taken or invalid; or the adapter has embedding rows and the model's adapters do not, or
+            vice versa.
     """
     if "." in adapter_name or not adapter_name:
         raise ConfigError(
             f"an adapter's name must not be empty or contain a dot (a rule of peft), got {adapter_name!r}"
         )
     if adapter_name in _configs(model):
-        raise ConfigError(f"the model has an adapter {adapter_name!r} already; give this one another name")
+        raise ConfigError(f"the model already has an adapter {adapter_name!r}; give this one another name")
     stored = read_adapter(adapter) if isinstance(adapter, Path) else adapter
-    # peft changes the configuration that it is given.
+    # peft modifies the configuration.
     directory, config = stored.directory, copy.deepcopy(stored.config)
-    # peft reads and activates adapters of one model as if all of them had such rows, or none.
+    # peft assumes that either all adapters of a model have such rows, or none.
     if any(
-        bool(each.trainable_token_indices) != bool(config.trainable_token_indices) for each in _configs(model).values()
+        bool(other.trainable_token_indices) != bool(config.trainable_token_indices)
+        for other in _configs(model).values()
     ):
         raise ConfigError(
-            f"the adapter in {directory} cannot lie beside others of this model: adapters with rows of their own for "
-            "tokens (trainable_token_indices) and adapters without are loaded over one base each"
+            f"the adapter in {directory} cannot be combined with this model's other adapters, because only some of "
+            "them have token rows of their own (trainable_token_indices); load it over a separate base"
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_indices(base, config)
@@ -409,7 +386,7 @@ def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -
         for name, tensor in stored.tensors.items():
             place = places[name]
             if isinstance(place, torch.nn.Parameter):
-                # peft has made it in the base's compute dtype; copying into that would round what is stored.
+                # peft created it in the base's compute dtype; copying would round the stored values.
                 place.data = tensor.to(place.device)
                 place.requires_grad_(False)
             else:
@@ -422,7 +399,7 @@ def _configs(model: Any) -> dict[str, LoraConfig]:
 
 
 def _check_shapes(base: Any, config: LoraConfig, tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Compare with what the adapter's configuration gives on a model without weights, so that nothing is touched."""
+    """Compare the tensors with those that the configuration gives on a model without weights."""
     empty = skeleton(base.config)
     try:
         inject_adapter_in_model(copy.deepcopy(config), empty, "default", low_cpu_mem_usage=True)
@@ -439,22 +416,22 @@ def _check_shapes(base: Any, config: LoraConfig, tensors: dict[str, torch.Tensor
         if tuple(tensors[name].shape) != expected[name]
     ]
     problems += [
-        f"{name}: dtype {tensor.dtype} is no floating point"
+        f"{name}: dtype {tensor.dtype} is not floating point"
         for name, tensor in sorted(tensors.items())
         if not tensor.is_floating_point()
     ]
     if problems:
         shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
         raise AdapterIntegrityError(
-            f"the tensors in {directory / WEIGHTS_NAME} are not those that {CONFIG_NAME} asks for on "
+            f"the tensors in {directory / WEIGHTS_NAME} do not match {CONFIG_NAME} on "
             f"{type(base).__name__}:\n  " + "\n  ".join(shown)
         )
 
 
 def _attach(model: Any, config: LoraConfig, adapter_name: str) -> None:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # The random numbers that peft fills new parameters with are overwritten; the caller's generator must not notice.
-    # They are drawn on the CPU: keeping the state of the GPUs' generators would begin a context on each GPU.
+    # peft draws random initial values on the CPU; the caller's generator must not change. Forking the GPUs' generators
+    # would create a context on each GPU.
     with torch.random.fork_rng(devices=[]), expected_warning(SEVERAL_ADAPTERS):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
@@ -464,7 +441,7 @@ def _attach(model: Any, config: LoraConfig, adapter_name: str) -> None:
     for name, parameter in model.named_parameters():
         if name in trainable:
             parameter.requires_grad_(trainable[name])
-    # peft leaves new layers in training mode, with dropout on, whatever the model's own mode is.
+    # peft leaves new layers in training mode, whatever the model's mode.
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             module.train(model.training)
@@ -473,15 +450,12 @@ def _attach(model: Any, config: LoraConfig, adapter_name: str) -> None:
 def scaling_of(config: LoraConfig, module: str, *, rank: int) -> float:
     """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), of one module.
 
-    Args:
-        config: The adapter's configuration; `alpha_pattern` gives some modules an alpha of their own.
-        module: The module's full name in the base.
-        rank: The module's rank, which `rank_pattern` may set apart.
+    `alpha_pattern` may override a module's alpha; `rank` is its own rank (see `rank_of`).
     """
     alpha = float(by_pattern(config.alpha_pattern, module, config.lora_alpha))
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def rank_of(config: LoraConfig, module: str) -> int:
-    """The rank that the configuration gives a module; `rank_pattern` gives some modules one of their own."""
+    """Rank of a module, considering `rank_pattern`."""
     return int(by_pattern(config.rank_pattern, module, config.r))

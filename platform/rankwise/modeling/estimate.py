@@ -1,32 +1,26 @@
-"""What an arm will take, from the base's configuration alone: parameters, bytes, memory. No weight is read.
+"""Estimates of parameters, bytes and peak memory of an arm, from the base's configuration alone.
 
 A LoRA adapter of rank r on a linear layer has r * (in_features + out_features) parameters (Hu et al. 2021, 4.1).
 
 Letters: `H` hidden size, `Q` heads * head size, `K` key-value heads * head size, `F` intermediate size, `R` rank, `S`
 supervised positions, `V` vocabulary.
 
-The base is frozen, so its linear layers keep nothing. What one decoder layer keeps for each token:
+Activations that one decoder layer keeps for the backward pass, for each token. The frozen linear layers keep nothing:
 
 | what | numbers |
 |---|---|
-| inputs of the two norms, and a number each | 2 H + 2, in fp32 |
-| attention: queries, keys, values and result, and a number a head | 2 Q + 2 K + heads |
-| where one layer makes queries, keys and values, the values keep all of its output | Q + K more |
-| gated feed-forward: gate and up (`feed_forward`); where that cannot help, the activation too | 2 F, or 3 F |
+| inputs of the two norms, and one number each | 2 H + 2, in fp32 |
+| attention: queries, keys, values and result, and one number per head | 2 Q + 2 K + heads |
+| if one layer computes queries, keys and values, the values keep all of its output | Q + K more |
+| gated feed-forward: gate and up (lean); otherwise also the activation | 2 F, or 3 F |
 | feed-forward without a gate: the activation's input | F |
 | inputs of layers with adapters, each distinct one once | H, Q, F |
-| dropout masks on a CPU, for each module and arm with dropout | a byte for each feature |
+| dropout masks on a CPU, for each module and arm with dropout | one byte per feature |
 | x A^T of each adapter | R |
 
-With gradient checkpointing a layer keeps its input, and one layer at a time has the whole. On top comes what the
-backward pass makes and drops inside one layer. Logits are counted three times in fp32: themselves, their log-softmax,
-its gradient; in 16 bit twice more for the head's output and its gradient.
-
-Compared with the peak of torch's allocations in a step on a CPU (activations and logits together, estimate / peak):
-for SmolLM2-135M with adapters on q, k, v, o (4 arms, 640 tokens) 1.08, with gradient checkpointing 0.99; for tiny bases
-of llama's and gpt_neox's kind 1.08 to 1.21.
-
-- What a forward pass keeps for the backward pass, from the model's configuration: no weight is read, nothing is run.
+With gradient checkpointing each layer keeps its input, and one layer at a time keeps everything. The temporary tensors
+of one layer's backward pass come on top. Logits count three times in fp32 (logits, log-softmax, gradient), and in 16
+bit twice more (the head's output and its gradient). The benchmarks page compares the estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -52,20 +46,18 @@ from rankwise.modeling.base import (
 from rankwise.modeling.lora.lean import is_lean
 
 _FLOAT32, _BFLOAT16 = 4, 2
-# Weight, gradient and AdamW's two moments of each adapter parameter, all in float32.
+# Weight, gradient and AdamW's two moments per adapter parameter, in float32.
 _TRAINING_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseEstimate:
-    """A base's size.
+    """Size of a base.
 
     Attributes:
-        parameters: All parameters, those that are shared counted once.
-        bytes_fp32: In full precision.
-        bytes_bf16: In 16 bit.
+        parameters: Shared ones count once.
         bytes_quantized: Linear layers quantized, everything else in 16 bit.
-        bytes_loaded: Linear layers quantized, everything else in the dtype that is loaded on this machine.
+        bytes_loaded: Linear layers quantized, everything else in the dtype loaded on this machine.
     """
 
     parameters: int
@@ -85,23 +77,19 @@ class TargetEstimate:
 
     @property
     def parameters(self) -> int:
-        """Rank times the sum of the layer's inputs and outputs."""
+        """R * (in_features + out_features)."""
         return self.lora_A[0] * self.lora_A[1] + self.lora_B[0] * self.lora_B[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The estimates of one arm.
+    """Estimates for one arm.
 
     Attributes:
-        base: The base's size.
-        targets: The adapted layers, in the model's order.
-        adapter_parameters: Over all targets.
-        adapter_bytes_fp32: Of the adapter's tensors, as they are stored.
-        adapter_parameters_per_layer: Of each layer; None where layers differ.
-        memory_bytes: The base as loaded here, and the adapter's weights, gradients and optimizer. Activations come on
-            top: they depend on rows and lengths.
-        memory_inference_bytes: The base as loaded here, and the adapter's weights.
+        targets: In the model's order.
+        adapter_parameters_per_layer: None if layers differ.
+        memory_bytes: Base as loaded here, plus the adapter's weights, gradients and optimizer state; no activations.
+        memory_inference_bytes: Base as loaded here, plus the adapter's weights.
     """
 
     base: BaseEstimate
@@ -113,7 +101,7 @@ class Estimate:
     memory_inference_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers as `plan --json` gives them, without the targets."""
+        """The numbers that `plan --json` prints, without the targets."""
         return {
             "adapter_parameters": self.adapter_parameters,
             "adapter_bytes_fp32": self.adapter_bytes_fp32,
@@ -124,13 +112,12 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates for the arms of one base: the model without weights is built once.
+    """Estimates for the arms of one base; the model without weights is built once.
 
-    Args:
-        config: The content of a `config.json`, the file, the directory that has it, or a transformers configuration.
+    `config` is the content of a `config.json`, its path, its directory, or a transformers configuration.
 
     Raises:
-        ConfigError: The architecture is not known, or is no causal language model.
+        ConfigError: The architecture is unknown or not a causal language model.
     """
 
     def __init__(self, config: Any) -> None:
@@ -138,19 +125,14 @@ class Estimator:
         self._model = skeleton(read_config(config))
         self.linear = linear_modules(self._model)
         self._parameters: int = sum(parameter.numel() for parameter in self._model.parameters())
-        # Tables such as those of rotary embeddings, in the dtype that the architecture gives them.
+        # Such as tables of rotary embeddings, in the architecture's dtype.
         self._buffers: int = sum(buffer.numel() * buffer.element_size() for buffer in self._model.buffers())
 
     def arm(self, lora: LoraSpec, quantization: QuantizationSpec, *, module_dtype: str | None = None) -> Estimate:
-        """Estimate one arm.
-
-        Args:
-            lora: Rank and target modules.
-            quantization: Of the base.
-            module_dtype: Of the modules that are not quantized; what this machine would load when left out.
+        """Estimate one arm. `module_dtype` (of unquantized modules) defaults to what this machine would load.
 
         Raises:
-            ConfigError: A target module does not exist; the message lists those that do.
+            ConfigError: A target module does not exist; the message lists the existing ones.
         """
         targets = tuple(
             TargetEstimate(module=name, lora_A=(lora.r, inputs), lora_B=(outputs, lora.r))
@@ -197,7 +179,7 @@ class Estimator:
 
 
 def read_config(config: Any) -> Any:
-    """The content of a configuration that is given as a path to a file or to a directory; anything else as it is.
+    """Read a configuration given as a path to a file or directory; return anything else unchanged.
 
     Raises:
         ConfigError: The file cannot be read.
@@ -212,14 +194,14 @@ def read_config(config: Any) -> Any:
 
 
 def match_targets(linear: Mapping[str, tuple[int, int]], targets: Iterable[str] | str) -> dict[str, tuple[int, int]]:
-    """The linear layers that target names mean: a name stands for every layer that ends in it, as in peft.
+    """Select the linear layers that target names match: a name matches every layer ending in it, as in peft.
 
     Args:
-        linear: Full names and (in_features, out_features), of `linear_modules`.
+        linear: Full names and (in_features, out_features), from `linear_modules`.
         targets: Names, or `all-linear`.
 
     Raises:
-        ConfigError: A name stands for no linear layer.
+        ConfigError: A name matches no linear layer.
     """
     if targets == "all-linear":
         return dict(linear)
@@ -245,18 +227,12 @@ def _means(target: str, module: str) -> bool:
 
 _FLOAT32_BYTES = 4
 _BACKWARD_FEATURES = 3
-"""Gradients of the feed-forward's width that the backward pass of a layer has at once, beside two of the model's."""
+"""Gradients of feed-forward width alive at once in a layer's backward pass, beside two of hidden width."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """An adapter as a forward pass sees it.
-
-    Attributes:
-        inputs: Module to its input features, for every layer that has the adapter.
-        r: Rank.
-        dropout: Whether a dropout mask is drawn.
-    """
+    """An adapter as a forward pass sees it; `inputs` maps each adapted module to its input features."""
 
     inputs: Mapping[str, int]
     r: int
@@ -265,21 +241,15 @@ class AdapterShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationShape:
-    """The sizes of a causal language model that its activations depend on; sizes are counts of numbers.
+    """Sizes of a causal language model that determine its activations, as counts of numbers (letters as above).
 
     Attributes:
-        layers: Decoder layers.
-        hidden: `H`.
-        heads: Attention heads.
-        attention: `Q`.
-        keys: `K`.
-        fused: Whether one layer makes queries, keys and values.
-        intermediate: `F`, times the experts that a token goes to.
+        fused: Whether one layer computes queries, keys and values.
+        intermediate: `F`, times the experts per token.
         gated: Whether the feed-forward has a gate.
-        lean: Whether `feed_forward` keeps a tensor less of it.
-        vocabulary: `V`.
-        itemsize: Bytes of a number in the model's dtype.
-        keeps_masks: Whether dropout masks are kept (CPU) or drawn again (CUDA).
+        lean: Whether the lean feed-forward saves one tensor of it.
+        itemsize: Bytes per number in the model's dtype.
+        keeps_masks: Whether dropout masks are kept (CPU) or redrawn (CUDA).
     """
 
     layers: int
@@ -297,14 +267,7 @@ class ActivationShape:
 
     @classmethod
     def of(cls, config: Any, linear: Mapping[str, tuple[int, int]], *, itemsize: int, cpu: bool) -> ActivationShape:
-        """Read a model's configuration.
-
-        Args:
-            config: A transformers configuration.
-            linear: Its linear layers, of `skeleton.linear_modules`; a gate shows in them.
-            itemsize: Bytes of a number in the dtype that it computes in.
-            cpu: Whether it runs on a CPU.
-        """
+        """Derive the sizes from a transformers configuration and its linear layers (which show a gate)."""
         text = config.get_text_config()
         hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
         head = int(getattr(text, "head_dim", None) or hidden // heads)
@@ -332,18 +295,20 @@ class ActivationShape:
     def peak(
         self, passes: Iterable[tuple[int, int, AdapterShape]], positions: int, *, gradient_checkpointing: bool
     ) -> tuple[int, int]:
-        """Bytes of the activations and of the logits when both together are at their largest.
+        """Bytes of activations and of logits when their sum is largest.
 
-        That is at the end of the forward pass, or in the last layer's backward pass, when the logits have gone.
+        That is either at the end of the forward pass, or in the last layer's backward pass, after the logits are freed.
 
         Args:
-            passes: For each arm of a forward pass its rows, the tokens of the pass's longest row, and its adapter.
-            positions: Supervised positions of all of them.
-            gradient_checkpointing: Whether layers are run again in the backward pass.
+            passes: For each arm of a forward pass: its rows, the tokens of the pass's longest row, and its adapter.
+            positions: Supervised positions of all arms.
+            gradient_checkpointing: Whether layers are rerun in the backward pass.
         """
         passes = list(passes)
         tokens = sum(rows * length for rows, length, _ in passes)
-        adapted = {(module.rpartition(".")[0], size) for _, _, each in passes for module, size in each.inputs.items()}
+        adapted = {
+            (module.rpartition(".")[0], size) for _, _, adapter in passes for module, size in adapter.inputs.items()
+        }
         inputs = sum(size for module, size in adapted)
         feed_forward = (2 if self.lean else 3 if self.gated else 1) * self.intermediate
         attention = (3 if self.fused else 2) * (self.attention + self.keys)
@@ -363,7 +328,7 @@ class ActivationShape:
         return kept + max(0, backward - logits), logits
 
     def logits(self, positions: int) -> int:
-        """Bytes that the logits of so many positions take at their largest."""
+        """Peak bytes of the logits of so many positions."""
         return (
             positions
             * self.vocabulary

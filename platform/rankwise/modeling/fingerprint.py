@@ -1,20 +1,19 @@
-"""The identity of a base: SHA-256 over its weights, configuration, tokenizer and chat template.
+"""Identity of a base (SHA-256 of weights, configuration, tokenizer, chat template) and manifests of model directories.
 
-All four go by content, so that a snapshot in a hub cache and its copy elsewhere agree.
+A fingerprint depends on content only, so a snapshot in a hub cache and a copy elsewhere agree.
 
-| part | over |
+| part | SHA-256 of |
 |---|---|
-| weights | the SHA-256 of each safetensors file that transformers would load, sorted; their names do not count (each
-file names its own tensors). Of a base converted from a GGUF, over its tensors: another release of the libraries may lay
-out the same numbers in another way |
-| config | `config.json` as canonical JSON without `NOT_IDENTITY` at any depth, and the token ids of
+| weights | the sorted digests of the safetensors files that transformers would load; file names do not count. For a
+base converted from GGUF: its tensors, because releases of the libraries write the same numbers differently |
+| config | `config.json` as canonical JSON without the `NOT_IDENTITY` keys at any depth, and the token ids of
 `generation_config.json`, which decide where generation stops |
-| tokenizer | the SHA-256 of the files in `TOKENIZER_FILES` that are there, by name; `tokenizer_config.json` as
-canonical JSON without its template and `NOT_TOKENIZER` |
-| chat_template | the texts of the templates by name, wherever they are kept: `chat_template.jinja`,
-`additional_chat_templates/`, `chat_template.json`, `tokenizer_config.json` |
+| tokenizer | the digests of the `TOKENIZER_FILES` present, by name, and `tokenizer_config.json` as canonical JSON
+without its template and `NOT_TOKENIZER` |
+| chat_template | the templates by name, from `chat_template.jinja`, `additional_chat_templates/`,
+`chat_template.json` or `tokenizer_config.json` |
 
-- The manifest of a directory: size and SHA-256 of every file in it, checked before any of them is parsed.
+A manifest lists the size and SHA-256 of every file of a directory. It is checked before any file is parsed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from rankwise.exceptions import AdapterIntegrityError, AssetError
 from rankwise.files import write_atomically
 from rankwise.settings import Settings
 
-# Who wrote the file, where it lay, and how it is loaded: saving a base again changes these and not one logit.
+# Saving a base again may change these keys, but no logit.
 NOT_IDENTITY = frozenset(
     {
         "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "torch_dtype", "dtype",
@@ -66,59 +65,50 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """One digest over the four parts."""
+        """Digest of the four parts."""
         return _digest({"format": "rankwise-base", "version": 1, **asdict(self)})
 
     def to_dict(self) -> dict[str, str]:
-        """The parts and the digest over them."""
+        """The parts and their digest."""
         return {**asdict(self), "digest": self.digest}
 
     @classmethod
     def from_dict(cls, values: dict[str, str]) -> Fingerprint:
-        """The inverse of `to_dict`.
+        """Inverse of `to_dict`.
 
         Raises:
-            ValueError: A part is missing, or the recorded digest is not that of the parts.
+            ValueError: A part is missing, or the recorded digest does not match the parts.
         """
         missing = sorted(set(cls.__dataclass_fields__) - set(values))
         if missing:
             raise ValueError(f"a fingerprint needs {', '.join(cls.__dataclass_fields__)}; missing: {missing}")
         fingerprint = cls(**{name: str(values[name]) for name in cls.__dataclass_fields__})
         if values.get("digest", fingerprint.digest) != fingerprint.digest:
-            raise ValueError(f"the parts of the fingerprint give {fingerprint.digest}, recorded is {values['digest']}")
+            raise ValueError(
+                f"the fingerprint's parts have the digest {fingerprint.digest}, but {values['digest']} was recorded"
+            )
         return fingerprint
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What differs, one line a part with both digests: `weights: sha256:... here, sha256:... there`."""
+        """List the parts that differ, each as `weights: sha256:... here, sha256:... there`."""
         mine, theirs = asdict(self), asdict(other)
         return [f"{part}: {mine[part]} here, {theirs[part]} there" for part in mine if mine[part] != theirs[part]]
 
 
 def fingerprint_base(path: Path, settings: Settings, *, verify: bool = False) -> Fingerprint:
-    """Compute the fingerprint of a local base.
+    """Compute the fingerprint of a local base: a directory in the Hugging Face format, with safetensors.
 
-    Args:
-        path: A directory in the Hugging Face format, with safetensors.
-        settings: Where digests of file contents are remembered, so that a content is hashed once on a machine.
-        verify: Read the weights anew, whatever is remembered.
+    Digests of large files are cached under `settings`; `verify` reads the weights again.
 
     Raises:
-        AssetError: The directory lacks a file of a base, or one cannot be parsed.
+        AssetError: A required file is missing or cannot be parsed.
     """
     parts = _cheap_parts(path)
     return Fingerprint(weights=_digest(_weights(path, settings, verify)), **parts)
 
 
 def differing_part(path: Path, expected: Fingerprint, settings: Settings) -> str | None:
-    """In what a local base is not the expected one, or None; weights are read only where all else agrees.
-
-    Args:
-        path: As in `fingerprint_base`.
-        expected: The fingerprint to compare with.
-        settings: As in `fingerprint_base`.
-
-    Returns:
-        The first part that differs, with its digest: `config sha256:...`.
+    """Return the first part in which a local base differs (`config sha256:...`), or None; weights are compared last.
 
     Raises:
         AssetError: As in `fingerprint_base`.
@@ -131,7 +121,7 @@ def differing_part(path: Path, expected: Fingerprint, settings: Settings) -> str
 
 
 def _cheap_parts(path: Path) -> dict[str, str]:
-    """The digests of all parts but the weights: some megabytes at most."""
+    """All parts except the weights: a few megabytes to read."""
     config = read_json(path / "config.json")
     generation = path / "generation_config.json"
     tokens = read_json(generation) if generation.is_file() else {}
@@ -148,13 +138,13 @@ def _cheap_parts(path: Path) -> dict[str, str]:
 
 
 def _weights(path: Path, settings: Settings, verify: bool) -> list[str]:
-    """Digests of the safetensors files that transformers would load, sorted; of a converted base, of its tensors."""
+    """Sorted digests of the safetensors files that transformers would load, or of a converted base's tensors."""
     files = weight_files(path)
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise AssetError(
-            f"{path} lacks {', '.join(missing) or 'safetensors weights'}; fetch the base again, or name one that has "
-            "them (other formats of weights are not read)"
+            f"{path} lacks {', '.join(missing) or 'safetensors weights'}; fetch the base again, or use one that has "
+            "them (no other weight format is supported)"
         )
     if read_conversion(path) is not None:
         return [converted_digest(path, settings, verify=verify)]
@@ -175,8 +165,8 @@ def _tokenizer_digest(path: Path) -> str:
 
 
 def template_fingerprint(path: Path) -> str:
-    """The digest of the chat templates in a directory of a base or tokenizer: a fingerprint's `chat_template`."""
-    # Later sources win over earlier ones, as they do in transformers.
+    """Digest of the chat templates in a base or tokenizer directory: a fingerprint's `chat_template`."""
+    # Later sources override earlier ones, as in transformers.
     templates: dict[str, str] = {}
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (path / name).is_file():
@@ -205,8 +195,8 @@ def _digest(value: Any) -> str:
 
 
 MANIFEST_NAME = "manifest.json"
-# MLflow writes these after the flavor is done with the directory, or adds them to a download. The flavor keeps the
-# digest of its own section of `MLmodel` in tags.
+# MLflow writes these after the flavor, or adds them to a download. The flavor stores the digest of its section of
+# `MLmodel` in tags.
 WRITTEN_BY_MLFLOW = frozenset({"MLmodel", "registered_model_meta"})
 _FORMAT = "rankwise-manifest"
 _VERSION = 1
@@ -214,23 +204,17 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """What the manifest knows of one file."""
+    """Size and digest of one file."""
 
     bytes: int
     sha256: str
 
 
 def write_manifest(directory: Path) -> str:
-    """Write `manifest.json` over all files below `directory` but MLflow's own, and return the manifest's digest.
-
-    Args:
-        directory: Where the files are. Links are refused: what they point at can change without the directory.
-
-    Returns:
-        `sha256:` and 64 hex digits over the bytes of the manifest.
+    """Write `manifest.json` over all files below `directory` except MLflow's own; return its digest (`sha256:...`).
 
     Raises:
-        AdapterIntegrityError: The directory holds a link or something that is not a plain file.
+        AdapterIntegrityError: The directory holds a link (its target could change) or another special file.
         StorageError: The manifest cannot be written.
     """
     entries = {name: _entry(directory / name) for name in _files(directory, WRITTEN_BY_MLFLOW)}
@@ -245,57 +229,57 @@ def write_manifest(directory: Path) -> str:
 
 
 def check_manifest(directory: Path, *, digest: str | None = None, exclude: Collection[str] = WRITTEN_BY_MLFLOW) -> str:
-    """Check every file below `directory` against its manifest, and return the manifest's own digest.
+    """Check every file below `directory` against its manifest and return the manifest's digest.
 
-    No file but the manifest is parsed. All differences are reported at once.
+    Only the manifest is parsed. All differences are reported at once.
 
     Args:
-        directory: What `write_manifest` was called on, or a copy of it.
-        digest: The digest that the manifest itself must have, where it is known from elsewhere (a tag).
-        exclude: Names at the root of the directory that may be there without being in the manifest.
+        directory: The directory that `write_manifest` was called on, or a copy.
+        digest: Expected digest of the manifest, if known from elsewhere (a tag).
+        exclude: Names at the root of the directory that need not be in the manifest.
 
     Raises:
-        AdapterIntegrityError: The manifest is missing, unreadable, or not the one with `digest`; or a file is missing,
-            surplus, of another size or of another content.
+        AdapterIntegrityError: The manifest is missing, unreadable or does not have `digest`; or a file is missing,
+            surplus, or has another size or content.
     """
     path = directory / MANIFEST_NAME
     if path.is_symlink() or not path.is_file():
         raise AdapterIntegrityError(
-            f"{directory} has no {MANIFEST_NAME}, so its files cannot be checked; a directory that rankwise did not "
-            "write is adopted with `rankwise import`"
+            f"{directory} has no {MANIFEST_NAME}, so its files cannot be checked; if rankwise did not write it, use "
+            "`rankwise import`"
         )
     content = path.read_bytes()
     actual = content_digest(content)
     if digest is not None and digest != actual:
         raise AdapterIntegrityError(
-            f"{path} is not the manifest that was stored: recorded {digest}, found {actual}; fetch the model again"
+            f"{path} is not the stored manifest: expected {digest}, got {actual}; fetch the model again"
         )
     recorded = _parse(content, path)
-    found = set(_files(directory, exclude))
-    problems = [f"missing: {name}" for name in sorted(set(recorded) - found)]
-    problems += [f"surplus: {name}" for name in sorted(found - set(recorded))]
-    for name in sorted(found & set(recorded)):
+    present = set(_files(directory, exclude))
+    problems = [f"missing: {name}" for name in sorted(set(recorded) - present)]
+    problems += [f"surplus: {name}" for name in sorted(present - set(recorded))]
+    for name in sorted(present & set(recorded)):
         expected, entry = recorded[name], _entry(directory / name)
         if entry.bytes != expected.bytes:
-            problems.append(f"{name}: {entry.bytes} bytes, stored were {expected.bytes}")
+            problems.append(f"{name}: {entry.bytes} bytes, expected {expected.bytes}")
         elif entry.sha256 != expected.sha256:
-            problems.append(f"{name}: sha256 {entry.sha256}, stored was {expected.sha256}")
+            problems.append(f"{name}: sha256 {entry.sha256}, expected {expected.sha256}")
     if problems:
         raise AdapterIntegrityError(
-            f"files of {directory} are not what was stored:\n  " + "\n  ".join(problems) + "\nfetch the model again, "
-            "or take another version of it"
+            f"files of {directory} differ from its manifest:\n  " + "\n  ".join(problems) + "\nfetch the model again, "
+            "or use another version of it"
         )
     return actual
 
 
 def _files(directory: Path, exclude: Collection[str]) -> list[str]:
-    """Names of all files below `directory`, relative, with forward slashes, without the manifest and `exclude`."""
+    """Relative names of all files below `directory`, without the manifest and `exclude`."""
     names = []
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise AdapterIntegrityError(
-                f"{path} is a link or no plain file; a stored model consists of plain files only"
+                f"{path} is a link or a special file; a stored model may contain only regular files"
             )
         if path.is_file() and name != MANIFEST_NAME and name not in exclude:
             names.append(name)
@@ -313,7 +297,7 @@ def _parse(content: bytes, path: Path) -> dict[str, FileEntry]:
         document = json.loads(content)
         if document["format"] != _FORMAT or document["version"] != _VERSION:
             raise AdapterIntegrityError(
-                f"{path} is of format {document['format']!r} version {document['version']!r}; this release reads "
+                f"{path} has format {document['format']!r} version {document['version']!r}; this release reads "
                 f"{_FORMAT!r} version {_VERSION}"
             )
         return {

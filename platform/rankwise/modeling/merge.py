@@ -1,13 +1,10 @@
-"""Merges an adapter into its base: one model of 16-bit weights, without layers of peft and without quantization.
+"""Merge an adapter into its base (one model in 16-bit weights, without peft), and measure how well two models agree.
 
-Two bases can take an adapter: the 16-bit one that the files hold, or the 4-bit one that the adapter was trained over,
-dequantized. The adapter has learnt over the errors of the quantization, so the second is closer to what was trained
-and measured; the first is closer to the model that was published. Each merged weight is computed in float32 and rounded
-once.
+An adapter can be merged into the 16-bit base on disk, which is closer to the published model, or into the dequantized
+4-bit base it was trained over, which is closer to what was measured. Each merged weight is computed in float32 and
+rounded once.
 
 Letters: A tokens of an answer, V vocabulary.
-
-- How far two models agree on a sample of prompts: token by token along the first one's greedy answers.
 """
 
 from __future__ import annotations
@@ -32,15 +29,9 @@ _NAME = "merged"
 
 
 def take_dequantized(plain: Any, quantized: Any) -> int:
-    """Put the dequantized weights of a 4-bit base in the place of an unquantized model's.
+    """Replace the weights of an unquantized model by the dequantized weights of its 4-bit base; return how many.
 
-    Args:
-        plain: The same base, unquantized; its modules get the new weights, in the dtype that the weights were quantized
-            from.
-        quantized: The 4-bit base, with adapters injected or not.
-
-    Returns:
-        How many weights were replaced.
+    The new weights have the dtype that they were quantized from.
 
     Raises:
         ConfigError: No layer is quantized in 4 bit.
@@ -49,37 +40,37 @@ def take_dequantized(plain: Any, quantized: Any) -> int:
     for name, module in quantized.named_modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
-        place = plain.get_submodule(base_name(name))
+        target = plain.get_submodule(base_name(name))
         with torch.no_grad():
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        place.weight = torch.nn.Parameter(weight.to(place.weight.device), requires_grad=False)
+        target.weight = torch.nn.Parameter(weight.to(target.weight.device), requires_grad=False)
         count += 1
     if not count:
-        raise ConfigError("no layer of the base is quantized in 4 bit, so there is nothing to dequantize; use 16bit")
+        raise ConfigError("no layer of the base is quantized to 4 bit, so there is nothing to dequantize; use 16bit")
     return count
 
 
 def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """Merge an adapter into an unquantized base, which is changed.
+    """Merge an adapter into an unquantized base, in target.
 
-    While it is done, the weights that the adapter targets are there in float32: 4 bytes a number.
+    Meanwhile the weights that the adapter targets are in float32: 4 bytes per number.
 
     Args:
         plain: The base; see `take_dequantized`.
         config: The adapter's configuration.
-        tensors: Its tensors, as `modeling.adapter.adapter_tensors` names them.
+        tensors: Its tensors, named as in `modeling.adapter.adapter_tensors`.
         dtype: Of all parameters of the result.
 
     Returns:
-        A transformers model without a trace of peft, in evaluation mode.
+        A plain transformers model in evaluation mode.
 
     Raises:
         AdapterIntegrityError: The adapter does not fit, or a merged weight is not finite.
-        ConfigError: The adapter changes a weight that the embedding and the head share.
+        ConfigError: The adapter changes a weight that embedding and head share.
     """
     add_rows(plain, config)
     own = copy.deepcopy(config)
-    own.base_model_name_or_path = plain.name_or_path  # peft warns where it is another.
+    own.base_model_name_or_path = plain.name_or_path  # Otherwise peft warns.
     with torch.random.fork_rng(devices=[]), expected_warning(DEPRECATED_CHECKPOINTING):
         model = get_peft_model(plain, own, adapter_name=_NAME)
     _check_tied(plain)
@@ -89,7 +80,7 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
         raise AdapterIntegrityError(f"the adapter's tensors do not fit the base: {', '.join(differing[:5])}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            # In float32 whatever they are stored in: peft multiplies A and B in their own dtype.
+            # peft multiplies A and B in their own dtype.
             places[name].data = tensor.detach().to(places[name].device, torch.float32, copy=True)
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
@@ -108,23 +99,17 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
 def _check_tied(plain: Any) -> None:
     if not getattr(plain.config, "tie_word_embeddings", False):
         return
-    for what, module in (("embedding", plain.get_input_embeddings()), ("head", plain.get_output_embeddings())):
+    for name, module in (("embedding", plain.get_input_embeddings()), ("head", plain.get_output_embeddings())):
         if isinstance(module, BaseTunerLayer) and module is not plain_module(module):
             raise ConfigError(
-                f"the adapter changes the {what}, whose weight the embedding and the head share in this base; merged, "
-                "the change would be in both. Load the adapter with rankwise.flavor.load_model instead"
+                f"the adapter changes the {name}, but embedding and head share one weight in this base, so merging "
+                "would change both. Load the adapter with rankwise.flavor.load_model instead"
             )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """What the first model says to one prompt.
-
-    Attributes:
-        prompt: Token ids.
-        answer: Token ids of its greedy answer.
-        logits: (A, V) in fp32 on the CPU: what it chose each token of the answer from.
-    """
+    """The first model's greedy answer to a prompt; logits before each answer token: (A, V), fp32, CPU."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -133,14 +118,13 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """What was measured, over all positions of all answers.
+    """Agreement of two models over all positions of all answers.
 
     Attributes:
-        prompts: How many prompts.
-        tokens: How many positions, over all answers.
-        equal_greedy_tokens: Share of positions at which both models hold the same token for the likeliest, both given
-            the first model's answer so far.
-        equal_greedy_answers: Share of prompts with that at every position, so that both give the same answer.
+        tokens: Positions, over all answers.
+        equal_greedy_tokens: Share of positions where both models prefer the same token, given the first model's answer
+            so far.
+        equal_greedy_answers: Share of prompts with the same answer from both models.
         max_logit_difference: Largest absolute difference of a logit.
         mean_kl: Mean over positions of KL(first || second), in nats.
         max_kl: The largest one.
@@ -162,7 +146,7 @@ class Agreement:
 def record_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int = 8
 ) -> list[Reference]:
-    """Let the first model answer each prompt greedily, and keep the logits.
+    """Let the first model answer each prompt greedily, and keep its logits.
 
     Args:
         model: A causal language model in evaluation mode, its adapter active.
@@ -175,13 +159,13 @@ def record_answers(
         ConfigError: There is no prompt, or one is empty or too long.
     """
     if not prompts:
-        raise ConfigError("agreement is measured on prompts; there is none")
+        raise ConfigError("agreement is measured on prompts, but there are none; give at least one")
     answers: dict[int, tuple[int, ...]] = {}
     for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
-        made = generate_batch(
+        generations = generate_batch(
             model, tokenizer, [prompts[index] for index in batch], Decoding(max_new_tokens=max_new_tokens)
         )
-        answers.update({index: row.token_ids for index, row in zip(batch, made, strict=True)})
+        answers.update({index: row.token_ids for index, row in zip(batch, generations, strict=True)})
     return [
         Reference(prompt=tuple(prompt), answer=answers[index], logits=_logits(model, prompt, answers[index]))
         for index, prompt in enumerate(prompts)
@@ -189,28 +173,26 @@ def record_answers(
 
 
 def compare_answers(references: Sequence[Reference], model: Any) -> Agreement:
-    """Let the second model go along the first one's answers.
-
-    Args:
-        references: Of the first model.
-        model: The second one, of the same vocabulary.
+    """Run the second model along the first one's answers and compare their logits.
 
     Raises:
         ConfigError: The vocabularies differ.
     """
     same, whole, tokens = 0, 0, 0
     largest, total, worst = 0.0, 0.0, 0.0
-    for one in references:
-        other = _logits(model, one.prompt, one.answer)
-        if other.shape != one.logits.shape:
-            raise ConfigError(f"the models have vocabularies of {one.logits.shape[1]} and {other.shape[1]} tokens")
-        equal = one.logits.argmax(-1) == other.argmax(-1)
-        first, second = one.logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    for reference in references:
+        other = _logits(model, reference.prompt, reference.answer)
+        if other.shape != reference.logits.shape:
+            raise ConfigError(
+                f"the models have vocabularies of {reference.logits.shape[1]} and {other.shape[1]} tokens"
+            )
+        equal = reference.logits.argmax(-1) == other.argmax(-1)
+        first, second = reference.logits.double().log_softmax(-1), other.double().log_softmax(-1)
         divergence = (first.exp() * (first - second)).sum(-1)
-        tokens += len(one.answer)
+        tokens += len(reference.answer)
         same += int(equal.sum())
         whole += bool(equal.all())
-        largest = max(largest, float((one.logits - other).abs().max()))
+        largest = max(largest, float((reference.logits - other).abs().max()))
         total += float(divergence.sum())
         worst = max(worst, float(divergence.max()))
     return Agreement(
@@ -219,7 +201,7 @@ def compare_answers(references: Sequence[Reference], model: Any) -> Agreement:
         equal_greedy_tokens=same / tokens,
         equal_greedy_answers=whole / len(references),
         max_logit_difference=largest,
-        # Rounding can take the divergence of equal distributions below 0.
+        # Rounding can make the divergence of equal distributions negative.
         mean_kl=max(0.0, total / tokens),
         max_kl=max(0.0, worst),
     )

@@ -1,9 +1,8 @@
-"""Quantized bases on disk: quantized once, loaded as they are afterwards.
+"""Cache of quantized bases on disk: each base is quantized once and loaded pre-quantized afterwards.
 
-An entry is a directory in the Hugging Face format (a pre-quantized model) named by the digest of its `CacheKey`, with
-`entry.json` beside the weights: the key in words and the SHA-256 of every file. It is written under a temporary name
-and renamed, so that an entry is whole or not there; one process writes it, others wait for it. What is not what was
-written is remade, with a warning.
+An entry is a directory in the Hugging Face format, named by the digest of its `CacheKey`. Its `entry.json` holds the
+key and the SHA-256 of every file. Entries are written under a temporary name and renamed, so they are complete or
+absent; one process writes, others wait. A damaged entry is rebuilt with a warning.
 """
 
 from __future__ import annotations
@@ -28,16 +27,13 @@ logger = logging.getLogger(__name__)
 
 ENTRY_NAME = "entry.json"
 _FORMAT = 1
-# The libraries that decide on the bits of a quantized weight or on the format it is saved in.
+# Libraries that determine the bits of a quantized weight or its file format.
 LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """What decides on the bytes of a quantized base.
-
-    The tokenizer and the template of the base are no part of it: they do not touch a weight.
-    """
+    """Everything that determines the bytes of a quantized base; tokenizer and chat template do not."""
 
     weights: str
     config: str
@@ -49,11 +45,11 @@ class CacheKey:
 
     @property
     def digest(self) -> str:
-        """64 hex digits, the name of the entry."""
+        """64 hex digits: the name of the entry."""
         return content_digest(canonical_json({"format": _FORMAT, **asdict(self)})).removeprefix("sha256:")
 
     def directory(self, settings: Settings) -> Path:
-        """Where the entry is, or would be."""
+        """The entry's directory, whether or not it exists."""
         return cache_root(settings) / self.digest
 
 
@@ -69,7 +65,7 @@ class CacheEntry:
 
 
 def cache_root(settings: Settings) -> Path:
-    """The directory of all entries."""
+    """Directory of all entries."""
     return settings.cache / "quantized"
 
 
@@ -81,7 +77,7 @@ def make_key(
     module_dtype: str,
     device_type: str,
 ) -> CacheKey:
-    """The key of a base quantized in one way on this machine's kind of device with the installed libraries."""
+    """The key of a base quantized with these settings, for a kind of device and the installed libraries."""
     return CacheKey(
         weights=fingerprint.weights,
         config=fingerprint.config,
@@ -102,18 +98,15 @@ def load_or_quantize(
     quantize: Callable[[], Any],
     load: Callable[[Path], Any],
 ) -> tuple[Any, bool]:
-    """Load the entry of `key`, or quantize and write it.
+    """Load the entry of `key`, or quantize and write it. Returns the model and whether it came from the cache.
 
     Args:
-        key: What decides on the bytes.
-        settings: Where the cache is.
+        key: Determines the entry.
+        settings: Location of the cache.
         source: Where the base came from, for listings.
         revision: Its revision, for listings.
-        quantize: Makes the quantized model out of the base; called at most once, under the entry's lock.
+        quantize: Quantizes the base; called at most once, under the entry's lock.
         load: Loads a pre-quantized model from a directory.
-
-    Returns:
-        The model, and whether it came from the cache.
 
     Raises:
         StorageError: The cache cannot be written.
@@ -121,30 +114,24 @@ def load_or_quantize(
     directory = key.directory(settings)
     problems = check_entry(directory, settings) if directory.is_dir() else []
     if problems:
-        logger.warning("the quantized base in %s is damaged (%s); it is made anew", directory, "; ".join(problems))
-        # Another process that saw the same may have removed it already.
+        logger.warning("the quantized base in %s is damaged (%s); rebuilding it", directory, "; ".join(problems))
+        # Another process may have removed it already.
         with suppress(FileNotFoundError):
             remove_entry(directory, settings)
-    made = []
+    models = []
 
     def build(temporary: Path) -> None:
         model = quantize()
         model.save_pretrained(temporary)
         _describe(temporary, key, settings, source=source, revision=revision)
-        made.append(model)
+        models.append(model)
 
-    ensure_entry(directory, settings, build, doing=f"caching {source} quantized")
-    return (made[0], False) if made else (load(directory), True)
+    ensure_entry(directory, settings, build, doing=f"caching the quantized {source}")
+    return (models[0], False) if models else (load(directory), True)
 
 
 def check_entry(directory: Path, settings: Settings, *, verify: bool = False) -> list[str]:
-    """Compare an entry with what was written; an empty list means that it is whole.
-
-    Args:
-        directory: The entry.
-        settings: Where digests of file contents are remembered (a content is read once after it changed).
-        verify: Read every file anew, whatever is remembered.
-    """
+    """Compare an entry with its `entry.json` and return all problems; `verify` reads every file again."""
     try:
         files = _read_entry(directory)["files"]
         recorded = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
@@ -152,21 +139,21 @@ def check_entry(directory: Path, settings: Settings, *, verify: bool = False) ->
         return [str(error)]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return [f"{ENTRY_NAME}: {error!r}"]
-    found = {path.name for path in directory.iterdir()} - {ENTRY_NAME}
-    problems = [f"missing: {name}" for name in sorted(set(recorded) - found)]
-    problems += [f"surplus: {name}" for name in sorted(found - set(recorded))]
-    for name in sorted(found & set(recorded)):
+    present = {path.name for path in directory.iterdir()} - {ENTRY_NAME}
+    problems = [f"missing: {name}" for name in sorted(set(recorded) - present)]
+    problems += [f"surplus: {name}" for name in sorted(present - set(recorded))]
+    for name in sorted(present & set(recorded)):
         size, digest = recorded[name]
         path = directory / name
         if path.stat().st_size != size:
-            problems.append(f"{name}: {path.stat().st_size} bytes, written were {size}")
+            problems.append(f"{name}: {path.stat().st_size} bytes, expected {size}")
         elif file_digest(path, settings, verify=verify) != digest:
-            problems.append(f"{name}: its content changed")
+            problems.append(f"{name}: content changed")
     return problems
 
 
 def list_entries(settings: Settings) -> list[CacheEntry]:
-    """All whole-named entries, oldest first; those whose `entry.json` cannot be read are left out."""
+    """All entries, oldest first; logs and skips those whose `entry.json` is unreadable."""
     entries = []
     root = cache_root(settings)
     directories = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
@@ -185,12 +172,12 @@ def list_entries(settings: Settings) -> list[CacheEntry]:
                 )
             )
         except (AssetError, KeyError, TypeError, ValueError) as error:
-            logger.warning("%s is no entry of the cache of quantized bases: %s", path, error)
+            logger.warning("%s is not a valid entry of the cache of quantized bases: %s", path, error)
     return entries
 
 
 def _describe(temporary: Path, key: CacheKey, settings: Settings, *, source: str, revision: str) -> None:
-    """Write `entry.json`, when all other files are there."""
+    """Write `entry.json` once all other files exist."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path, settings)}
         for path in sorted(temporary.iterdir())
@@ -205,5 +192,5 @@ def _read_entry(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise AssetError(f"{ENTRY_NAME} cannot be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise AssetError(f"{ENTRY_NAME} is not of format {_FORMAT}")
+        raise AssetError(f"{ENTRY_NAME} does not have format {_FORMAT}")
     return document

@@ -17,7 +17,7 @@ from rankwise.modeling.anatomy.anatomy import (
     ENERGY,
     FLAGS,
     Anatomy,
-    Block,
+    LayerGroup,
     Target,
     fold,
     kept_energy,
@@ -243,7 +243,7 @@ def _plots(anatomy: Anatomy) -> list[str]:
     ]
 
 
-def _block(block: Block) -> str:
+def _block(block: LayerGroup) -> str:
     return f"<details open><summary>{escape(block.label)}</summary>{''.join(map(_module, block.modules))}</details>"
 
 

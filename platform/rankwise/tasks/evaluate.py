@@ -28,7 +28,7 @@ from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.adapter import load_adapter
 from rankwise.modeling.base import LoadedBase, load_tokenizer, quiet_transformers
-from rankwise.modeling.decoding.engine import greedy
+from rankwise.modeling.decoding.scheduler import greedy
 from rankwise.modeling.fingerprint import fingerprint_base
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.modeling.lora.packed import delete_adapter

@@ -2,7 +2,7 @@ from helpers.anatomies import anatomy, planned, target
 from rich.console import Console
 
 from rankwise.cli.inspect import render
-from rankwise.modeling.anatomy.anatomy import Check
+from rankwise.modeling.anatomy.anatomy import ConsistencyCheck
 
 
 def shown(made, width=140):
@@ -20,9 +20,9 @@ def test_deltas_are_drawn_layer_by_layer():
 
 
 def test_what_disagrees_comes_first():
-    text = shown(anatomy([target(0)], checks=[Check(name="bytes", expected=5, actual=1234)]))
+    text = shown(anatomy([target(0)], checks=[ConsistencyCheck(name="bytes", expected=5, actual=1234)]))
     assert text.startswith("DISAGREE  bytes: expected 5, found 1,234\n")
-    agreeing = shown(anatomy([target(0)], checks=[Check(name="bytes", expected=5, actual=5)]))
+    agreeing = shown(anatomy([target(0)], checks=[ConsistencyCheck(name="bytes", expected=5, actual=5)]))
     assert "DISAGREE" not in agreeing
     assert "ok        bytes: 5" in agreeing
 
@@ -45,7 +45,7 @@ def test_flags_and_the_use_of_the_rank_are_told_in_words():
     text = " ".join(shown(anatomy(targets)).split())
     assert "untrained: 10 of 19 modules (B is zero: nothing was learned): model.layers.9.self_attn.q_proj" in text
     assert "and 2 more" in text
-    assert "r = 4 is more than was used: rank 2 keeps 99 % of the energy of all deltas" in text
+    assert "r = 4 is more than needed: rank 2 keeps 99 % of the energy of all deltas" in text
 
 
 def test_a_plan_shows_sizes_and_no_delta():

@@ -16,7 +16,7 @@ from rankwise.compat.transformers import (
     is_conv1d,
     note_injected_adapter,
 )
-from rankwise.modeling.decoding.cache import SlotCache
+from rankwise.modeling.decoding.slot_cache import SlotCache
 
 
 def llama(**options):

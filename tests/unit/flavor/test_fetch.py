@@ -74,7 +74,7 @@ def test_files_exchanged_between_two_places_are_refused(world, tmp_path):
     (copy / "input_example.json").rename(copy / "kept")
     shutil.copy(copy / "adapter" / "tokenizer_config.json", copy / "input_example.json")
     (copy / "kept").unlink()
-    with pytest.raises(AdapterIntegrityError, match=r"input_example\.json: \d+ bytes, stored were"):
+    with pytest.raises(AdapterIntegrityError, match=r"input_example\.json: \d+ bytes, expected"):
         load(copy, world)
 
 

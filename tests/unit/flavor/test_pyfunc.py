@@ -19,8 +19,8 @@ from helpers.turns import count_together, in_threads
 import rankwise.flavor as flavor
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.flavor.metadata import read_params
-from rankwise.modeling.decoding import engine as mixed_batch
-from rankwise.modeling.decoding.engine import Flight
+from rankwise.modeling.decoding import scheduler
+from rankwise.modeling.decoding.engine import RunningBatch
 from rankwise.modeling.decoding.generation import Decoding, generate_batch, row_seed
 from rankwise.modeling.lora.lean import is_dequantized
 from rankwise.modeling.lora.packed import Routing, packed_forwards, replaced_forward
@@ -85,8 +85,8 @@ def test_rows_come_and_go_and_answers_are_those_of_peft_and_generate(model, monk
         decoding,
         seeds=[row_seed(seed, at) for at in range(len(prompts))],
     )
-    entered, enter = [], Flight.enter
-    monkeypatch.setattr(Flight, "enter", lambda self, rows: (entered.append(len(rows)), enter(self, rows)))
+    entered, admit = [], RunningBatch.admit
+    monkeypatch.setattr(RunningBatch, "admit", lambda self, rows: (entered.append(len(rows)), admit(self, rows)))
     assert model.predict(prompts, params={**params, "batch_size": 2}) == [row.text for row in expected]
     assert sum(entered) == len(prompts)
     assert len(entered) > 1
@@ -116,7 +116,7 @@ def test_an_adapter_that_is_not_plain_lora_is_answered_by_peft_s_own_forward_and
     (expected,) = generate_batch(adapter.model, adapter.tokenizer, [ids], Decoding(max_new_tokens=4))
     with caplog.at_level(logging.WARNING, "rankwise"):
         assert loaded.predict("a", params=FEW) == [expected.text]
-    assert "not plain LoRA (DoRA or a bias), so decoded by peft's own forward" in caplog.text
+    assert "not plain LoRA (DoRA or a bias); these adapters are decoded by peft's own forward" in caplog.text
 
 
 def test_threads_take_turns_each_with_its_own_parameters(model, monkeypatch):
@@ -124,8 +124,8 @@ def test_threads_take_turns_each_with_its_own_parameters(model, monkeypatch):
     expected = {length: model.predict("carat 0.23", params={"max_new_tokens": length}) for length in lengths}
     found = in_threads(lambda length: model.predict("carat 0.23", params={"max_new_tokens": length}), lengths)
     assert found == expected
-    monkeypatch.setattr(mixed_batch, "engine_of", lambda model: None)
-    together = count_together(monkeypatch, mixed_batch, "generate_batch")
+    monkeypatch.setattr(scheduler, "engine_of", lambda model: None)
+    together = count_together(monkeypatch, scheduler, "generate_batch")
     found = in_threads(lambda length: model.predict("carat 0.23", params={"max_new_tokens": length}), lengths)
     assert found == expected
     assert together == [1, 1]

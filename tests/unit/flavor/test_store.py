@@ -210,7 +210,7 @@ def test_what_cannot_be_loaded_again_is_refused(world, tmp_path):
     with pytest.raises(ConfigError, match=r"token ids up to 339, the base's embedding has 320 rows"):
         flavor.save_model(base.model, tmp_path / "c", base.tokenizer, base=base)
     base.model.resize_token_embeddings(352, mean_resizing=False)
-    with pytest.raises(BaseMismatchError, match=r"embedding has 352 rows, its base .* has 320"):
+    with pytest.raises(BaseMismatchError, match=r"embedding has 352 rows, but its base .* has 320"):
         flavor.save_model(base.model, tmp_path / "d", base.tokenizer, base=base)
     with pytest.raises(BaseMismatchError, match="352 rows"):
         flavor.log_adapter(world.adapter, base)

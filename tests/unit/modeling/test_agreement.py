@@ -62,5 +62,5 @@ def test_a_model_agrees_with_itself_and_another_one_less(tmp_path):
     different = compare_answers(references, other.model)
     assert different.equal_greedy_tokens < 1.0
     assert different.mean_kl > 0.1
-    with pytest.raises(ConfigError, match="there is none"):
+    with pytest.raises(ConfigError, match="but there are none"):
         record_answers(one.model, one.tokenizer, [], max_new_tokens=6)

@@ -98,7 +98,7 @@ def test_a_base_that_is_quantized_already_is_refused(base, settings):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ConfigError, match=r"org/tiny is quantized already \(method gptq\), and quantization asks for 4"
+        ConfigError, match=r"org/tiny is already quantized \(method gptq\), but quantization requests 4"
     ):
         load_base(resolved(base), QuantizationSpec(), settings, device="cpu")
 
@@ -111,7 +111,7 @@ def test_missing_tensors_are_not_made_up(base, settings):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     for spec in (PLAIN, QuantizationSpec()):
         with pytest.raises(
-            AssetError, match=r"is not whole: missing tensors \['model\.layers\.1\.mlp\.up_proj\.weight'\]"
+            AssetError, match=r"is incomplete: missing tensors \['model\.layers\.1\.mlp\.up_proj\.weight'\]"
         ):
             load_base(resolved(base), spec, settings, device="cpu")
     assert not [path for path in (settings.cache / "quantized").iterdir() if path.is_dir()]

@@ -44,14 +44,14 @@ def test_a_gpu_is_told_by_its_capability(monkeypatch, capability, dtype, reason)
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_what_is_asked_for_is_taken(name):
     resolved = resolve_dtype(CPU, name)
-    assert (resolved.name, resolved.reason) == (name, f"{name}: as asked for")
+    assert (resolved.name, resolved.reason) == (name, f"{name}: as requested")
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_a_machine_can_be_held_to_one_dtype(monkeypatch, device):
     monkeypatch.setenv("RANKWISE_COMPUTE_DTYPE", "float16")
     resolved = resolve_dtype(device)
-    assert (resolved.dtype, resolved.reason) == (torch.float16, "float16: RANKWISE_COMPUTE_DTYPE says so")
+    assert (resolved.dtype, resolved.reason) == (torch.float16, "float16: set by RANKWISE_COMPUTE_DTYPE")
     assert resolve_dtype(device, "float32").name == "float32"
 
 

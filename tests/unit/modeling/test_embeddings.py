@@ -34,7 +34,7 @@ def test_an_embedding_of_the_bases_size_passes(base):
 
 @pytest.mark.parametrize("rows", [9, 11])
 def test_another_number_of_rows_is_refused(base, rows):
-    with pytest.raises(BaseMismatchError, match=f"has {rows} rows, its base .* has 10"):
+    with pytest.raises(BaseMismatchError, match=f"has {rows} rows, but its base .* has 10"):
         check_rows(model(rows, tied=True), lora(), base)
 
 
@@ -43,7 +43,7 @@ def test_new_rows_that_are_all_stored_pass_where_the_head_is_tied(base):
 
 
 def test_a_new_row_that_is_not_stored_is_named(base):
-    with pytest.raises(BaseMismatchError, match=r"\(1 of them, from 11\)"):
+    with pytest.raises(BaseMismatchError, match=r"\(1 of them, starting at 11\)"):
         check_rows(model(12, tied=True), lora([10]), base)
 
 
@@ -52,7 +52,7 @@ def test_rows_of_an_untied_head_must_be_stored_too(base):
         check_rows(model(12), lora([10, 11]), base)
     both = lora({"embed_tokens": [10, 11], "lm_head": [10, 11]})
     check_rows(model(12), both, base)
-    with pytest.raises(BaseMismatchError, match=r"\(1 of them, from 11\)"):
+    with pytest.raises(BaseMismatchError, match=r"\(1 of them, starting at 11\)"):
         check_rows(model(12), lora({"embed_tokens": [10, 11], "lm_head": [10]}), base)
     with pytest.raises(BaseMismatchError, match="new rows are not stored"):
         check_rows(model(12, bias=True), both, base)
@@ -77,6 +77,6 @@ def test_an_adapter_needs_the_rows_up_to_its_highest_and_never_fewer_than_its_ba
 
 
 def test_rows_that_are_not_all_brought_are_not_added():
-    with pytest.raises(BaseMismatchError, match=r"rows for tokens up to 12, .* \(1 are not, from 11\)"):
+    with pytest.raises(BaseMismatchError, match=r"rows for tokens up to 12, .* \(1 missing, starting at 11\)"):
         add_rows(model(10, tied=True), lora([10, 12]))
     assert not add_rows(model(10, tied=True), lora([9]))

@@ -225,7 +225,7 @@ def test_the_digest_of_known_parts_stays_what_stored_models_have():
 def test_a_fingerprint_survives_being_stored_and_refuses_altered_parts():
     fingerprint = Fingerprint(weights="a", config="b", tokenizer="c", chat_template="d")
     assert Fingerprint.from_dict(fingerprint.to_dict()) == fingerprint
-    with pytest.raises(ValueError, match="the parts of the fingerprint give"):
+    with pytest.raises(ValueError, match="the fingerprint's parts have the digest"):
         Fingerprint.from_dict({**fingerprint.to_dict(), "weights": "x"})
     with pytest.raises(ValueError, match=r"missing: \['config'\]"):
         Fingerprint.from_dict({k: v for k, v in fingerprint.to_dict().items() if k != "config"})

@@ -45,7 +45,7 @@ def test_a_flipped_byte_anywhere_in_any_file_is_refused(directory):
             broken = bytearray(content)
             broken[position] ^= 1
             path.write_bytes(broken)
-            with pytest.raises(AdapterIntegrityError, match=rf"{path.name}: sha256 [0-9a-f]{{64}}, stored was"):
+            with pytest.raises(AdapterIntegrityError, match=rf"{path.name}: sha256 [0-9a-f]{{64}}, expected"):
                 check_manifest(directory)
         path.write_bytes(content)
     check_manifest(directory)
@@ -54,7 +54,7 @@ def test_a_flipped_byte_anywhere_in_any_file_is_refused(directory):
 def test_a_truncated_file_is_refused(directory):
     path = directory / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(AdapterIntegrityError, match=r"4095 bytes, stored were 4096"):
+    with pytest.raises(AdapterIntegrityError, match=r"4095 bytes, expected 4096"):
         check_manifest(directory)
 
 
@@ -99,7 +99,7 @@ def test_a_rewritten_manifest_is_noticed_by_its_digest(directory):
     digest = check_manifest(directory)
     (directory / "requirements.txt").write_text("other\n")
     write_manifest(directory)
-    with pytest.raises(AdapterIntegrityError, match="is not the manifest that was stored"):
+    with pytest.raises(AdapterIntegrityError, match="is not the stored manifest"):
         check_manifest(directory, digest=digest)
 
 
@@ -112,7 +112,7 @@ def test_links_are_refused(directory, tmp_path):
 
 def test_what_is_no_plain_file_is_refused(directory):
     os.mkfifo(directory / "pipe")
-    with pytest.raises(AdapterIntegrityError, match="pipe is a link or no plain file"):
+    with pytest.raises(AdapterIntegrityError, match="pipe is a link or a special file"):
         check_manifest(directory)
 
 
@@ -142,7 +142,7 @@ def test_a_manifest_of_another_format_is_refused_by_its_name(directory, change, 
     document = json.loads((directory / MANIFEST_NAME).read_bytes())
     (directory / MANIFEST_NAME).write_text(json.dumps({**document, **change}))
     with pytest.raises(
-        AdapterIntegrityError, match=rf"is of format {shown}; this release reads 'rankwise-manifest' version 1"
+        AdapterIntegrityError, match=rf"has format {shown}; this release reads 'rankwise-manifest' version 1"
     ) as caught:
         check_manifest(directory)
     assert "is not a manifest" not in str(caught.value)

@@ -148,7 +148,7 @@ def test_a_damaged_entry_is_noticed_told_and_remade(bases, settings, entry, capl
         loaded = load(bases, settings)
     assert not loaded.from_cache
     assert "is damaged" in caplog.text
-    assert "it is made anew" in caplog.text
+    assert "rebuilding it" in caplog.text
     assert torch.equal(logits(loaded.model), expected)
     assert check_entry(entry, settings) == []
     assert load(bases, settings).from_cache
@@ -178,4 +178,4 @@ def test_what_a_killed_writer_left_is_not_taken_and_goes(bases, settings, entry)
 def test_an_entry_that_cannot_be_read_is_left_out_of_the_list(settings, entry, caplog):
     (entry / ENTRY_NAME).write_text("{}")
     assert list_entries(settings) == []
-    assert "is no entry of the cache" in caplog.text
+    assert "is not a valid entry of the cache" in caplog.text

@@ -3,7 +3,7 @@ import re
 import pytest
 from helpers.anatomies import anatomy, planned, target
 
-from rankwise.modeling.anatomy.anatomy import Check
+from rankwise.modeling.anatomy.anatomy import ConsistencyCheck
 from rankwise.report.anatomy import bars, energy_plot, heat_map, make_page
 
 
@@ -33,15 +33,17 @@ def test_the_page_says_what_the_terminal_says():
     assert "0.166%" in page
     assert "base here, measured" in page
     assert "stored rows, 128 parameters" in page
-    assert "r = 4 is more than was used: rank 2 keeps 99 %" in page
+    assert "r = 4 is more than needed: rank 2 keeps 99 %" in page
     assert page.count("<td>model.layers.1.mlp.up_proj</td>") == 1
 
 
 def test_a_disagreement_stands_in_front_of_everything():
-    page = make_page(anatomy(layers(1), checks=[Check(name="bytes", expected=5, actual=7)]), "x")
+    page = make_page(anatomy(layers(1), checks=[ConsistencyCheck(name="bytes", expected=5, actual=7)]), "x")
     loud = page.index('<p class="bad">DISAGREE: bytes: expected 5, found 7')
     assert loud < page.index("<table")
-    assert 'class="bad"' not in make_page(anatomy(layers(1), checks=[Check(name="b", expected=7, actual=7)]), "x")
+    assert 'class="bad"' not in make_page(
+        anatomy(layers(1), checks=[ConsistencyCheck(name="b", expected=7, actual=7)]), "x"
+    )
 
 
 def test_modules_that_learned_nothing_are_named_and_framed():

@@ -1,1 +1,1 @@
-"""What is inside an adapter: sizes, updates, effective rank, checks."""
+"""What is inside an adapter: sizes, updates, effective rank, consistency checks."""

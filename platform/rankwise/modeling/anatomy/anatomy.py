@@ -1,12 +1,9 @@
-"""What an adapter is made of: values. `anatomy_reader` fills them in, `anatomy_page` and the command line show them.
+"""What an adapter consists of: targets, used rank, norms of its deltas, consistency checks, groups of alike layers.
 
-Shapes: A is (r, in_features), B is (out_features, r). The delta itself, (out_features, in_features), is never made:
+`anatomy.reader` fills these values in; the anatomy page and the command line show them.
+
+Shapes: A is (r, in_features), B is (out_features, r). The delta itself, (out_features, in_features), is never built:
 with reduced QR decompositions B = Q1 R1 and A^T = Q2 R2, its singular values are those of scaling * R1 R2^T, (r, r).
-
-- Is r = 64 used, or would 8 do? An answer from the singular values of an adapter's deltas.
-- Formula = header = file: what an adapter's configuration, its tensors and its bytes must agree on.
-- The module tree of an adapter with identical layers folded, for whoever draws it.
-- Norm and ranks of an adapter's delta, scaling * B A, from its factors.
 """
 
 from __future__ import annotations
@@ -31,16 +28,15 @@ ENERGY = 0.99
 class RankUse:
     """How much of its rank an adapter uses.
 
-    Energy is squared norm: the best approximation of rank k keeps the k largest squared singular values (Eckart and
-    Young 1936).
+    Energy is the squared Frobenius norm: the best rank-k approximation keeps the k largest squared singular values
+    (Eckart and Young 1936).
 
     Attributes:
         r: The adapter's largest rank.
-        rank_99: The smallest rank k so that the best approximations of rank k of all deltas together keep 99 % of
-            their energy.
-        least: The smallest rank that keeps 99 % of a single delta, in the module that needs the least.
-        most: As above, in the module that needs the most.
-        enough: The smallest power of two that is not below `rank_99`, or `r` where that is smaller.
+        rank_99: The smallest k for which the best rank-k approximations of all deltas together keep 99 % of the energy.
+        least: The smallest rank that keeps 99 % of a single delta, over all modules.
+        most: The largest such rank.
+        enough: The smallest power of two that is at least `rank_99`, capped at `r`.
     """
 
     r: int
@@ -51,19 +47,19 @@ class RankUse:
 
     @property
     def text(self) -> str:
-        """The answer in words."""
+        """The result in words."""
         single = f"single modules need {self.least}" + (f" to {self.most}" if self.most > self.least else "")
         kept = f"rank {self.rank_99} keeps {100 * ENERGY:g} % of the energy of all deltas ({single})"
         if self.enough < self.r:
-            return f"r = {self.r} is more than was used: {kept}; r = {self.enough} would hold it"
+            return f"r = {self.r} is more than needed: {kept}; r = {self.enough} would be enough"
         return f"r = {self.r} is used: {kept}"
 
 
 def rank_use(singular_values: Sequence[Sequence[float]], *, r: int) -> RankUse | None:
-    """Judge the deltas of an adapter; None where none was learned.
+    """Compute the rank that an adapter uses; None if no delta was learned.
 
     Args:
-        singular_values: Of each delta, largest first. Those that are zero or empty do not count.
+        singular_values: Of each delta, largest first; zero or empty ones are ignored.
         r: The adapter's largest rank.
     """
     energies = [[value * value for value in values] for values in singular_values if values and values[0] > 0]
@@ -77,17 +73,13 @@ def rank_use(singular_values: Sequence[Sequence[float]], *, r: int) -> RankUse |
 
 
 def rank_of_energy(energy: Sequence[float]) -> int:
-    """The smallest k whose first k energies are 99 % of all.
-
-    Args:
-        energy: Squared singular values, largest first, not all zero.
-    """
+    """The smallest k whose first k energies (squared singular values, largest first, not all zero) sum to 99 %."""
     kept = kept_energy(energy)
     return next(k for k, share in enumerate(kept, start=1) if share >= ENERGY)
 
 
 def kept_energy(energy: Sequence[float]) -> list[float]:
-    """The share of the whole energy that rank 1, 2, ... keeps; the last is 1."""
+    """The share of the energy that rank 1, 2, ... keeps; the last is 1."""
     whole, kept, shares = sum(energy), 0.0, []
     for value in energy:
         kept += value
@@ -100,7 +92,7 @@ FLAGS = {
     "dead": "the delta is zero or below 1 % of the median one",
     "nonfinite": "NaN or infinity in the factors",
 }
-"""What is wrong with a module, and what that means."""
+"""Problems of a module, and what they mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +100,16 @@ class Target:
     """One adapted linear layer.
 
     Attributes:
-        module: Its full name in the base.
+        module: Full name in the base.
         lora_A: (r, in_features).
         lora_B: (out_features, r).
-        parameters: Elements of all tensors that the adapter stores for it.
+        parameters: Elements of all tensors stored for it.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
-        dropout: lora_dropout.
-        delta_norm: Frobenius norm of scaling * B A; None in a plan without weights.
-        effective_rank: Roy and Vetterli's; None as above.
-        stable_rank: Squared norm over the squared largest singular value; None as above.
-        rank_99: The smallest rank with 99 % of the squared norm; None as above.
-        singular_values: Of the delta, largest first; empty as above, and where a factor is not finite.
+        delta_norm: Frobenius norm of scaling * B A; like the ranks, None in a plan without weights.
+        effective_rank: See `Delta`.
+        stable_rank: See `Delta`.
+        rank_99: See `Delta`.
+        singular_values: Of the delta, largest first; empty in a plan, or if a factor is not finite.
         flags: Keys of `FLAGS`.
     """
 
@@ -136,7 +127,7 @@ class Target:
     flags: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: without the singular values, and a number that is not finite is null."""
+        """For JSON: without singular values; numbers that are not finite become null."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "singular_values"}
         values |= {"lora_A": list(self.lora_A), "lora_B": list(self.lora_B), "flags": list(self.flags)}
         if self.delta_norm is not None and not math.isfinite(self.delta_norm):
@@ -145,7 +136,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class ConsistencyCheck:
     """Two numbers that must agree."""
 
     name: str
@@ -154,12 +145,12 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether they do."""
+        """Whether they agree."""
         return self.expected == self.actual
 
     @property
     def text(self) -> str:
-        """One line: the number, or both where they disagree."""
+        """One line: the number, or both if they differ."""
         if self.ok:
             return f"{self.name}: {self.actual:,}"
         return f"{self.name}: expected {self.expected:,}, found {self.actual:,}"
@@ -167,7 +158,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of the base, and of base and adapter; measured on loaded models, or estimated for this machine."""
+    """Bytes of the base and of base plus adapter; measured on loaded models, or estimated for this machine."""
 
     base: int
     base_and_adapter: int
@@ -176,15 +167,12 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """An adapter, taken apart.
+    """An adapter's contents.
 
     Attributes:
-        parameters: Elements of all tensors.
-        bytes: Of all tensors; the file has a header on top.
-        targets: In the order of the base's modules where it is known, else of the names.
-        base: The base's size; None where its configuration is not known.
-        memory: None as above.
-        checks: What must agree.
+        bytes: Of all tensors; the file adds a header.
+        targets: In the order of the base's modules if known, otherwise by name.
+        base: None if the base's configuration is unknown; so is `memory`.
     """
 
     parameters: int
@@ -192,46 +180,46 @@ class Anatomy:
     targets: tuple[Target, ...]
     base: BaseEstimate | None
     memory: Memory | None
-    checks: tuple[Check, ...]
+    checks: tuple[ConsistencyCheck, ...]
 
     @property
     def layers(self) -> dict[int | None, int]:
-        """Parameters of each layer; None collects what is outside of layers."""
+        """Parameters per layer; None collects modules outside of layers."""
         return layer_sums((target.module, target.parameters) for target in self.targets)
 
     @property
     def beside(self) -> int:
-        """Parameters that belong to no target: stored rows of an embedding."""
+        """Parameters that belong to no target: stored embedding rows."""
         return self.parameters - sum(target.parameters for target in self.targets)
 
     @property
     def share_of_base(self) -> float | None:
-        """The adapter's parameters over the base's."""
+        """The adapter's parameters divided by the base's."""
         return self.parameters / self.base.parameters if self.base else None
 
     @property
     def flagged(self) -> dict[str, list[str]]:
-        """The modules with each flag that occurs."""
-        found = {flag: [target.module for target in self.targets if flag in target.flags] for flag in FLAGS}
-        return {flag: modules for flag, modules in found.items() if modules}
+        """Modules by flag, for the flags that occur."""
+        modules_by_flag = {flag: [target.module for target in self.targets if flag in target.flags] for flag in FLAGS}
+        return {flag: modules for flag, modules in modules_by_flag.items() if modules}
 
     @property
-    def disagreements(self) -> tuple[Check, ...]:
-        """The checks that failed."""
+    def disagreements(self) -> tuple[ConsistencyCheck, ...]:
+        """The failed checks."""
         return tuple(check for check in self.checks if not check.ok)
 
     @property
     def rank_use(self) -> RankUse | None:
-        """How much of the rank was used; None in a plan, and where nothing was learned."""
+        """How much of the rank is used; None in a plan, or if nothing was learned."""
         trained = [target.singular_values for target in self.targets if not target.flags]
         return rank_use(trained, r=max((target.lora_A[0] for target in self.targets), default=0))
 
     def with_memory(self, base: int, base_and_adapter: int) -> Anatomy:
-        """The same with measured memory, in bytes."""
+        """A copy with measured memory, in bytes."""
         return replace(self, memory=Memory(base=base, base_and_adapter=base_and_adapter, measured=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The form of `inspect --json`."""
+        """The content of `inspect --json`."""
         use = self.rank_use
         return {
             "adapter": {
@@ -262,33 +250,35 @@ def make_checks(
     *,
     ranks: Mapping[str, int],
     linear: Mapping[str, tuple[int, int]] | None,
-) -> tuple[Check, ...]:
-    """Compare.
+) -> tuple[ConsistencyCheck, ...]:
+    """Check that configuration, tensors, file size and base agree.
 
     Args:
         path: The file of weights.
-        header: The tensors that its header lists.
-        targets: What they make up.
-        ranks: The rank that the configuration gives each module.
-        linear: (in_features, out_features) of the base's linear layers; None where the base is not known.
+        header: Tensors listed in its header.
+        targets: Targets built from them.
+        ranks: Rank of each module according to the configuration.
+        linear: (in_features, out_features) of the base's linear layers; None if the base is unknown.
     """
     parameters = sum(elements(entry) for entry in header)
     formula = sum(ranks[target.module] * (target.lora_A[1] + target.lora_B[0]) for target in targets)
-    # Rows of new tokens, magnitudes of DoRA: stored beside the factors, outside of the formula.
+    # The formula does not cover embedding rows and DoRA magnitudes.
     formula += sum(elements(entry) for entry in header if not entry.name.endswith((".lora_A.weight", ".lora_B.weight")))
     checks = [
-        Check(name="parameters: r * (in + out) = tensors in the header", expected=formula, actual=parameters),
-        Check(
+        ConsistencyCheck(
+            name="parameters: r * (in + out) = tensors in the header", expected=formula, actual=parameters
+        ),
+        ConsistencyCheck(
             name="bytes: elements * size of their dtype = tensors in the header",
             expected=sum(elements(entry) * _BYTES.get(entry.dtype, 0) for entry in header),
             actual=sum(entry.stop - entry.start for entry in header),
         ),
-        Check(
+        ConsistencyCheck(
             name="bytes: header and tensors = file",
             expected=max((entry.stop for entry in header), default=0),
             actual=path.stat().st_size,
         ),
-        Check(
+        ConsistencyCheck(
             name="ranks: rows of lora_A = columns of lora_B",
             expected=sum(target.lora_A[0] for target in targets),
             actual=sum(target.lora_B[1] for target in targets),
@@ -297,7 +287,7 @@ def make_checks(
     if linear is not None:
         fitting = [target for target in targets if linear.get(target.module) == (target.lora_A[1], target.lora_B[0])]
         checks.append(
-            Check(
+            ConsistencyCheck(
                 name="targets: linear layers of the base with these shapes", expected=len(targets), actual=len(fitting)
             )
         )
@@ -305,16 +295,16 @@ def make_checks(
 
 
 def elements(entry: TensorEntry) -> int:
-    """Numbers in a tensor."""
+    """Number of elements of a tensor."""
     return math.prod(entry.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """Consecutive layers that are alike in modules, shapes, scaling and dropout.
+class LayerGroup:
+    """Consecutive layers with the same modules, shapes, scaling and dropout.
 
     Attributes:
-        layers: Their numbers; None stands for what is outside of layers.
+        layers: Their numbers; None stands for modules outside of layers.
         modules: For each module of a layer, that module in all of `layers`.
     """
 
@@ -323,7 +313,7 @@ class Block:
 
     @property
     def parameters(self) -> int:
-        """Of one layer."""
+        """Parameters of one layer."""
         return sum(alike[0].parameters for alike in self.modules)
 
     @property
@@ -336,14 +326,14 @@ class Block:
         return f"{'outside of layers' if layer is None else f'layer {layer}'}: {self.parameters:,} parameters"
 
 
-def fold(anatomy: Anatomy) -> list[Block]:
-    """The tree's blocks, in the order of the model."""
+def fold(anatomy: Anatomy) -> list[LayerGroup]:
+    """Group consecutive alike layers, in the model's order."""
     layers = [(layer, tuple(targets)) for layer, targets in groupby(anatomy.targets, lambda t: layer_of(t.module))]
     blocks = []
     for _, group in groupby(layers, lambda entry: tuple(_shape(target) for target in entry[1])):
         alike = list(group)
         columns = zip(*(targets for _, targets in alike), strict=True)
-        blocks.append(Block(layers=tuple(layer for layer, _ in alike), modules=tuple(columns)))
+        blocks.append(LayerGroup(layers=tuple(layer for layer, _ in alike), modules=tuple(columns)))
     return blocks
 
 
@@ -355,7 +345,7 @@ def kind_of(module: str) -> str:
 
 
 def span(values: Sequence[float]) -> str:
-    """`0.58 to 2.47`, or one number where all round to it."""
+    """`0.58 to 2.47`, or one number if both round to it."""
     low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return low if low == high else f"{low} to {high}"
 
@@ -366,15 +356,15 @@ def _shape(target: Target) -> tuple[object, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What a delta's singular values s say.
+    """Norm and ranks of a delta, from its singular values s.
 
     Attributes:
         norm: Frobenius norm, the root of the sum of s^2.
-        effective_rank: exp of the entropy of s / sum(s) (Roy and Vetterli 2007, "The effective rank: a measure of
-            effective dimensionality"); between 1 and r, 0 of a delta that is zero.
-        stable_rank: norm^2 / max(s)^2 (Rudelson and Vershynin 2007); 0 of a delta that is zero.
-        rank_99: The smallest rank that keeps 99 % of norm^2; 0 of a delta that is zero.
-        singular_values: s itself, largest first; empty of a delta that is not finite.
+        effective_rank: exp of the entropy of s / sum(s), between 1 and r (Roy and Vetterli 2007, "The effective rank: a
+            measure of effective dimensionality").
+        stable_rank: norm^2 / max(s)^2 (Rudelson and Vershynin 2007).
+        rank_99: The smallest rank that keeps 99 % of norm^2. All ranks are 0 for a zero delta.
+        singular_values: s, largest first; empty if the delta is not finite.
     """
 
     norm: float
@@ -385,7 +375,7 @@ class Delta:
 
 
 def singular_values(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """The singular values of scaling * B A, largest first, in float64: min(r, in_features, out_features) of them."""
+    """Singular values of scaling * B A, largest first, in float64: min(r, in_features, out_features) of them."""
     r1 = torch.linalg.qr(lora_B.double(), mode="r").R
     r2 = torch.linalg.qr(lora_A.double().T, mode="r").R
     values: torch.Tensor = torch.linalg.svdvals(r1 @ r2.T)
@@ -393,12 +383,9 @@ def singular_values(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) 
 
 
 def measure_delta(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> Delta:
-    """Measure one delta; a delta with numbers that are not finite has a norm of NaN and ranks of 0.
+    """Measure the delta of factors A (r, in_features) and B (out_features, r).
 
-    Args:
-        lora_A: (r, in_features).
-        lora_B: (out_features, r).
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
+    If a factor is not finite, the norm is NaN and the ranks are 0.
     """
     if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
         return Delta(norm=float("nan"), effective_rank=0.0, stable_rank=0.0, rank_99=0)
@@ -411,7 +398,7 @@ def measure_delta(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) ->
     energy = (values / largest) ** 2
     return Delta(
         norm=float(torch.linalg.vector_norm(values)),
-        # xlogy takes 0 log 0 as 0.
+        # xlogy defines 0 log 0 as 0.
         effective_rank=float(torch.exp(-torch.special.xlogy(shares, shares).sum())),
         stable_rank=float(energy.sum()),
         rank_99=rank_of_energy(energy.tolist()),

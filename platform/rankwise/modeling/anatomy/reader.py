@@ -1,4 +1,4 @@
-"""Takes an adapter apart: one on disk, or one that is only planned."""
+"""Builds the anatomy of a stored or planned adapter."""
 
 from __future__ import annotations
 
@@ -20,20 +20,15 @@ from rankwise.modeling.estimate import Estimator
 if TYPE_CHECKING:
     from rankwise.modeling.adapter import StoredAdapter
 
-# A trained module whose delta is so much smaller than the median one changes nothing that can be noticed.
+# A delta below this share of the median one has no noticeable effect.
 _DEAD_SHARE = 0.01
 
 
 def plan_anatomy(config: Any, lora: LoraSpec, quantization: QuantizationSpec) -> Anatomy:
-    """The anatomy of an adapter that does not exist yet, from the base's configuration.
-
-    Args:
-        config: See `Estimator`.
-        lora: Rank, alpha, dropout, target modules.
-        quantization: Of the base.
+    """The anatomy of a planned adapter, from the base's configuration (see `Estimator`).
 
     Raises:
-        ConfigError: The architecture or a target module is not known.
+        ConfigError: The architecture or a target module is unknown.
     """
     estimate = Estimator(config).arm(lora, quantization)
     scaling = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
@@ -69,21 +64,21 @@ def adapter_anatomy(
     """The anatomy of a stored adapter; memory is estimated.
 
     Args:
-        adapter: What `read_adapter` returned, or a PEFT directory to read.
+        adapter: The result of `read_adapter`, or a PEFT directory.
         base_config: The base's configuration (see `Estimator`), for its size and to compare shapes.
-        quantization: Of the base; NF4 with double quantization when left out.
-        module_dtype: Of the base's modules that are not quantized; what this machine would load when left out.
+        quantization: Of the base; default: NF4 with double quantization.
+        module_dtype: Of the base's unquantized modules; default: what this machine would load.
 
     Raises:
-        AdapterIntegrityError: The directory is no whole adapter.
-        ConfigError: The architecture of the base is not known.
+        AdapterIntegrityError: The directory is not a complete adapter.
+        ConfigError: The base's architecture is unknown.
     """
-    # peft is needed for stored adapters only, and takes seconds to import.
+    # Planned adapters do not need peft, which takes seconds to import.
     from rankwise.modeling.adapter import PREFIX, rank_of, read_adapter
 
     stored = read_adapter(adapter) if isinstance(adapter, Path) else adapter
     config, tensors = stored.config, stored.tensors
-    # The checks compare the file's own header with what was read out of it.
+    # The checks compare the file's header with the tensors read from it.
     header = _header(stored.weights)
     estimator = Estimator(base_config) if base_config is not None else None
     targets = [
@@ -113,7 +108,7 @@ def adapter_anatomy(
 
 
 def _target(name: str, config: Any, tensors: Mapping[str, torch.Tensor], stored: Sequence[TensorEntry]) -> Target:
-    """One module: its factors measured, and all that is stored for it counted."""
+    """Measure one module and count everything stored for it."""
     from rankwise.modeling.adapter import PREFIX, scaling_of
 
     lora_A, lora_B = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
@@ -144,12 +139,12 @@ def _header(path: Path) -> list[TensorEntry]:
 
 
 def _modules(header: Sequence[TensorEntry], prefix: str) -> list[str]:
-    """Names of the modules that have both factors, as the base names them."""
+    """Base names of the modules that have both factors."""
     names = {entry.name for entry in header}
-    found = [
+    modules = [
         name.removeprefix(prefix).removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")
     ]
-    return sorted(name for name in found if f"{prefix}{name}.lora_B.weight" in names)
+    return sorted(name for name in modules if f"{prefix}{name}.lora_B.weight" in names)
 
 
 def _in_order(targets: Sequence[Target], estimator: Estimator | None) -> list[Target]:
@@ -158,7 +153,7 @@ def _in_order(targets: Sequence[Target], estimator: Estimator | None) -> list[Ta
 
 
 def _natural(module: str) -> list[tuple[int, str]]:
-    """`layers.10` after `layers.9`."""
+    """Sort key that puts `layers.10` after `layers.9`."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in module.split(".")]
 
 

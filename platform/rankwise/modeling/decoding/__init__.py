@@ -1,1 +1,1 @@
-"""Batch decoding: several prompts, each with its own adapter, in one batch."""
+"""Batch decoding: many prompts over one base, each with its own adapter."""

@@ -1,18 +1,13 @@
-"""Text generation for one left-padded batch: greedy or sampled, stop strings, one seed per row.
+"""Text generation for one left-padded batch with transformers: greedy or sampled, stop texts, one seed per row.
 
 Letters: B rows, V vocabulary.
 
-The base's own `generation_config` takes no part (many ship a temperature or a repetition penalty that would change
-results unseen): what decides is in `Decoding`. Rows are sampled each from its own seed (`sampling.py`).
+The base's own `generation_config` is ignored, except for its end tokens: many contain a temperature or a repetition
+penalty that would change results unnoticed. `Decoding` holds all settings.
 
-Letters: B rows, V vocabulary.
-
-A draw adds Gumbel noise to the logits and takes the largest, which draws from the softmax exactly (Gumbel 1954;
-Maddison et al. 2014, "A* sampling"). The noise comes from a generator of the row's own, on the CPU, so that a row draws
-the same tokens in any batch and on any device. What may be drawn is cut as in transformers: by `top_k` first, then by
-`top_p` of what is left, both after the temperature.
-
-- The next token of each row: the likeliest, or a draw from the row's own generator.
+Sampling adds Gumbel noise to the logits and takes the argmax, which samples from the softmax exactly (Gumbel 1954;
+Maddison et al. 2014, "A* sampling"). The noise comes from a CPU generator per row, so a row gets the same tokens in any
+batch and on any device. As in transformers, candidates are limited by `top_k`, then by `top_p`, after the temperature.
 """
 
 from __future__ import annotations
@@ -31,25 +26,25 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from rankwise.exceptions import ConfigError
 
 
-def generator(seed: int) -> torch.Generator:
-    """The generator of one row."""
+def row_generator(seed: int) -> torch.Generator:
+    """The random generator of one row."""
     return torch.Generator().manual_seed(seed)
 
 
-def noisy(
+def add_gumbel_noise(
     logits: torch.Tensor, generators: Sequence[torch.Generator], *, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
-    """Scores whose largest entry is a draw from softmax(logits / temperature), cut at `top_k` and `top_p`.
+    """Noisy scores whose argmax is a sample from softmax(logits / temperature), limited by `top_k` and `top_p`.
 
     Args:
         logits: (B, V).
         generators: One for each row.
         temperature: Above 0.
-        top_k: The likeliest tokens that may be drawn; 0 for all.
+        top_k: Number of likeliest tokens to sample from; 0 for all.
         top_p: Of these, the likeliest that together have at least this probability.
 
     Returns:
-        (B, V) in fp32; -inf where a token may not be drawn.
+        (B, V) in fp32; -inf for excluded tokens.
     """
     scores = logits.float() / temperature
     vocabulary = scores.shape[-1]
@@ -59,11 +54,11 @@ def noisy(
     if top_p < 1.0:
         ordered, order = scores.sort(dim=-1, descending=True)
         chances = ordered.softmax(dim=-1)
-        # A token stays while those before it do not reach top_p: the likeliest one always stays.
+        # A token stays if those before it do not reach top_p, so the likeliest one always stays.
         drop = (chances.cumsum(dim=-1) - chances) >= top_p
         scores = scores.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    waiting = torch.stack([torch.empty(vocabulary).exponential_(generator=one) for one in generators])
-    return scores - waiting.log().to(scores.device)
+    exponential = torch.stack([torch.empty(vocabulary).exponential_(generator=one) for one in generators])
+    return scores - exponential.log().to(scores.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +66,14 @@ class Decoding:
     """How tokens are chosen.
 
     Args:
-        max_new_tokens: Most tokens to generate for a row, the end token included; at least 1.
+        max_new_tokens: Maximum tokens per row, including the end token; at least 1.
         temperature: 0 takes the likeliest token; above 0 divides the logits before sampling.
         top_k: Sampling keeps this many of the likeliest tokens; 0 keeps all.
-        top_p: Sampling keeps the likeliest tokens (of those that `top_k` has left) that together have at least this
-            probability; in (0, 1].
-        stop: Texts that end a row, special tokens too; neither they nor what follows them is in the row's text.
+        top_p: Sampling keeps the likeliest tokens (after `top_k`) with at least this total probability; in (0, 1].
+        stop: Texts that end a row, including special tokens; the row's text ends before them.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of range.
     """
 
     max_new_tokens: int = 64
@@ -90,13 +84,13 @@ class Decoding:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.temperature > 0
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, all at once."""
+        """Reject values out of range, all at once."""
         problems = []
-        # No answer ever has 2.5 tokens: it would go on to the last position.
+        # The length never equals 2.5, so generation would continue to the last position.
         whole: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k}
         problems += [
             f"{name} must be a whole number, got {value!r}"
@@ -115,18 +109,18 @@ class Decoding:
         if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
             problems.append(f"stop must be a sequence of texts, got {stop!r}")
         if any(not text for text in self.stop):
-            problems.append("stop must not hold an empty text: it would end every row at once")
+            problems.append("stop must not contain an empty text: it would end every row at once")
         if problems:
             raise ConfigError("; ".join(problems), tuple(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generated:
-    """One row's result.
+class Generation:
+    """Result of one row.
 
     Args:
         text: The decoded tokens without special tokens, cut before the first stop text.
-        token_ids: The generated tokens, the end token included, padding not.
+        token_ids: The generated tokens, including the end token, without padding.
         finish_reason: `stop` after an end token or a stop text, `length` after `max_new_tokens`.
         prompt_tokens: Length of the prompt.
     """
@@ -138,13 +132,13 @@ class Generated:
 
 
 def row_seed(seed: int, row: int | str) -> int:
-    """A row's own seed out of the call's seed and the row's index or id, as a non-negative 63-bit number."""
+    """Derive a row's seed, a non-negative 63-bit number, from the call's seed and the row's index or id."""
     digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of at most `batch_size`, longest first: little padding, and a lack of memory shows at once."""
+    """Indices in batches of at most `batch_size`, longest first: little padding, and lack of memory shows at once."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
@@ -154,9 +148,9 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def end_token_ids(model: Any, tokenizer: Any, stop: Sequence[str] = ()) -> tuple[int, ...]:
     """Tokens that end a row.
 
-    They are the tokenizer's end token, those of the base's generation configuration, and the special tokens among the
-    stop texts: `<|im_end|>` is never in a text, from which special tokens are left out. Not all of them have a role, by
-    which `all_special_tokens` knows them.
+    These are the tokenizer's end token, those of the base's generation configuration, and special tokens among the stop
+    texts: decoded text contains no special tokens, so `<|im_end|>` would never match. Special tokens without a role are
+    missing from `all_special_tokens`.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])]
@@ -174,25 +168,28 @@ def generate_batch(
     decoding: Decoding,
     *,
     seeds: Sequence[int] | None = None,
-) -> list[Generated]:
-    """Continue every prompt; rows keep their order, so that a caller may route rows to adapters by position.
+) -> list[Generation]:
+    """Continue every prompt; rows keep their order, so callers can route rows to adapters by position.
 
     Args:
         model: A causal language model with `generate`, in eval mode.
         tokenizer: Decodes, and names the padding and end tokens.
         prompts: Token ids of each row, at least one token each.
         decoding: How tokens are chosen.
-        seeds: One per row, needed when `decoding.temperature` is above 0.
+        seeds: One per row, required if `decoding.temperature` is above 0.
 
     Raises:
-        ConfigError: A prompt is empty, does not fit the model's positions, or the seeds do not match the rows.
+        ConfigError: A prompt is empty or exceeds the model's positions, or the seeds do not match the rows.
     """
     if not prompts:
         return []
     _check(model, prompts, decoding, seeds)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
-        raise ConfigError("the tokenizer has neither a pad nor an end token, so rows of a batch cannot be padded")
+        raise ConfigError(
+            "the tokenizer has neither a pad nor an end token, so rows of a batch cannot be padded; set a pad_token in "
+            "the base's tokenizer_config.json"
+        )
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=torch.int64)
@@ -221,7 +218,7 @@ def generate_batch(
             stopping_criteria=criteria,
         )
     rows = output[:, width:].tolist()
-    return [finish(tokenizer, row, decoding, ends, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    return [finish_row(tokenizer, row, decoding, ends, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, seeds: Sequence[int] | None) -> None:
@@ -233,7 +230,7 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, see
     if positions is not None and longest + decoding.max_new_tokens > positions:
         raise ConfigError(
             f"the longest prompt has {longest} tokens; with max_new_tokens={decoding.max_new_tokens} that is more than "
-            f"the {positions} positions of the base; shorten the prompt or ask for fewer tokens"
+            f"the {positions} positions of the base; shorten the prompt or lower max_new_tokens"
         )
     if decoding.temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
         raise ConfigError(
@@ -242,10 +239,10 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, see
         )
 
 
-def finish(
+def finish_row(
     tokenizer: Any, row: Sequence[int], decoding: Decoding, ends: tuple[int, ...], prompt_tokens: int
-) -> Generated:
-    """Cut a row's tokens after the end token or at a stop text; what is behind is padding."""
+) -> Generation:
+    """Cut a row's tokens after the end token or at a stop text; the rest is padding."""
     end = next((index for index, token in enumerate(row) if token in ends), None)
     tokens = list(row if end is None else row[: end + 1])
     reason: Literal["stop", "length"] = "length" if end is None else "stop"
@@ -255,34 +252,34 @@ def finish(
         reason = "stop"
         text = text[:cut]
         tokens = _until_stop(tokenizer, tokens, decoding.stop)
-    return Generated(text=text, token_ids=tuple(tokens), finish_reason=reason, prompt_tokens=prompt_tokens)
+    return Generation(text=text, token_ids=tuple(tokens), finish_reason=reason, prompt_tokens=prompt_tokens)
 
 
-def stops(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> bool:
-    """Whether the last of a row's tokens may have completed a stop text."""
-    # A token has a byte at least, special ones apart; the rest is for those, and for texts that depend on neighbours.
+def reaches_stop(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+    """Whether a row's last tokens may have completed a stop text."""
+    # Tokens have at least one byte, except special ones; the margin covers those and context-dependent decoding.
     near = max(len(text.encode()) for text in stop) + 8 if stop else 0
     return near > 0 and _first_stop(tokenizer.decode(tokens[-near:], skip_special_tokens=True), stop) is not None
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    found = [position for position in (text.find(one) for one in stop) if position >= 0]
-    return min(found, default=None)
+    offsets = [position for position in (text.find(one) for one in stop) if position >= 0]
+    return min(offsets, default=None)
 
 
 def _until_stop(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> list[int]:
-    """The tokens up to the one that completed a stop text: the row was padded from there on."""
+    """The tokens up to the one that completed a stop text."""
 
     def stopped(count: int) -> bool:
         return _first_stop(tokenizer.decode(tokens[:count], skip_special_tokens=True), stop) is not None
 
-    # Once a stop text is there, it stays: a few looks find the first token by which it was.
+    # Once complete, a stop text stays in the text, so bisection finds the token that completed it.
     return tokens[: bisect_left(range(len(tokens)), True, lo=1, key=stopped)]
 
 
 @contextmanager
 def _own_configuration(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Put `config` in the place of the base's: `generate` fills what is unset from there."""
+    """Replace the base's generation configuration, from which `generate` fills unset values."""
     kept = model.generation_config
     model.generation_config = config
     try:
@@ -292,22 +289,22 @@ def _own_configuration(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]
-    """Turns the argmax of greedy decoding into a draw."""
+    """Turns the argmax of greedy decoding into a sample."""
 
     def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
         self.decoding = decoding
-        self.generators = [generator(seed) for seed in seeds]
+        self.generators = [row_generator(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Add each row's noise: scores (B, V) -> (B, V)."""
         decoding = self.decoding
-        return noisy(
+        return add_gumbel_noise(
             scores, self.generators, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p
         )
 
 
 class _StopTexts(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once its decoded continuation holds a stop text, however the text is split into tokens."""
+    """Ends a row once its decoded text contains a stop text, however it is tokenized."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt_width: int) -> None:
         self.tokenizer = tokenizer
@@ -315,7 +312,7 @@ class _StopTexts(StoppingCriteria):  # type: ignore[misc]
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Say for each row whether it is done: (B,) bool."""
+        """Whether each row is done: (B,) bool."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :], skip_special_tokens=True)
         done = [_first_stop(text, self.stop) is not None for text in texts]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)

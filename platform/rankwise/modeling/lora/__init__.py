@@ -1,1 +1,1 @@
-"""LoRA of several adapters in one forward of the base: layers, gradients, random numbers, memory."""
+"""LoRA of several adapters in one forward pass of the base: layers, gradients, random numbers, memory."""

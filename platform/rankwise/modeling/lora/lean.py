@@ -1,7 +1,9 @@
-"""Keep the weights of 4-bit layers dequantized while they are used over and over on a CPU with memory to spare.
+"""Trade memory and time: cached dequantized weights, and lean backward passes of 8-bit layers and feed-forwards.
+
+Dequantized weights are cached on a CPU that has the memory to spare.
 
 On a CPU, each forward and each backward of a 4-bit layer dequantizes its whole weight and then calls `F.linear` (see
-`modeling.exact_layers`). Here that is done once, with bitsandbytes' own dequantization and the same `F.linear`, so
+`modeling.base.hold_exact`). Here that is done once, with bitsandbytes' own dequantization and the same `F.linear`, so
 results are the same to the bit; gradients too, where a base was loaded in the dtype that it computes in (elsewhere
 bitsandbytes' backward pass rounds the weight once more). The 4-bit weights stay where they are, for saving and for
 leaving.
@@ -10,7 +12,7 @@ Measured with SmolLM2-135M on AVX2 (417 MiB of fp32 weights, made in 0.3 s): deq
 8 rows of 45 tokens, a third of one of 1 row, and four fifths of a decoding step of 8 rows.
 
 bitsandbytes' product keeps its input, which only the gradient of a weight needs: a tensor for each layer, adapted or
-not. It keeps it beside what autograd knows of, so that gradient checkpointing does not let go of it either. Here the
+not. It keeps it outside of autograd's view, so that gradient checkpointing does not free it either. Here the
 product is bitsandbytes' own, and the backward pass computes what its backward pass computes.
 
     down_proj(act_fn(gate_proj(x)) * up_proj(x))
@@ -19,8 +21,6 @@ The product's backward pass needs the activation's result beside what the activa
 again from the gate, by the same function: gradients are the same to the bit, and a tensor of the feed-forward's width
 is not kept (of SmolLM2's activations a fifth).
 
-- 8-bit layers that keep nothing for the backward pass, since their weights are frozen.
-- Gated feed-forwards that keep two of their widest tensors for the backward pass, and not three.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class _InPassing:
 class _DequantizedProduct(torch.autograd.Function):
     """`F.linear` over a weight that is there for the time of one product.
 
-    The result's memory is asked for before the weight's: what is freed lies behind what stays then, and the allocator
+    The result's memory is allocated before the weight's: what is freed lies behind what stays then, and the allocator
     can use it for the next layer's result, whatever its size. The other way round every layer leaves a hole behind.
     """
 

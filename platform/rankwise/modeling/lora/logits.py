@@ -1,4 +1,4 @@
-"""Logits at chosen positions only: a prompt's logits are most of the memory of a step, and no loss needs them.
+"""Computes logits at supervised positions only: a prompt's logits take most of a step's memory, and no loss needs them.
 
 Letters: `B` rows, `T` tokens, `D` model, `S` chosen positions over all rows, `V` vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Many adapters over one base in one forward pass, each on its own rows.
+"""Packed LoRA layers: many adapters over one base in one forward pass, each on its own rows.
 
 PEFT owns the parameters, the configuration and the files: `create_adapter` injects standard LoRA layers into the base.
 `install` replaces the forward of these layers and nothing else: rows of a batch are sorted by adapter, so that each
@@ -13,19 +13,14 @@ dropout run on its own slice. Which rows belong to whom is said by a `Routing`, 
 The routing is no context variable and no thread-local, since backward runs in other threads and must see the same rows.
 Rows without a segment, or with adapter None, get the bare base; outside `segments` every row does.
 
-Over an 8-bit base a row's numbers do depend on its neighbours a little, in all but training on a CPU: the outliers of
+Over an 8-bit base, except in training on a CPU, a row's numbers depend slightly on its neighbours: the outliers of
 all rows of a batch together decide which columns of an input LLM.int8 does not round to 8 bit (Dettmers et al. 2022).
 
 NB: with routing installed peft's own notion of active adapters has no effect; `uninstall` gives peft's forward back.
 
-A pass says to the layers themselves which rows go through which adapter, and `generate` swaps the model's generation
-configuration: two passes of different threads would see each other's. The lock is not part of any object that is
-copied or pickled.
-
-- Other forwards for some modules, for the time of a block.
-- Adapters that are not plain LoRA (DoRA, a bias): peft's own forward runs them, all rows of a pass through one.
-- One lock for each model, held through a pass by whatever runs it: engines, `generate_batch`, MLflow's function.
-- Run a base with the adapters of many rows: evaluation mode, rows to segments.
+Passes of one model hold its lock (`pass_lock`): the routing and the model's generation configuration are shared state.
+The lock is not part of any object that is copied or pickled. Adapters that are not plain LoRA (DoRA, a bias) run
+through peft's own forward, one adapter per pass (`own_forward`).
 """
 
 from __future__ import annotations
@@ -91,7 +86,7 @@ class Routing:
     It is not safe to run two forward passes over one model at once; running backward from another thread is.
 
     Attributes:
-        current: The segments of the batch in work, in the order of rows; empty outside of `segments`.
+        current: The segments of the current batch, in the order of rows; empty outside of `segments`.
         trainable: Names of the adapters that ask for gradients.
     """
 
@@ -136,8 +131,8 @@ class _PackedForward:
             return y
         if x.dim() != 3 or x.shape[0] < segments[-1].stop:
             raise ConfigError(
-                f"module {self.module} is called with an input of shape {tuple(x.shape)}, so its rows cannot be told "
-                "apart; take it out of lora.target_modules (experts of a mixture are called like that)"
+                f"module {self.module} is called with an input of shape {tuple(x.shape)}, so its rows cannot be "
+                "distinguished (experts of a mixture are called like this); remove it from lora.target_modules"
             )
         slices: list[Slice] = []
         matrices: list[torch.Tensor] = []
@@ -145,8 +140,8 @@ class _PackedForward:
             name = str(segment.adapter)
             if not is_plain_lora(self.layer, name):
                 raise ConfigError(
-                    f"adapter {name} is not plain LoRA in module {self.module} (DoRA, aLoRA or a bias): it cannot "
-                    "share a batch with others"
+                    f"adapter {name} is not plain LoRA in module {self.module} (DoRA, aLoRA or a bias), so it cannot "
+                    "share a batch with other adapters"
                 )
             dropout = self.layer.lora_dropout[name]
             slices.append(
@@ -194,8 +189,8 @@ def packed_forwards(model: Any, routing: Routing) -> list[tuple[Any, _PackedForw
     for name, layer in _lora_layers(_unwrap(model)):
         if len(layer.lora_embedding_A) or isinstance(layer.get_base_layer(), nn.Conv1d | nn.Conv2d | nn.Conv3d):
             raise ConfigError(
-                f"module {name} is a {type(layer.get_base_layer()).__name__}: only adapters of linear layers can "
-                "be trained and run together"
+                f"module {name} is a {type(layer.get_base_layer()).__name__}, but only adapters of linear layers can "
+                "be trained and run together; remove it from lora.target_modules"
             )
         forwards.append((layer, _PackedForward(routing, layer, name)))
     return forwards
@@ -228,7 +223,7 @@ def create_adapter(model: Any, arm: ArmSpec) -> str:
     model = _unwrap(model)
     name = arm.adapter_name
     if name in getattr(model, "peft_config", {}):
-        raise ConfigError(f"the model has an adapter {name} already; two arms of a pack must differ")
+        raise ConfigError(f"the model already has an adapter {name}; arms of a pack need different names")
     config = LoraConfig(
         r=arm.lora.r,
         lora_alpha=arm.lora.lora_alpha,

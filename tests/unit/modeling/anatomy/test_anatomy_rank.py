@@ -7,8 +7,8 @@ def test_a_rank_of_which_an_eighth_is_used_is_named_with_the_one_that_would_do()
     use = rank_use([[3.0] * 6 + [0.01] * 58, [1.0, 1.0] + [0.0] * 62], r=64)
     assert (use.r, use.rank_99, use.least, use.most, use.enough) == (64, 6, 2, 6, 8)
     assert use.text == (
-        "r = 64 is more than was used: rank 6 keeps 99 % of the energy of all deltas (single modules need 2 to 6); "
-        "r = 8 would hold it"
+        "r = 64 is more than needed: rank 6 keeps 99 % of the energy of all deltas (single modules need 2 to 6); "
+        "r = 8 would be enough"
     )
 
 

@@ -206,7 +206,7 @@ def test_a_plan_with_an_unknown_target_says_what_there_is(base):
 def test_a_changed_file_is_refused_where_there_is_a_manifest(adapter):
     write_manifest(adapter)
     rewrite(adapter, lambda tensors: tensors[FACTOR.format(0, "q_proj", "A")].add_(1))
-    with pytest.raises(AdapterIntegrityError, match=r"files of .* are not what was stored"):
+    with pytest.raises(AdapterIntegrityError, match=r"files of .* differ from its manifest"):
         adapter_anatomy(adapter)
 
 

@@ -10,7 +10,7 @@ from rankwise.exceptions import ConfigError
 from rankwise.modeling.decoding.generation import (
     Decoding,
     end_token_ids,
-    finish,
+    finish_row,
     generate_batch,
     length_batches,
     row_seed,
@@ -100,7 +100,7 @@ def test_the_token_that_completed_a_stop_text_is_found_with_few_looks(at):
             return "".join("x" if token else "a" for token in tokens)
 
     tokens = [0] * at + [1] + [0] * (999 - at)
-    row = finish(Tokenizer(), tokens, Decoding(max_new_tokens=1000, stop=("x",)), (), 3)
+    row = finish_row(Tokenizer(), tokens, Decoding(max_new_tokens=1000, stop=("x",)), (), 3)
     assert (row.text, row.token_ids) == ("a" * at, tuple(tokens[: at + 1]))
     assert len(looks) < 14
 

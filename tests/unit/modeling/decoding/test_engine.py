@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers.adapted import attach, encode_prompts, load_tiny
 
-from rankwise.modeling.decoding import cache as slot_cache
-from rankwise.modeling.decoding import engine as continuous
-from rankwise.modeling.decoding import engine as engine_fit
-from rankwise.modeling.decoding.engine import Flight, Prompt, Row, engine_of, generate, generate_each
+from rankwise.modeling.decoding import engine as engine_module
+from rankwise.modeling.decoding import slot_cache
+from rankwise.modeling.decoding.engine import DecodingRow, RunningBatch, engine_of
 from rankwise.modeling.decoding.generation import Decoding
+from rankwise.modeling.decoding.scheduler import Prompt, generate, generate_each
 from rankwise.modeling.lora.packed import delete_adapter
 
 TEXTS = [
@@ -72,13 +72,13 @@ def test_rows_that_leave_early_make_place_and_no_row_notices(base, prompts, batc
 
 def test_a_waiting_row_enters_while_others_are_in_the_middle_of_their_answers(base, prompts, ends, monkeypatch):
     seen = []
-    enter = Flight.enter
+    enter = RunningBatch.admit
 
     def spy(self, rows):
-        seen.append((len(rows), [len(row.made) for row in self.rows]))
+        seen.append((len(rows), [len(row.generated) for row in self.rows]))
         enter(self, rows)
 
-    monkeypatch.setattr(Flight, "enter", spy)
+    monkeypatch.setattr(RunningBatch, "admit", spy)
     generate(base, prompts * 2, LONG, batch_size=3)
     assert sum(entered for entered, _ in seen) == 12
     assert any(made for _, made in seen), seen
@@ -87,25 +87,25 @@ def test_a_waiting_row_enters_while_others_are_in_the_middle_of_their_answers(ba
 def test_a_prompt_above_the_budget_goes_through_in_pieces_and_gives_the_same(base, prompts, monkeypatch):
     expected = generate(base, prompts, LONG)
     for budget in (5, 40):
-        monkeypatch.setattr(continuous, "PREFILL_TOKENS", budget)
+        monkeypatch.setattr(engine_module, "PREFILL_TOKENS", budget)
         assert generate(base, prompts, LONG, batch_size=6) == expected
 
 
 def test_eager_attention_takes_its_mask_as_numbers(base, prompts):
     expected = generate(base, prompts, LONG)
     base.model.set_attn_implementation("eager")
-    engine_fit._KNOWN.pop(base.model)
+    engine_module._COMPATIBILITY.pop(base.model)
     try:
         assert engine_of(base.model) is not None
         assert [row.token_ids for row in generate(base, prompts, LONG)] == [row.token_ids for row in expected]
     finally:
         base.model.set_attn_implementation("sdpa")
-        engine_fit._KNOWN.pop(base.model)
+        engine_module._COMPATIBILITY.pop(base.model)
 
 
 def test_adapters_too_large_for_a_stack_go_one_after_another(base, prompts, monkeypatch, caplog):
     expected = generate(base, prompts, LONG)
-    monkeypatch.setattr(continuous, "STACK_SHARE", 0.0)
+    monkeypatch.setattr(engine_module, "STACK_SHARE", 0.0)
     with caplog.at_level(logging.INFO, logger="rankwise"):
         assert generate(base, prompts, LONG) == expected
     assert "stacked they would take 0 of 0 MiB" in caplog.text
@@ -113,17 +113,17 @@ def test_adapters_too_large_for_a_stack_go_one_after_another(base, prompts, monk
 
 def test_rows_in_work_are_as_many_as_memory_has_room_for(base, prompts, monkeypatch, caplog):
     engine = engine_of(base.model)
-    flight = Flight(engine, slots=3, adapters=())
-    flight.enter([Row(index=0, prompt=[5] * 64, adapter=None)])
-    flight.logits()
+    running = RunningBatch(engine, slots=3, adapters=())
+    running.admit([DecodingRow(index=0, prompt=[5] * 64, adapter=None)])
+    running.logits()
     # Two layers of keys and values; the 64th column made it grow to 64, the 65th would to 128.
-    held = sum(each.nbytes for layer in flight._cache.layers for each in (layer.keys, layer.values))
-    monkeypatch.setattr(continuous, "free_memory", lambda: int(2 * held / continuous.CACHE_SHARE))
-    assert engine.fitting(16, 52) == 6
-    assert engine.fitting(5, 52) == 5
-    assert engine.fitting(16, 65) == 3
+    held = sum(each.nbytes for layer in running._cache.layers for each in (layer.keys, layer.values))
+    monkeypatch.setattr(engine_module, "free_memory", lambda: int(2 * held / engine_module.CACHE_SHARE))
+    assert engine.rows_that_fit(16, 52) == 6
+    assert engine.rows_that_fit(5, 52) == 5
+    assert engine.rows_that_fit(16, 65) == 3
     expected = generate(base, prompts, LONG)
-    monkeypatch.setattr(continuous, "free_memory", lambda: 0)
+    monkeypatch.setattr(engine_module, "free_memory", lambda: 0)
     with caplog.at_level(logging.INFO, logger="rankwise"):
         assert generate(base, prompts, LONG) == expected
     assert "1 of 6 rows are decoded together" in caplog.text
@@ -146,16 +146,16 @@ def test_what_a_row_leaves_in_its_slot_does_not_reach_the_row_that_takes_it(base
 
 def test_a_row_that_moves_into_a_slot_finds_nothing_of_the_row_before(base):
     engine = engine_of(base.model)
-    broken = Row(index=0, prompt=list(range(5, 11)), adapter="broken")
-    long = Row(index=1, prompt=list(range(5, 17)), adapter=None)
-    short = Row(index=2, prompt=[7, 8, 9], adapter=None)
-    flight = Flight(engine, slots=3, adapters=["broken"])
-    flight.enter([broken, long, short])
-    assert flight.logits()[0].isnan().any()
-    flight.leave([0])
-    assert flight.rows == [short, long]
-    flight.enter([Row(index=3, prompt=[4, 5], adapter=None)])
-    assert flight.logits().isfinite().all()
+    broken = DecodingRow(index=0, prompt=list(range(5, 11)), adapter="broken")
+    long = DecodingRow(index=1, prompt=list(range(5, 17)), adapter=None)
+    short = DecodingRow(index=2, prompt=[7, 8, 9], adapter=None)
+    running = RunningBatch(engine, slots=3, adapters=["broken"])
+    running.admit([broken, long, short])
+    assert running.logits()[0].isnan().any()
+    running.remove([0])
+    assert running.rows == [short, long]
+    running.admit([DecodingRow(index=3, prompt=[4, 5], adapter=None)])
+    assert running.logits().isfinite().all()
 
 
 def test_a_cache_never_has_more_columns_than_is_foretold():
@@ -172,7 +172,7 @@ def test_without_memory_for_a_stack_adapters_go_one_after_another(base, prompts,
     def scarce(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(continuous, "StackedLora", scarce)
+    monkeypatch.setattr(engine_module, "StackedLora", scarce)
     assert generate(base, prompts, LONG) == expected
     assert "out of memory for a stack of 2 adapters" in caplog.text
 
@@ -196,8 +196,8 @@ def test_an_adapter_made_active_or_attached_between_two_rows_gets_into_neither(b
         lambda: activate(base.model, "new"),
         lambda: delete_adapter(base.model, "new"),
     ]
-    for share in (continuous.STACK_SHARE, 0.0):
-        monkeypatch.setattr(continuous, "STACK_SHARE", share)
+    for share in (engine_module.STACK_SHARE, 0.0):
+        monkeypatch.setattr(engine_module, "STACK_SHARE", share)
         made = {}
         for change, (at, row) in zip(
             [*changes, *[lambda: None] * 2], generate_each(base, prompts, LONG, batch_size=batch_size), strict=True
@@ -245,29 +245,29 @@ def test_a_model_with_a_sliding_window_is_left_to_transformers_and_that_is_said(
 
 
 def test_an_engine_that_does_not_agree_with_the_model_is_not_used(base, monkeypatch, caplog):
-    engine_fit._KNOWN.pop(base.model)
+    engine_module._COMPATIBILITY.pop(base.model)
     # A mask that hides a row's first token.
-    mask = continuous.attention_mask
+    mask = engine_module.attention_mask
     monkeypatch.setattr(
-        continuous, "attention_mask", lambda seen, model: mask(seen.index_fill(1, torch.tensor([0]), False), model)
+        engine_module, "attention_mask", lambda seen, model: mask(seen.index_fill(1, torch.tensor([0]), False), model)
     )
     with caplog.at_level(logging.INFO, logger="rankwise"):
         assert engine_of(base.model) is None
     assert "logits differ by" in caplog.text
-    engine_fit._KNOWN.pop(base.model)
+    engine_module._COMPATIBILITY.pop(base.model)
 
 
 @pytest.fixture
 def unknown(base):
     """The base as one that nothing was found out about."""
-    engine_fit._KNOWN.pop(base.model, None)
+    engine_module._COMPATIBILITY.pop(base.model, None)
     yield base.model
-    engine_fit._KNOWN.pop(base.model, None)
+    engine_module._COMPATIBILITY.pop(base.model, None)
 
 
 def test_logits_that_are_no_numbers_are_no_agreement(unknown, monkeypatch, caplog):
-    logits = Flight.logits
-    monkeypatch.setattr(Flight, "logits", lambda self: logits(self) * float("nan"))
+    logits = RunningBatch.logits
+    monkeypatch.setattr(RunningBatch, "logits", lambda self: logits(self) * float("nan"))
     with caplog.at_level(logging.INFO, logger="rankwise"):
         assert engine_of(unknown) is None
     assert "logits differ by inf" in caplog.text
@@ -277,29 +277,29 @@ def test_whatever_a_model_does_in_the_trial_is_a_reason_but_that_memory_ran_out(
     def no_memory(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Flight, "logits", no_memory)
+    monkeypatch.setattr(RunningBatch, "logits", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         engine_of(unknown)
-    assert unknown not in engine_fit._KNOWN
+    assert unknown not in engine_module._COMPATIBILITY
 
     def unexpected(self):
         raise KeyError("rotary")
 
-    monkeypatch.setattr(Flight, "logits", unexpected)
+    monkeypatch.setattr(RunningBatch, "logits", unexpected)
     with caplog.at_level(logging.INFO, logger="rankwise"):
         assert engine_of(unknown) is None
     assert "KeyError: 'rotary'" in caplog.text
 
 
 def test_slots_hold_each_row_s_keys_after_any_order_of_leaving(base):
-    rows = [Row(index=at, prompt=[5 + at, 9, 11 + at, 7][: at + 2], adapter=None) for at in range(3)]
+    rows = [DecodingRow(index=at, prompt=[5 + at, 9, 11 + at, 7][: at + 2], adapter=None) for at in range(3)]
     engine = engine_of(base.model)
-    flight = Flight(engine, slots=3, adapters=())
-    flight.enter(rows)
-    for row, logits in zip(list(flight.rows), flight.logits(), strict=True):
-        row.made.append(int(logits.argmax()))
-    flight.leave([0, 1])
-    assert flight.rows == [rows[2]]
+    running = RunningBatch(engine, slots=3, adapters=())
+    running.admit(rows)
+    for row, logits in zip(list(running.rows), running.logits(), strict=True):
+        row.generated.append(int(logits.argmax()))
+    running.remove([0, 1])
+    assert running.rows == [rows[2]]
     with torch.no_grad(), engine.running(()):
-        own = base.model(torch.tensor([[*rows[2].prompt, *rows[2].made]]), use_cache=False).logits[0, -1]
-    torch.testing.assert_close(flight.logits()[0], own)
+        own = base.model(torch.tensor([[*rows[2].prompt, *rows[2].generated]]), use_cache=False).logits[0, -1]
+    torch.testing.assert_close(running.logits()[0], own)

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from rankwise.compat.peft import SEVERAL_ADAPTERS
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.base import expected_warning
-from rankwise.modeling.decoding.cache import StackedLora, stackable
+from rankwise.modeling.decoding.stacked_lora import StackedLora, stackable
 from rankwise.modeling.lora.packed import install, segments_of
 
 TOKENS = torch.tensor([[5], [9], [9], [17]])

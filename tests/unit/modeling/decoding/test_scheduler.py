@@ -13,10 +13,10 @@ from helpers.turns import count_together, in_threads
 from transformers import AddedToken
 
 from rankwise.exceptions import ConfigError, JobError
-from rankwise.modeling.decoding import engine as flight
-from rankwise.modeling.decoding import engine as module
-from rankwise.modeling.decoding.engine import Flight, Prompt, generate, greedy, prompt_problem
+from rankwise.modeling.decoding import scheduler
+from rankwise.modeling.decoding.engine import RunningBatch
 from rankwise.modeling.decoding.generation import Decoding, end_token_ids
+from rankwise.modeling.decoding.scheduler import Prompt, generate, greedy, prompt_problem
 from rankwise.modeling.lora.packed import delete_adapter, install, uninstall
 
 TEXTS = ["How much is this diamond?", "carat 0.23", "0 1 2 3 4 5 6 7 8 9 10 20", "Price is $326 user", "E"]
@@ -86,14 +86,14 @@ def test_a_sampled_row_depends_on_its_own_seed_only(base, prompts):
 
 def test_rows_in_work_have_generators_and_in_greedy_decoding_none(base, prompts, monkeypatch):
     held = []
-    choose = flight._Choice.__call__
+    choose = scheduler._TokenChooser.__call__
 
     def spy(self, rows, logits):
         tokens = choose(self, rows, logits)
         held.append((set(self._generators), {row.index for row in rows}))
         return tokens
 
-    monkeypatch.setattr(flight._Choice, "__call__", spy)
+    monkeypatch.setattr(scheduler._TokenChooser, "__call__", spy)
     generate(base, prompts, Decoding(max_new_tokens=3, temperature=1.0), batch_size=2)
     assert all(generators == rows for generators, rows in held)
     held.clear()
@@ -103,10 +103,10 @@ def test_rows_in_work_have_generators_and_in_greedy_decoding_none(base, prompts,
 
 
 def test_threads_take_turns_over_a_model_that_the_engine_does_not_take(base, prompts, monkeypatch):
-    monkeypatch.setattr(module, "engine_of", lambda model: None)
+    monkeypatch.setattr(scheduler, "engine_of", lambda model: None)
     decoding = Decoding(max_new_tokens=4)
     expected = generate(base, prompts, decoding, batch_size=2)
-    together = count_together(monkeypatch, module, "generate_batch")
+    together = count_together(monkeypatch, scheduler, "generate_batch")
     results = in_threads(lambda turn: generate(base, prompts[::turn], decoding, batch_size=2), (1, -1))
     assert set(together) == {1}
     assert results == {1: expected, -1: expected[::-1]}
@@ -178,7 +178,7 @@ def test_prompts_that_cannot_be_continued_are_refused_by_their_place(base, promp
 def test_out_of_memory_lowers_the_number_of_rows_and_changes_no_answer(base, prompts, monkeypatch, caplog, temperature):
     decoding = Decoding(max_new_tokens=6, temperature=temperature)
     expected = generate(base, prompts, decoding, batch_size=5)
-    logits = Flight.logits
+    logits = RunningBatch.logits
     steps = []
 
     def scarce(self):
@@ -188,10 +188,10 @@ def test_out_of_memory_lowers_the_number_of_rows_and_changes_no_answer(base, pro
             raise torch.OutOfMemoryError("CUDA out of memory")
         return logits(self)
 
-    monkeypatch.setattr(Flight, "logits", scarce)
+    monkeypatch.setattr(RunningBatch, "logits", scarce)
     assert generate(base, prompts, decoding, batch_size=5) == expected
     assert "out of memory: at most 2 rows are decoded together" in caplog.text
-    monkeypatch.setattr(Flight, "logits", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(RunningBatch, "logits", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(JobError, match="out of memory on cpu with a single row"):
         generate(base, prompts, decoding)
 
