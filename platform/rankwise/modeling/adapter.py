@@ -270,15 +270,10 @@ def save_adapter(
     base_revision: str | None,
     base_path: Path | None = None,
 ) -> None:
-    """Write one adapter as a PEFT directory. Deterministic; no network access.
+    """Write one adapter as a PEFT directory. Deterministic; no network access; other files in it stay in place.
 
-    Args:
-        model: The model that has the adapter.
-        adapter_name: Its name in the model; not stored.
-        directory: Created if missing. Other files in it stay in place.
-        base_source: For `base_model_name_or_path`.
-        base_revision: The commit or digest trained on, for `revision`.
-        base_path: The base's local directory, needed to detect a resized embedding.
+    `base_source` and `base_revision` are recorded in the configuration. With `base_path`, the base's local directory, a
+    resized embedding is detected.
 
     Raises:
         BaseMismatchError: The embedding was resized and its new rows are not stored with the adapter.
@@ -345,19 +340,13 @@ def read_adapter(directory: Path) -> StoredAdapter:
 def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -> LoraConfig:
     """Attach a stored adapter to a model, with frozen parameters; return its configuration as held in the model.
 
-    A model's first adapter becomes active, later ones do not. `requires_grad` of other parameters is unchanged.
-
-    Args:
-        model: A base, with or without adapters.
-        adapter: The result of `read_adapter`, or a PEFT directory. On the CPU the model shares its tensors.
-        adapter_name: A new name, without dots.
+    A model's first adapter becomes active, later ones do not. `requires_grad` of other parameters is unchanged. On the
+    CPU the model shares the tensors of a `StoredAdapter`. `adapter_name` is new and has no dots.
 
     Raises:
-        AdapterIntegrityError: See `read_adapter`; or a tensor is missing, surplus or has another shape than model and
-            configuration require.
+        AdapterIntegrityError: See `read_adapter`; or a tensor is missing, surplus or has another shape than required.
         BaseMismatchError: The adapter has rows for tokens beyond the model's embedding, or targets nothing in it.
-        ConfigError: The name is taken or invalid; or the adapter has embedding rows and the model's adapters do not, or
-            vice versa.
+        ConfigError: The name is taken or invalid; or only some of the adapters have embedding rows.
     """
     if "." in adapter_name or not adapter_name:
         raise ConfigError(

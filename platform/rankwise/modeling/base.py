@@ -134,13 +134,10 @@ def model_bytes(model: Any) -> int:
 
 
 def quantized_linear_bytes(weights: int, *, bits: int, double_quant: bool, out_features: int) -> int:
-    """Bytes of one linear layer's weight in bitsandbytes.
+    """Bytes of one linear layer's weight (in_features * out_features numbers) in bitsandbytes.
 
-    Args:
-        weights: in_features * out_features.
-        bits: 4 (NF4 or FP4, in blocks of 64) or 8 (LLM.int8, one float32 for each output).
-        double_quant: Whether the blocks' scaling factors are quantized to 8 bit (4 bit only).
-        out_features: Outputs of the layer.
+    `bits` is 4 (NF4 or FP4, in blocks of 64) or 8 (LLM.int8, one float32 for each output). `double_quant`: whether the
+    blocks' scaling factors are quantized to 8 bit (4 bit only).
     """
     if bits == 8:
         return weights + 4 * out_features
@@ -190,12 +187,8 @@ class LoadedBase:
     """A base in memory, in evaluation mode and without gradients.
 
     Attributes:
-        model: A transformers causal language model, into which adapters are injected.
-        path: The local directory it was read from.
         source: Its name in an experiment file: `org/name`, a path, `pypi:...`.
         revision: The commit or digest that was read.
-        fingerprint: Identity of what was read.
-        quantization: As requested.
         compute_dtype: Dtype that quantized layers compute in.
         module_dtype: Dtype of the modules that are not quantized.
         from_cache: Whether the quantized weights came from the cache.
@@ -230,12 +223,8 @@ def load_base(
 ) -> LoadedBase:
     """Load a base and its tokenizer. Never uses a network, code from the base, or pickles.
 
-    Args:
-        resolved: The local directory and where it came from.
-        quantization: With neither 4 nor 8 bit, the base is loaded in the resolved dtype.
-        settings: Location of the caches.
-        device: `cpu`, `cuda`, `cuda:1`, ...; default: the first GPU, or the CPU.
-        module_dtype: Dtype of modules that are not quantized (`float32`, ...); default: the compute dtype.
+    `device` (`cpu`, `cuda:1`, ...) defaults to the first GPU, or the CPU; `module_dtype`, that of modules that are not
+    quantized, to the compute dtype.
 
     Raises:
         AssetError: The directory is not a complete base that transformers can load.

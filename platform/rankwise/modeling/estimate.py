@@ -54,10 +54,7 @@ _TRAINING_BYTES = 16
 class BaseEstimate:
     """Size of a base.
 
-    Attributes:
-        parameters: Shared ones count once.
-        bytes_quantized: Linear layers quantized, everything else in 16 bit.
-        bytes_loaded: Linear layers quantized, everything else in the dtype loaded on this machine.
+    `bytes_quantized`: linear layers quantized, the rest in 16 bit; `bytes_loaded`: the rest in the dtype loaded here.
     """
 
     parameters: int
@@ -77,7 +74,7 @@ class TargetEstimate:
 
     @property
     def parameters(self) -> int:
-        """R * (in_features + out_features)."""
+        """Rank times the sum of the layer's inputs and outputs."""
         return self.lora_A[0] * self.lora_A[1] + self.lora_B[0] * self.lora_B[1]
 
 
@@ -196,9 +193,7 @@ def read_config(config: Any) -> Any:
 def match_targets(linear: Mapping[str, tuple[int, int]], targets: Iterable[str] | str) -> dict[str, tuple[int, int]]:
     """Select the linear layers that target names match: a name matches every layer ending in it, as in peft.
 
-    Args:
-        linear: Full names and (in_features, out_features), from `linear_modules`.
-        targets: Names, or `all-linear`.
+    `targets` are names or `all-linear`.
 
     Raises:
         ConfigError: A name matches no linear layer.
@@ -246,9 +241,7 @@ class ActivationShape:
     Attributes:
         fused: Whether one layer computes queries, keys and values.
         intermediate: `F`, times the experts per token.
-        gated: Whether the feed-forward has a gate.
         lean: Whether the lean feed-forward saves one tensor of it.
-        itemsize: Bytes per number in the model's dtype.
         keeps_masks: Whether dropout masks are kept (CPU) or redrawn (CUDA).
     """
 
@@ -298,11 +291,7 @@ class ActivationShape:
         """Bytes of activations and of logits when their sum is largest.
 
         That is either at the end of the forward pass, or in the last layer's backward pass, after the logits are freed.
-
-        Args:
-            passes: For each arm of a forward pass: its rows, the tokens of the pass's longest row, and its adapter.
-            positions: Supervised positions of all arms.
-            gradient_checkpointing: Whether layers are rerun in the backward pass.
+        `passes` holds, for each arm, its rows, the tokens of the pass's longest row, and its adapter.
         """
         passes = list(passes)
         tokens = sum(rows * length for rows, length, _ in passes)

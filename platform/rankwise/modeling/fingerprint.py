@@ -121,7 +121,6 @@ def differing_part(path: Path, expected: Fingerprint, settings: Settings) -> str
 
 
 def _cheap_parts(path: Path) -> dict[str, str]:
-    """All parts except the weights: a few megabytes to read."""
     config = read_json(path / "config.json")
     generation = path / "generation_config.json"
     tokens = read_json(generation) if generation.is_file() else {}
@@ -229,18 +228,14 @@ def write_manifest(directory: Path) -> str:
 
 
 def check_manifest(directory: Path, *, digest: str | None = None, exclude: Collection[str] = WRITTEN_BY_MLFLOW) -> str:
-    """Check every file below `directory` against its manifest and return the manifest's digest.
+    """Check every file below `directory` against its manifest and return the manifest's digest; parse nothing else.
 
-    Only the manifest is parsed. All differences are reported at once.
-
-    Args:
-        directory: The directory that `write_manifest` was called on, or a copy.
-        digest: Expected digest of the manifest, if known from elsewhere (a tag).
-        exclude: Names at the root of the directory that need not be in the manifest.
+    `digest` is the expected digest of the manifest, if known from elsewhere (a tag). Files named in `exclude`, at the
+    root of the directory, need not be in the manifest.
 
     Raises:
-        AdapterIntegrityError: The manifest is missing, unreadable or does not have `digest`; or a file is missing,
-            surplus, or has another size or content.
+        AdapterIntegrityError: Lists all differences: a missing, unreadable or other manifest; files that are missing,
+            surplus, or have another size or content.
     """
     path = directory / MANIFEST_NAME
     if path.is_symlink() or not path.is_file():
@@ -273,7 +268,6 @@ def check_manifest(directory: Path, *, digest: str | None = None, exclude: Colle
 
 
 def _files(directory: Path, exclude: Collection[str]) -> list[str]:
-    """Relative names of all files below `directory`, without the manifest and `exclude`."""
     names = []
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

@@ -29,12 +29,12 @@ _NAME = "merged"
 
 
 def take_dequantized(plain: Any, quantized: Any) -> int:
-    """Replace the weights of an unquantized model by the dequantized weights of its 4-bit base; return how many.
+    """Replace an unquantized model's weights by the dequantized ones of its 4-bit base; return how many.
 
     The new weights have the dtype that they were quantized from.
 
     Raises:
-        ConfigError: No layer is quantized in 4 bit.
+        ConfigError: No layer is quantized to 4 bit.
     """
     count = 0
     for name, module in quantized.named_modules():
@@ -51,18 +51,10 @@ def take_dequantized(plain: Any, quantized: Any) -> int:
 
 
 def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """Merge an adapter into an unquantized base, in target.
+    """Merge an adapter into an unquantized base, in place; return a plain transformers model in evaluation mode.
 
-    Meanwhile the weights that the adapter targets are in float32: 4 bytes per number.
-
-    Args:
-        plain: The base; see `take_dequantized`.
-        config: The adapter's configuration.
-        tensors: Its tensors, named as in `modeling.adapter.adapter_tensors`.
-        dtype: Of all parameters of the result.
-
-    Returns:
-        A plain transformers model in evaluation mode.
+    `tensors` are named as in `modeling.adapter.adapter_tensors`. Meanwhile the weights that the adapter targets are in
+    float32: 4 bytes per number. All parameters of the result have `dtype`.
 
     Raises:
         AdapterIntegrityError: The adapter does not fit, or a merged weight is not finite.
@@ -121,13 +113,10 @@ class Agreement:
     """Agreement of two models over all positions of all answers.
 
     Attributes:
-        tokens: Positions, over all answers.
         equal_greedy_tokens: Share of positions where both models prefer the same token, given the first model's answer
             so far.
         equal_greedy_answers: Share of prompts with the same answer from both models.
-        max_logit_difference: Largest absolute difference of a logit.
         mean_kl: Mean over positions of KL(first || second), in nats.
-        max_kl: The largest one.
     """
 
     prompts: int
@@ -146,14 +135,9 @@ class Agreement:
 def record_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int = 8
 ) -> list[Reference]:
-    """Let the first model answer each prompt greedily, and keep its logits.
+    """Let the first model, in evaluation mode with its adapter active, answer each prompt greedily; keep its logits.
 
-    Args:
-        model: A causal language model in evaluation mode, its adapter active.
-        tokenizer: Names the padding and end tokens.
-        prompts: Token ids, at least one prompt.
-        max_new_tokens: Longest answer.
-        batch_size: Prompts answered together; logits are computed one prompt at a time, without padding.
+    Prompts are answered in batches, but logits are computed one prompt at a time, without padding.
 
     Raises:
         ConfigError: There is no prompt, or one is empty or too long.

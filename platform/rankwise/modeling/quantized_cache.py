@@ -100,13 +100,7 @@ def load_or_quantize(
 ) -> tuple[Any, bool]:
     """Load the entry of `key`, or quantize and write it. Returns the model and whether it came from the cache.
 
-    Args:
-        key: Determines the entry.
-        settings: Location of the cache.
-        source: Where the base came from, for listings.
-        revision: Its revision, for listings.
-        quantize: Quantizes the base; called at most once, under the entry's lock.
-        load: Loads a pre-quantized model from a directory.
+    `quantize` is called at most once, under the entry's lock; `source` and `revision` are for listings.
 
     Raises:
         StorageError: The cache cannot be written.
@@ -177,7 +171,6 @@ def list_entries(settings: Settings) -> list[CacheEntry]:
 
 
 def _describe(temporary: Path, key: CacheKey, settings: Settings, *, source: str, revision: str) -> None:
-    """Write `entry.json` once all other files exist."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path, settings)}
         for path in sorted(temporary.iterdir())

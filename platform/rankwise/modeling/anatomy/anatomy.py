@@ -32,10 +32,8 @@ class RankUse:
     (Eckart and Young 1936).
 
     Attributes:
-        r: The adapter's largest rank.
         rank_99: The smallest k for which the best rank-k approximations of all deltas together keep 99 % of the energy.
-        least: The smallest rank that keeps 99 % of a single delta, over all modules.
-        most: The largest such rank.
+        least: The smallest rank that keeps 99 % of a single delta, over all modules; `most` is the largest.
         enough: The smallest power of two that is at least `rank_99`, capped at `r`.
     """
 
@@ -58,9 +56,7 @@ class RankUse:
 def rank_use(singular_values: Sequence[Sequence[float]], *, r: int) -> RankUse | None:
     """Compute the rank that an adapter uses; None if no delta was learned.
 
-    Args:
-        singular_values: Of each delta, largest first; zero or empty ones are ignored.
-        r: The adapter's largest rank.
+    `singular_values` are those of each delta, largest first. Zero or empty ones are ignored.
     """
     energies = [[value * value for value in values] for values in singular_values if values and values[0] > 0]
     if not energies:
@@ -97,18 +93,12 @@ FLAGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One adapted linear layer.
+    """One adapted linear layer: `lora_A` is (r, in_features), `lora_B` is (out_features, r).
 
     Attributes:
-        module: Full name in the base.
-        lora_A: (r, in_features).
-        lora_B: (out_features, r).
         parameters: Elements of all tensors stored for it.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
-        delta_norm: Frobenius norm of scaling * B A; like the ranks, None in a plan without weights.
-        effective_rank: See `Delta`.
-        stable_rank: See `Delta`.
-        rank_99: See `Delta`.
+        delta_norm: See `Delta`, as for the ranks; None in a plan without weights.
         singular_values: Of the delta, largest first; empty in a plan, or if a factor is not finite.
         flags: Keys of `FLAGS`.
     """
@@ -167,12 +157,10 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """An adapter's contents.
+    """An adapter's contents; `base` and `memory` are None if the base's configuration is unknown.
 
-    Attributes:
-        bytes: Of all tensors; the file adds a header.
-        targets: In the order of the base's modules if known, otherwise by name.
-        base: None if the base's configuration is unknown; so is `memory`.
+    `targets` are in the order of the base's modules if known, otherwise by name. `bytes` does not include the file
+    header.
     """
 
     parameters: int
@@ -251,15 +239,7 @@ def make_checks(
     ranks: Mapping[str, int],
     linear: Mapping[str, tuple[int, int]] | None,
 ) -> tuple[ConsistencyCheck, ...]:
-    """Check that configuration, tensors, file size and base agree.
-
-    Args:
-        path: The file of weights.
-        header: Tensors listed in its header.
-        targets: Targets built from them.
-        ranks: Rank of each module according to the configuration.
-        linear: (in_features, out_features) of the base's linear layers; None if the base is unknown.
-    """
+    """Check that configuration (`ranks`), tensors (`header`), file size and base (`linear`, None if unknown) agree."""
     parameters = sum(elements(entry) for entry in header)
     formula = sum(ranks[target.module] * (target.lora_A[1] + target.lora_B[0]) for target in targets)
     # The formula does not cover embedding rows and DoRA magnitudes.
@@ -303,9 +283,8 @@ def elements(entry: TensorEntry) -> int:
 class LayerGroup:
     """Consecutive layers with the same modules, shapes, scaling and dropout.
 
-    Attributes:
-        layers: Their numbers; None stands for modules outside of layers.
-        modules: For each module of a layer, that module in all of `layers`.
+    `layers` are their numbers; None stands for modules outside of layers. `modules` holds, for each module of a layer,
+    that module in all of `layers`.
     """
 
     layers: tuple[int | None, ...]

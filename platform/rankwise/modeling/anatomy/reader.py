@@ -63,11 +63,8 @@ def adapter_anatomy(
 ) -> Anatomy:
     """The anatomy of a stored adapter; memory is estimated.
 
-    Args:
-        adapter: The result of `read_adapter`, or a PEFT directory.
-        base_config: The base's configuration (see `Estimator`), for its size and to compare shapes.
-        quantization: Of the base; default: NF4 with double quantization.
-        module_dtype: Of the base's unquantized modules; default: what this machine would load.
+    With `base_config` (see `Estimator`) it includes the base's size and compares shapes. `quantization` defaults to NF4
+    with double quantization, `module_dtype` (of unquantized modules) to what this machine would load.
 
     Raises:
         AdapterIntegrityError: The directory is not a complete adapter.
@@ -108,7 +105,6 @@ def adapter_anatomy(
 
 
 def _target(name: str, config: Any, tensors: Mapping[str, torch.Tensor], stored: Sequence[TensorEntry]) -> Target:
-    """Measure one module and count everything stored for it."""
     from rankwise.modeling.adapter import PREFIX, scaling_of
 
     lora_A, lora_B = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
@@ -139,7 +135,6 @@ def _header(path: Path) -> list[TensorEntry]:
 
 
 def _modules(header: Sequence[TensorEntry], prefix: str) -> list[str]:
-    """Base names of the modules that have both factors."""
     names = {entry.name for entry in header}
     modules = [
         name.removeprefix(prefix).removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")

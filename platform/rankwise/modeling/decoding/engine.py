@@ -58,14 +58,7 @@ CACHE_SHARE = 0.5
 
 @dataclass
 class DecodingRow:
-    """One prompt being continued.
-
-    Attributes:
-        index: Its index among the prompts.
-        prompt: Its tokens, at least one.
-        adapter: None is the bare base.
-        generated: Tokens generated so far.
-    """
+    """One prompt being continued; `index` is its index among the prompts, `adapter` None the bare base."""
 
     index: int
     prompt: Sequence[int]
@@ -213,7 +206,6 @@ class RunningBatch:
 
     @contextmanager
     def _through(self) -> Iterator[None]:
-        """Apply each row's adapter."""
         owners = [row.adapter for row in self.rows]
         if self._stack is None:
             with self._engine.running(segments_of(self._engine.model, owners)):
@@ -296,7 +288,7 @@ def engine_of(model: Any) -> Engine | None:
 
 
 def _incompatibility(engine: Engine) -> str | None:
-    """The reason why an engine does not fit its model; None if it fits."""
+    """The reason why an engine does not fit its model, or None."""
     model = engine.model
     attention = attention_of(model.config)
     if attention not in {"sdpa", "eager"}:

@@ -34,17 +34,10 @@ def row_generator(seed: int) -> torch.Generator:
 def add_gumbel_noise(
     logits: torch.Tensor, generators: Sequence[torch.Generator], *, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
-    """Noisy scores whose argmax is a sample from softmax(logits / temperature), limited by `top_k` and `top_p`.
+    """Noisy scores, (B, V) in fp32, whose argmax is a sample from softmax(logits / temperature).
 
-    Args:
-        logits: (B, V).
-        generators: One for each row.
-        temperature: Above 0.
-        top_k: Number of likeliest tokens to sample from; 0 for all.
-        top_p: Of these, the likeliest that together have at least this probability.
-
-    Returns:
-        (B, V) in fp32; -inf for excluded tokens.
+    Only the `top_k` likeliest tokens (0: all), and of these the likeliest with a total probability of at least `top_p`,
+    can be sampled; the others get -inf.
     """
     scores = logits.float() / temperature
     vocabulary = scores.shape[-1]
@@ -116,13 +109,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Result of one row.
+    """Result of one row; `token_ids` include the end token but no padding.
 
-    Args:
-        text: The decoded tokens without special tokens, cut before the first stop text.
-        token_ids: The generated tokens, including the end token, without padding.
-        finish_reason: `stop` after an end token or a stop text, `length` after `max_new_tokens`.
-        prompt_tokens: Length of the prompt.
+    `text` has no special tokens and is cut before the first stop text. `finish_reason` is `stop` after an end token or
+    a stop text, `length` after `max_new_tokens`.
     """
 
     text: str
@@ -169,17 +159,10 @@ def generate_batch(
     *,
     seeds: Sequence[int] | None = None,
 ) -> list[Generation]:
-    """Continue every prompt; rows keep their order, so callers can route rows to adapters by position.
-
-    Args:
-        model: A causal language model with `generate`, in eval mode.
-        tokenizer: Decodes, and names the padding and end tokens.
-        prompts: Token ids of each row, at least one token each.
-        decoding: How tokens are chosen.
-        seeds: One per row, required if `decoding.temperature` is above 0.
+    """Continue every prompt with a model in evaluation mode; rows keep their order, so callers can route by position.
 
     Raises:
-        ConfigError: A prompt is empty or exceeds the model's positions, or the seeds do not match the rows.
+        ConfigError: A prompt is empty or exceeds the model's positions, or sampling lacks one seed per row.
     """
     if not prompts:
         return []
@@ -296,7 +279,6 @@ class _GumbelSampler(LogitsProcessor):  # type: ignore[misc]
         self.generators = [row_generator(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Add each row's noise: scores (B, V) -> (B, V)."""
         decoding = self.decoding
         return add_gumbel_noise(
             scores, self.generators, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p
@@ -312,7 +294,6 @@ class _StopTexts(StoppingCriteria):  # type: ignore[misc]
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Whether each row is done: (B,) bool."""
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :], skip_special_tokens=True)
         done = [_first_stop(text, self.stop) is not None for text in texts]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)

@@ -115,7 +115,6 @@ class _TokenChooser:
         self._generators: dict[int, torch.Generator] = {}
 
     def __call__(self, rows: Sequence[DecodingRow], logits: torch.Tensor) -> list[int]:
-        """One token per row, from logits (N, V)."""
         decoding = self._decoding
         if decoding.samples:
             for row in rows:
@@ -162,13 +161,8 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt under its own adapter; results are in the order of the prompts.
 
-    Args:
-        base: The loaded base; the named adapters are attached to its model.
-        prompts: Any mixture of adapters and lengths.
-        decoding: How tokens are chosen and when to stop.
-        tokenizer: Decodes, and names the padding and end tokens; default: the base's.
-        batch_size: Maximum number of active rows.
-        progress: Reports finished rows.
+    The adapters are attached to the base's model. `batch_size` limits the active rows; `tokenizer` defaults to the
+    base's.
 
     Raises:
         ConfigError: A prompt cannot be continued (see `prompt_problem`), or `batch_size` is below 1.
@@ -239,7 +233,6 @@ def _in_batches(
 
 @contextmanager
 def _routed(model: Any, rows: Sequence[Prompt]) -> Iterator[None]:
-    """Apply each row's adapter."""
     routing = Routing()
     segments = segments_of(model, [row.adapter for row in rows])
     with replaced_forward(packed_forwards(model, routing)), routing.segments(segments):

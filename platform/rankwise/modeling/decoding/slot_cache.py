@@ -22,8 +22,6 @@ _COLUMNS = 64
 
 @dataclass
 class _Plan:
-    """The current step, shared by all layers."""
-
     slots: int
     rows: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     positions: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -40,14 +38,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._plan = plan
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take heads, size and dtype from the first keys and values."""
         self.keys = _empty(self._plan.slots, key_states)
         self.values = _empty(self._plan.slots, value_states)
         self.device = key_states.device
         self.is_initialized = True
 
     def reserve(self, columns: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Grow to at least so many columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = _grown(self.keys, columns)
@@ -65,15 +61,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:rows, :, : plan.width], self.values[:rows, :, : plan.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns in use, and the index of the first."""
         return self._plan.width, 0
 
     def get_seq_length(self) -> int:
-        """Columns of the longest row before this step."""
         return max(0, self._plan.width - 1)
 
     def get_max_length(self) -> int:
-        """-1: no limit."""
         return -1
 
 
@@ -93,12 +86,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         plan.positions, plan.width = positions, width
 
     def put(self, slots: Sequence[int], prefilled: Any) -> None:
-        """Copy rows from another cache, which has them from column 0 on, padded on the right.
-
-        Args:
-            slots: Target slot of each row.
-            prefilled: A cache with keys and values (len(slots), H, T, D).
-        """
+        """Copy rows into slots from a prefilled cache, padded on the right: keys and values (len(slots), H, T, D)."""
         for mine, other in zip(self.layers, prefilled.layers, strict=True):
             columns = other.keys.shape[2]
             mine.reserve(columns, other.keys, other.values)
