@@ -1,1 +1,1 @@
-"""Rows to supervised tokens: chat template, loss mask, cache, sampler, collator, preflight."""
+"""Table rows to supervised tokens: chat template, loss mask, token cache, sampler, collator, preflight checks."""

@@ -1,4 +1,4 @@
-"""Encoded rows to one padded batch of tensors.
+"""Batches: which rows each micro-step trains on (a seeded sampler), and padding them to one batch of tensors.
 
 B rows, T tokens of the longest row.
 
@@ -11,8 +11,6 @@ into windows of up to 50 batches, each window is sorted by length, and its batch
 order depends on the window alone and not on the seed: arms of one pack with equal data and batch size then have long
 batches at the same time, and short ones, and a pack pads little too. A batch that holds the end of an epoch is left as
 it is, so every row still comes once in an epoch.
-
-- Which rows a micro-step trains on.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, side: Literal["right
 # As many batches as transformers' LengthGroupedSampler sorts together.
 _WINDOW = 50
 _WINDOW_SEED = -1
-"""No arm has it."""
+"""Not a seed that an arm can have."""
 
 
 @dataclass(frozen=True)

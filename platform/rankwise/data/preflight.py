@@ -1,24 +1,17 @@
-"""What can be known to be wrong with the data before anything is trained.
+"""Checks of the data before training, a preview of the supervised tokens, and digests of the prompts trained on.
 
-Errors stop a run: what they find would train nothing, or crash. Warnings are for a person to judge.
+Errors stop a run, because training would fail or learn nothing. Warnings do not.
 
-The texts are data of unknown origin: they are escaped for HTML, and characters that steer a terminal are shown, not
-sent.
+The preview shows untrusted text: it is escaped for HTML, and control characters are shown, not sent to the terminal.
 
-One digest for each prompt: the first 16 bytes of SHA-256 over a salt and the prompt's key (`conversation.prompt_key`:
-everything before the last answer, white space folded, the definition's own system message left out). Two of a billion
-prompts share one with a probability of 2**-69.
+`RowDigests` records which prompts an adapter was trained on without storing them, so that promotion needs no training
+data. A digest is the first 16 bytes of SHA-256 over a salt and the prompt's key (`rows.prompt_key`: everything before
+the last answer, white space folded, without the definition's system message). Any two of a billion prompts collide with
+a probability of 2**-69. The salt prevents looking up the digests of common prompts, and comparing the files of two
+adapters. It is stored in the file and derived from the arm, so a retry writes the same bytes. Anyone who can read the
+file can still test a guessed prompt: that is its purpose.
 
-Salted, since plain digests of common prompts are listed somewhere, and since the files of two adapters would tell how
-many rows they share. The salt stands in the file and follows from the arm, so that a repeated attempt writes the same
-bytes. A salt keeps nobody who may read the file from asking whether a prompt that he guesses was trained on: that is
-what the file is for.
-
-The file: a line of JSON (`{"format", "salt", "rows", "digests", "init_from"}`), then the digests, sorted: 16 bytes a
-prompt, 16 MB a million.
-
-- A look at what is trained: a few rows as tokens, the supervised ones marked, for a terminal and as HTML.
-- Which prompts an adapter was trained on, without the prompts: so that whoever promotes it needs no training data.
+The file: a line of JSON (`{"format", "salt", "rows", "digests", "init_from"}`), then the sorted digests, 16 bytes each.
 """
 
 from __future__ import annotations
@@ -46,18 +39,18 @@ if TYPE_CHECKING:
     from rankwise.data.template import Renderer
 
 SHOWN_ROWS = 5
-"""Offending rows that a finding names."""
+"""Maximum number of row ids in a finding."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that is wrong, or looks wrong."""
+class PreflightFinding:
+    """One error or warning about the data."""
 
     code: str
     """A stable name, for programs and tests."""
     message: str
     count: int = 0
-    """How many rows are concerned; 0 where it is not about rows."""
+    """Number of affected rows; 0 if it is not about rows."""
     rows: tuple[str, ...] = ()
     """The ids of the first of them."""
 
@@ -72,8 +65,8 @@ class Finding:
 class Report:
     """The findings on a definition's data, and its size."""
 
-    errors: tuple[Finding, ...]
-    warnings: tuple[Finding, ...]
+    errors: tuple[PreflightFinding, ...]
+    warnings: tuple[PreflightFinding, ...]
     counts: dict[str, int]
     """`train.rows`, `train.tokens`, `train.supervised_tokens`, `train.longest`, `train.dropped`, `train.cut`, and the
     same for `eval`."""
@@ -131,8 +124,8 @@ def preflight(
     return Report(errors=tuple(errors), warnings=tuple(warnings), counts=counts)
 
 
-def _finding(code: str, message: str, rows: Sequence[str] = ()) -> Finding:
-    return Finding(code=code, message=message, count=len(rows), rows=tuple(rows[:SHOWN_ROWS]))
+def _finding(code: str, message: str, rows: Sequence[str] = ()) -> PreflightFinding:
+    return PreflightFinding(code=code, message=message, count=len(rows), rows=tuple(rows[:SHOWN_ROWS]))
 
 
 def _counts(side: str, encoded: EncodedSet) -> dict[str, int]:
@@ -146,39 +139,39 @@ def _counts(side: str, encoded: EncodedSet) -> dict[str, int]:
     }
 
 
-def _renderer_errors(renderer: Renderer, vocab_size: int | None) -> Iterator[Finding]:
+def _renderer_errors(renderer: Renderer, vocab_size: int | None) -> Iterator[PreflightFinding]:
     if not renderer.end_token_ids:
         yield _finding(
             "no_end_token",
             "The base names no end token (eos_token of the tokenizer, eos_token_id of the generation configuration), "
-            "so that generation would never stop; use a base that has one",
+            "so generation would never stop; use a base that has one",
         )
     if vocab_size is not None and renderer.pad_token_id >= vocab_size:
         yield _finding(
             "padding_beyond_vocabulary",
             f"The padding token {renderer.tokenizer.pad_token!r} is number {renderer.pad_token_id}, but the base's "
-            f"embedding has {vocab_size:,} rows; the tokenizer does not belong to this base",
+            f"embedding has {vocab_size:,} rows; use the tokenizer that belongs to this base",
         )
 
 
-def _renderer_warnings(renderer: Renderer) -> Iterator[Finding]:
+def _renderer_warnings(renderer: Renderer) -> Iterator[PreflightFinding]:
     if renderer.tokenizer.pad_token_id is None:
         filler = renderer.tokenizer.convert_ids_to_tokens(renderer.pad_token_id)
         yield _finding(
             "no_padding_token",
-            f"The base's tokenizer has no padding token; {filler!r} fills batches, masked out, which changes no result",
+            f"The base's tokenizer has no padding token; {filler!r} is used and masked, which changes no result",
         )
     if renderer.dated:
         yield _finding(
             "dated_template",
-            "The chat template writes the current date, so that the same rows give other tokens on another day; for a "
-            "repeatable result set dataset.chat_template to a copy with a fixed date",
+            "The chat template writes the current date, so the same rows give different tokens on another day; for "
+            "repeatable results set dataset.chat_template to a copy with a fixed date",
         )
 
 
-def _reading_warnings(examples: Examples) -> Iterator[Finding]:
+def _reading_warnings(examples: Examples) -> Iterator[PreflightFinding]:
     for reason, count in examples.dropped.items():
-        yield Finding(
+        yield PreflightFinding(
             code="left_out", message=f"{count:,} {'row' if count == 1 else 'rows'} left out: {reason}", count=count
         )
     for note in examples.notes:
@@ -187,7 +180,7 @@ def _reading_warnings(examples: Examples) -> Iterator[Finding]:
 
 def _length_errors(
     side: str, rows: Sequence[Example], encoded: EncodedSet, max_length: int | None
-) -> Iterator[Finding]:
+) -> Iterator[PreflightFinding]:
     if len(encoded):
         return
     if not rows:
@@ -201,12 +194,12 @@ def _length_errors(
     )
 
 
-def _length_warnings(side: str, encoded: EncodedSet, max_length: int | None) -> Iterator[Finding]:
+def _length_warnings(side: str, encoded: EncodedSet, max_length: int | None) -> Iterator[PreflightFinding]:
     total = len(encoded) + len(encoded.dropped)
     if encoded.dropped and len(encoded):
         yield _finding(
             "too_long",
-            f"{side}: {len(encoded.dropped):,} of {total:,} rows are left out, since they are longer than "
+            f"{side}: {len(encoded.dropped):,} of {total:,} rows are left out, because they are longer than "
             f"training.max_length={max_length} (the longest has {encoded.longest:,} tokens)",
             encoded.dropped,
         )
@@ -219,12 +212,12 @@ def _length_warnings(side: str, encoded: EncodedSet, max_length: int | None) -> 
         )
 
 
-def _mask_errors(side: str, encoded: EncodedSet) -> Iterator[Finding]:
+def _mask_errors(side: str, encoded: EncodedSet) -> Iterator[PreflightFinding]:
     if encoded.unended:
         yield _finding(
             "no_end",
             f"{side}: the chat template does not end the assistant's turn with an end token in "
-            f"{len(encoded.unended):,} rows, so that a model trained on them would not stop; give a "
+            f"{len(encoded.unended):,} rows, so a model trained on them would not stop; set a "
             "dataset.chat_template that writes eos_token after the answer",
             encoded.unended,
         )
@@ -239,7 +232,7 @@ def _mask_errors(side: str, encoded: EncodedSet) -> Iterator[Finding]:
         )
 
 
-def _mask_warnings(side: str, encoded: EncodedSet) -> Iterator[Finding]:
+def _mask_warnings(side: str, encoded: EncodedSet) -> Iterator[PreflightFinding]:
     if not len(encoded):
         return
     for code, what, where in (
@@ -255,7 +248,7 @@ def _ids(encoded: EncodedSet, where: npt.NDArray[np.bool_]) -> list[str]:
     return [encoded.ids[place] for place in np.flatnonzero(where)]
 
 
-def _vocabulary_errors(side: str, encoded: EncodedSet, vocab_size: int | None) -> Iterator[Finding]:
+def _vocabulary_errors(side: str, encoded: EncodedSet, vocab_size: int | None) -> Iterator[PreflightFinding]:
     if vocab_size is None:
         return
     places = np.flatnonzero(encoded.input_ids >= vocab_size)
@@ -270,7 +263,7 @@ def _vocabulary_errors(side: str, encoded: EncodedSet, vocab_size: int | None) -
     )
 
 
-def _end_text_warnings(side: str, rows: Sequence[Example], renderer: Renderer) -> Iterator[Finding]:
+def _end_text_warnings(side: str, rows: Sequence[Example], renderer: Renderer) -> Iterator[PreflightFinding]:
     texts = [renderer.tokenizer.decode([token]) for token in sorted(renderer.end_token_ids)]
     found = [
         row.id
@@ -282,13 +275,13 @@ def _end_text_warnings(side: str, rows: Sequence[Example], renderer: Renderer) -
     if found:
         yield _finding(
             "end_token_inside",
-            f"{side}: {len(found):,} rows have an end token inside an answer ({', '.join(map(repr, texts))}); what "
-            "follows it is not trained",
+            f"{side}: {len(found):,} rows have an end token inside an answer ({', '.join(map(repr, texts))}); the "
+            "tokens after it are not trained",
             found,
         )
 
 
-def _overlap_warnings(train: Sequence[Example], evaluation: Sequence[Example]) -> Iterator[Finding]:
+def _overlap_warnings(train: Sequence[Example], evaluation: Sequence[Example]) -> Iterator[PreflightFinding]:
     prompts = {row.prompt for row in train}
     pairs = {(row.prompt, row.completion) for row in train}
     same = [row.id for row in evaluation if (row.prompt, row.completion) in pairs]
@@ -296,15 +289,15 @@ def _overlap_warnings(train: Sequence[Example], evaluation: Sequence[Example]) -
     if same:
         yield _finding(
             "shared_rows",
-            f"{len(same):,} of {len(evaluation):,} evaluation rows are training rows too, with the same prompt and "
-            "completion: their results show memory; dataset.eval: {split_from: train, rows: ...} keeps equal prompts "
-            "on one side",
+            f"{len(same):,} of {len(evaluation):,} evaluation rows are also training rows, with the same prompt and "
+            "completion, so their results measure memorization; dataset.eval: {split_from: train, rows: ...} keeps "
+            "equal prompts on one side",
             same,
         )
     if asked:
         yield _finding(
             "shared_prompts",
-            f"{len(asked):,} of {len(evaluation):,} evaluation rows have a prompt that training has too, with another "
+            f"{len(asked):,} of {len(evaluation):,} evaluation rows share a prompt with training rows, but not the "
             "completion",
             asked,
         )
@@ -339,7 +332,7 @@ class Piece:
 
 def pieces(row: Encoded, tokenizer: Any) -> list[Piece]:
     """Cut a row's text at its tokens."""
-    found: list[Piece] = []
+    cut: list[Piece] = []
     tokens = [int(token) for token in row.input_ids]
     start = context = 0
     for stop in range(1, len(tokens) + 1):
@@ -349,9 +342,9 @@ def pieces(row: Encoded, tokenizer: Any) -> list[Piece]:
         more = stop < len(tokens) and row.supervised[stop] == row.supervised[start]
         if text.endswith(PENDING) and more and stop - start < 4:  # a character has at most 4 bytes
             continue
-        found.append(Piece(text=text, token_ids=tuple(tokens[start:stop]), supervised=bool(row.supervised[start])))
+        cut.append(Piece(text=text, token_ids=tuple(tokens[start:stop]), supervised=bool(row.supervised[start])))
         context, start = start, stop
-    return found
+    return cut
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -413,7 +406,7 @@ def render_html(rows: Sequence[Encoded], tokenizer: Any, title: str = "Supervise
 FORMAT = 1
 DIGEST_BYTES = 16
 MANY_ROWS = 1_000_000
-"""From here on a person is told how large the file is."""
+"""From this many rows on, the file's size is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,7 +417,7 @@ class RowDigests:
         salt: Of the digests.
         rows: Rows that there were, equal prompts counted each.
         digests: Of the prompts.
-        init_from: The registered adapter that training went on from, whose own prompts count too; None for none.
+        init_from: The registered adapter that training started from, whose prompts count too; None for none.
     """
 
     salt: bytes
@@ -439,11 +432,11 @@ class RowDigests:
         Args:
             keys: Of each row's prompt, as `row_key` gives it.
             name: Of the arm; it decides the salt.
-            init_from: The registered adapter that training goes on from.
+            init_from: The registered adapter that training starts from.
         """
         salt = hashlib.sha256(b"rankwise training rows\x00" + name.encode()).digest()[:DIGEST_BYTES]
-        found = [_digest(salt, key) for key in keys]
-        return cls(salt=salt, rows=len(found), digests=frozenset(found), init_from=init_from)
+        digests = [_digest(salt, key) for key in keys]
+        return cls(salt=salt, rows=len(digests), digests=frozenset(digests), init_from=init_from)
 
     def __contains__(self, key: str) -> bool:
         """Whether a prompt of this key was trained on."""
@@ -475,10 +468,10 @@ class RowDigests:
             salt, rows, count = bytes.fromhex(header["salt"]), int(header["rows"]), int(header["digests"])
             init_from = header["init_from"]
         except (ValueError, KeyError, TypeError) as error:
-            raise AssetError(f"{where} is no file of row digests: {error!r}") from error
+            raise AssetError(f"{where} is not a file of row digests: {error!r}") from error
         if len(body) != count * DIGEST_BYTES:
             raise AssetError(
-                f"{where} holds {len(body):,} bytes of digests and says {count * DIGEST_BYTES:,}: cut short"
+                f"{where} has {len(body):,} bytes of digests, expected {count * DIGEST_BYTES:,}: the file is truncated"
             )
         digests = frozenset(body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES))
         return cls(salt=salt, rows=rows, digests=digests, init_from=init_from)

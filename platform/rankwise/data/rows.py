@@ -1,15 +1,11 @@
-"""Tables to examples: which rows, on which side, with which text.
+"""Table rows to examples: row templates, conversations, the train/eval split, and limits.
 
-A field is the plain name of a column with an optional format specification. Attribute access (`{a.b}`), indexing
-(`{a[0]}`), conversions (`{a!r}`) and positions (`{}`) are never evaluated: a definition may come from someone else,
-and a text template must not become a way to reach into objects.
+A template's field is a plain column name with an optional format specification (`{price:.0f}`). Attribute access
+(`{a.b}`), indexing (`{a[0]}`), conversions (`{a!r}`) and positions (`{}`) are never evaluated: a definition may come
+from someone else, and a text template must not become a way to reach into objects.
 
-Both choices order things by a SHA-256 of the seed and of what is chosen, never by a random generator's state, so that
-they are the same on every machine and move little when the table gains rows.
-
-- Templates over a row's columns, such as `carat {carat}, price {price:.0f}`.
-- Rows of a table to conversations: a `messages` column, or `prompt` and `completion` templates.
-- Which rows train and which evaluate: a split by groups, and limits.
+Split and limits order rows by a SHA-256 of the seed and of the row, not by a random generator, so the choice is the
+same on every machine and changes little when the table gains rows.
 """
 
 from __future__ import annotations
@@ -35,7 +31,7 @@ if TYPE_CHECKING:
     from rankwise.settings import Settings
 
 MAX_WIDTH = 999
-# A width of ten digits would take the machine's memory with the first row.
+# A width of ten digits would exhaust the memory with the first row.
 _WIDE = re.compile(r"[0-9]{4,}")
 
 
@@ -80,8 +76,8 @@ class RowTemplate:
                 )
             if _WIDE.search(spec or ""):
                 raise DatasetError(
-                    f"{key}: field {{{name}:{spec}}} asks for more than {MAX_WIDTH} characters or digits; allowed are "
-                    f"widths and precisions up to {MAX_WIDTH}"
+                    f"{key}: field {{{name}:{spec}}} has a width or precision above {MAX_WIDTH}; allowed are widths "
+                    f"and precisions up to {MAX_WIDTH}"
                 )
             if conversion or "{" in (spec or ""):
                 shown = f"!{conversion}" if conversion else f":{spec}"
@@ -160,7 +156,7 @@ NO_ANSWER = "no assistant turn"
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What became of one row: its messages, up to the last answer, or the reason why it is left out."""
+    """The result of one row: its messages up to the last answer, or the reason why it is left out."""
 
     messages: tuple[Message, ...] = ()
     left_out: str | None = None
@@ -338,8 +334,8 @@ def split_groups(groups: Sequence[str], rows: int, seed: int) -> Split:
     if len(taken) < rows or used == len(order):
         raise DatasetError(
             f"dataset.eval: rows is {rows:,}, but the table has {len(groups):,} rows with {len(members):,} different "
-            "prompts, and equal prompts must fall on one side, so that nothing would be left to train on; ask for "
-            "fewer rows, or give an evaluation set of its own"
+            "prompts. Equal prompts must be on one side, so no rows would be left to train on; reduce rows, or provide "
+            "a separate evaluation set"
         )
     outside = {*taken, *left_out}
     train = [position for position in range(len(groups)) if position not in outside]
@@ -389,7 +385,7 @@ class Examples:
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out, by `SIDE: reason`."""
     notes: tuple[str, ...] = ()
-    """What a person should know about how the rows were read; preflight shows them as warnings."""
+    """Remarks on how the rows were read; preflight shows them as warnings."""
 
 
 def load_examples(
@@ -435,7 +431,7 @@ def build_examples(
         train_table: Rows to train on; None to make examples of `eval_table` alone, where only these are needed.
         eval_table: Rows to evaluate on; None where there are none, or where they are a split of the others.
         renderer: Makes texts of conversations.
-        progress: Told of rows done.
+        progress: Reports finished rows.
 
     Raises:
         DatasetError: The rows do not fit the definition, or the chat template refuses one.
@@ -512,10 +508,10 @@ class _Table:
         for key, count in unused.items():
             notes.append(f"{side}: messages of {count:,} rows have a key {key!r}, which is not used")
         if tails:
-            notes.append(f"{side}: {tails:,} rows go on after the assistant's last turn; these turns are not used")
+            notes.append(f"{side}: {tails:,} rows have turns after the assistant's last one; these turns are not used")
         if not positions:
             why = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items()) or "the table is empty"
-            raise DatasetError(f"dataset.{side}: no row of {len(row_ids):,} can be used: {why}")
+            raise DatasetError(f"dataset.{side}: none of {len(row_ids):,} rows can be used: {why}")
         return cls(table=table, mapping=mapping, positions=positions, ids=ids, groups=groups)
 
     def examples(self, rows: Sequence[int], renderer: Renderer, advance: Advance) -> list[Example]:

@@ -1,4 +1,4 @@
-"""Chat templates: the base's own, two built-in ones, or a Jinja file; and the tokens that end an assistant's turn.
+"""Chat templates (the base's own, built-in, or a Jinja file): checks against hostile ones, rendering, end tokens.
 
 - `chatml`: a turn is `<|im_start|>ROLE`, a newline, the content, `<|im_end|>`, a newline. For a tokenizer that knows
   both marks and stops at the second.
@@ -10,13 +10,10 @@ system turn without content is left out), nothing more. The newline between prom
 prompt the same with and without the answer: tokenizers split after a newline, while a space would join the first word.
 Both begin with the tokenizer's first token (`bos_token`) where the tokenizer itself begins a text with it.
 
-transformers renders them in Jinja's immutable sandbox, which keeps them from files, attributes and other objects, but
-not from taking all time and memory. So a template is looked at before it is used: it is parsed without computing
-constants, what can only be a bomb is refused, and it is tried on a few conversations within a limit of steps. What a
-branch does that no trial comes to is left to the deadline that a worker's phases have.
-
-- Chat templates are programs of strangers: they come with bases, adapters and definitions.
-- Conversations to text to tokens, as transformers does it: its sandboxed chat template, then its tokenizer.
+Templates are untrusted programs: they come with bases, adapters and definitions. transformers renders them in Jinja's
+immutable sandbox, which protects files, attributes and other objects, but not time and memory. So `guard` parses a
+template without computing constants, refuses obvious bombs, and tries it on a few conversations within a step limit.
+Branches that no trial reaches are limited only by the deadline of a worker's phase.
 """
 
 from __future__ import annotations
@@ -66,7 +63,7 @@ def apply_template(tokenizer: Any, chat_template: str | None, revision: str | No
 
     Raises:
         DatasetError: The base has no template and none is given, the file cannot be read or is not what its pin says,
-            the template is not valid Jinja or may take all time or memory, or a built-in one does not fit the
+            the template is not valid Jinja or could exhaust time or memory, or a built-in one does not fit the
             tokenizer.
     """
     result = copy.copy(tokenizer)
@@ -105,8 +102,8 @@ def template_text(tokenizer: Any, chat_template: str | None, revision: str | Non
     digest = content_digest(content)
     if revision not in {None, digest}:
         raise DatasetError(
-            f"dataset.chat_template: {path.absolute()} is {digest}, but chat_template_revision says {revision}; bring "
-            "back the file that was there, or set the revision anew"
+            f"dataset.chat_template: {path.absolute()} has the digest {digest}, but chat_template_revision is "
+            f"{revision}; restore the original file, or update the revision"
         )
     return _checked(tokenizer, text, f"dataset.chat_template: {path}")
 
@@ -128,7 +125,7 @@ def _own(tokenizer: Any) -> str:
 def _built_in(tokenizer: Any, name: str) -> str:
     if tokenizer.eos_token is None:
         raise DatasetError(
-            f"dataset.chat_template: {name} needs an end token, and the base's tokenizer has no eos_token; give a "
+            f"dataset.chat_template: {name} needs an end token, but the base's tokenizer has no eos_token; use a "
             "Jinja file that ends an assistant's turn with a token of the generation configuration's eos_token_id"
         )
     if name == "chatml":
@@ -154,8 +151,8 @@ def _checked(tokenizer: Any, text: str, where: str) -> str:
         guard(text)
     except TemplateRefused as error:
         raise DatasetError(
-            f"{where}: it may take all time or memory and is refused: {error}; a chat template needs no more than one "
-            "loop over the messages"
+            f"{where}: refused, because it could exhaust time or memory: {error}; a chat template needs no more than "
+            "one loop over the messages"
         ) from error
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=text, tokenize=False)
@@ -178,7 +175,7 @@ def end_token_ids(tokenizer: Any, base: Path | None = None) -> frozenset[int]:
     Raises:
         DatasetError: One of the files is not JSON, or its `eos_token_id` is not made of numbers.
     """
-    found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    tokens = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in () if base is None else ("generation_config.json", "config.json"):
         assert base is not None
         path = base / name
@@ -186,11 +183,11 @@ def end_token_ids(tokenizer: Any, base: Path | None = None) -> frozenset[int]:
             continue
         try:
             value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found.update(int(each) for each in (value if isinstance(value, list) else [value]) if each is not None)
+            tokens.update(int(token) for token in (value if isinstance(value, list) else [value]) if token is not None)
         except (ValueError, TypeError, AttributeError) as error:
             raise DatasetError(f"{path}: eos_token_id cannot be read: {error}") from error
         break  # transformers takes the end tokens from config.json only where there is no generation configuration
-    return frozenset(found)
+    return frozenset(tokens)
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -232,15 +229,15 @@ _CONVERSATIONS = (
 
 
 class TemplateRefused(Exception):
-    """Raised when a template may take all time or memory; the text says what it does."""
+    """Raised when a template could exhaust time or memory; the text gives the reason."""
 
 
 @functools.lru_cache(maxsize=64)
 def guard(text: str) -> None:
-    """Look a template over. One that is not valid Jinja passes: whoever renders it says so.
+    """Check a template for time and memory bombs. Invalid Jinja passes: rendering reports it.
 
     Raises:
-        TemplateRefused: It may take all time or memory.
+        TemplateRefused: It could exhaust time or memory.
     """
     if len(text) > MAX_CHARACTERS:
         raise TemplateRefused(f"it has {len(text):,} characters; allowed are {MAX_CHARACTERS:,}")

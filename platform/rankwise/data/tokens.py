@@ -1,4 +1,4 @@
-"""Examples to tokens with a loss mask, cached.
+"""Encodes examples as tokens with a loss mask, and caches them (one Arrow file per rows, template, tokenizer, length).
 
 N rows, T tokens of a row. An `EncodedSet` keeps all rows in two flat arrays, so that a large table costs five bytes a
 token and not an object a row.
@@ -6,9 +6,6 @@ token and not an object a row.
 What must hold, and is checked on every answer of every row: the tokens of the prompt (rendered with the generation
 prompt, which is what generation starts from) are the first tokens of the whole conversation. Then, and only then, what
 follows the prompt is what generation has to produce, and the mask covers it up to the first end token.
-
-- The loss mask of conversations.
-- The cache of tokens: one Arrow file per set of rows, template, tokenizer and length.
 """
 
 from __future__ import annotations
@@ -158,7 +155,7 @@ def encode(
         renderer: Tokenizer, chat template and end tokens; the one that the examples were made with.
         max_length: Most tokens of a row; None for no limit.
         settings: Where the cache is; None for no cache.
-        progress: Told of rows done.
+        progress: Reports finished rows.
 
     Raises:
         DatasetError: The tokens of a prompt are not the first tokens of prompt and answer, so that no mask would be
@@ -215,7 +212,7 @@ def mask_examples(
     Raises:
         DatasetError: A prompt's tokens are not the first ones of the conversation's.
     """
-    found = _Found()
+    masked = _MaskedRows()
     with (progress or SILENT).task("tokenizing", len(examples), "rows") as advance:
         for first in range(0, len(examples), BLOCK_ROWS):
             block = examples[first : first + BLOCK_ROWS]
@@ -223,16 +220,16 @@ def mask_examples(
             texts = list(dict.fromkeys(text for row in turns for turn in row for text in (turn.prompt, turn.upto)))
             tokens = dict(zip(texts, renderer.tokens(texts), strict=True))
             for example, row in zip(block, turns, strict=True):
-                found.add(example.id, _mask(example.id, row, tokens, renderer.end_token_ids), max_length)
+                masked.add(example.id, _mask(example.id, row, tokens, renderer.end_token_ids), max_length)
             advance(len(block))
-    if found.breaks:
-        raise DatasetError(_explain(found.breaks, len(examples), renderer))
+    if masked.breaks:
+        raise DatasetError(_explain(masked.breaks, len(examples), renderer))
     return EncodedSet.of(
-        found.rows,
-        cut=tuple(found.cut),
-        dropped=tuple(found.dropped),
-        unended=tuple(found.unended),
-        longest=found.longest,
+        masked.rows,
+        cut=tuple(masked.cut),
+        dropped=tuple(masked.dropped),
+        unended=tuple(masked.unended),
+        longest=masked.longest,
     )
 
 
@@ -246,7 +243,7 @@ class _Masked:
 
 
 @dataclass(kw_only=True)
-class _Found:
+class _MaskedRows:
     """What became of the rows so far."""
 
     rows: list[Encoded] = field(default_factory=list)
@@ -319,19 +316,19 @@ def _explain(breaks: Sequence[_Break], count: int, renderer: Renderer) -> str:
         (place for place, (a, b) in enumerate(zip(first.prompt, first.full, strict=False)) if a != b),
         min(len(first.prompt), len(first.full)),
     )
-    shown = f"in row {first.id} they part after {first.prompt[max(0, same - 40) : same]!r}"
+    shown = f"in row {first.id} they differ after {first.prompt[max(0, same - 40) : same]!r}"
     if first.history:
         return (
             f"{head}the chat template renders an earlier answer differently once more turns follow (it may leave out "
             f"the thinking of earlier turns): {shown}, with {first.prompt[same : same + 40]!r} against "
-            f"{first.full[same : same + 40]!r}. What was learned would not be what generation sees. Use rows with one "
-            "answer each, or a dataset.chat_template that keeps earlier turns as they are"
+            f"{first.full[same : same + 40]!r}. Training would not match what generation sees. Use rows with one "
+            "answer each, or a dataset.chat_template that does not change earlier turns"
         )
     if not first.full.startswith(first.prompt):
         return (
             f"{head}the chat template renders the prompt of a generation differently from the beginning of the whole "
             f"conversation: {shown}, with {first.prompt[same : same + 40]!r} in the prompt against "
-            f"{first.full[same : same + 40]!r}. What was learned would not be what generation starts from. Give a "
+            f"{first.full[same : same + 40]!r}. Training would not match what generation starts from. Set a "
             "dataset.chat_template whose add_generation_prompt part is the beginning of an assistant's turn"
         )
     prompt, full = renderer.tokens([first.prompt, first.full])
@@ -386,7 +383,7 @@ class TokenCache:
                 try:
                     return read(path, key)
                 except CorruptEntryError as error:
-                    logger.warning("Tokens are made anew: %s", error)
+                    logger.warning("rebuilding cached tokens: %s", error)
             made = make()
             write_atomically(path, to_bytes(made, key))
             return made
@@ -448,7 +445,7 @@ def read(path: Path, key: str) -> EncodedSet:
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as error:
         raise CorruptEntryError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if stored != (key, digest):
-        raise CorruptEntryError(f"{path} has the digest {digest}, stored was {stored[1]} for the key {stored[0]}")
+        raise CorruptEntryError(f"{path} has the digest {digest}, expected {stored[1]} for the key {stored[0]}")
     return encoded
 
 

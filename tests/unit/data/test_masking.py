@@ -105,7 +105,7 @@ def test_a_template_that_forgets_thinking_is_refused_for_chats_and_fine_for_sing
     assert "The loss mask cannot be computed for 1 of 1 rows (rows r3)" in message
     assert "renders an earlier answer differently once more turns follow" in message
     assert "with '<think>x</think>one" in message
-    assert "Use rows with one answer each, or a dataset.chat_template that keeps earlier turns" in message
+    assert "Use rows with one answer each, or a dataset.chat_template that does not change earlier turns" in message
 
 
 def test_a_generation_prompt_that_is_not_how_an_answer_begins_is_refused():

@@ -1,7 +1,7 @@
 import pytest
 from helpers.data_rows import ask, chat, make_example, make_renderer
 
-from rankwise.data.preflight import Finding, preflight
+from rankwise.data.preflight import PreflightFinding, preflight
 from rankwise.data.rows import Examples
 from rankwise.data.template import Renderer
 from rankwise.data.tokens import encode
@@ -63,7 +63,7 @@ def test_rows_beyond_the_length_limit_are_a_warning():
     renderer = make_renderer()
     report = check([*rows(renderer), ask(renderer, "a" * 300, "one", "long")], max_length=64)
     warning = only(report.warnings)
-    assert "train: 1 of 4 rows are left out, since they are longer than training.max_length=64" in str(warning)
+    assert "train: 1 of 4 rows are left out, because they are longer than training.max_length=64" in str(warning)
     assert warning.rows == ("long",)
     assert report.counts["train.dropped"] == 1
     assert report.errors == ()
@@ -129,7 +129,7 @@ def test_a_padding_token_beyond_the_embedding_is_an_error():
 def test_a_missing_padding_token_is_a_warning():
     renderer = make_renderer(pad_token=None)
     warning = only(check(rows(renderer), renderer=renderer).warnings)
-    assert "has no padding token; '<|im_end|>' fills batches" in warning.message
+    assert "has no padding token; '<|im_end|>' is used and masked" in warning.message
 
 
 def test_empty_completions_are_a_warning_and_all_of_them_an_error():
@@ -145,7 +145,7 @@ def test_rows_on_both_sides_are_a_warning_with_counts():
     evaluation = [*rows(renderer, 2), *rows(renderer, 1, 2, answer="other"), *rows(renderer, 1, 50)]
     report = check(train, evaluation)
     assert codes(report.warnings) == ["shared_rows", "shared_prompts"]
-    assert str(report.warnings[0]).startswith("2 of 4 evaluation rows are training rows too")
+    assert str(report.warnings[0]).startswith("2 of 4 evaluation rows are also training rows")
     assert report.warnings[0].rows == ("r0", "r1")
     assert report.warnings[1].rows == ("r2",)
 
@@ -180,5 +180,5 @@ def test_errors_stop_a_run_with_all_of_them():
 
 
 def test_a_finding_names_its_first_rows():
-    assert str(Finding(code="x", message="odd", count=2, rows=("a", "b"))) == "odd (rows a, b)"
-    assert str(Finding(code="x", message="odd", count=9, rows=("a", "b"))) == "odd (rows a, b, ...)"
+    assert str(PreflightFinding(code="x", message="odd", count=2, rows=("a", "b"))) == "odd (rows a, b)"
+    assert str(PreflightFinding(code="x", message="odd", count=9, rows=("a", "b"))) == "odd (rows a, b, ...)"

@@ -59,8 +59,8 @@ def test_a_file_that_is_not_whole_is_refused():
     content = RowDigests.of(["a", "b"], name="x", init_from="models:/m/1").to_bytes()
     assert RowDigests.from_bytes(content, "f").init_from == "models:/m/1"
     for bad, says in (
-        (content[:-1], "f holds 31 bytes of digests and says 32: cut short"),
-        (b"\x00\x01", "f is no file of row digests"),
+        (content[:-1], "f has 31 bytes of digests, expected 32: the file is truncated"),
+        (b"\x00\x01", "f is not a file of row digests"),
         (content.replace(b'"format": 1', b'"format": 2'), "f has format 2; this release reads up to 1"),
     ):
         with pytest.raises(AssetError, match=says):

@@ -95,7 +95,7 @@ def test_rows_with_empty_cells_are_left_out_and_counted():
 
 
 def test_a_table_without_a_usable_row_is_refused():
-    with pytest.raises(DatasetError, match=r"dataset\.train: no row of 2 can be used: 2 with no assistant turn"):
+    with pytest.raises(DatasetError, match=r"dataset\.train: none of 2 rows can be used: 2 with no assistant turn"):
         build([{"chat": [{"role": "user", "content": "x"}]}] * 2, **CHATS)
 
 
@@ -126,7 +126,7 @@ def test_chats_are_prompts_up_to_the_last_answer():
     assert examples.train[0].messages == turns[:4]
     assert examples.train[0].prompt.endswith("two<|im_end|>\n<|im_start|>assistant\n")
     assert examples.train[0].completion == "2"
-    assert examples.notes == ("train: 1 rows go on after the assistant's last turn; these turns are not used",)
+    assert examples.notes == ("train: 1 rows have turns after the assistant's last one; these turns are not used",)
 
 
 def test_a_row_that_the_template_refuses_is_named():

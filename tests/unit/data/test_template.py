@@ -74,7 +74,7 @@ def test_chatml_is_refused_where_generation_would_not_stop_at_its_mark():
 def test_built_in_templates_need_an_end_token():
     tokenizer = make_tokenizer(None)
     tokenizer.eos_token = None
-    with pytest.raises(DatasetError, match="plain needs an end token, and the base's tokenizer has no eos_token"):
+    with pytest.raises(DatasetError, match="plain needs an end token, but the base's tokenizer has no eos_token"):
         apply_template(tokenizer, "plain")
 
 
@@ -83,7 +83,7 @@ def test_a_jinja_file_is_read_and_held_to_its_pin(tmp_path):
     path.write_text("{{ messages[0].content }}")
     pin = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
     assert rendered(apply_template(make_tokenizer(), str(path), pin), CHAT) == "Be brief."
-    with pytest.raises(DatasetError, match="but chat_template_revision says sha256:0000"):
+    with pytest.raises(DatasetError, match="but chat_template_revision is sha256:0000"):
         apply_template(make_tokenizer(), str(path), "sha256:" + "0" * 64)
 
 

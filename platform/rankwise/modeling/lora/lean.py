@@ -20,7 +20,6 @@ product is bitsandbytes' own, and the backward pass computes what its backward p
 The product's backward pass needs the activation's result beside what the activation itself keeps. Here it is computed
 again from the gate, by the same function: gradients are the same to the bit, and a tensor of the feed-forward's width
 is not kept (of SmolLM2's activations a fifth).
-
 """
 
 from __future__ import annotations
