@@ -140,12 +140,12 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     # Combinations.
     "the output layer as a target": (
         ("[q_proj, v_proj]", "[q_proj, lm_head]"),
-        "9: lora.target_modules: must not have embeddings or the output layer, got 'lm_head'; take linear layers inside "
+        "9: lora.target_modules: must not have embeddings or the output layer, got 'lm_head'; use linear layers inside "
         "the blocks",
     ),
     "embeddings as a target": (
         ("[q_proj, v_proj]", "[embed_tokens]"),
-        "9: lora.target_modules: must not have embeddings or the output layer, got 'embed_tokens'; take linear layers "
+        "9: lora.target_modules: must not have embeddings or the output layer, got 'embed_tokens'; use linear layers "
         "inside the blocks",
     ),
     "an alias without a name": (
@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "an alias of MLflow's own": (
         ("alias: best", "alias: v2"),
-        "28: register.alias: must not be latest or v1, v2, ...: MLflow keeps these to itself, got 'v2'",
+        "28: register.alias: must not be latest or v1, v2, ..., which MLflow reserves, got 'v2'",
     ),
     "an alias without evaluation rows": (
         (SPLIT, "  eval: null"),
@@ -162,11 +162,11 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "steps and epochs": (
         ("max_steps: 20", "max_steps: 20\n  num_train_epochs: 2"),
-        "18: training.num_train_epochs: is 2 while max_steps is 20; give one of the two",
+        "18: training.num_train_epochs: is 2, but max_steps is 20; give one of the two",
     ),
     "neither steps nor epochs": (
         ("  max_steps: 20\n", ""),
-        "16: training: needs max_steps or num_train_epochs, has neither",
+        "16: training: must have max_steps or num_train_epochs, has neither",
     ),
     "a prompt without a completion": (
         ('  completion: "${price}"\n', ""),
@@ -174,7 +174,7 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "messages beside a prompt": (
         ('  completion: "${price}"', "  messages: chat"),
-        "14: dataset.prompt: stands beside messages ('chat'); give messages, or both templates",
+        "14: dataset.prompt: cannot be combined with messages ('chat'); give messages, or both templates",
     ),
     "nothing that makes text of rows": (
         ('  prompt: "How much is {carat}?"\n  completion: "${price}"\n', ""),
@@ -182,8 +182,8 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a template with an open brace": (
         ("{carat}", "{carat"),
-        "14: dataset.prompt: is not a template (expected '}' before end of string), got 'How much is {carat?'; a brace "
-        "that is meant is written twice",
+        "14: dataset.prompt: is not a template (expected '}' before end of string), got 'How much is {carat?'; write a "
+        "literal brace twice",
     ),
     "a template without a column's name": (
         ("{price}", "{}"),
@@ -216,7 +216,7 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "4 and 8 bits": (
         ("version: 1", "version: 1\nquantization: {load_in_4bit: true, load_in_8bit: true}"),
-        "2: quantization.load_in_8bit: is true while load_in_4bit is true too (its default); set one to false",
+        "2: quantization.load_in_8bit: is true, but load_in_4bit is true too (its default); set one to false",
     ),
     "a pin of rows that have no source": (
         (SPLIT, f"{SPLIT}\n  eval_revision: {COMMIT}"),
@@ -235,7 +235,7 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a shortened commit": (
         (f"base_model_revision: {COMMIT}", "base_model_revision: 0123abc"),
-        "4: base_model_revision: must be a whole commit of 40 hex digits in lower case, got '0123abc' with 7 digits",
+        "4: base_model_revision: must be a full commit of 40 lowercase hex digits, got '0123abc' with 7 digits",
     ),
     "a digest for the hub": (
         (f"  train_revision: {COMMIT}", f"  train_revision: {DIGEST}"),
@@ -261,11 +261,11 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     # Sweeps.
     "an axis that is no field": (
         (GRID, "    lora.rank: [4, 8]"),
-        f"22: sweep.parameters.lora.rank: is not a field that can be swept; did you mean 'lora.r'?; allowed: {SWEPT}",
+        f"22: sweep.parameters.lora.rank: cannot be swept; did you mean 'lora.r'?; allowed: {SWEPT}",
     ),
     "an axis without its section": (
         (GRID, "    r: [4, 8]"),
-        f"22: sweep.parameters.r: is not a field that can be swept; did you mean lora.r?; allowed: {SWEPT}",
+        f"22: sweep.parameters.r: cannot be swept; did you mean lora.r?; allowed: {SWEPT}",
     ),
     "an axis that changes nothing": (
         (GRID, "    training.save_steps: [4, 8]"),
@@ -283,7 +283,7 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a grid and a list": (
         (GRID, f"{GRID}\n  arms: [{{seed: 1}}]"),
-        "23: sweep.arms: stands beside parameters; give a grid (parameters) or a list (arms)",
+        "23: sweep.arms: cannot be combined with parameters; give a grid (parameters) or a list (arms)",
     ),
     "arms that are no mappings": (
         (f"  parameters:\n{GRID}", "  arms: [8]"),
@@ -296,15 +296,15 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a condition that leaves no arm": (
         (GRID, f"{GRID}\n  where: r > 8"),
-        "23: sweep.where: leaves none of the 2 arms, got 'r > 8'",
+        "23: sweep.where: excludes all 2 arms, got 'r > 8'",
     ),
     "a condition that is a number": (
         (GRID, f"{GRID}\n  where: 2*r"),
-        "23: sweep.where: must be a condition over fields, got '2*r': must be true or false, gives 8",
+        "23: sweep.where: must be a condition over fields, got '2*r': must give true or false, gives 8",
     ),
     "an arm twice": (
         (f"  parameters:\n{GRID}", "  arms:\n    - {lora.r: 4}\n    - {lora.r: 4, seed: 0}"),
-        "23: sweep.arms[1]: (lora.r=4) and (lora.r=4, seed=0) are the same arm: equal in all that influences the result; "
+        "23: sweep.arms[1]: (lora.r=4) and (lora.r=4, seed=0) are the same arm: they differ in nothing that influences the result; "
         "remove one, or exclude it with where",
     ),
     "an arm that cannot work": (
@@ -328,11 +328,11 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a number of arms for a grid": (
         (GRID, f"{GRID}\n  trials: 4"),
-        "23: sweep.trials: belongs to method random or tpe, got 4 with method grid; remove it",
+        "23: sweep.trials: is allowed only with method random or tpe, got 4 with method grid; remove it",
     ),
     "rounds without results": (
         (GRID, f"{GRID}\n  method: random\n  trials: 2\n  round_size: 1"),
-        "25: sweep.round_size: belongs to method tpe, got 1 with method random; remove it",
+        "25: sweep.round_size: is allowed only with method tpe, got 1 with method random; remove it",
     ),
     "a search in nothing": (
         (f"  parameters:\n{GRID}", "  method: random\n  trials: 4"),
@@ -340,23 +340,23 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a search in a list": (
         (f"  parameters:\n{GRID}", "  method: tpe\n  trials: 4\n  arms: [{seed: 1}]"),
-        "23: sweep.arms: is a list, which method tpe does not draw from; give parameters, or method: grid",
+        "23: sweep.arms: is a list, which method tpe cannot draw from; give parameters, or method: grid",
     ),
     "more arms than there are": (
         (GRID, f"{GRID}\n  method: random\n  trials: 3"),
-        "24: sweep.trials: must be at most the 2 points that the parameters make, got 3",
+        "24: sweep.trials: must be at most 2, the number of points of the parameters, got 3",
     ),
     "more arms than where admits": (
         (GRID, "    lora.r: {int: [1, 9]}\n  method: random\n  trials: 4\n  where: r > 6"),
-        "24: sweep.trials: asks for 4 arms, but only 3 that differ were found; ask for fewer, or widen the ranges or where",
+        "24: sweep.trials: is 4, but only 3 different arms were found; reduce it, or widen the ranges or where",
     ),
     "a search that where leaves nothing of": (
         (GRID, "    lora.r: {int: [1, 9]}\n  method: random\n  trials: 4\n  where: r > 9"),
-        "25: sweep.where: leaves none of the 1,000 points that were tried, got 'r > 9'",
+        "25: sweep.where: excludes all 1,000 points tried, got 'r > 9'",
     ),
     "a misspelt range": (
         (GRID, "    training.learning_rate: {loguniform: [1e-4, 1e-2]}\n  method: random\n  trials: 4"),
-        "22: sweep.parameters.training.learning_rate.loguniform: is no kind of range; did you mean 'log_uniform'?; allowed: "
+        "22: sweep.parameters.training.learning_rate.loguniform: is not a kind of range; did you mean 'log_uniform'?; allowed: "
         "uniform, log_uniform, int, choice",
     ),
     "two ranges in one": (
@@ -378,17 +378,17 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a logarithm of nothing": (
         (GRID, "    training.learning_rate: {log_uniform: [0, 0.1]}\n  method: random\n  trials: 4"),
-        "22: sweep.parameters.training.learning_rate.log_uniform: must have a low end greater than 0 to be drawn by order of "
-        "magnitude, got [0, 0.1]",
+        "22: sweep.parameters.training.learning_rate.log_uniform: must have low greater than 0, since values are "
+        "drawn by order of magnitude, got [0, 0.1]",
     ),
     "fractions of a rank": (
         (GRID, "    lora.r: {log_uniform: [2, 64]}\n  method: random\n  trials: 4"),
-        "22: sweep.parameters.lora.r.log_uniform: draws fractions, but lora.r is a whole number; did you mean {int: [low, "
-        "high], log: true}?",
+        "22: sweep.parameters.lora.r.log_uniform: draws fractions, but lora.r must be a whole number; did you mean "
+        "{int: [low, high], log: true}?",
     ),
     "a range of modules": (
         (GRID, "    lora.target_modules: {uniform: [0, 1]}\n  method: random\n  trials: 4"),
-        "22: sweep.parameters.lora.target_modules.uniform: holds no number, so it has no range from low to high; give a list "
+        "22: sweep.parameters.lora.target_modules.uniform: is not a number, so it cannot have a range; give a list "
         "of values, not uniform",
     ),
     "a range beyond what the field allows": (
@@ -397,22 +397,22 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a logarithm where there is none": (
         (GRID, "    training.learning_rate: {uniform: [1e-4, 1e-2], log: true}\n  method: random\n  trials: 4"),
-        "22: sweep.parameters.training.learning_rate.log: belongs to int, not to uniform; take log_uniform",
+        "22: sweep.parameters.training.learning_rate.log: is allowed with int only, not with uniform; use log_uniform",
     ),
     # Early stopping.
     "rungs behind the end": (
         (GRID, f"{GRID}\n  early_stopping: {{min_steps: 20}}"),
-        "23: sweep.early_stopping.min_steps: must be less than max_steps (20), or no arm meets a rung, got 20",
+        "23: sweep.early_stopping.min_steps: must be less than max_steps (20), or no arm reaches a rung, got 20",
     ),
     "rungs at which all go on": (
         (GRID, f"{GRID}\n  early_stopping: {{min_steps: 4, finalists: 2}}"),
-        "23: sweep.early_stopping.finalists: must be less than the number of configurations (2), or no arm is left out, "
+        "23: sweep.early_stopping.finalists: must be less than the number of configurations (2), or no arm is pruned, "
         "got 2",
     ),
     "rungs for seeds only": (
         (GRID, "    seed: [0, 1]\n  early_stopping: {min_steps: 4}"),
-        "23: sweep.early_stopping: compares the means over seeds, but the arms differ in the seed only; remove it, or "
-        "sweep something else",
+        "23: sweep.early_stopping: compares means over seeds, but the arms differ only in the seed; remove it, or "
+        "sweep another field",
     ),
     "rungs without steps": (
         (GRID, f"{GRID}\n  early_stopping: {{eta: 4}}"),
@@ -522,7 +522,7 @@ def test_a_rung_is_no_further_state_to_choose_from(write, capsys):
     (line,) = refused(capsys, "validate", write(changed(*changes)))
     assert line.removeprefix("error: ") == (
         "bad.yaml:24: sweep.early_stopping.min_steps: must be a multiple of training.eval_steps (4) with "
-        "register.checkpoint: best, got 6; a rung would be one more state to choose from"
+        "register.checkpoint: best, got 6; otherwise the rung would be an additional candidate for the best checkpoint"
     )
 
 
@@ -580,5 +580,5 @@ def test_a_missing_file_is_said_in_one_line_by_the_command_itself(tmp_path):
         [sys.executable, "-m", "rankwise", "validate", "missing.yaml"], capture_output=True, text=True, cwd=tmp_path
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.removeprefix("error: ") == "missing.yaml: there is no such file\n"
+    assert result.stderr.removeprefix("error: ") == "missing.yaml: file not found\n"
     assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ from benchmarks.meter import spread
 from benchmarks.pretrained import SMALL_BATCH, SMALL_EVALUATION_ROWS, make_pretrained_base, small_subject
 from benchmarks.subjects import Workload, make_workload
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.halving import Competitor, Standing, decide, rungs
+from rankwise.experiment.halving import ArmStanding, Competitor, decide, rungs
 from rankwise.experiment.schema import EarlyStoppingSpec
 from rankwise.modeling.base import LoadedBase
 from rankwise.training.arm import ArmTask
@@ -141,13 +141,13 @@ def halve(workload: Workload, base: LoadedBase, directory: Path, total: int) -> 
         losses = _train(workload, base, [arms[each] for each in living], directory, stop_at=step)
         made, before = made + len(living) * (step - before), step
         # An arm that is not finite any more has left its pack before the rung, and counts there as lost.
-        standings = {each: Standing.PAUSED if math.isfinite(losses[each]) else Standing.FAILED for each in living}
+        standings = {each: ArmStanding.PAUSED if math.isfinite(losses[each]) else ArmStanding.FAILED for each in living}
         competitors = [
             Competitor(
                 spec_hash=each,
                 configuration=arms[each].configuration,
                 standing=standing,
-                rung=number if standing is Standing.PAUSED else number - 1,
+                rung=number if standing is ArmStanding.PAUSED else number - 1,
                 value=losses[each],
             )
             for each, standing in standings.items()

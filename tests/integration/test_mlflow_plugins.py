@@ -86,7 +86,7 @@ def test_a_submitted_run_can_be_cancelled(project):
     ("arguments", "said"),
     [
         ({"parameters": {}}, "the parameter 'experiment' is missing; add -P experiment="),
-        ({"parameters": {"experiment": "none.yaml"}}, "there is no such file"),
+        ({"parameters": {"experiment": "none.yaml"}}, "file not found"),
         ({"parameters": {"experiment": "tiny.yaml", "lora.rank": "4"}}, "did you mean"),
         (
             {"parameters": {"experiment": "tiny.yaml"}, "entry_point": "other"},

@@ -19,7 +19,7 @@ from packaging.version import Version
 from rankwise.doctor.finding import HealthFinding, ProbeError, ok, problem, run_probe, skipped, warning
 from rankwise.files import format_size
 from rankwise.flavor.signing import key_id, private_key, trusted_keys
-from rankwise.jobs.database import NETWORK, file_system
+from rankwise.jobs.database import NETWORK_FILE_SYSTEMS, file_system
 from rankwise.settings import Settings
 
 _GB = 10**9
@@ -53,7 +53,11 @@ def file_systems(settings: Settings) -> Sequence[HealthFinding]:
     if not local:
         return [skipped("disk.sqlite", "no database is a SQLite file")]
     kinds = {name: file_system(path) for name, path in local.items()}
-    bad = [f"the {name} is on {kind} ({mount})" for name, (kind, mount) in kinds.items() if kind.lower() in NETWORK]
+    bad = [
+        f"the {name} is on {kind} ({mount})"
+        for name, (kind, mount) in kinds.items()
+        if kind.lower() in NETWORK_FILE_SYSTEMS
+    ]
     if bad:
         return [
             problem(

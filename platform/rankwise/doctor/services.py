@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlparse, urlsplit
 
 from rankwise.doctor.finding import HealthFinding, ProbeError, ok, problem, run_probe, skipped, warning
-from rankwise.jobs.queries import Glance, glance, is_there
+from rankwise.jobs.queries import QueueSnapshot, database_file_exists, take_snapshot
 from rankwise.settings import Settings
 
 _ANSWER_S = 5.0
@@ -84,10 +84,10 @@ _SKEW_WARNING_S, _SKEW_PROBLEM_S = 2.0, 300.0
 
 def queue(settings: Settings) -> Sequence[HealthFinding]:
     """The queue's database, the clock difference to it, and its workers."""
-    if not is_there(settings.database_url):
+    if not database_file_exists(settings.database_url):
         seen = f"there is no queue at {settings.database_url.partition(':///')[2]} yet"
         return [skipped("queue.database", seen, "the first `rankwise run` or `submit` creates it")]
-    snapshot = glance(settings.database_url)
+    snapshot = take_snapshot(settings.database_url)
     health = snapshot.health
     if health.problems:
         return [problem("queue.database", f"{health.url}: {'; '.join(health.problems)}", "see `rankwise db check`")]
@@ -95,7 +95,7 @@ def queue(settings: Settings) -> Sequence[HealthFinding]:
     return [ok("queue.database", seen), _clock(snapshot), *_workers(snapshot)]
 
 
-def _clock(snapshot: Glance) -> HealthFinding:
+def _clock(snapshot: QueueSnapshot) -> HealthFinding:
     # Half the round-trip time is the uncertainty of the difference.
     seen = f"this machine's clock is {snapshot.ahead:+.2f} s (±{snapshot.seconds / 2:.2f}) from the database's"
     skew = abs(snapshot.ahead) - snapshot.seconds / 2
@@ -105,7 +105,7 @@ def _clock(snapshot: Glance) -> HealthFinding:
     return warning("queue.clock", seen, advice) if skew > _SKEW_WARNING_S else ok("queue.clock", seen)
 
 
-def _workers(snapshot: Glance) -> list[HealthFinding]:
+def _workers(snapshot: QueueSnapshot) -> list[HealthFinding]:
     silent = [worker for worker in snapshot.workers if worker.silent > _SILENT_S]
     active = len(snapshot.workers) - len(silent)
     findings = []

@@ -29,7 +29,8 @@ from typing import Any
 from rankwise.evaluation.metrics import Metric, Observation, Sample, find_metrics
 from rankwise.evaluation.paired import Difference, paired_difference
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.schema import PER_TOKEN, PromotionSpec
+from rankwise.experiment.metric_names import TOKENIZER_DEPENDENT
+from rankwise.experiment.schema import PromotionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ def decide(
     if contenders > 1:
         checks.append(chosen(contenders, spec, confidence))
     if champion is not None and not same_tokens:
-        checks += [not_comparable(each) for each in (key, *spec.max_regression) if each in PER_TOKEN]
+        checks += [not_comparable(each) for each in (key, *spec.max_regression) if each in TOKENIZER_DEPENDENT]
     for name, observations in [("champion", champion), ("base", base)]:
         if observations is None:
             continue

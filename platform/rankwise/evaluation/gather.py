@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from rankwise.evaluation.compare import ArmRecord, Comparison, Param, compare
 from rankwise.evaluation.metrics import MetricValue, finite, from_tracking
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.module_names import layer_of
-from rankwise.experiment.schema import greater_is_better
 from rankwise.redact import redact
 from rankwise.tracking.query import (
     MetricPoint,

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.schema import facts, load
+from rankwise.experiment.metric_names import load_metric, metric_facts
 
 # Commas only group thousands ("1,234" is 1234; in "3,5" the number ends before the comma). A minus sign counts where no
 # digit or letter stands before it ("10-20" starts with 10). ASCII digits only.
@@ -212,10 +212,10 @@ def find_metrics(names: Iterable[str]) -> list[Metric]:
 def _find(name: str) -> Metric:
     if name in _REGISTRY:
         return _REGISTRY[name]
-    loaded = load(name)
+    loaded = load_metric(name)
     if not isinstance(loaded, Metric):
         raise ConfigError(f"the metric {name!r} is a {type(loaded).__name__}; decorate a function with @metric")
-    facts(name)  # Refuses keys that are not its own.
+    metric_facts(name)  # Refuses keys that are not its own.
     return loaded
 
 

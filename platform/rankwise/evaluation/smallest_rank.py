@@ -42,7 +42,7 @@ from rankwise.evaluation.compare import RANK, ArmRecord, Comparison, Configurati
 from rankwise.evaluation.gather import Influences, read_influences
 from rankwise.evaluation.metrics import find_metrics
 from rankwise.exceptions import ConfigError, TrackingError
-from rankwise.experiment.schema import facts, greater_is_better, known_names
+from rankwise.experiment.metric_names import greater_is_better, known_names, metric_facts
 
 if TYPE_CHECKING:
     from rankwise.tracking.store import Store
@@ -485,7 +485,7 @@ def source_of(key: str) -> str:
     """The mean over examples that a key is a function of (perplexity: the loss); the key itself where it is a mean."""
     for name in known_names():
         try:
-            if key in facts(name).derived:
+            if key in metric_facts(name).derived:
                 return find_metrics([name])[0].derived[key].source
         except ConfigError:  # A metric of another package that cannot be loaded gives no key that was evaluated here.
             continue

@@ -4,17 +4,16 @@ The spec hash covers what influences the trained adapter and nothing else:
 
 | part | in the hash |
 |---|---|
-| base, data | the digest of a file or directory (wherever it lies), or repository and commit on the hub |
-| evaluation rows | a split takes rows away from training, so rows and seed count; a source of its own does not |
-| quantization | data type and double quantization only where 4-bit is on |
-| lora | all; the order of target modules does not count |
-| training | all but `save_steps`, `logging_steps`, `eval_steps`, and defaults of fields that came later |
+| base, data | digest of a file or directory, wherever it is; repository and commit on the hub |
+| evaluation rows | rows and seed of a split, which takes rows from training; not a source of its own |
+| quantization | data type and double quantization only with 4-bit |
+| lora | all; the order of target modules does not matter |
+| training | all but `save_steps`, `logging_steps`, `eval_steps`, and defaults of fields added later |
 | seed, init_from | yes |
 | name, description, sweep, evaluation, register, tracking, base_model_config | no |
 
-With `register.checkpoint: best` the evaluations during training choose the result: then `eval_steps`, the primary
-metric, the evaluation rows and their limit are in the hash too (and the length of generation where it is generated
-text that chooses).
+With `register.checkpoint: best`, evaluations during training choose the result. Then `eval_steps`, the primary metric,
+the evaluation rows and their limit are in the hash too, and `max_new_tokens` if the primary metric needs generation.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
 
+from rankwise.experiment.hashing import digest, plain
+from rankwise.experiment.metric_names import keys_of, metric_facts, needs_generation
 from rankwise.experiment.schema import (
     DatasetSpec,
     EvalSplit,
@@ -34,25 +35,20 @@ from rankwise.experiment.schema import (
     Seed,
     Text,
     TrainingSpec,
-    digest,
-    facts,
-    keys_of,
-    needs_generation,
-    plain,
 )
 from rankwise.experiment.source import identity, is_pinned, parse_source
 
-# Raised when the meaning of a setting changes, so that old results are not taken for new ones.
+# Increased when the meaning of a setting changes, so that old results do not count as new ones.
 HASH_VERSION = 1
 _WITHOUT_EFFECT = {"save_steps", "logging_steps", "eval_steps"}
-# Fields younger than HASH_VERSION count where they are set to something else than what there was before them.
+# Fields added since HASH_VERSION are hashed only if they differ from their default, so that old hashes stay valid.
 _ADDED = ("optim", "train_sampling_strategy")
-# Fields whose params have a shorter name.
+# MLflow params with a shorter name than their field.
 _PARAM_NAMES = {"lora.lora_alpha": "lora.alpha", "lora.lora_dropout": "lora.dropout", "lora.use_rslora": "lora.rslora"}
 
 
 class ArmSpec(Section):
-    """One configuration, with all numbers resolved. Plain data: it travels to workers as JSON."""
+    """One configuration with all numbers resolved. Workers receive it as JSON."""
 
     base_model: Text
     base_model_revision: Text | None = None
@@ -67,7 +63,7 @@ class ArmSpec(Section):
 
     @classmethod
     def of(cls, spec: ExperimentSpec) -> ArmSpec:
-        """The arm that an experiment's own sections describe, without its sweep."""
+        """The arm that a definition describes without its sweep."""
         return cls(
             base_model=spec.base_model,
             base_model_revision=spec.base_model_revision,
@@ -83,28 +79,28 @@ class ArmSpec(Section):
 
     @classmethod
     def from_json(cls, text: str) -> ArmSpec:
-        """Read what `to_json` wrote."""
+        """The inverse of `to_json`."""
         return cls.model_validate_json(text)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A checked copy with some fields changed. Pydantic's own would keep the remembered hash of the original."""
+        """A validated copy with some fields changed. Pydantic's own method would keep the cached hash."""
         del deep  # Everything inside is immutable.
         return type(self).model_validate(
             {name: getattr(self, name) for name in type(self).model_fields} | dict(update or {})
         )
 
     def to_json(self) -> str:
-        """The arm as JSON; `from_json` gives an equal arm with an equal hash."""
+        """The arm as JSON; `from_json` returns an equal arm with an equal hash."""
         return self.model_dump_json()
 
     @cached_property
     def spec_hash(self) -> str:
-        """64 hex digits over what influences the trained adapter (see the module's table)."""
+        """64 hex digits that identify the arm; see the module's table."""
         return digest(self._result())
 
     @cached_property
     def configuration(self) -> str:
-        """64 hex digits that this arm shares with those that differ from it in the seed only."""
+        """64 hex digits shared by the arms that differ only in the seed."""
         return digest({**self._result(), "seed": None})
 
     @property
@@ -114,14 +110,14 @@ class ArmSpec(Section):
 
     @property
     def adapter_name(self) -> str:
-        """Name of the adapter inside a model: peft refuses names with dots."""
+        """Name of the adapter in a model. It has no dots: peft refuses them."""
         return f"arm-{self.short}"
 
     @cached_property
     def pack_key(self) -> str:
         """Arms with the same key can be trained together: one base, one forward pass.
 
-        Gradient checkpointing is a switch of the whole model, hence a part of it.
+        Gradient checkpointing is part of the key because it applies to the whole model.
         """
         return digest(
             {
@@ -134,7 +130,7 @@ class ArmSpec(Section):
 
     @cached_property
     def provisional(self) -> bool:
-        """Whether the spec hash can still change, because a source or `init_from` is not pinned yet."""
+        """Whether the spec hash can still change because a source or `init_from` is not pinned."""
         pins = [(self.base_model, self.base_model_revision), (self.dataset.train, self.dataset.train_revision)]
         if self.checkpoint == "best" and isinstance(self.dataset.eval, str):
             pins.append((self.dataset.eval, self.dataset.eval_revision))
@@ -143,9 +139,9 @@ class ArmSpec(Section):
 
     @cached_property
     def params(self) -> dict[str, int | float | str]:
-        """Flat settings under MLflow's names. Only what the spec hash covers: a linked or resumed run repeats them.
+        """Settings as MLflow params, without unset ones.
 
-        Settings that are not given are left out.
+        Only what the spec hash covers, since a linked or resumed run logs them again.
         """
         lora = self.lora
         modules = lora.target_modules
@@ -173,11 +169,11 @@ class ArmSpec(Section):
         return {key: plain(value) for key, value in values.items() if value is not None}
 
     def eval_hash(self) -> str:
-        """Hash of the evaluation of this arm's adapter: settings, evaluation rows, and the adapter's spec hash."""
+        """Hash of an evaluation of this arm's adapter: spec hash, evaluation settings and rows."""
         return digest({"evaluated": self.spec_hash, **self._evaluation()})
 
     def base_eval_hash(self) -> str:
-        """Hash of the same evaluation of the bare base: equal for all arms that share its rows and quantization."""
+        """Hash of the same evaluation of the base alone: equal for arms with the same rows and quantization."""
         base = {"base": self._base(), "quantization": _quantization(self.quantization)}
         return digest({"evaluated": base, **self._evaluation()})
 
@@ -198,7 +194,7 @@ class ArmSpec(Section):
             "completion": data.completion,
             "messages": data.messages,
             "system": data.system,
-            # A template's file is what it says, not where it lies.
+            # A template file is identified by its content, not its path.
             "chat_template": data.chat_template_revision or template,
             "max_length": self.training.max_length,
         }
@@ -234,7 +230,9 @@ class ArmSpec(Section):
         }
         if self.checkpoint == "best":
             key = self.evaluation.primary_metric
-            generated = any(key in keys_of([each]) and needs_generation([each]) for each in self.evaluation.metrics)
+            generated = any(
+                key in keys_of([metric]) and needs_generation([metric]) for metric in self.evaluation.metrics
+            )
             result["chosen"] = {
                 "by": key,
                 "eval_steps": self.training.eval_steps,
@@ -245,8 +243,8 @@ class ArmSpec(Section):
 
     def _evaluation(self) -> dict[str, Any]:
         metrics = sorted(set(self.evaluation.metrics))
-        # Another release of a package may count in another way.
-        origins = {metric: facts(metric).origin for metric in metrics if facts(metric).origin}
+        # Another release of a package may compute the metric differently.
+        origins = {metric: metric_facts(metric).origin for metric in metrics if metric_facts(metric).origin}
         return {
             "version": HASH_VERSION,
             "metrics": metrics,
@@ -258,11 +256,11 @@ class ArmSpec(Section):
 
 
 def param_name(path: str) -> str:
-    """What a field of a definition is called among the params of an arm's run, and so in MLflow's table."""
+    """The name of a field among an arm's MLflow params."""
     return _PARAM_NAMES.get(path, path)
 
 
 def _quantization(spec: QuantizationSpec) -> dict[str, Any]:
-    """The settings of a quantization that have an effect."""
+    """The quantization settings that have an effect."""
     hidden = set() if spec.load_in_4bit else {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
     return spec.model_dump(exclude=hidden)

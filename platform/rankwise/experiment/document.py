@@ -1,11 +1,8 @@
-"""An experiment file as plain data, with the line of every key: YAML 1.2, read from ruamel.yaml's events.
+"""Reads and writes experiment files: YAML 1.2 as plain data with the line of every key; refuses secrets.
 
-The core schema of YAML 1.2 is applied here, not by the library: `2e-3` is a float, `on`, `no`, `yes` and `1_000` are
-text. Duplicate keys, tags, several documents, and aliases that blow a small file up are errors. Files of MLflow and
-vLLM and data set cards are another language, YAML 1.1 as PyYAML reads it: `assets.guard.read_yaml`.
-
-- Plain data as YAML that reads back as the same data. YAML 1.2 includes JSON, so what needs quotes is JSON.
-- Secrets do not belong into a definition: it is stored in the queue, in MLflow, and in the model's card.
+The core schema of YAML 1.2 is applied here to ruamel.yaml's events: `2e-3` is a float; `on`, `no`, `yes` and `1_000`
+are text. Duplicate keys, tags, several documents, and alias bombs are errors. Files of MLflow and vLLM and dataset
+cards are YAML 1.1, read by `assets.guard.read_yaml`.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from rankwise.redact import contains_secret
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
-# A sweep of 1,000 arms written out has some 10,000 nodes; an alias bomb passes this in its fifth level.
+# A sweep with a list of 1,000 arms has about 10,000 nodes; an alias bomb exceeds this at its fifth level.
 MAX_NODES = 100_000
 OVERRIDE = "--set"
 
@@ -51,14 +48,14 @@ _NAN = re.compile(r"\.(nan|NaN|NAN)")
 
 
 def scalar(text: str) -> bool | int | float | str | None:
-    """Value of a plain (unquoted) scalar by the core schema of YAML 1.2."""
+    """The value of a plain (unquoted) scalar in the core schema of YAML 1.2."""
     if _NULL.fullmatch(text):
         return None
     if _TRUE.fullmatch(text):
         return True
     if _FALSE.fullmatch(text):
         return False
-    # Python refuses to print or read integers of more than 4,300 digits; nothing here needs more than 19.
+    # Python refuses to convert integers of more than 4,300 digits; nothing here needs more than 19.
     if len(text) <= 100:
         if _INT.fullmatch(text):
             return int(text)
@@ -68,14 +65,14 @@ def scalar(text: str) -> bool | int | float | str | None:
             return int(text[2:], 16)
     if _FLOAT.fullmatch(text):
         return float(text)
-    if found := _INFINITE.fullmatch(text):
-        return float(f"{found[1]}inf")
+    if infinite := _INFINITE.fullmatch(text):
+        return float(f"{infinite[1]}inf")
     return float("nan") if _NAN.fullmatch(text) else text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong: at which key, and what (which value, what is allowed)."""
+    """A problem at a key; the text names the value and what is allowed."""
 
     path: KeyPath
     text: str
@@ -84,9 +81,9 @@ class Problem:
 
 @dataclass(kw_only=True)
 class Document:
-    """Plain data and the line of every key and list item. Lines of overrides are None.
+    """Plain data, and the line of every key and list item; None for overrides.
 
-    `elsewhere`: it was written down on another machine, so that its files need not be here.
+    `elsewhere`: it comes from another machine, so that its files need not exist on this one.
     """
 
     filename: str
@@ -102,7 +99,7 @@ class Document:
         return 1
 
     def error(self, problems: Sequence[Problem]) -> ConfigError:
-        """The error that has these problems."""
+        """The error that reports these problems."""
         texts = self.report(problems)
         return ConfigError("\n".join(texts), texts)
 
@@ -123,10 +120,12 @@ class Document:
 
 
 def read_document(text: str, filename: str) -> tuple[Document, list[Problem]]:
-    """Read a file's text. With problems, the document holds what could be read."""
+    """Read a file's text. If there are problems, the document holds what could be read."""
     document = Document(filename=filename)
     if len(text.encode()) > MAX_BYTES:
-        return document, [Problem(path=(), text=f"is larger than {MAX_BYTES:,} bytes: not an experiment file", line=1)]
+        return document, [
+            Problem(path=(), text=f"is larger than {MAX_BYTES:,} bytes, so it is not an experiment file", line=1)
+        ]
     value, problems = _Reader(document.lines).read(text)
     if isinstance(value, dict):
         document.data = value
@@ -136,10 +135,10 @@ def read_document(text: str, filename: str) -> tuple[Document, list[Problem]]:
 
 
 def read_value(text: str) -> Any:
-    """The value of an override's text, as the file would read it.
+    """Read the value of an override as it would be read from the file.
 
     Raises:
-        ValueError: It is not one YAML value.
+        ValueError: The text is not one YAML value.
     """
     value, problems = _Reader({}).read(text)
     if problems:
@@ -148,11 +147,11 @@ def read_value(text: str) -> Any:
 
 
 class _Stop(Exception):
-    """Reading cannot go on."""
+    """Aborts reading."""
 
 
 class _Reader:
-    """Builds data out of events. Aliases are replayed from the anchored value, and counted."""
+    """Builds data from YAML events. An alias copies the anchored value, whose nodes count again."""
 
     def __init__(self, lines: dict[KeyPath, int | None]) -> None:
         self.lines = lines
@@ -169,14 +168,14 @@ class _Reader:
                 if isinstance(event, DocumentStartEvent):
                     documents += 1
                     if documents > 1:
-                        self._stop((), event, "starts a second document; a file holds one")
+                        self._stop((), event, "starts a second document; a file must hold one")
                     value = self._value(next(events), events, (), 0)
         except _Stop:
             pass
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            what = " ".join(str(part) for part in (error.context, error.problem) if part)
-            self._add((), mark.line + 1 if mark else 1, f"is not YAML: {what}")
+            problem = " ".join(str(part) for part in (error.context, error.problem) if part)
+            self._add((), mark.line + 1 if mark else 1, f"is not YAML: {problem}")
         except (YAMLError, YAMLStreamError) as error:
             self._add((), 1, f"is not YAML: {' '.join(str(error).split())}")
         return value, self.problems
@@ -191,7 +190,7 @@ class _Reader:
     def _count(self, nodes: int, path: KeyPath, event: Event) -> None:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
-            self._stop(path, event, f"unfolds to more than {MAX_NODES:,} values")
+            self._stop(path, event, f"expands to more than {MAX_NODES:,} values")
 
     def _value(self, event: Event, events: Iterator[Event], path: KeyPath, depth: int) -> Any:
         if depth > MAX_DEPTH:
@@ -265,7 +264,11 @@ _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff
 
 
 def to_yaml(data: dict[str, Any], depth: int = 0) -> str:
-    """Block style for non-empty mappings, flow style for everything inside lists."""
+    """Write data as YAML that reads back as the same data.
+
+    Non-empty mappings are in block style, everything inside lists in flow style. Text that needs quotes is written as
+    JSON, which YAML 1.2 includes.
+    """
     lines = []
     for key, value in data.items():
         head = f"{'  ' * depth}{_flow(key)}:"
@@ -284,18 +287,18 @@ def _flow(value: Any) -> str:
     if isinstance(value, str) and _BARE.fullmatch(value) and isinstance(scalar(value), str):
         return value
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    # YAML reads these as line breaks or not at all; JSON's escapes for characters beyond 16 bits are none of YAML's.
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    # YAML treats these as line breaks or refuses them, and it does not have JSON's surrogate pairs.
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 _ADVICE = (
-    "holds what looks like a secret (a token, a private key, or a URL with a password), and definitions are stored in "
-    "the queue and in MLflow; take it out, and give it in the environment (HF_TOKEN, ~/.netrc, pip's configuration)"
+    "looks like a secret (a token, a private key, or a URL with a password), and definitions are stored in the queue "
+    "and in MLflow; remove it, and set it in the environment instead (HF_TOKEN, ~/.netrc, pip's configuration)"
 )
 
 
 def secrets_in(document: Document) -> list[Problem]:
-    """A problem for each value that holds a secret; the message does not repeat it."""
+    """A problem for each value that holds a secret; the message does not repeat the secret."""
     return [Problem(path=path, text=_ADVICE) for path, text in _texts(document.data, ()) if contains_secret(text)]
 
 

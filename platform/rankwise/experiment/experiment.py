@@ -1,7 +1,6 @@
-"""An experiment: a checked definition and its arms, made once from a file or a text and passed along.
+"""The `Experiment`: a checked definition and its arms, built once from a file or text and passed along.
 
-Every command, and every process that works for it, asks this one object. It crosses to another process as plain data,
-and is built again there without being checked again.
+It crosses to another process as plain data and is rebuilt there without being checked again.
 """
 
 from __future__ import annotations
@@ -27,26 +26,25 @@ from rankwise.experiment.document import (
     to_yaml,
 )
 from rankwise.experiment.fields import show
+from rankwise.experiment.hashing import plain
+from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.paths import KeyPath, as_path, dotted, follow, put
-from rankwise.experiment.points import Candidate, Candidates, Points, overlay
+from rankwise.experiment.points import ArmCandidate, CandidateBuilder, SweepPoints, overlay
 from rankwise.experiment.rules import BUILT_IN_TEMPLATES, file_pin
-from rankwise.experiment.schema import ExperimentSpec, greater_is_better, plain
-from rankwise.experiment.search import Told, TrialState
+from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.search import Trial, TrialState
 from rankwise.experiment.source import LocalSource, parse_source
 
 Labelled = tuple[str, ArmSpec]
-"""What sets an arm apart (`lora.r=8, seed=0`; empty for the only arm of a definition without a sweep), and the arm."""
+"""An arm with its label: `lora.r=8, seed=0`, or empty for the only arm of a definition without a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
     """How an arm of a search ended.
 
-    Attributes:
-        state: Whether it has a value, was pruned or failed, or says nothing.
-        value: The primary metric of a complete one.
-        step: The last rung of a pruned one.
-        at_step: Its value there.
+    A complete arm has a `value` of the primary metric; a pruned one has its last rung as `step`, and its value
+    `at_step`.
     """
 
     state: TrialState
@@ -56,14 +54,11 @@ class ArmResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
-    """One round of a search.
+class SearchRound:
+    """One round of a search, numbered from 0.
 
-    Attributes:
-        number: Counted from 0.
-        arms: Its arms, each with what sets it apart.
-        values: What the search chose for each, by dotted field path.
-        rejected: Points that were drawn in vain.
+    `values` holds what the search chose for each arm, by dotted field path. `rejected` counts the drawn points that
+    were discarded.
     """
 
     number: int
@@ -73,19 +68,19 @@ class Round:
 
 
 Results = Callable[[Sequence[ArmSpec]], Mapping[str, ArmResult]]
-"""Given arms, what is known of them, by spec hash; an arm that has not ended is left out."""
+"""Returns the results of the given arms by spec hash, without arms that have not ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A checked definition and its arms. `load_experiment` and `parse_experiment` make it.
+    """A checked definition and its arms, built by `load_experiment` or `parse_experiment`.
 
     Attributes:
         spec: The definition, with numbers in place of expressions.
-        labelled_arms: Its arms in the order of its grid or list, each with what sets it apart. Of a search in rounds,
-            those of the first round: the others depend on results (see `rounds`).
-        expressions: Field paths that the definition gives as an expression, with its text: {"lora.lora_alpha": "2*r"}.
-        elsewhere: Whether it was written down on another machine, so that base and rows need not be on this one.
+        labelled_arms: Arms in the order of the grid or list. In a search with rounds, only those of the first round;
+            the others depend on results (see `rounds`).
+        expressions: The text of each expression, by field path: {"lora.lora_alpha": "2*r"}.
+        elsewhere: Whether the definition comes from another machine, so that base and data need not exist on this one.
     """
 
     spec: ExperimentSpec
@@ -95,84 +90,84 @@ class Experiment:
 
     @property
     def arms(self) -> tuple[ArmSpec, ...]:
-        """The arms alone."""
+        """The arms without labels."""
         return tuple(arm for _, arm in self.labelled_arms)
 
     @property
     def is_search(self) -> bool:
-        """Whether arms depend on results, so that they cannot all be known before the first has ended."""
+        """Whether later arms depend on the results of earlier ones."""
         return self.spec.sweep.method == "tpe"
 
     @property
     def planned_rounds(self) -> tuple[int, ...]:
-        """How many arms each round of a search is to have: one number for random, () where nothing is drawn."""
+        """Planned number of arms per round of a search: one number for random, () without a search."""
         space = self._points.space
         return () if space is None else space.rounds
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
-        """The whole definition as plain data, defaults included, expressions as their text."""
+        """The whole definition as plain data, with defaults, and expressions as text."""
         data: dict[str, Any] = plain(self.spec.model_dump(mode="json", by_alias=True))
         return overlay(data, dict(self.expressions))
 
     @cached_property
     def text(self) -> str:
-        """The whole definition as an experiment file, with which the same arms come out again."""
+        """The whole definition as the text of an experiment file that gives the same arms."""
         return to_yaml(dict(self.document))
 
     @cached_property
-    def _points(self) -> Points:
+    def _points(self) -> SweepPoints:
         return read_sweep(self.document)
 
     def require_known_arms(self) -> None:
-        """Refuse a definition whose arms depend on results.
+        """Check that no arm depends on results.
 
         Raises:
-            ConfigError: It is such a one.
+            ConfigError: The sweep is a tpe search.
         """
         if self.is_search:
             raise ConfigError(
                 f"sweep.method: tpe proposes the arms of {self.spec.name!r} round by round from results, so they "
-                "cannot be submitted at once; `rankwise run FILE` drives the search (workers help it), or take "
+                "cannot all be submitted now; run the search with `rankwise run FILE` (workers can help), or use "
                 "method: random"
             )
 
-    def rounds(self, results_of: Results) -> tuple[Round, ...]:
-        """The rounds of a search as far as results go: those that have ended, and the next one.
+    def rounds(self, results_of: Results) -> tuple[SearchRound, ...]:
+        """The rounds of a search that have ended, and the next one.
 
-        They follow from the definition and the results alone: whoever knows the same results gets the same rounds.
-
-        Args:
-            results_of: Asked for the arms of one round after the other. A round has ended when all of its arms have.
+        They depend only on the definition and the results, so any process with the same results gets the same rounds.
+        A round has ended when `results_of` returns a result for each of its arms; it is called once per round.
         """
         space = self._points.space
         assert space is not None, "not a search"
-        candidates = Candidates(dict(self.document), self._points.where, elsewhere=self.elsewhere)
+        candidates = CandidateBuilder(dict(self.document), self._points.where, elsewhere=self.elsewhere)
         greater = greater_is_better(self.spec.evaluation.primary_metric)
-        rounds: list[Round] = []
-        told: list[Told] = []
-        taken: set[str] = set()
+        rounds: list[SearchRound] = []
+        trials: list[Trial] = []
+        known: set[str] = set()
         for number in range(len(space.rounds)):
-            asked, rejected = candidates.of_round(space, number, told, taken=taken, greater=greater)
-            if not asked:
+            proposed, rejected = candidates.of_round(space, number, trials, known=known, greater=greater)
+            if not proposed:
                 break
-            values = tuple(candidate.point.values for candidate in asked)
-            rounds.append(Round(number=number, arms=tuple(map(_labelled, asked)), values=values, rejected=rejected))
+            values = tuple(candidate.point.values for candidate in proposed)
+            rounds.append(
+                SearchRound(number=number, arms=tuple(map(_labelled, proposed)), values=values, rejected=rejected)
+            )
             arms = [arm for _, arm in rounds[-1].arms]
             hashes = [arm.spec_hash for arm in arms]
             results = results_of(arms)
             if not all(spec_hash in results for spec_hash in hashes):
                 break
-            taken.update(hashes)
-            told += [
-                Told(
+            known.update(hashes)
+            trials += [
+                Trial(
                     point=candidate.point,
                     state=results[spec_hash].state,
                     value=results[spec_hash].value,
                     step=results[spec_hash].step,
                     at_step=results[spec_hash].at_step,
                 )
-                for candidate, spec_hash in zip(asked, hashes, strict=True)
+                for candidate, spec_hash in zip(proposed, hashes, strict=True)
             ]
         return tuple(rounds)
 
@@ -184,7 +179,7 @@ class Experiment:
         eval_revision: str | None = None,
         init_from: str | None = None,
     ) -> Experiment:
-        """The same experiment with pins filled in; what is None stays as it is. No pin differs between arms."""
+        """A copy with the given pins, which all arms share; None leaves a pin unchanged."""
         given = {"base_model_revision": base_model_revision, "init_from": init_from}
         pins = {key: value for key, value in given.items() if value is not None}
         given = {"train_revision": train_revision, "eval_revision": eval_revision}
@@ -199,7 +194,7 @@ class Experiment:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, for another process of the same release."""
+        """Plain data for another process of the same release."""
         return {
             "spec": self.spec.model_dump_json(by_alias=True),
             "arms": [[label, arm.to_json()] for label, arm in self.labelled_arms],
@@ -209,7 +204,7 @@ class Experiment:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Experiment:
-        """Read what `to_json` gave. It was checked before, so only types are looked at."""
+        """The inverse of `to_json`. Checks types only: the data was checked before."""
         return cls(
             spec=ExperimentSpec.model_validate_json(data["spec"]),
             labelled_arms=tuple((label, ArmSpec.from_json(arm)) for label, arm in data["arms"]),
@@ -218,8 +213,10 @@ class Experiment:
         )
 
 
-def _labelled(candidate: Candidate) -> Labelled:
-    assert candidate.arm is not None  # a rule of `of_round`: only in the first round, which has been checked
+def _labelled(candidate: ArmCandidate) -> Labelled:
+    assert (
+        candidate.arm is not None
+    )  # Only the first round may have candidates without an arm, and it has been checked.
     return candidate.point.label, candidate.arm
 
 
@@ -235,22 +232,22 @@ _PATHS: tuple[KeyPath, ...] = (
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read and check an experiment file.
 
-    Relative paths in the file are relative to its directory, those in an override to the working directory; the
-    result has absolute ones, so that a worker in another directory finds the same files.
+    Paths in the file are relative to its directory, paths in an override to the working directory. The result has
+    absolute paths, so that workers in other directories find the same files.
 
     Args:
         path: The YAML file.
-        overrides: `key.path=value` texts, whose values are read as the file would read them.
+        overrides: `key.path=value` texts; values are read as YAML.
 
     Raises:
-        ConfigError: With every problem of the file, one a line: `FILE:LINE: key.path: what`.
+        ConfigError: Lists all problems, one per line: `FILE:LINE: key.path: problem`.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: is larger than {MAX_BYTES:,} bytes: not an experiment file")
+            raise ConfigError(f"{path}: is larger than {MAX_BYTES:,} bytes, so it is not an experiment file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such file") from error
+        raise ConfigError(f"{path}: file not found") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: is a directory; give a YAML file") from error
     except UnicodeDecodeError as error:
@@ -272,13 +269,13 @@ def parse_experiment(
 
     Args:
         text: YAML.
-        filename: For messages.
+        filename: The name to show in messages.
         overrides: As in `load_experiment`.
-        directory: What its relative paths are relative to; the working directory by default.
-        elsewhere: It was written down on another machine, so that base and rows need not be on this one.
+        directory: The directory of relative paths; the working directory by default.
+        elsewhere: Whether the text comes from another machine, so that base and data need not exist on this one.
 
     Raises:
-        ConfigError: With every problem, one a line.
+        ConfigError: Lists all problems, one per line.
     """
     document, problems = read_document(text, filename)
     if problems and not document.data:
@@ -300,7 +297,7 @@ def parse_experiment(
 
 
 def _override(document: Document, overrides: Sequence[str]) -> list[Problem]:
-    """Lay `key.path=value` texts over the document."""
+    """Apply `key.path=value` texts to the document."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -321,7 +318,7 @@ def _override(document: Document, overrides: Sequence[str]) -> list[Problem]:
 
 
 def _override_path(key: str) -> KeyPath:
-    """`training.max_steps` by its parts; after `sweep.parameters.` comes one key, which has dots itself."""
+    """Split `training.max_steps` at its dots; what follows `sweep.parameters.` is a single key."""
     axis = key.removeprefix("sweep.parameters.")
     if axis != key:
         return ("sweep", "parameters", axis)
@@ -349,8 +346,7 @@ def _make_paths_absolute(document: Document, directory: Path) -> None:
             text = os.path.abspath(home / os.path.expanduser(text))
             put(document.data, path, text)
         if path[-1] == "chat_template" and os.path.isfile(text):
-            # The hash covers what the template says, so a changed file is another arm. A file that cannot be read is
-            # reported with the other problems.
+            # The spec hash covers the template's content. A rule reports an unreadable file.
             with suppress(OSError):
                 document.data["dataset"].setdefault("chat_template_revision", file_pin(text))
 

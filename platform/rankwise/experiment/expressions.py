@@ -1,11 +1,8 @@
-"""A tiny evaluator for values derived from others (`2*r`) and for conditions (`lora.r <= 16 and seed == 0`).
+"""Expressions (`2*r`) and conditions (`lora.r <= 16 and seed == 0`) over the fields of a definition.
 
-Python's parser makes the tree, but nothing of it is executed: only the node types listed here are understood.
-
-A name is a field's full path (`training.max_steps`), or its last part where that says which one is meant: a field of
-the same section (`r` in `lora`), a field at the top (`seed`), or the only field of that name.
-
-- Expressions in a definition: which fields they name, and their values.
+Python's parser builds the tree, but no Python runs: only the node types listed here are evaluated. A name is a field's
+full path (`training.max_steps`), or its last part if that is unambiguous: a field of the same section (`r` in `lora`),
+a field at the top (`seed`), or the only field of that name.
 """
 
 from __future__ import annotations
@@ -54,12 +51,12 @@ _CONDITIONS = f"{_ALLOWED}, comparisons, and, or, not, in"
 
 
 class ExpressionError(ValueError):
-    """Raised when a text is no expression, or cannot be computed."""
+    """Raised when a text is not an expression, or cannot be evaluated."""
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A parsed expression. `names` are the fields it needs, as they are written."""
+    """A parsed expression. `names` are the field names in it, as written."""
 
     text: str
     tree: ast.expr
@@ -67,16 +64,16 @@ class Expression:
 
     @classmethod
     def parse(cls, text: str, *, condition: bool = False) -> Expression:
-        """Parse and check a text; `condition` admits comparisons, texts and lists.
+        """Parse and check a text; `condition` allows comparisons, text and lists.
 
         Raises:
-            ExpressionError: Its message fits after "is not an expression: ".
+            ExpressionError: The text is not an allowed expression.
         """
         if len(text) > MAX_LENGTH:
             raise ExpressionError(f"longer than {MAX_LENGTH} characters")
         try:
             with warnings.catch_warnings():
-                # "1or r" is refused below or computed; what the parser thinks of its style is of no use to anyone.
+                # The parser warns about the style of texts such as "1or r", which are checked below.
                 warnings.simplefilter("ignore")
                 tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -88,10 +85,10 @@ class Expression:
         return cls(text, tree, tuple(names))
 
     def evaluate(self, values: Mapping[str, Any]) -> Any:
-        """The value, with `values` for all of `names`.
+        """Evaluate with a value for each of `names`.
 
         Raises:
-            ExpressionError: Division by zero, a result out of range, types that do not fit.
+            ExpressionError: Division by zero, a result out of range, or unsuitable types.
         """
         try:
             result = _evaluate(self.tree, values)
@@ -107,7 +104,7 @@ class Expression:
 
 
 def _name(node: ast.expr) -> str | None:
-    """`lora.r` of an attribute chain over a name."""
+    """The dotted name, such as `lora.r`, of a name or attribute chain."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -180,7 +177,7 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Arithmetic is for numbers: '*' on a text would repeat it, '%' would format it."""
+    """Refuse arithmetic on text: '*' would repeat it, '%' would format it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"arithmetic with {value!r}")
     return value
@@ -189,7 +186,7 @@ def _number(value: Any) -> Any:
 def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
     left, right = _number(left), _number(right)
     whole_power = isinstance(op, ast.Pow) and isinstance(left, int) and isinstance(right, int) and right > 0
-    # 9**9**9 would take the machine's memory before its result could be refused.
+    # 9**9**9 would exhaust memory before its result could be refused.
     if whole_power and left.bit_length() * right > MAX_BITS:
         raise OverflowError
     result = _BINARY[type(op)](left, right)
@@ -199,11 +196,11 @@ def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
 
 
 class Unresolved(Exception):
-    """A field that an expression needs is wrong itself; that is reported where it is wrong."""
+    """Raised when a field that an expression needs is invalid, which is reported at that field."""
 
 
-class _Circle(ExpressionError):
-    """Expressions that need each other."""
+class _CircularReference(ExpressionError):
+    """Raised when expressions depend on each other."""
 
     def __init__(self, members: list[str]) -> None:
         super().__init__(f"it depends on itself: {' -> '.join([*members, members[0]])}")
@@ -212,19 +209,19 @@ class _Circle(ExpressionError):
 
 @dataclass(kw_only=True)
 class Resolution:
-    """Data with numbers in place of expressions, and what could not be resolved."""
+    """Data with numbers in place of expressions, and the problems of those that cannot be evaluated."""
 
     data: dict[str, Any]
     expressions: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     skipped: set[str] = field(default_factory=set)
-    """Fields whose expression has a problem, or needs a field that has one."""
-    needs: dict[str, set[str]] = field(default_factory=dict)
-    """Fields that each expression needs, directly or through other expressions."""
+    """Fields whose expression has a problem, or depends on a field that has one."""
+    dependencies: dict[str, set[str]] = field(default_factory=dict)
+    """Fields that each expression depends on, directly or through other expressions."""
 
 
 def resolve(data: Mapping[str, Any]) -> Resolution:
-    """Evaluate every expression that stands where a number is expected."""
+    """Evaluate every text at a field that expects a number."""
     resolver = _Resolver(data)
     result = Resolution(data=copy.deepcopy(dict(data)))
     for path, text in resolver.texts.items():
@@ -240,7 +237,7 @@ def resolve(data: Mapping[str, Any]) -> Resolution:
             result.skipped.add(path)
         else:
             result.expressions[path] = text
-            result.needs[path] = resolver.needs[path]
+            result.dependencies[path] = resolver.dependencies[path]
             put(result.data, key, value)
     return result
 
@@ -249,26 +246,26 @@ def evaluate_condition(condition: Expression, data: Mapping[str, Any]) -> bool:
     """Whether resolved data meets a condition.
 
     Raises:
-        ExpressionError: A name is no field, or the result is neither true nor false.
-        Unresolved: A field that it names is not there or wrong.
+        ExpressionError: A name is not a field, or the result is not true or false.
+        Unresolved: A field in it is missing or invalid.
     """
     values = {}
     for name in condition.names:
         path = find_field(name, "")
         value = _lookup(data, path)
-        # A list of modules is compared as a whole, in any order.
+        # Lists of modules are compared regardless of order.
         values[name] = sorted(value) if isinstance(value, (list, tuple)) else value
     result = condition.evaluate(values)
     if not isinstance(result, bool):
-        raise ExpressionError(f"must be true or false, gives {show(result)}")
+        raise ExpressionError(f"must give true or false, gives {show(result)}")
     return result
 
 
 def find_field(name: str, section: str) -> str:
-    """The dotted path of the field that a name in an expression means.
+    """The dotted path of the field that a name in an expression refers to.
 
     Raises:
-        ExpressionError: There is none, or more than one.
+        ExpressionError: No field or several fields have this name.
     """
     known = leaves()
     if section and f"{section}.{name}" in known:
@@ -300,7 +297,7 @@ class _Resolver:
         self.data = data
         self.values: dict[str, Any] = {}
         self.stack: list[str] = []
-        self.needs: dict[str, set[str]] = {}
+        self.dependencies: dict[str, set[str]] = {}
         self.texts = {path: text for path in numbers() if isinstance(text := _peek(data, path), str)}
 
     def value(self, path: str) -> Any:
@@ -311,7 +308,7 @@ class _Resolver:
             return value
         if path not in self.values:
             if path in self.stack:
-                raise _Circle(self.stack[self.stack.index(path) :])
+                raise _CircularReference(self.stack[self.stack.index(path) :])
             self.stack.append(path)
             try:
                 self.values[path] = self._evaluate(path)
@@ -325,7 +322,7 @@ class _Resolver:
             raise ExpressionError("a number is written without quotes")
         expression = Expression.parse(text)
         section = path.rpartition(".")[0]
-        self.needs[path] = set()
+        self.dependencies[path] = set()
         result = expression.evaluate({name: self._operand(name, section) for name in expression.names})
         if isinstance(result, float) and result.is_integer() and numbers()[path] == "integer":
             return int(result)
@@ -335,17 +332,17 @@ class _Resolver:
         path = find_field(name, section)
         try:
             value = self.value(path)
-        except _Circle as error:
-            # Each member of a circle reports it; what only needs a member does not.
+        except _CircularReference as error:
+            # Each member of the cycle reports it; expressions that only depend on a member do not.
             if self.stack[-1] in error.members:
                 raise
             raise Unresolved from None
         except ExpressionError:
-            # The other expression's problem is reported at its own place.
+            # The other expression's problem is reported at its own field.
             if path in self.texts:
                 raise Unresolved from None
             raise
-        self.needs[self.stack[-1]] |= {path, *self.needs.get(path, ())}
+        self.dependencies[self.stack[-1]] |= {path, *self.dependencies.get(path, ())}
         return value
 
 

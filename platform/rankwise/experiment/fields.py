@@ -1,7 +1,6 @@
-"""The schema's fields by their dotted path: what each allows, in words, and which may be swept.
+"""The schema's fields by dotted path: what each allows, in words, and which may be swept.
 
-Everything here is read from the one description in `schema`, so that messages, the editor's schema and the checks
-cannot say different things.
+Everything is derived from `schema`, so that messages, editor schema and checks agree.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rankwise.experiment.schema import ExperimentSpec
 
 Node = dict[str, Any]
 
-# Where a regular expression is no help to a reader.
+# Descriptions in place of regular expressions.
 _WORDS = {
     "name": "text of letters, digits, spaces, '.', '_' and '-' (at most 120)",
     "init_from": "models:/NAME/VERSION or models:/NAME@ALIAS",
@@ -31,7 +30,7 @@ _WORDS = {
     "seed": "a whole number of at least 0 and less than 2**63",
     "dataset.eval.seed": "a whole number of at least 0 and less than 2**63",
 }
-# What people coming from other tools write.
+# Names of other tools.
 _SYNONYMS = {
     "alpha": "lora_alpha", "dropout": "lora_dropout", "rank": "r", "modules": "target_modules", "rslora": "use_rslora",
     "lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs",
@@ -42,13 +41,13 @@ _NOT_SWEPT = {"training.save_steps", "training.logging_steps", "training.eval_st
 
 
 def inlined(node: Any, definitions: Mapping[str, Node]) -> Any:
-    """A JSON Schema without references: editors and the look-ups here need no resolver."""
+    """A JSON Schema with its references replaced by what they refer to."""
     if isinstance(node, list):
         return [inlined(item, definitions) for item in node]
     if not isinstance(node, dict):
         return node
     rest = {key: inlined(value, definitions) for key, value in node.items() if key not in {"$ref", "$defs", "title"}}
-    # A property may be called "title" as well; none is, and pydantic's titles only repeat the names.
+    # No property is called "title", and pydantic's titles only repeat the names.
     if "$ref" not in node:
         return rest
     return {**inlined(definitions[node["$ref"].removeprefix("#/$defs/")], definitions), **rest}
@@ -56,14 +55,14 @@ def inlined(node: Any, definitions: Mapping[str, Node]) -> Any:
 
 @cache
 def schema() -> Node:
-    """The JSON Schema of an experiment file whose expressions are evaluated already."""
+    """The JSON Schema of an experiment file with expressions evaluated."""
     raw = ExperimentSpec.model_json_schema()
     node: Node = inlined(raw, raw["$defs"])
     return node
 
 
 def options(node: Node) -> list[Node]:
-    """The alternatives of a node; itself when there are none."""
+    """The alternatives of a node, or the node itself."""
     parts = node.get("anyOf") or node.get("oneOf")
     return [leaf for part in parts for leaf in options(part)] if parts else [node]
 
@@ -78,7 +77,7 @@ def keys(node: Node) -> dict[str, Node]:
 
 
 def node_at(path: KeyPath, root: Node | None = None) -> Node | None:
-    """The schema's node of a key path, or that of another schema; None for a key that does not exist."""
+    """The node of a key path in the schema or `root`; None if there is no such key."""
     node: Node | None = schema() if root is None else root
     for part in path:
         assert node is not None
@@ -93,25 +92,25 @@ def node_at(path: KeyPath, root: Node | None = None) -> Node | None:
 
 @cache
 def leaves() -> Mapping[str, Node]:
-    """Every field that is no section, by dotted path. `dataset.eval` is both: text, or a section."""
-    found: dict[str, Node] = {}
+    """Every field that is not a section, by dotted path. `dataset.eval` is both: text, or a section."""
+    nodes: dict[str, Node] = {}
 
     def walk(node: Node, path: KeyPath) -> None:
         for key, child in keys(node).items():
             here = (*path, key)
             if not keys(child) or any(option.get("type") == "string" for option in options(child)):
-                found[dotted(here)] = child
+                nodes[dotted(here)] = child
             walk(child, here)
 
     walk(schema(), ())
-    return MappingProxyType(found)
+    return MappingProxyType(nodes)
 
 
 @cache
 def numbers() -> Mapping[str, str]:
-    """Fields that hold a number, where an expression may stand: dotted path to "integer" or "number".
+    """Number fields, which accept expressions: dotted path to "integer" or "number".
 
-    Those of the sweep are none: they say which arms there are, before any of them has values.
+    Fields of the sweep do not: they define the arms, before any arm has values.
     """
     kinds = {
         path: option["type"]
@@ -124,7 +123,7 @@ def numbers() -> Mapping[str, str]:
 
 @cache
 def sweepable() -> tuple[str, ...]:
-    """Fields that may differ between arms: those that change what an arm learns, from the same rows and base."""
+    """Fields that may differ between arms: those that change what an arm learns from the same rows and base."""
     sections = ("lora.", "training.", "quantization.")
     return tuple(
         path
@@ -134,10 +133,10 @@ def sweepable() -> tuple[str, ...]:
 
 
 def get(data: Any, path: KeyPath) -> Any:
-    """The value of a key path in plain data, or the schema's default.
+    """The value of a key path in plain data, or its default.
 
     Raises:
-        KeyError: The key is required and missing, or something above it is not a mapping.
+        KeyError: A required key is missing, or a value above it is not a mapping.
     """
     value, node = data, schema()
     for part in path:
@@ -154,7 +153,7 @@ def get(data: Any, path: KeyPath) -> Any:
 
 
 def allowed(path: KeyPath) -> str:
-    """What a key may hold, in words, as in "must be ..."."""
+    """What a key may hold, in words that continue "must be ..."."""
     node = node_at(path)
     if node is None:
         return "something else"
@@ -162,7 +161,7 @@ def allowed(path: KeyPath) -> str:
 
 
 def unknown_key(path: KeyPath) -> str:
-    """The message for a key that does not exist, with the nearest one and those that do."""
+    """The message for an unknown key, with the closest and all valid keys."""
     *parent, name = path
     node = node_at(tuple(parent))
     known = keys(node) if node else {}
@@ -170,11 +169,11 @@ def unknown_key(path: KeyPath) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
-    """`; did you mean 'x'?` for a near miss, or an empty text."""
+    """`; did you mean 'x'?` for a close match, or an empty text."""
     names = list(known)
     if _SYNONYMS.get(name) in names:
         return f"; did you mean {_SYNONYMS[name]!r}?"
-    if same := [each for each in names if each.lower() == name.lower()]:
+    if same := [other for other in names if other.lower() == name.lower()]:
         return f"; did you mean {same[0]!r}?"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
         return f"; did you mean {near[0]!r}?"
@@ -184,7 +183,7 @@ def did_you_mean(name: str, known: Iterable[str], elsewhere: Iterable[str] = ())
 
 
 def show(value: Any) -> str:
-    """A value as a message shows it: texts in quotes, the rest as in YAML, shortened."""
+    """A value for a message: text in quotes, the rest as in YAML, shortened."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
@@ -207,18 +206,18 @@ def _describe_one(node: Node) -> str:
         case "boolean":
             return "true or false"
         case "string":
-            return "text that is not empty" if node.get("minLength") else "text"
+            return "non-empty text" if node.get("minLength") else "text"
         case "null":
             return "null"
         case "array":
             few = " (at least one)" if node.get("minItems") else ""
-            return f"a list{few}, each of them {_describe(node['items'])}" if node.get("items") else f"a list{few}"
+            return f"a list{few}, each item {_describe(node['items'])}" if node.get("items") else f"a list{few}"
     if names := keys(node):
         return f"a mapping with the keys {', '.join(names)}"
     return "a mapping"
 
 
-def _bounded(what: str, node: Node) -> str:
+def _bounded(kind: str, node: Node) -> str:
     bounds = []
     if "minimum" in node:
         bounds.append(f"of at least {node['minimum']}")
@@ -228,7 +227,7 @@ def _bounded(what: str, node: Node) -> str:
         bounds.append(f"at most {node['maximum']}")
     if "exclusiveMaximum" in node:
         bounds.append(f"less than {node['exclusiveMaximum']}")
-    return " ".join([what, " and ".join(bounds)]) if bounds else what
+    return " ".join([kind, " and ".join(bounds)]) if bounds else kind
 
 
 def _join(words: list[str]) -> str:

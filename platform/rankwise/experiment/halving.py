@@ -1,14 +1,15 @@
-"""Successive halving: who goes on at a rung, and what a sweep with rungs costs.
+"""Successive halving: which arms continue at a rung, and what a sweep with rungs costs.
 
-Arms are trained to the first rung (`min_steps`), compared there, and of `eta` configurations one goes on to the next
-rung, which is `eta` times as far (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
-Optimization", 2016). It is synchronous: nothing is decided before every living arm has reached the rung or its end, so
-that the decision depends on results alone, and not on which worker was the faster one. (The asynchronous form of Li et
-al., "A System for Massively Parallel Hyperparameter Tuning", 2020, promotes before all are there; it keeps many workers
-busy, and promotes arms that a later one would have pushed out.)
+1. All arms are trained to the first rung (`min_steps`) and compared there.
+2. One in `eta` configurations continues to the next rung, which is `eta` times as far.
 
-What is compared are configurations, as in the comparison after the sweep: arms that differ in nothing but the seed go
-on or end together, by the mean over them. Arm by arm, the luckiest seeds would be kept, and the error bars lost.
+Method: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016. It is
+synchronous: a decision waits until every remaining arm has reached the rung or its end, so it depends on results alone
+and not on the speed of workers. (The asynchronous form of Li et al., "A System for Massively Parallel Hyperparameter
+Tuning", 2020, keeps more workers busy but promotes arms that a later one would have displaced.)
+
+Configurations are compared, not arms: arms that differ only in the seed continue or stop together, by their mean.
+Comparing arm by arm would select lucky seeds and lose the error bars.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rankwise.experiment.schema import EarlyStoppingSpec, greater_is_better
+from rankwise.experiment.metric_names import greater_is_better
+from rankwise.experiment.schema import EarlyStoppingSpec
 
 PRUNED = "pruned at step"
-"""How every reason begins, by which a pruned arm is told from one that a person cancelled."""
+"""The start of every pruning reason; it distinguishes pruned arms from cancelled ones."""
 
 
-class Standing(StrEnum):
-    """Where an arm stands."""
+class ArmStanding(StrEnum):
+    """The state of an arm in a sweep with rungs."""
 
     RUNNING = "running"
-    """On its way to its next rung or its end, or waiting for a worker."""
+    """Training towards its next rung or its end, or waiting for a worker."""
     PAUSED = "paused"
-    """At a rung, waiting for the others."""
+    """Waiting at a rung for the other arms."""
     FINISHED = "finished"
-    """Trained to its end."""
+    """Trained to the end."""
     FAILED = "failed"
-    """Ended without a result: a loss that is not finite, too many failures, cancelled by a person."""
+    """Ended without a result: non-finite loss, too many failures, or cancelled by a user."""
     PRUNED = "pruned"
     """Stopped by an earlier decision."""
 
@@ -43,29 +45,23 @@ class Standing(StrEnum):
 class Competitor:
     """One arm of a sweep.
 
-    Attributes:
-        spec_hash: The arm.
-        configuration: What it shares with the arms that differ from it in the seed only.
-        standing: Where it stands.
-        rung: The last rung that it has reached, counted from 0; -1 before the first.
-        value: The metric there; None before the first.
+    `configuration` is shared by arms that differ only in the seed. `rung` is the last rung reached, counted from 0 and
+    -1 before the first; `value` is the metric there.
     """
 
     spec_hash: str
     configuration: str
-    standing: Standing
+    standing: ArmStanding
     rung: int = -1
     value: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What follows at a rung.
+class RungDecision:
+    """Which arms continue at a rung, counted from 0.
 
-    Attributes:
-        rung: Which, counted from 0.
-        promote: Spec hashes of the arms that go on, those of the best configuration first.
-        prune: The others, each with its reason.
+    `promote` holds the spec hashes of arms that continue, best configuration first; `prune` maps the others to their
+    reason.
     """
 
     rung: int
@@ -75,7 +71,7 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRung:
-    """A rung of a plan: `arms` are expected there, `kept` of them go on."""
+    """A planned rung: `arms` are expected to reach it, `kept` of them to continue."""
 
     step: int
     arms: int
@@ -84,13 +80,7 @@ class PlannedRung:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Optimizer steps of a sweep with rungs.
-
-    Attributes:
-        rungs: What is expected at each.
-        expected: Steps when no arm fails.
-        upper: Steps without early stopping.
-    """
+    """Optimizer steps of a sweep with rungs: `expected` if no arm fails, `upper` without early stopping."""
 
     rungs: tuple[PlannedRung, ...]
     expected: int
@@ -98,10 +88,9 @@ class Budget:
 
 
 def rungs(stopping: EarlyStoppingSpec, total_steps: int, configurations: int | None = None) -> tuple[int, ...]:
-    """The steps after which an arm of `total_steps` steps is compared; its end is none.
+    """The rungs of an arm of `total_steps` steps, in steps; the end is not a rung.
 
-    With the number of configurations that are compared, a rung at which nobody could be left out is none either:
-    whoever is alone does not stop any more.
+    With the number of configurations, rungs that could prune nothing are left out too.
     """
     steps = []
     step, left = stopping.min_steps, configurations
@@ -113,55 +102,56 @@ def rungs(stopping: EarlyStoppingSpec, total_steps: int, configurations: int | N
 
 
 def kept(stopping: EarlyStoppingSpec, configurations: int) -> int:
-    """Of so many configurations, how many go on."""
+    """How many of the configurations continue at a rung."""
     return min(configurations, max(stopping.finalists, configurations // stopping.eta))
 
 
-def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> Decision | None:
-    """Who goes on, or None while there is nothing to decide.
+def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> RungDecision | None:
+    """Decide which arms continue, or return None while there is nothing to decide.
 
-    Of the configurations that were to reach the rung, failures included, one of `eta` goes on, at least `finalists`,
-    and no arm whose value is not a finite number. An arm that a person has cancelled while it waited at the rung is a
-    failure there, and none on the way to the next. A configuration's value is the mean over its seeds that have one;
-    equal ones are ordered by their names. An arm that has no such rung, because it ends before it, takes no part; the
-    others wait for its end.
+    - One in `eta` of the configurations that were promoted to this rung, failures included, continues; at least
+      `finalists`.
+    - An arm whose value is not finite never continues.
+    - An arm cancelled while it waited at a rung counts as a failure at that rung, not at the next.
+    - A configuration's value is the mean over its seeds with a value. Ties are ordered by configuration hash.
+    - An arm that ends before the rung is excluded, but the others wait for it to end.
     """
-    paused = [each for each in competitors if each.standing is Standing.PAUSED]
-    if not paused or any(each.standing is Standing.RUNNING for each in competitors):
+    paused = [arm for arm in competitors if arm.standing is ArmStanding.PAUSED]
+    if not paused or any(arm.standing is ArmStanding.RUNNING for arm in competitors):
         return None
-    rung = min(each.rung for each in paused)
-    here = [each for each in paused if each.rung == rung]
-    lost = [each for each in competitors if each.standing is Standing.FAILED and each.rung in (rung - 1, rung)]
-    present = len({each.configuration for each in here})
-    # Whether an arm has failed behind the rung before or was cancelled at it, nothing tells: no more were promoted.
-    entered = min(len({each.configuration for each in [*here, *lost]}), _promoted(stopping, competitors, rung))
+    rung = min(arm.rung for arm in paused)
+    here = [arm for arm in paused if arm.rung == rung]
+    failed = [arm for arm in competitors if arm.standing is ArmStanding.FAILED and arm.rung in (rung - 1, rung)]
+    present = len({arm.configuration for arm in here})
+    # An arm that failed after the previous rung looks like one cancelled at it, so cap at the number promoted.
+    entered = min(len({arm.configuration for arm in [*here, *failed]}), _promoted(stopping, competitors, rung))
     going = kept(stopping, max(present, entered))
     ranking = _ranked(here, greater=greater_is_better(stopping.metric))
-    said = f"{PRUNED} {stopping.min_steps * stopping.eta**rung}: {stopping.metric}"
+    reason = f"{PRUNED} {stopping.min_steps * stopping.eta**rung}: {stopping.metric}"
     better = f"is not among the best {len(ranking[:going])} of {present}"
-    prune = {each.spec_hash: f"{said} is not a finite number" for each in here if not _has_value(each)}
+    prune = {arm.spec_hash: f"{reason} is not a finite number" for arm in here if not _has_value(arm)}
     for arms in ranking[going:]:
         value = f"{_mean(arms):.4g}" if len(arms) == 1 else f"{_mean(arms):.4g}, the mean over {len(arms)} seeds,"
-        prune |= {each.spec_hash: f"{said} {value} {better}" for each in arms}
-    promote = tuple(each.spec_hash for arms in ranking[:going] for each in arms)
-    return Decision(rung=rung, promote=promote, prune=prune)
+        prune |= {arm.spec_hash: f"{reason} {value} {better}" for arm in arms}
+    promote = tuple(arm.spec_hash for arms in ranking[:going] for arm in arms)
+    return RungDecision(rung=rung, promote=promote, prune=prune)
 
 
 def _promoted(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor], rung: int) -> int:
-    """How many configurations were to reach a rung, at most."""
-    took_part = [each for each in competitors if each.standing is not Standing.FINISHED or each.rung >= 0]
-    count = len({each.configuration for each in took_part})
+    """The maximum number of configurations that were promoted to a rung."""
+    entered = [arm for arm in competitors if arm.standing is not ArmStanding.FINISHED or arm.rung >= 0]
+    count = len({arm.configuration for arm in entered})
     for _ in range(rung):
         count = kept(stopping, count)
     return count
 
 
 def _ranked(here: Sequence[Competitor], *, greater: bool) -> list[list[Competitor]]:
-    """Arms that have a value, by configuration, the best one first."""
+    """Arms with a value, grouped by configuration, best first."""
     groups: dict[str, list[Competitor]] = {}
-    for each in sorted(here, key=lambda each: each.spec_hash):
-        if _has_value(each):
-            groups.setdefault(each.configuration, []).append(each)
+    for arm in sorted(here, key=lambda arm: arm.spec_hash):
+        if _has_value(arm):
+            groups.setdefault(arm.configuration, []).append(arm)
     sign = -1 if greater else 1
     return sorted(groups.values(), key=lambda arms: (sign * _mean(arms), arms[0].configuration))
 
@@ -175,13 +165,9 @@ def _mean(arms: Sequence[Competitor]) -> float:
 
 
 def budget(stopping: EarlyStoppingSpec, configurations: Sequence[Sequence[int]]) -> Budget:
-    """The steps of a sweep with rungs.
+    """Estimate the steps of a sweep with rungs, assuming that every configuration is equally likely to continue.
 
-    Where arms differ in length, each configuration is as likely as the others to be among those that go on.
-
-    Args:
-        stopping: The rungs.
-        configurations: Of each configuration the steps of its arms: one for each seed.
+    `configurations` holds, for each configuration, the steps of its arms (one per seed).
     """
     totals = [total for arms in configurations for total in arms]
     share = 1.0

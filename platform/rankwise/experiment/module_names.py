@@ -1,6 +1,6 @@
-"""Names that `lora.target_modules` may hold: from a local base's weight files, else from a shipped list by model type.
+"""Module names for `lora.target_modules`: from a local base's weight files, else from a built-in list by model type.
 
-Only headers are read (a safetensors file begins with the length and the JSON of its table of contents); no torch.
+Only the headers of safetensors files are read: the length of a JSON table of contents, then the JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
-# Embeddings and output layers: no LoRA targets here, since an adapter there is tied to the vocabulary.
+# Embeddings and output layers are not LoRA targets, since their adapters would depend on the vocabulary.
 NOT_TARGETS = frozenset(
     {
         "lm_head", "embed_tokens", "embed_in", "embed_out", "embed_positions", "wte", "wpe", "word_embeddings",
@@ -48,14 +48,10 @@ _MAX_HEADER = 100 * 2**20
 
 @lru_cache(maxsize=32)
 def known_modules(base: Path | None, config: Path | None) -> tuple[tuple[str, ...], str] | None:
-    """Module names of a base and where they are known from; None when nothing here says.
-
-    Args:
-        base: A local directory with safetensors and config.json, if there is one.
-        config: The config.json named by `base_model_config`, if any.
+    """Module names of a base, and where they come from; None if neither directory nor config.json gives them.
 
     Raises:
-        ValueError: A file that is there cannot be read.
+        ValueError: An existing file cannot be read.
     """
     if base is not None and (names := _from_weights(base)):
         return names, f"the weights in {base}"
@@ -68,10 +64,10 @@ def known_modules(base: Path | None, config: Path | None) -> tuple[tuple[str, ..
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A base's config.json.
+    """Read a base's config.json.
 
     Raises:
-        ValueError: It cannot be read, or is not a JSON object.
+        ValueError: The file cannot be read, or is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +79,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _from_weights(base: Path) -> tuple[str, ...]:
-    """Last parts of the names of modules whose weight has two axes, without embeddings and output layers."""
+    """Last name parts of modules with a two-dimensional weight, without embeddings and output layers."""
     names: dict[str, None] = {}
     for file in sorted(base.glob("*.safetensors")):
         for tensor, entry in _header(file).items():
@@ -106,13 +102,13 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def layer_of(module: str) -> int | None:
-    """The number of the layer that a module is in, `3` for `model.layers.3.mlp.up_proj`; None outside of layers."""
-    found = _LAYER.search(f".{module}.")
-    return int(found.group(1)) if found else None
+    """The layer number of a module: 3 for `model.layers.3.mlp.up_proj`; None outside of layers."""
+    match = _LAYER.search(f".{module}.")
+    return int(match.group(1)) if match else None
 
 
 def layer_sums(parameters: Iterable[tuple[str, int]]) -> dict[int | None, int]:
-    """Sum (module, parameters) over layers, in the order of the modules."""
+    """Sum (module, parameters) pairs by layer, in the order of the modules."""
     sums: dict[int | None, int] = {}
     for module, count in parameters:
         layer = layer_of(module)

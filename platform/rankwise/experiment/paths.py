@@ -1,4 +1,4 @@
-"""Key paths: where a value stands in the nested mappings of a definition, and how it is read and set."""
+"""Key paths: reading and setting values in the nested mappings of a definition."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ def dotted(path: KeyPath) -> str:
 
 
 def as_path(field: str) -> KeyPath:
-    """The key path of a field that is given as dotted text: `lora.r`."""
+    """The key path of a dotted field name such as `lora.r`."""
     return tuple(field.split("."))
 
 
 def follow(data: Any, path: KeyPath) -> tuple[int, Any]:
-    """Follow a key path through nested mappings as far as it goes.
+    """Follow a key path through nested mappings until a key is missing or a value is not a mapping.
 
     Returns:
-        How many keys of the path there are, and the value after them. A path that ends early ends at a mapping without
-        the next key, or at something that is no mapping.
+        The number of keys that exist, and the value reached.
     """
     for depth, part in enumerate(path):
         if not isinstance(data, Mapping) or part not in data:
@@ -36,7 +35,7 @@ def follow(data: Any, path: KeyPath) -> tuple[int, Any]:
 
 
 def put(data: dict[str, Any], path: KeyPath, value: Any) -> None:
-    """Set the value at a key path; sections that are missing or null are made on the way."""
+    """Set the value at a key path; missing or null sections are created."""
     section: Any = data
     for part in path[:-1]:
         if section.get(part) is None:

@@ -1,4 +1,4 @@
-"""What a definition will do: its arms, their hashes, steps and tokens. Nothing is loaded, and nothing fetched."""
+"""The plan of an experiment: its arms, their hashes, steps and tokens, without loading or downloading anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankwise.experiment.halving import Budget, PlannedRung, budget
 from rankwise.experiment.schema import EarlyStoppingSpec, EvalSplit
 from rankwise.experiment.source import LocalSource, parse_source
 
-# A plan answers at once; above this size, counting rows would take longer than a second.
+# Above this size, counting rows would take longer than a second.
 MAX_COUNTED_BYTES = 64 * 2**20
 
 
@@ -25,11 +25,9 @@ class PlannedArm:
     """One arm of a plan.
 
     Attributes:
-        label: What sets it apart: `lora.r=8`.
-        arm: The arm.
-        steps: Optimizer steps; None while epochs are given and the number of rows is not known.
-        tokens: Upper bound of trained tokens, padding included: every row as long as `max_length`.
-        estimates: Of the adapter, the base and memory, in parameters and bytes; empty without the base's configuration.
+        steps: Optimizer steps; None if they depend on an unknown number of rows.
+        tokens: Upper bound of trained tokens including padding, with every row as long as `max_length`.
+        estimates: Sizes of adapter, base and memory, in parameters and bytes; empty without the base's configuration.
     """
 
     label: str
@@ -39,7 +37,7 @@ class PlannedArm:
     estimates: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The arm as `plan --json` gives it."""
+        """The arm in `plan --json`."""
         return {
             "spec_hash": self.arm.spec_hash,
             "provisional": self.arm.provisional,
@@ -51,14 +49,7 @@ class PlannedArm:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStopping:
-    """What successive halving is to save.
-
-    Attributes:
-        metric: What is compared.
-        eta: Of so many configurations one goes on.
-        finalists: Configurations that are trained to their end, at least.
-        budget: Rungs and steps; None while epochs are given and the number of rows is not known.
-    """
+    """The planned early stopping; `budget` is None if steps depend on an unknown number of rows."""
 
     metric: str
     eta: int
@@ -66,7 +57,7 @@ class PlannedStopping:
     budget: Budget | None
 
     def to_json(self) -> dict[str, Any]:
-        """As `plan --json` gives it."""
+        """The early stopping in `plan --json`."""
         rungs = [] if self.budget is None else [asdict(rung) for rung in self.budget.rungs]
         expected, upper = (None, None) if self.budget is None else (self.budget.expected, self.budget.upper)
         steps = {"expected": expected, "upper": upper}
@@ -81,14 +72,10 @@ class PlannedStopping:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The arms of an experiment.
+    """The plan of an experiment, given by name.
 
-    Attributes:
-        experiment: Its name.
-        arms: Those that are known; of a search in rounds, those of the first.
-        method: How arms are chosen.
-        rounds: Arms of each round of a search; empty for a grid or list.
-        stopping: Early stopping, where there is any.
+    `arms` are those known now: in a search with rounds, those of the first. `rounds` holds the number of arms of each
+    round; empty for a grid or list.
     """
 
     experiment: str
@@ -99,21 +86,21 @@ class Plan:
 
     @property
     def trials(self) -> int:
-        """All arms, also those that results are to propose."""
+        """Number of all arms, including those of later rounds."""
         return sum(self.rounds) or len(self.arms)
 
     @property
     def provisional(self) -> bool:
-        """Whether a hash can still change, because a source is not pinned yet."""
+        """Whether a spec hash can still change because a source is not pinned."""
         return any(planned.arm.provisional for planned in self.arms)
 
     def with_estimates(self, estimates: Mapping[str, Mapping[str, Any]]) -> Plan:
-        """The same plan with estimates by spec hash."""
+        """A copy with the estimates, given by spec hash."""
         arms = (replace(arm, estimates=dict(estimates.get(arm.arm.spec_hash, {}))) for arm in self.arms)
         return replace(self, arms=tuple(arms))
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as `plan --json` gives it."""
+        """The document of `plan --json`."""
         data: dict[str, Any] = {
             "experiment": self.experiment,
             "provisional": self.provisional,
@@ -127,14 +114,10 @@ class Plan:
 
 
 def make_plan(experiment: Experiment, rows: int | None = None) -> Plan:
-    """Plan an experiment.
-
-    Args:
-        experiment: The experiment.
-        rows: Rows of `dataset.train` before a split, where they are known (see `count_rows`).
+    """Plan an experiment. `rows` is the number of rows of `dataset.train` before a split, if known.
 
     Raises:
-        ConfigError: The evaluation split leaves no row for training.
+        ConfigError: The evaluation split leaves no rows for training.
     """
     spec = experiment.spec
     arms = tuple(_plan_arm(label, arm, rows) for label, arm in experiment.labelled_arms)
@@ -152,7 +135,7 @@ def make_plan(experiment: Experiment, rows: int | None = None) -> Plan:
 def _plan_stopping(
     stopping: EarlyStoppingSpec, arms: tuple[PlannedArm, ...], rounds: tuple[int, ...]
 ) -> PlannedStopping:
-    """Arms are compared within their round; those that are not known yet are taken to be as long as those that are."""
+    """Plan the rungs of each round; arms of later rounds are assumed to be as long as the known ones."""
     totals = [arm.steps for arm in arms if arm.steps is not None]
     if len(totals) < len(arms):
         return PlannedStopping(metric=stopping.metric, eta=stopping.eta, finalists=stopping.finalists, budget=None)
@@ -189,10 +172,10 @@ def _plan_arm(label: str, arm: ArmSpec, rows: int | None) -> PlannedArm:
 
 
 def training_rows(arm: ArmSpec, rows: int | None) -> int | None:
-    """Upper bound of the rows that are trained on, of `rows` in the source; None when that is not known.
+    """Upper bound of training rows out of `rows` in the source; None if that is unknown.
 
     Raises:
-        ConfigError: The evaluation split leaves none.
+        ConfigError: The evaluation split leaves no rows.
     """
     data = arm.dataset
     if rows is None:
@@ -207,10 +190,10 @@ def training_rows(arm: ArmSpec, rows: int | None) -> int | None:
 
 
 def count_rows(source: str) -> int | None:
-    """Rows of a local JSONL, CSV or TSV file that is small enough to count at once; None for anything else.
+    """Count the rows of a local JSONL, CSV or TSV file of up to 64 MiB; None for anything else.
 
     Raises:
-        ConfigError: The file cannot be read, or is no such table.
+        ConfigError: The file cannot be read.
     """
     parsed = parse_source(source)
     if not isinstance(parsed, LocalSource):
@@ -231,7 +214,7 @@ def _count_lines(path: Path, suffix: str) -> int:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         if suffix in {".jsonl", ".ndjson"}:
             return sum(1 for line in file if line.strip())
-        # A quoted cell may hold line breaks, so lines are not rows; and it may be longer than the module's 128 KiB.
+        # A quoted cell may hold line breaks, so lines are not rows, and may exceed the csv module's limit of 128 KiB.
         csv.field_size_limit(MAX_COUNTED_BYTES)
         rows = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
         return max(0, sum(1 for row in rows if row) - 1)

@@ -1,7 +1,7 @@
-"""A sweep's points, as the file gives them: which fields each arm overrides, and with what.
+"""The points of a sweep, and the arms they become.
 
-- Every field of resolved data by itself, and what is wrong with it in words.
-- Points become arms: overlaid, their expressions evaluated, the condition asked, fields and rules checked.
+1. Read the `sweep` section into points: which fields each arm overrides, and with which values.
+2. Overlay a point on the definition, evaluate expressions, apply `where`, and check fields and rules.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ from rankwise.experiment.fields import (
     sweepable,
     unknown_key,
 )
+from rankwise.experiment.hashing import plain
 from rankwise.experiment.paths import KeyPath, as_path, dotted, put
-from rankwise.experiment.rules import View, find_problems
-from rankwise.experiment.schema import ExperimentSpec, plain
+from rankwise.experiment.rules import FieldView, find_problems
+from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.search import (
     SEARCHES,
-    Axis,
-    Point,
-    Space,
-    Told,
-    Verdict,
-    ask,
+    Acceptance,
+    SearchSpace,
+    SweepAxis,
+    SweepPoint,
+    Trial,
     bare,
+    propose,
     read_axis,
     read_space,
     sample_points,
@@ -61,45 +62,40 @@ MAX_ARMS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Points:
-    """What a sweep section says, with its problems.
+class SweepPoints:
+    """The content of a sweep section, and its problems.
 
-    Attributes:
-        points: The arms of a grid or list; of a search, points that have every choice and both ends of every range.
-        where: The condition on arms.
-        space: Of a search: what its points are drawn from.
-        problems: Everything that is wrong.
+    `points` are those of a grid or list; in a search, samples that cover every choice and both ends of every range, and
+    `space` is what points are drawn from.
     """
 
-    points: tuple[Point, ...] = (Point(),)
+    points: tuple[SweepPoint, ...] = (SweepPoint(),)
     where: Expression | None = None
-    space: Space | None = None
+    space: SearchSpace | None = None
     problems: tuple[Problem, ...] = ()
 
 
-def read_points(sweep: Any, seed: Any = 0) -> Points:
-    """Read the raw `sweep` section. Wrong types of the section itself are the schema's to report.
+def read_points(sweep: Any, seed: Any = 0) -> SweepPoints:
+    """Read the raw `sweep` section; the schema reports wrong types.
 
-    Args:
-        sweep: The section.
-        seed: The definition's own seed, for a search without one.
+    `seed` is the definition's seed, for a search without one.
     """
     if not isinstance(sweep, dict):
-        return Points()
+        return SweepPoints()
     problems: list[Problem] = []
     where = _condition(sweep.get("where"), problems)
     parameters, arms = sweep.get("parameters", {}), sweep.get("arms", [])
     if parameters and arms:
-        text = "stands beside parameters; give a grid (parameters) or a list (arms)"
+        text = "cannot be combined with parameters; give a grid (parameters) or a list (arms)"
         problems.append(Problem(path=("sweep", "arms"), text=text))
     searches = sweep.get("method", "grid") in SEARCHES
     axes = _axes(parameters, searches, problems) if isinstance(parameters, dict) else []
     space = read_space(sweep, axes, seed, problems)
     if searches:
-        return Points(points=sample_points(axes), where=where, space=space, problems=tuple(problems))
+        return SweepPoints(points=sample_points(axes), where=where, space=space, problems=tuple(problems))
     listed = _arms(arms, problems) if isinstance(arms, list) else []
     points = tuple(listed) or _grid({axis.path: list(axis.choices) for axis in axes}, problems)
-    return Points(points=points, where=where, problems=tuple(problems))
+    return SweepPoints(points=points, where=where, problems=tuple(problems))
 
 
 def _condition(text: Any, problems: list[Problem]) -> Expression | None:
@@ -117,12 +113,12 @@ def _condition(text: Any, problems: list[Problem]) -> Expression | None:
     return expression
 
 
-def _axes(parameters: dict[str, Any], searches: bool, problems: list[Problem]) -> list[Axis]:
+def _axes(parameters: dict[str, Any], searches: bool, problems: list[Problem]) -> list[SweepAxis]:
     axes = []
     for path, values in parameters.items():
         place: KeyPath = ("sweep", "parameters", path)
-        if trouble := _not_swept(path):
-            problems.append(Problem(path=place, text=trouble))
+        if problem := _not_swept(path):
+            problems.append(Problem(path=place, text=problem))
         elif isinstance(values, dict) and not searches:
             text = f"is a range, got {show(values)}; a grid needs a list of values, a range needs method: random or tpe"
             problems.append(Problem(path=place, text=text))
@@ -134,8 +130,8 @@ def _axes(parameters: dict[str, Any], searches: bool, problems: list[Problem]) -
     return axes
 
 
-def _check_choices(axis: Axis, problems: list[Problem]) -> bool:
-    """Whether a list has values; one that is there twice is reported."""
+def _check_choices(axis: SweepAxis, problems: list[Problem]) -> bool:
+    """Whether a list has values; reports duplicates."""
     if axis.kind != "choice":
         return True
     if not axis.choices:
@@ -143,23 +139,23 @@ def _check_choices(axis: Axis, problems: list[Problem]) -> bool:
         return False
     seen: set[bytes] = set()
     for index, value in enumerate(axis.choices):
-        if (spelling := _spelling(axis.path, value)) in seen:
+        if (spelling := _normalized(axis.path, value)) in seen:
             problems.append(Problem(path=(*axis.place, index), text=f"{show(value)} is listed twice; remove one"))
         seen.add(spelling)
     return True
 
 
-def _grid(axes: dict[str, list[Any]], problems: list[Problem]) -> tuple[Point, ...]:
+def _grid(axes: dict[str, list[Any]], problems: list[Problem]) -> tuple[SweepPoint, ...]:
     size = 1
     for values in axes.values():
         size *= len(values)
     if size > MAX_POINTS:
-        text = f"make a grid of {size:,} points; at most {MAX_POINTS:,} are allowed"
+        text = f"give a grid of {size:,} points; at most {MAX_POINTS:,} are allowed"
         problems.append(Problem(path=("sweep", "parameters"), text=text))
-        return (Point(),)
+        return (SweepPoint(),)
     home: KeyPath = ("sweep", "parameters") if axes else ("sweep",)
     return tuple(
-        Point(
+        SweepPoint(
             values={path: axes[path][index] for path, index in zip(axes, indices, strict=True)},
             places={path: ("sweep", "parameters", path, index) for path, index in zip(axes, indices, strict=True)},
             home=home,
@@ -169,7 +165,7 @@ def _grid(axes: dict[str, list[Any]], problems: list[Problem]) -> tuple[Point, .
     )
 
 
-def _arms(arms: list[Any], problems: list[Problem]) -> list[Point]:
+def _arms(arms: list[Any], problems: list[Problem]) -> list[SweepPoint]:
     points = []
     if len(arms) > MAX_ARMS:
         problems.append(
@@ -180,41 +176,41 @@ def _arms(arms: list[Any], problems: list[Problem]) -> list[Point]:
         home: KeyPath = ("sweep", "arms", index)
         if not isinstance(values, dict):
             continue
-        wrong = {path: trouble for path in values if (trouble := _not_swept(path))}
-        problems.extend(Problem(path=(*home, path), text=trouble) for path, trouble in wrong.items())
-        good = {path: value for path, value in values.items() if path not in wrong}
-        points.append(Point(values=good, places={path: (*home, path) for path in good}, home=home))
+        wrong = {path: problem for path in values if (problem := _not_swept(path))}
+        problems.extend(Problem(path=(*home, path), text=problem) for path, problem in wrong.items())
+        valid = {path: value for path, value in values.items() if path not in wrong}
+        points.append(SweepPoint(values=valid, places={path: (*home, path) for path in valid}, home=home))
     return points
 
 
 def _not_swept(path: str) -> str | None:
-    """Why a key is no axis, or None when it is one."""
+    """Why a field cannot be swept, or None."""
     fields = sweepable()
     if path in fields:
         return None
     if path in leaves():
         return f"cannot differ between arms; allowed: {', '.join(_groups())}"
     hint = did_you_mean(path, fields, elsewhere=fields)
-    return f"is not a field that can be swept{hint}; allowed: {', '.join(_groups())}"
+    return f"cannot be swept{hint}; allowed: {', '.join(_groups())}"
 
 
 def _groups() -> tuple[str, ...]:
     return ("lora.*", "training.*", "quantization.*", "dataset.limit.train", "seed")
 
 
-def _spelling(path: str, value: Any) -> bytes:
-    """One text for each setting: 16 and 16.0, and modules in any order, are the same."""
+def _normalized(path: str, value: Any) -> bytes:
+    """The same bytes for equal settings: 16 and 16.0, or modules in any order."""
     if path == "lora.target_modules" and isinstance(value, list):
         value = sorted(map(str, value))
     return canonical_json(plain(value))
 
 
-# Branches of the union dataset.eval, which pydantic puts into an error's place.
+# Branches of the union dataset.eval, which pydantic adds to an error's location.
 _TAGS = {"source", "split"}
 
 
 def overlay(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of plain data with the values of some fields, by dotted path."""
+    """A copy of plain data with some fields changed, given by dotted path."""
     result = copy.deepcopy(data)
     for path, value in values.items():
         put(result, as_path(path), copy.deepcopy(value))
@@ -222,7 +218,7 @@ def overlay(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(resolution: Resolution) -> tuple[ExperimentSpec | None, list[Problem]]:
-    """The definition, or None with what is wrong."""
+    """Validate resolved data: the definition, or None, and the problems."""
     try:
         spec = ExperimentSpec.model_validate(resolution.data)
     except ValidationError as error:
@@ -230,8 +226,8 @@ def validate(resolution: Resolution) -> tuple[ExperimentSpec | None, list[Proble
         problems = [_translate(detail, resolution) for detail in details]
         reported = {problem.path for problem in resolution.problems} | {as_path(path) for path in resolution.skipped}
         wrong = {dotted(problem.path) for problem in problems}
-        # With r = 0, an alpha of 2*r is wrong too, but not by itself.
-        reported |= {as_path(path) for path, needs in resolution.needs.items() if needs & wrong}
+        # With r = 0, an alpha of 2*r is invalid too, but only because of r.
+        reported |= {as_path(path) for path, fields in resolution.dependencies.items() if fields & wrong}
         return None, [*resolution.problems, *(problem for problem in problems if problem.path not in reported)]
     return spec, list(resolution.problems)
 
@@ -270,7 +266,7 @@ def _hint(path: KeyPath, value: Any) -> str:
 
 
 class ConditionError(Exception):
-    """Raised when `where` cannot be evaluated for some point. Its problem says why."""
+    """Raised when `where` cannot be evaluated for a point; holds the problem."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.text)
@@ -278,31 +274,25 @@ class ConditionError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A point that meets the condition.
+class ArmCandidate:
+    """A point that meets the condition, with its arm, or None and the problems at the paths of the arm's fields."""
 
-    Attributes:
-        point: Where it comes from.
-        arm: The arm; None when a field of it is wrong.
-        problems: What is wrong, at the paths of an arm's fields.
-    """
-
-    point: Point
+    point: SweepPoint
     arm: ArmSpec | None
     problems: tuple[Problem, ...]
 
 
-class Candidates:
-    """Makes candidates out of a definition and the points of its sweep."""
+class CandidateBuilder:
+    """Builds candidates from a definition and the points of its sweep."""
 
     def __init__(self, data: dict[str, Any], where: Expression | None, *, elsewhere: bool = False) -> None:
-        """Take the definition's data without its sweep, and the sweep's condition; `elsewhere` as in `rules.View`."""
+        """Build from `data` without its sweep; `where` is the sweep's condition, `elsewhere` as in `FieldView`."""
         self._elsewhere = elsewhere
         self._base = {key: value for key, value in data.items() if key != "sweep"}
         self._where = where
 
-    def of(self, point: Point) -> Candidate | None:
-        """The candidate of a point, or None when `where` refuses it.
+    def of(self, point: SweepPoint) -> ArmCandidate | None:
+        """The candidate of a point, or None if `where` excludes it.
 
         Raises:
             ConditionError: `where` cannot be evaluated.
@@ -315,14 +305,14 @@ class Candidates:
             text = f"must be a condition over fields, got {show(self._where.text if self._where else '')}: {error}"
             raise ConditionError(Problem(path=("sweep", "where"), text=text)) from error
         except Unresolved:
-            pass  # The point has a wrong value, which is among its problems.
+            pass  # The point has an invalid value, which `validate` reports.
         spec, problems = validate(resolution)
         arm = ArmSpec.of(spec) if spec is not None and not problems else None
-        view = View(resolution.data, elsewhere=self._elsewhere)
-        return Candidate(point=point, arm=arm, problems=tuple(problems or find_problems(view)))
+        view = FieldView(resolution.data, elsewhere=self._elsewhere)
+        return ArmCandidate(point=point, arm=arm, problems=tuple(problems or find_problems(view)))
 
-    def of_all(self, points: Iterable[Point], most: int) -> list[Candidate]:
-        """The first `most` candidates of a grid or list.
+    def of_all(self, points: Iterable[SweepPoint], most: int) -> list[ArmCandidate]:
+        """Up to `most` candidates of a grid or list.
 
         Raises:
             ConditionError: As `of`.
@@ -331,27 +321,33 @@ class Candidates:
         return list(itertools.islice(met, most))
 
     def of_round(
-        self, space: Space, number: int, told: Sequence[Told] = (), *, taken: Iterable[str] = (), greater: bool = False
-    ) -> tuple[list[Candidate], int]:
-        """The candidates of a round of a search, and how many points were drawn in vain.
+        self,
+        space: SearchSpace,
+        number: int,
+        history: Sequence[Trial] = (),
+        *,
+        known: Iterable[str] = (),
+        greater: bool = False,
+    ) -> tuple[list[ArmCandidate], int]:
+        """The candidates of a round of a search, and how many drawn points were discarded.
 
-        In the first round an arm that cannot work is among them, since the definition has to be mended; in later ones,
-        that nobody can foresee, its point counts as refused.
+        The first round includes invalid arms, so that their problems are reported and the definition can be fixed.
+        Points of later rounds cannot be foreseen, so invalid ones are rejected.
 
         Args:
-            space: What is searched.
+            space: The search space.
             number: The round, from 0.
-            told: What the earlier rounds gave.
-            taken: Spec hashes of their arms.
+            history: Points of earlier rounds and their results.
+            known: Spec hashes of the arms of earlier rounds.
             greater: Whether a greater primary metric is better.
 
         Raises:
             ConditionError: As `of`.
         """
-        found: list[Candidate] = []
-        hashes = set(taken)
+        candidates: list[ArmCandidate] = []
+        hashes = set(known)
 
-        def accept(point: Point) -> Verdict:
+        def accept(point: SweepPoint) -> Acceptance:
             candidate = self.of(point)
             if candidate is None or (candidate.problems and number > 0):
                 return "rejected"
@@ -359,8 +355,8 @@ class Candidates:
                 return "duplicate"
             if candidate.arm is not None:
                 hashes.add(candidate.arm.spec_hash)
-            found.append(candidate)
+            candidates.append(candidate)
             return "good"
 
-        asked = ask(space, number, told, greater_is_better=greater, accept=accept)
-        return found, asked.rejected
+        proposal = propose(space, number, history, greater_is_better=greater, accept=accept)
+        return candidates, proposal.rejected

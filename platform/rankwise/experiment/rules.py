@@ -1,9 +1,7 @@
-"""What involves several fields, or the disk: combinations that cannot work, sources, pins, module names.
+"""Rules that involve several fields or the disk: invalid combinations, sources, pins, module names, sweeps.
 
-A rule reads fields through a `View`. One that needs a field which is wrong itself is skipped, so that every rule that
-can speak does, whatever else is wrong.
-
-- What a sweep section needs of the rest of the definition.
+A rule reads fields through a `FieldView`. It is skipped if a field that it needs is invalid, so all other rules still
+report their problems.
 """
 
 from __future__ import annotations
@@ -20,22 +18,30 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.document import Problem
 from rankwise.experiment.fields import did_you_mean, get, show
+from rankwise.experiment.metric_names import (
+    METRIC_KEYS,
+    TOKENIZER_DEPENDENT,
+    keys_of,
+    known_names,
+    means_of,
+    metric_facts,
+)
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
 from rankwise.experiment.paths import KeyPath, as_path
-from rankwise.experiment.schema import METRIC_KEYS, PER_TOKEN, EarlyStoppingSpec, facts, keys_of, known_names, means_of
+from rankwise.experiment.schema import EarlyStoppingSpec
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
 BUILT_IN_TEMPLATES = ("chatml", "plain")
 
 
-class Unusable(Exception):
-    """A field that a rule needs is missing or wrong, which is reported elsewhere."""
+class UnusableField(Exception):
+    """Raised when a field that a rule needs is missing or invalid, which is reported elsewhere."""
 
 
-class View:
-    """The fields of one definition with defaults; access to a wrong one raises `Unusable`.
+class FieldView:
+    """The fields of a definition with defaults; access to an invalid one raises `UnusableField`.
 
-    `elsewhere`: it was written down on another machine, so that its files need not be here.
+    `elsewhere`: the definition comes from another machine, so that its files need not exist on this one.
     """
 
     def __init__(self, data: dict[str, Any], wrong: Collection[KeyPath] = (), *, elsewhere: bool = False) -> None:
@@ -46,34 +52,34 @@ class View:
     def __getitem__(self, path: str) -> Any:
         key = as_path(path)
         if any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in self._wrong):
-            raise Unusable
+            raise UnusableField
         try:
             return get(self._data, key)
         except KeyError as error:
-            raise Unusable from error
+            raise UnusableField from error
 
     def given(self, path: str) -> bool:
-        """Whether a section or field is there at all; what is inside may be wrong."""
+        """Whether a section or field is set; its content may be invalid."""
         key = as_path(path)
         if any(key[: len(bad)] == bad for bad in self._wrong):
-            raise Unusable
+            raise UnusableField
         try:
             return get(self._data, key) is not None
         except KeyError as error:
-            raise Unusable from error
+            raise UnusableField from error
 
 
-Rule = Callable[[View], Iterator[Problem]]
+Rule = Callable[[FieldView], Iterator[Problem]]
 _RULES: list[Rule] = []
 
 
-def find_problems(view: View, rules: Iterable[Rule] = _RULES) -> list[Problem]:
-    """Everything that rules find; by default those of this module."""
+def find_problems(view: FieldView, rules: Iterable[Rule] = _RULES) -> list[Problem]:
+    """The problems that rules report; by default, the rules of this module."""
     problems: list[Problem] = []
     for rule in rules:
         try:
             problems.extend(rule(view))
-        except Unusable:
+        except UnusableField:
             continue
     return problems
 
@@ -88,23 +94,23 @@ def _at(path: str, text: str) -> Problem:
 
 
 @_rule
-def _one_quantization(view: View) -> Iterator[Problem]:
+def _one_quantization(view: FieldView) -> Iterator[Problem]:
     if view["quantization.load_in_4bit"] and view["quantization.load_in_8bit"]:
-        yield _at("quantization.load_in_8bit", "is true while load_in_4bit is true too (its default); set one to false")
+        yield _at("quantization.load_in_8bit", "is true, but load_in_4bit is true too (its default); set one to false")
 
 
 @_rule
-def _steps_or_epochs(view: View) -> Iterator[Problem]:
+def _steps_or_epochs(view: FieldView) -> Iterator[Problem]:
     steps, epochs = view["training.max_steps"], view["training.num_train_epochs"]
     if steps is None and epochs is None:
-        yield _at("training", "needs max_steps or num_train_epochs, has neither")
+        yield _at("training", "must have max_steps or num_train_epochs, has neither")
     elif steps is not None and epochs is not None:
-        text = f"is {show(epochs)} while max_steps is {show(steps)}; give one of the two"
+        text = f"is {show(epochs)}, but max_steps is {show(steps)}; give one of the two"
         yield _at("training.num_train_epochs", text)
 
 
 @_rule
-def _warmup_within_steps(view: View) -> Iterator[Problem]:
+def _warmup_within_steps(view: FieldView) -> Iterator[Problem]:
     steps, warmup = view["training.max_steps"], view["training.warmup_steps"]
     if steps is not None and warmup > steps:
         text = f"must be at most max_steps ({show(steps)}), got {show(warmup)}; below 1 it is a share of all steps"
@@ -112,18 +118,18 @@ def _warmup_within_steps(view: View) -> Iterator[Problem]:
 
 
 @_rule
-def _best_needs_evaluations(view: View) -> Iterator[Problem]:
+def _best_needs_evaluations(view: FieldView) -> Iterator[Problem]:
     if not view.given("register") or view["register.checkpoint"] != "best":
         return
     every, steps = view["training.eval_steps"], view["training.max_steps"]
     if not view.given("dataset.eval"):
         yield _at("register.checkpoint", "is best, which needs evaluation rows: give dataset.eval")
     primary = view["evaluation.primary_metric"]
-    if primary in keys_of(_usable_metrics(view)) and primary not in PER_TOKEN:
+    if primary in keys_of(_usable_metrics(view)) and primary not in TOKENIZER_DEPENDENT:
         yield _at(
             "register.checkpoint",
-            f"is best by {primary}, which needs generated texts or a metric of its own, and during training only "
-            f"{', '.join(sorted(PER_TOKEN))} are measured: take one of these as evaluation.primary_metric, or last",
+            f"is best, but during training only {', '.join(sorted(TOKENIZER_DEPENDENT))} are measured, not {primary}: "
+            "use one of these as evaluation.primary_metric, or last",
         )
     if every is None:
         yield _at("register.checkpoint", "is best, which needs evaluations during training: give training.eval_steps")
@@ -132,39 +138,37 @@ def _best_needs_evaluations(view: View) -> Iterator[Problem]:
 
 
 @_rule
-def _alias_is_free(view: View) -> Iterator[Problem]:
+def _alias_is_free(view: FieldView) -> Iterator[Problem]:
     if not view.given("register") or (alias := view["register.alias"]) is None:
         return
     if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
-        yield _at(
-            "register.alias", f"must not be latest or v1, v2, ...: MLflow keeps these to itself, got {show(alias)}"
-        )
+        yield _at("register.alias", f"must not be latest or v1, v2, ..., which MLflow reserves, got {show(alias)}")
     if not view.given("dataset.eval"):
         yield _at("register.alias", "goes to the best arm, which needs evaluation rows: give dataset.eval")
 
 
 @_rule
-def _metrics_are_known(view: View) -> Iterator[Problem]:
+def _metrics_are_known(view: FieldView) -> Iterator[Problem]:
     for index, metric in enumerate(view["evaluation.metrics"]):
         if metric in METRIC_KEYS:
             continue
         place: KeyPath = ("evaluation", "metrics", index)
         names = known_names()
         if metric not in names:
-            hint = did_you_mean(metric, names) or "; a metric of another package is there once that is installed"
+            hint = did_you_mean(metric, names) or "; to use a metric of another package, install that package"
             yield Problem(path=place, text=f"must be {_or(names)}, got {show(metric)}{hint}")
             continue
         try:
-            facts(metric)
+            metric_facts(metric)
         except ConfigError as error:
             yield Problem(path=place, text=f"cannot be used: {error}")
 
 
-def _usable_metrics(view: View) -> Sequence[str]:
-    """The listed metrics, where each of them can be asked for its keys."""
+def _usable_metrics(view: FieldView) -> Sequence[str]:
+    """The listed metrics, if all of them are known and usable."""
     metrics: Sequence[str] = view["evaluation.metrics"]
     if any(True for _ in _metrics_are_known(view)):
-        raise Unusable
+        raise UnusableField
     return metrics
 
 
@@ -173,7 +177,7 @@ def _or(names: Sequence[str]) -> str:
 
 
 @_rule
-def _primary_metric_is_produced(view: View) -> Iterator[Problem]:
+def _primary_metric_is_produced(view: FieldView) -> Iterator[Problem]:
     key, produced = view["evaluation.primary_metric"], keys_of(_usable_metrics(view))
     if key not in produced:
         text = f"must be a key that evaluation.metrics produce ({', '.join(produced)}), got {show(key)}"
@@ -181,8 +185,8 @@ def _primary_metric_is_produced(view: View) -> Iterator[Problem]:
 
 
 @_rule
-def _promotion_reads_means(view: View) -> Iterator[Problem]:
-    # Differences are taken of means over examples; perplexity is none.
+def _promotion_reads_means(view: FieldView) -> Iterator[Problem]:
+    # Promotion compares means over examples; perplexity is not one.
     produced = means_of(_usable_metrics(view))
     wanted = [("promotion.metric", view["promotion.metric"])] if view.given("promotion.metric") else []
     wanted += [("promotion.max_regression", key) for key in view["promotion.max_regression"]]
@@ -193,7 +197,7 @@ def _promotion_reads_means(view: View) -> Iterator[Problem]:
 
 
 @_rule
-def _metrics_are_different(view: View) -> Iterator[Problem]:
+def _metrics_are_different(view: FieldView) -> Iterator[Problem]:
     seen: set[str] = set()
     for index, metric in enumerate(view["evaluation.metrics"]):
         if metric in seen:
@@ -202,13 +206,14 @@ def _metrics_are_different(view: View) -> Iterator[Problem]:
 
 
 @_rule
-def _rows_become_text(view: View) -> Iterator[Problem]:
+def _rows_become_text(view: FieldView) -> Iterator[Problem]:
     messages, prompt, completion = view["dataset.messages"], view["dataset.prompt"], view["dataset.completion"]
     if messages is not None:
         for key, value in (("prompt", prompt), ("completion", completion)):
             if value is not None:
                 yield _at(
-                    f"dataset.{key}", f"stands beside messages ({show(messages)}); give messages, or both templates"
+                    f"dataset.{key}",
+                    f"cannot be combined with messages ({show(messages)}); give messages, or both templates",
                 )
     elif prompt is None and completion is None:
         yield _at("dataset", "needs messages (a column), or prompt and completion (templates over columns)")
@@ -219,21 +224,21 @@ def _rows_become_text(view: View) -> Iterator[Problem]:
 
 
 @_rule
-def _prompt_is_a_template(view: View) -> Iterator[Problem]:
+def _prompt_is_a_template(view: FieldView) -> Iterator[Problem]:
     yield from _template("dataset.prompt", view["dataset.prompt"])
 
 
 @_rule
-def _completion_is_a_template(view: View) -> Iterator[Problem]:
+def _completion_is_a_template(view: FieldView) -> Iterator[Problem]:
     yield from _template("dataset.completion", view["dataset.completion"])
 
 
 def _template(path: str, text: str | None) -> Iterator[Problem]:
-    """The syntax only: which columns there are is known once the data is read."""
+    """Check the syntax of a template; its columns are checked when the data is read."""
     try:
         fields = list(string.Formatter().parse(text or ""))
     except ValueError as error:
-        yield _at(path, f"is not a template ({error}), got {show(text)}; a brace that is meant is written twice")
+        yield _at(path, f"is not a template ({error}), got {show(text)}; write a literal brace twice")
         return
     for _, name, spec, conversion in fields:
         if name is not None and (not name or name.isdigit() or conversion or "{" in (spec or "")):
@@ -242,12 +247,12 @@ def _template(path: str, text: str | None) -> Iterator[Problem]:
 
 
 @_rule
-def _chat_template_is_there(view: View) -> Iterator[Problem]:
+def _chat_template_is_there(view: FieldView) -> Iterator[Problem]:
     template = view["dataset.chat_template"]
     pin = view["dataset.chat_template_revision"]
     if template is None or template in BUILT_IN_TEMPLATES:
         if pin is not None:
-            yield _at("dataset.chat_template_revision", "is the pin of a template's file, but chat_template names none")
+            yield _at("dataset.chat_template_revision", "is the pin of a template file, but chat_template names none")
         return
     if not os.path.isfile(template):
         hint = did_you_mean(os.path.basename(template), BUILT_IN_TEMPLATES)
@@ -260,15 +265,15 @@ def _chat_template_is_there(view: View) -> Iterator[Problem]:
         yield _at("dataset.chat_template", f"{template} cannot be read: {error.strerror}")
         return
     if pin is not None and actual != pin:
-        text = f"{template} is not what its pin says: it has {actual}; remove the pin or restore the file"
+        text = f"does not match {template}, which has {actual}; remove the pin or restore the file"
         yield _at("dataset.chat_template_revision", text)
 
 
 def file_pin(path: str) -> str:
-    """The pin of a small file.
+    """The pin of a small file: the digest of its content.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     return content_digest(Path(path).read_bytes())
 
@@ -290,7 +295,7 @@ def _pin(path: str, source: Source | None, revision: str | None) -> Iterator[Pro
 
 
 @_rule
-def _base_is_a_source(view: View) -> Iterator[Problem]:
+def _base_is_a_source(view: FieldView) -> Iterator[Problem]:
     text = view["base_model"]
     source, problems = _source("base_model", text)
     yield from problems
@@ -304,13 +309,11 @@ def _base_is_a_source(view: View) -> Iterator[Problem]:
         elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             yield _at("base_model", f"must be a directory with a model's config.json, {show(text)} has none")
         elif not view.elsewhere and not os.path.exists(path) and view["base_model_config"] is None:
-            yield _at(
-                "base_model", f"there is no file or directory {text}; base_model_config allows to plan without it"
-            )
+            yield _at("base_model", f"there is no file or directory {text}; to plan without it, set base_model_config")
 
 
 @_rule
-def _base_config_is_there(view: View) -> Iterator[Problem]:
+def _base_config_is_there(view: FieldView) -> Iterator[Problem]:
     config = view["base_model_config"]
     if config is None:
         return
@@ -327,21 +330,21 @@ def _base_config_is_there(view: View) -> Iterator[Problem]:
 
 
 @_rule
-def _training_rows_have_a_source(view: View) -> Iterator[Problem]:
+def _training_rows_have_a_source(view: FieldView) -> Iterator[Problem]:
     yield from _data(view, "dataset.train", view["dataset.train"])
 
 
 @_rule
-def _evaluation_rows_have_a_source(view: View) -> Iterator[Problem]:
+def _evaluation_rows_have_a_source(view: FieldView) -> Iterator[Problem]:
     source, revision = view["dataset.eval"], view["dataset.eval_revision"]
     if isinstance(source, str):
         yield from _data(view, "dataset.eval", source)
     elif revision is not None:
-        what = "is null" if source is None else "is split from train, which has its own pin"
-        yield _at("dataset.eval_revision", f"has no source to pin: dataset.eval {what}; remove it")
+        reason = "is null" if source is None else "is split from train, which has its own pin"
+        yield _at("dataset.eval_revision", f"has no source to pin: dataset.eval {reason}; remove it")
 
 
-def _data(view: View, path: str, text: str) -> Iterator[Problem]:
+def _data(view: FieldView, path: str, text: str) -> Iterator[Problem]:
     source, problems = _source(path, text)
     yield from problems
     yield from _pin(f"{path}_revision", source, view[f"{path}_revision"])
@@ -354,17 +357,17 @@ def _data(view: View, path: str, text: str) -> Iterator[Problem]:
 
 
 @_rule
-def _configuration_name_is_for_the_hub(view: View) -> Iterator[Problem]:
+def _configuration_name_is_for_the_hub(view: FieldView) -> Iterator[Problem]:
     if view["dataset.name"] is None:
         return
     sources = [view["dataset.train"], view["dataset.eval"]]
     kinds = [_source("dataset.train", text)[0] for text in sources if isinstance(text, str)]
     if all(kind is not None and not isinstance(kind, HubSource) for kind in kinds):
-        yield _at("dataset.name", f"is a configuration of a hub data set, got {show(view['dataset.name'])} for a file")
+        yield _at("dataset.name", f"is a configuration of a hub dataset, got {show(view['dataset.name'])} for a file")
 
 
 @_rule
-def _targets_are_linear_modules(view: View) -> Iterator[Problem]:
+def _targets_are_linear_modules(view: FieldView) -> Iterator[Problem]:
     modules = view["lora.target_modules"]
     if isinstance(modules, str):
         return
@@ -372,7 +375,7 @@ def _targets_are_linear_modules(view: View) -> Iterator[Problem]:
     for name in modules:
         if name.rpartition(".")[2] in NOT_TARGETS:
             text = (
-                f"must not have embeddings or the output layer, got {show(name)}; take linear layers inside the blocks"
+                f"must not have embeddings or the output layer, got {show(name)}; use linear layers inside the blocks"
             )
             yield _at("lora.target_modules", text)
         else:
@@ -380,14 +383,14 @@ def _targets_are_linear_modules(view: View) -> Iterator[Problem]:
     yield from _known_targets(view, usable)
 
 
-def _known_targets(view: View, names: list[str]) -> Iterator[Problem]:
+def _known_targets(view: FieldView, names: list[str]) -> Iterator[Problem]:
     source, _ = _source("base_model", view["base_model"])
     config = view["base_model_config"]
     base = Path(os.path.expanduser(source.path)) if isinstance(source, LocalSource) else None
     try:
         known = known_modules(base if base and os.path.isdir(base) else None, Path(config) if config else None)
     except ValueError as error:
-        # A wrong base_model_config has been reported by its own rule.
+        # Another rule reports an invalid base_model_config.
         if config is None:
             yield _at("base_model", str(error))
         return
@@ -395,7 +398,7 @@ def _known_targets(view: View, names: list[str]) -> Iterator[Problem]:
         return
     modules, origin = known
     for name in names:
-        # peft matches whole last parts of a module's name, so self_attn.q_proj means q_proj.
+        # peft matches whole name parts from the end, so the last part decides: self_attn.q_proj is a q_proj.
         last = name.rpartition(".")[2]
         if last not in modules:
             text = (
@@ -404,35 +407,35 @@ def _known_targets(view: View, names: list[str]) -> Iterator[Problem]:
             yield _at("lora.target_modules", text)
 
 
-def sweep_problems(view: View) -> list[Problem]:
-    """Everything that is wrong; a rule whose field is wrong itself is skipped."""
+def sweep_problems(view: FieldView) -> list[Problem]:
+    """The problems of a sweep section in relation to the rest of the definition."""
     return find_problems(view, _SWEEP_RULES)
 
 
-def _results_need_rows(view: View) -> Iterator[Problem]:
+def _results_need_rows(view: FieldView) -> Iterator[Problem]:
     if view["sweep.method"] == "tpe" and not view.given("dataset.eval"):
         text = "is tpe, which proposes arms from results on evaluation rows: give dataset.eval"
         yield Problem(path=("sweep", "method"), text=text)
 
 
-def _rungs_need_rows(view: View) -> Iterator[Problem]:
+def _rungs_need_rows(view: FieldView) -> Iterator[Problem]:
     if view.given("sweep.early_stopping") and not view.given("dataset.eval"):
         text = "compares arms on evaluation rows: give dataset.eval"
         yield Problem(path=("sweep", "early_stopping"), text=text)
 
 
-def _rungs_choose_nothing(view: View) -> Iterator[Problem]:
-    """An evaluation at a rung must not be one more from which the best checkpoint is taken: see the hash's rules."""
+def _rungs_choose_nothing(view: FieldView) -> Iterator[Problem]:
+    """Rungs must not add evaluations that choose the best checkpoint: the spec hash does not cover rungs."""
     if not view.given("sweep.early_stopping") or not view.given("register") or view["register.checkpoint"] != "best":
         return
     first, every = view["sweep.early_stopping.min_steps"], view["training.eval_steps"]
     if every is not None and first % every:
         text = f"must be a multiple of training.eval_steps ({show(every)}) with register.checkpoint: best, "
-        text += f"got {show(first)}; a rung would be one more state to choose from"
+        text += f"got {show(first)}; otherwise the rung would be an additional candidate for the best checkpoint"
         yield Problem(path=("sweep", "early_stopping", "min_steps"), text=text)
 
 
-_SWEEP_RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
+_SWEEP_RULES: tuple[Callable[[FieldView], Iterator[Problem]], ...] = (
     _results_need_rows,
     _rungs_need_rows,
     _rungs_choose_nothing,
@@ -440,27 +443,27 @@ _SWEEP_RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
 
 
 def rung_problems(stopping: EarlyStoppingSpec | None, arms: Sequence[ArmSpec]) -> list[Problem]:
-    """Whether a rung leaves anybody out, and any arm meets one. With epochs that is not known before the rows are."""
+    """Problems if no rung prunes an arm, or no arm reaches a rung; with epochs that depends on the rows."""
     if stopping is None or not arms:
         return []
     problems = []
     place = ("sweep", "early_stopping")
     configurations = len({arm.configuration for arm in arms})
     if configurations == 1 and len(arms) > 1:
-        text = "compares the means over seeds, but the arms differ in the seed only; remove it, or sweep something else"
+        text = "compares means over seeds, but the arms differ only in the seed; remove it, or sweep another field"
         problems.append(Problem(path=place, text=text))
     elif configurations <= stopping.finalists and stopping.finalists > 1:
-        text = f"must be less than the number of configurations ({configurations:,}), or no arm is left out, "
+        text = f"must be less than the number of configurations ({configurations:,}), or no arm is pruned, "
         problems.append(Problem(path=(*place, "finalists"), text=f"{text}got {show(stopping.finalists)}"))
     known = [arm.training.max_steps for arm in arms if arm.training.max_steps is not None]
     if len(known) == len(arms) and stopping.min_steps >= max(known):
-        text = f"must be less than max_steps ({show(max(known))}), or no arm meets a rung, "
+        text = f"must be less than max_steps ({show(max(known))}), or no arm reaches a rung, "
         problems.append(Problem(path=(*place, "min_steps"), text=f"{text}got {show(stopping.min_steps)}"))
     return problems
 
 
 def rung_advice(stopping: EarlyStoppingSpec | None, arms: Sequence[ArmSpec]) -> list[str]:
-    """What works, and will hardly do what it is meant for: one sentence each."""
+    """Advice on settings that are valid but hardly useful, one sentence each."""
     if stopping is None:
         return []
     warming = [warmup for arm in arms if (warmup := _warmup(arm)) is not None and warmup >= stopping.min_steps]
@@ -468,13 +471,13 @@ def rung_advice(stopping: EarlyStoppingSpec | None, arms: Sequence[ArmSpec]) -> 
         return []
     which = "all arms" if len(warming) == len(arms) else f"{len(warming):,} of {len(arms):,} arms"
     return [
-        f"sweep.early_stopping.min_steps: the first rung, at step {stopping.min_steps:,}, lies within the warm-up of "
-        f"{which} ({max(warming):,} steps): it compares what has hardly begun to learn; choose a later one"
+        f"sweep.early_stopping.min_steps: the first rung, at step {stopping.min_steps:,}, is within the warmup of "
+        f"{which} ({max(warming):,} steps), when arms have hardly learned anything; choose a later step"
     ]
 
 
 def _warmup(arm: ArmSpec) -> int | None:
-    """Steps of warm-up; None where they are a share of epochs, whose steps are not known before the rows are."""
+    """Warmup steps; None if they are a share of epochs, which depend on the rows."""
     training = arm.training
     if training.max_steps is None and training.warmup_steps < 1:
         return None

@@ -1,18 +1,14 @@
-"""The space that a search draws its points from.
+"""A search: its space, and rounds of points, drawn at random or proposed from results by optuna's samplers.
 
-| form | values |
+| axis | values |
 |---|---|
 | `[2, 4, 8]`, `{choice: [2, 4, 8]}` | these |
-| `{uniform: [0, 0.1]}` | numbers, every one as likely |
-| `{log_uniform: [1e-4, 1e-2]}` | numbers, every order of magnitude as likely |
+| `{uniform: [0, 0.1]}` | numbers, all equally likely |
+| `{log_uniform: [1e-4, 1e-2]}` | numbers, all orders of magnitude equally likely |
 | `{int: [2, 64]}`, `{int: [2, 64], log: true}` | whole numbers, both ends included |
 
-Nothing is kept between calls. A round is a pure function of the axes, the seed, the round's number and what the earlier
-rounds gave, so that any process that knows these gets the same points. The numbers are rounded to few digits.
-
-- One arm as a sweep gives it: the fields that it overrides, and where each value stands in the file.
-- The axes of a search: what a sweep's parameter may range over, in place of a grid's list of values.
-- Points of a search, drawn at random or proposed from results: optuna's samplers, asked and told.
+No state is kept between calls. A round is a pure function of the axes, the seed, the round's number and earlier
+results, so any process gets the same points. Numbers are rounded to 4 digits.
 """
 
 from __future__ import annotations
@@ -27,61 +23,54 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rankwise.digests import canonical_json
 from rankwise.experiment.document import Problem
 from rankwise.experiment.fields import did_you_mean, numbers, show
+from rankwise.experiment.hashing import digest, plain
 from rankwise.experiment.paths import KeyPath
-from rankwise.experiment.schema import digest, plain
 
 if TYPE_CHECKING:
     import optuna
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """The overrides of one arm, by dotted field path, and the key path where each value stands in the file."""
+class SweepPoint:
+    """The overrides of one arm by dotted field path, and the key path of each value in the file."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, KeyPath] = field(default_factory=dict)
     home: KeyPath = ("sweep",)
     fixed: frozenset[str] = frozenset()
-    """Axes with one value, which tell nothing apart."""
+    """Axes with a single value, which labels leave out."""
 
     @property
     def label(self) -> str:
         """`lora.r=8, seed=0`."""
-        told = {path: value for path, value in self.values.items() if path not in self.fixed}
-        return ", ".join(f"{path}={bare(value)}" for path, value in told.items())
+        varied = {path: value for path, value in self.values.items() if path not in self.fixed}
+        return ", ".join(f"{path}={bare(value)}" for path, value in varied.items())
 
 
 def bare(value: Any) -> str:
-    """A value as a label shows it: `8`, `all-linear`, `q_proj,v_proj`."""
+    """A value in a label: `8`, `all-linear`, `q_proj,v_proj`."""
     if isinstance(value, list):
         return ",".join(map(bare, value))
     return value if isinstance(value, str) else show(value)
 
 
-Kind = Literal["choice", "uniform", "log_uniform", "int"]
-KINDS: tuple[Kind, ...] = ("uniform", "log_uniform", "int", "choice")
+RangeKind = Literal["choice", "uniform", "log_uniform", "int"]
+KINDS: tuple[RangeKind, ...] = ("uniform", "log_uniform", "int", "choice")
 FORMS = "{uniform: [low, high]}, {log_uniform: [low, high]}, {int: [low, high], log: true} or {choice: [...]}"
-# Enough to tell learning rates apart, few enough to be read, compared and repeated by hand.
+# Enough to distinguish learning rates, few enough to read and type.
 DIGITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Axis:
-    """One parameter of a search.
+class SweepAxis:
+    """One parameter of a search: a choice of values, or a range from `low` to `high`, both included.
 
-    Attributes:
-        path: The field, dotted.
-        place: Where it stands in the file: `sweep.parameters.PATH`, and `choice` where that is written out.
-        kind: How values are drawn.
-        low: Smallest value of a range.
-        high: Largest value of a range.
-        log: Whether a range of whole numbers is drawn by order of magnitude.
-        choices: The values of a choice.
+    `place` is its key path in the file; `log` draws whole numbers by order of magnitude.
     """
 
     path: str
     place: KeyPath
-    kind: Kind
+    kind: RangeKind
     low: float = 0.0
     high: float = 0.0
     log: bool = False
@@ -89,41 +78,38 @@ class Axis:
 
     @property
     def size(self) -> float:
-        """How many different values there are; infinity for a range of numbers."""
+        """The number of different values; infinity for a range of numbers."""
         if self.kind == "choice":
             return len(self.choices)
         return self.high - self.low + 1 if self.kind == "int" else math.inf
 
     @property
     def samples(self) -> tuple[tuple[Any, KeyPath], ...]:
-        """Values that must be good for all to be, with their places: every choice, both ends of a range."""
+        """Values to check, with their places: all choices, or both ends of a range."""
         values = self.choices if self.kind == "choice" else (self.low, self.high)
         return tuple((value, (*self.place, index)) for index, value in enumerate(values))
 
     def rounded(self, value: float) -> float:
-        """A drawn number with few digits, still in the range."""
+        """A drawn number rounded to `DIGITS` digits, within the range."""
         if self.kind == "int":
             return int(value)
         return min(self.high, max(self.low, float(f"{value:.{DIGITS}g}")))
 
 
-def read_axis(path: str, value: Any, problems: list[Problem]) -> Axis | None:
-    """An axis of a search from what stands in the file, or None with what is wrong added to `problems`.
-
-    The values of a choice are checked elsewhere, as those of a grid are.
-    """
+def read_axis(path: str, value: Any, problems: list[Problem]) -> SweepAxis | None:
+    """Read an axis of a search, or return None and add to `problems`. The caller checks the values of a choice."""
     place: KeyPath = ("sweep", "parameters", path)
     if isinstance(value, list):
-        return Axis(path=path, place=place, kind="choice", choices=tuple(value))
+        return SweepAxis(path=path, place=place, kind="choice", choices=tuple(value))
     if not isinstance(value, dict):
         text = f"must be a list of values, or {FORMS}, got {show(value)}"
         problems.append(Problem(path=place, text=text))
         return None
     unknown = [key for key in value if key not in {*KINDS, "log"}]
     for key in unknown:
-        text = f"is no kind of range{did_you_mean(key, KINDS)}; allowed: {', '.join(KINDS)}"
+        text = f"is not a kind of range{did_you_mean(key, KINDS)}; allowed: {', '.join(KINDS)}"
         problems.append(Problem(path=(*place, key), text=text))
-    kinds: list[Kind] = [kind for kind in KINDS if kind in value]
+    kinds: list[RangeKind] = [kind for kind in KINDS if kind in value]
     if unknown:
         return None
     if len(kinds) != 1:
@@ -141,50 +127,52 @@ def read_axis(path: str, value: Any, problems: list[Problem]) -> Axis | None:
     if len(problems) > before:
         return None
     low, high = ends
-    return Axis(path=path, place=(*place, kind), kind=kind, low=low, high=high, log=bool(value.get("log")))
+    return SweepAxis(path=path, place=(*place, kind), kind=kind, low=low, high=high, log=bool(value.get("log")))
 
 
-def _choice(path: str, place: KeyPath, values: Any, problems: list[Problem]) -> Axis | None:
+def _choice(path: str, place: KeyPath, values: Any, problems: list[Problem]) -> SweepAxis | None:
     if isinstance(values, list):
-        return Axis(path=path, place=place, kind="choice", choices=tuple(values))
+        return SweepAxis(path=path, place=place, kind="choice", choices=tuple(values))
     problems.append(Problem(path=place, text=f"must be a list of values, got {show(values)}"))
     return None
 
 
-def _check_log(place: KeyPath, kind: Kind, value: Mapping[str, Any], problems: list[Problem]) -> None:
+def _check_log(place: KeyPath, kind: RangeKind, value: Mapping[str, Any], problems: list[Problem]) -> None:
     if "log" not in value:
         return
     if kind != "int":
-        text = f"belongs to int, not to {kind}" + ("; take log_uniform" if kind == "uniform" else "; remove it")
+        text = f"is allowed with int only, not with {kind}" + (
+            "; use log_uniform" if kind == "uniform" else "; remove it"
+        )
         problems.append(Problem(path=(*place, "log"), text=text))
     elif not isinstance(value["log"], bool):
         problems.append(Problem(path=(*place, "log"), text=f"must be true or false, got {show(value['log'])}"))
 
 
-def _check_kind(path: str, place: KeyPath, kind: Kind, problems: list[Problem]) -> None:
+def _check_kind(path: str, place: KeyPath, kind: RangeKind, problems: list[Problem]) -> None:
     holds = numbers().get(path)
     if holds is None:
-        text = f"holds no number, so it has no range from low to high; give a list of values, not {kind}"
+        text = f"is not a number, so it cannot have a range; give a list of values, not {kind}"
         problems.append(Problem(path=(*place, kind), text=text))
     elif holds == "integer" and kind != "int":
         logarithmic = ", log: true" if kind == "log_uniform" else ""
-        text = f"draws fractions, but {path} is a whole number; did you mean {{int: [low, high]{logarithmic}}}?"
+        text = f"draws fractions, but {path} must be a whole number; did you mean {{int: [low, high]{logarithmic}}}?"
         problems.append(Problem(path=(*place, kind), text=text))
 
 
-def _check_ends(place: KeyPath, kind: Kind, ends: Any, log: bool, problems: list[Problem]) -> None:
-    what = "whole numbers" if kind == "int" else "numbers"
+def _check_ends(place: KeyPath, kind: RangeKind, ends: Any, log: bool, problems: list[Problem]) -> None:
+    numbers = "whole numbers" if kind == "int" else "numbers"
     allowed = int if kind == "int" else (int, float)
 
-    def good(end: Any) -> bool:
+    def is_valid(end: Any) -> bool:
         return isinstance(end, allowed) and not isinstance(end, bool) and math.isfinite(end)
 
-    if not isinstance(ends, list) or len(ends) != 2 or not all(map(good, ends)):
-        text = f"must be [low, high], two {what}, got {show(ends)}"
+    if not isinstance(ends, list) or len(ends) != 2 or not all(map(is_valid, ends)):
+        text = f"must be [low, high], two {numbers}, got {show(ends)}"
     elif ends[0] >= ends[1]:
         text = f"must be [low, high] with low less than high, got {show(ends)}"
     elif (log or kind == "log_uniform") and ends[0] <= 0:
-        text = f"must have a low end greater than 0 to be drawn by order of magnitude, got {show(ends)}"
+        text = f"must have low greater than 0, since values are drawn by order of magnitude, got {show(ends)}"
     else:
         return
     problems.append(Problem(path=place, text=text))
@@ -196,18 +184,13 @@ ROUND_SIZE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
-    """The axes of a search, and how its points are chosen.
+class SearchSpace:
+    """The axes of a search (at least one), and how its points are chosen.
 
-    Attributes:
-        axes: At least one.
-        method: `random` or `tpe`.
-        trials: Arms in all.
-        round_size: Arms that tpe proposes together.
-        seed: Of the search.
+    `trials` is the total number of arms, `round_size` the number that tpe proposes together.
     """
 
-    axes: tuple[Axis, ...]
+    axes: tuple[SweepAxis, ...]
     method: Search
     trials: int
     round_size: int
@@ -215,7 +198,7 @@ class Space:
 
     @property
     def size(self) -> float:
-        """How many different points there are; infinity with a range of numbers."""
+        """The number of different points; infinity with a range of numbers."""
         size = 1.0
         for axis in self.axes:
             size *= axis.size
@@ -223,19 +206,19 @@ class Space:
 
     @property
     def rounds(self) -> tuple[int, ...]:
-        """Arms of each round."""
+        """The number of arms of each round."""
         if self.method == "random":
             return (self.trials,)
         whole, rest = divmod(self.trials, self.round_size)
         return (self.round_size,) * whole + ((rest,) if rest else ())
 
 
-def sample_points(axes: Sequence[Axis]) -> tuple[Point, ...]:
-    """Points that together have every choice and both ends of every range."""
+def sample_points(axes: Sequence[SweepAxis]) -> tuple[SweepPoint, ...]:
+    """Points that together cover every choice and both ends of every range."""
     columns = {axis.path: axis.samples for axis in axes}
     count = max((len(column) for column in columns.values()), default=1)
     return tuple(
-        Point(
+        SweepPoint(
             values={path: column[index % len(column)][0] for path, column in columns.items()},
             places={path: column[index % len(column)][1] for path, column in columns.items()},
             home=("sweep", "parameters"),
@@ -244,21 +227,24 @@ def sample_points(axes: Sequence[Axis]) -> tuple[Point, ...]:
     )
 
 
-def read_space(sweep: Mapping[str, Any], axes: Sequence[Axis], seed: Any, problems: list[Problem]) -> Space | None:
-    """The space of a raw `sweep` section whose axes were read; None for a grid and for what is wrong.
+def read_space(
+    sweep: Mapping[str, Any], axes: Sequence[SweepAxis], seed: Any, problems: list[Problem]
+) -> SearchSpace | None:
+    """Read the search space of a raw `sweep` section; None for a grid, or if there are problems.
 
-    Keys of the wrong type are the schema's to report.
+    The schema reports keys of the wrong type.
     """
     method = sweep.get("method", "grid")
     before = len(problems)
     for key, methods in (("trials", SEARCHES), ("round_size", ("tpe",)), ("seed", SEARCHES)):
         if sweep.get(key) is not None and method in {"grid", *SEARCHES} and method not in methods:
-            text = f"belongs to method {' or '.join(methods)}, got {show(sweep[key])} with method {method}; remove it"
+            only = f"is allowed only with method {' or '.join(methods)}"
+            text = f"{only}, got {show(sweep[key])} with method {method}; remove it"
             problems.append(Problem(path=("sweep", key), text=text))
     if method not in SEARCHES:
         return None
     if sweep.get("arms"):
-        text = f"is a list, which method {method} does not draw from; give parameters, or method: grid"
+        text = f"is a list, which method {method} cannot draw from; give parameters, or method: grid"
         problems.append(Problem(path=("sweep", "arms"), text=text))
     elif not sweep.get("parameters"):
         problems.append(Problem(path=("sweep", "method"), text=f"is {method}, which needs parameters to draw from"))
@@ -271,46 +257,42 @@ def read_space(sweep: Mapping[str, Any], axes: Sequence[Axis], seed: Any, proble
     numbers = [trials, sweep.get("round_size") or ROUND_SIZE, seed if sweep.get("seed") is None else sweep["seed"]]
     if len(problems) > before or not axes or not all(type(number) is int for number in numbers):
         return None
-    space = Space(axes=tuple(axes), method=method, trials=numbers[0], round_size=numbers[1], seed=numbers[2])
+    space = SearchSpace(axes=tuple(axes), method=method, trials=numbers[0], round_size=numbers[1], seed=numbers[2])
     if space.trials > space.size:
-        text = f"must be at most the {space.size:,.0f} points that the parameters make, got {trials}"
+        text = f"must be at most {space.size:,.0f}, the number of points of the parameters, got {trials}"
         problems.append(Problem(path=("sweep", "trials"), text=text))
         return None
     return space
 
 
-# A point that is not wanted is drawn again so often before the search gives up.
+# Consecutive discarded points before the search gives up.
 MAX_REJECTED = 1000
-# Of these, so many by the estimator, which may insist on a point that was tried already; then at random.
+# After so many, points are drawn at random: the estimator may keep proposing a known point.
 MAX_REFINED = 50
 
-Verdict = Literal["good", "duplicate", "rejected"]
+Acceptance = Literal["good", "duplicate", "rejected"]
 
 
 class TrialState(StrEnum):
     """How a trial of an earlier round ended."""
 
     COMPLETE = "complete"
-    """It has a value."""
+    """Has a value."""
     PRUNED = "pruned"
-    """It was stopped early, or its training failed: worse than any complete one."""
+    """Stopped early, or its training failed: worse than any complete trial."""
     UNKNOWN = "unknown"
-    """Nothing was learnt about its point: it was cancelled, or has no value."""
+    """Cancelled or without a value: says nothing about its point."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What is known about a point that was tried.
+class Trial:
+    """A point that was tried, and its result.
 
-    Attributes:
-        point: The point.
-        state: How its trial ended.
-        value: The primary metric of a complete one.
-        step: The last rung of a pruned one that was evaluated.
-        at_step: The value there.
+    A complete trial has a `value` of the primary metric; a pruned one has its last evaluated rung as `step`, and its
+    value `at_step`.
     """
 
-    point: Point
+    point: SweepPoint
     state: TrialState
     value: float | None = None
     step: int | None = None
@@ -318,72 +300,72 @@ class Told:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One round.
+class Proposal:
+    """The points of one round, possibly fewer than requested.
 
-    Attributes:
-        points: Those that were taken; fewer than wanted when no more were found.
-        rejected: Points drawn in vain: equal to another, or refused by `where`.
+    `rejected` counts discarded points: equal to another, or excluded by `where`.
     """
 
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
     rejected: int
 
 
-def ask(
-    space: Space,
+def propose(
+    space: SearchSpace,
     number: int,
-    told: Sequence[Told] = (),
+    history: Sequence[Trial] = (),
     *,
     greater_is_better: bool = False,
-    accept: Callable[[Point], Verdict] = lambda point: "good",
-) -> Asked:
+    accept: Callable[[SweepPoint], Acceptance] = lambda point: "good",
+) -> Proposal:
     """The points of round `number`, counted from 0.
 
-    The first round, and all of `random`, are independent draws. Later ones are tpe's (Bergstra et al., "Algorithms for
-    Hyper-Parameter Optimization", 2011): it models where good and bad points lie, and treats those of the running round
-    as bad, so that they lie apart.
+    The first round, and all of `random`, are independent draws. Later rounds use the tree-structured Parzen estimator
+    (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", 2011). It models good and bad points; points of the
+    running round count as bad, which keeps them apart.
 
     Args:
-        space: The axes.
+        space: The search space.
         number: The round.
-        told: Everything that the earlier rounds gave, in the order in which it was asked.
-        greater_is_better: Of the primary metric.
-        accept: Asked of every point that differs from all others; `rejected` ones are told to the estimator as bad.
+        history: All trials of earlier rounds, in order.
+        greater_is_better: For the primary metric.
+        accept: Decides on each new point; the estimator treats `rejected` ones as bad.
     """
     import optuna
 
-    # Otherwise it writes a line to stderr for every study.
+    # By default, optuna writes a line to stderr per study.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seed = int(digest({"seed": space.seed, "round": number})[:8], 16)
     guided = number > 0
-    study = _study(space, told, greater_is_better, seed if guided else None)
+    study = _study(space, history, greater_is_better, seed if guided else None)
     at_random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     distributions = {axis.path: _distribution(axis) for axis in space.axes}
-    seen = {_spelling(each.point) for each in told}
-    points: list[Point] = []
-    rejected = in_vain = 0
-    while len(points) < space.rounds[number] and in_vain < MAX_REJECTED:
-        asked = study if guided and in_vain < MAX_REFINED else at_random
-        trial = asked.ask(distributions)
+    drawn = {_canonical(trial.point) for trial in history}
+    points: list[SweepPoint] = []
+    rejected = discarded = 0
+    while len(points) < space.rounds[number] and discarded < MAX_REJECTED:
+        source = study if guided and discarded < MAX_REFINED else at_random
+        trial = source.ask(distributions)
         point = _point(space, trial.params)
-        spelling = _spelling(point)
-        verdict = "duplicate" if spelling in seen else accept(point)
-        seen.add(spelling)
-        if verdict == "good":
+        canonical = _canonical(point)
+        acceptance = "duplicate" if canonical in drawn else accept(point)
+        drawn.add(canonical)
+        if acceptance == "good":
             points.append(point)
-            in_vain = 0
+            discarded = 0
             continue
-        # A refused place is a bad one; about a point that was tried already there is nothing to learn.
-        state = optuna.trial.TrialState.PRUNED if verdict == "rejected" else optuna.trial.TrialState.FAIL
-        asked.tell(trial, state=state)
+        # A rejected point counts as bad; a known point tells the estimator nothing new.
+        state = optuna.trial.TrialState.PRUNED if acceptance == "rejected" else optuna.trial.TrialState.FAIL
+        source.tell(trial, state=state)
         rejected += 1
-        in_vain += 1
-    return Asked(points=tuple(points), rejected=rejected)
+        discarded += 1
+    return Proposal(points=tuple(points), rejected=rejected)
 
 
-def _study(space: Space, told: Sequence[Told], greater_is_better: bool, seed: int | None) -> optuna.study.Study:
-    """A study in memory that knows what was told."""
+def _study(
+    space: SearchSpace, history: Sequence[Trial], greater_is_better: bool, seed: int | None
+) -> optuna.study.Study:
+    """An in-memory study with the trials of earlier rounds."""
     import optuna
 
     sampler = optuna.samplers.TPESampler(n_startup_trials=1, seed=seed)
@@ -394,21 +376,21 @@ def _study(space: Space, told: Sequence[Told], greater_is_better: bool, seed: in
         TrialState.UNKNOWN: optuna.trial.TrialState.FAIL,
     }
     distributions = {axis.path: _distribution(axis) for axis in space.axes}
-    for each in told:
-        at_step = {} if each.step is None or each.at_step is None else {each.step: each.at_step}
+    for trial in history:
+        at_step = {} if trial.step is None or trial.at_step is None else {trial.step: trial.at_step}
         study.add_trial(
             optuna.trial.create_trial(
-                state=states[each.state],
-                params={axis.path: _encoded(axis, each.point.values[axis.path]) for axis in space.axes},
+                state=states[trial.state],
+                params={axis.path: _encoded(axis, trial.point.values[axis.path]) for axis in space.axes},
                 distributions=distributions,
-                value=each.value if each.state is TrialState.COMPLETE else None,
+                value=trial.value if trial.state is TrialState.COMPLETE else None,
                 intermediate_values=at_step,
             )
         )
     return study
 
 
-def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
+def _distribution(axis: SweepAxis) -> optuna.distributions.BaseDistribution:
     from optuna import distributions as kinds
 
     if axis.kind == "choice":
@@ -418,12 +400,12 @@ def _distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
     return kinds.FloatDistribution(axis.low, axis.high, log=axis.kind == "log_uniform")
 
 
-def _encoded(axis: Axis, value: Any) -> Any:
-    """A value as optuna takes it: a choice may be a list, which has to be text there."""
+def _encoded(axis: SweepAxis, value: Any) -> Any:
+    """A value for optuna, where a choice that is a list must be text."""
     return json.dumps(value, sort_keys=True) if axis.kind == "choice" else value
 
 
-def _point(space: Space, params: Mapping[str, Any]) -> Point:
+def _point(space: SearchSpace, params: Mapping[str, Any]) -> SweepPoint:
     values: dict[str, Any] = {}
     places: dict[str, KeyPath] = {}
     for axis in space.axes:
@@ -434,8 +416,8 @@ def _point(space: Space, params: Mapping[str, Any]) -> Point:
         else:
             values[axis.path], places[axis.path] = axis.rounded(drawn), axis.place
     fixed = frozenset(axis.path for axis in space.axes if axis.size == 1)
-    return Point(values=values, places=places, home=("sweep", "parameters"), fixed=fixed)
+    return SweepPoint(values=values, places=places, home=("sweep", "parameters"), fixed=fixed)
 
 
-def _spelling(point: Point) -> bytes:
+def _canonical(point: SweepPoint) -> bytes:
     return canonical_json(plain(point.values))

@@ -1,6 +1,6 @@
-"""Where a base or a data set comes from, read from its one-line text. Nothing is fetched here.
+"""Sources of bases and datasets: parsing their one-line text and checking pins, without downloading.
 
-| text | meaning |
+| text | source |
 |---|---|
 | `org/name` | a repository of the Hugging Face hub |
 | `./dir`, `/dir`, `~/dir`, `rows.jsonl`, any existing path | a local file or directory |
@@ -35,31 +35,31 @@ class HubSource:
     repo: str
 
     def __str__(self) -> str:
-        """The text it was read from."""
+        """The text of the source."""
         return self.repo
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A local file or directory; its pin is `sha256:` and 64 hex digits. `path` is the text as it was given."""
+    """A local file or directory; its pin is `sha256:` and 64 hex digits. `path` is as written."""
 
     path: str
 
     def __str__(self) -> str:
-        """The text it was read from."""
+        """The text of the source."""
         return self.path
 
 
 @dataclass(frozen=True)
 class PypiSource:
-    """A file inside a wheel; its pin is the file's `sha256:` and 64 hex digits."""
+    """A file in a wheel; its pin is `sha256:` and 64 hex digits over that file."""
 
     distribution: str
     version: str
     member: str
 
     def __str__(self) -> str:
-        """The text it was read from."""
+        """The text of the source."""
         return f"pypi:{self.distribution}=={self.version}#{self.member}"
 
 
@@ -67,19 +67,19 @@ Source = HubSource | LocalSource | PypiSource
 
 
 def parse_source(text: str) -> Source:
-    """Read the text of a source. The only look at the disk is whether a path of that name exists.
+    """Parse the text of a source; an existing path is a local source.
 
     Raises:
         ValueError: The text has none of the three forms.
     """
     if text.startswith("pypi:"):
-        found = _PYPI.fullmatch(text)
-        if found is None:
+        match = _PYPI.fullmatch(text)
+        if match is None:
             raise ValueError(f"must be pypi:DIST==VERSION#MEMBER with an exact version, got {text!r}")
-        member = found["member"]
+        member = match["member"]
         if member.startswith("/") or ".." in member.split("/"):
             raise ValueError(f"the member of a wheel must be a relative path without '..', got {member!r}")
-        return PypiSource(found["distribution"], found["version"], member)
+        return PypiSource(match["distribution"], match["version"], member)
     if text.startswith((".", "/", "~")) or text.lower().endswith(DATA_SUFFIXES) or os.path.exists(text):
         return LocalSource(text)
     if _HUB.fullmatch(text) and "--" not in text and ".." not in text:
@@ -88,17 +88,17 @@ def parse_source(text: str) -> Source:
 
 
 def is_pinned(source: Source, revision: str | None) -> bool:
-    """Whether the revision names the bytes: a commit for the hub, a digest for anything else."""
+    """Whether the revision identifies the content: a commit on the hub, otherwise a digest."""
     if revision is None:
         return False
     return bool((_COMMIT if isinstance(source, HubSource) else _DIGEST).fullmatch(revision))
 
 
 def check_revision(source: Source, revision: str) -> None:
-    """Check the form of a revision given for a source.
+    """Check the form of a revision.
 
     Raises:
-        ValueError: It is neither a pin of this kind of source nor, on the hub, the name of a branch or tag.
+        ValueError: It is neither a pin for this kind of source nor, on the hub, a branch or tag name.
     """
     if is_pinned(source, revision):
         return
@@ -109,16 +109,16 @@ def check_revision(source: Source, revision: str) -> None:
         raise ValueError(f"must be a commit (40 hex digits) or a branch for a hub source, got {revision!r}")
     if re.fullmatch(r"[0-9a-fA-F]{7,64}", revision):
         raise ValueError(
-            f"must be a whole commit of 40 hex digits in lower case, got {revision!r} with {len(revision)} digits"
+            f"must be a full commit of 40 lowercase hex digits, got {revision!r} with {len(revision)} digits"
         )
     if not _BRANCH.fullmatch(revision):
         raise ValueError(f"must be a commit (40 hex digits) or the name of a branch or tag, got {revision!r}")
 
 
 def identity(source: Source, revision: str | None) -> dict[str, str | None]:
-    """What identifies the bytes, for hashes: a digest does so wherever they lie, a commit only in its repository."""
+    """What identifies the content in hashes: a digest alone, or a commit together with its repository."""
     if not isinstance(source, HubSource) and is_pinned(source, revision):
-        # The suffix says how a file is parsed, so it is a part of what the bytes mean.
+        # The suffix determines how a file is parsed.
         suffix = Path(source.member if isinstance(source, PypiSource) else source.path).suffix.lower()
         return {"digest": revision, "suffix": suffix}
     return {"source": str(source), "revision": revision}

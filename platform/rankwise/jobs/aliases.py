@@ -44,7 +44,7 @@ class AliasMove:
     moved_at: float
 
 
-class Moving:
+class LockedAlias:
     """A locked alias."""
 
     def __init__(self, connection: Connection, name: str, alias: str) -> None:
@@ -74,7 +74,7 @@ class Moving:
         )
 
 
-class AliasBook:
+class AliasHistory:
     """The moves of all aliases; `JobStore.aliases` is one."""
 
     def __init__(self, engine: Engine, reader: Engine) -> None:
@@ -83,7 +83,7 @@ class AliasBook:
         self._reader = reader
 
     @contextmanager
-    def moving(self, name: str, alias: str) -> Iterator[Moving]:
+    def moving(self, name: str, alias: str) -> Iterator[LockedAlias]:
         """Lock an alias; nobody else may move it until the block ends. Keep it short: SQLite has one writer.
 
         Raises:
@@ -93,7 +93,7 @@ class AliasBook:
         with database_errors(f"locking the alias {alias!r} of {name!r}"), self._engine.begin() as connection:
             connection.execute(dialect.insert(AliasRow).values(name=name, alias=alias).on_conflict_do_nothing())
             connection.execute(select(AliasRow).where(AliasRow.name == name, AliasRow.alias == alias).with_for_update())
-            yield Moving(connection, name, alias)
+            yield LockedAlias(connection, name, alias)
 
     def history(self, name: str, alias: str) -> list[AliasMove]:
         """All moves of an alias, oldest first."""

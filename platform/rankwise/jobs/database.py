@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from rankwise.exceptions import JobStoreError
 from rankwise.files import storage_errors
 
-NETWORK = frozenset(
+NETWORK_FILE_SYSTEMS = frozenset(
     {"afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "panfs", "smb2", "smb3"}
     | {"smbfs", "weka", "wekafs"}
     | {"fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.goofys", "fuse.juicefs", "fuse.mount-s3", "fuse.rclone"}
@@ -50,7 +50,7 @@ def refuse_network(path: Path) -> None:
         JobStoreError: It is on a network file system.
     """
     kind, mount = file_system(path)
-    if kind.lower() in NETWORK:
+    if kind.lower() in NETWORK_FILE_SYSTEMS:
         raise JobStoreError(
             f"{path} is on a network file system ({kind} at {mount}), where SQLite loses data: set RANKWISE_HOME to a "
             "local directory, or RANKWISE_DATABASE_URL to a PostgreSQL database that all machines share"
@@ -59,7 +59,7 @@ def refuse_network(path: Path) -> None:
 
 BUSY_TIMEOUT_S = 60
 """How long a SQLite writer waits for another one before it gives up."""
-POSTGRESQL_PATIENCE = {
+POSTGRESQL_TIMEOUTS = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -124,7 +124,7 @@ def _parsed(url: str) -> URL:
 
 def _open_postgresql(url: URL) -> Engine:
     # What the URL says itself counts.
-    patience = {name: value for name, value in POSTGRESQL_PATIENCE.items() if name not in url.query}
+    patience = {name: value for name, value in POSTGRESQL_TIMEOUTS.items() if name not in url.query}
     try:
         return create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args=patience)
     except ImportError as error:

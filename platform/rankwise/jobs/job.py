@@ -198,7 +198,7 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class HeartbeatReply:
     """The answer to a heartbeat."""
 
     held: frozenset[str]

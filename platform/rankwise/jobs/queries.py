@@ -21,8 +21,8 @@ from rankwise.jobs.database import current_revision, database_errors, head_revis
 from rankwise.jobs.job import Attempt, Job, JobKind, JobState, Outcome, WorkerInfo
 from rankwise.jobs.rows import (
     BADLY_ENDED,
+    BATCH,
     HELD_STATES,
-    PART,
     AttemptRow,
     DependencyRow,
     JobRow,
@@ -60,8 +60,8 @@ def find(connection: Connection, kind: JobKind, spec_hashes: Collection[str]) ->
     """See `JobStore.find`."""
     hashes = list(spec_hashes)
     found: dict[str, Job] = {}
-    for start in range(0, len(hashes), PART):
-        query = job_columns().where(JobRow.kind == str(kind), JobRow.spec_hash.in_(hashes[start : start + PART]))
+    for start in range(0, len(hashes), BATCH):
+        query = job_columns().where(JobRow.kind == str(kind), JobRow.spec_hash.in_(hashes[start : start + BATCH]))
         found |= {row.spec_hash: as_job(row) for row in connection.execute(query)}
     return found
 
@@ -148,7 +148,7 @@ def recent(connection: Connection, kind: JobKind, limit: int) -> list[Attempt]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health:
+class DatabaseHealth:
     """What was found.
 
     Attributes:
@@ -177,7 +177,7 @@ class Health:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glance:
+class QueueSnapshot:
     """What the database says at one moment.
 
     Attributes:
@@ -188,7 +188,7 @@ class Glance:
         waiting: Jobs that are queued, held ones left out.
     """
 
-    health: Health
+    health: DatabaseHealth
     seconds: float
     ahead: float
     workers: tuple[WorkerInfo, ...]
@@ -203,7 +203,7 @@ def shown(url: str) -> str:
     return parsed.render_as_string(hide_password=True)
 
 
-def check(url: str) -> Health:
+def check(url: str) -> DatabaseHealth:
     """Look at the queue's database: reachable, of this release's revision, whole, and its rows at one with each other.
 
     Raises:
@@ -223,10 +223,10 @@ def check(url: str) -> Health:
                     problems += _rows(connection)
     finally:
         engine.dispose()
-    return Health(url=shown(url), revision=revision, head=head, jobs=jobs, problems=tuple(problems))
+    return DatabaseHealth(url=shown(url), revision=revision, head=head, jobs=jobs, problems=tuple(problems))
 
 
-def glance(url: str) -> Glance:
+def take_snapshot(url: str) -> QueueSnapshot:
     """Look at the database, its clock and its workers, without changing anything.
 
     Raises:
@@ -234,7 +234,7 @@ def glance(url: str) -> Glance:
     """
     health = check(url)
     if health.problems:
-        return Glance(health=health, seconds=0.0, ahead=0.0, workers=(), waiting=0)
+        return QueueSnapshot(health=health, seconds=0.0, ahead=0.0, workers=(), waiting=0)
     engine = open_engine(url)
     try:
         with (
@@ -251,10 +251,10 @@ def glance(url: str) -> Glance:
     finally:
         engine.dispose()
     ahead = before + seconds / 2 - theirs
-    return Glance(health=health, seconds=seconds, ahead=ahead, workers=there, waiting=waiting or 0)
+    return QueueSnapshot(health=health, seconds=seconds, ahead=ahead, workers=there, waiting=waiting or 0)
 
 
-def is_there(url: str) -> bool:
+def database_file_exists(url: str) -> bool:
     """Whether there is a queue to look at: false for a SQLite file that is not there; a server is always asked."""
     path = make_url(url).database if url.startswith("sqlite") else None
     return not path or path == ":memory:" or Path(path).exists()
@@ -262,7 +262,7 @@ def is_there(url: str) -> bool:
 
 def _exists(url: str) -> None:
     """Raise rather than let SQLite make an empty file."""
-    if not is_there(url):
+    if not database_file_exists(url):
         raise JobStoreError(
             f"there is no queue at {make_url(url).database}: `rankwise db upgrade` makes one, and so does the first "
             "`submit` or `run`; if there should be one, see where RANKWISE_HOME and RANKWISE_DATABASE_URL point"
@@ -319,7 +319,7 @@ def _rows(connection: Connection) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pack:
+class PackProgress:
     """Jobs that one worker does together.
 
     Attributes:
@@ -353,7 +353,7 @@ class Pack:
         return {**asdict(self), "kind": str(self.kind), "jobs": list(self.jobs)}
 
 
-def packs(jobs: Mapping[int, Job], attempts: Iterable[Attempt], time: float) -> list[Pack]:
+def packs(jobs: Mapping[int, Job], attempts: Iterable[Attempt], time: float) -> list[PackProgress]:
     """Group the open attempts by pack.
 
     Args:
@@ -370,13 +370,13 @@ def packs(jobs: Mapping[int, Job], attempts: Iterable[Attempt], time: float) -> 
     return [_pack(pack_id, jobs, group, time) for (pack_id, _), group in groups.items()]
 
 
-def _pack(pack_id: str, jobs: Mapping[int, Job], group: Sequence[Attempt], time: float) -> Pack:
+def _pack(pack_id: str, jobs: Mapping[int, Job], group: Sequence[Attempt], time: float) -> PackProgress:
     first = jobs[group[0].job_id]
     slowest = min(group, key=_done)
     said = slowest.progress or {}
     speeds = [speed for each in group if (speed := (each.progress or {}).get("tokens_per_second"))]
     reports = [attempt.progress_at for attempt in group if attempt.progress_at is not None]
-    return Pack(
+    return PackProgress(
         pack_id=pack_id,
         kind=first.kind,
         experiment=first.experiment,

@@ -169,20 +169,20 @@ class AliasMoveRow(Table):
     moved_at: Mapped[float] = mapped_column(Float)
 
 
-class _given(FunctionElement[int]):
+class _id_list(FunctionElement[int]):
     """The numbers of a JSON array, as a subquery."""
 
     type = Integer()
     inherit_cache = True
 
 
-@compiles(_given, "sqlite")
-def _given_sqlite(element: _given, compiler: Any, **kwargs: Any) -> str:
+@compiles(_id_list, "sqlite")
+def _given_sqlite(element: _id_list, compiler: Any, **kwargs: Any) -> str:
     return f"(SELECT value FROM json_each({compiler.process(element.clauses, **kwargs)}))"
 
 
-@compiles(_given, "postgresql")
-def _given_postgresql(element: _given, compiler: Any, **kwargs: Any) -> str:
+@compiles(_id_list, "postgresql")
+def _given_postgresql(element: _id_list, compiler: Any, **kwargs: Any) -> str:
     array = compiler.process(element.clauses, **kwargs)
     return f"(SELECT value::integer FROM json_array_elements_text(CAST({array} AS json)))"
 
@@ -190,7 +190,7 @@ def _given_postgresql(element: _given, compiler: Any, **kwargs: Any) -> str:
 def one_of(column: Any, ids: Collection[int]) -> ColumnElement[bool]:
     """Whether the integer column holds one of these ids."""
     condition: ColumnElement[bool] = column.op("IN", is_comparison=True, return_type=Boolean())(
-        _given(json.dumps(sorted(ids)))
+        _id_list(json.dumps(sorted(ids)))
     )
     return condition
 
@@ -234,7 +234,7 @@ DEFINITION = "definition"
 """The key of a payload whose text is stored apart."""
 HELD_STATES = (str(JobState.RUNNING), str(JobState.UPLOADING))
 BADLY_ENDED = (str(JobState.FAILED), str(JobState.CANCELLED))
-PART = 500
+BATCH = 500
 """Rows named in one statement by values of their own: SQLite allows 32,766 bound values a statement."""
 
 

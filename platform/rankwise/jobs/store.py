@@ -16,9 +16,20 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from rankwise.jobs import queries, submission, transitions
-from rankwise.jobs.aliases import AliasBook
+from rankwise.jobs.aliases import AliasHistory
 from rankwise.jobs.database import database_errors, open_engine, upgrade
-from rankwise.jobs.job import Attempt, Beat, Job, JobKind, JobState, Limits, NewJob, Outcome, Worker, WorkerInfo
+from rankwise.jobs.job import (
+    Attempt,
+    HeartbeatReply,
+    Job,
+    JobKind,
+    JobState,
+    Limits,
+    NewJob,
+    Outcome,
+    Worker,
+    WorkerInfo,
+)
 from rankwise.redact import redact
 
 T = TypeVar("T")
@@ -58,9 +69,9 @@ class JobStore:
         self._engine.dispose()
 
     @property
-    def aliases(self) -> AliasBook:
+    def aliases(self) -> AliasHistory:
         """The moves of aliases, which are in the same database."""
-        return AliasBook(self._engine, self._reader)
+        return AliasHistory(self._engine, self._reader)
 
     def _write(self, doing: str, work: Callable[[Connection], T]) -> T:
         """Run `work` in a writing transaction. PostgreSQL may choose it as the victim of a deadlock: then once more."""
@@ -126,7 +137,7 @@ class JobStore:
 
     def beat(
         self, tokens: Collection[str], *, lease: float, progress: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> Beat:
+    ) -> HeartbeatReply:
         """Renew the leases and note progress.
 
         Args:

@@ -22,8 +22,8 @@ from rankwise.exceptions import JobError
 from rankwise.jobs.job import Job, JobKind, JobState, NewJob, title
 from rankwise.jobs.rows import (
     BADLY_ENDED,
+    BATCH,
     DEFINITION,
-    PART,
     DefinitionRow,
     DependencyRow,
     JobRow,
@@ -232,8 +232,8 @@ def _insert(connection: Connection, table: type[Any]) -> Any:
 
 def _stored(connection: Connection, jobs: Sequence[NewJob]) -> dict[tuple[JobKind, str], Job]:
     found: dict[tuple[JobKind, str], Job] = {}
-    for start in range(0, len(jobs), PART):
-        query = job_columns().where(JobRow.spec_hash.in_([job.spec_hash for job in jobs[start : start + PART]]))
+    for start in range(0, len(jobs), BATCH):
+        query = job_columns().where(JobRow.spec_hash.in_([job.spec_hash for job in jobs[start : start + BATCH]]))
         found |= {(job.kind, job.spec_hash): job for job in map(as_job, connection.execute(query))}
     return found
 
@@ -241,8 +241,8 @@ def _stored(connection: Connection, jobs: Sequence[NewJob]) -> dict[tuple[JobKin
 def _again(connection: Connection, jobs: Sequence[NewJob]) -> None:
     """Put those back that had ended badly, with the spec that is given now."""
     given = {(str(job.kind), job.spec_hash): job for job in jobs}
-    for start in range(0, len(jobs), PART):
-        hashes = [job.spec_hash for job in jobs[start : start + PART]]
+    for start in range(0, len(jobs), BATCH):
+        hashes = [job.spec_hash for job in jobs[start : start + BATCH]]
         ended = connection.execute(
             select(JobRow.id, JobRow.kind, JobRow.spec_hash)
             .where(JobRow.spec_hash.in_(hashes), JobRow.state.in_(BADLY_ENDED))
@@ -261,10 +261,10 @@ def _depend(connection: Connection, jobs: Sequence[NewJob]) -> None:
     hashes = sorted({spec_hash for _, spec_hash in after})
     waiting: list[int] = []
     pairs: list[dict[str, int]] = []
-    for start in range(0, len(hashes), PART):
+    for start in range(0, len(hashes), BATCH):
         queued = (
             select(JobRow.id, JobRow.kind, JobRow.spec_hash)
-            .where(JobRow.spec_hash.in_(hashes[start : start + PART]), JobRow.state == str(JobState.QUEUED))
+            .where(JobRow.spec_hash.in_(hashes[start : start + BATCH]), JobRow.state == str(JobState.QUEUED))
             .order_by(JobRow.id)
         )
         for row in connection.execute(queued.with_for_update()):

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, exists, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from rankwise.jobs.job import Beat, Job, JobKind, JobState, Limits, Outcome, Worker, WorkerInfo
+from rankwise.jobs.job import HeartbeatReply, Job, JobKind, JobState, Limits, Outcome, Worker, WorkerInfo
 from rankwise.jobs.rows import (
     BADLY_ENDED,
     HELD_STATES,
@@ -119,7 +119,7 @@ def _eligible(
 
 def beat(
     connection: Connection, tokens: Collection[str], *, lease: float, progress: Mapping[str, Mapping[str, Any]]
-) -> Beat:
+) -> HeartbeatReply:
     """See `JobStore.beat`."""
     held = frozenset(
         connection.scalars(
@@ -143,7 +143,9 @@ def beat(
                 .values(checkpoint=kept, lost=0, updated_at=now())
             )
     asked = select(JobRow.token).where(JobRow.token.in_(sorted(held)), JobRow.cancel_requested)
-    return Beat(held=held, cancelled=frozenset(token for token in connection.scalars(asked) if token is not None))
+    return HeartbeatReply(
+        held=held, cancelled=frozenset(token for token in connection.scalars(asked) if token is not None)
+    )
 
 
 def finish(

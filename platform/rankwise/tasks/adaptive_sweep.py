@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.experiment import ArmResult, Experiment, Round
-from rankwise.experiment.halving import PRUNED, Competitor, Decision, Standing, decide, rungs
-from rankwise.experiment.schema import EarlyStoppingSpec, ExperimentSpec, digest, greater_is_better
+from rankwise.experiment.experiment import ArmResult, Experiment, SearchRound
+from rankwise.experiment.halving import PRUNED, ArmStanding, Competitor, RungDecision, decide, rungs
+from rankwise.experiment.hashing import digest
+from rankwise.experiment.metric_names import greater_is_better
+from rankwise.experiment.schema import EarlyStoppingSpec, ExperimentSpec
 from rankwise.experiment.search import TrialState
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import every_job
@@ -69,7 +71,7 @@ def settle_rungs(context: Context, jobs: Collection[Job]) -> list[Job]:
     for group, work in _groups(jobs).items():
         members = list(_members(context, work.experiment, group))
         standings = {_standing(job) for job in members}
-        if Standing.PAUSED not in standings or Standing.RUNNING in standings:
+        if ArmStanding.PAUSED not in standings or ArmStanding.RUNNING in standings:
             continue
         stopping = context.experiment_of(work).spec.sweep.early_stopping
         assert stopping is not None, "a job of a group has a definition with early stopping"
@@ -118,17 +120,17 @@ def competitor(stopping: EarlyStoppingSpec, job: Job) -> Competitor:
     )
 
 
-def _standing(job: Job) -> Standing:
+def _standing(job: Job) -> ArmStanding:
     match job.state:
         case JobState.SUCCEEDED:
-            return Standing.FINISHED
+            return ArmStanding.FINISHED
         case JobState.FAILED:
-            return Standing.FAILED
+            return ArmStanding.FAILED
         case JobState.CANCELLED:
-            return Standing.PRUNED if is_pruned(job) else Standing.FAILED
+            return ArmStanding.PRUNED if is_pruned(job) else ArmStanding.FAILED
         case JobState.QUEUED if job.held:
-            return Standing.PAUSED
-    return Standing.RUNNING
+            return ArmStanding.PAUSED
+    return ArmStanding.RUNNING
 
 
 def _groups(jobs: Collection[Job]) -> dict[str, ArmWork]:
@@ -145,7 +147,7 @@ def _members(context: Context, experiment: str, group: str) -> Iterator[Job]:
     return (job for job in jobs if job.spec.get("group") == group)
 
 
-def _report_decision(context: Context, work: ArmWork, stopping: EarlyStoppingSpec, decision: Decision) -> None:
+def _report_decision(context: Context, work: ArmWork, stopping: EarlyStoppingSpec, decision: RungDecision) -> None:
     step = rungs(stopping, _FAR)[decision.rung]
     kept, total = len(decision.promote), len(decision.promote) + len(decision.prune)
     context.reporter.say(f"{work.experiment}: {kept} of {total} arms continue after step {step} (by {stopping.metric})")
@@ -181,7 +183,7 @@ def arms_so_far(context: Context, experiment: Experiment) -> list[SweepArm]:
     return sweep_arms
 
 
-def rounds_so_far(context: Context, experiment: Experiment) -> tuple[Round, ...]:
+def rounds_so_far(context: Context, experiment: Experiment) -> tuple[SearchRound, ...]:
     """The ended rounds of a search and the next one. Random search has a single round."""
     return experiment.rounds(lambda arms: results_of(context, experiment.spec, arms))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from rankwise.exceptions import ConfigError, TrackingError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment, load_experiment, parse_experiment
-from rankwise.experiment.schema import ExperimentSpec, keys_of
+from rankwise.experiment.metric_names import keys_of
+from rankwise.experiment.schema import ExperimentSpec
 from rankwise.jobs.job import JobKind
 from rankwise.tasks.context import ArmWork, Context
 from rankwise.tracking.connection import tracking_errors

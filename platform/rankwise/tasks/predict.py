@@ -21,7 +21,7 @@ import rankwise.flavor as flavor
 from rankwise.assets.input_checks import confine
 from rankwise.digests import file_digest
 from rankwise.exceptions import ConfigError, JobError, TrackingError
-from rankwise.experiment.schema import digest
+from rankwise.experiment.hashing import digest
 from rankwise.inference.predict import Part, Prediction, answer_part, check_paths, plan, write_output
 from rankwise.inference.predictor import Answer, Predictor
 from rankwise.inference.shards import Manifest, Parts, Queued, Request, Stand

@@ -18,8 +18,8 @@ from rankwise.evaluation.metrics import MetricValue, to_tracking
 from rankwise.exceptions import JobError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
+from rankwise.experiment.hashing import digest
 from rankwise.experiment.rules import rung_advice
-from rankwise.experiment.schema import digest
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.modeling.adapter import embedding_rows
 from rankwise.modeling.base import load_tokenizer

@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 
 from rankwise.compat.mlflow import SHARED_VIEW
 from rankwise.experiment.arm import ArmSpec, param_name
-from rankwise.experiment.schema import ExperimentSpec, keys_of
+from rankwise.experiment.metric_names import keys_of
+from rankwise.experiment.schema import ExperimentSpec
 from rankwise.tracking.connection import tracking_errors
 
 # A tag holds 8,000 characters; a sweep of hundreds of arms is shown in part.

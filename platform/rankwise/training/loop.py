@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rankwise.compat.transformers import checkpointable_layers
 from rankwise.exceptions import ConfigError, JobError, is_out_of_memory
-from rankwise.experiment.schema import GREATER_IS_BETTER
+from rankwise.experiment.metric_names import GREATER_IS_BETTER
 from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards

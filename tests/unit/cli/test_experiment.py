@@ -127,7 +127,7 @@ def test_a_search_by_results_is_not_submitted_but_run(tmp_path):
     file = tmp_path / "search.yaml"
     search = "  method: tpe\n  trials: 12\n  parameters:\n    lora.r: {int: [2, 64]}"
     file.write_text(changed(("  parameters:\n    lora.r: [4, 8]", search)))
-    with pytest.raises(ConfigError, match=r"cannot be submitted at once; `rankwise run FILE` drives the search"):
+    with pytest.raises(ConfigError, match=r"cannot all be submitted now; run the search with `rankwise run FILE`"):
         run(submit, file)
 
 
@@ -150,8 +150,8 @@ def test_a_first_rung_within_the_warm_up_is_spoken_of(tmp_path):
     early = f"{grid}\n    training.warmup_steps: [1, 6]\n  early_stopping: {{min_steps: 5}}"
     file.write_text(changed((grid, early)))
     advice = (
-        "sweep.early_stopping.min_steps: the first rung, at step 5, lies within the warm-up of 2 of 4 arms (6 steps): "
-        "it compares what has hardly begun to learn; choose a later one\n"
+        "sweep.early_stopping.min_steps: the first rung, at step 5, is within the warmup of 2 of 4 arms (6 steps), "
+        "when arms have hardly learned anything; choose a later step\n"
     )
     checked = run(validate, file)
     assert (checked.exit_code, checked.stderr) == (0, advice)

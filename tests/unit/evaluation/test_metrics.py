@@ -20,7 +20,7 @@ from rankwise.evaluation.metrics import (
     weighted_mean,
 )
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.schema import METRIC_KEYS, facts
+from rankwise.experiment.metric_names import METRIC_KEYS, metric_facts
 
 ONE = Observation(id="0", prompt="p", reference="Price is $100", loss_sum=4.0, tokens=4, correct_tokens=2)
 
@@ -37,9 +37,9 @@ def registry(monkeypatch):
 def test_built_in_metrics_agree_with_the_table_that_the_schema_reads():
     for name in METRIC_KEYS:
         (found,) = find_metrics([name])
-        assert (found.keys, tuple(found.derived)) == (facts(name).keys, facts(name).derived)
-        assert found.greater_is_better == facts(name).greater_is_better
-        assert found.needs_generation == facts(name).needs_generation
+        assert (found.keys, tuple(found.derived)) == (metric_facts(name).keys, metric_facts(name).derived)
+        assert found.greater_is_better == metric_facts(name).greater_is_better
+        assert found.needs_generation == metric_facts(name).needs_generation
 
 
 def test_loss_weighs_tokens_and_takes_examples_as_clusters_for_its_error():
@@ -177,7 +177,7 @@ def test_scores_are_an_examples_own_values_and_none_where_it_does_not_count():
 
 
 def test_an_unknown_metric_is_refused_with_the_names_there_are():
-    with pytest.raises(ConfigError, match="no metric 'bleu'; there are loss, token_accuracy, exact_match, number"):
+    with pytest.raises(ConfigError, match="no metric 'bleu'; available: loss, token_accuracy, exact_match, number"):
         find_metrics(["loss", "bleu"])
 
 
@@ -191,5 +191,5 @@ def test_a_metric_of_another_package_is_found_by_its_entry_point(registry, monke
     values = compute(find_metrics(["answer_length"]), observed("ab1", "2", ""))
     assert values["eval.answer_length"].value == pytest.approx(4 / 3)
     assert (values["eval.digit_share"].value, values["eval.digit_share"].n) == (0.5, 2)
-    with pytest.raises(ConfigError, match="there are loss, token_accuracy, exact_match, number, answer_length"):
+    with pytest.raises(ConfigError, match="available: loss, token_accuracy, exact_match, number, answer_length"):
         find_metrics(["bleu"])

@@ -82,19 +82,19 @@ def test_a_condition_over_a_field_that_is_null_is_an_error():
 
 def test_two_arms_that_are_the_same_are_an_error():
     assert report((GRID, "    lora.lora_alpha: [16, 2*r]")) == (
-        "f.yaml:21: sweep.parameters: (lora.lora_alpha=16) and (lora.lora_alpha=2*r) are the same arm: equal in all "
-        "that influences the result; remove one, or exclude it with where",
+        "f.yaml:21: sweep.parameters: (lora.lora_alpha=16) and (lora.lora_alpha=2*r) are the same arm: they "
+        "differ in nothing that influences the result; remove one, or exclude it with where",
     )
     assert report(("  parameters:\n" + GRID, "  arms:\n    - {lora.r: 4}\n    - {lora.r: 8}\n    - {}")) == (
-        "f.yaml:24: sweep.arms[2]: (lora.r=8) and (no override) are the same arm: equal in all that influences the "
-        "result; remove one, or exclude it with where",
+        "f.yaml:24: sweep.arms[2]: (lora.r=8) and (no override) are the same arm: they differ in nothing that "
+        "influences the result; remove one, or exclude it with where",
     )
 
 
 def test_too_many_arms_are_refused():
     seeds = ", ".join(map(str, range(MAX_ARMS + 1)))
     assert report((GRID, f"    seed: [{seeds}]")) == (
-        "f.yaml:20: sweep: has more than 1,000 arms; leave out values, or narrow it with where",
+        "f.yaml:20: sweep: has more than 1,000 arms; remove values, or narrow it with where",
     )
 
 

@@ -111,7 +111,7 @@ def test_an_alias_bomb_is_refused_before_it_unfolds():
     for last, name in zip("abcdefgh", "bcdefghi", strict=True):
         lines.append(f"{name}: &{name} [{', '.join([f'*{last}'] * 10)}]")
     ((line, key, message),) = problems_of("\n".join(lines))
-    assert (line, key, message) == (5, "e[7]", f"unfolds to more than {MAX_NODES:,} values")
+    assert (line, key, message) == (5, "e[7]", f"expands to more than {MAX_NODES:,} values")
 
 
 def test_deep_nesting_is_refused():
@@ -120,11 +120,13 @@ def test_deep_nesting_is_refused():
 
 
 def test_a_large_file_is_refused():
-    assert problems_of("a: " + "x" * 2**20) == [(1, "", "is larger than 1,048,576 bytes: not an experiment file")]
+    assert problems_of("a: " + "x" * 2**20) == [
+        (1, "", "is larger than 1,048,576 bytes, so it is not an experiment file")
+    ]
 
 
 def test_a_second_document_is_refused():
-    assert problems_of("a: 1\n---\nb: 2\n") == [(2, "", "starts a second document; a file holds one")]
+    assert problems_of("a: 1\n---\nb: 2\n") == [(2, "", "starts a second document; a file must hold one")]
 
 
 @pytest.mark.parametrize(

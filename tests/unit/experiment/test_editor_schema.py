@@ -28,7 +28,7 @@ def test_numbers_admit_expressions_and_other_fields_do_not():
     assert kinds(steps) == {"integer", "null", "string"}
     assert steps["default"] is None
     assert editor_schema()["properties"]["version"] == {
-        "const": 1, "description": "Version of the file format.", "type": "integer",
+        "const": 1, "description": "File format version.", "type": "integer",
     }  # fmt: skip
 
 

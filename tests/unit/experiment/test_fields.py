@@ -38,7 +38,7 @@ def test_every_field_has_words_for_what_it_allows():
         ("version", "1"),
         ("lora", "a mapping with the keys r, lora_alpha, lora_dropout, target_modules, use_rslora"),
         ("register", "a mapping with the keys name, alias, checkpoint, or null"),
-        ("evaluation.metrics", "a list (at least one), each of them text that is not empty"),
+        ("evaluation.metrics", "a list (at least one), each item non-empty text"),
         ("nowhere.at.all", "something else"),
     ],
 )

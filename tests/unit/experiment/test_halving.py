@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.experiment.halving import Competitor, Standing, budget, decide, rungs
+from rankwise.experiment.halving import ArmStanding, Competitor, budget, decide, rungs
 from rankwise.experiment.schema import EarlyStoppingSpec
 
 STOPPING = EarlyStoppingSpec(min_steps=4, eta=4)
 
 
-def at(rung: int, *values: float | None, standing: Standing = Standing.PAUSED) -> list[Competitor]:
+def at(rung: int, *values: float | None, standing: ArmStanding = ArmStanding.PAUSED) -> list[Competitor]:
     return [
         Competitor(
             spec_hash=f"{rung}{number:02d}", configuration=f"c{number:02d}", standing=standing, rung=rung, value=value
@@ -26,14 +26,14 @@ def seeds(*configurations: list[float | None], rung: int = 0) -> list[Competitor
     """Arms of configurations that differ in the seed: `102` is configuration 1 with its third seed."""
     return [
         Competitor(
-            spec_hash=f"{name}{seed:02d}", configuration=str(name), standing=Standing.PAUSED, rung=rung, value=value
+            spec_hash=f"{name}{seed:02d}", configuration=str(name), standing=ArmStanding.PAUSED, rung=rung, value=value
         )
         for name, values in enumerate(configurations)
         for seed, value in enumerate(values)
     ]
 
 
-def one(name: str, standing: Standing) -> Competitor:
+def one(name: str, standing: ArmStanding) -> Competitor:
     return Competitor(spec_hash=name, configuration=name, standing=standing)
 
 
@@ -66,34 +66,34 @@ def test_a_greater_accuracy_is_better():
 
 
 def test_nothing_is_decided_before_every_living_arm_has_come():
-    assert decide(STOPPING, [*at(0, 1.0, 2.0), one("f", Standing.RUNNING)]) is None
-    assert decide(STOPPING, [one("f", Standing.FINISHED)]) is None
+    assert decide(STOPPING, [*at(0, 1.0, 2.0), one("f", ArmStanding.RUNNING)]) is None
+    assert decide(STOPPING, [one("f", ArmStanding.FINISHED)]) is None
     assert decide(STOPPING, []) is None
 
 
 def test_arms_that_have_ended_hold_nobody_up():
-    ended = [one(name, Standing(name)) for name in ("finished", "failed", "pruned")]
+    ended = [one(name, ArmStanding(name)) for name in ("finished", "failed", "pruned")]
     assert decide(STOPPING, [*at(0, 1.0, 2.0), *ended]).promote == ("000",)
 
 
 def test_a_failure_frees_a_place_for_nobody_and_takes_none():
     """8 of 8 arms reach the rung, or 6 and 2 fail on the way: 2 go on either way."""
-    failed = [one(name, Standing.FAILED) for name in ("e", "f")]
+    failed = [one(name, ArmStanding.FAILED) for name in ("e", "f")]
     assert decide(STOPPING, [*at(0, 6, 5, 4, 3, 2, 1), *failed]).promote == ("005", "004")
     # Those that failed before an earlier rung do not count any more.
     assert len(decide(STOPPING, [*at(1, 6, 5, 4, 3), *failed]).promote) == 1
 
 
 def test_an_arm_cancelled_while_it_waited_at_a_rung_was_to_be_compared_there_and_at_no_other():
-    cancelled = [replace(one(name, Standing.FAILED), rung=0) for name in ("e", "f", "g", "h")]
+    cancelled = [replace(one(name, ArmStanding.FAILED), rung=0) for name in ("e", "f", "g", "h")]
     assert len(decide(STOPPING, [*at(0, 7, 6, 5, 4), *cancelled]).promote) == 2
     # 4 of 16 were promoted, and 4 of the others had been cancelled: the next decision is about the 4.
-    pruned = at(0, *range(8), standing=Standing.PRUNED)
+    pruned = at(0, *range(8), standing=ArmStanding.PRUNED)
     others = [replace(each, configuration=f"other {each.configuration}") for each in pruned]
     assert len(decide(STOPPING, [*at(1, 4, 3, 2, 1), *cancelled, *others]).promote) == 1
 
 
-def many(count: int, standing: Standing, rung: int) -> list[Competitor]:
+def many(count: int, standing: ArmStanding, rung: int) -> list[Competitor]:
     return [replace(one(f"{standing}{number}", standing), rung=rung) for number in range(count)]
 
 
@@ -101,7 +101,7 @@ def many(count: int, standing: Standing, rung: int) -> list[Competitor]:
 def test_only_those_that_failed_on_the_way_to_a_rung_were_to_be_compared_there(failed_at, going):
     """Of 16 the half was to go on; 2 have come, and 6 were not finite at the rung before."""
     halved = EarlyStoppingSpec(min_steps=4, eta=2)
-    others = [*many(6, Standing.PRUNED, 0), *many(8, Standing.FAILED, failed_at)]
+    others = [*many(6, ArmStanding.PRUNED, 0), *many(8, ArmStanding.FAILED, failed_at)]
     assert len(decide(halved, [*at(1, 2.0, 1.0), *others]).promote) == going
 
 
@@ -109,7 +109,7 @@ def test_only_those_that_failed_on_the_way_to_a_rung_were_to_be_compared_there(f
 def test_an_arm_that_has_finished_took_part_where_it_came_to_a_rung(finished_at, going):
     """Of 8 the half was to go on, of 4 two; 2 have come and 2 have failed on the way."""
     halved = EarlyStoppingSpec(min_steps=4, eta=2)
-    others = [*many(2, Standing.FAILED, 0), *many(4, Standing.FINISHED, finished_at)]
+    others = [*many(2, ArmStanding.FAILED, 0), *many(4, ArmStanding.FINISHED, finished_at)]
     assert len(decide(halved, [*at(1, 2.0, 1.0), *others]).promote) == going
 
 
@@ -194,7 +194,7 @@ def test_played_to_the_end_a_sweep_takes_the_steps_that_were_planned(count, runs
             Competitor(
                 spec_hash=name,
                 configuration=name[:3],
-                standing=Standing.PAUSED,
+                standing=ArmStanding.PAUSED,
                 rung=rung,
                 value=float(int(name[:3]) * 37 % 97 + int(name[4:])),
             )

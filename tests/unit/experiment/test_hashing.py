@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from rankwise.experiment.schema import digest, plain
+from rankwise.experiment.hashing import digest, plain
 
 
 def test_the_digest_is_sha256_over_canonical_json():

@@ -162,10 +162,13 @@ def test_strange_paths_are_problems_and_never_crash(key, text, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "there is no such file"),
+        (lambda path: None, "file not found"),
         (lambda path: path.mkdir(), "is a directory; give a YAML file"),
         (lambda path: path.write_bytes(b"name: \xff"), "is not UTF-8 text (byte 6)"),
-        (lambda path: path.write_bytes(b"#" * (2**20 + 1)), "is larger than 1,048,576 bytes: not an experiment file"),
+        (
+            lambda path: path.write_bytes(b"#" * (2**20 + 1)),
+            "is larger than 1,048,576 bytes, so it is not an experiment file",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error_of_configuration(make, message, tmp_path):

@@ -9,17 +9,17 @@ from helpers.definitions import changed, parse
 from helpers.example_package import install_example_metrics
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment import schema as module
-from rankwise.experiment.schema import (
-    DERIVED,
-    GENERATED,
+from rankwise.experiment import metric_names as module
+from rankwise.experiment.metric_names import (
+    DERIVED_KEYS,
+    GENERATIVE_METRICS,
     GREATER_IS_BETTER,
     METRIC_KEYS,
-    facts,
     greater_is_better,
     keys_of,
     known_names,
     means_of,
+    metric_facts,
     needs_generation,
 )
 
@@ -52,8 +52,8 @@ def points(monkeypatch):
 def test_every_key_belongs_to_one_metric():
     keys = keys_of(METRIC_KEYS)
     assert len(keys) == len(set(keys))
-    assert set(keys) >= GREATER_IS_BETTER | DERIVED
-    assert set(METRIC_KEYS) >= GENERATED
+    assert set(keys) >= GREATER_IS_BETTER | DERIVED_KEYS
+    assert set(METRIC_KEYS) >= GENERATIVE_METRICS
 
 
 def test_keys_come_in_the_order_of_the_metrics_and_means_leave_out_what_is_derived():
@@ -69,7 +69,7 @@ def test_losses_and_errors_are_better_when_smaller():
 
 def test_a_metric_of_an_installed_package_says_itself_what_it_gives(installed):
     assert known_names() == (*METRIC_KEYS, "answer_length")
-    assert facts("answer_length").origin == "example-metrics==1.2.0"
+    assert metric_facts("answer_length").origin == "example-metrics==1.2.0"
     assert keys_of(["loss", "answer_length"])[-2:] == ("eval.answer_length", "eval.digit_share")
     assert greater_is_better("eval.digit_share")
     assert not greater_is_better("eval.answer_length")
@@ -94,7 +94,7 @@ def test_without_the_package_the_definition_says_what_there_is():
     assert "evaluation.metrics[1]: must be loss, token_accuracy, exact_match or number, got 'answer_length'" in str(
         error.value
     )
-    assert "a metric of another package is there once that is installed" in str(error.value)
+    assert "to use a metric of another package, install that package" in str(error.value)
     # The primary metric is not complained about as well.
     assert len(error.value.problems) == 1
 
@@ -112,7 +112,9 @@ def test_another_release_of_the_package_asks_for_a_new_evaluation_and_no_new_tra
     # Longer generations count, since this metric reads them.
     longer = parse(USER, ("primary_metric: eval.loss", "primary_metric: eval.loss\n  max_new_tokens: 5")).arms[0]
     assert longer.eval_hash() != hashes[1]
-    newer = facts("answer_length").__class__(**{**facts("answer_length").__dict__, "origin": "example-metrics==1.3.0"})
+    newer = metric_facts("answer_length").__class__(
+        **{**metric_facts("answer_length").__dict__, "origin": "example-metrics==1.3.0"}
+    )
     monkeypatch.setattr(module, "_facts_of_package", lambda name: newer)
     after = parse(USER).arms[0]
     assert after.spec_hash == hashes[0]
@@ -130,16 +132,16 @@ def test_what_cannot_be_used_says_why(points, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     points(taken="odd_metrics:taken", bare="odd_metrics:bare", broken="no_such_module:x", number_2="odd_metrics:number")
     for name, says in {
-        "taken": "gives the keys eval.loss; a key begins with 'eval.' and is none of the built-in",
-        "bare": "gives the keys bleu; a key begins with",
+        "taken": "has the keys eval.loss; a key must start with 'eval.' and must not be a key of a built-in",
+        "bare": "has the keys bleu; a key must start with",
         "broken": "cannot be loaded from 'no_such_module:x': ModuleNotFoundError",
         "number_2": r"is not the metric 'number_2'; decorate the function with @metric",
     }.items():
         with pytest.raises(ConfigError, match=says):
-            facts(name)
+            metric_facts(name)
         with pytest.raises(ConfigError, match=r"evaluation\.metrics\[1\]: cannot be used: "):
             parse((USER[0], f"metrics: [loss, {name}]"))
-    with pytest.raises(ConfigError, match=r"no metric that is installed here gives eval\.bleu") as error:
+    with pytest.raises(ConfigError, match=r"no installed metric produces eval\.bleu") as error:
         greater_is_better("eval.bleu")
     assert "no_such_module" in str(error.value)
 

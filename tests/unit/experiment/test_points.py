@@ -66,7 +66,7 @@ ALLOWED = "allowed: lora.*, training.*, quantization.*, dataset.limit.train, see
             {"lora.r": {"int": [2, 64]}},
             'is a range, got {"int": [2, 64]}; a grid needs a list of values, a range needs method: random or tpe',
         ),
-        ({"rank": [8]}, f"is not a field that can be swept; did you mean lora.r?; {ALLOWED}"),
+        ({"rank": [8]}, f"cannot be swept; did you mean lora.r?; {ALLOWED}"),
     ],
 )  # fmt: skip
 def test_an_axis_that_is_none_is_said(parameters, message):
@@ -79,14 +79,14 @@ def test_true_and_1_are_different_values():
 
 def test_a_grid_and_a_list_exclude_each_other():
     assert problems({"parameters": {"lora.r": [1]}, "arms": [{"seed": 1}]}) == [
-        "stands beside parameters; give a grid (parameters) or a list (arms)"
+        "cannot be combined with parameters; give a grid (parameters) or a list (arms)"
     ]
 
 
 def test_a_grid_that_explodes_is_refused_before_it_is_made():
     axes = {"lora.r": list(range(1, 1001)), "seed": list(range(1000)), "lora.lora_alpha": list(range(1, 1001))}
     assert problems({"parameters": axes}) == [
-        f"make a grid of 1,000,000,000 points; at most {MAX_POINTS:,} are allowed"
+        f"give a grid of 1,000,000,000 points; at most {MAX_POINTS:,} are allowed"
     ]
 
 

@@ -116,7 +116,7 @@ def test_conditions_see_numbers_texts_and_lists():
 
 
 def test_a_condition_must_be_true_or_false_over_fields_that_are_there():
-    with pytest.raises(ExpressionError, match="must be true or false, gives 8"):
+    with pytest.raises(ExpressionError, match="must give true or false, gives 8"):
         evaluate_condition(Expression.parse("r", condition=True), lora(r=8))
     with pytest.raises(Unresolved):
         evaluate_condition(Expression.parse("r > 1", condition=True), lora())

@@ -5,7 +5,7 @@ import copy
 import pytest
 from helpers.definitions import parse
 
-from rankwise.experiment.rules import View, find_problems
+from rankwise.experiment.rules import FieldView, find_problems
 
 
 def data():
@@ -13,7 +13,9 @@ def data():
 
 
 def messages(document, wrong=()):
-    return [f"{'.'.join(map(str, problem.path))}: {problem.text}" for problem in find_problems(View(document, wrong))]
+    return [
+        f"{'.'.join(map(str, problem.path))}: {problem.text}" for problem in find_problems(FieldView(document, wrong))
+    ]
 
 
 def test_a_good_definition_has_no_problems():
@@ -78,7 +80,7 @@ def test_a_local_base_that_cannot_be_read_is_a_problem_of_the_base(tmp_path):
 def test_a_base_that_is_not_there_yet_can_be_planned_with_a_configuration(tmp_path):
     document = data() | {"base_model": "/nowhere/base", "base_model_revision": None}
     assert messages(document) == [
-        "base_model: there is no file or directory /nowhere/base; base_model_config allows to plan without it"
+        "base_model: there is no file or directory /nowhere/base; to plan without it, set base_model_config"
     ]
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert messages(document | {"base_model_config": str(tmp_path / "config.json")}) == []
@@ -106,7 +108,7 @@ def test_the_best_checkpoint_is_chosen_by_what_is_measured_during_training():
         assert messages(document) == []
     document["evaluation"]["primary_metric"] = "eval.within_20_percent"
     (message,) = messages(document)
-    assert message.startswith("register.checkpoint: is best by eval.within_20_percent, which needs generated texts")
+    assert message.startswith("register.checkpoint: is best, but during training only eval.loss, eval.perplexity, ")
 
 
 def test_the_files_of_a_definition_from_another_machine_need_not_be_here():
@@ -115,7 +117,7 @@ def test_the_files_of_a_definition_from_another_machine_need_not_be_here():
     document["base_model"], document["base_model_revision"] = "/gone/base", None
     document["dataset"] |= {"train": "/gone/rows.jsonl", "train_revision": None, "eval": "/gone/eval.jsonl"}
     assert [message.split(":")[0] for message in messages(document)] == ["base_model", "dataset.train", "dataset.eval"]
-    assert find_problems(View(document, elsewhere=True)) == []
+    assert find_problems(FieldView(document, elsewhere=True)) == []
     # What is wrong anywhere is wrong here too.
     document["dataset"]["train"] = "/gone/model.gguf"
-    assert [problem.path for problem in find_problems(View(document, elsewhere=True))] == [("dataset", "train")]
+    assert [problem.path for problem in find_problems(FieldView(document, elsewhere=True))] == [("dataset", "train")]

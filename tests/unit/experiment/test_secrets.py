@@ -25,7 +25,7 @@ TOKEN = "hf_" + "aBcD" * 8
     ],
 )
 def test_a_definition_with_a_secret_is_refused_where_it_stands_without_repeating_it(line, key):
-    with pytest.raises(ConfigError, match=rf"x\.yaml:7: {key}: holds what looks like a secret") as caught:
+    with pytest.raises(ConfigError, match=rf"x\.yaml:7: {key}: looks like a secret") as caught:
         parse_experiment(DEFINITION + line + "\n", "x.yaml")
     said = [problem for problem in caught.value.problems if "secret" in problem]
     assert "pa55word" not in str(said)
@@ -33,7 +33,7 @@ def test_a_definition_with_a_secret_is_refused_where_it_stands_without_repeating
 
 
 def test_an_override_with_a_secret_is_refused_too():
-    with pytest.raises(ConfigError, match=r"--set: dataset\.system: holds what looks like a secret"):
+    with pytest.raises(ConfigError, match=r"--set: dataset\.system: looks like a secret"):
         parse_experiment(DEFINITION, "x.yaml", [f"dataset.system={TOKEN}"])
 
 

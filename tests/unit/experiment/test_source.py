@@ -86,9 +86,9 @@ def test_a_hub_revision_is_a_commit_or_a_branch(revision):
         (
             HubSource("a/b"),
             COMMIT[:7],
-            "must be a whole commit of 40 hex digits in lower case, got '0123456' with 7 digits",
+            "must be a full commit of 40 lowercase hex digits, got '0123456' with 7 digits",
         ),
-        (HubSource("a/b"), COMMIT.upper(), "must be a whole commit of 40 hex digits in lower case"),
+        (HubSource("a/b"), COMMIT.upper(), "must be a full commit of 40 lowercase hex digits"),
         (HubSource("a/b"), DIGEST, r"must be a commit \(40 hex digits\) or a branch for a hub source"),
         (HubSource("a/b"), "a b", r"must be a commit \(40 hex digits\) or the name of a branch or tag, got 'a b'"),
         (HubSource("a/b"), "../x", "must be a commit"),

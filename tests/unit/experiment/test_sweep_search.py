@@ -141,7 +141,7 @@ def test_a_space_that_is_used_up_ends_the_search_early(monkeypatch):
 
 
 def test_a_search_by_results_cannot_be_submitted_at_once():
-    with pytest.raises(ConfigError, match=r"^sweep\.method: tpe proposes .* `rankwise run FILE` drives the search"):
+    with pytest.raises(ConfigError, match=r"^sweep\.method: tpe proposes .* run the search with `rankwise run FILE`"):
         parse((GRID, TPE)).require_known_arms()
 
 

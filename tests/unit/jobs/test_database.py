@@ -79,6 +79,6 @@ def test_a_broken_network_counts_as_away_within_a_lease():
     engine = database.open_engine("postgresql://host/db?connect_timeout=3")
     _, options = engine.dialect.create_connect_args(engine.url)
     assert options["connect_timeout"] == "3"
-    patience = database.POSTGRESQL_PATIENCE
-    assert patience["keepalives_idle"] + patience["keepalives_interval"] * patience["keepalives_count"] < 60
+    timeouts = database.POSTGRESQL_TIMEOUTS
+    assert timeouts["keepalives_idle"] + timeouts["keepalives_interval"] * timeouts["keepalives_count"] < 60
     engine.dispose()
