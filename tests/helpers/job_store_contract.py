@@ -315,7 +315,7 @@ class JobStoreContract:
         assert (again.id, again.result) == (first.id, {"rung": 1})
 
     def test_a_job_cannot_be_promoted_and_pruned_at_once(self, store):
-        with pytest.raises(ValueError, match=r"jobs \[1\] are to be promoted and pruned at once"):
+        with pytest.raises(ValueError, match=r"jobs \[1\] cannot be both promoted and pruned"):
             store.settle([1, 2], {1: "worse"})
 
     @pytest.mark.parametrize(
@@ -356,10 +356,12 @@ class JobStoreContract:
 
     def test_jobs_cannot_wait_for_each_other(self, store):
         first, second, third = store.submit([new("a"), new("b"), new("c")])
-        with pytest.raises(JobError, match=rf"wait for ever: {first.id}; submit without --after one of these"):
+        with pytest.raises(
+            JobError, match=rf"wait for themselves forever: {first.id}; submit without --after one of these"
+        ):
             store.submit([new("a", after=(first.id,))])
         store.submit([new("a", after=(second.id,)), new("b", after=(third.id,))])
-        with pytest.raises(JobError, match=f"wait for ever: {first.id}, {second.id}, {third.id};"):
+        with pytest.raises(JobError, match=f"wait for themselves forever: {first.id}, {second.id}, {third.id};"):
             store.submit([new("c", after=(first.id,)), new("d")])
         assert store.find(JobKind.TRAIN, ["d"]) == {}
         assert [job.id for job in store.claim(WORKER, lease=60, max_arms=9)] == [third.id]

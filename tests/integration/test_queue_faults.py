@@ -120,7 +120,7 @@ def test_postgresql_restarted(postgresql, postgresql_server, tmp_path):
         until(lambda done=done: store.counts()[JobState.SUCCEEDED] >= done + 6)
         since = time.monotonic()
         postgresql_server.stop()
-        with pytest.raises(JobStoreError, match="the queue's database refused"):
+        with pytest.raises(JobStoreError, match="the queue's database failed"):
             store.counts()
         time.sleep(2)
         postgresql_server.ensure_postgres_running()

@@ -261,6 +261,5 @@ def param_name(path: str) -> str:
 
 
 def _quantization(spec: QuantizationSpec) -> dict[str, Any]:
-    """The quantization settings that have an effect."""
     hidden = set() if spec.load_in_4bit else {"bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
     return spec.model_dump(exclude=hidden)

@@ -37,7 +37,6 @@ def editor_schema() -> Node:
 
 
 def _axis(path: str, field: Node) -> Node:
-    """A field in `sweep.parameters`: a list of values, or a range."""
     values = {"type": "array", "minItems": 1, "items": field}
     forms = [values, _range("choice", values)]
     if kind := numbers().get(path):
@@ -111,7 +110,6 @@ def reference() -> str:
 
 
 def _sections(node: Node, path: KeyPath, title: str) -> Iterator[str]:
-    """A section's table, then those of its subsections."""
     yield f"## {title}\n"
     yield "| key | | description | allowed | default |\n|---|---|---|---|---|"
     for key, child in keys(node).items():

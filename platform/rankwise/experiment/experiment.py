@@ -233,11 +233,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read and check an experiment file.
 
     Paths in the file are relative to its directory, paths in an override to the working directory. The result has
-    absolute paths, so that workers in other directories find the same files.
-
-    Args:
-        path: The YAML file.
-        overrides: `key.path=value` texts; values are read as YAML.
+    absolute paths, so that workers in other directories find the same files. `overrides` are `key.path=value` texts,
+    whose values are read as YAML.
 
     Raises:
         ConfigError: Lists all problems, one per line: `FILE:LINE: key.path: problem`.
@@ -265,14 +262,10 @@ def parse_experiment(
     directory: Path | None = None,
     elsewhere: bool = False,
 ) -> Experiment:
-    """Check the text of an experiment file.
+    """Check the text of an experiment file, like `load_experiment`.
 
-    Args:
-        text: YAML.
-        filename: The name to show in messages.
-        overrides: As in `load_experiment`.
-        directory: The directory of relative paths; the working directory by default.
-        elsewhere: Whether the text comes from another machine, so that base and data need not exist on this one.
+    `filename` appears in messages. Paths are relative to `directory`, by default the working directory; `elsewhere` is
+    as in `Experiment`.
 
     Raises:
         ConfigError: Lists all problems, one per line.
@@ -297,7 +290,6 @@ def parse_experiment(
 
 
 def _override(document: Document, overrides: Sequence[str]) -> list[Problem]:
-    """Apply `key.path=value` texts to the document."""
     problems = []
     for text in overrides:
         key, equals, value = text.partition("=")

@@ -200,8 +200,6 @@ class Unresolved(Exception):
 
 
 class _CircularReference(ExpressionError):
-    """Raised when expressions depend on each other."""
-
     def __init__(self, members: list[str]) -> None:
         super().__init__(f"it depends on itself: {' -> '.join([*members, members[0]])}")
         self.members = members

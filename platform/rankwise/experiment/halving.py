@@ -109,12 +109,10 @@ def kept(stopping: EarlyStoppingSpec, configurations: int) -> int:
 def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> RungDecision | None:
     """Decide which arms continue, or return None while there is nothing to decide.
 
-    - One in `eta` of the configurations that were promoted to this rung, failures included, continues; at least
-      `finalists`.
-    - An arm whose value is not finite never continues.
-    - An arm cancelled while it waited at a rung counts as a failure at that rung, not at the next.
-    - A configuration's value is the mean over its seeds with a value. Ties are ordered by configuration hash.
-    - An arm that ends before the rung is excluded, but the others wait for it to end.
+    Of the configurations promoted to this rung, failures included, one in `eta` continues, at least `finalists`. An arm
+    whose value is not finite never continues. An arm cancelled at a rung counts as a failure there, not at the next. A
+    configuration's value is the mean over its seeds with a value; ties are ordered by configuration hash. An arm that
+    ends before the rung is excluded, but the others wait for it to end.
     """
     paused = [arm for arm in competitors if arm.standing is ArmStanding.PAUSED]
     if not paused or any(arm.standing is ArmStanding.RUNNING for arm in competitors):

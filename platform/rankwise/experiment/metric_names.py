@@ -117,29 +117,17 @@ def load_metric(name: str) -> Any:
 
 
 def keys_of(metrics: Iterable[str]) -> tuple[str, ...]:
-    """All keys that these metrics produce, in order.
-
-    Raises:
-        ConfigError: As `metric_facts`.
-    """
+    """All keys that these metrics produce, in order."""
     return tuple(key for metric in metrics for key in metric_facts(metric).all_keys)
 
 
 def means_of(metrics: Iterable[str]) -> tuple[str, ...]:
-    """The keys that are means over examples, for which paired differences exist.
-
-    Raises:
-        ConfigError: As `metric_facts`.
-    """
+    """The keys that are means over examples, for which paired differences exist."""
     return tuple(key for metric in metrics for key in metric_facts(metric).keys)
 
 
 def needs_generation(metrics: Iterable[str]) -> bool:
-    """Whether any of these metrics needs generated text.
-
-    Raises:
-        ConfigError: As `metric_facts`.
-    """
+    """Whether any of these metrics needs generated text."""
     return any(metric_facts(metric).needs_generation for metric in metrics)
 
 

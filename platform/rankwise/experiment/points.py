@@ -131,7 +131,6 @@ def _axes(parameters: dict[str, Any], searches: bool, problems: list[Problem]) -
 
 
 def _check_choices(axis: SweepAxis, problems: list[Problem]) -> bool:
-    """Whether a list has values; reports duplicates."""
     if axis.kind != "choice":
         return True
     if not axis.choices:
@@ -312,11 +311,7 @@ class CandidateBuilder:
         return ArmCandidate(point=point, arm=arm, problems=tuple(problems or find_problems(view)))
 
     def of_all(self, points: Iterable[SweepPoint], most: int) -> list[ArmCandidate]:
-        """Up to `most` candidates of a grid or list.
-
-        Raises:
-            ConditionError: As `of`.
-        """
+        """Up to `most` candidates of a grid or list."""
         met = (candidate for point in points if (candidate := self.of(point)) is not None)
         return list(itertools.islice(met, most))
 
@@ -332,17 +327,8 @@ class CandidateBuilder:
         """The candidates of a round of a search, and how many drawn points were discarded.
 
         The first round includes invalid arms, so that their problems are reported and the definition can be fixed.
-        Points of later rounds cannot be foreseen, so invalid ones are rejected.
-
-        Args:
-            space: The search space.
-            number: The round, from 0.
-            history: Points of earlier rounds and their results.
-            known: Spec hashes of the arms of earlier rounds.
-            greater: Whether a greater primary metric is better.
-
-        Raises:
-            ConditionError: As `of`.
+        Points of later rounds cannot be foreseen, so invalid ones are rejected. `known` holds the spec hashes of the
+        arms of earlier rounds, `history` their results.
         """
         candidates: list[ArmCandidate] = []
         hashes = set(known)

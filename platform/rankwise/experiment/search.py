@@ -322,14 +322,8 @@ def propose(
 
     The first round, and all of `random`, are independent draws. Later rounds use the tree-structured Parzen estimator
     (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", 2011). It models good and bad points; points of the
-    running round count as bad, which keeps them apart.
-
-    Args:
-        space: The search space.
-        number: The round.
-        history: All trials of earlier rounds, in order.
-        greater_is_better: For the primary metric.
-        accept: Decides on each new point; the estimator treats `rejected` ones as bad.
+    running round count as bad, which keeps them apart. `history` holds all trials of earlier rounds, in order. `accept`
+    decides on each new point; `rejected` ones count as bad.
     """
     import optuna
 
@@ -365,7 +359,6 @@ def propose(
 def _study(
     space: SearchSpace, history: Sequence[Trial], greater_is_better: bool, seed: int | None
 ) -> optuna.study.Study:
-    """An in-memory study with the trials of earlier rounds."""
     import optuna
 
     sampler = optuna.samplers.TPESampler(n_startup_trials=1, seed=seed)

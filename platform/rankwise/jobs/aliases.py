@@ -1,8 +1,7 @@
-"""Who moved an alias, from where and why; and a lock, since MLflow's registry has no compare-and-set.
+"""The history of alias moves, and a lock for moving an alias, since MLflow's registry has no compare-and-set.
 
-Whoever moves an alias does it inside `moving`: the alias's row is locked until the block ends, so that two promotions
-of one alias come one after the other, on any number of machines. What is done in MLflow behind this lock's back is
-found by comparing with the last move.
+An alias is moved inside `moving`, which locks its row until the block ends. Promotions of one alias are thus serialized
+across machines. A comparison with the last recorded move reveals changes made directly in MLflow.
 """
 
 from __future__ import annotations
@@ -21,17 +20,10 @@ from rankwise.jobs.rows import AliasMoveRow, AliasRow, now
 
 @dataclass(frozen=True, kw_only=True)
 class AliasMove:
-    """One move.
+    """One move of an alias of the registered model `name`.
 
-    Attributes:
-        name: Of the registered model.
-        alias: Which alias.
-        from_version: Who had it; None for nobody.
-        to_version: Who got it; None where it was taken away.
-        run_id: The run with the evidence; None where there was none.
-        reason: Why, in words.
-        moved_by: Who did it.
-        moved_at: Seconds since the epoch, by the database's clock.
+    `from_version` is None for a new alias, `to_version` for a removed one. `run_id` is the run with the evidence, if
+    any. `moved_at` is in seconds since the epoch by the database's clock.
     """
 
     name: str
@@ -45,7 +37,7 @@ class AliasMove:
 
 
 class LockedAlias:
-    """A locked alias."""
+    """An alias that is locked by this transaction."""
 
     def __init__(self, connection: Connection, name: str, alias: str) -> None:
         self._connection = connection
@@ -59,7 +51,7 @@ class LockedAlias:
     def note(
         self, from_version: int | None, to_version: int | None, *, run_id: str | None, reason: str, moved_by: str
     ) -> None:
-        """Write down a move that was made inside the block."""
+        """Record a move made while the alias is locked."""
         self._connection.execute(
             insert(AliasMoveRow).values(
                 name=self._name,
@@ -75,16 +67,16 @@ class LockedAlias:
 
 
 class AliasHistory:
-    """The moves of all aliases; `JobStore.aliases` is one."""
+    """The moves of all aliases; see `JobStore.aliases`."""
 
     def __init__(self, engine: Engine, reader: Engine) -> None:
-        """Over the queue's database."""
+        """Use the queue's database: `engine` for writing, `reader` for reading."""
         self._engine = engine
         self._reader = reader
 
     @contextmanager
     def moving(self, name: str, alias: str) -> Iterator[LockedAlias]:
-        """Lock an alias; nobody else may move it until the block ends. Keep it short: SQLite has one writer.
+        """Lock an alias until the block ends. Keep the block short: SQLite has one writer.
 
         Raises:
             JobStoreError: The database cannot be reached, or is locked for too long.
@@ -97,7 +89,7 @@ class AliasHistory:
 
     def history(self, name: str, alias: str) -> list[AliasMove]:
         """All moves of an alias, oldest first."""
-        with database_errors("reading the moves of an alias"), self._reader.begin() as connection:
+        with database_errors("reading the history of an alias"), self._reader.begin() as connection:
             return _history(connection, name, alias)
 
 

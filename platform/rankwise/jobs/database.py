@@ -1,7 +1,4 @@
-"""Connections and migrations of the queue's database.
-
-- Whether a SQLite file lies where its locks and its shared memory work.
-"""
+"""Connections to the queue's database, its migrations, and the refusal of SQLite on network file systems."""
 
 from __future__ import annotations
 
@@ -29,25 +26,25 @@ NETWORK_FILE_SYSTEMS = frozenset(
     | {"fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.goofys", "fuse.juicefs", "fuse.mount-s3", "fuse.rclone"}
     | {"fuse.s3fs", "fuse.sshfs"}
 )
-"""Types of file systems, as the kernel calls them."""
+"""The kernel's names for network file systems, where SQLite's locks and shared memory do not work."""
 
 
 def file_system(path: Path) -> tuple[str, str]:
-    """The type and the mount point of the file system that holds a path, which need not be there yet."""
-    found = ("", "")
+    """The type and mount point of the file system that holds a path, which need not exist."""
+    innermost = ("", "")
     real = path.resolve()
     for part in psutil.disk_partitions(all=True):
-        # A later mount on the same point hides the earlier one.
-        if real.is_relative_to(part.mountpoint) and len(part.mountpoint) >= len(found[1]):
-            found = part.fstype, part.mountpoint
-    return found
+        # A later mount at the same mount point hides the earlier one.
+        if real.is_relative_to(part.mountpoint) and len(part.mountpoint) >= len(innermost[1]):
+            innermost = part.fstype, part.mountpoint
+    return innermost
 
 
 def refuse_network(path: Path) -> None:
-    """Refuse a SQLite file that several machines could open: it gets lost updates there, and damage.
+    """Refuse a SQLite file on a network file system, where it loses updates and gets corrupted.
 
     Raises:
-        JobStoreError: It is on a network file system.
+        JobStoreError: The path is on a network file system.
     """
     kind, mount = file_system(path)
     if kind.lower() in NETWORK_FILE_SYSTEMS:
@@ -58,7 +55,7 @@ def refuse_network(path: Path) -> None:
 
 
 BUSY_TIMEOUT_S = 60
-"""How long a SQLite writer waits for another one before it gives up."""
+"""How long a SQLite writer waits for another one."""
 POSTGRESQL_TIMEOUTS = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -66,18 +63,18 @@ POSTGRESQL_TIMEOUTS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
-"""libpq's own settings: a server behind a broken network counts as away after 20 s, well within a lease. Without them a
-heartbeat waits for a quarter of an hour for an answer that never comes."""
+"""libpq's settings: an unreachable server is detected after 20 s, well within a lease. Without them, a heartbeat
+would wait 15 minutes."""
 
 
 def open_engine(url: str) -> Engine:
-    """An engine for the queue's database.
+    """Create an engine for the queue's database.
 
-    SQLite runs in WAL mode, and every writing transaction is `BEGIN IMMEDIATE`: with the default, deferred begin two
-    processes read the same rows and both claim them.
+    SQLite runs in WAL mode, and every writing transaction is `BEGIN IMMEDIATE`. With a deferred begin, two processes
+    could read the same rows and both claim them.
 
     Raises:
-        JobStoreError: The URL is not one of SQLite or PostgreSQL, or the SQLite file is on a network file system.
+        JobStoreError: The URL is not for SQLite or PostgreSQL, or the SQLite file is on a network file system.
     """
     parsed = _parsed(url)
     backend = parsed.get_backend_name()
@@ -97,7 +94,7 @@ def open_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        # The driver's own BEGIN is switched off; `_begin` issues it.
+        # Turns off the driver's own BEGIN; `_begin` issues it.
         connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
@@ -118,15 +115,15 @@ def _parsed(url: str) -> URL:
         parsed = make_url(url)
         parsed.get_backend_name()
     except (ArgumentError, NoSuchModuleError) as error:
-        raise JobStoreError(f"RANKWISE_DATABASE_URL: cannot read it as a database URL ({error})") from error
+        raise JobStoreError(f"RANKWISE_DATABASE_URL: not a database URL ({error})") from error
     return parsed
 
 
 def _open_postgresql(url: URL) -> Engine:
-    # What the URL says itself counts.
-    patience = {name: value for name, value in POSTGRESQL_TIMEOUTS.items() if name not in url.query}
+    # Settings in the URL take precedence.
+    timeouts = {name: value for name, value in POSTGRESQL_TIMEOUTS.items() if name not in url.query}
     try:
-        return create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args=patience)
+        return create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args=timeouts)
     except ImportError as error:
         raise JobStoreError(
             "RANKWISE_DATABASE_URL: PostgreSQL needs the extra `postgres`: pip install 'rankwise[postgres]'"
@@ -135,13 +132,13 @@ def _open_postgresql(url: URL) -> Engine:
 
 @contextmanager
 def database_errors(doing: str) -> Iterator[None]:
-    """Translate what the driver raises into a `JobStoreError`."""
+    """Translate errors of the driver into a `JobStoreError`."""
     try:
         yield
     except DBAPIError as error:
         raise JobStoreError(
-            f"{doing}: the queue's database refused: {error.orig}; "
-            "see that it can be reached and written (RANKWISE_DATABASE_URL)"
+            f"{doing}: the queue's database failed: {error.orig}; "
+            "check that it can be reached and written (RANKWISE_DATABASE_URL)"
         ) from error
 
 
@@ -157,15 +154,15 @@ def _configuration(engine: Engine) -> Config:
 
 
 def current_revision(engine: Engine) -> str | None:
-    """The revision of the schema that the database has; None for an empty one."""
-    # As a reader, which waits for nobody who writes.
+    """The revision of the database's schema; None for an empty database."""
+    # A reader does not wait for writers.
     reader = engine.execution_options(rankwise_read_only=True)
     with database_errors("reading the revision of the queue"), reader.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 
 def has_queue(url: str) -> bool:
-    """Whether there is a queue in the database that a URL names. Nothing is made.
+    """Whether the database of a URL holds a queue; creates nothing.
 
     Raises:
         JobStoreError: The database cannot be reached.
@@ -181,22 +178,22 @@ def has_queue(url: str) -> bool:
 
 
 def head_revision() -> str:
-    """The revision of the schema that this release needs."""
+    """The schema revision of this release."""
     head = _scripts().get_current_head()
     assert head is not None
     return head
 
 
 def known_revisions() -> frozenset[str]:
-    """The revisions that this release can bring to its own."""
+    """The schema revisions that this release can upgrade."""
     return frozenset(script.revision for script in _scripts().walk_revisions())
 
 
 def upgrade(engine: Engine, lock: Path) -> None:
-    """Bring the schema to this release's revision; one process at a time, the others wait.
+    """Upgrade the schema to this release's revision, one process at a time.
 
-    The file lets the processes of one home wait for each other. Those of several homes over one PostgreSQL are kept
-    apart by a lock that the migration takes there.
+    The lock file serializes the processes of one home. Processes of several homes on one PostgreSQL are serialized by
+    an advisory lock that the migration takes.
 
     Raises:
         JobStoreError: The database was written by a newer release, or cannot be reached.

@@ -1,7 +1,7 @@
-"""What the queue holds, as plain values.
+"""Jobs, attempts and workers as plain values, and their states.
 
-A *job* is one piece of work, named by its kind and spec hash. An *attempt* is one execution of it by one worker, with
-its own fencing token: whoever holds the current token of a job may speak for it, nobody else.
+A *job* is one piece of work, identified by kind and spec hash. An *attempt* is one execution of it by one worker, with
+its own fencing token: only the holder of a job's current token may change the job.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ class JobKind(StrEnum):
     TRAIN = "train"
     """Train one arm and register its adapter."""
     EVALUATE = "evaluate"
-    """Evaluate one registered adapter, or the bare base, on one data set."""
+    """Evaluate one registered adapter, or the base alone, on one dataset."""
     PREDICT = "predict"
-    """Run one file through one or several adapters."""
+    """Predict one file with one or several adapters."""
 
 
 class JobState(StrEnum):
-    """Where a job is in its life."""
+    """The state of a job."""
 
     QUEUED = "queued"
-    """Waits for a worker, for its time, or for the jobs that it comes after."""
+    """Waiting for a worker, for `not_before`, or for other jobs."""
     RUNNING = "running"
-    """Held by a worker whose lease has not been taken away."""
+    """Held by a worker with a lease."""
     UPLOADING = "uploading"
-    """Computed; what it made waits for the tracking server. Retried without computing again."""
+    """Computed, publication pending. Retried without computing again."""
     SUCCEEDED = "succeeded"
-    """Done and published. A train job is here only when its adapter is registered."""
+    """Done and published; for a train job, only when its adapter is registered."""
     FAILED = "failed"
-    """Failed too often, or in a way that trying again cannot mend."""
+    """Failed too often, or with an error that a retry cannot fix."""
     CANCELLED = "cancelled"
-    """Stopped by a person, or pruned."""
+    """Stopped by a user, or pruned."""
 
 
 ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
@@ -49,34 +49,34 @@ class Outcome(StrEnum):
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    """Counts as a failure of the job; tried again with backoff until the limit."""
+    """A failure of the job; retried with backoff up to the limit."""
     FATAL = "fatal"
-    """Trying again cannot help (a user's error, a non-finite loss); the job fails at once."""
+    """A retry cannot help (user error, non-finite loss); the job fails at once."""
     PREEMPTED = "preempted"
-    """Asked to stop; the job goes back to the queue, to be claimed again with its pack, and no failure is counted."""
+    """Interrupted; the job returns to the queue with its pack. Not a failure."""
     RETURNED = "returned"
-    """Given back before it was started (it does not fit beside its mates): leaves the pack, and nothing is counted."""
+    """Returned before it started, since it does not fit with its pack, which it leaves. Not a failure."""
     PAUSED = "paused"
-    """At a rung: goes back to the queue, out of its pack, and is held there until `settle` says how it goes on."""
+    """At a rung: the job returns to the queue, leaves its pack, and is held until `settle`."""
     CANCELLED = "cancelled"
     LOST = "lost"
-    """The lease ran out, or the worker's process is gone."""
+    """The lease expired, or the worker's process is gone."""
 
 
 def title(job_id: int, kind: str, spec_hash: str) -> str:
-    """What messages call a job."""
+    """The name of a job in messages: `job 7 (train 0123456789ab)`."""
     return f"job {job_id} ({kind} {spec_hash[:12]})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
-    """A job to be submitted."""
+    """A job to submit."""
 
     kind: JobKind
     experiment: str
     spec_hash: str
     spec: dict[str, Any]
-    """What its worker needs, as JSON. The text of its `definition` is stored once, however many jobs have it."""
+    """The payload for its worker. A text under `definition` is stored once for all jobs that share it."""
     pack_key: str | None = None
     priority: int = 0
     after: tuple[int, ...] = ()
@@ -84,7 +84,7 @@ class NewJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as the database has it. Times are seconds since the epoch by the database's clock."""
+    """A job in the database. Times are seconds since the epoch by the database's clock."""
 
     id: int
     kind: JobKind
@@ -103,11 +103,11 @@ class Job:
     lost: int = 0
     cancel_requested: bool = False
     held: bool = False
-    """Queued, and not to be claimed before `settle` or a person decides."""
+    """Queued, but not to be claimed before `settle` or a user decides."""
     checkpoint: int = 0
-    """The newest step that any attempt has reported as kept."""
+    """The latest step of which any attempt has reported a checkpoint."""
     cancelled_by: int | None = None
-    """The job whose bad end cancelled this one, which waited for it."""
+    """The failed or cancelled job that this one waited for."""
     mlflow_run_id: str | None = None
     result: dict[str, Any] | None = None
     error: str | None = None
@@ -116,16 +116,16 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What messages call the job: `job 7 (train 0123456789ab)`."""
+        """The job's name in messages."""
         return title(self.id, self.kind, self.spec_hash)
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will happen to this job any more without a person."""
+        """Whether the job is in a final state."""
         return self.state in ENDED
 
     def to_json(self) -> dict[str, Any]:
-        """One row of `rankwise jobs list --json`."""
+        """The job in `rankwise jobs list --json`."""
         return {
             "id": self.id,
             "kind": str(self.kind),
@@ -158,7 +158,7 @@ class Attempt:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """One attempt of `rankwise jobs show`. The token is a secret of its worker and stays out."""
+        """The attempt in `rankwise jobs show`, without the token, which is secret."""
         return {
             "number": self.number,
             "worker": self.worker,
@@ -176,7 +176,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Who claims: a name, and where its process is, so that a dead one on the same host can be told."""
+    """A worker that claims jobs; host and pid identify dead workers on the same host."""
 
     name: str
     host: str
@@ -185,7 +185,7 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """A worker that has announced itself."""
+    """An announced worker."""
 
     name: str
     host: str
@@ -193,7 +193,7 @@ class WorkerInfo:
     started_at: float
     seen_at: float
     silent: float
-    """Seconds since it was heard of last, by the database's clock."""
+    """Seconds since its last announcement, by the database's clock."""
     info: dict[str, Any]
 
 
@@ -202,19 +202,19 @@ class HeartbeatReply:
     """The answer to a heartbeat."""
 
     held: frozenset[str]
-    """Tokens that still speak for their job. Publish nothing for the others."""
+    """Tokens that are still valid. Publish nothing for the others."""
     cancelled: frozenset[str] = field(default=frozenset())
-    """Held tokens whose job a person wants stopped."""
+    """Held tokens of jobs that a user wants to cancel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How often a job is tried."""
+    """How often a job is retried."""
 
     failures: int = 3
     lost: int = 10
     backoff: float = 10.0
-    """Seconds before the second try; doubled with every failure."""
+    """Seconds before the first retry; doubled with every failure."""
     longest_backoff: float = 600.0
 
     def wait_after(self, failures: int) -> float:

@@ -1,7 +1,6 @@
-"""What is read from the queue. Each function runs inside one reading transaction, which blocks nobody.
+"""Read-only queries of the queue: jobs and attempts, the health of the database, progress and remaining time.
 
-- Whether the queue's database can be used as it is, looked at without changing it.
-- How the work under way goes on: packs with their progress, and when all will be done. No database, no clock.
+Queries with a connection run inside one reading transaction, which blocks no writer.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from rankwise.jobs.rows import (
 from rankwise.jobs.transitions import workers
 
 PAGE = 1000
-"""Jobs of one page, where nothing else is asked for."""
+"""Default number of jobs per page."""
 _LARGEST = 2**31 - 1
 
 
@@ -48,22 +47,22 @@ def holds(connection: Connection, token: str) -> bool:
 
 def get(connection: Connection, job_id: int) -> Job:
     """See `JobStore.get`."""
-    # A number that the database has no room for is no job's either.
+    # PostgreSQL refuses to compare with larger numbers, which are not ids.
     known = job_id <= _LARGEST
     row = connection.execute(job_columns().where(JobRow.id == job_id)).one_or_none() if known else None
     if row is None:
-        raise JobError(f"there is no job {job_id}; `rankwise jobs list` shows those there are")
+        raise JobError(f"there is no job {job_id}; `rankwise jobs list` lists all jobs")
     return as_job(row)
 
 
 def find(connection: Connection, kind: JobKind, spec_hashes: Collection[str]) -> dict[str, Job]:
     """See `JobStore.find`."""
     hashes = list(spec_hashes)
-    found: dict[str, Job] = {}
+    jobs: dict[str, Job] = {}
     for start in range(0, len(hashes), BATCH):
         query = job_columns().where(JobRow.kind == str(kind), JobRow.spec_hash.in_(hashes[start : start + BATCH]))
-        found |= {row.spec_hash: as_job(row) for row in connection.execute(query)}
-    return found
+        jobs |= {row.spec_hash: as_job(row) for row in connection.execute(query)}
+    return jobs
 
 
 def jobs(
@@ -77,7 +76,7 @@ def jobs(
     after_id: int,
 ) -> list[Job]:
     """See `JobStore.jobs`."""
-    # The ids come from indexes alone; only the rows of the page are read, whose specs make them wide.
+    # The ids come from indexes alone; only the rows of the page, which are wide, are read.
     page = select(JobRow.id).where(JobRow.id > after_id).order_by(JobRow.id)
     if limit is not None or ids is None:
         page = page.limit(PAGE if limit is None else limit)
@@ -99,8 +98,8 @@ def depth(connection: Connection, experiment: str | None) -> dict[tuple[JobKind,
     query = select(JobRow.kind, JobRow.state, func.count()).group_by(JobRow.kind, JobRow.state)
     if experiment is not None:
         query = query.where(JobRow.experiment == experiment)
-    found = {(JobKind(kind), JobState(state)): count for kind, state, count in connection.execute(query)}
-    return {(kind, state): found.get((kind, state), 0) for kind in JobKind for state in JobState}
+    counts = {(JobKind(kind), JobState(state)): count for kind, state, count in connection.execute(query)}
+    return {(kind, state): counts.get((kind, state), 0) for kind in JobKind for state in JobState}
 
 
 def held(connection: Connection, experiment: str | None) -> int:
@@ -149,14 +148,10 @@ def recent(connection: Connection, kind: JobKind, limit: int) -> list[Attempt]:
 
 @dataclass(frozen=True, kw_only=True)
 class DatabaseHealth:
-    """What was found.
+    """The result of checking the queue's database.
 
-    Attributes:
-        url: The database, without its password.
-        revision: Of its schema; None when it is empty.
-        head: The revision that this release needs.
-        jobs: How many there are; None where the schema is another one.
-        problems: What is wrong and what to do, one sentence each; empty when all is well.
+    `url` is without password. `revision` is the schema's (None for an empty database), `head` that of this release.
+    `jobs` is None if they differ. `problems` say what to do, one sentence each.
     """
 
     url: str
@@ -166,7 +161,7 @@ class DatabaseHealth:
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What `rankwise db check --json` prints."""
+        """The document of `rankwise db check --json`."""
         return {
             "url": self.url,
             "revision": self.revision,
@@ -178,14 +173,10 @@ class DatabaseHealth:
 
 @dataclass(frozen=True, kw_only=True)
 class QueueSnapshot:
-    """What the database says at one moment.
+    """The state of the queue at one moment.
 
-    Attributes:
-        health: Of the database.
-        seconds: How long an answer took.
-        ahead: Seconds that this machine's clock is before the database's; wrong by at most half of `seconds`.
-        workers: Those that have announced themselves and not retired.
-        waiting: Jobs that are queued, held ones left out.
+    A query took `seconds`. This machine's clock is `ahead` of the database's by that many seconds, with an error of at
+    most half of `seconds`. `waiting` counts queued jobs that are not held.
     """
 
     health: DatabaseHealth
@@ -196,7 +187,7 @@ class QueueSnapshot:
 
 
 def shown(url: str) -> str:
-    """A database URL without its password; of a SQLite file its path as people write it."""
+    """A database URL for messages, without its password."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return f"sqlite:///{parsed.database}"
@@ -204,10 +195,10 @@ def shown(url: str) -> str:
 
 
 def check(url: str) -> DatabaseHealth:
-    """Look at the queue's database: reachable, of this release's revision, whole, and its rows at one with each other.
+    """Check that the database is reachable, has this release's schema, and is undamaged and consistent.
 
     Raises:
-        JobStoreError: It cannot be reached or read, or the URL is none.
+        JobStoreError: It does not exist or cannot be read, or the URL is invalid.
     """
     _exists(url)
     engine = open_engine(url)
@@ -227,45 +218,41 @@ def check(url: str) -> DatabaseHealth:
 
 
 def take_snapshot(url: str) -> QueueSnapshot:
-    """Look at the database, its clock and its workers, without changing anything.
-
-    Raises:
-        JobStoreError: As `check`.
-    """
+    """Read the state of the database, its clock and its workers."""
     health = check(url)
     if health.problems:
         return QueueSnapshot(health=health, seconds=0.0, ahead=0.0, workers=(), waiting=0)
     engine = open_engine(url)
     try:
         with (
-            database_errors("looking at the queue"),
+            database_errors("reading the queue"),
             engine.execution_options(rankwise_read_only=True).begin() as connection,
         ):
-            there = tuple(workers(connection))
+            announced = tuple(workers(connection))
             waiting = connection.scalar(
                 select(func.count()).where(JobRow.state == str(JobState.QUEUED), JobRow.held.is_(False))
             )
             before, started = time.time(), time.perf_counter()
-            theirs = database_time(connection)
+            database_clock = database_time(connection)
             seconds = time.perf_counter() - started
     finally:
         engine.dispose()
-    ahead = before + seconds / 2 - theirs
-    return QueueSnapshot(health=health, seconds=seconds, ahead=ahead, workers=there, waiting=waiting or 0)
+    ahead = before + seconds / 2 - database_clock
+    return QueueSnapshot(health=health, seconds=seconds, ahead=ahead, workers=announced, waiting=waiting or 0)
 
 
 def database_file_exists(url: str) -> bool:
-    """Whether there is a queue to look at: false for a SQLite file that is not there; a server is always asked."""
+    """Whether the SQLite file of a URL exists; always true for a server."""
     path = make_url(url).database if url.startswith("sqlite") else None
     return not path or path == ":memory:" or Path(path).exists()
 
 
 def _exists(url: str) -> None:
-    """Raise rather than let SQLite make an empty file."""
+    """Raise instead of letting SQLite create an empty file."""
     if not database_file_exists(url):
         raise JobStoreError(
-            f"there is no queue at {make_url(url).database}: `rankwise db upgrade` makes one, and so does the first "
-            "`submit` or `run`; if there should be one, see where RANKWISE_HOME and RANKWISE_DATABASE_URL point"
+            f"there is no queue at {make_url(url).database}: `rankwise db upgrade` creates one, and so does the first "
+            "`submit` or `run`; if there should be one, check RANKWISE_HOME and RANKWISE_DATABASE_URL"
         )
 
 
@@ -273,7 +260,7 @@ def _revision(revision: str | None, head: str) -> list[str]:
     if revision == head:
         return []
     if revision is None:
-        return [f"the database is empty: `rankwise db upgrade` makes the tables of revision {head}"]
+        return [f"the database is empty: `rankwise db upgrade` creates the tables of revision {head}"]
     if revision in known_revisions():
         return [f"the database has revision {revision}, this release needs {head}: run `rankwise db upgrade`"]
     return [
@@ -285,55 +272,54 @@ def _revision(revision: str | None, head: str) -> list[str]:
 def _file(engine: Engine, connection: Connection) -> list[str]:
     if engine.dialect.name != "sqlite":
         return []
-    found = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(5)") if row[0] != "ok"]
-    problems = [f"the file is damaged: {text}; restore it from a backup" for text in found]
-    loose = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-    for parent in sorted({row.parent for row in loose}, reverse=True):
-        tables = [row.table for row in loose if row.parent == parent]
-        problems.append(f"{len(tables)} rows name {parent}s that are not there, the first one in table {tables[0]}")
+    damage = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(5)") if row[0] != "ok"]
+    problems = [f"the file is damaged: {text}; restore it from a backup" for text in damage]
+    dangling = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    for parent in sorted({row.parent for row in dangling}, reverse=True):
+        tables = [row.table for row in dangling if row.parent == parent]
+        problems.append(f"{len(tables)} rows refer to missing {parent}s, the first one in table {tables[0]}")
     return problems
 
 
 def _rows(connection: Connection) -> list[str]:
-    """What must hold between rows. Every transition keeps it; only a hand that edits the database can break it."""
+    """Check invariants between rows, which only manual edits of the database can break."""
     earlier = JobRow.__table__.alias("earlier")
     open_attempt = exists().where(AttemptRow.token == JobRow.token, AttemptRow.ended_at.is_(None))
     its_job = exists().where(JobRow.token == AttemptRow.token, JobRow.state.in_(HELD_STATES))
-    in_vain = exists().where(
+    unreachable = exists().where(
         DependencyRow.job_id == JobRow.id,
         DependencyRow.after_id == earlier.c.id,
         earlier.c.state.in_(BADLY_ENDED),
     )
     queued = JobRow.state == str(JobState.QUEUED)
     rules = [
-        (JobRow, (JobRow.state.in_(HELD_STATES), ~open_attempt), "jobs are held by nobody"),
-        (JobRow, (JobRow.state.not_in(HELD_STATES), JobRow.token.is_not(None)), "jobs that nobody holds have a token"),
-        (AttemptRow, (AttemptRow.ended_at.is_(None), ~its_job), "attempts go on whose job is held by another one"),
-        (JobRow, (queued, in_vain), "jobs wait for one that has failed or was cancelled"),
+        (JobRow, (JobRow.state.in_(HELD_STATES), ~open_attempt), "jobs in progress have no open attempt"),
+        (
+            JobRow,
+            (JobRow.state.not_in(HELD_STATES), JobRow.token.is_not(None)),
+            "jobs that are not in progress have a token",
+        ),
+        (
+            AttemptRow,
+            (AttemptRow.ended_at.is_(None), ~its_job),
+            "open attempts belong to jobs that another attempt holds",
+        ),
+        (JobRow, (queued, unreachable), "queued jobs wait for a failed or cancelled job"),
     ]
-    found = [
+    violations = [
         (connection.scalar(select(func.count()).select_from(table).where(*conditions)), text)
         for table, conditions, text in rules
     ]
-    return [f"{count} {text}" for count, text in found if count]
+    return [f"{count} {text}" for count, text in violations if count]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackProgress:
-    """Jobs that one worker does together.
+    """The progress of the jobs that one worker runs together.
 
-    Attributes:
-        pack_id: Names the pack.
-        kind: Of its jobs.
-        experiment: Of its first job.
-        worker: Who does it.
-        jobs: Ids of its jobs.
-        phase: What the worker does (load, tokenize, train, ...); None before the first report.
-        step: Of the slowest job.
-        steps: The last step of that job.
-        tokens_per_second: Of all of them together.
-        seconds: Since it was claimed.
-        silent: Seconds since the last report of progress.
+    `phase` is load, tokenize, train, ...; None before the first report. `step` of `steps` is that of the slowest job,
+    `tokens_per_second` that of all jobs together. The pack was claimed `seconds` ago; its last report was `silent`
+    seconds ago.
     """
 
     pack_id: str
@@ -349,22 +335,16 @@ class PackProgress:
     silent: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """One pack of `rankwise status --json`."""
+        """The pack in `rankwise status --json`."""
         return {**asdict(self), "kind": str(self.kind), "jobs": list(self.jobs)}
 
 
 def packs(jobs: Mapping[int, Job], attempts: Iterable[Attempt], time: float) -> list[PackProgress]:
-    """Group the open attempts by pack.
-
-    Args:
-        jobs: The jobs of the attempts, by id.
-        attempts: Those that have not ended.
-        time: Now, by the database's clock.
-    """
+    """Group open attempts by pack. `jobs` are given by id; `time` is now by the database's clock."""
     groups: dict[tuple[str, str], list[Attempt]] = defaultdict(list)
     for attempt in attempts:
         job = jobs.get(attempt.job_id)
-        # One that was claimed after the jobs were read shows the next time.
+        # A job claimed after the jobs were read is shown next time.
         if job is not None and job.pack_id is not None:
             groups[job.pack_id, attempt.worker].append(attempt)
     return [_pack(pack_id, jobs, group, time) for (pack_id, _), group in groups.items()]
@@ -373,8 +353,8 @@ def packs(jobs: Mapping[int, Job], attempts: Iterable[Attempt], time: float) -> 
 def _pack(pack_id: str, jobs: Mapping[int, Job], group: Sequence[Attempt], time: float) -> PackProgress:
     first = jobs[group[0].job_id]
     slowest = min(group, key=_done)
-    said = slowest.progress or {}
-    speeds = [speed for each in group if (speed := (each.progress or {}).get("tokens_per_second"))]
+    report = slowest.progress or {}
+    speeds = [speed for attempt in group if (speed := (attempt.progress or {}).get("tokens_per_second"))]
     reports = [attempt.progress_at for attempt in group if attempt.progress_at is not None]
     return PackProgress(
         pack_id=pack_id,
@@ -382,9 +362,9 @@ def _pack(pack_id: str, jobs: Mapping[int, Job], group: Sequence[Attempt], time:
         experiment=first.experiment,
         worker=group[0].worker,
         jobs=tuple(attempt.job_id for attempt in group),
-        phase=said.get("phase"),
-        step=said.get("step"),
-        steps=said.get("steps"),
+        phase=report.get("phase"),
+        step=report.get("step"),
+        steps=report.get("steps"),
         tokens_per_second=sum(speeds) if speeds else None,
         seconds=time - min(attempt.started_at for attempt in group),
         silent=time - max(reports) if reports else None,
@@ -392,29 +372,20 @@ def _pack(pack_id: str, jobs: Mapping[int, Job], group: Sequence[Attempt], time:
 
 
 def _done(attempt: Attempt) -> float:
-    """The part of an attempt that is done, from 0 to 1."""
-    said = attempt.progress or {}
-    step, steps = said.get("step"), said.get("steps")
+    """The completed share of an attempt, from 0 to 1."""
+    report = attempt.progress or {}
+    step, steps = report.get("step"), report.get("steps")
     return min(1.0, step / steps) if step and steps else 0.0
 
 
 def remaining_seconds(
     *, queued: int, running: Sequence[Attempt], recent: Sequence[Attempt], time: float
 ) -> float | None:
-    """Seconds until all jobs of a kind are done, at the pace of late.
+    """Estimated seconds until all jobs of a kind are done; None if unknown or nothing runs, 0 if nothing is left.
 
-    The pace is what succeeded last over the time in which any of it was worked on, so that neither the pauses between
-    two sweeps nor the number of workers and arms of a pack need to be known. Before anything has succeeded it is told
-    from the steps of what runs.
-
-    Args:
-        queued: How many wait.
-        running: The open attempts of this kind.
-        recent: The attempts that succeeded last.
-        time: Now, by the database's clock.
-
-    Returns:
-        None where nothing runs or nothing can be said yet; 0 where nothing is left.
+    The pace is the number of recent successes over the time in which any of them was running, which accounts for pauses
+    between sweeps and for parallel workers and packs. Before the first success, it comes from the steps of running
+    attempts. `time` is now by the database's clock.
     """
     left = queued + sum(1.0 - _done(attempt) for attempt in running)
     if queued == 0 and not running:
@@ -426,14 +397,16 @@ def remaining_seconds(
 
 
 def _busy_seconds(attempts: Iterable[Attempt]) -> float:
-    """The length of the union of the attempts' times."""
+    """The total time in which at least one of the attempts was running."""
     total, end = 0.0, float("-inf")
-    for start, stop in sorted((each.started_at, each.ended_at) for each in attempts if each.ended_at is not None):
+    for start, stop in sorted(
+        (attempt.started_at, attempt.ended_at) for attempt in attempts if attempt.ended_at is not None
+    ):
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
 
 
 def _pace_of(running: Iterable[Attempt], time: float) -> float:
-    """Jobs a second that the steps of running attempts promise."""
-    return sum(_done(each) / (time - each.started_at) for each in running if time > each.started_at)
+    """Jobs per second, extrapolated from the steps of running attempts."""
+    return sum(_done(attempt) / (time - attempt.started_at) for attempt in running if time > attempt.started_at)

@@ -1,11 +1,7 @@
-"""The tables. Migrations in `migrations/` create them; a test holds that both say the same.
+"""The tables of the queue, SQL expressions for ids, clock and tokens, and the conversion of rows to plain values.
 
-One bound value carries all ids: SQLite allows 32,766 bound values a statement, PostgreSQL 65,535, and thousands of them
-take longer to bind than the statement takes to run.
-
-- Membership in a set of ids of any size, as an SQL expression.
-- The database's clock, as an SQL expression: seconds since the epoch. No decision uses a worker's clock.
-- From rows to plain values, and the conditions that several statements share.
+Migrations in `migrations/` create the tables; a test checks that both agree. Times come from the database's clock: no
+decision uses a worker's clock.
 """
 
 from __future__ import annotations
@@ -38,11 +34,11 @@ from rankwise.jobs.job import Attempt, Job, JobKind, JobState, Outcome
 
 
 class Table(DeclarativeBase):
-    """Root of the tables."""
+    """Base of the tables."""
 
 
 class DefinitionRow(Table):
-    """The definition of an experiment, by the SHA-256 of its text; jobs refer to it."""
+    """A definition that jobs refer to, by the SHA-256 of its text."""
 
     __tablename__ = "definition"
 
@@ -56,14 +52,14 @@ class JobRow(Table):
     __tablename__ = "job"
     __table_args__ = (
         UniqueConstraint("kind", "spec_hash", name="uq_job_kind_spec_hash"),
-        # The order in which a claim looks for the first eligible job, and then for its mates: both read the rows they
-        # take and no others, however long the queue is.
+        # The order in which a claim searches for the first job, then for the rest of its pack. Both read only the rows
+        # that they take, however long the queue is.
         Index("ix_job_claim", "state", "held", text("priority DESC"), "id"),
         Index("ix_job_pack", "state", "pack_key", "pack_id", text("priority DESC"), "id"),
         Index("ix_job_experiment", "experiment", "id"),
-        # Counts and pages by state read this index alone, not the rows with their specs.
+        # Counts and pages by state read only this index, not the wide rows.
         Index("ix_job_state", "state", "kind", "id"),
-        # Whether any job still refers to a definition.
+        # Finds the jobs that refer to a definition.
         Index("ix_job_definition", "definition"),
     )
 
@@ -98,7 +94,7 @@ class DependencyRow(Table):
     """`job_id` waits until `after_id` has succeeded."""
 
     __tablename__ = "job_dependency"
-    # The primary key finds what a job waits for; this one, who waits for it.
+    # The primary key finds what a job waits for; this index finds what waits for a job.
     __table_args__ = (Index("ix_dependency_after", "after_id", "job_id"),)
 
     job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
@@ -131,7 +127,7 @@ class AttemptRow(Table):
 
 
 class WorkerRow(Table):
-    """A worker that has announced itself and not retired."""
+    """A worker that has been announced and not retired."""
 
     __tablename__ = "worker"
 
@@ -144,7 +140,7 @@ class WorkerRow(Table):
 
 
 class AliasRow(Table):
-    """An alias that has been moved; its row is locked while it is."""
+    """An alias; its row is locked while it is moved."""
 
     __tablename__ = "alias"
 
@@ -170,7 +166,7 @@ class AliasMoveRow(Table):
 
 
 class _id_list(FunctionElement[int]):
-    """The numbers of a JSON array, as a subquery."""
+    """The numbers of a JSON array as a subquery."""
 
     type = Integer()
     inherit_cache = True
@@ -188,7 +184,10 @@ def _given_postgresql(element: _id_list, compiler: Any, **kwargs: Any) -> str:
 
 
 def one_of(column: Any, ids: Collection[int]) -> ColumnElement[bool]:
-    """Whether the integer column holds one of these ids."""
+    """Whether the integer column holds one of these ids, passed as a single bound value.
+
+    SQLite allows 32,766 bound values per statement, PostgreSQL 65,535, and binding thousands is slow.
+    """
     condition: ColumnElement[bool] = column.op("IN", is_comparison=True, return_type=Boolean())(
         _id_list(json.dumps(sorted(ids)))
     )
@@ -196,14 +195,14 @@ def one_of(column: Any, ids: Collection[int]) -> ColumnElement[bool]:
 
 
 class now(FunctionElement[float]):
-    """Seconds since the epoch, by the database."""
+    """Seconds since the epoch by the database's clock."""
 
     type = Float()
     inherit_cache = True
 
 
 class new_token(FunctionElement[str]):
-    """A random token, another one for every row."""
+    """A random token, different for every row."""
 
     inherit_cache = True
 
@@ -216,7 +215,7 @@ def _now_sqlite(element: now, compiler: Any, **kwargs: Any) -> str:
 
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: Any, **kwargs: Any) -> str:
-    # clock_timestamp, not now(): the latter stands still inside a transaction that waited for a lock.
+    # Not now(), which does not advance within a transaction that waited for a lock.
     return "extract(epoch from clock_timestamp())::double precision"
 
 
@@ -231,21 +230,21 @@ def _token_postgresql(element: new_token, compiler: Any, **kwargs: Any) -> str:
 
 
 DEFINITION = "definition"
-"""The key of a payload whose text is stored apart."""
+"""The key of a payload whose text is stored in its own table."""
 HELD_STATES = (str(JobState.RUNNING), str(JobState.UPLOADING))
 BADLY_ENDED = (str(JobState.FAILED), str(JobState.CANCELLED))
 BATCH = 500
-"""Rows named in one statement by values of their own: SQLite allows 32,766 bound values a statement."""
+"""Rows with bound values of their own in one statement."""
 
 
 def job_columns() -> Select[Any]:
-    """All columns of jobs with the text of their definition, for `as_job`."""
+    """All columns of jobs, and the text of their definition, for `as_job`."""
     columns = (*JobRow.__table__.columns, DefinitionRow.text.label("definition_text"))
     return select(*columns).select_from(JobRow).outerjoin(DefinitionRow, DefinitionRow.digest == JobRow.definition)
 
 
 def as_job(row: Any) -> Job:
-    """One row of `job_columns`. A job that was queued by 0.1.0 has its definition in the payload already."""
+    """Convert a row of `job_columns`. Jobs queued by 0.1.0 have their definition in the payload."""
     values = dict(row._mapping)
     text = values.pop("definition_text")
     if values.pop("definition") is not None:
@@ -259,17 +258,17 @@ def attempt_columns() -> Select[Any]:
 
 
 def as_attempt(row: Any) -> Attempt:
-    """One row of `attempt_columns`."""
+    """Convert a row of `attempt_columns`."""
     values = dict(row._mapping)
     outcome = values["outcome"]
     return Attempt(**{**values, "outcome": None if outcome is None else Outcome(outcome)})
 
 
 def holding(token: str) -> tuple[ColumnElement[bool], ...]:
-    """That a token speaks for the job."""
+    """The conditions that a token is the current one of its job."""
     return JobRow.token == token, JobRow.state.in_(HELD_STATES)
 
 
 def queued(**changes: Any) -> dict[str, Any]:
-    """What a job is that waits for a worker."""
+    """Column values of a job that waits for a worker."""
     return {"state": str(JobState.QUEUED), "token": None, "not_before": 0.0, **changes}

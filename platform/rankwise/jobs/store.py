@@ -1,9 +1,8 @@
-"""The job store on SQLite and PostgreSQL. One test suite (`tests/helpers/job_store_contract.py`) runs on both.
+"""The `JobStore`: the queue's interface, on SQLite and PostgreSQL.
 
-Each method is one transaction; the statements are in `submission`, `transitions` and `queries`. Each transition is
-decided by one UPDATE whose predicate names state and token; what follows from it is in the same transaction. PostgreSQL
-locks the first eligible job with `FOR UPDATE SKIP LOCKED`, so that claimers do not wait for one another; SQLite has one
-writer at a time (`BEGIN IMMEDIATE`), so the same statements need no lock there.
+Each method is one transaction; the statements are in `submission`, `transitions` and `queries`. PostgreSQL locks the
+first eligible job with `FOR UPDATE SKIP LOCKED`, so that claimers do not wait for each other. SQLite has one writer at
+a time (`BEGIN IMMEDIATE`), so the same statements need no lock. `tests/helpers/job_store_contract.py` tests both.
 """
 
 from __future__ import annotations
@@ -38,26 +37,21 @@ _TRIES = 5
 
 
 class JobStore:
-    """The truth about work. Safe to use from several threads and processes at once.
+    """The durable queue of jobs. Safe to use from several threads and processes.
 
-    Every transition is decided by one statement whose predicate names the state and, for whoever speaks for a job, its
-    token. A method that takes a token answers whether the token still spoke for the job; `False` means that authority
-    is lost: publish nothing of it. All times are the database's.
+    Every transition is one UPDATE conditioned on the job's state and, for its worker, on the token. A method that takes
+    a token returns whether the token was still valid; on `False`, publish nothing for the job. All times are by the
+    database's clock.
 
     Raises:
-        JobStoreError: The database cannot be reached, is locked for too long, or has another schema.
+        JobStoreError: From every method, if the database cannot be reached, is locked too long, or has another schema.
     """
 
     def __init__(self, url: str, *, lock: Path, limits: Limits | None = None) -> None:
-        """Open the database and bring its schema up to date.
-
-        Args:
-            url: SQLAlchemy URL of SQLite or PostgreSQL.
-            lock: File that serialises migrations.
-            limits: How often a job is tried.
+        """Open the database and upgrade its schema. `lock` is the file that serializes migrations.
 
         Raises:
-            JobError: The database cannot be reached, or a newer release wrote it.
+            JobStoreError: The database cannot be reached, or a newer release wrote it.
         """
         self._engine = open_engine(url)
         self._reader = self._engine.execution_options(rankwise_read_only=True)
@@ -70,11 +64,11 @@ class JobStore:
 
     @property
     def aliases(self) -> AliasHistory:
-        """The moves of aliases, which are in the same database."""
+        """The history of alias moves, in the same database."""
         return AliasHistory(self._engine, self._reader)
 
     def _write(self, doing: str, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a writing transaction. PostgreSQL may choose it as the victim of a deadlock: then once more."""
+        """Run `work` in a writing transaction, and retry if PostgreSQL aborts it because of a deadlock."""
         with database_errors(doing):
             for left in reversed(range(_TRIES)):
                 try:
@@ -83,25 +77,21 @@ class JobStore:
                 except DBAPIError as error:
                     if left == 0 or getattr(error.orig, "sqlstate", None) not in {_DEADLOCK, _SERIALIZATION}:
                         raise
-            raise AssertionError("the last try returns or raises")
+            raise AssertionError("the last attempt returns or raises")
 
     def _read(self, doing: str, work: Callable[[Connection], T]) -> T:
         with database_errors(doing), self._reader.begin() as connection:
             return work(connection)
 
     def submit(self, jobs: Sequence[NewJob], *, again: bool = False) -> list[Job]:
-        """Add jobs; one that exists (same kind and spec hash) is left as it is.
+        """Add jobs, and return them in the same order; an existing job (same kind and spec hash) is left unchanged.
 
-        Args:
-            jobs: What to add. `after` holds ids of jobs that must have succeeded first; it counts for jobs that are
-                queued, and one that waits for a job that has failed or was cancelled is cancelled at once.
-            again: Put a failed or cancelled job back into the queue, with the spec given and its counts at zero.
-
-        Returns:
-            The jobs as they now stand, in the order given.
+        `after` of a queued job names jobs that must succeed first; if one of them has failed or was cancelled, the job
+        is cancelled at once. With `again`, failed and cancelled jobs are requeued with the new spec and their counters
+        at zero.
 
         Raises:
-            JobError: Jobs would wait for themselves; none is added then.
+            JobError: Jobs would wait for themselves; none is added.
         """
         return self._write("submitting jobs", lambda connection: submission.submit(connection, jobs, again=again))
 
@@ -115,18 +105,11 @@ class JobStore:
         among: Collection[int] | None = None,
         experiment: str | None = None,
     ) -> list[Job]:
-        """Take the first eligible job and up to `max_arms - 1` more of its pack; empty when there is none now.
+        """Claim the first eligible job and up to `max_arms - 1` more of its pack; empty if no job is eligible.
 
-        Eligible: queued, not held, due, all that it comes after succeeded. Mates have the same `pack_key`
-        and the same `pack_id`: jobs that were a pack are claimed again as that pack.
-
-        Args:
-            worker: Who claims.
-            lease: Seconds until the claim is lost without a heartbeat.
-            max_arms: The largest pack.
-            kinds: Only these kinds.
-            among: Only these ids.
-            experiment: Only jobs of this experiment.
+        Eligible: queued, not held, due, and all dependencies have succeeded. The jobs of a pack have the same
+        `pack_key` and `pack_id`, so an interrupted pack is claimed as a whole. The claim expires after `lease` seconds
+        without a heartbeat. `kinds`, `among` (ids) and `experiment` restrict the search.
         """
         return self._write(
             "claiming a pack",
@@ -138,13 +121,10 @@ class JobStore:
     def beat(
         self, tokens: Collection[str], *, lease: float, progress: Mapping[str, Mapping[str, Any]] | None = None
     ) -> HeartbeatReply:
-        """Renew the leases and note progress.
+        """Send a heartbeat: renew the leases for `lease` seconds and store progress, given by token.
 
-        Args:
-            tokens: Of the attempts under way.
-            lease: Seconds until the claims are lost without another heartbeat.
-            progress: What to note, by token. An integer `checkpoint`, the step that was kept last, above all that the
-                job has reported before sets its count of lost workers back to zero.
+        An integer `checkpoint` in the progress, the step saved last, resets the job's count of lost workers if it is
+        the highest so far.
         """
         return self._write(
             "sending a heartbeat",
@@ -152,22 +132,22 @@ class JobStore:
         )
 
     def set_run(self, token: str, run_id: str) -> bool:
-        """Note the MLflow run of the job."""
+        """Store the MLflow run of the job."""
         return self._write(
-            "noting a run", lambda connection: transitions.change(connection, token, mlflow_run_id=run_id)
+            "storing a run", lambda connection: transitions.change(connection, token, mlflow_run_id=run_id)
         )
 
     def assign_run(self, job_id: int, run_id: str) -> bool:
-        """Note the MLflow run of a job that has none yet, whoever holds it; `False` when it has one."""
-        return self._write("noting a run", lambda connection: transitions.assign_run(connection, job_id, run_id))
+        """Store the MLflow run of a job without one, whatever its state; `False` if it has one."""
+        return self._write("storing a run", lambda connection: transitions.assign_run(connection, job_id, run_id))
 
     def uploading(self, token: str, result: Mapping[str, Any]) -> bool:
-        """Note that the work is computed and waits for publication."""
+        """Store the result; publication is pending."""
         values = {"state": str(JobState.UPLOADING), "result": dict(result)}
-        return self._write("noting a result", lambda connection: transitions.change(connection, token, **values))
+        return self._write("storing a result", lambda connection: transitions.change(connection, token, **values))
 
     def holds(self, token: str) -> bool:
-        """Whether the token still speaks for its job: the check before every external write."""
+        """Whether the token is still valid; check before every external write."""
         return self._read("checking a token", lambda connection: queries.holds(connection, token))
 
     def finish(
@@ -179,73 +159,61 @@ class JobStore:
         error: str | None = None,
         wait: float = 0.0,
     ) -> bool:
-        """End the attempt and move the job on, as the outcome says.
+        """End the attempt and change the job's state according to the outcome.
 
-        A job that goes back to the queue is cancelled instead when a person asked for that. What waits for a job that
-        ends failed or cancelled is cancelled with it. Saying the same outcome once more changes nothing and is `True`,
-        so that a caller may repeat the call when its answer got lost.
+        A job that would return to the queue is cancelled if a user requested that. Jobs that wait for a failed or
+        cancelled job are cancelled too. Repeating the call with the same outcome changes nothing and returns `True`, so
+        a caller that lost the reply may retry.
 
-        Args:
-            token: Of the attempt.
-            outcome: How it ended.
-            result: What the job has made; the earlier one stays when none is given.
-            error: Why it did not succeed; secrets in it are not stored.
-            wait: Seconds before it may be claimed again, where it goes back to the queue; after a failure at least the
-                backoff.
+        An earlier `result` is kept if None is given. Secrets in `error` are redacted. A requeued job may be claimed
+        after `wait` seconds; after a failure, at least the backoff.
         """
-        said = None if error is None else _storable(error)
+        stored_error = None if error is None else _storable(error)
         return self._write(
             "finishing a job",
             lambda connection: transitions.finish(
-                connection, token, outcome, self._limits, result=result, error=said, wait=wait
+                connection, token, outcome, self._limits, result=result, error=stored_error, wait=wait
             ),
         )
 
     def finish_together(
         self, tokens: Collection[str], outcome: Outcome, *, error: str | None = None, wait: float = 0.0
     ) -> frozenset[str]:
-        """End several attempts as `finish` does, at one moment: a pack that goes back to the queue goes back whole.
+        """End several attempts like `finish`, in one transaction, so that a pack is requeued as a whole.
 
-        Returns:
-            Those tokens for which `finish` would have said yes.
+        Returns the tokens for which `finish` would return `True`.
         """
-        said = None if error is None else _storable(error)
+        stored_error = None if error is None else _storable(error)
         return self._write(
             "finishing jobs",
             lambda connection: transitions.finish_together(
-                connection, tokens, outcome, self._limits, error=said, wait=wait
+                connection, tokens, outcome, self._limits, error=stored_error, wait=wait
             ),
         )
 
     def reclaim(self, *, host: str | None = None, alive: Collection[int] = ()) -> list[Job]:
-        """Put jobs back whose lease ran out, and those held on `host` by a process that is not among `alive`."""
+        """Requeue jobs whose lease has expired, or that are held on `host` by a process not among `alive`."""
         return self._write(
             "reclaiming jobs",
             lambda connection: transitions.reclaim(connection, self._limits, host=host, alive=alive),
         )
 
     def cancel(self, ids: Collection[int]) -> list[Job]:
-        """Cancel what is queued at once, and what waits for it; ask what is running to stop. Returns those named."""
+        """Cancel queued jobs and jobs that wait for them; request running ones to stop. Returns the jobs of `ids`."""
         return self._write("cancelling jobs", lambda connection: transitions.cancel(connection, ids))
 
     def retry(self, ids: Collection[int]) -> list[Job]:
-        """Put failed and cancelled jobs back into the queue, counts at zero, and what was cancelled because of them.
+        """Requeue failed and cancelled jobs with their counters at zero, and jobs cancelled because of them.
 
-        Returns:
-            Those named and those that came back with them, as they now stand. One that waits for a job that has failed
-            or was cancelled, and is not named, is still cancelled.
+        A job stays cancelled if it waits for a failed or cancelled job that is not requeued. Returns the given jobs and
+        those requeued with them.
         """
-        return self._write("putting jobs back", lambda connection: transitions.retry(connection, ids))
+        return self._write("requeuing jobs", lambda connection: transitions.retry(connection, ids))
 
     def settle(self, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
-        """Decide how held jobs go on, all in one transaction; rows that are not held any more are left alone.
+        """Release the held jobs in `promote`, and cancel those in `prune` with the reason as their error.
 
-        Args:
-            promote: These may be claimed again.
-            prune: These are cancelled, with the reason as their error.
-
-        Returns:
-            Those that changed.
+        Jobs that are no longer held stay unchanged. Returns the changed jobs.
 
         Raises:
             ValueError: A job is in both.
@@ -253,7 +221,7 @@ class JobStore:
         return self._write("settling a rung", lambda connection: transitions.settle(connection, promote, prune))
 
     def get(self, job_id: int) -> Job:
-        """One job. Raises `JobError` when there is none."""
+        """One job; raises `JobError` if it does not exist."""
         return self._read("reading a job", lambda connection: queries.get(connection, job_id))
 
     def find(self, kind: JobKind, spec_hashes: Collection[str]) -> dict[str, Job]:
@@ -270,7 +238,7 @@ class JobStore:
         limit: int | None = None,
         after_id: int = 0,
     ) -> list[Job]:
-        """A page of jobs by id. Without a limit: all that `ids` names, or the first 1,000."""
+        """A page of jobs by id. Without a limit: all jobs of `ids`, or the first 1,000."""
         return self._read(
             "reading jobs",
             lambda connection: queries.jobs(
@@ -285,28 +253,28 @@ class JobStore:
         )
 
     def counts(self) -> dict[JobState, int]:
-        """How many jobs are in each state."""
+        """Number of jobs by state."""
         depth = self.depth()
         return {state: sum(depth[kind, state] for kind in JobKind) for state in JobState}
 
     def depth(self, experiment: str | None = None) -> dict[tuple[JobKind, JobState], int]:
-        """How many jobs there are of each kind in each state."""
+        """Number of jobs by kind and state."""
         return self._read("counting jobs", lambda connection: queries.depth(connection, experiment))
 
     def held(self, experiment: str | None = None) -> int:
-        """How many queued jobs are held until `settle`."""
+        """Number of queued jobs that are held until `settle`."""
         return self._read("counting jobs", lambda connection: queries.held(connection, experiment))
 
     def waits_for(self, job_id: int) -> list[Job]:
-        """The jobs that must succeed before this one may be claimed, so far as they have not."""
+        """The jobs that must still succeed before this one may be claimed."""
         return self._read("reading jobs", lambda connection: queries.waits_for(connection, job_id))
 
     def time(self) -> float:
-        """Seconds since the epoch, by the database's clock."""
+        """Seconds since the epoch by the database's clock."""
         return self._read("reading the clock", queries.database_time)
 
     def attempts(self, job_id: int) -> list[Attempt]:
-        """All attempts of a job, the first one first."""
+        """All attempts of a job, oldest first."""
         return self._read("reading attempts", lambda connection: queries.attempts(connection, job_id))
 
     def open_attempts(self) -> list[Attempt]:
@@ -314,19 +282,19 @@ class JobStore:
         return self._read("reading attempts", queries.open_attempts)
 
     def recent(self, kind: JobKind, limit: int = 50) -> list[Attempt]:
-        """The attempts of this kind that succeeded last, the newest first."""
+        """The latest successful attempts of this kind, newest first."""
         return self._read("reading attempts", lambda connection: queries.recent(connection, kind, limit))
 
     def announce(self, worker: Worker, info: Mapping[str, Any]) -> None:
-        """Say that a worker is there, and what it is like; again and again, so that its silence shows."""
+        """Announce a worker with facts about it. Repeat this regularly, so that a silent worker is noticed."""
         self._write("announcing a worker", lambda connection: transitions.announce(connection, worker, info))
 
     def retire(self, worker: Worker) -> None:
-        """Say that a worker has ended."""
+        """Remove a worker that ends."""
         self._write("retiring a worker", lambda connection: transitions.retire(connection, worker))
 
     def workers(self) -> list[WorkerInfo]:
-        """Workers that have announced themselves and not retired, those silent for a day left out."""
+        """Announced workers, without those that retired or were silent for a day."""
         return self._read("listing workers", transitions.workers)
 
 
@@ -338,7 +306,7 @@ def every_job(
     states: Collection[JobState] | None = None,
     page_size: int = 1000,
 ) -> Iterator[Job]:
-    """All jobs that fit (see `JobStore.jobs`) by their numbers, read in pages."""
+    """All matching jobs by id (see `JobStore.jobs`), read in pages."""
     last = 0
     while page := queue.jobs(kinds=kinds, experiment=experiment, states=states, limit=page_size, after_id=last):
         yield from page
@@ -346,5 +314,5 @@ def every_job(
 
 
 def _storable(text: str) -> str:
-    """A text as a database takes it: without secrets, without the odd bytes that a crash leaves in its last words."""
+    """Text that every database accepts: secrets redacted, invalid characters of a crash's output escaped."""
     return redact(text).encode(errors="backslashreplace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")

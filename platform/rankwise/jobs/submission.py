@@ -1,10 +1,8 @@
-"""How jobs get into the queue.
+"""Submitting jobs, their dependencies, and the definitions that they share.
 
-A job comes after others by rows of `job_dependency`. It is claimed once all of them have succeeded. When one ends
-failed or cancelled, it is cancelled in the same transaction and notes by whom; so is what waits for it in turn.
-
-- Jobs that wait for others: what becomes of them when those end badly, and when those are tried again.
-- Definitions: the text that the jobs of a sweep share is stored once, by its digest.
+Rows of `job_dependency` say which jobs must succeed before a job is claimed. When one of them fails or is cancelled,
+the job is cancelled in the same transaction, and so are the jobs that wait for it. A definition is stored once, by its
+digest, however many jobs refer to it.
 """
 
 from __future__ import annotations
@@ -37,11 +35,11 @@ from rankwise.jobs.rows import (
 _ENDED = {str(JobState.FAILED): "failed", str(JobState.CANCELLED): "was cancelled"}
 
 
-def refuse_circles(connection: Connection, ids: Collection[int]) -> None:
-    """Refuse jobs that wait, directly or through others, for themselves: nobody could ever claim them.
+def refuse_cycles(connection: Connection, ids: Collection[int]) -> None:
+    """Refuse circular dependencies, since such jobs could never be claimed.
 
     Raises:
-        JobError: Some of `ids` do.
+        JobError: Some of `ids` wait, directly or through others, for themselves.
     """
     waits_for: dict[int, set[int]] = {}
     wave = set(ids)
@@ -58,14 +56,14 @@ def refuse_circles(connection: Connection, ids: Collection[int]) -> None:
     try:
         TopologicalSorter(waits_for).prepare()
     except CycleError as error:
-        circle = ", ".join(str(job_id) for job_id in sorted(set(error.args[1])))
+        cycle = ", ".join(str(job_id) for job_id in sorted(set(error.args[1])))
         raise JobError(
-            f"jobs that come after themselves would wait for ever: {circle}; submit without --after one of these"
+            f"jobs would wait for themselves forever: {cycle}; submit without --after one of these"
         ) from error
 
 
 def cancel_dependents(connection: Connection, ended: Collection[int]) -> None:
-    """Cancel all queued jobs that wait, directly or through others, for one of `ended`, which ended badly."""
+    """Cancel all queued jobs that wait, directly or through others, for one of `ended` (failed or cancelled jobs)."""
     wave: Collection[int] = ended
     while wave:
         earlier = JobRow.__table__.alias("earlier")
@@ -100,11 +98,11 @@ def cancel_dependents(connection: Connection, ended: Collection[int]) -> None:
         wave = changed
 
 
-def cancel_in_vain(connection: Connection, ids: Collection[int]) -> None:
-    """Cancel those of `ids` that wait for a job that has ended badly already.
+def cancel_unreachable(connection: Connection, ids: Collection[int]) -> None:
+    """Cancel those of `ids` that wait for a failed or cancelled job.
 
-    The jobs waited for are locked against changes (`FOR SHARE`; SQLite has one writer anyway), so that one that ends
-    while the rows of `ids` are not yet visible to its own transaction cannot leave them waiting for ever.
+    The jobs that they wait for are locked (`FOR SHARE`; SQLite has one writer anyway). Otherwise a job could fail in a
+    transaction that does not yet see the rows of `ids`, which would then wait forever.
     """
     earlier = select(DependencyRow.after_id).where(one_of(DependencyRow.job_id, ids))
     locked = select(JobRow.id, JobRow.state).where(JobRow.id.in_(earlier)).order_by(JobRow.id)
@@ -113,15 +111,9 @@ def cancel_in_vain(connection: Connection, ids: Collection[int]) -> None:
 
 
 def requeue(connection: Connection, ids: Collection[int], *, dependents: bool) -> list[int]:
-    """Put failed and cancelled jobs back into the queue with their counts at zero.
+    """Requeue failed and cancelled jobs with their counters at zero; other jobs are left unchanged.
 
-    Args:
-        connection: A writing transaction.
-        ids: The jobs; those in other states are left as they are.
-        dependents: Whether what was cancelled because of them comes back too.
-
-    Returns:
-        The ids of all that were put back, so far as nothing they wait for has ended badly.
+    With `dependents`, jobs that were cancelled because of them are requeued too. Returns all requeued ids.
     """
     values: dict[str, Any] = queued(
         failures=0,
@@ -134,7 +126,7 @@ def requeue(connection: Connection, ids: Collection[int], *, dependents: bool) -
         pack_id=None,
         updated_at=now(),
     )
-    everything: list[int] = []
+    requeued: list[int] = []
     wave: Collection[int] = ids
     while wave:
         changed = list(
@@ -145,7 +137,7 @@ def requeue(connection: Connection, ids: Collection[int], *, dependents: bool) -
                 .returning(JobRow.id)
             )
         )
-        everything += changed
+        requeued += changed
         if not dependents:
             break
         wave = connection.scalars(
@@ -155,7 +147,7 @@ def requeue(connection: Connection, ids: Collection[int], *, dependents: bool) -
                 JobRow.id.in_(select(DependencyRow.job_id).where(one_of(DependencyRow.after_id, changed))),
             )
         ).all()
-    return everything
+    return requeued
 
 
 def submit(connection: Connection, jobs: Sequence[NewJob], *, again: bool) -> list[Job]:
@@ -182,14 +174,13 @@ def submit(connection: Connection, jobs: Sequence[NewJob], *, again: bool) -> li
     if again:
         _again(connection, jobs)
     _depend(connection, jobs)
-    # A job that is in the queue already keeps its own definition, one that comes back gives up its own.
+    # An existing job keeps its definition, so the new one may be unused; a requeued job drops its old one.
     _remove_unused_definitions(connection)
     stored = _stored(connection, jobs)
     return [stored[job.kind, job.spec_hash] for job in jobs]
 
 
 def _definition(job: NewJob) -> str | None:
-    """The text of a job's definition; None for a job without one."""
     text = job.spec.get(DEFINITION)
     return text if isinstance(text, str) else None
 
@@ -199,7 +190,7 @@ def _digest(text: str) -> str:
 
 
 def _payload(job: NewJob) -> dict[str, Any]:
-    """The payload of a job, and the definition that it refers to; its place in the payload stays, empty."""
+    """The payload of a job, with its definition replaced by None, and the digest of the definition."""
     text = _definition(job)
     if text is None:
         return {"spec": job.spec, "definition": None}
@@ -207,39 +198,36 @@ def _payload(job: NewJob) -> dict[str, Any]:
 
 
 def _store_definitions(connection: Connection, jobs: Sequence[NewJob]) -> None:
-    """Store the definitions of jobs that are about to be added."""
     texts = {_digest(text): text for text in {_definition(job) for job in jobs} if text is not None}
     insert = _insert(connection, DefinitionRow)
-    # The update changes nothing. It locks the row, which stays until the jobs that refer to it are there.
+    # The update changes nothing but locks the row, which must stay until the jobs that refer to it exist.
     insert = insert.on_conflict_do_update(index_elements=["digest"], set_={"digest": insert.excluded.digest})
     for digest, text in sorted(texts.items()):
         connection.execute(insert.values(digest=digest, text=text))
 
 
 def _remove_unused_definitions(connection: Connection) -> None:
-    """Remove the definitions that no job refers to, those left out that others are submitting jobs of."""
+    """Remove unused definitions, except those locked by other submissions."""
     unused = ~exists().where(JobRow.definition == DefinitionRow.digest)
     digests = connection.scalars(select(DefinitionRow.digest).where(unused).with_for_update(skip_locked=True)).all()
     if digests:
-        # Asked again: a job may have been added before its definition was locked here.
+        # Checked again, since a job may have been added before its definition was locked here.
         connection.execute(delete(DefinitionRow).where(DefinitionRow.digest.in_(digests), unused))
 
 
 def _insert(connection: Connection, table: type[Any]) -> Any:
-    """An INSERT of the database at hand, whose conflicts can be passed over."""
     return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
 
 
 def _stored(connection: Connection, jobs: Sequence[NewJob]) -> dict[tuple[JobKind, str], Job]:
-    found: dict[tuple[JobKind, str], Job] = {}
+    stored: dict[tuple[JobKind, str], Job] = {}
     for start in range(0, len(jobs), BATCH):
         query = job_columns().where(JobRow.spec_hash.in_([job.spec_hash for job in jobs[start : start + BATCH]]))
-        found |= {(job.kind, job.spec_hash): job for job in map(as_job, connection.execute(query))}
-    return found
+        stored |= {(job.kind, job.spec_hash): job for job in map(as_job, connection.execute(query))}
+    return stored
 
 
 def _again(connection: Connection, jobs: Sequence[NewJob]) -> None:
-    """Put those back that had ended badly, with the spec that is given now."""
     given = {(str(job.kind), job.spec_hash): job for job in jobs}
     for start in range(0, len(jobs), BATCH):
         hashes = [job.spec_hash for job in jobs[start : start + BATCH]]
@@ -256,7 +244,7 @@ def _again(connection: Connection, jobs: Sequence[NewJob]) -> None:
 
 
 def _depend(connection: Connection, jobs: Sequence[NewJob]) -> None:
-    """Note what the jobs come after. One that is under way or has ended waits for nothing any more."""
+    """Store dependencies of queued jobs; running and ended jobs wait for nothing."""
     after = {(str(job.kind), job.spec_hash): job.after for job in jobs if job.after}
     hashes = sorted({spec_hash for _, spec_hash in after})
     waiting: list[int] = []
@@ -269,9 +257,9 @@ def _depend(connection: Connection, jobs: Sequence[NewJob]) -> None:
         )
         for row in connection.execute(queued.with_for_update()):
             earlier = after.get((row.kind, row.spec_hash), ())
-            pairs += [{"job_id": row.id, "after_id": each} for each in earlier]
+            pairs += [{"job_id": row.id, "after_id": after_id} for after_id in earlier]
             waiting += [row.id] if earlier else []
     if pairs:
         connection.execute(_insert(connection, DependencyRow).on_conflict_do_nothing(), pairs)
-        refuse_circles(connection, waiting)
-        cancel_in_vain(connection, waiting)
+        refuse_cycles(connection, waiting)
+        cancel_unreachable(connection, waiting)

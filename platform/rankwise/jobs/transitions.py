@@ -1,11 +1,8 @@
-"""The life of a claimed job. Every function runs inside one writing transaction.
+"""State transitions of jobs (claim, heartbeat, finish, reclaim, cancel, retry, settle), and the list of workers.
 
-An attempt that has not ended and the token of its job belong together: whoever ends the one takes away the other. Rows
-are locked in one order, the attempt before its job and jobs by id, so that two transitions of one job wait for each
-other and do not deadlock.
-
-- What is decided about jobs from outside: cancel, try again, settle a rung. Each is part of one transaction.
-- Which workers there are: what they say of themselves. Nothing is decided by it, it is for people to look at.
+Every function runs inside one writing transaction. A job has a token exactly while its attempt is open: a transition
+ends both. Rows are locked in a fixed order, an attempt before its job and jobs by id, so that concurrent transitions
+of a job do not deadlock. The list of workers is for display only.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ from rankwise.jobs.rows import (
     one_of,
     queued,
 )
-from rankwise.jobs.submission import cancel_dependents, cancel_in_vain, requeue
+from rankwise.jobs.submission import cancel_dependents, cancel_unreachable, requeue
 
 
 def claim(
@@ -59,7 +56,7 @@ def claim(
             eligible,
             JobRow.id != head.id,
             JobRow.pack_key == head.pack_key,
-            # A pack that was cut off is claimed again as the same arms, so that they share one step.
+            # An interrupted pack is claimed with the same arms, which are at the same step.
             JobRow.pack_id.is_(None) if head.pack_id is None else JobRow.pack_id == head.pack_id,
         )
         mates = mates.order_by(JobRow.priority.desc(), JobRow.id).limit(max_arms - 1)
@@ -130,21 +127,21 @@ def beat(
         )
     )
     for token in sorted(held & progress.keys()):
-        noted = dict(progress[token])
+        report = dict(progress[token])
         connection.execute(
-            update(AttemptRow).where(AttemptRow.token == token).values(progress=noted, progress_at=now())
+            update(AttemptRow).where(AttemptRow.token == token).values(progress=report, progress_at=now())
         )
-        kept = noted.get("checkpoint")
+        kept = report.get("checkpoint")
         if isinstance(kept, int):
-            # Work that has been kept shows that the job is no poison, whatever became of its workers.
+            # A new checkpoint shows progress, so earlier losses of workers were not the job's fault.
             connection.execute(
                 update(JobRow)
                 .where(*holding(token), JobRow.checkpoint < kept)
                 .values(checkpoint=kept, lost=0, updated_at=now())
             )
-    asked = select(JobRow.token).where(JobRow.token.in_(sorted(held)), JobRow.cancel_requested)
+    cancelled = select(JobRow.token).where(JobRow.token.in_(sorted(held)), JobRow.cancel_requested)
     return HeartbeatReply(
-        held=held, cancelled=frozenset(token for token in connection.scalars(asked) if token is not None)
+        held=held, cancelled=frozenset(token for token in connection.scalars(cancelled) if token is not None)
     )
 
 
@@ -159,13 +156,13 @@ def finish(
     wait: float,
     time: ColumnElement[float] | float | None = None,
 ) -> bool:
-    """See `JobStore.finish`; `time` is the moment that waiting counts from, now by default."""
+    """See `JobStore.finish`; `time` is when waiting starts, now by default."""
     if outcome is Outcome.LOST:
-        raise ValueError("only `reclaim` says that an attempt is lost")
+        raise ValueError("only `reclaim` sets the outcome lost")
     if not _end_attempts(connection, [token], outcome, error):
-        # The answer to an earlier call may have got lost with the connection: it counts, and so does what it said.
-        said = select(AttemptRow.outcome).where(AttemptRow.token == token)
-        return connection.scalar(said) == str(outcome)
+        # The reply to an earlier call may have been lost; repeating it with the same outcome succeeds.
+        earlier = select(AttemptRow.outcome).where(AttemptRow.token == token)
+        return connection.scalar(earlier) == str(outcome)
     failures = connection.scalars(select(JobRow.failures).where(*holding(token))).one()
     values = _after(outcome, failures, limits, wait, now() if time is None else time)
     if result is not None:
@@ -184,7 +181,7 @@ def finish_together(
     connection: Connection, tokens: Collection[str], outcome: Outcome, limits: Limits, *, error: str | None, wait: float
 ) -> frozenset[str]:
     """See `JobStore.finish_together`."""
-    # One moment for all: those that have to wait are due together too.
+    # The same time for all, so that waiting jobs become due together.
     time = connection.scalars(select(now())).one()
     return frozenset(
         token
@@ -196,7 +193,7 @@ def finish_together(
 def _after(
     outcome: Outcome, failures: int, limits: Limits, wait: float, time: ColumnElement[float] | float
 ) -> dict[str, Any]:
-    """What a job becomes when an attempt ended so."""
+    """The changes of a job after an attempt with this outcome."""
     ended = {"token": None}
     if outcome is Outcome.SUCCEEDED:
         return {**ended, "state": str(JobState.SUCCEEDED)}
@@ -223,7 +220,7 @@ def reclaim(connection: Connection, limits: Limits, *, host: str | None, alive: 
     gone: ColumnElement[bool] = AttemptRow.lease_until < now()
     if host is not None:
         gone = or_(gone, and_(AttemptRow.host == host, ~one_of(AttemptRow.pid, alive)))
-    # One that beats or finishes at this moment has its row locked, and is not gone.
+    # A row locked by a concurrent heartbeat or finish is not stale.
     stale = select(AttemptRow.token).where(AttemptRow.ended_at.is_(None), gone).with_for_update(skip_locked=True)
     tokens = connection.scalars(stale).all()
     if not tokens:
@@ -252,7 +249,6 @@ def reclaim(connection: Connection, limits: Limits, *, host: str | None, alive: 
 
 
 def _end_attempts(connection: Connection, tokens: Collection[str], outcome: Outcome, error: str | None) -> int:
-    """End open attempts; how many there were."""
     ended = connection.execute(
         update(AttemptRow)
         .where(AttemptRow.token.in_(tokens), AttemptRow.ended_at.is_(None))
@@ -262,7 +258,7 @@ def _end_attempts(connection: Connection, tokens: Collection[str], outcome: Outc
 
 
 def change(connection: Connection, token: str, **values: Any) -> bool:
-    """Change the job that a token speaks for; whether it does."""
+    """Change the job of a token; false if the token is no longer valid."""
     changed = connection.execute(update(JobRow).where(*holding(token)).values(**values, updated_at=now()))
     return changed.rowcount == 1
 
@@ -298,16 +294,16 @@ def cancel(connection: Connection, ids: Collection[int]) -> list[Job]:
 def retry(connection: Connection, ids: Collection[int]) -> list[Job]:
     """See `JobStore.retry`."""
     _lock(connection, ids)
-    back = requeue(connection, ids, dependents=True)
-    cancel_in_vain(connection, back)
-    return _rows(connection, {*ids, *back})
+    requeued = requeue(connection, ids, dependents=True)
+    cancel_unreachable(connection, requeued)
+    return _rows(connection, {*ids, *requeued})
 
 
 def settle(connection: Connection, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
     """See `JobStore.settle`."""
     both = sorted(prune.keys() & set(promote))
     if both:
-        raise ValueError(f"jobs {both} are to be promoted and pruned at once")
+        raise ValueError(f"jobs {both} cannot be both promoted and pruned")
     _lock(connection, {*promote, *prune})
     waiting = JobRow.state == str(JobState.QUEUED), JobRow.held
     changed = list(
@@ -331,7 +327,7 @@ def settle(connection: Connection, promote: Collection[int], prune: Mapping[int,
 
 
 def _lock(connection: Connection, ids: Collection[int]) -> None:
-    """Lock rows in the order of their ids, as every other transaction does."""
+    """Lock rows in the order of their ids, like every other transaction."""
     connection.execute(select(JobRow.id).where(one_of(JobRow.id, ids)).order_by(JobRow.id).with_for_update()).all()
 
 
@@ -340,7 +336,7 @@ def _rows(connection: Connection, ids: Collection[int]) -> list[Job]:
 
 
 _FORGOTTEN_S = 86_400.0
-"""A worker that has been silent for a day is not listed any more."""
+"""Workers silent for longer are no longer listed."""
 
 
 def announce(connection: Connection, worker: Worker, info: Mapping[str, Any]) -> None:
@@ -368,5 +364,5 @@ def workers(connection: Connection) -> list[WorkerInfo]:
 
 
 def _silent() -> ColumnElement[float]:
-    """Seconds since a worker was heard of."""
+    """Seconds since a worker's last announcement."""
     return now() - WorkerRow.seen_at

@@ -17,7 +17,7 @@ def test_a_reader_reads_on_when_the_queue_is_away(tmp_path, capsys):
     assert with_waiting_arms(settings, None, "what MLflow has", everything=False) == "what MLflow has"
     told = capsys.readouterr().err
     assert told.startswith("arms that wait are not shown: reading the revision of the queue: ")
-    assert "the queue's database refused" in told
+    assert "the queue's database failed" in told
 
 
 def test_arms_that_wait_are_added_where_there_is_a_queue(tmp_path, capsys, monkeypatch):

@@ -36,19 +36,19 @@ def test_a_queue_in_order_has_no_problems(path):
 
 
 def test_a_queue_that_is_not_there_is_said_and_not_made(tmp_path):
-    with pytest.raises(JobStoreError, match=r"there is no queue at .*q\.db: `rankwise db upgrade` makes one"):
+    with pytest.raises(JobStoreError, match=r"there is no queue at .*q\.db: `rankwise db upgrade` creates one"):
         problems(tmp_path / "q.db")
     assert not (tmp_path / "q.db").exists()
 
 
 @pytest.mark.parametrize(("statement", "problem"), [
-    ("UPDATE attempt SET ended_at = 1 WHERE job_id = 1", "1 jobs are held by nobody"),
-    ("UPDATE job SET state = 'queued' WHERE id = 1", "1 jobs that nobody holds have a token"),
-    ("UPDATE job SET token = 'x' WHERE id = 1", "1 attempts go on whose job is held by another one"),
+    ("UPDATE attempt SET ended_at = 1 WHERE job_id = 1", "1 jobs in progress have no open attempt"),
+    ("UPDATE job SET state = 'queued' WHERE id = 1", "1 jobs that are not in progress have a token"),
+    ("UPDATE job SET token = 'x' WHERE id = 1", "1 open attempts belong to jobs that another attempt holds"),
     ("UPDATE alembic_version SET version_num = '9999'", "written by a newer rankwise; install that one"),
     ("DELETE FROM alembic_version", "the database is empty"),
-    ("INSERT INTO job_dependency VALUES (1, 99)", "1 rows name jobs that are not there, the first one in table job_d"),
-    ("UPDATE job SET definition = 'x'", "4 rows name definitions that are not there, the first one in table job"),
+    ("INSERT INTO job_dependency VALUES (1, 99)", "1 rows refer to missing jobs, the first one in table job_d"),
+    ("UPDATE job SET definition = 'x'", "4 rows refer to missing definitions, the first one in table job"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(path, statement, problem):
     edit(path, statement)
@@ -58,7 +58,7 @@ def test_what_is_wrong_is_said(path, statement, problem):
 def test_jobs_that_wait_in_vain_are_said(path):
     edit(path, "INSERT INTO job_dependency VALUES (3, 4)")
     edit(path, "UPDATE job SET state = 'failed' WHERE id = 4")
-    assert problems(path) == ("1 jobs wait for one that has failed or was cancelled",)
+    assert problems(path) == ("1 queued jobs wait for a failed or cancelled job",)
 
 
 def test_a_damaged_file_is_said(path):

@@ -42,7 +42,7 @@ class TestSqlite(JobStoreContract):
             return "done"
 
         if more:
-            with pytest.raises(JobStoreError, match="testing: the queue's database refused: refused"):
+            with pytest.raises(JobStoreError, match="testing: the queue's database failed: refused"):
                 store._write("testing", work)
         else:
             assert store._write("testing", work) == "done"
