@@ -123,15 +123,15 @@ def decide(stopping: EarlyStoppingSpec, competitors: Sequence[Competitor]) -> Ru
     present = len({arm.configuration for arm in here})
     # An arm that failed after the previous rung looks like one cancelled at it, so cap at the number promoted.
     entered = min(len({arm.configuration for arm in [*here, *failed]}), _promoted(stopping, competitors, rung))
-    going = kept(stopping, max(present, entered))
+    promoted = kept(stopping, max(present, entered))
     ranking = _ranked(here, greater=greater_is_better(stopping.metric))
     reason = f"{PRUNED} {stopping.min_steps * stopping.eta**rung}: {stopping.metric}"
-    better = f"is not among the best {len(ranking[:going])} of {present}"
+    better = f"is not among the best {len(ranking[:promoted])} of {present}"
     prune = {arm.spec_hash: f"{reason} is not a finite number" for arm in here if not _has_value(arm)}
-    for arms in ranking[going:]:
+    for arms in ranking[promoted:]:
         value = f"{_mean(arms):.4g}" if len(arms) == 1 else f"{_mean(arms):.4g}, the mean over {len(arms)} seeds,"
         prune |= {arm.spec_hash: f"{reason} {value} {better}" for arm in arms}
-    promote = tuple(arm.spec_hash for arms in ranking[:going] for arm in arms)
+    promote = tuple(arm.spec_hash for arms in ranking[:promoted] for arm in arms)
     return RungDecision(rung=rung, promote=promote, prune=prune)
 
 
