@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from rankwise import __version__
-from rankwise.cli.jobs import with_waiting_arms
+from rankwise.cli.jobs import with_queued_arms
 from rankwise.cli.output import note, print_json, show
 from rankwise.files import write_atomically
 from rankwise.settings import Settings
@@ -43,7 +43,7 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
     settings = Settings.load()
     with Store.open(settings) as store:
         gathered = gather(store, experiment, everything=everything)
-        comparison = with_waiting_arms(settings, store, gathered, everything=everything)
+        comparison = with_queued_arms(settings, store, gathered, everything=everything)
         finding = None if as_csv else smallest_rank(store, comparison)
     if as_json:
         print_json(comparison_json(comparison, finding))
@@ -71,7 +71,7 @@ def report(experiment: str, output: Path | None, everything: bool) -> None:
     settings = Settings.load()
     with Store.open(settings) as store:
         gathered = gather(store, experiment, everything=everything)
-        comparison = with_waiting_arms(settings, store, gathered, everything=everything)
+        comparison = with_queued_arms(settings, store, gathered, everything=everything)
         finding = smallest_rank(store, comparison)
         page = report_page(store, comparison, finding, command=f"rankwise report {experiment}", version=__version__)
     write_atomically(target, page.encode())

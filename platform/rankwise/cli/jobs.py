@@ -86,7 +86,7 @@ def open_queue(settings: Settings | None = None) -> Iterator[JobStore]:
         queue.close()
 
 
-def with_waiting_arms(settings: Settings, store: Store, comparison: Comparison, *, everything: bool) -> Comparison:
+def with_queued_arms(settings: Settings, store: Store, comparison: Comparison, *, everything: bool) -> Comparison:
     """Add the arms that wait in the queue, for somebody who reads. Without a queue the others are shown all the same.
 
     Args:

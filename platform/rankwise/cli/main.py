@@ -41,7 +41,7 @@ _COMMANDS = {
     "cancel": ("rankwise.cli.jobs:cancel", "Cancel jobs."),
     "retry": ("rankwise.cli.jobs:retry", "Try failed and cancelled jobs again."),
     "cluster": ("rankwise.cli.worker:cluster", "Start, list and stop workers on a Ray cluster."),
-    "db": ("rankwise.cli.upkeep:db", "Check and upgrade the queue's database."),
+    "db": ("rankwise.cli.maintenance:db", "Check and upgrade the queue's database."),
     "evaluate": ("rankwise.cli.evaluate:evaluate", "Evaluate stored adapters and the bare base on the same rows."),
     "promote": ("rankwise.cli.evaluate:promote", "Give a version an alias, if it is better beyond noise."),
     "rollback": ("rankwise.cli.evaluate:rollback", "Undo the last move of an alias."),
@@ -52,10 +52,13 @@ _COMMANDS = {
     "export": ("rankwise.cli.registry:export", "Merge a registered adapter into its base, as a model of its own."),
     "keys": ("rankwise.cli.registry:keys", "Make keys that sign adapters, sign with them, and show public ones."),
     "bases": ("rankwise.cli.bases:bases", "List, add, verify and prune bases on this machine."),
-    "sync": ("rankwise.cli.upkeep:sync", "Deliver what MLflow has missed, and remove duplicates from the registry."),
-    "gc": ("rankwise.cli.upkeep:gc", "Remove checkpoints, models, outboxes and caches that no job needs."),
-    "doctor": ("rankwise.cli.upkeep:doctor", "Look at this machine and what it is connected to; say what to do."),
-    "ui": ("rankwise.cli.upkeep:ui", "Open the MLflow UI on the store of this project."),
+    "sync": (
+        "rankwise.cli.maintenance:sync",
+        "Deliver what MLflow has missed, and remove duplicates from the registry.",
+    ),
+    "gc": ("rankwise.cli.maintenance:gc", "Remove checkpoints, models, outboxes and caches that no job needs."),
+    "doctor": ("rankwise.cli.maintenance:doctor", "Look at this machine and what it is connected to; say what to do."),
+    "ui": ("rankwise.cli.maintenance:ui", "Open the MLflow UI on the store of this project."),
     "init-team": ("rankwise.cli.init_team:init_team", "Write the secrets of a new team, for compose.yaml."),
 }
 

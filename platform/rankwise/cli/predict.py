@@ -17,7 +17,7 @@ from rankwise.settings import Settings
 
 if TYPE_CHECKING:
     from rankwise.cli.output import Bars
-    from rankwise.inference.shards import Queued, Request, Stand
+    from rankwise.inference.shards import JobsStatus, QueuedJobs, Request
     from rankwise.jobs.store import JobStore
     from rankwise.tasks.predict import PredictionSubmission
 
@@ -98,7 +98,7 @@ def predict(
     settings = Settings.load()
     with Bars(Console(stderr=True, highlight=False)) as bars:
         # Late: torch and MLflow take seconds to import.
-        from rankwise.inference.predict import predict_file
+        from rankwise.inference.file_prediction import predict_file
         from rankwise.inference.shards import Request
         from rankwise.modeling.decoding.generation import Decoding
         from rankwise.tasks.predict import stand_of
@@ -111,12 +111,17 @@ def predict(
             return _submit(settings, bars, request, shards or 1, priority or 0, watch=watch, as_json=as_json, **where)
         connect(settings)
 
-        def stand(queued: Queued) -> Stand:
+        def jobs_status(queued: QueuedJobs) -> JobsStatus:
             with open_queue(settings) as queue:
                 return stand_of(queue, output, queued.whole)
 
         summary = predict_file(
-            request, settings=settings, tracking_uri=settings.tracking_uri, stand=stand, progress=bars, **where
+            request,
+            settings=settings,
+            tracking_uri=settings.tracking_uri,
+            jobs_status=jobs_status,
+            progress=bars,
+            **where,
         )
     for name, resolved in summary.models.items():
         if name != resolved:

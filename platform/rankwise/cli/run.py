@@ -98,7 +98,7 @@ def _run(
         try:
             plan = LoopOptions(among=frozenset(sweep["jobs"]), max_arms=max_arms or MAX_ARMS, fail_on_outage=True)
             sweep_of = (sweep["experiment"], sweep["parent_run_id"])
-            with workers_beside(loop, bars, stop, others, *sweep_of, max_arms, _GRACE_S):
+            with workers_on_other_gpus(loop, bars, stop, others, *sweep_of, max_arms, _GRACE_S):
                 jobs = loop.work(plan)
             if not stop.requested:
                 finish = {**sweep, "do": "finish", "jobs": sorted(jobs), "command": submission["command"]}
@@ -141,7 +141,7 @@ _GIVING_BACK_S = 30.0
 
 
 @contextmanager
-def workers_beside(
+def workers_on_other_gpus(
     loop: WorkerLoop,
     bars: Bars,
     stop: Stop,

@@ -1,4 +1,4 @@
-"""Batch inference: rows of a table or of a program, answered by several adapters over one base."""
+"""Batch inference: rows of a table or a program, answered by several adapters over one base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Answer", "Predictor"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late: it pulls in torch and MLflow, which the reading of tables does not need.
+    # Late: it imports torch and MLflow, which reading tables does not need.
     if name in __all__:
         return getattr(importlib.import_module("rankwise.inference.predictor"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,4 @@
-"""Answer rows with several registered adapters over one loaded base.
-
-- One row's answer.
-- What a row asks: its `messages`, its `prompt`, or a template over its columns.
-- What may be said to a predictor about how rows are answered.
-"""
+"""Predictor: rows answered by several registered adapters over one loaded base."""
 
 from __future__ import annotations
 
@@ -29,17 +24,17 @@ from rankwise.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of one row: a text, or the error that it met.
+    """The answer to one row, or the error that prevented it.
 
     Attributes:
-        model: `models:/NAME/VERSION`, or what else was asked for.
+        model: `models:/NAME/VERSION`, or the URI as given.
         version: Of the registered model; None for a directory or a LoggedModel.
-        adapter_sha256: Digest (`sha256:...`) of the manifest that covers all of the adapter's files.
-        base_fingerprint: Of the base that it ran over.
-        text: The answer; None where there is an error.
+        adapter_sha256: Digest (`sha256:...`) of the manifest that covers all files of the adapter.
+        base_fingerprint: Of the base that generated it.
+        text: The answer; None if there is an error.
         finish_reason: `stop` or `length`.
         prompt_tokens: Tokens of the rendered prompt.
-        completion_tokens: Tokens of the answer, the end token included.
+        completion_tokens: Tokens of the answer, including the end token.
         error: Why there is no answer.
     """
 
@@ -59,32 +54,24 @@ PROMPT, MESSAGES = "prompt", "messages"
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReader:
-    """Makes the conversation of a row.
-
-    Attributes:
-        template: Over columns; None to read the columns `messages` or `prompt`.
-    """
+    """Reads the conversation of a row: from `template` over its columns, else from `messages` or `prompt`."""
 
     template: RowTemplate | None = None
 
     @classmethod
     def parse(cls, template: str | None) -> PromptReader:
-        """Make a reader of `--prompt`.
+        """Parse a value of `--prompt`.
 
         Raises:
-            DatasetError: It is not a template.
+            DatasetError: It is not a valid template.
         """
         return cls(template=None if template is None else RowTemplate.parse(template, "--prompt"))
 
     def chat(self, columns: Mapping[str, Any], system: str | None) -> list[Message]:
-        """The conversation of one row.
-
-        Args:
-            columns: The row.
-            system: The system prompt that the adapter was trained with, put before a bare text.
+        """The conversation of one row; the system prompt `system` comes before a plain text.
 
         Raises:
-            DatasetError: It is no row, or has no prompt, or one that is not a text or a chat.
+            DatasetError: The row is not a mapping, or its prompt is missing or invalid.
         """
         if not isinstance(columns, Mapping):
             raise DatasetError(f"a row must be a mapping of columns, got {type(columns).__name__}")
@@ -98,13 +85,14 @@ class PromptReader:
                 raise DatasetError(f"{MESSAGES}: the chat is empty")
             return list(messages)
         if PROMPT not in columns:
-            there = ", ".join(columns) or "none"
+            names = ", ".join(columns) or "none"
             raise DatasetError(
-                f"there is neither a column {PROMPT!r} nor {MESSAGES!r}, and no --prompt; columns: {there}"
+                f"the row has neither a column {PROMPT!r} nor {MESSAGES!r}, and --prompt is not set; "
+                f"its columns: {names}"
             )
         prompt = columns[PROMPT]
         if not isinstance(prompt, str):
-            raise DatasetError(f"{PROMPT} must be a text, got {type(prompt).__name__} {prompt!r:.80}")
+            raise DatasetError(f"{PROMPT} must be a string, got {type(prompt).__name__} {prompt!r:.80}")
         return _asked(prompt, system)
 
 
@@ -116,18 +104,18 @@ def _asked(text: str, system: str | None) -> list[Message]:
 
 
 class Options(TypedDict, total=False):
-    """How rows are answered; defaults are those of `Predictor.predict`.
+    """Options of `Predictor.predict` and `Predictor.stream`.
 
     Attributes:
         prompt: A template over columns, such as `"carat {carat}, {cut}"`; by default a row has `messages` or `prompt`.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the likeliest token.
-        top_k: As `Decoding`.
-        top_p: As `Decoding`.
-        stop: As `Decoding`.
-        seed: Of sampling: the row at place i draws from (seed, i), whatever shares its batch.
-        batch_size: Rows that are decoded together; they may be of different adapters.
-        fail_fast: Stop at the first row that cannot be answered, before anything is generated.
+        max_new_tokens: Maximum length of an answer; 64 by default.
+        temperature: 0, the default, is greedy.
+        top_k: As in `Decoding`.
+        top_p: As in `Decoding`.
+        stop: As in `Decoding`.
+        seed: Of sampling. Row i draws from (seed, i), whichever rows share its batch.
+        batch_size: Rows decoded together, of any of the adapters.
+        fail_fast: Raise at the first row with an error, before anything is generated.
     """
 
     prompt: str | PromptReader | None
@@ -142,21 +130,21 @@ class Options(TypedDict, total=False):
 
 
 def decoding_of(options: Options) -> Decoding:
-    """The part of the options that decides on tokens.
+    """The decoding options, with their defaults.
 
     Raises:
-        TypeError: There is no such option.
-        ConfigError: A value is out of its range.
+        TypeError: An option is unknown.
+        ConfigError: A value is out of range.
     """
     if unknown := sorted(set(options) - set(Options.__annotations__)):
-        raise TypeError(f"no such options: {', '.join(unknown)}; there are {', '.join(Options.__annotations__)}")
+        raise TypeError(f"unknown options: {', '.join(unknown)}; known options: {', '.join(Options.__annotations__)}")
     stop = options.get("stop", ())
     return Decoding(
         max_new_tokens=options.get("max_new_tokens", 64),
         temperature=options.get("temperature", 0.0),
         top_k=options.get("top_k", 0),
         top_p=options.get("top_p", 1.0),
-        # A text is one, not its letters.
+        # A string is one stop text, not a sequence of letters.
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
 
@@ -177,22 +165,21 @@ class Predictor:
             print(answer.text or answer.error)
         predictor.predict(rows, models=["models:/diamonds-pricer@best", "models:/diamonds-pricer/1"])  # one each
         for answer in predictor.stream(({"prompt": line} for line in open("prompts.txt")), max_new_tokens=12):
-            print(answer.text)  # in the order of the lines, while later ones are in work
+            print(answer.text)  # in the order of the lines, while later ones are in progress
     ```
 
-    Aliases are resolved when it is loaded: an alias that moves later changes nothing here. Several threads may predict
-    at a time; their passes through the model take turns. `close` waits for calls in progress, gives back what the
-    dequantized weights take, and later calls raise `ValueError`.
+    Aliases are resolved at load time. Several threads may call it; their forward passes take turns. `close` waits for
+    calls in progress and frees the dequantized weights; later calls raise `ValueError`.
     """
 
     def __init__(self, adapters: Mapping[str, LoadedAdapter]) -> None:
-        """Take loaded adapters over one base, by the names they are asked for by."""
+        """Use loaded adapters over one base, by name."""
         bases = {id(adapter.base) for adapter in adapters.values()}
         if len(bases) != 1:
-            raise ConfigError(f"a predictor needs adapters over one base in memory, got {len(bases)} bases")
+            raise ConfigError(f"a Predictor needs adapters over one loaded base, got {len(bases)} bases")
         self.adapters = dict(adapters)
         self.base = next(iter(adapters.values())).base
-        # Rows share a batch where their tokens mean the same; each adapter has its own tokenizer and template.
+        # Each adapter has its own tokenizer and template; only rows with equal tokenizers share a batch.
         self._renderers = {
             name: Renderer.create(adapter.tokenizer, base=self.base.path) for name, adapter in adapters.items()
         }
@@ -200,10 +187,10 @@ class Predictor:
         self._idle = Condition()
         self._calls = 0
         self._closed = False
-        # Tokenizers are not made for several threads at a time.
+        # Tokenizers are not thread-safe.
         self._rendering = Lock()
-        self._kept = ExitStack()
-        self._kept.enter_context(keep_dequantized(self.base.model))
+        self._cleanup = ExitStack()
+        self._cleanup.enter_context(keep_dequantized(self.base.model))
 
     @classmethod
     def load(
@@ -216,7 +203,7 @@ class Predictor:
         settings: Settings | None = None,
         tracking_uri: str | None = None,
     ) -> Self:
-        """Load the base once and every adapter over it; arguments are those of `rankwise.flavor.load_models`.
+        """Load the base once and every adapter over it; the arguments are those of `rankwise.flavor.load_models`.
 
         Raises:
             RankwiseError: As `load_models`.
@@ -233,14 +220,14 @@ class Predictor:
         return cls(dict(zip(names, loaded, strict=True)))
 
     def close(self) -> None:
-        """Wait for calls in progress, and give back the memory of the dequantized weights; again has no effect."""
+        """Wait for calls in progress, then free the dequantized weights; further calls have no effect."""
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: self._calls == 0)
-            self._kept.close()
+            self._cleanup.close()
 
     def __enter__(self) -> Self:
-        """Use it."""
+        """Return itself."""
         return self
 
     def __exit__(
@@ -258,28 +245,25 @@ class Predictor:
         progress: Reporter | None = None,
         **options: Unpack[Options],
     ) -> list[Answer]:
-        """Answer rows; one that cannot be answered gets its error, and the others go on.
+        """Answer rows, in order; a row that fails gets an error, and the others are still answered.
 
         Args:
             rows: Rows with `messages` or `prompt`, or with the columns of the template `prompt`.
-            models: For each row, which of the loaded models answers; the first where it is None or left out.
-            places: Of these rows in the whole input, for the seeds; 0, 1, ... when left out.
-            progress: Told of rows as they are done.
-            options: How rows are answered.
-
-        Returns:
-            One answer a row, in order.
+            models: For each row, the name of a loaded model; None for the first one.
+            places: Index of each row in the whole input, for its seed; 0, 1, ... by default.
+            progress: Gets a task that counts rows.
+            options: See `Options`.
 
         Raises:
-            ConfigError: An option is out of its range.
+            ConfigError: An option is out of range.
             JobError: A row cannot be answered, with `fail_fast`.
             ValueError: The predictor is closed.
         """
         names = [None] * len(rows) if models is None else models
-        where = range(len(rows)) if places is None else places
+        seed_places = range(len(rows)) if places is None else places
         answers: dict[int, Answer] = {}
         with self._in_use(), (progress or SILENT).task("generate", len(rows), "rows") as advance:
-            for index, answer in self._answers(rows, names, where, options):
+            for index, answer in self._answers(rows, names, seed_places, options):
                 answers[index] = answer
                 advance(1)
         return [answers[index] for index in range(len(rows))]
@@ -292,38 +276,35 @@ class Predictor:
         window: int = WINDOW,
         **options: Unpack[Options],
     ) -> Iterator[Answer]:
-        """Answer rows one after another, of an input that may be long, endless or not there yet.
+        """Answer rows of a long or endless input in order, each as soon as the rows before it are answered.
 
         Args:
-            rows: As `predict`; read in windows.
-            models: As `predict`, in step with the rows.
-            window: Rows that are read and worked on together: fewer come sooner, more take less time in all.
-            options: How rows are answered.
-
-        Yields:
-            One answer a row, in order, each as soon as those before it are there.
+            rows: As in `predict`; read one window at a time.
+            models: As in `predict`, one for each row.
+            window: Rows read and decoded together. A small window lowers latency, a large one raises throughput.
+            options: See `Options`.
 
         Raises:
-            ConfigError: An option is out of its range, or `window` is below 1.
+            ConfigError: An option is out of range, or `window` is below 1.
             JobError: A row cannot be answered, with `fail_fast`.
-            ValueError: The predictor is closed, or there are more or fewer models than rows.
+            ValueError: The predictor is closed, or the numbers of models and rows differ.
         """
         if window < 1:
             raise ConfigError(f"window must be 1 or more, got {window}")
-        each = zip(rows, repeat(None)) if models is None else zip(rows, models, strict=True)
+        pairs = zip(rows, repeat(None)) if models is None else zip(rows, models, strict=True)
         first = 0
-        while some := list(islice(each, window)):
-            places = range(first, first + len(some))
-            made = self._answers([row for row, _ in some], [model for _, model in some], places, options)
+        while chunk := list(islice(pairs, window)):
+            places = range(first, first + len(chunk))
+            answers = self._answers([row for row, _ in chunk], [model for _, model in chunk], places, options)
             early: dict[int, Answer] = {}
-            for wanted in range(len(some)):
-                while wanted not in early:
-                    # Not across the yield: whoever reads the stream may close the predictor in between.
+            for position in range(len(chunk)):
+                while position not in early:
+                    # Not held across the yield, where the caller may close the predictor.
                     with self._in_use():
-                        index, answer = next(made)
+                        index, answer = next(answers)
                     early[index] = answer
-                yield early.pop(wanted)
-            first += len(some)
+                yield early.pop(position)
+            first += len(chunk)
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -345,60 +326,60 @@ class Predictor:
         places: Sequence[int],
         options: Options,
     ) -> Iterator[tuple[int, Answer]]:
-        """The answer of each row with its index, as they come."""
+        """The index and answer of each row, as they are ready."""
         decoding = decoding_of(options)
         prompt = options.get("prompt")
         reader = prompt if isinstance(prompt, PromptReader) else PromptReader.parse(prompt)
         default = next(iter(self.adapters))
-        wanted = [default if model is None else model for model in models]
+        names = [default if model is None else model for model in models]
         prompts: dict[int, Prompt] = {}
         failed: dict[int, str] = {}
-        for index, (row, model, place) in enumerate(zip(rows, wanted, places, strict=True)):
+        for index, (row, model, place) in enumerate(zip(rows, names, places, strict=True)):
             with self._rendering:
-                found = self._prompt(row, model, reader, decoding, row_seed(options.get("seed", 0), place))
-            if isinstance(found, Prompt):
-                prompts[index] = found
+                result = self._prompt(row, model, reader, decoding, row_seed(options.get("seed", 0), place))
+            if isinstance(result, Prompt):
+                prompts[index] = result
             elif options.get("fail_fast", False):
-                raise JobError(f"row {place}: {found}")
+                raise JobError(f"row {place}: {result}")
             else:
-                failed[index] = found
+                failed[index] = result
         for index, error in failed.items():
-            yield index, self._answer(wanted[index], error=error)
-        for together in self._alike(prompts, wanted):
-            made = generate_each(
+            yield index, self._answer(names[index], error=error)
+        for group in self._group_by_tokenizer(prompts, names):
+            completions = generate_each(
                 self.base,
-                [prompts[index] for index in together],
+                [prompts[index] for index in group],
                 decoding,
-                tokenizer=self._renderers[wanted[together[0]]].tokenizer,
+                tokenizer=self._renderers[names[group[0]]].tokenizer,
                 batch_size=options.get("batch_size", BATCH_SIZE),
             )
-            for at, each in made:
-                index = together[at]
+            for position, completion in completions:
+                index = group[position]
                 yield (
                     index,
                     self._answer(
-                        wanted[index],
-                        text=each.text,
-                        finish_reason=each.finish_reason,
-                        prompt_tokens=each.prompt_tokens,
-                        completion_tokens=len(each.token_ids),
+                        names[index],
+                        text=completion.text,
+                        finish_reason=completion.finish_reason,
+                        prompt_tokens=completion.prompt_tokens,
+                        completion_tokens=len(completion.token_ids),
                     ),
                 )
 
     def _prompt(
         self, row: Mapping[str, Any], model: str, reader: PromptReader, decoding: Decoding, seed: int
     ) -> Prompt | str:
-        """The prompt of a row, or why there is none."""
+        """The prompt of a row, or the reason why there is none."""
         adapter = self.adapters.get(model)
         if adapter is None:
-            return f"the model {model} is not loaded; loaded are {', '.join(self.adapters)}"
+            return f"model {model} is not loaded; loaded models: {', '.join(self.adapters)}"
         try:
             chat: list[Message] = reader.chat(row, adapter.metadata.system)
             renderer = self._renderers[model]
             (text,) = renderer.texts([chat], add_generation_prompt=True)
             text.encode()
         except UnicodeEncodeError as error:
-            return f"the prompt has half of a character: {error}"
+            return f"the prompt has an unpaired surrogate: {error}"
         except RenderError as error:
             return f"{error}".split("; change ")[0]
         except DatasetError as error:
@@ -409,11 +390,11 @@ class Predictor:
             return f"the prompt cannot be answered: {problem}"
         return Prompt(token_ids=tuple(tokens), adapter=adapter.adapter_name, seed=seed)
 
-    def _alike(self, prompts: Mapping[int, Prompt], wanted: Sequence[str]) -> list[list[int]]:
-        """Places of rows that may share a batch: those whose tokenizers are the same."""
+    def _group_by_tokenizer(self, prompts: Mapping[int, Prompt], names: Sequence[str]) -> list[list[int]]:
+        """Indices grouped by tokenizer: rows of one group may share a batch."""
         groups: dict[str, list[int]] = {}
         for index in prompts:
-            groups.setdefault(self._digests[wanted[index]], []).append(index)
+            groups.setdefault(self._digests[names[index]], []).append(index)
         return list(groups.values())
 
     def _answer(self, model: str, **result: Any) -> Answer:

@@ -1,16 +1,11 @@
-"""The work of one prediction beside its output, so that it can be cut off anywhere and gone on with.
+"""State of an unfinished prediction in `OUTPUT.parts/`: request, manifest, input index and shards of answers.
 
-`OUTPUT.parts/` holds a manifest (what was asked, of which input, answered by which versions), an index of the input
-(see `source`) and one file of answers for each shard of consecutive rows. A shard's file appears whole, by a rename.
-When all are there the output is put together from the input's rows and the answers, and the directory goes away.
-Aliases are resolved when the manifest is made: a run that is resumed uses the versions that it began with, wherever an
-alias points by then.
+Each shard of consecutive rows has one file, which appears complete by a rename. When all shards exist, the output is
+written from them and the directory is removed. The manifest holds resolved versions, so a resumed run is independent
+of aliases that have moved.
 
-The shards may also be answered by jobs of the queue, each a range of them, on any machine that sees the directory.
-Their files carry the first digits of the prediction's name: what a worker writes that has not heard yet of a
-`--restart` is never taken for an answer of the new prediction.
-
-- What is asked of a table.
+Jobs of the queue may also answer ranges of shards, on any machine that sees the directory. Their file names contain
+the start of the prediction's id, so a late write of a job from before `--restart` never counts as an answer.
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ from filelock import FileLock, Timeout
 from rankwise.exceptions import ConfigError
 from rankwise.files import storage_errors, temporary_name, write_atomically
 from rankwise.inference.predictor import BATCH_SIZE, Answer
-from rankwise.inference.source import Index, Survey
+from rankwise.inference.source import InputIndex, Survey
 from rankwise.modeling.decoding.generation import Decoding
 
 logger = logging.getLogger(__name__)
@@ -43,12 +38,10 @@ _DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Queued:
-    """Whose work the shards are, where jobs of the queue answer them.
+class QueuedJobs:
+    """The queued jobs that answer a prediction.
 
-    Attributes:
-        whole: Names the prediction in the rows of its jobs.
-        spans: The shards of each job, as (first, behind the last).
+    `whole` identifies the prediction in their specs; `spans` has the shards of each job as (first, end), end exclusive.
     """
 
     whole: str
@@ -56,12 +49,12 @@ class Queued:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From the manifest's file."""
+        """Read it from the manifest's file."""
         return cls(whole=values["whole"], spans=tuple((first, end) for first, end in values["spans"]))
 
 
-class Stand(StrEnum):
-    """How far the jobs of a prediction are: some have not ended, all have ended well, or all have ended."""
+class JobsStatus(StrEnum):
+    """Status of a prediction's jobs: some have not ended, all have succeeded, or all have ended."""
 
     OPEN = "open"
     DONE = "done"
@@ -70,15 +63,15 @@ class Stand(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a prediction is.
+    """What a prediction answers, and with which models.
 
     Attributes:
-        request: All that decides an answer beside the row and the model, and the input's digest.
-        models: The resolved URI of each model asked for.
-        adapters: The digest of each resolved model's manifest, where that was known before it was loaded.
-        survey: What the input has.
+        request: The input's digest, and every option that determines answers.
+        models: The resolved URI of each requested model.
+        adapters: The manifest digest of each resolved model, if known before loading.
+        survey: Summary of the input.
         shard_rows: Rows of a shard; the last one may have fewer.
-        queued: The jobs that answer the shards; None where one command does.
+        queued: The jobs that answer the shards; None if one command does.
     """
 
     request: Mapping[str, Any]
@@ -86,16 +79,16 @@ class Manifest:
     adapters: Mapping[str, str]
     survey: Survey
     shard_rows: int
-    queued: Queued | None = None
+    queued: QueuedJobs | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As the file has it."""
+        """The content of the file."""
         return {**asdict(self), "survey": self.survey.to_json()}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        queued = None if values["queued"] is None else Queued.of(values["queued"])
+        queued = None if values["queued"] is None else QueuedJobs.of(values["queued"])
         return cls(**{**values, "survey": Survey.of(values["survey"]), "queued": queued})
 
     @property
@@ -105,7 +98,7 @@ class Manifest:
 
     @property
     def shards(self) -> int:
-        """How many shards there are."""
+        """Number of shards."""
         return -(-self.rows // self.shard_rows)
 
     def span(self, shard: int) -> range:
@@ -117,21 +110,21 @@ class Parts:
     """The directory `OUTPUT.parts`."""
 
     def __init__(self, output: Path, whole: str | None = None) -> None:
-        """Of this output; `whole` names the queued prediction whose shards are written, None where one command does."""
+        """Name the directory of `output`; `whole` is the id of a queued prediction, None for a local command."""
         self.output = output
         self._whole = whole
         self.directory = output.with_name(output.name + ".parts")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes of this machine out.
+    def locked(self) -> Iterator[None]:
+        """Lock the output against other processes of this machine.
 
         Raises:
-            ConfigError: One is at it.
+            ConfigError: Another process holds the lock.
         """
         with storage_errors(self.directory, f"writing {self.directory.name}"):
             self.directory.mkdir(parents=True, exist_ok=True)
-        # Beside the directory, which goes away while the lock is held.
+        # Outside of the directory, which is removed while the lock is held.
         lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
         try:
             lock.acquire(blocking=False)
@@ -146,10 +139,10 @@ class Parts:
             lock.release()
 
     def manifest(self) -> Manifest | None:
-        """What was begun; None where nothing was.
+        """The manifest; None if no prediction was started.
 
         Raises:
-            ConfigError: Another release began it.
+            ConfigError: Another release wrote it.
         """
         document = self._document()
         if document is None:
@@ -158,14 +151,14 @@ class Parts:
         if version != FORMAT_VERSION:
             raise ConfigError(
                 f"{self.directory} has format {version}, this release reads {FORMAT_VERSION}: finish it with the "
-                "release that began it, or begin anew with --restart"
+                "release that started it, or start over with --restart"
             )
         return Manifest.of(document)
 
-    def queued(self) -> Queued | None:
-        """Whose work was begun, whatever release began it; None where no jobs of the queue have it."""
+    def queued(self) -> QueuedJobs | None:
+        """The queued jobs of the manifest, of any release; None if there are none."""
         values = (self._document() or {}).get("queued")
-        return None if values is None else Queued.of(values)
+        return None if values is None else QueuedJobs.of(values)
 
     def _document(self) -> dict[str, Any] | None:
         try:
@@ -175,38 +168,38 @@ class Parts:
         return document
 
     def begin(self, manifest: Manifest) -> None:
-        """Note what is to be done."""
+        """Write the manifest."""
         document = {"format_version": FORMAT_VERSION, **manifest.to_json()}
         write_atomically(self.directory / _MANIFEST, json.dumps(document, indent=1).encode())
 
-    def index(self, manifest: Manifest) -> Index | None:
-        """The index of the manifest's input; None where there is none that fits, as with release 0.1.0."""
+    def index(self, manifest: Manifest) -> InputIndex | None:
+        """The index of the manifest's input; None if it is missing or does not match."""
         try:
-            index = Index.of(json.loads((self.directory / _INDEX).read_bytes()))
+            index = InputIndex.of(json.loads((self.directory / _INDEX).read_bytes()))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("%s is damaged (%s) and made again", self.directory / _INDEX, error)
+            logger.warning("%s is damaged (%s) and will be rebuilt", self.directory / _INDEX, error)
             return None
         expected = (manifest.request["input"], manifest.shard_rows)
         return index if index is not None and (index.input, index.shard_rows) == expected else None
 
-    def write_index(self, index: Index) -> None:
-        """Keep the index of the input."""
+    def write_index(self, index: InputIndex) -> None:
+        """Write the index of the input."""
         write_atomically(self.directory / _INDEX, json.dumps(index.to_json()).encode())
 
     @property
     def own(self) -> bool:
-        """Whether the directory is that of the queued prediction still."""
+        """Whether the directory still belongs to this queued prediction."""
         queued = self.queued()
         return queued is not None and queued.whole == self._whole
 
     def has(self, shard: int) -> bool:
-        """Whether a shard is done."""
-        return self._found(shard) is not None
+        """Whether a shard is answered."""
+        return self._shard_file(shard) is not None
 
     def write(self, shard: int, answers: Sequence[Answer]) -> None:
-        """Keep a shard's answers.
+        """Write the answers of a shard.
 
         Raises:
             StorageError: The disk is full, or the directory is not writable.
@@ -218,14 +211,14 @@ class Parts:
         """The answers of all rows, in order.
 
         Raises:
-            ConfigError: A shard does not have its rows.
+            ConfigError: A shard has the wrong number of answers.
         """
-        known = {each.name for each in fields(Answer)}
+        known = {entry.name for entry in fields(Answer)}
         for shard in range(manifest.shards):
-            path = self._found(shard) or self._path(shard, self._whole)
+            path = self._shard_file(shard) or self._path(shard, self._whole)
             try:
-                made = [json.loads(line) for line in path.read_bytes().splitlines()]
-                answers = [Answer(**{key: one[key] for key in known & one.keys()}) for one in made]
+                documents = [json.loads(line) for line in path.read_bytes().splitlines()]
+                answers = [Answer(**{key: document[key] for key in known & document.keys()}) for document in documents]
             except (ValueError, AttributeError):
                 answers = []
             if len(answers) != len(manifest.span(shard)):
@@ -236,16 +229,16 @@ class Parts:
             yield from answers
 
     def remove(self) -> None:
-        """Throw everything away; in one step, so that a manifest never lacks its shards."""
-        gone = temporary_name(self.directory)
+        """Remove the directory in one step, so that a manifest never lacks its shards."""
+        doomed = temporary_name(self.directory)
         try:
-            self.directory.rename(gone)
+            self.directory.rename(doomed)
         except FileNotFoundError:
             return
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what processes that were killed have left beside the output. Nobody else may be writing there."""
+        """Remove temporary files of killed processes. No other process may be writing."""
         pattern = f".{glob.escape(self.output.name)}.*.tmp"
         for path in [*self.output.parent.glob(pattern), *self.directory.glob(".*.tmp")]:
             if path.is_dir():
@@ -253,8 +246,8 @@ class Parts:
             else:
                 path.unlink(missing_ok=True)
 
-    def _found(self, shard: int) -> Path | None:
-        """Where a shard lies. A queued prediction goes on with what a local command has answered."""
+    def _shard_file(self, shard: int) -> Path | None:
+        """The file of a shard. A queued prediction also uses shards that a local command has answered."""
         places = (self._path(shard, self._whole), self._path(shard, None))
         return next((path for path in places if path.exists()), None)
 
@@ -272,20 +265,16 @@ SHARD_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of a table.
+    """Options of a prediction.
 
     Attributes:
-        models: URIs; the first answers rows that name none.
+        models: URIs; the first answers rows that name no model.
         model_column: The column in which a row may name its model.
         prompt: A template over columns; None for the columns `messages` or `prompt`.
-        decoding: How tokens are chosen.
-        seed: Of sampling.
-        base_model: Where the base is, if not where it was recorded.
-        allow_base_mismatch: Take another base all the same.
-        device: `cpu`, `cuda:1`, ...; None for the first GPU, else the CPU.
-        batch_size: Rows that are decoded together. It takes no part in the answers.
-        shard_rows: Rows between two savings. It takes no part in the answers.
-        fail_fast: Stop at the first row that cannot be answered.
+        base_model: Where the base is, if it is not where it was recorded.
+        device: `cpu`, `cuda:1`, ...; None for the first GPU, or the CPU without one.
+        batch_size: Rows decoded together; has no effect on answers.
+        shard_rows: Rows of a shard; has no effect on answers.
     """
 
     models: tuple[str, ...] = ()
@@ -301,7 +290,7 @@ class Request:
     fail_fast: bool = False
 
     def identity(self, input_digest: str) -> dict[str, Any]:
-        """What decides the answers, as plain values."""
+        """The input's digest and the options that determine answers, as plain values."""
         return {
             "input": input_digest,
             "models": list(self.models),
@@ -318,7 +307,7 @@ class Request:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for the row of a job."""
+        """All options, for a job's spec."""
         return asdict(self)
 
     @classmethod

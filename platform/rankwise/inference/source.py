@@ -1,8 +1,7 @@
-"""The input of a prediction: surveyed, hashed and indexed in one pass, then read shard by shard.
+"""Source: the input of a prediction, scanned once and then read by shards.
 
-The index says where each block of the input begins and what its digest is: the lines of one shard in JSONL and CSV, one
-row group in Parquet. A job that answers some shards reads their blocks only, and checks them against the digests; what
-lies before them it does not read.
+One pass counts, hashes and indexes the input. The index holds the byte range and digest of each block: the lines of
+one shard in JSONL and CSV, one row group in Parquet. A job reads only the blocks of its shards, and verifies them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rankwise.digests import file_digest, hashing
 from rankwise.exceptions import AssetError
 from rankwise.inference.tables import (
     ArrowTypes,
-    Row,
+    TableRow,
     csv_header,
     csv_rows,
     json_rows,
@@ -43,40 +42,36 @@ from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 
 HELD_BYTES = 64 << 20
-"""Inputs up to this size are kept in memory by a process that answers all of their rows: it opens the file once."""
+"""A process that answers all rows keeps inputs up to this size in memory."""
 _CHUNK = 4 << 20
 _INDEX_VERSION = 1
 
 Number = Literal["int", "float"]
 _PER_STEP = 1000
 _LONGEST_NUMBER = 300
-_READ: Mapping[str, type[int] | type[float]] = {"int": int, "float": float}
-# Not those with zeros in front: they are names, such as postcodes.
+_PARSERS: Mapping[str, type[int] | type[float]] = {"int": int, "float": float}
+# Texts with leading zeros are identifiers, such as postcodes.
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
 _NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 class InputChangedError(AssetError):
-    """The input is not the one that the prediction began with.
-
-    Attributes:
-        digest: Of the input as it is now.
-    """
+    """The input has changed since the prediction started; `digest` is that of its present content."""
 
     def __init__(self, path: Path, digest: str) -> None:
-        super().__init__(f"{path} changed while it was worked on; begin anew with --restart")
+        super().__init__(f"{path} changed during the prediction; start over with --restart")
         self.digest = digest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """A stretch of the input that can be read without what lies before it.
+class InputBlock:
+    """A byte range of the input that can be read without those before it.
 
     Attributes:
-        row: Index of its first row.
-        line: Lines before it; 0 for Parquet.
+        row: InputIndex of its first row.
+        line: Lines of the file before it; 0 for Parquet.
         start: Its first byte.
-        end: The byte behind its last one.
+        end: The byte after its last one.
         sha256: Of its bytes.
     """
 
@@ -88,50 +83,49 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Index:
+class InputIndex:
     """Where the blocks of an input are.
 
     Attributes:
         input: Digest of the whole file.
         shard_rows: Rows of a shard, and of a block of JSONL or CSV.
         size: Bytes of the file.
-        rest: SHA-256 of the bytes in no block: what lies before the first one (a CSV header) and behind the last one.
-        blocks: In order.
-        schema: The types of the columns as an Arrow schema in Base64, where they had to be inferred for the output.
+        rest: SHA-256 of the bytes outside of all blocks: before the first (a CSV header) and after the last.
+        schema: Inferred column types as an Arrow schema in Base64, if the output needs them.
     """
 
     input: str
     shard_rows: int
     size: int
     rest: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[InputBlock, ...]
     schema: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; a block is a list, for there may be many."""
+        """Plain values; a block is a list, since there may be many."""
         return {**asdict(self), "format_version": _INDEX_VERSION, "blocks": [astuple(block) for block in self.blocks]}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self | None:
-        """The inverse of `to_json`; None for another version."""
+        """The inverse of `to_json`; None for another format version."""
         if values.get("format_version") != _INDEX_VERSION:
             return None
         known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
-        blocks = (dict(zip(Block.__dataclass_fields__, block, strict=True)) for block in values["blocks"])
-        return cls(**{**known, "blocks": tuple(Block(**block) for block in blocks)})
+        blocks = (dict(zip(InputBlock.__dataclass_fields__, block, strict=True)) for block in values["blocks"])
+        return cls(**{**known, "blocks": tuple(InputBlock(**block) for block in blocks)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What an input has.
+    """Summary of an input.
 
     Attributes:
-        rows: How many rows, unreadable ones too.
-        columns: Names of all columns, in the order in which they come up, each with the names of its values' types.
-        models: How many rows name each model.
-        unnamed: How many readable rows name none.
-        numbers: Columns of texts (those of CSV all are) in which every text is a number: "int" or "float". A template
-            gets them as numbers, as `datasets` gives them in training, so that `{carat:.2f}` means the same.
+        rows: Number of rows, including unreadable ones.
+        columns: Type names of the values of each column, in order of first appearance.
+        models: Number of rows that name each model.
+        unnamed: Number of readable rows that name no model.
+        numbers: Text columns (all of CSV) in which every text is a number: "int" or "float". Templates get numbers, as
+            in training with `datasets`, so `{carat:.2f}` formats the same.
     """
 
     rows: int
@@ -141,7 +135,7 @@ class Survey:
     numbers: Mapping[str, Number]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values: an input is looked through once, however often work on it is cut off."""
+        """Plain values, for the manifest."""
         return {
             "rows": self.rows,
             "columns": {name: sorted(kinds) for name, kinds in self.columns.items()},
@@ -156,17 +150,17 @@ class Survey:
         return cls(**{**values, "columns": {name: frozenset(kinds) for name, kinds in values["columns"].items()}})
 
     def typed(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row with its numbers as numbers."""
+        """A row with its numeric texts as numbers."""
         if not self.numbers:
             return columns
         return {
-            name: _READ[self.numbers[name]](value) if name in self.numbers and value != "" else value
+            name: _PARSERS[self.numbers[name]](value) if name in self.numbers and value != "" else value
             for name, value in columns.items()
         }
 
 
 def survey_rows(
-    rows: Iterable[Row],
+    rows: Iterable[TableRow],
     model_column: str,
     *,
     texts: bool,
@@ -175,12 +169,7 @@ def survey_rows(
 ) -> Survey:
     """Count rows, columns and models.
 
-    Args:
-        rows: All rows of an input.
-        model_column: The column in which a row may name its model.
-        texts: Whether every cell is a text, as in CSV.
-        check: Given the columns of each readable row.
-        advance: Told of rows.
+    `texts` says that every cell is a string, as in CSV; `check` gets the columns of each readable row.
     """
     kinds: dict[str, set[str]] = {}
     numbers: dict[str, Number | None] = {}
@@ -191,22 +180,22 @@ def survey_rows(
         if count % _PER_STEP == 0:
             advance(_PER_STEP)
         for name, value in row.columns.items():
-            seen = kinds.setdefault(name, set())
+            type_names = kinds.setdefault(name, set())
             if value is not None:
-                seen.add(type(value).__name__)
+                type_names.add(type(value).__name__)
             if texts and value != "":
                 numbers[name] = _wider(numbers.get(name, "int"), value)
         if row.error is None:
             if check is not None:
                 check(row.columns)
-            named = named_model(row.columns, model_column)
-            if named is None:
+            model = named_model(row.columns, model_column)
+            if model is None:
                 unnamed += 1
             else:
-                models[named] += 1
+                models[model] += 1
     return Survey(
         rows=count,
-        columns={name: frozenset(seen) for name, seen in kinds.items()},
+        columns={name: frozenset(type_names) for name, type_names in kinds.items()},
         models=dict(models),
         unnamed=unnamed,
         numbers={name: kind for name, kind in numbers.items() if kind is not None},
@@ -214,8 +203,8 @@ def survey_rows(
 
 
 def _wider(kind: Number | None, text: str) -> Number | None:
-    """The kind of number that holds this text too; None where there is none."""
-    # Of a longer one Python makes no number.
+    """The kind of number that also holds this text; None if it is not a number."""
+    # Python limits the length of an integer text.
     if len(text) > _LONGEST_NUMBER:
         return None
     if kind == "int" and _INTEGER.fullmatch(text):
@@ -224,7 +213,7 @@ def _wider(kind: Number | None, text: str) -> Number | None:
 
 
 def named_model(columns: Mapping[str, Any], model_column: str) -> str | None:
-    """The model that a row names; None where it names none."""
+    """The model that a row names, if any."""
     value = columns.get(model_column)
     return None if value is None or value == "" else str(value)
 
@@ -232,8 +221,8 @@ def named_model(columns: Mapping[str, Any], model_column: str) -> str | None:
 class Source:
     """An input file.
 
-    `survey` reads all of it once; or `use` takes the index that an earlier pass has left. `rows` and `shards` then read
-    blocks, each checked against its digest.
+    `survey` reads all of it once; alternatively `use` takes the index of an earlier pass. `rows` and `shards` then read
+    blocks and verify their digests.
     """
 
     def __init__(self, path: Path, settings: Settings, *, hold: bool = False) -> None:
@@ -246,7 +235,7 @@ class Source:
         self._format = table_format(path)
         self._settings = settings
         self._content: bytes | None = None
-        self._index: Index | None = None
+        self._index: InputIndex | None = None
         try:
             self._stat = path.stat()
             if hold and self._stat.st_size <= HELD_BYTES:
@@ -260,13 +249,13 @@ class Source:
             raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
 
     @property
-    def index(self) -> Index:
-        """The index, which `survey` or `use` has set."""
-        assert self._index is not None, "neither survey nor use was called"
+    def index(self) -> InputIndex:
+        """The index; requires `survey` or `use`."""
+        assert self._index is not None, "call survey or use first"
         return self._index
 
     def digest(self, progress: Reporter) -> str:
-        """The digest of the whole file; it is not read where the digest is known.
+        """The digest of the whole file, from the cache of digests if possible.
 
         Raises:
             AssetError: The file cannot be read.
@@ -276,16 +265,10 @@ class Source:
         return file_digest(self.path, self._settings, progress=progress)
 
     def survey(self, output: Path, model_column: str, shard_rows: int, progress: Reporter) -> Survey:
-        """Read all rows once: count, hash and index them, and refuse values that the output could not hold.
-
-        Args:
-            output: Where the answers go; values that it could not hold are refused now, not when all rows are answered.
-            model_column: The column in which a row may name its model.
-            shard_rows: Rows of a shard.
-            progress: Told of rows.
+        """Read all rows once: count, hash and index them, and reject values that `output` cannot hold.
 
         Raises:
-            ConfigError: A value cannot be written to the output, or a header names a column twice.
+            ConfigError: The output cannot hold a value, or a column name occurs twice.
             AssetError: The file cannot be read, or changed while it was read.
         """
         parquet, into_parquet = self._format == ".parquet", table_format(output) == ".parquet"
@@ -293,14 +276,14 @@ class Source:
         check: Callable[[Mapping[str, Any]], object] | None = None if types is None else types.add
         if parquet and not into_parquet:
             check = partial(plain_row, path=output)
-        blocks: list[Block] = []
+        blocks: list[InputBlock] = []
         with _read_errors(self.path), self._hashing() as sha256:
             rows = self._parquet_pass(sha256, blocks) if parquet else self._text_pass(sha256, blocks, shard_rows)
-            with progress.task(f"looking through {self.path.name}", None, "rows") as advance:
+            with progress.task(f"scanning {self.path.name}", None, "rows") as advance:
                 survey = survey_rows(rows, model_column, texts=self._format == ".csv", check=check, advance=advance)
             size = self._size()
             rest = self._rest(blocks, size)
-        self._index = Index(
+        self._index = InputIndex(
             input=f"sha256:{sha256.hexdigest()}",
             shard_rows=shard_rows,
             size=size,
@@ -310,11 +293,11 @@ class Source:
         )
         return survey
 
-    def use(self, index: Index) -> None:
-        """Take the index of an earlier pass.
+    def use(self, index: InputIndex) -> None:
+        """Use the index of an earlier pass.
 
         Raises:
-            InputChangedError: The file is not the one that was indexed; bytes within blocks are checked later.
+            InputChangedError: The file is not the indexed one; bytes within blocks are verified when they are read.
             AssetError: The file cannot be read.
         """
         self._index = index
@@ -322,10 +305,10 @@ class Source:
             raise self._changed()
 
     def check_unchanged(self) -> None:
-        """Refuse a file that was written to since this object was made.
+        """Reject a file that has changed since this object was created.
 
         Raises:
-            InputChangedError: Its content is another one now.
+            InputChangedError: Its content has changed.
             AssetError: It cannot be read.
         """
         try:
@@ -336,18 +319,18 @@ class Source:
             raise self._changed()
 
     def types(self) -> dict[str, pa.DataType]:
-        """The columns with their types, for an output that has types."""
+        """Column types, for a Parquet output."""
         if self._format == ".parquet":
             with _read_errors(self.path), self._parquet() as file:
                 return {entry.name: entry.type for entry in file.schema_arrow}
         assert self.index.schema is not None, "the survey was made for an output without types"
         return _schema_types(self.index.schema)
 
-    def rows(self, first: int = 0) -> Iterator[Row]:
-        """All rows in order, from the row `first` on.
+    def rows(self, first: int = 0) -> Iterator[TableRow]:
+        """All rows in order, from row `first` on.
 
         Raises:
-            InputChangedError: A block is not what was indexed.
+            InputChangedError: A block does not match its digest.
             AssetError: The file cannot be read.
         """
         blocks = self.index.blocks
@@ -355,19 +338,15 @@ class Source:
         if number < len(blocks):
             yield from islice(self._blocks(number), first - blocks[number].row, None)
 
-    def shards(self, wanted: Collection[int], total_rows: int) -> Iterator[tuple[int, list[Row]]]:
-        """The rows of some shards, in order; blocks that have none of them are not read.
-
-        Args:
-            wanted: Numbers of shards.
-            total_rows: Rows of the input.
+    def shards(self, wanted: Collection[int], total_rows: int) -> Iterator[tuple[int, list[TableRow]]]:
+        """The rows of the given shards, in order; other blocks are not read.
 
         Raises:
-            InputChangedError: A block is not what was indexed.
+            InputChangedError: A block does not match its digest.
             AssetError: The file cannot be read.
         """
         size, at = self.index.shard_rows, None
-        rows: Iterator[Row] = iter(())
+        rows: Iterator[TableRow] = iter(())
         for shard in sorted(wanted):
             first, end = shard * size, min(total_rows, (shard + 1) * size)
             if first != at:
@@ -375,8 +354,7 @@ class Source:
             yield shard, list(islice(rows, end - first))
             at = end
 
-    def _blocks(self, first: int) -> Iterator[Row]:
-        """The rows of the blocks from `first` on."""
+    def _blocks(self, first: int) -> Iterator[TableRow]:
         with _read_errors(self.path):
             if self._format == ".parquet":
                 with self._parquet() as file:
@@ -392,30 +370,29 @@ class Source:
                 lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="")
                 yield from self._decode(lines, header, row=block.row, line=block.line)
 
-    def _decode(self, lines: Iterable[str], header: Sequence[str] | None, *, row: int, line: int) -> Iterator[Row]:
+    def _decode(self, lines: Iterable[str], header: Sequence[str] | None, *, row: int, line: int) -> Iterator[TableRow]:
         if header is None:
             return json_rows(lines, row=row, line=line)
         return csv_rows(lines, header, row=row, line=line)
 
     def _header(self) -> list[str] | None:
-        """The header of CSV, which lies before the first block."""
         if self._format != ".csv" or not self.index.blocks:
             return None
         content = b"".join(self._chunks(0, self.index.blocks[0].start))
         return csv_header(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=""), self.path)
 
-    def _check(self, block: Block, content: Iterable[bytes]) -> None:
+    def _check(self, block: InputBlock, content: Iterable[bytes]) -> None:
         if _sha256(content) != block.sha256:
             raise self._changed()
 
     def _changed(self) -> AssetError:
         digest = file_digest(self.path, self._settings)
         if digest == self.index.input:
-            return AssetError(f"the index of {self.path} is damaged: begin anew with --restart")
+            return AssetError(f"the index of {self.path} is damaged; start over with --restart")
         return InputChangedError(self.path, digest)
 
-    def _text_pass(self, whole: Any, blocks: list[Block], shard_rows: int) -> Iterator[Row]:
-        """All rows of JSONL or CSV; hashes every byte and adds a block for each shard."""
+    def _text_pass(self, whole: Any, blocks: list[InputBlock], shard_rows: int) -> Iterator[TableRow]:
+        """All rows of JSONL or CSV; hashes every byte and adds one block for each shard."""
         with self._open() as file:
             lines = _Lines(file, whole)
             header = csv_header(lines, self.path) if self._format == ".csv" else None
@@ -432,8 +409,8 @@ class Source:
             if rows > first:
                 blocks.append(lines.cut(first))
 
-    def _parquet_pass(self, whole: Any, blocks: list[Block]) -> Iterator[Row]:
-        """All rows of Parquet; hashes every byte and adds a block for each row group, before it is decoded."""
+    def _parquet_pass(self, whole: Any, blocks: list[InputBlock]) -> Iterator[TableRow]:
+        """All rows of Parquet; hashes every byte and adds one block for each row group."""
         hashed = 0
         with self._parquet() as file:
             for own in row_groups(file, self.path):
@@ -444,16 +421,16 @@ class Source:
                     whole.update(chunk)
                     block.update(chunk)
                 hashed = own.end
-                blocks.append(Block(row=own.row, line=0, start=own.start, end=own.end, sha256=block.hexdigest()))
+                blocks.append(InputBlock(row=own.row, line=0, start=own.start, end=own.end, sha256=block.hexdigest()))
                 yield from parquet_rows(file, own, self.path)
         for chunk in self._chunks(hashed, self._size()):
             whole.update(chunk)
 
     def _hashing(self) -> AbstractContextManager[Any]:
-        # What is held may be older than the file, whose digest must then not be remembered.
+        # The content in memory may be older than the file; its digest must not enter the cache.
         return hashing(self.path, self._settings) if self._content is None else nullcontext(hashlib.sha256())
 
-    def _rest(self, blocks: Sequence[Block], size: int) -> str:
+    def _rest(self, blocks: Sequence[InputBlock], size: int) -> str:
         start, end = (blocks[0].start, blocks[-1].end) if blocks else (size, size)
         return _sha256([*self._chunks(0, start), *self._chunks(end, size)])
 
@@ -467,7 +444,6 @@ class Source:
         return self.path.stat().st_size if self._content is None else len(self._content)
 
     def _chunks(self, start: int, end: int) -> Iterator[bytes]:
-        """A stretch of the file's bytes."""
         with self._open() as file:
             file.seek(start)
             while start < end and (chunk := file.read(min(_CHUNK, end - start))):
@@ -476,7 +452,7 @@ class Source:
 
 
 class _Lines:
-    """The lines of a text file from its start; counts and hashes what they take."""
+    """The lines of a text file; counts and hashes them."""
 
     def __init__(self, file: BinaryIO, whole: Any) -> None:
         self.count = 0
@@ -498,9 +474,9 @@ class _Lines:
         self.count += 1
         return line
 
-    def cut(self, row: int) -> Block:
-        """What was taken since the last cut."""
-        block = Block(row=row, line=self._line, start=self._start, end=self._end, sha256=self._block.hexdigest())
+    def cut(self, row: int) -> InputBlock:
+        """The block since the last cut."""
+        block = InputBlock(row=row, line=self._line, start=self._start, end=self._end, sha256=self._block.hexdigest())
         self._start, self._line, self._block = self._end, self.count, hashlib.sha256()
         return block
 

@@ -1,10 +1,7 @@
-"""Formats of tables: JSONL, CSV and Parquet, decoded row by row and written whole or not at all.
+"""Table formats: read and write rows of JSONL, CSV and Parquet.
 
-A row is a dict of columns. JSONL keeps the types of JSON; in CSV every cell is a text; Parquet keeps its own types. A
-line that is no row (not JSON, no object, too many cells) does not stop the reading: it becomes a row with an error.
-
-The decoders start at any row, so that a part of an input is read without the rows before it. `ArrowTypes` infers the
-type that Parquet gives a column.
+A row is a dict of columns. JSONL keeps JSON types, CSV cells are strings, Parquet keeps its own types. A line that is
+not a valid row becomes a row with an error. The decoders start at any row; files are written atomically.
 """
 
 from __future__ import annotations
@@ -33,23 +30,23 @@ _AT_ONCE = 1024
 
 
 class ArrowTypes:
-    """Reads rows and keeps types only: an input may be larger than the memory."""
+    """Infers the Parquet type of each column row by row; keeps only types, so inputs may exceed memory."""
 
     def __init__(self, path: Path) -> None:
-        """For a Parquet file that is to be written there."""
+        """Infer types for a Parquet file at `path`."""
         self._path = path
         self._rows: list[Mapping[str, Any]] = []
-        self._found: dict[str, pa.DataType] = {}
+        self._types: dict[str, pa.DataType] = {}
 
     def add(self, columns: Mapping[str, Any]) -> None:
-        """Take one more row into account.
+        """Add one row.
 
         Raises:
-            ConfigError: No type holds its value beside those before.
+            ConfigError: No type holds its value and the earlier ones.
         """
         self._rows.append(columns)
         if len(self._rows) == _AT_ONCE:
-            self._look()
+            self._infer()
 
     def types(self) -> dict[str, pa.DataType]:
         """The type of each column.
@@ -57,26 +54,26 @@ class ArrowTypes:
         Raises:
             ConfigError: As `add`.
         """
-        self._look()
-        return self._found
+        self._infer()
+        return self._types
 
-    def _look(self) -> None:
+    def _infer(self) -> None:
         rows, self._rows = self._rows, []
         for name in dict.fromkeys(name for row in rows for name in row):
             with_type = to_array(name, (row.get(name) for row in rows), None, self._path).type
-            before = self._found.get(name, pa.null())
+            before = self._types.get(name, pa.null())
             try:
                 schemas = [pa.schema([(name, kind)]) for kind in (before, with_type)]
-                self._found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+                self._types[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
             except pa.ArrowException as error:
                 raise _refusal(name, error, self._path) from error
 
 
 def to_array(name: str, cells: Iterable[Any], kind: pa.DataType | None, path: Path) -> pa.Array:
-    """A column's cells as Parquet has them; the type is found out where `kind` is None.
+    """A column's cells as an Arrow array; `kind` None infers the type.
 
     Raises:
-        ConfigError: They do not have that type, or any.
+        ConfigError: The cells do not have that type, or no common one.
     """
     try:
         return pa.array(list(cells), type=kind)
@@ -86,31 +83,25 @@ def to_array(name: str, cells: Iterable[Any], kind: pa.DataType | None, path: Pa
 
 def _refusal(name: str, error: Exception, path: Path) -> ConfigError:
     return ConfigError(
-        f"{path}: the column {name!r} does not have one type, as Parquet needs it: {error}; write .jsonl"
+        f"{path}: column {name!r} has mixed types, which Parquet cannot store: {error}; write .jsonl instead"
     )
 
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _ROWS_AT_ONCE = 1024
 _ROWS_OF_A_GROUP = 16384
-# Cells of a prompt may be long; the default of the csv module is 128 KiB.
+# Prompts may exceed the 128 KiB default of the csv module.
 _LONGEST_CELL = 64 << 20
 _DEEPEST = 100
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]')
-# Bytes at the start of a Parquet file, before its first row group.
+# Length of the magic bytes before the first row group.
 _MAGIC = 4
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row of an input.
-
-    Attributes:
-        index: Its place, counted from 0.
-        columns: Its columns; empty where it could not be read.
-        error: Why it could not be read.
-    """
+class TableRow:
+    """One row of an input; `index` counts from 0, and `columns` is empty if `error` says why it cannot be read."""
 
     index: int
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -118,27 +109,27 @@ class Row:
 
 
 def table_format(path: Path) -> str:
-    """The format that a file's name says.
+    """The format of a file, from its suffix.
 
     Raises:
-        ConfigError: None of those that are read and written.
+        ConfigError: The suffix is not supported.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: a table of rows ends in {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'!r}")
+        raise ConfigError(f"{path}: a table must end in {', '.join(SUFFIXES)}; got {path.suffix or 'no suffix'!r}")
     return suffix
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, pa.DataType | None]) -> None:
-    """Write a table: a file of another name first, fsynced, then renamed.
+    """Write a table atomically, in the format of the suffix of `path`.
 
     Args:
-        path: Where; its suffix says the format.
-        rows: The rows; a column that a row lacks is left out (JSONL), empty (CSV) or null (Parquet).
-        columns: All columns in order, with their types, which only Parquet needs.
+        path: The file.
+        rows: A missing column is left out (JSONL), empty (CSV) or null (Parquet).
+        columns: All columns in order; only Parquet needs their types.
 
     Raises:
-        ConfigError: A value cannot be written in this format, or does not have its column's type.
+        ConfigError: The format cannot hold a value, or a value does not have its column's type.
         StorageError: The disk is full, or the directory is not writable.
     """
     form = table_format(path)
@@ -151,38 +142,32 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[s
 
 
 def plain_row(columns: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A row as JSON and CSV have it.
+    """A row as JSON and CSV store it.
 
     Raises:
-        ConfigError: A value, of a kind that is named, cannot be written to `path`.
+        ConfigError: `path` cannot hold a value; the message has its type.
     """
     return {name: _plain(value, name, path) for name, value in columns.items()}
 
 
-def json_rows(lines: Iterable[str], *, row: int = 0, line: int = 0) -> Iterator[Row]:
-    """Decode lines of JSONL.
-
-    Args:
-        lines: The lines, their endings untranslated.
-        row: Index of the first row.
-        line: How many lines of the file come before.
-    """
+def json_rows(lines: Iterable[str], *, row: int = 0, line: int = 0) -> Iterator[TableRow]:
+    """Decode JSONL lines with untranslated endings; `row` and `line` count the rows and lines before them."""
     index = row
     for number, text in enumerate(lines, start=line + 1):
         content = text.rstrip("\r\n")
         if not content.strip():
             continue
         try:
-            # Errors of JSON count characters: an ending is one, whatever it is in the file.
-            yield Row(index=index, columns=_json_object(content if content == text else content + "\n"))
+            # JSON errors count characters; any line ending counts as one.
+            yield TableRow(index=index, columns=_json_object(content if content == text else content + "\n"))
         except ValueError as error:
-            yield Row(index=index, error=f"line {number} {error}")
+            yield TableRow(index=index, error=f"line {number} {error}")
         index += 1
 
 
 def _json_object(line: str) -> dict[str, Any]:
-    """A line's columns; a ValueError says what they are in place of a row that can be worked on and written."""
-    # Further in, reading or writing would end in Python's own limit, and with it the work on all other rows.
+    """The columns of a line; the ValueError of an invalid line completes "line N ..."."""
+    # Deeper nesting exceeds Python's recursion limit, which would stop all other rows too.
     if line.count("[") + line.count("{") > _DEEPEST and _depth(line) > _DEEPEST:
         raise ValueError(f"is nested more than {_DEEPEST} deep")
     try:
@@ -195,12 +180,12 @@ def _json_object(line: str) -> dict[str, Any]:
         try:
             json.dumps(columns, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"has half of a character: {error}") from error
+            raise ValueError(f"has an unpaired surrogate: {error}") from error
     return columns
 
 
 def _depth(line: str) -> int:
-    """How deep brackets are nested, those within texts apart."""
+    """Nesting depth of brackets outside of strings."""
     deepest = depth = 0
     for bracket in _BRACKET.findall(line):
         depth += (bracket in "[{") - (bracket in "]}")
@@ -209,10 +194,10 @@ def _depth(line: str) -> int:
 
 
 def csv_header(lines: Iterable[str], path: Path) -> list[str] | None:
-    """Take a CSV header from the lines of a file; None where there are no lines.
+    """Read the CSV header; None if there are no lines.
 
     Raises:
-        ConfigError: It names a column twice.
+        ConfigError: A column name occurs twice.
     """
     csv.field_size_limit(_LONGEST_CELL)
     header = next(csv.reader(lines, strict=True), None)
@@ -221,10 +206,10 @@ def csv_header(lines: Iterable[str], path: Path) -> list[str] | None:
     return header
 
 
-def csv_rows(lines: Iterable[str], header: Sequence[str], *, row: int = 0, line: int = 0) -> Iterator[Row]:
-    """Decode lines of CSV behind the header; arguments as `json_rows`. A quoted cell may span lines."""
+def csv_rows(lines: Iterable[str], header: Sequence[str], *, row: int = 0, line: int = 0) -> Iterator[TableRow]:
+    """Decode CSV lines after the header; arguments as in `json_rows`. A quoted cell may span lines."""
     csv.field_size_limit(_LONGEST_CELL)
-    # Otherwise a quote that is not closed takes all lines behind it into one cell, unseen.
+    # Without strict, an unclosed quote silently takes all later lines into one cell.
     reader = csv.reader(lines, strict=True)
     index = row
     while True:
@@ -236,15 +221,17 @@ def csv_rows(lines: Iterable[str], header: Sequence[str], *, row: int = 0, line:
         except csv.Error as error:
             first, last = before + 1, line + reader.line_num
             where = f"line {last} is" if last <= first else f"lines {first} to {last} are"
-            yield Row(index=index, error=f"{where} not CSV: {error}; is a quote not closed, or not doubled?")
+            yield TableRow(
+                index=index, error=f"{where} not CSV: {error}; check for a quote that is not closed or not doubled"
+            )
             index += 1
             continue
         if not cells:
             continue
         if len(cells) == len(header):
-            yield Row(index=index, columns=dict(zip(header, cells, strict=True)))
+            yield TableRow(index=index, columns=dict(zip(header, cells, strict=True)))
         else:
-            yield Row(
+            yield TableRow(
                 index=index,
                 error=f"line {line + reader.line_num} has {len(cells)} cells, the header has {len(header)} columns",
             )
@@ -253,13 +240,13 @@ def csv_rows(lines: Iterable[str], header: Sequence[str], *, row: int = 0, line:
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroups:
-    """Row groups of a Parquet file that lie in one stretch of its bytes.
+    """TableRow groups of a Parquet file in one byte range.
 
     Attributes:
-        numbers: Which.
+        numbers: Their numbers.
         row: Index of their first row.
         start: Their first byte.
-        end: The byte behind their last one.
+        end: The byte after their last one.
     """
 
     numbers: tuple[int, ...]
@@ -269,10 +256,10 @@ class RowGroups:
 
 
 def row_groups(file: pq.ParquetFile, path: Path) -> list[RowGroups]:
-    """Each row group of a file; all as one where they do not lie one after another.
+    """Each row group of a file; all as one if they are not stored in order.
 
     Raises:
-        ConfigError: Two columns have one name.
+        ConfigError: A column name occurs twice.
     """
     _check_names(path, file.schema_arrow.names)
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
@@ -280,7 +267,7 @@ def row_groups(file: pq.ParquetFile, path: Path) -> list[RowGroups]:
         return []
     columns = [[group.column(number) for number in range(group.num_columns)] for group in groups]
     starts = [min(map(_first_byte, own), default=_MAGIC) for own in columns]
-    end = max((_first_byte(each) + each.total_compressed_size for own in columns for each in own), default=_MAGIC)
+    end = max((_first_byte(chunk) + chunk.total_compressed_size for own in columns for chunk in own), default=_MAGIC)
     if any(before >= after for before, after in itertools.pairwise([*starts, end])):
         return [RowGroups(numbers=tuple(range(len(groups))), row=0, start=_MAGIC, end=max(end, _MAGIC))]
     rows = itertools.accumulate((group.num_rows for group in groups), initial=0)
@@ -296,11 +283,11 @@ def _first_byte(column: Any) -> int:
     return int(min(dictionary, column.data_page_offset) if dictionary else column.data_page_offset)
 
 
-def parquet_rows(file: pq.ParquetFile, groups: RowGroups, path: Path) -> Iterator[Row]:
+def parquet_rows(file: pq.ParquetFile, groups: RowGroups, path: Path) -> Iterator[TableRow]:
     """Decode row groups.
 
     Raises:
-        AssetError: A value is not representable in Python.
+        AssetError: Python cannot represent a value.
     """
     index = groups.row
     for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=list(groups.numbers)):
@@ -308,18 +295,18 @@ def parquet_rows(file: pq.ParquetFile, groups: RowGroups, path: Path) -> Iterato
             rows = batch.to_pylist()
         except (ValueError, OverflowError) as error:
             raise AssetError(
-                f"{path} cannot be read: in rows {index} to {index + len(batch) - 1} is a value that Python does "
-                f"not have, such as a time after the year 9999: {error}"
+                f"{path} cannot be read: rows {index} to {index + len(batch) - 1} hold a value that Python "
+                f"cannot represent, such as a time after the year 9999: {error}"
             ) from error
         for columns in rows:
-            yield Row(index=index, columns=columns)
+            yield TableRow(index=index, columns=columns)
             index += 1
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ConfigError(f"{path}: the header names a column twice: {', '.join(twice)}; rename one of them")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"{path}: the header repeats column names: {', '.join(repeated)}; rename one of each")
 
 
 def _write_jsonl(
@@ -347,15 +334,15 @@ def _write_parquet(
     temporary: Path, rows: Iterable[Mapping[str, Any]], columns: Mapping[str, pa.DataType | None], path: Path
 ) -> None:
     schema = pa.schema(list(columns.items()))
-    left = iter(rows)
+    remaining = iter(rows)
     with pq.ParquetWriter(temporary, schema) as writer:
-        while some := list(islice(left, _ROWS_OF_A_GROUP)):
-            arrays = [to_array(name, (row.get(name) for row in some), kind, path) for name, kind in columns.items()]
+        while chunk := list(islice(remaining, _ROWS_OF_A_GROUP)):
+            arrays = [to_array(name, (row.get(name) for row in chunk), kind, path) for name, kind in columns.items()]
             writer.write_table(pa.table(arrays, schema=schema))
 
 
 def _plain(value: Any, column: str, path: Path) -> Any:
-    """A value as JSON has it: times and decimals as texts, what is not a finite number as null."""
+    """A JSON value: times and decimals as strings, NaN and infinities as null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | bool | int):
@@ -369,6 +356,6 @@ def _plain(value: Any, column: str, path: Path) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry, column, path) for entry in value]
     raise ConfigError(
-        f"{path}: the column {column!r} holds {type(value).__name__}, which {path.suffix} cannot hold; write .parquet, "
-        "or leave the column out of the input"
+        f"{path}: column {column!r} holds {type(value).__name__}, which {path.suffix} cannot store; write .parquet, "
+        "or remove the column from the input"
     )

@@ -22,9 +22,9 @@ from rankwise.assets.input_checks import confine
 from rankwise.digests import file_digest
 from rankwise.exceptions import ConfigError, JobError, TrackingError
 from rankwise.experiment.hashing import digest
-from rankwise.inference.predict import Part, Prediction, answer_part, check_paths, plan, write_output
+from rankwise.inference.file_prediction import Prediction, ShardWork, answer_shards, check_paths, plan, write_output
 from rankwise.inference.predictor import Answer, Predictor
-from rankwise.inference.shards import Manifest, Parts, Queued, Request, Stand
+from rankwise.inference.shards import JobsStatus, Manifest, Parts, QueuedJobs, Request
 from rankwise.inference.source import InputChangedError, Source
 from rankwise.jobs.job import Job, JobKind, JobState, NewJob, Outcome
 from rankwise.jobs.store import JobStore, every_job
@@ -108,12 +108,12 @@ def confine_files(source: Path, output: Path, models: Iterable[str], settings: S
         confine(path, settings, key)
 
 
-def stand_of(queue: JobStore, output: Path, whole: str) -> Stand:
+def stand_of(queue: JobStore, output: Path, whole: str) -> JobsStatus:
     """State of a prediction's jobs; a prediction without jobs counts as ended."""
     jobs = jobs_of_prediction(queue, output, whole)
     if not all(job.ended for job in jobs):
-        return Stand.OPEN
-    return Stand.DONE if jobs and jobs[-1].state is JobState.SUCCEEDED else Stand.ENDED
+        return JobsStatus.OPEN
+    return JobsStatus.DONE if jobs and jobs[-1].state is JobState.SUCCEEDED else JobsStatus.ENDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def submit_prediction(
     confine_files(source, output, (), context.settings)
     content = Source(source, context.settings)
     parts = Parts(output)
-    with parts.held():
+    with parts.locked():
         queued = parts.queued()
         if queued is not None and restart:
             _cancel(context, jobs_of_prediction(context.queue, output, queued.whole))
@@ -171,7 +171,7 @@ def submit_prediction(
                 raise ConfigError(f"{output} already exists; name another file, or replace it with --overwrite")
             # Jobs whose directory was deleted.
             _cancel(context, previous)
-            manifest = replace(manifest, queued=Queued(whole=identity, spans=_spans(manifest.shards, shards)))
+            manifest = replace(manifest, queued=QueuedJobs(whole=identity, spans=_spans(manifest.shards, shards)))
             # Before the jobs, so that a worker that claims one finds the manifest.
             parts.begin(manifest)
     jobs = _queue(context, request, manifest, source, output, priority)
@@ -201,7 +201,7 @@ def _is_there(context: Context, output: Path, last: Job) -> bool:
     return file_digest(output, context.settings) == (last.result or {}).get("sha256")
 
 
-def _is_done(context: Context, queued: Queued) -> bool:
+def _is_done(context: Context, queued: QueuedJobs) -> bool:
     last = digest({"whole": queued.whole, "span": None})
     job = context.queue.find(JobKind.PREDICT, [last]).get(last)
     return job is not None and job.state is JobState.SUCCEEDED
@@ -341,7 +341,7 @@ def settle_predictions(context: Context, jobs: Collection[Job]) -> None:
         prediction, parts = work.prediction, work.prediction.parts
         if job.state is JobState.SUCCEEDED and work.span is None and parts.own:
             # The lock's holder is preparing a prediction into the same output and removes finished shards itself.
-            with suppress(ConfigError), parts.held():
+            with suppress(ConfigError), parts.locked():
                 if parts.own:
                     parts.remove()
                     parts.sweep()
@@ -369,11 +369,11 @@ def _check_reach(session: Session, work: PredictWork) -> None:
 def _answer(session: Session, job: Job, work: PredictWork, source: Source) -> dict[str, Any]:
     assert work.span is not None
     prediction, parts = work.prediction, work.prediction.parts
-    part = prediction.part(range(*work.span))
+    part = prediction.shard_work(range(*work.span))
     first = prediction.manifest.span(part.shards.start).start
     logger.info("rows %d to %d, %d of them already answered", first, first + part.rows - 1, part.reused)
     tokens, seconds = 0, 0.0
-    if part.left:
+    if part.pending:
         with ExitStack() as stack:
             predictor = _load(session, prediction, stack)
             session.phase("answer")
@@ -384,11 +384,11 @@ def _answer(session: Session, job: Job, work: PredictWork, source: Source) -> di
                 _check_still_own(session, job, parts)
                 parts.write(shard, answers)
                 watched.keep(answers)
-                if session.stop.is_set() and shard != part.left[-1]:
+                if session.stop.is_set() and shard != part.pending[-1]:
                     raise KeyboardInterrupt
 
             try:
-                tokens, seconds = answer_part(prediction, part, source, predictor, keep, watched)
+                tokens, seconds = answer_shards(prediction, part, source, predictor, keep, watched)
             except JobError as error:
                 if prediction.request.fail_fast:
                     raise ConfigError(f"--fail-fast: {error}") from error
@@ -428,10 +428,10 @@ class _ShardProgress(StoppableReporter):
 
     stops = False
 
-    def __init__(self, session: Session, token: str, advance: Advance, part: Part) -> None:
+    def __init__(self, session: Session, token: str, advance: Advance, part: ShardWork) -> None:
         super().__init__(session, [token])
         self._advance = advance
-        self._rows, self._done, self._kept = part.rows, part.reused, len(part.shards) - len(part.left)
+        self._rows, self._done, self._kept = part.rows, part.reused, len(part.shards) - len(part.pending)
         self._tokens_made = 0
         self._began = time.perf_counter()
         self._report_progress(0)
@@ -468,7 +468,7 @@ class _ShardProgress(StoppableReporter):
 def _join(session: Session, job: Job, prediction: Prediction, source: Source) -> dict[str, Any]:
     session.phase("upload")
     parts, manifest = prediction.parts, prediction.manifest
-    missing = prediction.part(range(manifest.shards)).left
+    missing = prediction.shard_work(range(manifest.shards)).pending
     if missing:
         raise ConfigError(
             f"{parts.directory} lacks {len(missing)} of {manifest.shards} shards (the first is {missing[0]}), although "

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from rankwise.cli.jobs import follow, jobs, open_queue, status
-from rankwise.cli.upkeep import db
+from rankwise.cli.maintenance import db
 from rankwise.exceptions import JobError, JobStoreError
 from rankwise.jobs.database import head_revision
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from helpers.local_store import prepared_home
 
-from rankwise.cli.upkeep import ui
+from rankwise.cli.maintenance import ui
 from rankwise.exceptions import TrackingError
 
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.cli.main import cli
-from rankwise.cli.run import workers_beside
+from rankwise.cli.run import workers_on_other_gpus
 from rankwise.worker import local_placer
 from rankwise.worker.heartbeat import Stop
 from rankwise.worker.loop import LoopOptions
@@ -71,7 +71,7 @@ def test_a_run_names_its_sweep_to_the_workers_beside_it(monkeypatch):
     monkeypatch.setattr("rankwise.cli.run.LocalPlacer", Placer)
     loop = SimpleNamespace(await_workers=lambda count, timeout: True)
     bars = SimpleNamespace(say=lambda text: None)
-    with workers_beside(loop, bars, Stop(), ["1"], "e", "run-1", 4, 5.0):
+    with workers_on_other_gpus(loop, bars, Stop(), ["1"], "e", "run-1", 4, 5.0):
         pass
     assert commands[0][2:] == [
         "rankwise", "worker", "--experiment", "e", "--watched", "run-1", "--grace=5.0", "--max-arms=4"

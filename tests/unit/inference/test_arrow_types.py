@@ -35,5 +35,5 @@ def test_a_type_holds_all_values_whatever_comes_first(monkeypatch, at_once):
 @pytest.mark.parametrize("pair", [(1, "x"), ([1], ["x"]), ({"a": 1}, [1]), (1, True), (1, 1 << 70)])
 def test_values_that_no_type_holds_are_refused_by_their_column(monkeypatch, at_once, pair):
     monkeypatch.setattr(arrow_types, "_AT_ONCE", at_once)
-    with pytest.raises(ConfigError, match=r"out.parquet: the column 'mixed' does not have one type.*write \.jsonl"):
+    with pytest.raises(ConfigError, match=r"out.parquet: column 'mixed' has mixed types.*write \.jsonl"):
         found([{"mixed": value, "other": 1} for value in pair])

@@ -16,7 +16,7 @@ from helpers.flavored import make_versions
 from rankwise.cli.predict import predict
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, JobError, StorageError
 from rankwise.inference import Predictor, source
-from rankwise.inference.predict import predict_file
+from rankwise.inference.file_prediction import predict_file
 from rankwise.inference.shards import Parts, Request
 from rankwise.modeling.decoding.generation import Decoding
 
@@ -123,7 +123,7 @@ def test_an_input_that_changes_while_it_is_worked_on_is_refused(world, rows, tmp
         rows.write_text(rows.read_text().replace("Price", "Prize"))
 
     monkeypatch.setattr(Parts, "write", change)
-    with pytest.raises(AssetError, match=r"rows\.jsonl changed while it was worked on; begin anew with --restart"):
+    with pytest.raises(AssetError, match=r"rows\.jsonl changed during the prediction; start over with --restart"):
         run(world, rows, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -193,7 +193,7 @@ def begun(world, rows, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("begun")
 def test_another_request_does_not_go_on_where_the_first_was(world, rows, tmp_path):
-    with pytest.raises(ConfigError, match=r"another prediction \(max_new_tokens was 5, is 4\).*--restart"):
+    with pytest.raises(ConfigError, match=r"other settings \(max_new_tokens was 5, is 4\).*--restart"):
         run(world, rows, tmp_path / "out.jsonl", decoding=Decoding(max_new_tokens=4))
     assert run(world, rows, tmp_path / "out.jsonl", decoding=Decoding(max_new_tokens=4), restart=True).reused == 0
 
@@ -204,7 +204,7 @@ def test_another_request_does_not_go_on_where_the_first_was(world, rows, tmp_pat
         (
             lambda begun: begun["adapters"].update({"models:/one/2": "sha256:0"}),
             AdapterIntegrityError,
-            r"models:/one/2 is another adapter \(.+\) than the one that the prediction began with \(sha256:0\); begin",
+            r"models:/one/2 has changed: its manifest is .+, the prediction started with sha256:0; start over",
         ),
         (
             lambda begun: begun.update(format_version=99),
@@ -225,13 +225,13 @@ def test_what_began_otherwise_is_not_gone_on_with(world, rows, tmp_path, begun, 
 
 def test_an_output_that_is_there_is_not_replaced_unasked(world, rows, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
-    with pytest.raises(ConfigError, match=r"is there already.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"already exists.*--overwrite"):
         run(world, rows, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     assert not (tmp_path / "out.jsonl.parts").exists()
     run(world, rows, tmp_path / "out.jsonl", overwrite=True)
     assert len(read(tmp_path / "out.jsonl")) == 7
-    with pytest.raises(ConfigError, match="is the input"):
+    with pytest.raises(ConfigError, match="is the same file as the input"):
         run(world, rows, rows)
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(ConfigError, match=r"folder\.jsonl is a directory"):
@@ -252,7 +252,7 @@ def test_rows_that_cannot_be_answered_say_why_in_their_place(world, tmp_path):
     assert all("text" not in row for row in out if "error" in row)
     assert "got int 3" in out[1]["error"]
     assert "positions of the base" in out[2]["error"]
-    with pytest.raises(JobError, match="row 1: prompt must be a text, got int 3"):
+    with pytest.raises(JobError, match="row 1: prompt must be a string, got int 3"):
         run(world, path, tmp_path / "other.jsonl", fail_fast=True)
 
 
@@ -285,15 +285,15 @@ def test_every_format_into_every_other(world, rows, tmp_path):
     assert [row["input.text"] for row in again] == table["text"].to_pylist()
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text('{"prompt": "a", "x": 1}\n{"prompt": "b", "x": "y"}\n')
-    with pytest.raises(ConfigError, match=r"the column 'x' does not have one type.*write \.jsonl"):
+    with pytest.raises(ConfigError, match=r"column 'x' has mixed types.*write \.jsonl"):
         run(world, mixed, tmp_path / "d.parquet")
 
 
 @pytest.mark.parametrize(
     ("cells", "output", "message"),
     [
-        ([b"x", None], "out.jsonl", r"'x' holds bytes, which \.jsonl cannot hold; write \.parquet"),
-        ([["a"], [1]], "out.parquet", r"'x' does not have one type.*write \.jsonl"),
+        ([b"x", None], "out.jsonl", r"'x' holds bytes, which \.jsonl cannot store; write \.parquet"),
+        ([["a"], [1]], "out.parquet", r"'x' has mixed types.*write \.jsonl"),
     ],
 )
 def test_what_the_output_could_not_hold_is_refused_before_a_row_is_answered(
@@ -334,7 +334,7 @@ def test_half_a_character_spoils_its_own_row_only(world, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a \\ud83d"}\n{"prompt": "a"}\n')
     assert run(world, path, tmp_path / "out.jsonl").failed == 1
-    assert "half of a character" in read(tmp_path / "out.jsonl")[0]["error"]
+    assert "an unpaired surrogate" in read(tmp_path / "out.jsonl")[0]["error"]
 
 
 def test_an_input_without_rows_gives_an_output_without_rows(world, tmp_path):
@@ -352,7 +352,7 @@ def test_as_a_library(world):
         answers = predictor.predict(rows, models=models, max_new_tokens=3)
     assert [answer.model for answer in answers] == models
     assert answers[0].adapter_sha256 != answers[1].adapter_sha256
-    assert answers[2].error == "the model models:/three/1 is not loaded; loaded are models:/one/1, models:/one/2"
+    assert answers[2].error == "model models:/three/1 is not loaded; loaded models: models:/one/1, models:/one/2"
 
 
 def test_the_command_prints_the_file_and_exits_with_1_where_rows_failed(world, rows, tmp_path):

@@ -28,9 +28,12 @@ def test_a_template_is_filled_from_the_columns():
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"text": "x"}, "there is neither a column 'prompt' nor 'messages', and no --prompt; columns: text"),
-        ({"prompt": 3}, "prompt must be a text, got int 3"),
-        ({"prompt": None}, "prompt must be a text, got NoneType None"),
+        (
+            {"text": "x"},
+            "the row has neither a column 'prompt' nor 'messages', and --prompt is not set; its columns: text",
+        ),
+        ({"prompt": 3}, "prompt must be a string, got int 3"),
+        ({"prompt": None}, "prompt must be a string, got NoneType None"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"messages": []}, "messages: the chat is empty"),
         ({"messages": [{"role": "user"}]}, "messages, message 0: content must be a text, got only role"),

@@ -14,7 +14,7 @@ import pytest
 
 from rankwise.exceptions import AssetError
 from rankwise.inference import source as module
-from rankwise.inference.source import Index, InputChangedError, Source
+from rankwise.inference.source import InputChangedError, InputIndex, Source
 from rankwise.reporter import SILENT
 from rankwise.settings import Settings
 
@@ -33,7 +33,7 @@ def surveyed(path, shard_rows=3, *, output="out.jsonl", hold=False):
 def opened(path, index):
     """As another process opens it: with the index from its file."""
     source = Source(path, Settings.load())
-    source.use(Index.of(json.loads(json.dumps(index.to_json()))))
+    source.use(InputIndex.of(json.loads(json.dumps(index.to_json()))))
     return source
 
 
@@ -187,7 +187,7 @@ def test_a_block_that_has_changed_is_refused_and_others_are_not_looked_at(tmp_pa
         ((_, rows),) = later.shards([shard], survey.rows)
         assert [row.columns["t"] for row in rows] == [f"text {n}" for n in range(shard * 3, shard * 3 + 3)]
     for read in (lambda: list(later.shards([0], survey.rows)), lambda: list(later.rows())):
-        with pytest.raises(InputChangedError, match="changed while it was worked on") as caught:
+        with pytest.raises(InputChangedError, match="changed during the prediction") as caught:
             read()
         assert caught.value.digest == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -217,10 +217,10 @@ def test_an_index_that_does_not_fit_its_own_input_is_told(tmp_path):
     values = source.index.to_json()
     values["blocks"] = [[0, 0, 0, 10, "0" * 64], *values["blocks"][1:]]
     damaged = Source(path, Settings.load())
-    damaged.use(Index.of(json.loads(json.dumps(values))))
-    with pytest.raises(AssetError, match=r"the index of .*rows\.jsonl is damaged: begin anew with --restart"):
+    damaged.use(InputIndex.of(json.loads(json.dumps(values))))
+    with pytest.raises(AssetError, match=r"the index of .*rows\.jsonl is damaged; start over with --restart"):
         list(damaged.rows())
-    assert Index.of({**values, "format_version": 99}) is None
+    assert InputIndex.of({**values, "format_version": 99}) is None
 
 
 def test_what_is_held_stays_as_it_was(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.inference import tables
 from rankwise.inference.source import Source
-from rankwise.inference.tables import Row, table_format, write_rows
+from rankwise.inference.tables import TableRow, table_format, write_rows
 from rankwise.reporter import SILENT
 from rankwise.settings import Settings
 
@@ -34,7 +34,7 @@ def test_a_line_that_is_no_row_does_not_stop_the_reading(tmp_path):
     path.write_text('{"a": 1}\n\nnot json\n[1]\n{"a": 2}\n')
     rows = read_rows(path)
     assert [row.index for row in rows] == [0, 1, 2, 3]
-    assert rows[0] == Row(index=0, columns={"a": 1})
+    assert rows[0] == TableRow(index=0, columns={"a": 1})
     assert rows[1].error.startswith("line 3 is not JSON: ")
     assert rows[2].error == "line 4 must be a JSON object, got list"
     assert rows[3].columns == {"a": 2}
@@ -46,14 +46,14 @@ def test_cells_of_csv_are_texts_and_a_line_with_other_cells_is_told(tmp_path):
     rows = read_rows(path)
     assert rows[0].columns == {"a": "1", "b": "two\nlines"}
     assert rows[1].error == "line 4 has 1 cells, the header has 2 columns"
-    assert rows[2] == Row(index=2, columns={"a": "3", "b": "4"})
+    assert rows[2] == TableRow(index=2, columns={"a": "3", "b": "4"})
 
 
 def test_an_empty_csv_has_no_rows_and_a_column_named_twice_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     assert read_rows(tmp_path / "empty.csv") == []
     (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
-    with pytest.raises(ConfigError, match="names a column twice: a; rename one of them"):
+    with pytest.raises(ConfigError, match="repeats column names: a; rename one of each"):
         read_rows(tmp_path / "twice.csv")
 
 
@@ -88,14 +88,14 @@ def test_a_column_that_a_row_lacks(tmp_path):
 
 
 def test_bytes_are_refused_where_they_cannot_be_and_nothing_is_left(tmp_path):
-    with pytest.raises(ConfigError, match=r"column 'image' holds bytes, which \.jsonl cannot hold; write \.parquet"):
+    with pytest.raises(ConfigError, match=r"column 'image' holds bytes, which \.jsonl cannot store; write \.parquet"):
         write_rows(tmp_path / "out.jsonl", [{"image": b"x"}], {"image": None})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", ["x", 1 << 70])
 def test_a_value_without_its_column_s_type_is_named_and_nothing_is_left(tmp_path, value):
-    with pytest.raises(ConfigError, match=r"the column 'a' does not have one type.*write \.jsonl"):
+    with pytest.raises(ConfigError, match=r"column 'a' has mixed types.*write \.jsonl"):
         write_rows(tmp_path / "out.parquet", [{"a": 1}, {"a": value}], {"a": pa.int64()})
     assert list(tmp_path.iterdir()) == []
 
@@ -123,7 +123,7 @@ def test_lines_that_would_end_the_work_on_all_others_are_told(tmp_path):
     rows = read_rows(path)
     assert [row.error is None for row in rows] == [False, False, False, False, True, True, True]
     assert rows[1].error == "line 2 is nested more than 100 deep"
-    assert "line 3 has half of a character" in rows[2].error
+    assert "line 3 has an unpaired surrogate" in rows[2].error
     assert rows[4].columns["a"].endswith("\U0001f600")
     write_rows(tmp_path / "out.jsonl", [row.columns for row in rows], {"a": None})
 
@@ -134,24 +134,24 @@ def test_a_quote_that_is_not_closed_takes_no_row_unseen(tmp_path):
     rows = read_rows(path)
     assert rows[0].columns == {"a": "1", "b": "2"}
     assert rows[1].error.startswith("line 3 is not CSV: ")
-    assert rows[2].error.startswith("lines 4 to 6 are not CSV: unexpected end of data; is a quote not closed")
+    assert rows[2].error.startswith("lines 4 to 6 are not CSV: unexpected end of data; check for a quote")
     assert len(rows) == 3
 
 
 def test_parquet_columns_of_one_name_and_times_that_python_does_not_have_are_refused(tmp_path):
     cells = pa.array(["a"])
     pq.write_table(pa.Table.from_arrays([cells, cells], names=["prompt", "prompt"]), tmp_path / "twice.parquet")
-    with pytest.raises(ConfigError, match="names a column twice: prompt; rename one of them"):
+    with pytest.raises(ConfigError, match="repeats column names: prompt; rename one of each"):
         read_rows(tmp_path / "twice.parquet")
     for kind in (pa.timestamp("ms"), pa.date32()):
         far = pa.array([10**17 if kind == pa.timestamp("ms") else 10**8], type=kind)
         pq.write_table(pa.table({"when": far}), tmp_path / "far.parquet")
-        with pytest.raises(AssetError, match="in rows 0 to 0 is a value that Python does not have"):
+        with pytest.raises(AssetError, match="rows 0 to 0 hold a value that Python cannot represent"):
             read_rows(tmp_path / "far.parquet")
 
 
 def test_formats_that_are_not_known_and_files_that_are_not_there(tmp_path):
-    with pytest.raises(ConfigError, match=r"ends in \.jsonl, \.csv, \.parquet, got '\.xlsx'"):
+    with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.csv, \.parquet; got '\.xlsx'"):
         table_format(tmp_path / "rows.xlsx")
     with pytest.raises(AssetError, match=r"cannot read .*nowhere\.jsonl: No such file"):
         read_rows(tmp_path / "nowhere.jsonl")

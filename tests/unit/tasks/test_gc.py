@@ -255,7 +255,7 @@ def test_logged_models_that_are_no_result_go_with_their_files(store, queue, garb
 
 
 def test_the_command_says_what_it_would_free_and_frees_it(tmp_path, monkeypatch):
-    from rankwise.cli.upkeep import gc
+    from rankwise.cli.maintenance import gc
 
     settings = prepared_home(tmp_path / "home")
     monkeypatch.setenv("RANKWISE_CACHE", str(settings.cache))

@@ -17,7 +17,7 @@ from rankwise.assets.base import resolve_base
 from rankwise.cli.jobs import open_queue
 from rankwise.cli.main import cli
 from rankwise.exceptions import ConfigError, RankwiseError
-from rankwise.inference.predict import predict_file
+from rankwise.inference.file_prediction import predict_file
 from rankwise.inference.shards import Parts, Request
 from rankwise.jobs.job import JobKind, JobState
 from rankwise.modeling.decoding.generation import Decoding
@@ -205,9 +205,9 @@ def test_a_prediction_of_a_release_without_an_index_goes_on(world, rows, local, 
     index = Parts(output).directory / "index.json"
     content = index.read_bytes()
     index.unlink()
-    with caplog.at_level("INFO", logger="rankwise.inference.predict"):
+    with caplog.at_level("INFO", logger="rankwise.inference.file_prediction"):
         drain_once(world)
-    assert "has no index of its input, which is read from its start once" in caplog.text
+    assert "has no index of its input; reading the whole input once" in caplog.text
     assert index.read_bytes() == content, "the jobs behind it have one again"
     index.write_text("[]")
     drain(world)
@@ -309,7 +309,7 @@ def test_with_fail_fast_the_others_are_cancelled(world, rows, tmp_path):
     states = [job.state for job in jobs(joins=False)]
     assert states == [*[JobState.SUCCEEDED] * 2, JobState.FAILED, *[JobState.CANCELLED] * 3]
     failed, join = jobs()[2], jobs()[-1]
-    assert "--fail-fast: row 4: prompt must be a text, got int 7" in failed.error
+    assert "--fail-fast: row 4: prompt must be a string, got int 7" in failed.error
     assert (failed.attempts, join.error) == (1, f"{failed.title} failed")
 
 
@@ -323,7 +323,7 @@ def test_local_work_and_jobs_do_not_mix_unasked(world, rows, local, tmp_path, mo
     submit(rows, output)
     drain_once(world)
     assert jobs()[0].result["reused"] == 4, "what a local command has begun is gone on with"
-    with pytest.raises(ConfigError, match="is made by jobs of the queue"):
+    with pytest.raises(ConfigError, match="belongs to queued jobs"):
         predict_file(REQUEST, rows, output, settings=world.settings, tracking_uri=world.settings.tracking_uri)
     drain(world)
     assert output.read_bytes() == local
@@ -391,11 +391,11 @@ def test_a_directory_that_was_left_behind_is_in_nobodys_way(world, rows, local, 
     parts.directory.mkdir()
     (parts.directory / "shard-000000.jsonl").write_text('{"text": "of nobody"}\n' * 2)
     submit(rows, output)
-    with parts.held():
+    with parts.locked():
         drain(world)
         assert parts.manifest() is not None, "whoever holds it is at it"
     assert output.read_bytes() == local
-    assert "is there already" in predict_here(rows, output, code=2)
+    assert "already exists" in predict_here(rows, output, code=2)
     assert not parts.directory.exists()
 
 

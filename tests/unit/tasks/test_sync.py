@@ -162,7 +162,7 @@ def test_a_server_that_is_away_does_not_hide_what_waits(queue, tmp_path):
 
 
 def test_the_command_says_what_was_delivered_and_that_something_needs_a_look(tmp_path, monkeypatch, capsys):
-    from rankwise.cli.upkeep import sync as command
+    from rankwise.cli.maintenance import sync as command
 
     settings = prepared_home(tmp_path / "home")
     monkeypatch.setenv("RANKWISE_HOME", str(settings.home))

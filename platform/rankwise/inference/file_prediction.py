@@ -1,8 +1,10 @@
-"""Files in, files out: answer the rows of a table with registered adapters, resumably.
+"""Predict a table file: plan, answer its shards resumably, and write the output.
 
-One path for one command and for jobs of the queue: `plan` decides what the prediction is from one pass over the input,
-`answer_part` answers some of its shards, `write_output` puts the output together. `predict_file` does all three in one
-process; `tasks.predict` does each in a job.
+1. `plan` reads the input once and fixes the models, the rows and the shards.
+2. `answer_shards` answers shards.
+3. `write_output` joins the input rows with their answers.
+
+`predict_file` runs all steps in one process; `tasks.predict` runs them as jobs of the queue.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from rankwise.flavor.fetch import Origin, check, resolve_uri
 from rankwise.flavor.load import LoadedAdapter
 from rankwise.flavor.metadata import MANIFEST_TAG
 from rankwise.inference.predictor import Answer, Predictor, PromptReader
-from rankwise.inference.shards import Manifest, Parts, Queued, Request, Stand
+from rankwise.inference.shards import JobsStatus, Manifest, Parts, QueuedJobs, Request
 from rankwise.inference.source import InputChangedError, Source, Survey, named_model
-from rankwise.inference.tables import Row, table_format, write_rows
+from rankwise.inference.tables import TableRow, table_format, write_rows
 from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
@@ -32,14 +34,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One prediction: answered by one command, or in parts by jobs of the queue.
+    """A prediction of one file.
 
-    Attributes:
-        request: What is asked.
-        manifest: What was resolved when it began.
-        source: The input.
-        output: Where the answers go.
-        whole: Names it in the rows of its jobs; None where one command answers it.
+    `whole` identifies it in the specs of its jobs; None if one command answers it.
     """
 
     request: Request
@@ -50,25 +47,20 @@ class Prediction:
 
     @property
     def parts(self) -> Parts:
-        """Where the answers are kept."""
+        """The directory that keeps the answers."""
         return Parts(self.output, self.whole)
 
-    def part(self, shards: range) -> Part:
-        """Some shards, split into those that are answered already and those that are left."""
-        left = [shard for shard in shards if not self.parts.has(shard)]
-        rows, rows_left = (sum(len(self.manifest.span(shard)) for shard in some) for some in (shards, left))
-        return Part(shards=shards, left=left, rows=rows, reused=rows - rows_left)
+    def shard_work(self, shards: range) -> ShardWork:
+        """Split shards into answered and pending ones."""
+        pending = [shard for shard in shards if not self.parts.has(shard)]
+        rows, rows_pending = (sum(len(self.manifest.span(shard)) for shard in group) for group in (shards, pending))
+        return ShardWork(shards=shards, pending=pending, rows=rows, reused=rows - rows_pending)
 
     def open(self, settings: Settings, progress: Reporter, source: Source | None = None) -> Source:
-        """The input with the index that the first pass over it has left.
-
-        Args:
-            settings: Where digests are remembered.
-            progress: Told of rows where there is no index.
-            source: The input, where it is open already.
+        """Open the input with the index of the first pass over it; without an index, read the input again to build one.
 
         Raises:
-            InputChangedError: It is not the input that the prediction began with.
+            InputChangedError: The input has changed since the prediction started.
             AssetError: It cannot be read.
         """
         source = source or Source(self.source, settings)
@@ -76,7 +68,7 @@ class Prediction:
         if index is not None:
             source.use(index)
             return source
-        logger.info("%s has no index of its input, which is read from its start once", self.parts.directory)
+        logger.info("%s has no index of its input; reading the whole input once", self.parts.directory)
         source.survey(self.output, self.request.model_column, self.manifest.shard_rows, progress)
         if source.index.input != self.manifest.request["input"]:
             raise InputChangedError(self.source, source.index.input)
@@ -85,49 +77,39 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ShardWork:
     """Shards that one process answers.
 
-    Attributes:
-        shards: All of them.
-        left: Those without answers.
-        rows: How many rows they have.
-        reused: How many of these were answered by an earlier run.
+    `pending` lists those without answers; `reused` counts the rows that an earlier run has answered.
     """
 
     shards: range
-    left: Sequence[int]
+    pending: Sequence[int]
     rows: int
     reused: int
 
 
-def answer_part(
+def answer_shards(
     prediction: Prediction,
-    part: Part,
+    part: ShardWork,
     source: Source,
     predictor: Predictor,
     keep: Callable[[int, list[Answer]], None],
     progress: Reporter | None = None,
 ) -> tuple[int, float]:
-    """Answer the shards of a part that are left; tokens generated, and seconds taken, loading apart.
+    """Answer the pending shards; `keep` gets each shard and the answers of its rows in order.
 
-    Args:
-        prediction: The prediction.
-        part: Its shards.
-        source: Its input, opened.
-        predictor: Has all models of the manifest.
-        keep: Given each shard and the answers of its rows, in order.
-        progress: Told of rows within a shard.
+    Returns the number of generated tokens and the seconds taken, without loading.
 
     Raises:
-        AdapterIntegrityError: A model has other files than it had when the prediction began.
+        AdapterIntegrityError: The files of a model have changed since the prediction started.
         JobError: A row cannot be answered, with `fail_fast`.
         AssetError: The input cannot be read, or has changed.
     """
     _check_adapters(prediction.manifest, predictor.adapters)
     reader = PromptReader.parse(prediction.request.prompt)
     tokens, began = 0, time.perf_counter()
-    for shard, rows in source.shards(part.left, prediction.manifest.rows):
+    for shard, rows in source.shards(part.pending, prediction.manifest.rows):
         answers = _answer(prediction, predictor, reader, rows, progress)
         tokens += sum(answer.completion_tokens or 0 for answer in answers)
         keep(shard, answers)
@@ -139,8 +121,8 @@ def _check_adapters(manifest: Manifest, adapters: Mapping[str, LoadedAdapter]) -
         recorded = manifest.adapters.get(uri)
         if recorded is not None and recorded != adapter.metadata.manifest:
             raise AdapterIntegrityError(
-                f"{uri} is another adapter ({adapter.metadata.manifest}) than the one that the prediction began with "
-                f"({recorded}); begin anew with --restart"
+                f"{uri} has changed: its manifest is {adapter.metadata.manifest}, the prediction started with "
+                f"{recorded}; start over with --restart"
             )
 
 
@@ -148,7 +130,7 @@ def _answer(
     prediction: Prediction,
     predictor: Predictor,
     reader: PromptReader,
-    rows: Sequence[Row],
+    rows: Sequence[TableRow],
     progress: Reporter | None,
 ) -> list[Answer]:
     request, manifest = prediction.request, prediction.manifest
@@ -179,15 +161,15 @@ def _answer(
 
 
 def check_paths(source: Path, output: Path) -> None:
-    """Refuse what can neither be read nor written.
+    """Reject an input or output path of an unsupported format.
 
     Raises:
-        ConfigError: A format is not known, both are one file, or the output is a directory.
+        ConfigError: The format is unknown, both are the same file, or the output is a directory.
     """
     table_format(source)
     table_format(output)
     if source.resolve() == output.resolve():
-        raise ConfigError(f"the output {output} is the input; name another file")
+        raise ConfigError(f"the output {output} is the same file as the input; name another file")
     if output.is_dir():
         raise ConfigError(f"the output {output} is a directory; name a file")
 
@@ -201,22 +183,13 @@ def plan(
     tracking_uri: str | None,
     progress: Reporter,
 ) -> Manifest:
-    """What a prediction is: as it began, or decided now from one pass over the input.
-
-    Args:
-        request: What is asked.
-        source: The input.
-        output: The output.
-        parts: Where the answers are kept; the index of the input is written there.
-        known: What was begun; None where nothing was.
-        tracking_uri: Of the registry; MLflow's current one by default.
-        progress: Told of rows.
+    """Continue the prediction `known`, or plan a new one from one pass over the input and write its index to `parts`.
 
     Raises:
-        ConfigError: What was begun is another prediction; rows name no model, or one that is not to be found; the
-            template or the output does not fit.
+        ConfigError: `known` is another prediction; rows name no model, or one that does not exist; the template or the
+            output format does not fit the rows.
         AssetError: The input cannot be read.
-        AdapterIntegrityError: A directory is not what was stored.
+        AdapterIntegrityError: The files in a directory do not match their manifest.
     """
     if known is not None:
         _check_same(known, request, source.digest(progress), parts)
@@ -227,8 +200,8 @@ def plan(
         reader.template.check(survey.columns)
     if survey.unnamed and not request.models:
         raise ConfigError(
-            f"{survey.unnamed} of {survey.rows} rows name no model in a column {request.model_column!r}; give the one "
-            "that answers them with --model"
+            f"{survey.unnamed} of {survey.rows} rows name no model in a column {request.model_column!r}; give a "
+            "default model with --model"
         )
     origins = _resolve(request, survey, tracking_uri)
     digests = {origin.uri: adapter_digest(origin) for origin in origins.values()}
@@ -243,7 +216,7 @@ def plan(
 
 
 def _check_same(known: Manifest, request: Request, digest: str, parts: Parts) -> None:
-    """Refuse to continue what another request, or another input, has begun."""
+    """Reject a directory that belongs to another request or input."""
     differs = [
         f"{key} was {known.request.get(key)!r}, is {value!r}"
         for key, value in request.identity(digest).items()
@@ -251,35 +224,34 @@ def _check_same(known: Manifest, request: Request, digest: str, parts: Parts) ->
     ]
     if differs:
         raise ConfigError(
-            f"{parts.directory} holds the beginning of another prediction ({'; '.join(differs)}); finish that one "
-            "with its own command, or throw it away with --restart"
+            f"{parts.directory} holds an unfinished prediction with other settings ({'; '.join(differs)}); finish it "
+            "with its own command, or discard it with --restart"
         )
 
 
 def adapter_digest(origin: Origin) -> str | None:
-    """The digest of a stored adapter's manifest, without fetching it; None where only its files could say."""
+    """The digest of a stored adapter's manifest, without download; None if only its files have it."""
     if origin.model_id is None and origin.version is None:
         return check(Path(origin.location), origin).metadata.manifest
     return origin.tags.get(MANIFEST_TAG)
 
 
 def _resolve(request: Request, survey: Survey, tracking_uri: str | None) -> dict[str, Origin]:
-    """The version of each model, decided once. All that cannot be found are named together."""
+    """Resolve every model once; report all unknown ones together."""
     models: dict[str, Origin] = {}
     problems: list[str] = []
     for name in dict.fromkeys([*request.models, *survey.models]):
         try:
             models[name] = resolve_uri(name, tracking_uri)
         except (AssetError, ConfigError, TrackingError) as error:
-            asked = f" (named by {survey.models[name]} rows)" if name in survey.models else ""
-            problems.append(f"{name}{asked}: {error}")
+            origin = f" (named by {survey.models[name]} rows)" if name in survey.models else ""
+            problems.append(f"{name}{origin}: {error}")
     if problems:
-        raise ConfigError("\n".join(["models that cannot be found:", *problems]), tuple(problems))
+        raise ConfigError("\n".join(["models not found:", *problems]), tuple(problems))
     return models
 
 
-# The columns that a row of the output has beside those of the input; those of the input with such a name get `input.`
-# before it.
+# Result columns of the output. An input column of the same name gets the prefix `input.`.
 RESULTS: dict[str, pa.DataType] = {
     "text": pa.string(),
     "finish_reason": pa.string(),
@@ -295,17 +267,17 @@ _ID = "id"
 
 
 def write_output(prediction: Prediction, source: Source) -> int:
-    """Put the output together from the input and the answers; how many rows have an error.
+    """Join the input and the answers into the output; returns the number of rows with an error.
 
     Raises:
-        ConfigError: A value cannot be written in the output's format, or answers are missing.
+        ConfigError: The output's format cannot hold a value, or answers are missing.
         AssetError: The input cannot be read, or has changed.
         StorageError: The disk is full, or the directory is not writable.
     """
     output, columns = prediction.output, prediction.manifest.survey.columns
     names = _names([name for name in columns if name != _ID])
     own = source.types() if table_format(output) == ".parquet" else {}
-    # A row without an id of its own gets its place; in Parquet as a text, where the others are texts.
+    # A row without an id gets its index, as a string if the Parquet column holds strings.
     texts = pa.types.is_string(own.get(_ID, pa.int64()))
     first = own.get(_ID) if _ID in columns else pa.int64()
     types: dict[str, pa.DataType | None] = {_ID: first, **RESULTS}
@@ -324,7 +296,7 @@ def write_output(prediction: Prediction, source: Source) -> int:
 
 
 def _names(columns: Sequence[str]) -> dict[str, str]:
-    """What each input column is called in the output: no two the same, and none as a result is."""
+    """The output name of each input column: unique, and never that of a result column."""
     taken = {_ID, *RESULTS, *columns}
     names = {}
     for name in columns:
@@ -337,7 +309,7 @@ def _names(columns: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _row(row: Row, answer: Answer, names: Mapping[str, str], place: int | str) -> dict[str, Any]:
+def _row(row: TableRow, answer: Answer, names: Mapping[str, str], place: int | str) -> dict[str, Any]:
     results = {name: getattr(answer, name) for name in RESULTS}
     return {
         _ID: row.columns.get(_ID, place),
@@ -348,17 +320,7 @@ def _row(row: Row, answer: Answer, names: Mapping[str, str], place: int | str) -
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a prediction did.
-
-    Attributes:
-        output: The file.
-        rows: Rows of the input and of the output.
-        failed: Those with an error in place of an answer.
-        reused: Rows whose answers an earlier run had made.
-        models: The resolved URI of each model asked for.
-        completion_tokens: Tokens generated now.
-        seconds: Of generating, loading apart.
-    """
+    """Results of a prediction; `seconds` is generation time without loading."""
 
     output: Path
     rows: int
@@ -369,7 +331,7 @@ class Summary:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """As `predict --json` prints it."""
+        """The document of `predict --json`."""
         return {
             "output": str(self.output),
             "rows": self.rows,
@@ -390,56 +352,47 @@ def predict_file(
     tracking_uri: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
-    stand: Callable[[Queued], Stand] = lambda queued: Stand.OPEN,
+    jobs_status: Callable[[QueuedJobs], JobsStatus] = lambda queued: JobsStatus.OPEN,
     progress: Reporter = SILENT,
 ) -> Summary:
-    """Answer every row of a table.
+    """Answer every row of a table (`.jsonl`, `.csv` or `.parquet`) in this process.
 
-    Answers are kept in `OUTPUT.parts/` shard by shard; the same call after any interruption goes on there, and the
-    output appears whole at the end, each row once, in the order of the input.
+    `OUTPUT.parts/` keeps the answers shard by shard. After an interruption the same call resumes there. The output
+    appears complete, with one row for each input row, in input order.
 
-    Args:
-        request: What is asked.
-        source: The table: `.jsonl`, `.csv` or `.parquet`.
-        output: Where the answers go; likewise.
-        settings: Where bases and caches are.
-        tracking_uri: Of the registry; MLflow's current one by default.
-        overwrite: Replace an output that is there.
-        restart: Throw away what an interrupted run has done.
-        stand: Says how far jobs of the queue are that began it; by default they are taken to be at work.
-        progress: Told of rows.
+    `jobs_status` reports the state of queued jobs that started the same output; by default they count as running.
 
     Raises:
-        ConfigError: The request, or what an earlier run began, does not fit; the output is there already.
-        AssetError: The input cannot be read, or the base is not to be found.
+        ConfigError: The request does not fit the input or an earlier run; the output already exists.
+        AssetError: The input cannot be read, or the base was not found.
         JobError: A row cannot be answered, with `fail_fast`.
         TrackingError: The registry cannot be reached, or has no such model.
-        BaseMismatchError: The adapters lie over different bases.
-        AdapterIntegrityError: An adapter is not what was stored.
+        BaseMismatchError: The adapters need different bases.
+        AdapterIntegrityError: The files of an adapter do not match their manifest.
     """
     check_paths(source, output)
     opened = Source(source, settings, hold=True)
     parts = Parts(output)
-    with parts.held():
+    with parts.locked():
         queued = parts.queued()
         if queued is not None:
-            _check_ended(stand(queued), output, restart=restart)
+            _check_ended(jobs_status(queued), output, restart=restart)
         if restart or queued is not None:
             parts.remove()
         known = parts.manifest()
         if known is None:
             parts.remove()
             if output.exists() and not overwrite:
-                raise ConfigError(f"{output} is there already; name another file, or replace it with --overwrite")
+                raise ConfigError(f"{output} already exists; name another file, or replace it with --overwrite")
         parts.sweep()
         manifest = plan(request, opened, output, parts, known, tracking_uri, progress)
         if known is None:
             parts.begin(manifest)
         prediction = Prediction(request=request, manifest=manifest, source=source, output=output)
         prediction.open(settings, progress, opened)
-        part = prediction.part(range(manifest.shards))
+        part = prediction.shard_work(range(manifest.shards))
         tokens, seconds = 0, 0.0
-        if part.left:
+        if part.pending:
             tokens, seconds = _answer_here(prediction, part, opened, settings, tracking_uri, progress)
         opened.check_unchanged()
         failed = write_output(prediction, opened)
@@ -455,34 +408,30 @@ def predict_file(
     )
 
 
-def _check_ended(stand: Stand, output: Path, *, restart: bool) -> None:
-    """Leave to jobs of the queue what is theirs.
-
-    Raises:
-        ConfigError: They have not ended, or not well and may be tried again.
-    """
-    if stand is Stand.OPEN and restart:
+def _check_ended(status: JobsStatus, output: Path, *, restart: bool) -> None:
+    """Reject an output whose queued jobs have not ended, or can be retried."""
+    if status is JobsStatus.OPEN and restart:
         raise ConfigError(
-            f"{output} is made by jobs of the queue that have not ended (rankwise jobs list --kind predict): begin "
-            "anew with rankwise predict --submit --restart, or cancel the jobs"
+            f"{output} belongs to queued jobs that have not ended (rankwise jobs list --kind predict); start over "
+            "with rankwise predict --submit --restart, or cancel the jobs"
         )
-    # An output that is there was put together by them, and only the directory was left behind.
-    if not restart and (stand is not Stand.DONE or not output.exists()):
+    # The jobs wrote an existing output; only the directory is left over.
+    if not restart and (status is not JobsStatus.DONE or not output.exists()):
         raise ConfigError(
-            f"{output} is made by jobs of the queue (rankwise jobs list --kind predict); the same command with "
-            "--submit shows them and tries failed ones again, --restart throws what they have done away"
+            f"{output} belongs to queued jobs (rankwise jobs list --kind predict); the same command with --submit "
+            "shows them and retries failed ones, --restart discards their work"
         )
 
 
 def _answer_here(
     prediction: Prediction,
-    part: Part,
+    part: ShardWork,
     source: Source,
     settings: Settings,
     tracking_uri: str | None,
     progress: Reporter,
 ) -> tuple[int, float]:
-    """Answer what is left in this process, over a base of its own."""
+    """Load the base and answer the pending shards in this process."""
     request, parts = prediction.request, prediction.parts
     uris = list(dict.fromkeys(prediction.manifest.models.values()))
     with progress.task(f"loading {len(uris)} adapters and their base", None, "adapters"):
@@ -500,4 +449,4 @@ def _answer_here(
             parts.write(shard, answers)
             advance(len(answers))
 
-        return answer_part(prediction, part, source, predictor, keep)
+        return answer_shards(prediction, part, source, predictor, keep)
