@@ -36,7 +36,7 @@ def test_promote_and_roll_back(project, client):
     assert alias(client) is None
     done = project.run("promote", "tiny-adder", "--candidate", "1", "--force", "--reason", "somebody must begin")
     assert done.returncode == 0, done.stderr
-    assert "models:/tiny-adder@champion is version 1 now (by force; it was unset)" in done.stderr
+    assert "models:/tiny-adder@champion is now version 1 (by force; it was unset)" in done.stderr
     # The better one passes.
     found = json.loads(project.succeed("promote", "tiny-adder", "--candidate", "2", "--json"))
     assert (found["passed"], found["moved"], found["forced"]) == (True, True, False)
@@ -50,7 +50,7 @@ def test_promote_and_roll_back(project, client):
         "gate.json", "candidate.json", "champion.json", "base.json"
     }  # fmt: skip
     # Again: nothing to do. The worse one is refused, with reasons, and nothing moves.
-    assert "is models:/tiny-adder@champion already" in project.run("promote", "tiny-adder", "--candidate", "2").stderr
+    assert "models:/tiny-adder@champion is already" in project.run("promote", "tiny-adder", "--candidate", "2").stderr
     refused = project.run("promote", "tiny-adder", "--candidate", "1")
     assert refused.returncode == 1
     assert "fails  eval.loss against the champion: +" in refused.stdout

@@ -193,7 +193,7 @@ def test_control_c_keeps_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopping after this step" in told
-    assert "the same command goes on from here" in told
+    assert "run the same command again to resume" in told
     assert "Traceback" not in told
     client = MlflowClient(f"sqlite:///{project.home / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])

@@ -172,7 +172,7 @@ def test_the_commands_place_real_workers(cluster, store):
     assert [node["cpus"] for node in shown["nodes"]] == [1, 1]
     until(lambda: len(store.workers()) == 2)
     assert len(json.loads(call(status, "--json").stdout)["workers"]) == 2
-    assert "all workers have ended" in call(cluster_command, "stop", *where).stderr
+    assert "all workers have stopped" in call(cluster_command, "stop", *where).stderr
     assert store.workers() == []
     assert json.loads(call(cluster_command, "status", *where, "--json").stdout)["workers"] == []
 

@@ -38,7 +38,7 @@ def test_the_ui_serves_this_machine_only_and_ends_cleanly(tmp_path):
     assert process.returncode == 0
     assert out == ""
     assert "Traceback" not in err
-    assert err.strip().endswith("MLflow's UI has ended.")
+    assert err.strip().endswith("The MLflow UI has stopped.")
     _, alive = psutil.wait_procs(children, timeout=10)
     assert children
     assert alive == []

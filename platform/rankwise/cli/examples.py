@@ -26,11 +26,11 @@ from rankwise.files import storage_errors, write_atomically
 def examples(name: str | None, out: Path | None, as_json: bool) -> None:
     """List the experiment files that come with rankwise, or write the one called NAME.
 
-    The files that an example refers to are written beside it. Existing files are not overwritten.
+    The files that an example refers to are written next to it. Existing files are never overwritten.
 
-    Then: rankwise run NAME.yaml
+    Next step: rankwise run NAME.yaml
     """
-    directory = _shipped()
+    directory = _examples_directory()
     files = {path.stem: path for path in sorted(directory.glob("*.yaml"))}
     if name is None:
         if out is not None:
@@ -38,7 +38,7 @@ def examples(name: str | None, out: Path | None, as_json: bool) -> None:
         _list(files, as_json)
         return
     if name not in files:
-        raise ConfigError(f"there is no example {name}; the examples are {', '.join(files)}")
+        raise ConfigError(f"unknown example {name}; examples: {', '.join(files)}")
     target = out or Path(f"{name}.yaml")
     written = _write(directory, files[name], target)
     if as_json:
@@ -48,8 +48,8 @@ def examples(name: str | None, out: Path | None, as_json: bool) -> None:
         note(f"next: rankwise plan {target}, then rankwise run {target}")
 
 
-def _shipped() -> Path:
-    """The directory of the examples: part of the package in a wheel, `experiments/` in a checkout."""
+def _examples_directory() -> Path:
+    """The directory of the examples: in the package of a wheel, `experiments/` in a checkout."""
     package = Path(rankwise.__file__).parent
     for directory in (package / "examples", package.parents[1] / "experiments"):
         if directory.is_dir():
@@ -69,16 +69,18 @@ def _list(files: dict[str, Path], as_json: bool) -> None:
 
 
 def _write(directory: Path, source: Path, target: Path) -> list[Path]:
-    """Write an example and the shipped files that its text names by their relative paths; the example comes last."""
+    """Write an example and the shipped files that it refers to; the example is last in the result."""
     text = source.read_text()
     contents = {
         target.parent / path.relative_to(directory): path.read_bytes()
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.suffix != ".yaml" and path.relative_to(directory).as_posix() in text
     } | {target: text.encode()}
-    taken = [str(path) for path, content in contents.items() if path.exists() and path.read_bytes() != content]
-    if taken:
-        raise ConfigError(f"already there with other content: {', '.join(taken)}; move it away or choose another --out")
+    conflicts = [str(path) for path, content in contents.items() if path.exists() and path.read_bytes() != content]
+    if conflicts:
+        raise ConfigError(
+            f"files exist with other content: {', '.join(conflicts)}; move them away or choose another --out"
+        )
     for path, content in contents.items():
         with storage_errors(path, "writing an example"):
             path.parent.mkdir(parents=True, exist_ok=True)

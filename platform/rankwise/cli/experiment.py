@@ -1,7 +1,4 @@
-"""`validate`, `plan`, `schema`: what a definition says, before anything is fetched or trained.
-
-- `rankwise submit`: a definition's jobs into the queue, for workers anywhere to do.
-"""
+"""`rankwise validate`, `plan`, `schema` and `submit`: check a definition, show its arms, queue its jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def definition(command: Command) -> Command:
-    """The argument FILE and the option --set, which every command on a definition has."""
+    """Add the argument FILE and the option --set to a command."""
     option = click.option(
         "--set",
         "overrides",
@@ -41,15 +38,15 @@ def definition(command: Command) -> Command:
 
 
 def command_line(file: Path | None, overrides: Sequence[str], source: str | None = None) -> str:
-    """The `rankwise run` that does the same, as runs and reports show it."""
+    """The equivalent `rankwise run` command, for runs and reports."""
     named = str(file) if file is not None else f"--from={source}"
-    return shlex.join(["rankwise", "run", named, *(f"--set={each}" for each in overrides)])
+    return shlex.join(["rankwise", "run", named, *(f"--set={override}" for override in overrides)])
 
 
 @click.command()
 @definition
 def validate(file: Path, overrides: tuple[str, ...]) -> None:
-    """Check the experiment FILE and say what it holds; every problem is reported at once."""
+    """Check the experiment FILE and summarize it; all problems are reported at once."""
     experiment = load_experiment(file, overrides)
     spec, arms = experiment.spec, experiment.arms
     count = sum(experiment.planned_rounds) or len(arms)
@@ -62,17 +59,19 @@ def validate(file: Path, overrides: tuple[str, ...]) -> None:
 
 @click.command()
 @definition
-@click.option("--estimates/--no-estimates", default=True, help="Sizes from the base's configuration (some seconds).")
+@click.option(
+    "--estimates/--no-estimates", default=True, help="Estimate sizes from the base's configuration (takes seconds)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool) -> None:
-    """Show the arms of the experiment FILE, their hashes, and what they will take."""
+    """Show the arms of the experiment FILE, their hashes, and their estimated cost."""
     experiment = load_experiment(file, overrides)
     spec = experiment.spec
     made = make_plan(experiment, count_rows(spec.dataset.train))
     if estimates:
         config = base_config(spec)
         if config is None:
-            note(f"No estimates: the configuration of {spec.base_model} is not here; give base_model_config.")
+            note(f"No estimates: the configuration of {spec.base_model} is not on this machine; set base_model_config.")
         else:
             made = _with_estimates(made, config)
     if as_json:
@@ -80,13 +79,13 @@ def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool)
         return
     print_table(_table(made))
     if made.provisional:
-        note("Hashes are provisional: the base or the data has no pin yet; the first run resolves and records it.")
+        note("Hashes are provisional: the base or the data is not pinned yet; the first run resolves and records it.")
     for advice in rung_advice(spec.sweep.early_stopping, [planned.arm for planned in made.arms]):
         note(advice)
 
 
 @click.command()
-@click.option("--markdown", is_flag=True, help="Print the reference for people instead.")
+@click.option("--markdown", is_flag=True, help="Print a reference in Markdown instead.")
 def schema(markdown: bool) -> None:
     """Print the JSON Schema of experiment files, for editors."""
     if markdown:
@@ -96,7 +95,7 @@ def schema(markdown: bool) -> None:
 
 
 def base_config(spec: ExperimentSpec) -> Path | None:
-    """The config.json of a definition's base that is on this machine, without fetching anything."""
+    """The local config.json of a definition's base, if any; nothing is downloaded."""
     if spec.base_model_config is not None:
         return Path(spec.base_model_config)
     source = parse_source(spec.base_model)
@@ -107,7 +106,7 @@ def base_config(spec: ExperimentSpec) -> Path | None:
 
 
 def _with_estimates(made: Plan, config: Path) -> Plan:
-    # Late: this imports torch, and takes a second or two.
+    # Late: torch takes seconds to import.
     from rankwise.modeling.estimate import Estimator
 
     estimator = Estimator(config)
@@ -135,17 +134,19 @@ def _table(made: Plan) -> Table:
 
 
 def _captions(made: Plan) -> Iterator[str]:
-    """What is not known yet, and what early stopping is to save."""
+    """What is not known yet, and the expected effect of early stopping."""
     if (proposed := made.trials - len(made.arms)) > 0:
-        yield f"The other {proposed:,} arms are proposed from results ({made.method}, {len(made.rounds)} rounds)."
+        yield f"The other {proposed:,} arms will be proposed from results ({made.method}, {len(made.rounds)} rounds)."
     stopping = made.stopping
     if stopping is None:
         return
     if stopping.budget is None:
-        yield f"Successive halving by {stopping.metric}; its steps are known once the rows are."
+        yield f"Successive halving by {stopping.metric}; its steps are known once the rows are counted."
         return
-    rungs = ", ".join(f"{rung.kept:,} of {rung.arms:,} go on at step {rung.step:,}" for rung in stopping.budget.rungs)
-    steps = f"{stopping.budget.expected:,} steps are expected, {stopping.budget.upper:,} without it"
+    rungs = ", ".join(
+        f"{rung.kept:,} of {rung.arms:,} continue at step {rung.step:,}" for rung in stopping.budget.rungs
+    )
+    steps = f"{stopping.budget.expected:,} steps expected, {stopping.budget.upper:,} without it"
     yield f"Successive halving by {stopping.metric}: {rungs}; {steps}."
 
 
@@ -159,19 +160,23 @@ def _cells(steps: int | None, tokens: int | None, estimates: Any) -> Iterator[st
 
 @click.command()
 @definition
-@click.option("--priority", type=int, default=0, show_default=True, help="Jobs of a higher one are claimed first.")
-@click.option("--after", multiple=True, type=int, metavar="JOB", help="Wait until this job has succeeded; repeatable.")
-@click.option("--preflight/--no-preflight", default=True, help="Check the rows before anything is queued.")
+@click.option(
+    "--priority", type=int, default=0, show_default=True, help="Jobs with a higher priority are claimed first."
+)
+@click.option(
+    "--after", multiple=True, type=int, metavar="JOB", help="Start only after this job has succeeded; repeatable."
+)
+@click.option("--preflight/--no-preflight", default=True, help="Check the rows before queueing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the jobs as JSON.")
 def submit(
     file: Path, overrides: tuple[str, ...], priority: int, after: tuple[int, ...], preflight: bool, as_json: bool
 ) -> None:
-    """Queue all that the experiment FILE asks for and that has not been done yet.
+    """Queue all jobs of the experiment FILE that have not been done yet.
 
-    Doing it again adds nothing. `rankwise worker` does the jobs, `rankwise status` shows how far they are.
+    Submitting again adds nothing. `rankwise worker` does the jobs, `rankwise status` shows their progress.
     """
     settings = Settings.load()
-    # A wrong file is told before anything heavy is imported.
+    # Report errors in the file before slow imports.
     experiment = load_experiment(file, overrides)
     experiment.require_known_arms()
     console = Console(stderr=True, highlight=False)
@@ -183,12 +188,12 @@ def submit(
 
         with open_context(settings, bars) as context:
             prepared = prepare(context, experiment, RowsCache(settings, bars), preflight=preflight)
-            # Once more for jobs that are done: it completes what an earlier submission left out.
+            # Also if all jobs are done: completes an interrupted submission.
             command = command_line(file, overrides)
             submitted = submit_prepared(context, prepared, command=command, priority=priority, after=after)
-        waiting = sum(not job.ended for job in submitted.jobs)
+        pending = sum(not job.ended for job in submitted.jobs)
         bars.say(
-            f"{len(submitted.jobs)} jobs, {waiting} of them to do: rankwise worker does them, rankwise status shows"
+            f"{len(submitted.jobs)} jobs, {pending} pending; rankwise worker does them, rankwise status shows progress"
         )
     if as_json:
         print_json({"jobs": [job.to_json() for job in submitted.jobs]})

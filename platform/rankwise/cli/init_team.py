@@ -1,4 +1,4 @@
-"""`rankwise init-team`: the secrets and choices of a team, in the `.env` that compose.yaml reads."""
+"""`rankwise init-team`: write a team's secrets and choices to the `.env` that compose.yaml reads."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from rankwise.files import fsync_directory, storage_errors
 from rankwise.settings import child_environment
 
 SECRETS = {
-    "POSTGRES_PASSWORD": "PostgreSQL's administrator; needed for repairs only",
+    "POSTGRES_PASSWORD": "PostgreSQL's administrator, for repairs only",
     "RANKWISE_DB_PASSWORD": "the queue's user of PostgreSQL",
     "MLFLOW_DB_PASSWORD": "MLflow's user of PostgreSQL",
     "OBJECT_STORE_SECRET_KEY": "MLflow's key to its bucket in the object store",
-    "OBJECT_STORE_ADMIN_KEY": "the object store's administrator: makes the bucket, copies it",
+    "OBJECT_STORE_ADMIN_KEY": "the object store's administrator, who creates the bucket and its backups",
     "MLFLOW_ADMIN_PASSWORD": "MLflow's account `admin`, for the first start and for `accounts`",
     "MLFLOW_WORKER_PASSWORD": "MLflow's account `worker`",
     "MLFLOW_SECRET_KEY": "signs MLflow's forms",
-    "RAY_AUTH_TOKEN": "admits to the Ray cluster",
+    "RAY_AUTH_TOKEN": "token of the Ray cluster",
 }
-"""What compose.yaml cannot do without, and what each is."""
+"""Secrets that compose.yaml requires, and what each is for."""
 
 _BYTES = 24
-# Hexadecimal digits mean the same in an env file, a URL, JSON and SQL.
+# Hex digits need no escaping in env files, URLs, JSON and SQL.
 _FILE = ".env"
 _NEXT = """\
 next, in {directory}:
   docker compose build
   docker compose up --detach --wait
-  docker compose run --rm accounts add NAME --role editor    an account; prints its password
+  docker compose run --rm accounts add NAME --role editor    creates an account, prints its password
   docker compose run --rm rankwise submit experiments/diamonds-rank.yaml
-MLflow is then at {url}, as `admin` with MLFLOW_ADMIN_PASSWORD of {file}.
-Keep a copy of {file} apart from the backups: whoever has both has everything."""
+MLflow is then at {url}; log in as `admin` with MLFLOW_ADMIN_PASSWORD from {file}.
+Keep a copy of {file} separate from the backups: both together give access to everything."""
 
 
 @click.command("init-team")
@@ -45,36 +45,36 @@ Keep a copy of {file} apart from the backups: whoever has both has everything.""
     "directory",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path(),
-    help="Where compose.yaml is; the current directory by default.",
+    help="Directory of compose.yaml. Default: the current one.",
 )
 @click.option(
     "--workers",
     type=click.Choice(["gpu", "cpu", "none"]),
-    help="Which workers this host runs. Default: gpu where it has one, cpu otherwise.",
+    help="Workers on this host. Default: gpu if it has one, otherwise cpu.",
 )
-@click.option("--open", "without_accounts", is_flag=True, help="MLflow without accounts, for a closed network only.")
-@click.option("--bind", default="127.0.0.1", show_default=True, help="Address that MLflow's port is published on.")
+@click.option("--open", "without_accounts", is_flag=True, help="MLflow without accounts, only for a closed network.")
+@click.option("--bind", default="127.0.0.1", show_default=True, help="Address to publish MLflow's port on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="MLflow's port.")
-@click.option("--host", metavar="NAME", help="Name under which people reach MLflow over https, behind a proxy.")
+@click.option("--host", metavar="NAME", help="Public host name of MLflow, behind an https proxy.")
 def init_team(
     directory: Path, workers: str | None, without_accounts: bool, bind: str, port: int, host: str | None
 ) -> None:
     """Write the secrets of a new team to .env, for `docker compose up`.
 
-    Every password is random. A file that is there is never touched: databases keep the passwords that they were made
-    with, whatever a new file says.
+    All passwords are random. An existing file is never changed, because databases keep the passwords that they were
+    created with.
     """
     compose, target = directory / "compose.yaml", directory / _FILE
     if not compose.is_file():
-        raise ConfigError(f"there is no {compose}: name the directory of a clone of rankwise (--dir)")
+        raise ConfigError(f"{compose} not found: set --dir to a clone of rankwise")
     chosen = workers or _workers_here()
     profiles = ["open" if without_accounts else "auth", *([] if chosen == "none" else [chosen])]
     if not _write_new(target, _text(profiles, "cuda" if chosen == "gpu" else "cpu", bind, port, host)):
         raise ConfigError(
-            f"{target} is there already and is left alone: the databases of this team know its passwords; for a new "
-            "team move it away, and remove the volumes of the old one (docker compose down --volumes)"
+            f"{target} already exists and was not changed: this team's databases use its passwords; for a new team, "
+            "move it away and remove the old volumes (docker compose down --volumes)"
         )
-    note(f"wrote {target}, readable by you only")
+    note(f"wrote {target}, readable only by you")
     url = f"https://{host}" if host else f"http://{'127.0.0.1' if bind == '0.0.0.0' else bind}:{port}"
     click.echo(_NEXT.format(directory=directory.absolute(), url=url, file=_FILE))
 
@@ -87,18 +87,18 @@ def _workers_here() -> str:
 
 def _text(profiles: list[str], device: str, bind: str, port: int, host: str | None) -> str:
     lines = [
-        "# A team's secrets and choices, read by compose.yaml. Written by `rankwise init-team`; keep it to yourself.",
+        "# A team's secrets and choices, read by compose.yaml. Written by `rankwise init-team`; keep it private.",
         "",
-        "# What runs here: auth or open; gpu, cpu, ray, ray-gpu (compose.yaml says what each is).",
+        "# Services on this host: auth or open; gpu, cpu, ray, ray-gpu (described in compose.yaml).",
         f"COMPOSE_PROFILES={','.join(profiles)}",
         f"RANKWISE_DEVICE={device}",
-        "# Where MLflow's port is published. Other addresses than loopback: behind TLS only.",
+        "# Where MLflow's port is published. Use TLS for any address but loopback.",
         f"RANKWISE_BIND={bind}",
         f"RANKWISE_PORT={port}",
     ]
     if host:
         lines += [
-            "# Under which names browsers and clients reach MLflow, and from which pages they may write.",
+            "# Host names that reach MLflow, and origins that may write.",
             f"RANKWISE_ALLOWED_HOSTS={host}",
             f"RANKWISE_ALLOWED_ORIGINS=https://{host}",
         ]
@@ -108,7 +108,7 @@ def _text(profiles: list[str], device: str, bind: str, port: int, host: str | No
 
 
 def _write_new(target: Path, text: str) -> bool:
-    """Write a file that only its owner reads; False when there is one of that name, which stays."""
+    """Write a file that only its owner can read; False if it already exists."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     with storage_errors(target, "writing the secrets"):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -117,7 +117,7 @@ def _write_new(target: Path, text: str) -> bool:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            # A link, unlike a rename, does not replace what is there.
+            # Unlike a rename, a link does not replace an existing file.
             os.link(temporary, target)
         except FileExistsError:
             return False

@@ -1,7 +1,8 @@
-"""`rankwise inspect`: the anatomy of an adapter over its base, or of one that is only planned.
+"""`rankwise inspect`: the anatomy of a stored or planned adapter, as a tree on the terminal.
 
-- What `rankwise inspect` is pointed at: the PEFT directory behind it, and the base as far as it is on this machine.
-- An adapter's anatomy on a terminal: the module tree with identical layers folded, sizes, deltas, checks.
+1. `locate` finds the adapter's PEFT directory, and its base if that is on this machine.
+2. `inspect` computes the anatomy and, if the base is available, measures memory.
+3. `render` draws the module tree (identical layers folded), sizes, deltas and checks.
 """
 
 from __future__ import annotations
@@ -38,18 +39,17 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class LocatedAdapter:
     """A stored adapter.
 
     Attributes:
         directory: Its PEFT directory.
-        name: What names it, an alias with the version that it stands for now.
-        quantization: Of the base, as recorded; a PEFT directory records none, NF4 is assumed.
-        base: The base on this machine; None where it is not there, or is given as a configuration only.
-        config: The base's `config.json`; None where that is not known either.
-        over: The base and its quantization in words, as far as they are known.
-        stored: Whether it is a model of the flavor, which may have a signature.
-        signer: Who has signed it.
+        name: Its name; an alias is shown with its present version.
+        quantization: Of the base, as recorded; NF4 for a PEFT directory, which records none.
+        base: The local base; None if it is missing, or given only as a configuration.
+        config: The base's `config.json`, if known.
+        over: The base and its quantization in words, if known.
+        stored: Whether it is a model of the flavor, which may be signed.
     """
 
     directory: Path
@@ -63,22 +63,18 @@ class Found:
 
 
 @contextmanager
-def locate(model: str, base: str | None, settings: Settings, warn: Warn) -> Iterator[Found]:
-    """Find an adapter, and its base if that needs no network.
+def locate(model: str, base: str | None, settings: Settings, warn: Warn) -> Iterator[LocatedAdapter]:
+    """Find the adapter `model` (a URI, a run id or a directory), and its base if that needs no network.
 
-    Args:
-        model: A model URI, a run's id, a PEFT directory, or a directory as `save_model` writes it.
-        base: The base or its `config.json`, in place of the recorded one.
-        settings: Where to look.
-        warn: Told when the base is not at hand, or another one than was trained on.
+    `base` replaces the recorded base. `warn` is called if the base is missing, or not the one used in training.
 
     Raises:
-        AdapterIntegrityError: A stored file is not what was stored.
+        AdapterIntegrityError: A file does not match the manifest.
         RankwiseError: There is no such adapter.
     """
     path = Path(model.removeprefix("file:")).expanduser()
     if (path / "adapter_config.json").is_file():
-        yield _of_peft(path, model, base, settings, warn)
+        yield _from_peft(path, model, base, settings, warn)
         return
     from rankwise.flavor.fetch import fetch
 
@@ -88,63 +84,63 @@ def locate(model: str, base: str | None, settings: Settings, warn: Warn) -> Iter
 
         connect(settings)
     with fetch(uri, settings.tracking_uri) as fetched:
-        yield _of_flavor(fetched, model, base, settings, warn)
+        yield _from_flavor(fetched, model, base, settings, warn)
 
 
-def _of_peft(path: Path, model: str, base: str | None, settings: Settings, warn: Warn) -> Found:
+def _from_peft(path: Path, model: str, base: str | None, settings: Settings, warn: Warn) -> LocatedAdapter:
     from rankwise.modeling.adapter import read_adapter_config
 
     config = read_adapter_config(path)
     name, revision = (base, None) if base else (config.base_model_name_or_path, config.revision)
-    resolved, found = _find(name, revision, settings, warn)
+    resolved, base_config = _find_base(name, revision, settings, warn)
     at = f" at {revision}" if revision else ""
-    return Found(
+    return LocatedAdapter(
         directory=path,
         name=model,
         quantization=QuantizationSpec(),
         base=resolved,
-        config=found,
+        config=base_config,
         over=f"over {name}{at}" if name else "",
     )
 
 
-def _of_flavor(fetched: Fetched, model: str, base: str | None, settings: Settings, warn: Warn) -> Found:
+def _from_flavor(fetched: Fetched, model: str, base: str | None, settings: Settings, warn: Warn) -> LocatedAdapter:
     from rankwise.flavor.load import describe_quantization, find_base
     from rankwise.modeling.fingerprint import differing_part
 
-    facts, resolved, found = fetched.metadata.base, None, None
+    facts, resolved, base_config = fetched.metadata.base, None, None
     if base is not None:
-        resolved, found = _find(base, None, settings, warn)
+        resolved, base_config = _find_base(base, None, settings, warn)
         if resolved is not None and (difference := differing_part(resolved.path, facts.fingerprint, settings)):
-            warn(f"{base} is not the base that was trained on: {difference}; looking at it over this one all the same")
+            warn(f"{base} is not the base used in training: {difference}; inspecting the adapter over it anyway")
     else:
         try:
-            # A look at an adapter is no reason to fetch gigabytes.
+            # Offline: inspecting must not download gigabytes.
             resolved = find_base(facts, fetched.origin.uri, dataclasses.replace(settings, offline=True))
-            found = resolved.path / "config.json"
+            base_config = resolved.path / "config.json"
         except (AssetError, BaseMismatchError) as error:
-            warn(_without_base(error))
+            warn(_no_base_warning(error))
     uri = fetched.origin.uri
-    return Found(
+    return LocatedAdapter(
         directory=fetched.adapter,
         name=model if uri in (model, str(Path(model).absolute())) else f"{model} ({uri})",
         quantization=facts.quantization,
         base=resolved,
-        config=found,
+        config=base_config,
         over=f"trained over {facts.source} at {facts.revision}, {describe_quantization(facts.quantization)}",
         stored=True,
         signer=fetched.signer,
     )
 
 
-def _find(
+def _find_base(
     name: str | None, revision: str | None, settings: Settings, warn: Warn
 ) -> tuple[ResolvedBase | None, Path | None]:
-    """The base that a name stands for; a configuration file stands for itself alone."""
+    """The local base that a name stands for, and its configuration."""
     from rankwise.assets.base import resolve_base
 
     if name is None:
-        warn(_without_base(AssetError("its configuration names none")))
+        warn(_no_base_warning(AssetError("the adapter's configuration names no base")))
         return None, None
     path = Path(name).expanduser()
     if path.suffix == ".json" or ((path / "config.json").is_file() and not any(path.glob("*.safetensors"))):
@@ -152,25 +148,25 @@ def _find(
     try:
         resolved = resolve_base(name, revision, dataclasses.replace(settings, offline=True))
     except (AssetError, ConfigError) as error:
-        warn(_without_base(error))
+        warn(_no_base_warning(error))
         return None, None
     return resolved, resolved.path / "config.json"
 
 
-def _without_base(error: Exception) -> str:
+def _no_base_warning(error: Exception) -> str:
     return (
-        f"the base is not at hand, so shapes are not compared with it and there is no memory: {error}\n"
-        "name it with --base (a config.json is enough)"
+        f"the base is not available, so shapes are not compared and memory is not measured: {error}\n"
+        "set it with --base (a config.json is enough)"
     )
 
 
 _QUANTIZATIONS = {name: NAMED_QUANTIZATIONS[name] for name in ("nf4", "nf4-single", "fp4", "int8", "none")}
-# Of files and pipes, where rich would assume 80 columns and break names apart.
+# For files and pipes, where rich assumes 80 columns and would break names.
 _WIDTH = 140
 
 
 class _View(NamedTuple):
-    """What is shown: the anatomy, its title, what it lies over, how that is quantized, and who has signed it."""
+    """What to show. `over` describes the base."""
 
     anatomy: Anatomy
     title: str
@@ -181,16 +177,22 @@ class _View(NamedTuple):
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--base", help="The base: a directory, a config.json, org/name or pypi:...; for MODEL, the recorded one.")
-@click.option("--r", type=click.IntRange(min=1), help="Rank of a planned adapter.")
-@click.option("--target-modules", help="Of a planned adapter: names separated by commas, or all-linear.")
-@click.option("--lora-alpha", type=click.FloatRange(min=0, min_open=True), help="Of a planned adapter; default 2 * r.")
-@click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Of a planned adapter.")
-@click.option("--use-rslora", is_flag=True, help="Of a planned adapter: scaling by alpha / sqrt(r).")
-@click.option("--quantization", type=click.Choice(list(_QUANTIZATIONS)), help="Of the base; default: recorded, or nf4.")
-@click.option("--measure/--no-measure", default=True, help="Load the base and measure memory, where it is at hand.")
+@click.option(
+    "--base", help="Base: a directory, config.json, org/name or pypi:... Default for MODEL: the recorded one."
+)
+@click.option("--r", type=click.IntRange(min=1), help="Planned adapter: rank.")
+@click.option("--target-modules", help="Planned adapter: module names separated by commas, or all-linear.")
+@click.option(
+    "--lora-alpha", type=click.FloatRange(min=0, min_open=True), help="Planned adapter: alpha. Default: 2 * r."
+)
+@click.option(
+    "--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Planned adapter: dropout."
+)
+@click.option("--use-rslora", is_flag=True, help="Planned adapter: scale by alpha / sqrt(r).")
+@click.option("--quantization", type=click.Choice(list(_QUANTIZATIONS)), help="Of the base. Default: recorded, or nf4.")
+@click.option("--measure/--no-measure", default=True, help="Load the base, if available, to measure memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots as well.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page with plots.")
 def inspect(
     model: str | None,
     base: str | None,
@@ -204,10 +206,10 @@ def inspect(
     as_json: bool,
     html: Path | None,
 ) -> None:
-    """Take an adapter apart: modules, parameters, bytes, norm and effective rank of each delta, memory.
+    """Show an adapter's modules, parameters, bytes, memory, and the norm and effective rank of each delta.
 
-    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, a run (its id, or runs:/ID), or a PEFT directory. Without it an
-    adapter is planned: --base, --r and --target-modules say which; no weight is read.
+    MODEL is models:/NAME@ALIAS, models:/NAME/VERSION, a run (its id, or runs:/ID), or a PEFT directory. Without MODEL,
+    --base, --r and --target-modules describe a planned adapter; no weights are read.
     """
     console = plain_console(stderr=True)
     settings = Settings.load()
@@ -217,22 +219,22 @@ def inspect(
         missing = [name for name, value in {"--base": base, **planned}.items() if value is None]
         if missing:
             raise click.UsageError(
-                f"name a MODEL, or plan one with --base, --r and --target-modules; missing: {missing}"
+                f"give a MODEL, or plan an adapter with --base, --r and --target-modules; missing: {missing}"
             )
         assert base is not None
         assert r is not None
         assert target_modules is not None
         lora = _lora(r, target_modules, lora_alpha, lora_dropout, use_rslora)
         with waiting("building the model without weights"):
-            view = _plan(base, lora, spec or QuantizationSpec(), settings)
+            view = _view_plan(base, lora, spec or QuantizationSpec(), settings)
     else:
         given = [name for name, value in planned.items() if value is not None]
         if given:
             raise click.UsageError(
-                f"{', '.join(given)} plan an adapter, and MODEL names one that exists; give only one"
+                f"{', '.join(given)} describe a planned adapter, MODEL is an existing one; give only one of them"
             )
         with waiting(f"inspecting {model}") as status:
-            view = _stored(model, base, spec, settings, measure, lambda text: status.update(Text(text)), console)
+            view = _view_stored(model, base, spec, settings, measure, lambda text: status.update(Text(text)), console)
     if html is not None:
         from rankwise.report.anatomy import make_page
 
@@ -246,7 +248,6 @@ def inspect(
 
 
 def _show(view: _View) -> None:
-
     spec = view.quantization
     layer = "Linear4bit" if spec.load_in_4bit else "Linear8bitLt" if spec.load_in_8bit else "Linear"
     console = plain_console()
@@ -258,7 +259,7 @@ def _show(view: _View) -> None:
 def _lora(r: int, targets: str, alpha: float | None, dropout: float, use_rslora: bool) -> LoraSpec:
     names = tuple(name.strip() for name in targets.split(",") if name.strip())
     if not names:
-        raise click.UsageError("--target-modules names no module; give names separated by commas, or all-linear")
+        raise click.UsageError("--target-modules is empty; give module names separated by commas, or all-linear")
     return LoraSpec(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,
@@ -268,7 +269,7 @@ def _lora(r: int, targets: str, alpha: float | None, dropout: float, use_rslora:
     )
 
 
-def _plan(base: str, lora: LoraSpec, quantization: QuantizationSpec, settings: Settings) -> _View:
+def _view_plan(base: str, lora: LoraSpec, quantization: QuantizationSpec, settings: Settings) -> _View:
     from rankwise.assets.base import find_config
     from rankwise.modeling.anatomy.reader import plan_anatomy
 
@@ -276,7 +277,7 @@ def _plan(base: str, lora: LoraSpec, quantization: QuantizationSpec, settings: S
     return _View(anatomy, f"planned: r={lora.r}", f"over {base}", quantization)
 
 
-def _stored(
+def _view_stored(
     model: str,
     base: str | None,
     quantization: QuantizationSpec | None,
@@ -287,21 +288,21 @@ def _stored(
 ) -> _View:
     from rankwise.modeling.anatomy.reader import adapter_anatomy
 
-    with locate(model, base, settings, lambda text: console.print(text, style="yellow", soft_wrap=True)) as found:
-        used = quantization or found.quantization
-        anatomy = adapter_anatomy(found.directory, base_config=found.config, quantization=used)
-        if measure and found.base is not None:
-            say(f"loading {found.base.source}")
-            anatomy = anatomy.with_memory(*_measure(found.directory, found.base, used, settings))
-        signed = str(found.signer or "not signed")
-        over = f"{found.over}; {signed}" if found.stored else found.over
-        return _View(anatomy, found.name, over, used, found.signer)
+    with locate(model, base, settings, lambda text: console.print(text, style="yellow", soft_wrap=True)) as located:
+        used = quantization or located.quantization
+        anatomy = adapter_anatomy(located.directory, base_config=located.config, quantization=used)
+        if measure and located.base is not None:
+            say(f"loading {located.base.source}")
+            anatomy = anatomy.with_memory(*_measure(located.directory, located.base, used, settings))
+        signed = str(located.signer or "not signed")
+        over = f"{located.over}; {signed}" if located.stored else located.over
+        return _View(anatomy, located.name, over, used, located.signer)
 
 
 def _measure(
     directory: Path, resolved: ResolvedBase, quantization: QuantizationSpec, settings: Settings
 ) -> tuple[int, int]:
-    """Bytes of the loaded base, and of it with the adapter."""
+    """Bytes of the loaded base, without and with the adapter."""
     from rankwise.modeling.adapter import load_adapter
     from rankwise.modeling.base import load_base
 
@@ -313,25 +314,18 @@ def _measure(
 
 _WORST = 8
 _BLOCKS = "▁▂▃▄▅▆▇█"
-# More layers than this make a line that no terminal shows whole.
+# Maximum number of layers that fit on one line.
 _LONGEST = 100
 
 
 def render(anatomy: Anatomy, title: str, over: str, base_layer: str) -> RenderableType:
-    """Everything there is to see; what disagrees comes first.
-
-    Args:
-        anatomy: What was found.
-        title: What it was found in.
-        over: The base, in words.
-        base_layer: The class of the adapted layers in the base, `Linear4bit` for a 4-bit one.
-    """
+    """Draw an anatomy, disagreements first; `base_layer` is the class of adapted layers, such as `Linear4bit`."""
     parts: list[RenderableType] = []
     if anatomy.disagreements:
         parts += [Text(f"DISAGREE  {check.text}", style="bold red") for check in anatomy.disagreements] + [Text()]
     parts += [_tree(anatomy, title, over, base_layer), "", _sizes(anatomy)]
     if anatomy.base is not None:
-        parts.append(Text("quantized: linear layers quantized, the rest in 16 bit; here: as it is loaded", style="dim"))
+        parts.append(Text("quantized: linear layers quantized, the rest in 16 bit; here: as loaded", style="dim"))
     remarks = [*_flags(anatomy), *_rank_use(anatomy)]
     if remarks:
         parts += ["", *remarks]
@@ -356,12 +350,12 @@ def _tree(anatomy: Anatomy, title: str, over: str, base_layer: str) -> Tree:
         for alike in block.modules:
             _module(branch, alike, base_layer)
     if anatomy.beside:
-        tree.add(Text(f"beside the targets: stored rows, {anatomy.beside:,} parameters", style="cyan"))
+        tree.add(Text(f"outside of the targets: stored rows, {anatomy.beside:,} parameters", style="cyan"))
     return tree
 
 
 def _module(branch: Tree, alike: Sequence[Target], base_layer: str) -> None:
-    """One module of one layer, or of many alike."""
+    """Add one module, or the same module of several identical layers."""
     from rankwise.modeling.anatomy.anatomy import kind_of, span
 
     target = alike[0]
@@ -371,9 +365,9 @@ def _module(branch: Tree, alike: Sequence[Target], base_layer: str) -> None:
     node.add(f"lora_A      {r} x {inputs}")
     node.add(f"lora_B      {outputs} x {r}")
     node.add(f"dropout     {target.dropout:g}    scaling {target.scaling:g}")
-    norms = [one.delta_norm for one in alike if one.delta_norm is not None]
-    ranks = [one.effective_rank for one in alike if one.effective_rank is not None]
-    kept = [one.rank_99 for one in alike if one.rank_99 is not None]
+    norms = [target.delta_norm for target in alike if target.delta_norm is not None]
+    ranks = [target.effective_rank for target in alike if target.effective_rank is not None]
+    kept = [target.rank_99 for target in alike if target.rank_99 is not None]
     if norms and ranks and kept:
         node.add(
             f"delta       norm {span(norms)}{_sparks(norms)}\n"
@@ -383,7 +377,7 @@ def _module(branch: Tree, alike: Sequence[Target], base_layer: str) -> None:
 
 
 def _sparks(values: Sequence[float]) -> str:
-    """One block a layer, as high as its value over the largest one; a cross for what is not finite."""
+    """One block for each layer, scaled to the largest value; x for non-finite values."""
     if not 1 < len(values) <= _LONGEST:
         return ""
     top = max((value for value in values if math.isfinite(value)), default=0.0)

@@ -1,8 +1,7 @@
-"""The command `rankwise`: groups its subcommands, and turns errors into messages and exit codes.
+"""The command `rankwise`: its lazily imported subcommands, error messages and exit codes.
 
-Exit codes: 0 ok, 1 a job failed or was refused, 2 usage or configuration, 3 environment, 130 interrupted, 141 nobody
-reads the output any more. Human text goes to stderr, results to stdout. Subcommands are imported when they are called,
-so that `--help` stays quick.
+Exit codes: 0 ok, 1 a job failed or was refused, 2 usage or configuration, 3 environment, 130 interrupted, 141 the
+reader of the output has ended. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from rankwise.settings import Settings, set_log_level, set_process_defaults
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-"""As a shell says of a program that SIGPIPE has ended."""
+"""The exit code that shells report for SIGPIPE."""
 _COMMANDS = {
-    "examples": ("rankwise.cli.examples:examples", "List the shipped experiment files, or write one to start from."),
+    "examples": ("rankwise.cli.examples:examples", "List the shipped experiment files, or write one of them."),
     "validate": ("rankwise.cli.experiment:validate", "Check an experiment file."),
-    "plan": ("rankwise.cli.experiment:plan", "Show the arms of an experiment, their hashes and what they cost."),
+    "plan": ("rankwise.cli.experiment:plan", "Show the arms of an experiment, their hashes and cost."),
     "schema": ("rankwise.cli.experiment:schema", "Print the JSON Schema of experiment files."),
     "run": ("rankwise.cli.run:run", "Train, register, evaluate and compare all arms of an experiment."),
-    "submit": ("rankwise.cli.experiment:submit", "Queue an experiment's jobs, for workers anywhere."),
+    "submit": ("rankwise.cli.experiment:submit", "Queue an experiment's jobs for workers."),
     "worker": ("rankwise.cli.worker:worker", "Do jobs of the queue."),
     "compare": ("rankwise.cli.compare:compare", "Compare the arms of an experiment across ranks."),
-    "report": ("rankwise.cli.compare:report", "Write that comparison as an HTML page, with plots and curves."),
-    "jobs": ("rankwise.cli.jobs:jobs", "List and show jobs, cancel them, try them again, read their logs."),
-    "status": ("rankwise.cli.jobs:status", "Show the queue, the workers, what they do and when it is done."),
+    "report": ("rankwise.cli.compare:report", "Write the comparison as an HTML page, with plots and curves."),
+    "jobs": ("rankwise.cli.jobs:jobs", "List, show, cancel and retry jobs, and read their logs."),
+    "status": ("rankwise.cli.jobs:status", "Show the queue, the workers, and the estimated time left."),
     "cancel": ("rankwise.cli.jobs:cancel", "Cancel jobs."),
-    "retry": ("rankwise.cli.jobs:retry", "Try failed and cancelled jobs again."),
+    "retry": ("rankwise.cli.jobs:retry", "Retry failed and cancelled jobs."),
     "cluster": ("rankwise.cli.worker:cluster", "Start, list and stop workers on a Ray cluster."),
     "db": ("rankwise.cli.maintenance:db", "Check and upgrade the queue's database."),
     "evaluate": ("rankwise.cli.evaluate:evaluate", "Evaluate stored adapters and the bare base on the same rows."),
@@ -48,32 +47,32 @@ _COMMANDS = {
     "predict": ("rankwise.cli.predict:predict", "Answer the rows of a table with registered adapters."),
     "inspect": ("rankwise.cli.inspect:inspect", "Show the anatomy of an adapter over its base."),
     "pull": ("rankwise.cli.registry:pull", "Fetch a registered adapter as a plain PEFT directory."),
-    "import": ("rankwise.cli.registry:import_", "Register an adapter that another program has stored."),
-    "export": ("rankwise.cli.registry:export", "Merge a registered adapter into its base, as a model of its own."),
-    "keys": ("rankwise.cli.registry:keys", "Make keys that sign adapters, sign with them, and show public ones."),
+    "import": ("rankwise.cli.registry:import_", "Register an adapter made by another program."),
+    "export": ("rankwise.cli.registry:export", "Merge a registered adapter into its base."),
+    "keys": ("rankwise.cli.registry:keys", "Create signing keys, sign adapters, and show public keys."),
     "bases": ("rankwise.cli.bases:bases", "List, add, verify and prune bases on this machine."),
     "sync": (
         "rankwise.cli.maintenance:sync",
-        "Deliver what MLflow has missed, and remove duplicates from the registry.",
+        "Deliver pending data to MLflow, and remove duplicate model versions.",
     ),
     "gc": ("rankwise.cli.maintenance:gc", "Remove checkpoints, models, outboxes and caches that no job needs."),
-    "doctor": ("rankwise.cli.maintenance:doctor", "Look at this machine and what it is connected to; say what to do."),
-    "ui": ("rankwise.cli.maintenance:ui", "Open the MLflow UI on the store of this project."),
-    "init-team": ("rankwise.cli.init_team:init_team", "Write the secrets of a new team, for compose.yaml."),
+    "doctor": ("rankwise.cli.maintenance:doctor", "Check this machine and its services, and report what to fix."),
+    "ui": ("rankwise.cli.maintenance:ui", "Open the MLflow UI on this project's store."),
+    "init-team": ("rankwise.cli.init_team:init_team", "Write the secrets of a new team for compose.yaml."),
 }
 
 
 class _LazyGroup(click.Group):
-    """A group that imports a subcommand when it is needed."""
+    """Imports a subcommand when it is called, so that `--help` stays fast."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except BrokenPipeError as error:
-            # Left to click, the exit code would be that of a job that failed, and no word of it.
+            # click would exit with 1, the code of a failed job, without a message.
             if not _reader_gone():
                 raise RuntimeError("a pipe to another process broke") from error
-            # Python would complain once more when it flushes stdout at its end.
+            # Otherwise Python reports the error again when it flushes stdout at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             context.exit(BROKEN_PIPE)
 
@@ -104,7 +103,7 @@ def cli(verbose: int) -> None:
 
 
 def _reader_gone() -> bool:
-    """Whether what reads stdout or stderr (`| head`) has ended."""
+    """Whether the process that reads stdout or stderr has ended."""
     polling = select.poll()
     for descriptor in (1, 2):
         polling.register(descriptor, 0)
@@ -130,11 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"error: {text}" if "\n" not in text else text, err=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        # Without a name of a file it is what has no name: stdout or stderr.
+        # Only errors of stdout and stderr have no file name.
         if error.filename is not None or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        click.echo(f"error: the output cannot be written: {error.strerror}", err=True)
+        click.echo(f"error: cannot write the output: {error.strerror}", err=True)
         sys.exit(StorageError.exit_code)
 
 

@@ -1,10 +1,4 @@
-"""`rankwise sync`: bring MLflow up to what the queue and the outboxes know.
-
-- `rankwise gc`: remove what no job needs.
-- `rankwise db`: the schema of the queue's database.
-- `rankwise doctor`: what is wrong here, and what to do.
-- `rankwise ui`: MLflow's UI on the local store, or where the UI of the remote one is.
-"""
+"""`rankwise sync`, `gc`, `db`, `doctor` and `ui`: keep the stores consistent, small and healthy, and look at them."""
 
 from __future__ import annotations
 
@@ -27,7 +21,7 @@ from rankwise.doctor.finding import HealthFinding, HealthState
 from rankwise.exceptions import TrackingError
 from rankwise.files import format_size
 from rankwise.jobs.database import current_revision, open_engine, upgrade
-from rankwise.jobs.queries import check as look_at
+from rankwise.jobs.queries import check as check_database
 from rankwise.jobs.queries import shown
 from rankwise.jobs.store import JobStore
 from rankwise.settings import Settings
@@ -35,15 +29,19 @@ from rankwise.settings import Settings
 
 @click.command()
 @click.option(
-    "--timeout", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Seconds for the outbox."
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=300.0,
+    show_default=True,
+    help="Maximum seconds to deliver the outbox.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sync(timeout: float, as_json: bool) -> int:
-    """Deliver what MLflow has missed, finish sweeps, and remove model versions that no job counts as its result.
+    """Deliver pending data to MLflow, finish sweeps, and remove model versions that are not the result of a job.
 
-    Points, parameters, texts and files that could not be sent wait in the outbox of RANKWISE_HOME, also those of
-    processes that have died; each is delivered once, with its own time. Exit code 1 says that something still waits or
-    needs a look, 3 that MLflow does not answer.
+    Metrics, parameters, texts and files that could not be sent are kept in the outbox of RANKWISE_HOME, including those
+    of dead processes; each is delivered once, with its original timestamp. Exit code 1: something is still pending or
+    needs attention. Exit code 3: MLflow does not answer.
     """
     # Late: MLflow takes seconds to import.
     from rankwise.tasks.context import open_context
@@ -60,19 +58,19 @@ def sync(timeout: float, as_json: bool) -> int:
     for uri in synced.removed:
         click.echo(f"removed: {uri}, registered twice")
     for run_id, status in synced.ended.items():
-        click.echo(f"ended: run {run_id} is {status}, as its job")
+        click.echo(f"ended: run {run_id} is now {status}, like its job")
     for run_id in synced.finished:
         click.echo(f"finished: the sweep of run {run_id} has its comparison")
     for run_id, reason in synced.outbox.waiting.items():
-        note(f"waiting: run {run_id}: {reason}")
+        note(f"pending: run {run_id}: {reason}")
     for uri, reason in synced.kept.items():
         note(f"kept: {uri}: {reason}")
     for problem in (*synced.outbox.problems, *synced.refused):
-        note(f"to look at: {problem}")
+        note(f"needs attention: {problem}")
     if synced.error:
         note(f"error: {synced.error}")
     if synced.complete:
-        note("MLflow has everything")
+        note("MLflow is up to date")
     return code
 
 
@@ -80,7 +78,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class _Duration(click.ParamType[float]):
-    """`14d`, `12h`, `30m`, `90s`, `0`; in seconds."""
+    """A duration such as `14d`, `12h`, `30m`, `90s` or `0`, in seconds."""
 
     name = "DURATION"
 
@@ -89,22 +87,22 @@ class _Duration(click.ParamType[float]):
             return float(value)
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", str(value))
         if match is None:
-            self.fail(f"{value!r} is no duration; write 14d, 12h, 30m or 90s", param, context)
+            self.fail(f"{value!r} is not a duration; write 14d, 12h, 30m or 90s", param, context)
         return float(match[1]) * _SECONDS[match[2]]
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 @click.option(
-    "--older-than", type=_Duration(), default="14d", show_default=True, help="Only what was not used for so long."
+    "--older-than", type=_Duration(), default="14d", show_default=True, help="Only what was unused for this long."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
-    """Remove checkpoints, states and models of arms that no job needs, delivered outboxes, old logs, and unused caches.
+    """Remove checkpoints, states, models, outboxes, logs and caches that no job needs.
 
-    Nothing that a queued or running job needs is touched; registered versions never are. The cache of RANKWISE_CACHE
-    may serve other homes, whose jobs are not known here: there, only the age protects. Bases are left alone
-    (`rankwise bases prune`).
+    Nothing that a queued or running job needs is removed, nor any registered version. RANKWISE_CACHE may be shared with
+    other homes whose jobs are unknown here, so its entries are removed by age only. Bases are kept (see `rankwise bases
+    prune`).
     """
     # Late: MLflow takes seconds to import.
     from rankwise.tasks.gc import find_garbage, remove_garbage
@@ -114,12 +112,12 @@ def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
     queue = JobStore(settings.database_url, lock=settings.home / "queue.lock")
     try:
         with Store.open(settings) as store:
-            found = find_garbage(store, queue, settings, older_than=older_than)
-            items = list(found.items) if dry_run else remove_garbage(found.items, queue)
+            garbage = find_garbage(store, queue, settings, older_than=older_than)
+            items = list(garbage.items) if dry_run else remove_garbage(garbage.items, queue)
     finally:
         queue.close()
     total = sum(item.bytes for item in items)
-    for problem in found.problems:
+    for problem in garbage.problems:
         note(f"warning: {problem}")
     if as_json:
         print_json(
@@ -127,7 +125,7 @@ def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
                 "dry_run": dry_run,
                 "bytes": total,
                 "items": [item.to_json() for item in items],
-                "problems": list(found.problems),
+                "problems": list(garbage.problems),
             }
         )
         return
@@ -138,7 +136,7 @@ def gc(dry_run: bool, older_than: float, as_json: bool) -> None:
         for item in items:
             table.add_row(item.kind, format_size(item.bytes), item.name, item.reason)
         print_table(table)
-    note(f"{'would free' if dry_run else 'freed'} {format_size(total)} in {len(items)} places")
+    note(f"{'would free' if dry_run else 'freed'} {format_size(total)} in {len(items)} entries")
 
 
 ENVIRONMENT = 3
@@ -152,7 +150,7 @@ def db() -> None:
 @db.command("upgrade")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def upgrade_database(as_json: bool) -> None:
-    """Create the database, or bring one of an older release to this release's revision.
+    """Create the database, or upgrade it to this release's revision.
 
     `submit`, `run` and `worker` do so too. A database of a newer release is refused.
     """
@@ -167,7 +165,7 @@ def upgrade_database(as_json: bool) -> None:
     if as_json:
         print_json({"url": shown(settings.database_url), "before": before, "after": after})
     elif before == after:
-        note(f"{shown(settings.database_url)} is at revision {after} already")
+        note(f"{shown(settings.database_url)} is already at revision {after}")
     else:
         note(f"{shown(settings.database_url)}: revision {before or 'none'} -> {after}")
 
@@ -175,14 +173,14 @@ def upgrade_database(as_json: bool) -> None:
 @db.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(as_json: bool) -> int:
-    """Check that the database can be reached, has this release's revision, and is whole. Exit code 3 when not."""
-    health = look_at(Settings.load().database_url)
+    """Check that the database is reachable, has this release's revision, and is consistent. Exit code 3 if not."""
+    health = check_database(Settings.load().database_url)
     if as_json:
         print_json(health.to_json())
     for problem in health.problems:
         note(problem)
     if not health.problems and not as_json:
-        note(f"{health.url}: revision {health.revision}, {health.jobs} jobs, nothing wrong")
+        note(f"{health.url}: revision {health.revision}, {health.jobs} jobs, no problems")
     return ENVIRONMENT if health.problems else 0
 
 
@@ -197,9 +195,9 @@ _MARKS = {
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> int:
-    """Look at this machine, the queue, MLflow, its artifact store, the hub and Ray, and say what to do.
+    """Check this machine, the queue, MLflow, its artifact store, the hub and Ray, and report what to fix.
 
-    Exit code 1 with a problem; warnings are for people. One small artifact is written, read and deleted.
+    Exit code 1 if there is a problem; warnings do not count. One small artifact is written, read and deleted.
     """
     settings = Settings.load()
     if as_json:
@@ -212,13 +210,13 @@ def doctor(as_json: bool) -> int:
             }
         )
     else:
-        with waiting("Looking ..."):
+        with waiting("Checking ..."):
             findings = run_checks(settings, CHECKS)
-        show(lambda console: _drawn(findings))
+        show(lambda console: _findings_table(findings))
     return 1 if worst_state(findings) is HealthState.PROBLEM else 0
 
 
-def _drawn(findings: Sequence[HealthFinding]) -> RenderableType:
+def _findings_table(findings: Sequence[HealthFinding]) -> RenderableType:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -240,17 +238,17 @@ def _drawn(findings: Sequence[HealthFinding]) -> RenderableType:
     return Group(table, Padding(Text(summary), (1, 0, 0, 0)))
 
 
-_MOST_EXPERIMENTS = 10
+_MAX_EXPERIMENTS = 10
 
 
 @click.command()
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free port.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
 def ui(port: int, host: str) -> None:
-    """Open MLflow's UI on the store of this project and serve it until Ctrl-C.
+    """Serve the MLflow UI on this project's store until Ctrl-C.
 
-    There is no authentication: on another interface than loopback everybody who reaches the port can read and change
-    the store. MLFLOW_SERVER_ALLOWED_HOSTS names the host names that browsers may use.
+    There is no authentication: with another --host than loopback, everyone who reaches the port can read and change the
+    store. MLFLOW_SERVER_ALLOWED_HOSTS lists the host names that browsers may use.
     """
     # Late: MLflow takes seconds to import.
     from rankwise.redact import redact
@@ -261,10 +259,10 @@ def ui(port: int, host: str) -> None:
     settings = Settings.load()
     console = Console(stderr=True)
     if is_remote(settings.tracking_uri):
-        console.print("MLFLOW_TRACKING_URI names a server; its UI is at", highlight=False)
+        console.print("MLFLOW_TRACKING_URI is a server; its UI is at", highlight=False)
         click.echo(redact(settings.tracking_uri))
         return
-    # A closed terminal or a plain kill ends the server too, as Ctrl-C does.
+    # A closed terminal and SIGTERM stop the server too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
@@ -274,15 +272,15 @@ def ui(port: int, host: str) -> None:
             client = connect(settings)
             with serve(settings, host, port) as server:
                 status.stop()
-                console.print("MLflow's UI is at the address below; Ctrl-C ends it.", highlight=False)
+                console.print("The MLflow UI is at the address below; Ctrl-C stops it.", highlight=False)
                 click.echo(server.url)
-                for name, route in latest_views(client, _MOST_EXPERIMENTS):
+                for name, route in latest_views(client, _MAX_EXPERIMENTS):
                     console.print(f"{name}: {server.url}/{route}", highlight=False, markup=False, soft_wrap=True)
                 server.wait()
         finally:
             status.stop()
     except KeyboardInterrupt:
-        console.print("MLflow's UI has ended.", highlight=False)
+        console.print("The MLflow UI has stopped.", highlight=False)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

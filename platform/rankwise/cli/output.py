@@ -1,7 +1,4 @@
-"""What commands print: results on stdout, text for people on stderr.
-
-- Progress on stderr, as bars or as lines: everything that takes more than a second or two says how far it is.
-"""
+"""Output of commands: results on stdout; notes, progress bars and log lines on stderr."""
 
 from __future__ import annotations
 
@@ -35,24 +32,21 @@ from rankwise.files import format_size
 from rankwise.reporter import Advance, LineKind, Remark, Reporter
 
 SCHEMA_VERSION = 1
-"""Changes when a key is removed or renamed, or means something else; new keys do not change it."""
+"""Changes when a key is removed or renamed, or its meaning changes; new keys do not change it."""
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """A result for programs, on stdout: one JSON object that begins with the version of its layout."""
+    """Print a JSON result, with the version of its layout as the first key."""
     print_foreign_json({"schema_version": SCHEMA_VERSION, **document})
 
 
 def print_foreign_json(value: Any) -> None:
-    """A document in a format that others define, such as a JSON Schema, on stdout."""
+    """Print a JSON document of a foreign format, such as a JSON Schema."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_table(table: Table) -> None:
-    """A result for people, on stdout: as wide as its content into a file or a pipe, folded on a narrow terminal.
-
-    Nothing is cut: the first half of a number is another number.
-    """
+    """Print a table on stdout at full width; on a terminal, cells are folded. Nothing is truncated."""
     for column in table.columns:
         column.overflow = "fold"
     width = None if on_terminal() else max(80, plain_console(width=10_000).measure(table).maximum)
@@ -60,39 +54,39 @@ def print_table(table: Table) -> None:
 
 
 def show(draw: Callable[[Console], Any]) -> None:
-    """A result that fits itself to the console, on stdout; a file or a pipe is taken for a wide one."""
+    """Print on stdout what `draw` makes for the console; files and pipes count as 200 columns wide."""
     console = plain_console(file=sys.stdout, width=None if on_terminal() else 200)
     console.print(draw(console))
 
 
 def on_terminal() -> bool:
-    """Whether stdout is a terminal; it is none where it is closed."""
+    """Whether stdout is a terminal; False if it is closed."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def note(text: str) -> None:
-    """A remark for people, on stderr."""
+    """Print a message on stderr."""
     plain_console(stderr=True, soft_wrap=True).print(text)
 
 
 def waiting(text: str) -> Status:
-    """A moving sign on stderr while something takes its time; nothing where that is no terminal."""
+    """A spinner on stderr; nothing if that is not a terminal."""
     return plain_console(stderr=True).status(Text(text))
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that shows texts as they are: rich takes square brackets and colons in an error for its own."""
+    """A console that prints text unchanged; rich would interpret brackets and colons."""
     return _Console(**options, highlight=False, markup=False, emoji=False)
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to `main`: rich would exit with the code of a job that failed."""
+        """Let `main` handle it: rich would exit with 1, the code of a failed job."""
         raise BrokenPipeError
 
 
 _LINE_EVERY = 30.0
-"""Seconds between two lines of one task in a log."""
+"""Seconds between two log lines of one task."""
 
 _LABELS: Mapping[LineKind, tuple[str, str]] = {
     "say": ("", ""),
@@ -102,8 +96,8 @@ _LABELS: Mapping[LineKind, tuple[str, str]] = {
 }
 
 
-class _Amount(ProgressColumn):
-    """Bytes as bytes, anything else as done/total."""
+class _AmountColumn(ProgressColumn):
+    """Bytes in units, anything else as done/total."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,20 +110,20 @@ class _Amount(ProgressColumn):
         return Text.assemble(self._count.render(task), f" {unit}", style="progress.download")
 
 
-class _Logged:
-    """A task in a log: a line when it begins, then one now and then."""
+class _LoggedTask:
+    """A task in a log: one line at the start, then one every `_LINE_EVERY` seconds."""
 
     def __init__(self, say: Callable[[str], None], description: str, total: int | None, unit: str) -> None:
         self._say, self._description, self._total, self._unit = say, description, total, unit
-        self._done, self._note, self._told = 0, "", time.monotonic()
+        self._done, self._note, self._last_line = 0, "", time.monotonic()
         say(description)
 
     def advance(self, amount: int) -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._told < _LINE_EVERY or self._done == self._total:
+        if now - self._last_line < _LINE_EVERY or self._done == self._total:
             return
-        self._told = now
+        self._last_line = now
         of = "" if self._total is None else f" of {self._amount(self._total)}"
         unit = "" if self._unit == "B" else f" {self._unit}"
         remark = f", {self._note}" if self._note else ""
@@ -143,7 +137,7 @@ class _Logged:
 
 
 class Bars(Reporter):
-    """Draws tasks as bars. What is not a terminal gets a line when a task begins, and one every half a minute."""
+    """Reporter with progress bars on a terminal, and a log line every half a minute elsewhere."""
 
     def __init__(self, console: Console) -> None:
         """Draw on `console`."""
@@ -152,7 +146,7 @@ class Bars(Reporter):
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            _Amount(),
+            _AmountColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
@@ -173,20 +167,20 @@ class Bars(Reporter):
         self._progress.stop()
 
     def line(self, kind: LineKind, text: str) -> None:
-        """One line of human text, above the bars."""
+        """Print one line above the bars."""
         label, style = _LABELS[kind]
-        # Text, not a string: square brackets in a message are not markup.
+        # rich would read square brackets in a plain string as markup.
         self.console.print(Text.assemble((label, style), text), soft_wrap=True)
 
     def show(self, renderable: Any) -> None:
-        """Something that rich can draw."""
+        """Print a rich renderable."""
         self.console.print(renderable)
 
     @contextmanager
     def task_with_remark(self, description: str, total: int | None, unit: str) -> Iterator[tuple[Advance, Remark]]:
-        """A task with a changing remark at its end (a loss, a speed)."""
+        """Show a task with a changing note at its end, such as a loss."""
         if not self.console.is_terminal:
-            logged = _Logged(self.say, description, total, unit)
+            logged = _LoggedTask(self.say, description, total, unit)
             yield logged.advance, logged.note
             return
         task = self._progress.add_task(description, total=total, unit=unit, note="")

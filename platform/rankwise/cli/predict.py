@@ -1,4 +1,4 @@
-"""`rankwise predict`: a table of rows in, a table of answers out; with `--submit`, by jobs of the queue."""
+"""`rankwise predict`: answer the rows of a table, in this process or with `--submit` by jobs of the queue."""
 
 from __future__ import annotations
 
@@ -28,42 +28,40 @@ if TYPE_CHECKING:
     "models",
     multiple=True,
     metavar="URI",
-    help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory; repeatable. The first answers rows that name none.",
+    help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory; repeatable. The first is the default for rows.",
 )
 @click.argument("source", metavar="INPUT", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--prompt", metavar="TEMPLATE", help="A template over columns, such as 'carat {carat}, cut {cut}'.")
-@click.option("--model-column", default="model", show_default=True, help="The column in which a row names its model.")
+@click.option("--prompt", metavar="TEMPLATE", help="Template over columns, such as 'carat {carat}, cut {cut}'.")
+@click.option("--model-column", default="model", show_default=True, help="Column with the model of a row.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="The longest answer, in tokens."
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum length of an answer."
 )
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 draws from all tokens.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 samples from all tokens.")
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Draws from the fewest tokens that have this probability together.",
+    help="Sample from the smallest set of tokens with this total probability.",
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="A text that ends an answer; repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; row i draws from (seed, i).")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Rows decoded together.")
-@click.option("--shard-rows", type=click.IntRange(min=1), default=256, show_default=True, help="Rows between savings.")
+@click.option("--shard-rows", type=click.IntRange(min=1), default=256, show_default=True, help="Rows saved together.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first row that cannot be answered.")
-@click.option("--overwrite", is_flag=True, help="Replace an OUTPUT that is there.")
-@click.option("--restart", is_flag=True, help="Throw away what an interrupted run has done.")
-@click.option("--base-model", metavar="SOURCE", help="Where the base is, if not where it was recorded.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUTPUT.")
+@click.option("--restart", is_flag=True, help="Discard the work of an interrupted run.")
+@click.option("--base-model", metavar="SOURCE", help="Location of the base. Default: the recorded one.")
 @click.option(
-    "--allow-base-mismatch", is_flag=True, help="Run over another base all the same; a warning says what differs."
+    "--allow-base-mismatch", is_flag=True, help="Allow another base than in training; a warning shows the differences."
 )
-@click.option("--device", help="cpu, cuda, cuda:1; the first GPU, else the CPU, by default.")
-@click.option("--submit", is_flag=True, help="Let workers do it: jobs of the queue, in place of this process.")
-@click.option(
-    "--shards", type=click.IntRange(min=1), help="With --submit: jobs that the rows are split into. Default: one."
-)
-@click.option("--priority", type=int, help="With --submit: jobs of a higher one are claimed first. Default: 0.")
-@click.option("--watch", is_flag=True, help="With --submit: wait until the output is there.")
+@click.option("--device", help="cpu, cuda, cuda:1. Default: the first GPU, or the CPU.")
+@click.option("--submit", is_flag=True, help="Queue jobs for workers instead of answering here.")
+@click.option("--shards", type=click.IntRange(min=1), help="With --submit: number of jobs. Default: 1.")
+@click.option("--priority", type=int, help="With --submit: higher priorities are claimed first. Default: 0.")
+@click.option("--watch", is_flag=True, help="With --submit: wait for the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
 def predict(
     source: Path,
@@ -75,22 +73,21 @@ def predict(
     overwrite: bool,
     restart: bool,
     as_json: bool,
-    **asked: Any,
+    **options: Any,
 ) -> int:
-    """Answer the rows of INPUT with registered adapters, into OUTPUT (.jsonl, .csv or .parquet, both).
+    """Answer the rows of INPUT with registered adapters, and write OUTPUT (both .jsonl, .csv or .parquet).
 
-    A row has a column `prompt` (a text) or `messages` (a chat), or the columns of --prompt; it may name its model. All
-    adapters lie over one base in memory, and rows of different adapters share a batch. A row that cannot be answered
-    gets an `error`, and the command exits with 1 in the end. Aliases are resolved once. An interrupted command goes on
-    where it was when it is given again.
+    A row has a column `prompt` (text) or `messages` (chat), or the columns of --prompt; it may name its model. All
+    adapters share one base in memory, and rows of different adapters share batches. A row that cannot be answered gets
+    an `error`, and the command exits with 1. Aliases are resolved once. Repeat an interrupted command to resume it.
 
-    With --submit the rows are answered by workers (`rankwise worker`), which must see INPUT and OUTPUT under the same
-    paths; the output is the same file. Given again, the command finds its jobs, and tries failed ones again.
+    With --submit, workers (`rankwise worker`) answer the rows; they must see INPUT and OUTPUT under the same paths. The
+    output is identical. Repeat the command to see its jobs and retry failed ones.
     """
     if not submit and (shards is not None or priority is not None or watch):
-        raise click.UsageError("--shards, --priority and --watch go with --submit")
-    if submit and asked["device"] is not None:
-        raise click.UsageError("--device does not go with --submit: each worker has its own device")
+        raise click.UsageError("--shards, --priority and --watch need --submit")
+    if submit and options["device"] is not None:
+        raise click.UsageError("--device cannot be used with --submit: each worker has its own device")
     from rich.console import Console
 
     from rankwise.cli.output import Bars
@@ -104,11 +101,11 @@ def predict(
         from rankwise.tasks.predict import stand_of
         from rankwise.tracking.connection import connect
 
-        decoding = Decoding(**{each.name: asked.pop(each.name) for each in fields(Decoding)})
-        request = Request(decoding=decoding, **asked)
-        where: _Where = {"source": source, "output": output, "overwrite": overwrite, "restart": restart}
+        decoding = Decoding(**{entry.name: options.pop(entry.name) for entry in fields(Decoding)})
+        request = Request(decoding=decoding, **options)
+        files: _PredictionFiles = {"source": source, "output": output, "overwrite": overwrite, "restart": restart}
         if submit:
-            return _submit(settings, bars, request, shards or 1, priority or 0, watch=watch, as_json=as_json, **where)
+            return _submit(settings, bars, request, shards or 1, priority or 0, watch=watch, as_json=as_json, **files)
         connect(settings)
 
         def jobs_status(queued: QueuedJobs) -> JobsStatus:
@@ -121,14 +118,14 @@ def predict(
             tracking_uri=settings.tracking_uri,
             jobs_status=jobs_status,
             progress=bars,
-            **where,
+            **files,
         )
     for name, resolved in summary.models.items():
         if name != resolved:
-            note(f"{name} was {resolved}")
-    speed = f", {summary.completion_tokens / summary.seconds:,.0f} tokens a second" if summary.completion_tokens else ""
-    reused = f" ({summary.reused} of them by an earlier run)" if summary.reused else ""
-    code = _ended(note, summary.rows, summary.failed, f"{reused}{speed}")
+            note(f"{name} resolved to {resolved}")
+    speed = f", {summary.completion_tokens / summary.seconds:,.0f} tokens/s" if summary.completion_tokens else ""
+    reused = f" ({summary.reused} of them in an earlier run)" if summary.reused else ""
+    code = _report_counts(note, summary.rows, summary.failed, f"{reused}{speed}")
     if as_json:
         print_json(summary.to_json())
     else:
@@ -136,11 +133,11 @@ def predict(
     return code
 
 
-def _ended(say: Callable[[str], None], rows: int, failed: int, more: str = "") -> int:
-    """Say how many rows were answered. Returns the exit code."""
+def _report_counts(say: Callable[[str], None], rows: int, failed: int, more: str = "") -> int:
+    """Report how many rows were answered; returns the exit code."""
     say(f"{rows - failed} of {rows} rows answered{more}")
     if failed:
-        say(f"{failed} rows have an error in place of an answer: column error")
+        say(f"{failed} rows failed: see column error")
     return 1 if failed else 0
 
 
@@ -148,8 +145,8 @@ _LOOK_S = 1.0
 _INTERRUPTED = 130
 
 
-class _Where(TypedDict):
-    """The files of a prediction, and what to do with what is there."""
+class _PredictionFiles(TypedDict):
+    """The files of a prediction, and how to treat existing ones."""
 
     source: Path
     output: Path
@@ -166,53 +163,53 @@ def _submit(
     *,
     watch: bool,
     as_json: bool,
-    **where: Unpack[_Where],
+    **files: Unpack[_PredictionFiles],
 ) -> int:
-    """Queue a prediction and say so; with `watch`, wait until its jobs have ended. Returns the exit code."""
+    """Queue a prediction; with `watch`, wait until its jobs have ended. Returns the exit code."""
     if request.base_model is not None and Path(request.base_model).exists():
-        # A worker is started somewhere else.
+        # Workers have other working directories.
         request = replace(request, base_model=str(Path(request.base_model).absolute()))
     from rankwise.tasks.context import open_context
     from rankwise.tasks.predict import submit_prediction
 
-    output = where["output"]
+    output = files["output"]
     with open_context(settings, bars) as context:
-        submission = submit_prediction(context, request, shards=shards, priority=priority, **where)
-        _tell(bars, submission, output)
+        submission = submit_prediction(context, request, shards=shards, priority=priority, **files)
+        _report_submission(bars, submission, output)
         jobs: Sequence[Job] = submission.jobs
         if watch:
             try:
                 jobs = _watch(context.queue, bars, submission)
             except KeyboardInterrupt:
-                bars.warn("no longer watched; the jobs go on: rankwise jobs list --kind predict")
+                bars.warn("stopped watching; the jobs continue: rankwise jobs list --kind predict")
                 return _INTERRUPTED
     if as_json:
         print_json({"jobs": [job.to_json() for job in jobs]})
     else:
         for job in () if watch else jobs:
-            click.echo(f"job {job.id}: {_what(job)}, {job.state}")
-    return _end(bars, jobs[-1], output, as_json=as_json) if watch else 0
+            click.echo(f"job {job.id}: {_describe_work(job)}, {job.state}")
+    return _report_end(bars, jobs[-1], output, as_json=as_json) if watch else 0
 
 
-def _tell(bars: Bars, submission: PredictionSubmission, output: Path) -> None:
-    for asked, resolved in submission.manifest.models.items():
-        if asked != resolved:
-            bars.say(f"{asked} is {resolved}")
+def _report_submission(bars: Bars, submission: PredictionSubmission, output: Path) -> None:
+    for uri, resolved in submission.manifest.models.items():
+        if uri != resolved:
+            bars.say(f"{uri} is {resolved}")
     if submission.done:
-        bars.say(f"nothing to do: {output} is there, made by jobs of the queue (--overwrite makes it anew)")
+        bars.say(f"nothing to do: queued jobs have already made {output} (--overwrite makes it again)")
         return
     count = sum(job.spec["span"] is not None for job in submission.jobs)
-    waiting = sum(not job.ended for job in submission.jobs)
+    pending = sum(not job.ended for job in submission.jobs)
     bars.say(
-        f"{submission.manifest.rows} rows in {count} jobs and one that puts {output.name} together, {waiting} of them "
-        "to do: rankwise worker does them, rankwise status shows"
+        f"{submission.manifest.rows} rows in {count} jobs and one that writes {output.name}, {pending} pending: "
+        "rankwise worker does them, rankwise status shows progress"
     )
 
 
-def _what(job: Job) -> str:
+def _describe_work(job: Job) -> str:
     span = job.spec["span"]
     if span is None:
-        return "puts the output together"
+        return "writes the output"
     shard_rows, rows = job.spec["manifest"]["shard_rows"], job.spec["manifest"]["survey"]["rows"]
     return f"rows {span[0] * shard_rows} to {min(rows, span[1] * shard_rows) - 1}"
 
@@ -223,27 +220,27 @@ def _watch(queue: JobStore, bars: Bars, submission: PredictionSubmission) -> lis
     shown = 0
     with bars.task("answering", submission.manifest.rows, "rows") as advance:
         while True:
-            stand = {job.id: job for job in queue.jobs(ids=ids)}
-            attempts = {attempt.job_id: attempt for attempt in queue.open_attempts() if attempt.job_id in stand}
+            current = {job.id: job for job in queue.jobs(ids=ids)}
+            attempts = {attempt.job_id: attempt for attempt in queue.open_attempts() if attempt.job_id in current}
             done = sum(
                 job.result["rows"] if job.result is not None else (attempts[job.id].progress or {}).get("step", 0)
-                for job in stand.values()
+                for job in current.values()
                 if job.spec["span"] is not None and (job.result is not None or job.id in attempts)
             )
             advance(max(0, done - shown))
             shown = max(shown, done)
-            if all(job.ended for job in stand.values()):
-                return [stand[each] for each in ids]
+            if all(job.ended for job in current.values()):
+                return [current[job_id] for job_id in ids]
             time.sleep(_LOOK_S)
 
 
-def _end(bars: Bars, last: Job, output: Path, *, as_json: bool) -> int:
-    """Say how it went, and how the command exits."""
+def _report_end(bars: Bars, last: Job, output: Path, *, as_json: bool) -> int:
+    """Report the result; returns the exit code."""
     if last.state is not JobState.SUCCEEDED:
-        bars.fail(f"{output} was not made: {last.error or last.state}")
+        bars.fail(f"{output} was not written: {last.error or last.state}")
         return 1
     result = last.result or {}
-    code = _ended(bars.say, result["rows"], result["failed"])
+    code = _report_counts(bars.say, result["rows"], result["failed"])
     if not as_json:
         click.echo(output)
     return code

@@ -1,6 +1,8 @@
-"""`rankwise run`: the whole way from a definition to a comparison: submit, a worker of this machine, and watching.
+"""`rankwise run`: submit an experiment, work on it here, and print the comparison.
 
-- Workers for the other GPUs of this machine, while `rankwise run` works on the first one.
+1. The computing process submits the jobs and returns their ids.
+2. This process and one worker for each other GPU do the jobs.
+3. The sweep's run is finished, and the comparison is printed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from rankwise.worker.local_placer import LocalPlacer, visible_gpus
 from rankwise.worker.loop import MAX_ARMS, LoopOptions, WorkerLoop
 
 _GRACE_S = 600.0
-"""A person who waits for a checkpoint can press Ctrl-C once more."""
+"""Long, since a user can press Ctrl-C again."""
 
 
 @click.command()
@@ -35,21 +37,21 @@ _GRACE_S = 600.0
 @click.option(
     "--max-arms",
     type=click.IntRange(min=1),
-    help="Arms trained together over one base; 1 trains one after another. Default: as many as fit into memory.",
+    help="Maximum number of arms trained together over one base. Default: as many as fit in memory.",
 )
-@click.option("--from", "source", metavar="RUN_OR_MODEL_URI", help="Take the definition that a run or model records.")
+@click.option("--from", "source", metavar="RUN_OR_MODEL_URI", help="Use the definition recorded with a run or model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, source: str | None, as_json: bool) -> int:
     """Train, register, evaluate and compare all arms of the experiment FILE.
 
-    What has been done already is not done again; what was interrupted goes on from its last checkpoint. Ctrl-C stops
-    after the step under way and keeps a checkpoint; a second one stops at once. On a machine with several GPUs there
-    is a worker for each; CUDA_VISIBLE_DEVICES picks.
+    Finished work is not repeated; interrupted work resumes from its last checkpoint. Ctrl-C stops after the current
+    step and keeps a checkpoint; a second Ctrl-C stops at once. There is one worker for each GPU; CUDA_VISIBLE_DEVICES
+    selects GPUs.
     """
     if (file is None) == (source is None):
         raise click.UsageError("give an experiment FILE, or --from RUN_OR_MODEL_URI")
     settings = Settings.load()
-    # A wrong file is told before anything is started.
+    # Report errors in the file before anything is started.
     experiment = load_experiment(file, overrides) if file is not None else None
     console = Console(stderr=True, highlight=False)
     submission = {
@@ -59,7 +61,7 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
         "overrides": list(overrides),
         "command": command_line(file, overrides, source),
     }
-    stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
+    stop = Stop(lambda: console.print("stopping after this step ... (repeat to stop at once)"))
     places = visible_gpus(child_environment({}))
     own = {"CUDA_VISIBLE_DEVICES": places[0]} if len(places) > 1 else {}
     with stop.on_signals(), Bars(console) as bars:
@@ -108,7 +110,7 @@ def _run(
             raise
         if stop.requested:
             _end_quietly(loop, bars, {**end, "killed": True, "reason": "interrupted"})
-            bars.warn("interrupted; the same command goes on from here")
+            bars.warn("interrupted; run the same command again to resume")
             return 130
         failed = loop.failed(jobs)
     compare = {
@@ -122,22 +124,22 @@ def _run(
         print_json(comparison["json"])
     else:
         click.echo(comparison["text"], nl=False)
-    bars.say(f"look at it: rankwise ui (in a checkout: make ui), experiment {sweep['experiment']}")
+    bars.say(f"to see it in MLflow: rankwise ui (in a checkout: make ui), experiment {sweep['experiment']}")
     for job in failed:
         bars.fail(f"{job.title}: {job.error}")
     return 1 if failed else 0
 
 
 def _end_quietly(loop: WorkerLoop, bars: Bars, command: dict[str, Any]) -> None:
-    """End the sweep's run where that can be done; the queue and the exit code say what has happened anyway."""
+    """End the sweep's run if possible; the queue and the exit code have the result anyway."""
     try:
         loop.call(command, at_once=False)
     except (RankwiseError, KeyboardInterrupt) as error:
-        bars.warn(f"the sweep's run could not be ended: {str(error) or 'interrupted'}")
+        bars.warn(f"could not end the sweep's run: {str(error) or 'interrupted'}")
 
 
-_STARTING_S = 30.0
-_GIVING_BACK_S = 30.0
+_START_TIMEOUT_S = 30.0
+_RELEASE_S = 30.0
 
 
 @contextmanager
@@ -151,19 +153,11 @@ def workers_on_other_gpus(
     max_arms: int | None,
     grace: float,
 ) -> Iterator[None]:
-    """Run a worker on each of these GPUs, for jobs of one experiment, until the block ends.
+    """Run a worker on each of these GPUs for jobs of one experiment, until the block ends.
 
-    The block begins when they are there, so that the first claim leaves them their part.
-
-    Args:
-        loop: This process's worker.
-        bars: Shows what they say.
-        stop: The wish to stop, which is passed on.
-        gpus: As `CUDA_VISIBLE_DEVICES` takes them; none for no workers.
-        experiment: Whose jobs they do.
-        watched: The run of the sweep that this process finishes itself.
-        max_arms: The most arms trained together.
-        grace: Seconds for a checkpoint after a wish to stop.
+    The block starts when all workers have registered, so that the first claim leaves jobs for them. `gpus` are values
+    of `CUDA_VISIBLE_DEVICES`; `watched` is the sweep's run, which this process finishes; `grace` is the number of
+    seconds for a checkpoint after a stop request.
     """
     if not gpus:
         yield
@@ -176,16 +170,16 @@ def workers_on_other_gpus(
         environment=child_environment({"PYTHONSAFEPATH": "1"}),
         stop=end,
         say=bars.say,
-        grace=grace + _GIVING_BACK_S,
+        grace=grace + _RELEASE_S,
     )
-    thread = threading.Thread(target=placer.run, name="workers-beside")
+    thread = threading.Thread(target=placer.run, name="workers-on-other-gpus")
     thread.start()
     stop.followers.append(end)
     try:
         if stop.requested:
             end.request()
-        elif not loop.await_workers(1 + len(gpus), _STARTING_S):
-            bars.warn(f"not all workers of the GPUs {', '.join(gpus)} are there after {_STARTING_S:.0f} s")
+        elif not loop.await_workers(1 + len(gpus), _START_TIMEOUT_S):
+            bars.warn(f"not all workers of the GPUs {', '.join(gpus)} have started within {_START_TIMEOUT_S:.0f} s")
         yield
     finally:
         stop.followers.remove(end)

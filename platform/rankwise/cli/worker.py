@@ -1,7 +1,4 @@
-"""`rankwise worker`: claims jobs and does them, until nothing is left or somebody stops it.
-
-- `rankwise cluster`: workers on the nodes of a Ray cluster.
-"""
+"""`rankwise worker` and `rankwise cluster`: do jobs of the queue here, or on the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -28,45 +25,45 @@ if TYPE_CHECKING:
     from rankwise.worker.loop import LoopOptions
 
 _STOPPED = 130
-_GIVING_BACK_S = 30.0
+_RELEASE_S = 30.0
 
 
 @click.command()
-@click.option("--drain", is_flag=True, help="End when nothing is left to do. Default: wait for more.")
+@click.option("--drain", is_flag=True, help="Exit when the queue is empty. Default: wait for jobs.")
 @click.option(
     "--max-arms",
     type=click.IntRange(min=1),
-    help="Arms trained together over one base; 1 trains one after another. Default: as many as fit into memory.",
+    help="Maximum number of arms trained together over one base. Default: as many as fit in memory.",
 )
-@click.option("--gpus", metavar="0,1", help="A worker process for each of these GPUs. Default: for each there is.")
+@click.option("--gpus", metavar="0,1", help="Start one worker process for each of these GPUs. Default: all GPUs.")
 @click.option(
     "--lease",
     type=click.FloatRange(min=1.0),
     default=60.0,
     show_default=True,
-    help="Seconds without a sign of this worker after which another one takes its jobs.",
+    help="Seconds without a heartbeat after which other workers may claim the jobs.",
 )
 @click.option(
     "--grace",
     type=click.FloatRange(min=0.0),
     default=60.0,
     show_default=True,
-    help="Seconds for a checkpoint after SIGTERM or Ctrl-C, before the work is ended anyway.",
+    help="Seconds for a checkpoint after SIGTERM or Ctrl-C.",
 )
 @click.option(
     "--patience",
     type=click.FloatRange(min=1.0),
-    help="Seconds of silence after which the process that computes counts as hung. Default: an hour; for uploads half.",
+    help="Seconds without progress after which a job counts as hung. Default: 3600, for uploads 1800.",
 )
 @click.option(
     "--data-root",
     "data_roots",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Read no files for definitions but those below this directory (RANKWISE_DATA_ROOT); repeatable.",
+    help="Definitions may only use files below this directory (RANKWISE_DATA_ROOT); repeatable.",
 )
-@click.option("--experiment", hidden=True, help="Only its jobs, for a `rankwise run` that has started this worker.")
-@click.option("--watched", hidden=True, help="The run of the sweep that this `rankwise run` finishes.")
+@click.option("--experiment", hidden=True, help="Only jobs of this experiment; set by `rankwise run`.")
+@click.option("--watched", hidden=True, help="The sweep's run, which `rankwise run` finishes.")
 def worker(
     drain: bool,
     max_arms: int | None,
@@ -80,26 +77,28 @@ def worker(
 ) -> int:
     """Do jobs of the queue.
 
-    SIGTERM, Ctrl-C or the end of the terminal keeps a checkpoint after the step under way, gives the jobs back and
-    ends; a second signal ends at once. Whoever claims the jobs goes on from there.
+    SIGTERM, Ctrl-C or a closed terminal: save a checkpoint after the current step, return the jobs to the queue, and
+    exit. A second signal exits at once. The next worker that claims the jobs resumes from the checkpoint.
     """
     if data_roots:
         set_data_roots(data_roots)
     settings = Settings.load()
-    _try_keys(settings)
+    _check_keys(settings)
     console = Console(stderr=True, highlight=False)
     from rankwise.worker.heartbeat import Stop, Timing
     from rankwise.worker.local_placer import visible_gpus
 
-    stop = Stop(lambda: console.print("stopping after this step ... (once more to stop at once)"))
+    stop = Stop(lambda: console.print("stopping after this step ... (repeat to stop at once)"))
     places = visible_gpus(child_environment({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}))
     with stop.on_signals(), Bars(console) as bars:
         if len(places) > 1:
             options = {"--max-arms": max_arms, "--lease": lease, "--grace": grace, "--patience": patience}
             given = [f"{name}={value}" for name, value in options.items() if value is not None]
-            return _place(places, [*(["--drain"] if drain else []), *given], stop, bars, drain=drain, grace=grace)
+            return _start_local_workers(
+                places, [*(["--drain"] if drain else []), *given], stop, bars, drain=drain, grace=grace
+            )
         timing = Timing.of_lease(lease, grace=grace, patience=patience)
-        # Where nothing was said and no tool lists them, torch finds GPUs by itself.
+        # Without --gpus and a tool that lists GPUs, torch finds them itself.
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(places)} if places or gpus is not None else {}
         from rankwise.worker.loop import MAX_ARMS, LoopOptions
 
@@ -110,8 +109,8 @@ def worker(
     return _STOPPED if drain and stop.requested else 0
 
 
-def _try_keys(settings: Settings) -> None:
-    """A key that cannot be used is told now, not after the first training."""
+def _check_keys(settings: Settings) -> None:
+    """Report unusable keys now, not after the first training."""
     if settings.signing_key is None and not settings.trusted_keys:
         return
     from rankwise.flavor.signing import private_key, trusted_keys
@@ -121,8 +120,10 @@ def _try_keys(settings: Settings) -> None:
         private_key(settings.signing_key)
 
 
-def _place(places: Sequence[str], options: Sequence[str], stop: Stop, bars: Bars, *, drain: bool, grace: float) -> int:
-    """A worker process for each GPU."""
+def _start_local_workers(
+    places: Sequence[str], options: Sequence[str], stop: Stop, bars: Bars, *, drain: bool, grace: float
+) -> int:
+    """One worker process for each GPU."""
     from rankwise.worker.local_placer import LocalPlacer
 
     placer = LocalPlacer(
@@ -132,8 +133,8 @@ def _place(places: Sequence[str], options: Sequence[str], stop: Stop, bars: Bars
         stop=stop,
         say=bars.say,
         drain=drain,
-        # The worker's own grace, and the time to give its jobs back.
-        grace=grace + _GIVING_BACK_S,
+        # The worker's own grace, and time to return its jobs.
+        grace=grace + _RELEASE_S,
     )
     code = placer.run()
     return 0 if code == _STOPPED and not drain else code
@@ -148,7 +149,7 @@ def _work(
     plan: LoopOptions,
     max_arms: int | None,
 ) -> None:
-    """The worker of the one GPU, or of a machine without any."""
+    """The worker of a single GPU, or of a machine without GPUs."""
     from rankwise.tasks.local_worker import local_worker
 
     worker = local_worker(
@@ -162,16 +163,16 @@ def _work(
         info={"device": visible.get("CUDA_VISIBLE_DEVICES") or None, "max_arms": max_arms},
     )
     with worker as loop:
-        bars.say(f"worker of {settings.home}" + (", until nothing is left to do" if plan.drain else ""))
+        bars.say(f"worker of {settings.home}" + (", until the queue is empty" if plan.drain else ""))
         loop.work(plan)
 
 
-# What a worker on another node needs to know of this one's set-up; secrets of other kinds are set on the nodes.
-_PASSED_ON = ("RANKWISE_", "MLFLOW_", "HF_HUB_OFFLINE")
+# Settings that workers on nodes need; other secrets are set on the nodes.
+_FORWARDED_PREFIXES = ("RANKWISE_", "MLFLOW_", "HF_HUB_OFFLINE")
 _address = click.option(
-    "--address", default="auto", show_default=True, help="HOST:PORT of the cluster's head; auto on one of its nodes."
+    "--address", default="auto", show_default=True, help="HOST:PORT of the head node; auto on a node."
 )
-_insecure = click.option("--insecure", is_flag=True, help="Use a cluster elsewhere without token authentication.")
+_insecure = click.option("--insecure", is_flag=True, help="Allow a remote cluster without token authentication.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -182,21 +183,25 @@ def cluster() -> None:
 
 @cluster.command()
 @_address
-@click.option("--workers", "count", type=click.IntRange(min=1), default=1, show_default=True, help="How many.")
+@click.option("--workers", "count", type=click.IntRange(min=1), default=1, show_default=True, help="Number of workers.")
 @click.option(
-    "--gpus-per-worker", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 for nodes without a GPU."
+    "--gpus-per-worker", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 for nodes without GPUs."
 )
 @click.option(
     "--cpus-per-worker",
     type=click.FloatRange(min=0),
     default=1.0,
     show_default=True,
-    help="CPUs a worker asks Ray for.",
+    help="CPUs reserved for a worker.",
 )
-@click.option("--max-arms", type=click.IntRange(min=1), help="The most arms that a worker trains together.")
-@click.option("--drain", is_flag=True, help="Workers end when nothing is left to do.")
+@click.option("--max-arms", type=click.IntRange(min=1), help="Maximum number of arms that a worker trains together.")
+@click.option("--drain", is_flag=True, help="Workers exit when the queue is empty.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=1), default=PLACING_S, show_default=True, help="Seconds to find a place."
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=PLACING_S,
+    show_default=True,
+    help="Seconds to wait for resources.",
 )
 @_insecure
 @_json
@@ -211,7 +216,7 @@ def start(
     insecure: bool,
     as_json: bool,
 ) -> None:
-    """Place workers on the nodes of a running Ray cluster. They go on when this command has ended."""
+    """Start workers on the nodes of a running Ray cluster. They keep running after this command."""
     settings = Settings.load()
     environment = child_environment({})
     with connect(address, environment, insecure=insecure) as placer:
@@ -236,7 +241,7 @@ def start(
 @_insecure
 @_json
 def status(address: str, insecure: bool, as_json: bool) -> None:
-    """List the nodes of the cluster and the workers on them. What those do: `rankwise status`."""
+    """List the cluster's nodes and the workers on them. For their jobs: `rankwise status`."""
     with connect(address, child_environment({}), insecure=insecure) as placer:
         nodes, workers = placer.nodes(), placer.workers()
     if as_json:
@@ -262,21 +267,21 @@ def status(address: str, insecure: bool, as_json: bool) -> None:
 @cluster.command()
 @_address
 @click.option(
-    "--grace", type=click.FloatRange(min=0), default=GRACE_S, show_default=True, help="Seconds to write checkpoints."
+    "--grace", type=click.FloatRange(min=0), default=GRACE_S, show_default=True, help="Seconds to save checkpoints."
 )
 @_insecure
 def stop(address: str, grace: float, insecure: bool) -> None:
-    """Stop all workers on the cluster: each writes its checkpoints and gives its jobs back."""
+    """Stop all workers on the cluster; each saves its checkpoints and returns its jobs to the queue."""
     with connect(address, child_environment({}), insecure=insecure) as placer:
         killed = placer.stop(grace)
-    note(f"stopped; {len(killed)} had to be killed: {', '.join(killed)}" if killed else "all workers have ended")
+    note(f"stopped; {len(killed)} had to be killed: {', '.join(killed)}" if killed else "all workers have stopped")
 
 
 def refuse_unshared(settings: Settings, nodes: Sequence[ClusterNode]) -> None:
-    """Refuse stores that the nodes do not share.
+    """Reject stores that the nodes cannot share.
 
     Raises:
-        ClusterError: The queue or MLflow's store is a SQLite file, and there are nodes that are not this machine.
+        ClusterError: The queue or MLflow's store is a local file, and some nodes are other machines.
     """
     elsewhere = sorted({f"{node.host} ({node.address})" for node in nodes if node.address not in _own_addresses()})
     if not elsewhere:
@@ -287,14 +292,14 @@ def refuse_unshared(settings: Settings, nodes: Sequence[ClusterNode]) -> None:
     ):
         if url.startswith(("sqlite", "file:", "/", ".")):
             raise ClusterError(
-                f"the cluster has nodes that are not this machine: {', '.join(elsewhere)}; they cannot share "
-                f"{url.rpartition('@')[2]}: set {name} to {other} that all of them reach"
+                f"the cluster has nodes on other machines: {', '.join(elsewhere)}; they cannot share "
+                f"{url.rpartition('@')[2]}: set {name} to {other} that all nodes can reach"
             )
 
 
 def passed_on(settings: Settings, environment: dict[str, str]) -> dict[str, str]:
-    """The variables that a worker on a node gets from here. Paths are absolute, and the same on every node."""
-    kept = {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
+    """The environment variables for workers on nodes. Paths are absolute, and the same on every node."""
+    kept = {name: value for name, value in environment.items() if name.startswith(_FORWARDED_PREFIXES)}
     absolute = {"RANKWISE_CACHE": str(settings.cache), "RANKWISE_BASES": os.pathsep.join(map(str, settings.bases))}
     return {
         **kept,

@@ -68,7 +68,7 @@ class InputBlock:
     """A byte range of the input that can be read without those before it.
 
     Attributes:
-        row: InputIndex of its first row.
+        row: Index of its first row.
         line: Lines of the file before it; 0 for Parquet.
         start: Its first byte.
         end: The byte after its last one.

@@ -240,7 +240,7 @@ def csv_rows(lines: Iterable[str], header: Sequence[str], *, row: int = 0, line:
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroups:
-    """TableRow groups of a Parquet file in one byte range.
+    """Row groups of a Parquet file in one byte range.
 
     Attributes:
         numbers: Their numbers.

@@ -52,7 +52,7 @@ def test_a_plan_shows_sizes_and_no_delta():
     text = shown(anatomy([planned(0), planned(1)], measured=False, beside=10))
     assert "delta" not in text
     assert "here, estimated" in text
-    assert "beside the targets: stored rows, 10 parameters" in text
+    assert "outside of the targets: stored rows, 10 parameters" in text
     assert "r = " not in text
 
 

@@ -98,7 +98,7 @@ def test_leftovers_of_dead_processes_are_pruned(capsys, base):
 @pytest.mark.parametrize("command", ["verify", "prune"])
 def test_an_unknown_name_is_a_usage_error(capsys, command):
     _, err, code = run(capsys, command, "nothing")
-    assert "no entry is named nothing; `rankwise bases list` shows the names" in err
+    assert "unknown bases: nothing; `rankwise bases list` shows the names" in err
     assert code == 2
 
 
@@ -114,6 +114,6 @@ def test_bases_elsewhere_are_listed_and_verified_and_never_pruned(capsys, base, 
     assert run(capsys, "verify")[::2] == (f"{name}: ok\n", 0)
     assert run(capsys, "prune", "--all")[0] == ""
     _, err, code = run(capsys, "prune", name)
-    assert "no entry is named" in err
+    assert "unknown bases: " in err
     assert code == 2
     assert (tmp_path / "shelf" / "one" / "config.json").is_file()

@@ -59,14 +59,14 @@ def test_the_same_command_again_succeeds_and_a_changed_file_is_kept(tmp_path):
     run(examples, "diamonds-rank")
     (tmp_path / "diamonds-rank.yaml").write_text("mine")
     (tmp_path / "schema.json").unlink()
-    with pytest.raises(ConfigError, match=r"already there with other content: diamonds-rank\.yaml; move it away"):
+    with pytest.raises(ConfigError, match=r"files exist with other content: diamonds-rank\.yaml; move them away"):
         run(examples, "diamonds-rank")
     assert (tmp_path / "diamonds-rank.yaml").read_text() == "mine"
     assert not (tmp_path / "schema.json").exists()
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=f"there is no example diamonds; the examples are {', '.join(NAMES)}"):
+    with pytest.raises(ConfigError, match=f"unknown example diamonds; examples: {', '.join(NAMES)}"):
         run(examples, "diamonds")
 
 

@@ -63,7 +63,7 @@ def test_plan_prints_a_table_and_says_that_a_hash_can_change(file, tmp_path):
 
 def test_plan_without_a_configuration_says_how_to_get_estimates(file):
     result = run(plan, file)
-    assert "No estimates: the configuration of org/base is not here; give base_model_config." in result.stderr
+    assert "No estimates: the configuration of org/base is not on this machine; set base_model_config." in result.stderr
     assert "?" in result.stdout
 
 
@@ -140,8 +140,8 @@ def test_a_search_with_early_stopping_says_what_is_known(tmp_path):
     assert once == f"{file}: valid: small, 8 arms in 1 round (tpe)\n"
     shown = " ".join(run(plan, file, "--no-estimates").stdout.split())
     assert "small: 12 arms" in shown
-    assert "The other 4 arms are proposed from results (tpe, 2 rounds)." in shown
-    assert "Successive halving by eval.loss: 3 of 12 go on at step 5; 105 steps are expected, 240 without it." in shown
+    assert "The other 4 arms will be proposed from results (tpe, 2 rounds)." in shown
+    assert "Successive halving by eval.loss: 3 of 12 continue at step 5; 105 steps expected, 240 without it." in shown
 
 
 def test_a_first_rung_within_the_warm_up_is_spoken_of(tmp_path):

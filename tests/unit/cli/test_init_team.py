@@ -45,14 +45,14 @@ def test_every_secret_is_random_and_only_its_owner_reads_them(clone, tmp_path):
 def test_a_file_that_is_there_is_left_alone(clone):
     call("--dir", str(clone))
     before = (clone / ".env").read_bytes()
-    with pytest.raises(ConfigError, match=r"\.env is there already and is left alone: .*docker compose down"):
+    with pytest.raises(ConfigError, match=r"\.env already exists and was not changed: .*docker compose down"):
         call("--dir", str(clone))
     assert (clone / ".env").read_bytes() == before
     assert sorted(path.name for path in clone.iterdir()) == [".env", "compose.yaml"]
 
 
 def test_it_wants_a_clone(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no .*compose.yaml: name the directory of a clone"):
+    with pytest.raises(ConfigError, match=r"compose.yaml not found: set --dir to a clone"):
         call("--dir", str(tmp_path))
 
 

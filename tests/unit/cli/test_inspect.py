@@ -168,7 +168,7 @@ def test_another_quantization_of_the_base_can_be_asked_for(forms):
 def test_another_base_than_the_recorded_one_is_looked_at_with_a_warning(forms, tmp_path):
     other = make_base(tmp_path / "other", layers=3, seed=5)
     result = run(forms["version"], "--base", other, "--no-measure", "--json")
-    assert f"{other} is not the base that was trained on: weights sha256:" in result.stderr
+    assert f"{other} is not the base used in training: weights sha256:" in result.stderr
     assert json.loads(result.stdout)["base"]["parameters"] > 0
 
 
@@ -180,7 +180,7 @@ def test_a_recorded_base_that_has_changed_is_said_and_the_rest_shown(forms, base
         result = run(forms["version"], "--json")
     finally:
         template.write_text(before)
-    assert "the base is not at hand" in result.stderr
+    assert "the base is not available" in result.stderr
     assert "chat_template: found sha256:" in result.stderr
     document = json.loads(result.stdout)
     assert (document["base"], document["adapter"]["parameters"]) == (None, 3 * 896)
@@ -192,7 +192,7 @@ def test_a_base_that_is_not_at_hand_is_said_and_the_rest_shown(adapter, tmp_path
     (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/nowhere"}))
     result = run(moved, "--json")
     assert json.loads(result.stdout)["base"] is None
-    assert "the base is not at hand" in result.stderr
+    assert "the base is not available" in result.stderr
     assert json.loads(run(moved, "--json", "--base", base / "config.json").stdout)["base"]["parameters"] > 0
 
 
@@ -231,7 +231,7 @@ def test_a_model_that_is_not_there_is_an_error(tmp_path):
         (("--base", "x", "--r", "4"), "missing: ['--target-modules']"),
         (("model", "--r", "4"), "give only one"),
         (("--base", "x", "--r", "0", "--target-modules", "q"), "Invalid value for '--r'"),
-        (("--base", "x", "--r", "2", "--target-modules", ","), "names no module"),
+        (("--base", "x", "--r", "2", "--target-modules", ","), "--target-modules is empty"),
     ],
     ids=str,
 )

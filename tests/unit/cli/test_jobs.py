@@ -53,7 +53,7 @@ def test_jobs_are_listed_by_state_kind_experiment_and_page():
     assert listed("--kind", "evaluate") == listed("--experiment", "f") == [5]
     assert listed("--limit", "2") == [1, 2]
     assert listed("--limit", "2", "--after", "2") == [3, 4]
-    assert "go on with --after 2" in call(jobs, "list", "--limit", "2").stderr
+    assert "continue with --after 2" in call(jobs, "list", "--limit", "2").stderr
     row = json.loads(call(jobs, "list", "--json", "--limit", "1").stdout)["jobs"][0]
     assert list(row) == ["id", "kind", "state", "spec_hash", "attempts", "failures", "preemptions", "run_id", "error"]
     text = call(jobs, "list").stdout
@@ -84,7 +84,7 @@ def test_what_a_queued_job_waits_for_is_shown(queue):
 
 def test_jobs_are_cancelled_and_tried_again(queue):
     said = call(jobs, "cancel", "2", "4").stderr.splitlines()
-    assert said == ["job 2: running (asked to stop)", "job 4: cancelled"]
+    assert said == ["job 2: running (stopping)", "job 4: cancelled"]
     assert call(jobs, "retry", "5").stderr.startswith("job 5: cancelled: job 3 (train failed-hash) failed")
     back = json.loads(call(jobs, "retry", "3", "4", "--json").stdout)["jobs"]
     assert [(row["id"], row["state"], row["failures"]) for row in back] == [
@@ -97,23 +97,23 @@ def test_jobs_are_cancelled_and_tried_again(queue):
 
 
 def test_all_jobs_of_an_experiment_are_cancelled_and_its_failed_ones_tried_again(queue):
-    with pytest.raises(click.UsageError, match="give the numbers of jobs, or --experiment NAME"):
+    with pytest.raises(click.UsageError, match="give job ids, or --experiment NAME"):
         CliRunner().invoke(jobs, ["cancel"], standalone_mode=False, catch_exceptions=False)
     with pytest.raises(click.UsageError):
         CliRunner().invoke(jobs, ["retry", "3", "--experiment", "e"], standalone_mode=False, catch_exceptions=False)
     said = call(jobs, "cancel", "--experiment", "e").stderr.splitlines()
-    assert said == ["job 2: running (asked to stop)", "job 4: cancelled"]
+    assert said == ["job 2: running (stopping)", "job 4: cancelled"]
     back = json.loads(call(jobs, "retry", "--experiment", "e", "--json").stdout)["jobs"]
     assert [row["id"] for row in back] == [3, 5], "what was cancelled stays so, but for what waits for a failed one"
-    with pytest.raises(JobError, match="no job of experiment 'e' is failed; `rankwise jobs list`"):
+    with pytest.raises(JobError, match="experiment 'e' has no job that is failed; see `rankwise jobs list`"):
         call(jobs, "retry", "--experiment", "e")
 
 
 def test_a_job_that_waits_after_a_failure_says_until_when(queue):
     queue.finish(queue.get(2).token, Outcome.FAILED, error="crash")
     row = next(line for line in call(jobs, "list").stdout.splitlines() if line.startswith("2 "))
-    assert "queued (again in 10 s)" in row or "queued (again in 9 s)" in row
-    assert "queued (again in" in call(jobs, "show", "2").stdout.splitlines()[0]
+    assert "queued (retry in 10 s)" in row or "queued (retry in 9 s)" in row
+    assert "queued (retry in" in call(jobs, "show", "2").stdout.splitlines()[0]
 
 
 def test_a_log_that_is_not_here_says_where_it_may_be(queue):
@@ -181,9 +181,9 @@ def test_a_probe_tells_whether_a_worker_of_this_host_was_heard_of(monkeypatch):
     monkeypatch.setattr("rankwise.cli.jobs._SILENT_S", -1)
     code, said = probe()
     assert code == 1
-    assert "no worker of here was heard of for" in said
+    assert "no sign of life from a worker of here for" in said
     monkeypatch.setattr("rankwise.cli.jobs.host_name", lambda: "elsewhere")
-    assert probe() == (1, "the queue knows no worker of elsewhere\n")
+    assert probe() == (1, "no worker of elsewhere is registered in the queue\n")
 
 
 def probe():
@@ -203,7 +203,7 @@ def test_the_database_is_upgraded_and_checked(monkeypatch, tmp_path):
     assert json.loads(call(db, "upgrade", "--json").stdout)["before"] == head_revision()
     result = CliRunner().invoke(db, ["check"], standalone_mode=False)
     assert result.return_value == 0
-    assert f"revision {head_revision()}, 0 jobs, nothing wrong" in result.stderr
+    assert f"revision {head_revision()}, 0 jobs, no problems" in result.stderr
     from helpers.databases import load_sqlite
 
     monkeypatch.setenv("RANKWISE_DATABASE_URL", load_sqlite("0001", tmp_path / "old.db"))

@@ -38,7 +38,7 @@ def test_an_output_without_room_is_said_without_a_traceback(command):
     with open("/dev/full", "wb") as full:
         done = run(command, stdout=full)
     assert (done.returncode, done.stderr) == (
-        3, "error: the output cannot be written: No space left on device\n"
+        3, "error: cannot write the output: No space left on device\n"
     )  # fmt: skip
 
 

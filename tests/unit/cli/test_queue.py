@@ -1,12 +1,12 @@
 from helpers.local_store import local_settings
 
-from rankwise.cli.jobs import open_queue, with_queued_arms
+from rankwise.cli.jobs import add_queued_arms, open_queue
 
 
 def test_a_reader_without_a_queue_is_told_so_and_makes_none(tmp_path, capsys):
     settings = local_settings(tmp_path / "home")
-    assert with_queued_arms(settings, None, "what MLflow has", everything=False) == "what MLflow has"
-    assert "arms that wait are not shown: there is no queue yet" in capsys.readouterr().err
+    assert add_queued_arms(settings, None, "what MLflow has", everything=False) == "what MLflow has"
+    assert "queued arms are not shown: the database (" in capsys.readouterr().err
     assert not settings.home.exists()
 
 
@@ -14,9 +14,9 @@ def test_a_reader_reads_on_when_the_queue_is_away(tmp_path, capsys):
     settings = local_settings(tmp_path / "home")
     settings.home.mkdir()
     (settings.home / "rankwise.db").write_text("no database " * 100)
-    assert with_queued_arms(settings, None, "what MLflow has", everything=False) == "what MLflow has"
+    assert add_queued_arms(settings, None, "what MLflow has", everything=False) == "what MLflow has"
     told = capsys.readouterr().err
-    assert told.startswith("arms that wait are not shown: reading the revision of the queue: ")
+    assert told.startswith("queued arms are not shown: reading the revision of the queue: ")
     assert "the queue's database failed" in told
 
 
@@ -28,5 +28,5 @@ def test_arms_that_wait_are_added_where_there_is_a_queue(tmp_path, capsys, monke
         "rankwise.tasks.sweep_lifecycle.with_queued_arms",
         lambda store, queue, comparison, everything: (comparison, everything),
     )
-    assert with_queued_arms(settings, None, "what MLflow has", everything=True) == ("what MLflow has", True)
+    assert add_queued_arms(settings, None, "what MLflow has", everything=True) == ("what MLflow has", True)
     assert capsys.readouterr().err == ""

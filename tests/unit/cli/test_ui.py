@@ -15,7 +15,7 @@ def test_a_remote_stores_own_ui_is_named_without_credentials(monkeypatch):
     result = CliRunner().invoke(ui, [])
     assert result.exit_code == 0
     assert result.stdout == "https://[redacted]@mlflow.example\n"
-    assert "names a server" in result.stderr
+    assert "is a server" in result.stderr
 
 
 def test_a_port_in_use_is_an_error_with_advice(tmp_path):

@@ -369,4 +369,4 @@ def test_the_command_prints_the_file_and_exits_with_1_where_rows_failed(world, r
     )
     assert result.return_value == 1
     assert json.loads(result.stdout)["failed"] == 1
-    assert "1 rows have an error" in result.stderr
+    assert "1 rows failed" in result.stderr

@@ -267,7 +267,7 @@ def test_the_command_says_what_it_would_free_and_frees_it(tmp_path, monkeypatch)
     assert pack.is_dir()
     wet = CliRunner().invoke(gc, ["--older-than", "20d"], catch_exceptions=False)
     assert "no unfinished job has one of its arms" in wet.stdout
-    assert "freed 1.50 MB in 1 places" in wet.stderr
+    assert "freed 1.50 MB in 1 entries" in wet.stderr
     assert not pack.exists()
     wrong = CliRunner().invoke(gc, ["--older-than", "soon"])
-    assert "'soon' is no duration; write 14d, 12h, 30m or 90s" in wrong.stderr
+    assert "'soon' is not a duration; write 14d, 12h, 30m or 90s" in wrong.stderr

@@ -106,7 +106,7 @@ def test_jobs_make_the_file_that_the_local_command_makes(world, rows, local, tmp
     output = tmp_path / "out.jsonl"
     told = submit("--shards=3", "--priority=2", rows, output)
     assert "models:/one@champion is models:/one/1" in told
-    assert "11 rows in 3 jobs and one that puts out.jsonl together, 4 of them to do" in told
+    assert "11 rows in 3 jobs and one that writes out.jsonl, 4 pending" in told
     queued = jobs()
     assert [(job.spec["span"], job.priority) for job in queued] == [([0, 2], 2), ([2, 4], 2), ([4, 6], 2), (None, 2)]
     assert queued[0].spec["manifest"]["models"]["models:/one@champion"] == "models:/one/1"

@@ -175,7 +175,7 @@ def test_the_command_says_what_was_delivered_and_that_something_needs_a_look(tmp
     assert command.main([], standalone_mode=False) == 0
     printed = capsys.readouterr()
     assert printed.out == f"delivered: run {run.run_id}\n"
-    assert printed.err == "MLflow has everything\n"
+    assert printed.err == "MLflow is up to date\n"
     (settings.outbox / "r1.aaaaaaaa.refused").write_text('{"tags":{}}\n')
     assert command.main(["--json"], standalone_mode=False) == 1
     assert json.loads(capsys.readouterr().out)["refused"]
