@@ -1,22 +1,24 @@
-"""Private names of mlflow, and undocumented tags, files and routes. Checked with mlflow 3.17.2.
-
-All of them are in the sources of mlflow 3.18.0 too, but for `DOWNLOAD_NOTE`.
-"""
+"""Private names of mlflow, and undocumented tags, files and routes. Checked with mlflow 3.17.2 and 3.18.0."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.models import Model
 from mlflow.models.utils import _save_example
 from mlflow.projects.utils import _fetch_project
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 from mlflow.utils.credentials import read_mlflow_creds
 from mlflow.utils.environment import _mlflow_conda_env, _process_pip_requirements, _PythonEnv
@@ -39,9 +41,10 @@ DATASET_COLUMNS = "mlflow_colspec"
 """Key of the columns in the JSON schema of a data set; MLflow reads no other form."""
 
 DOWNLOAD_NOTE = "registered_model_meta"
-"""File that MLflow writes into a downloaded model, with the name and version that were asked for.
+"""File that mlflow 3.17 writes into a downloaded model, with the registered name and version; 3.18 does not.
 
-`_load_pyfunc` gets a directory only; nothing else tells it which registered model it is. mlflow 3.18 does not write it.
+In a local store it stays in the stored model, where a later load under another name can find it: `requested_uri` is
+newer.
 """
 
 SCHEMA_OUT_OF_DATE = "out-of-date database schema"
@@ -57,6 +60,47 @@ JOBS_ROUTE = "/ajax-api/3.0/jobs/"
 """Where a server takes jobs: an internal route of its UI. No public route says whether jobs are executed."""
 INCOMPLETE_JOB: dict[str, Any] = {"job_name": "optimize_prompts", "params": {}}
 """A job that a server which executes jobs refuses before it stores anything, since parameters are missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestedModel:
+    """The model that a `models:/` URI names: a version of a registered model, or a LoggedModel."""
+
+    name: str | None = None
+    version: str | None = None
+    model_id: str | None = None
+
+
+def requested_uri(directory: Path) -> str | None:
+    """The URI given to the `mlflow.pyfunc.load_model` that is loading this directory; None outside such a call.
+
+    MLflow passes only the directory to a flavor. The URI is a local variable of the calling function: a private detail
+    of MLflow. A call that is loading another directory, such as that of a model around this one, does not count.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "mlflow.pyfunc" and frame.f_code.co_name == "load_model":
+            values = frame.f_locals
+            if Path(values.get("data_path") or "") == directory:
+                return str(values["model_uri"])
+        frame = frame.f_back
+    return None
+
+
+def requested_model(uri: str) -> RequestedModel | None:
+    """The model that a `models:/` URI names now, in every form that MLflow takes; None for other URIs.
+
+    Raises:
+        mlflow.exceptions.MlflowException: There is no such alias, or no version in that stage.
+    """
+    if not ModelsArtifactRepository.is_models_uri(uri):
+        return None
+    root, _ = ModelsArtifactRepository.split_models_uri(uri)
+    parts = get_model_name_and_version(MlflowClient(), root)
+    if len(parts) == 1:
+        return RequestedModel(model_id=parts[0])
+    name, version = parts
+    return RequestedModel(name=name, version=str(version))
 
 
 def save_example(model: Model, example: Any, directory: Path) -> None:

@@ -127,6 +127,16 @@ def resolve_uri(uri: str | Path, tracking_uri: str | None = None) -> Origin:
     return Origin(uri=str(path), location=str(path))
 
 
+def resolve_version(name: str, version: str, tracking_uri: str | None = None) -> Origin:
+    """Look up a version of a registered model, without fetching it.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such version.
+    """
+    with tracking_errors(f"looking up models:/{name}/{version}"):
+        return _of_version(name, version, tracking_uri)
+
+
 @contextmanager
 def fetch(uri: str | Path, tracking_uri: str | None = None) -> Iterator[Fetched]:
     """Make a model's files available, checked, inside the block; a download is removed after it.

@@ -36,14 +36,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pandas as pd
 
 from rankwise.assets.input_checks import read_yaml
-from rankwise.compat.mlflow import DOWNLOAD_NOTE
+from rankwise.compat.mlflow import DOWNLOAD_NOTE, RequestedModel, requested_model, requested_uri
 from rankwise.data.template import Message, Renderer
-from rankwise.exceptions import AdapterIntegrityError, ConfigError, TrackingError
-from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri
+from rankwise.exceptions import AdapterIntegrityError, ConfigError, RankwiseError, TrackingError
+from rankwise.flavor.fetch import Origin, read_mlmodel, resolve_uri, resolve_version
 from rankwise.flavor.load import LoadedAdapter, load_directory
 from rankwise.flavor.metadata import read_params
 from rankwise.flavor.package import MODEL_CONFIG, LoadOptions
@@ -53,7 +54,7 @@ from rankwise.modeling.decoding.scheduler import Prompt, generate
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.modeling.lora.packed import pass_lock
 from rankwise.settings import Settings
-from rankwise.tracking.connection import is_final
+from rankwise.tracking.connection import is_final, tracking_errors
 
 _FORMS = (
     "a text, a list of texts, a chat (a list of {'role', 'content'}), a list of chats, a dict with 'messages' or "
@@ -258,22 +259,57 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Qlora
 
 
 def _origin(directory: Path) -> Origin:
-    """Which stored model MLflow downloaded, where it left a note that it did: then the tags take part in the check.
+    """Which stored model MLflow is loading, so that its tags take part in the check.
 
-    A directory that was carried elsewhere (an image of `mlflow models build-docker`) keeps the note, and its store may
-    not be reachable from there: that is said, and the files are checked against their own manifest. The name in the
-    note is that of the registered model: a signature may be for another one.
+    1. The URI given to `mlflow.pyfunc.load_model` names a version or a LoggedModel: that one.
+    2. MLflow's note in the directory names a version: that one, if it is of this model. A directory that was carried
+       elsewhere (an image of `mlflow models build-docker`) keeps its note, and may be next to another store.
+    3. `MLmodel` names a LoggedModel: that one. The registered name is not known then.
     """
-    note = directory / DOWNLOAD_NOTE
-    if not note.is_file():
-        return resolve_uri(directory)
-    name, number = _noted(note)
+    uri = requested_uri(directory)
+    with tracking_errors(f"looking up {uri}"):
+        requested = None if uri is None else requested_model(uri)
     model_id = read_mlmodel(directory).get("model_id")
-    logged, version, problem, away = None, None, "", False
-    try:
-        logged = resolve_uri(f"models:/{model_id}")
-    except (TrackingError, ConfigError) as error:
-        problem, away = str(error), isinstance(error, TrackingError) and not is_final(error.__cause__ or error)
+    if requested is not None:
+        return _requested_origin(requested, model_id)
+    note = directory / DOWNLOAD_NOTE
+    if note.is_file():
+        return _noted_origin(directory, model_id, *_noted(note))
+    if model_id is None:
+        return resolve_uri(directory)
+    logged, problem = _logged_origin(model_id)
+    if logged is None:
+        logger.warning("the tags of %s are not checked: %s", directory, problem)
+        return resolve_uri(directory)
+    if uri is None or not uri.startswith("runs:"):
+        logger.warning(
+            "%s: the registered name was not checked, because MLflow passes on the directory alone; the files were "
+            "checked against the tags of %s. To check the name and its signature too, use "
+            "rankwise.flavor.load_model('models:/NAME/VERSION'), or rankwise.flavor.read_metadata(...) before you "
+            "serve the model",
+            directory,
+            logged.uri,
+        )
+    return logged
+
+
+def _requested_origin(requested: RequestedModel, model_id: Any) -> Origin:
+    """The model that the caller named, in the store that MLflow has just downloaded it from."""
+    if requested.name is None or requested.version is None:
+        return resolve_uri(f"models:/{requested.model_id}")
+    version = resolve_version(requested.name, requested.version)
+    if version.model_id is not None or model_id is None:
+        return version
+    # A copy has the files of the LoggedModel; its own tags count first.
+    logged, _ = _logged_origin(model_id)
+    return version if logged is None else replace(version, tags={**logged.tags, **version.tags})
+
+
+def _noted_origin(directory: Path, model_id: Any, name: str | None, number: str) -> Origin:
+    """The version in MLflow's note, or its LoggedModel where the store here has another version of that name."""
+    logged, problem = _logged_origin(model_id)
+    away = isinstance(problem, TrackingError) and not is_final(problem.__cause__ or problem)
+    version = None
     if name is not None and not away:
         with suppress(TrackingError, ConfigError):  # Deleted, or of another store: the LoggedModel's tags are left.
             version = resolve_uri(f"models:/{name}/{number}")
@@ -285,6 +321,18 @@ def _origin(directory: Path) -> Origin:
     # Of a copy, which has the LoggedModel's files: its own name and signature count.
     own = {key: value for key, value in (version.tags if version else {}).items() if key == NAME_TAG}
     return replace(logged, name=name, tags={**logged.tags, **own})
+
+
+def _logged_origin(model_id: Any) -> tuple[Origin | None, RankwiseError | None]:
+    """The LoggedModel that `MLmodel` names, or why it was not found."""
+    store = mlflow.get_tracking_uri()
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+        # MLflow would create an empty database, in the current directory by default.
+        return None, TrackingError(f"there is no store {store}; set MLFLOW_TRACKING_URI to check the tags")
+    try:
+        return resolve_uri(f"models:/{model_id}"), None
+    except (TrackingError, ConfigError) as error:
+        return None, error
 
 
 def _noted(note: Path) -> tuple[str | None, str]:

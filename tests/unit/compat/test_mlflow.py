@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.models import Model
 from mlflow.utils import mlflow_tags
+from packaging.version import Version
 
 from rankwise.compat import mlflow as compat
 from rankwise.modeling.base import expected_warning
@@ -224,20 +225,69 @@ def test_the_schema_of_a_data_set_has_mlflow_s_form():
     }
 
 
-def test_a_downloaded_version_has_a_note_of_its_name(store, tmp_path):
-    """mlflow.pyfunc gives a flavor the directory alone: without the note, the tags of the version are not checked."""
+@pytest.fixture
+def registered(store, tmp_path, monkeypatch):
+    """Version 1 of the model `x`, with a loader that returns the URI it finds and that of a directory nobody loads."""
+
+    class Loaded:
+        def __init__(self, path):
+            self.uri = compat.requested_uri(Path(path))
+            self.other = compat.requested_uri(Path(path, "other"))
+
+        def predict(self, data, params=None):
+            return []
+
+        def get_raw_model(self):
+            return self
+
+    monkeypatch.setitem(sys.modules, "loader_of_x", SimpleNamespace(_load_pyfunc=Loaded))
     (tmp_path / "model").mkdir()
-    Model().save(str(tmp_path / "model" / "MLmodel"))
+    model = Model()
+    mlflow.pyfunc.add_to_model(model, loader_module="loader_of_x")
+    model.save(str(tmp_path / "model" / "MLmodel"))
     client = MlflowClient()
-    model = client.create_logged_model("0", name="x")
-    client.log_model_artifacts(model.model_id, str(tmp_path / "model"))
-    client.finalize_logged_model(model.model_id, "READY")
+    logged = client.create_logged_model("0", name="x")
+    client.log_model_artifacts(logged.model_id, str(tmp_path / "model"))
+    client.finalize_logged_model(logged.model_id, "READY")
     client.create_registered_model("x")
-    client.create_model_version("x", f"models:/{model.model_id}", model_id=model.model_id)
+    client.create_model_version("x", f"models:/{logged.model_id}", model_id=logged.model_id)
+    client.set_registered_model_alias("x", "best", "1")
+    return logged.model_id
+
+
+def test_mlflow_3_17_notes_the_name_of_a_downloaded_version(registered, tmp_path):
     directory = Path(mlflow.artifacts.download_artifacts("models:/x/1", dst_path=str(tmp_path / "down")))
     note = directory / compat.DOWNLOAD_NOTE
-    assert note.is_file(), "mlflow no longer notes which version was downloaded"
-    assert yaml.safe_load(note.read_text()) == {"model_name": "x", "model_version": "1"}
+    if Version(mlflow.__version__) < Version("3.18"):
+        assert yaml.safe_load(note.read_text()) == {"model_name": "x", "model_version": "1"}
+    else:
+        assert not note.exists()
+
+
+@pytest.mark.parametrize("uri", ["models:/x/1", "models:/x@best", "models:/{}", "{directory}"])
+def test_the_uri_given_to_load_model_is_found_for_the_directory_that_it_loads(registered, tmp_path, uri):
+    """mlflow.pyfunc gives a flavor the directory alone: without the URI, the registered name is not checked."""
+    uri = uri.format(registered, directory=tmp_path / "model")
+    loaded = mlflow.pyfunc.load_model(uri).get_raw_model()
+    assert (loaded.uri, loaded.other) == (uri, None)
+
+
+def test_there_is_no_requested_uri_outside_a_call_of_mlflow(tmp_path):
+    def load_model(model_uri, data_path):
+        return compat.requested_uri(Path(data_path))
+
+    assert load_model("models:/x/1", str(tmp_path)) is None
+
+
+def test_a_uri_names_a_version_or_a_logged_model(registered):
+    version = compat.RequestedModel(name="x", version="1")
+    for uri in ("models:/x/1", "models:/x/1/", "models:/x@best", "models:/x/latest", "models:/x/None"):
+        assert compat.requested_model(uri) == version
+    assert compat.requested_model(f"models:/{registered}") == compat.RequestedModel(model_id=registered)
+    for uri in ("runs:/0123/x", "/models/x", "file:///models/x", "s3://models/x"):
+        assert compat.requested_model(uri) is None
+    with pytest.raises(MlflowException, match="worst"):
+        compat.requested_model("models:/x@worst")
 
 
 def test_a_database_of_another_release_is_known_by_the_message(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from pathlib import Path
+from uuid import uuid4
 
 import mlflow
 import numpy as np
@@ -242,6 +243,99 @@ def test_a_carried_model_is_not_compared_with_another_store_s_version_of_that_na
     carried = world.copy(tmp_path / "carried")
     (carried / "registered_model_meta").write_text("model_name: namesake\nmodel_version: 1\n")
     assert flavor._load_pyfunc(str(carried)).adapter.origin.name == "namesake"
+
+
+@pytest.fixture
+def served(world, store):
+    """A version of a registered model of its own, and the directory of its files in the store."""
+    name = f"served-{uuid4().hex}"
+    info = flavor.log_adapter(world.adapter, world.load_base(), registered_model_name=name)
+    return name, info.model_id, stored_files(store, info.model_id)
+
+
+def stored_files(store, model_id):
+    return Path(store.get_logged_model(model_id).artifact_location.removeprefix("file://"))
+
+
+def change_mlmodel(directory, rank=None, **changes):
+    document = yaml.safe_load((directory / "MLmodel").read_text())
+    if rank is not None:
+        document["flavors"]["qlora"]["adapter"]["lora"]["r"] = rank
+    (directory / "MLmodel").write_text(yaml.safe_dump({**document, **changes}))
+
+
+def downloaded(served, tmp_path):
+    """The files as `mlflow models serve` gets them from mlflow 3.18: without a note of the name."""
+    directory = Path(mlflow.artifacts.download_artifacts(f"models:/{served[0]}/1", dst_path=str(tmp_path / "down")))
+    (directory / "registered_model_meta").unlink(missing_ok=True)
+    return directory
+
+
+@pytest.mark.parametrize("uri", ["models:/{}/1", "models:/{}/latest", "models:/{}@champion", "models:/{1}"])
+def test_the_tags_of_the_model_that_a_call_names_decide_whatever_the_files_say(world, store, served, uri):
+    name, model_id, files = served
+    store.set_registered_model_alias(name, "champion", "1")
+    uri = uri.format(name, model_id)
+    origin = mlflow.pyfunc.load_model(uri).get_raw_model().origin
+    assert (origin.name, origin.model_id) == (None if model_id in uri else name, model_id)
+    other = flavor.log_adapter(world.adapter, world.load_base(), metadata={"other": True}).model_id
+    change_mlmodel(files, rank=99, model_id=other)
+    (files / "registered_model_meta").unlink(missing_ok=True)
+    with pytest.raises(AdapterIntegrityError, match="the MLmodel file"):
+        mlflow.pyfunc.load_model(uri)
+    change_mlmodel(files, rank=99, model_id=None)
+    with pytest.raises(AdapterIntegrityError, match="the MLmodel file"):
+        mlflow.pyfunc.load_model(uri)
+
+
+def test_an_old_note_of_another_name_does_not_count_when_a_call_names_the_model(store, served):
+    name, model_id, files = served
+    mlflow.register_model(f"models:/{model_id}", f"{name}-again")
+    (files / "registered_model_meta").write_text(f"model_name: {name}\nmodel_version: 1\n")
+    assert mlflow.pyfunc.load_model(f"models:/{name}-again/1").get_raw_model().origin.name == f"{name}-again"
+
+
+def test_a_directory_without_a_note_is_checked_against_its_logged_model_and_the_missing_name_is_reported(
+    served, tmp_path, caplog
+):
+    directory = downloaded(served, tmp_path)
+    for load in (mlflow.pyfunc.load_model, flavor._load_pyfunc):
+        caplog.clear()
+        load(str(directory))
+        assert "the registered name was not checked" in caplog.text
+        assert f"tags of models:/{served[1]}." in caplog.text
+    change_mlmodel(directory, rank=99)
+    for load in (mlflow.pyfunc.load_model, flavor._load_pyfunc):
+        with pytest.raises(AdapterIntegrityError, match="the MLmodel file"):
+            load(str(directory))
+
+
+def test_a_directory_whose_logged_model_the_store_does_not_have_is_reported(store, served, tmp_path, caplog):
+    directory = downloaded(served, tmp_path)
+    change_mlmodel(directory, model_id=f"m-{'0' * 32}")
+    assert flavor._load_pyfunc(str(directory)).adapter.origin.model_id is None
+    assert f"the tags of {directory} are not checked" in caplog.text
+
+
+def test_no_database_is_created_to_look_for_tags(served, tmp_path, monkeypatch, caplog):
+    directory = downloaded(served, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    try:
+        flavor._load_pyfunc(str(directory))
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert "are not checked: there is no store sqlite:///mlflow.db" in caplog.text
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_model_of_a_run_has_no_name_to_check(world, caplog):
+    with mlflow.start_run() as run:
+        info = flavor.log_adapter(world.adapter, world.load_base(), name="made")
+    loaded = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/made").get_raw_model()
+    assert (loaded.origin.model_id, loaded.origin.name) == (info.model_id, None)
+    assert "registered name" not in caplog.text
 
 
 def test_an_unknown_model_config_is_refused(world):
