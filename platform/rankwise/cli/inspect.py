@@ -105,7 +105,7 @@ def _from_peft(path: Path, model: str, base: str | None, settings: Settings, war
 
 
 def _from_flavor(fetched: Fetched, model: str, base: str | None, settings: Settings, warn: Warn) -> LocatedAdapter:
-    from rankwise.flavor.load import describe_quantization, find_base
+    from rankwise.flavor.base import describe_quantization, find_base
     from rankwise.modeling.fingerprint import differing_part
 
     facts, resolved, base_config = fetched.metadata.base, None, None

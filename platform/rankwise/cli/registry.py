@@ -176,7 +176,7 @@ def export(
     # Late: MLflow and torch take seconds to import.
     with waiting(f"Merging {uri} ...") as status:
         from rankwise.flavor.export import MERGED_INTO, export_merged
-        from rankwise.flavor.pyfunc import read_prompts
+        from rankwise.flavor.inputs import read_prompts
         from rankwise.tracking.connection import connect
 
         settings = Settings.load()

@@ -13,8 +13,9 @@ and one to get it back, in any process, without a network:
 
 from __future__ import annotations
 
+from rankwise.flavor.base import Override
 from rankwise.flavor.fetch import Origin, download_adapter, read_metadata
-from rankwise.flavor.load import LoadedAdapter, Override, load_model, load_models
+from rankwise.flavor.load import LoadedAdapter, load_model, load_models
 from rankwise.flavor.metadata import FLAVOR_NAME, AdapterMetadata, BaseFacts
 from rankwise.flavor.pyfunc import _load_pyfunc
 from rankwise.flavor.store import log_adapter, log_model, save_model

@@ -1,11 +1,9 @@
-"""The model card of a stored adapter: the `README.md` that PEFT readers and the hub know.
+"""Model cards (`README.md`) and requirements of stored adapters, with rankwise itself as a wheel if it is unreleased.
 
-A release of rankwise is named by its version. What is installed from a directory or a repository cannot be fetched
-by that name, so a wheel of the installed source is stored beside the model and named by its relative path, which pip
-resolves against the directory of the model. The wheel is a plain archive of the package's files; no build tool and no
-network take part. Its version has a local label with the digest of the files: two sources never share a name.
-
-- What a registered model needs to be loaded elsewhere: exact versions, and rankwise itself as a wheel where it must.
+Requirements name a release of rankwise by its version. An installation from a directory or a repository cannot be
+fetched by version, so a wheel of the installed source is stored in the model directory and named by its relative path.
+It is an archive of the package's files, made without build tools or a network. Its version has a local label with the
+digest of the files, so different sources have different names.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from rankwise.flavor.metadata import AdapterMetadata
 
 
 def model_card(metadata: AdapterMetadata, *, metrics: Mapping[str, float] | None = None) -> str:
-    """Markdown with the front matter of a PEFT adapter. It names no path of this machine but the recorded base."""
+    """Markdown with the front matter of a PEFT adapter. The recorded base is the only local path in it."""
     base, lora = metadata.base, metadata.lora
     quantization = base.quantization
     if quantization.load_in_4bit:
@@ -37,7 +35,7 @@ def model_card(metadata: AdapterMetadata, *, metrics: Mapping[str, float] | None
         how = f"4 bit ({quantization.bnb_4bit_quant_type}{double})"
     else:
         how = "8 bit" if quantization.load_in_8bit else "none"
-    # The hub refuses a card whose base_model is no hub id.
+    # The hub refuses a card whose base_model is not a hub id.
     front = f"base_model: {base.source}\n" if _is_hub(base.source) else ""
     targets = lora.get("target_modules")
     named = targets if isinstance(targets, str) else ", ".join(targets or ())
@@ -92,7 +90,7 @@ Written with {versions}.
 
 
 def merged_card(metadata: AdapterMetadata, uri: str, record: Mapping[str, Any]) -> str:
-    """Markdown for a merged model: what was merged into what, and how far it agrees with the registered model."""
+    """Markdown for a merged model: what was merged, into what, and how well it agrees with the registered model."""
     base, agreement = metadata.base, record["agreement"]
     front = f"base_model: {base.source}\n" if _is_hub(base.source) else ""
     return f"""---
@@ -154,20 +152,15 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of everything that takes part in computing with an adapter, local labels included."""
+    """Installed versions of all libraries that compute with an adapter, with local labels."""
     versions = {name: metadata.version(name) for name in ("rankwise", *PACKAGES, "tokenizers")}
     return {"python": platform.python_version(), **versions}
 
 
 def pip_requirements(directory: Path) -> list[str]:
-    """The model's requirements; a wheel of an unreleased rankwise is written below `directory`.
+    """The lines of a model's requirements file; writes a wheel of an unreleased rankwise below `directory`.
 
-    Args:
-        directory: The model's directory.
-
-    Returns:
-        Lines of a requirements file. Local labels (`+cpu`) are left out: an index has no such files, and what device
-        the model is loaded on is not the model's business.
+    Local labels (`+cpu`) are left out: indexes do not have such files, and the device at loading may be another one.
     """
     lines = [f"{name}=={Version(metadata.version(name)).public}" for name in PACKAGES]
     if _released():
@@ -180,7 +173,7 @@ def pip_requirements(directory: Path) -> list[str]:
 
 
 def _released() -> bool:
-    """Whether rankwise came from an index: pip records where anything else came from (PEP 610)."""
+    """Whether rankwise came from an index: pip records any other origin (PEP 610)."""
     return metadata.distribution("rankwise").read_text("direct_url.json") is None
 
 

@@ -1,7 +1,6 @@
-"""A stored adapter as a model of its own: merged into its base, checked against what was registered, in one directory.
+"""Exports a stored adapter merged into its base, and compares the merged model with the registered one.
 
-What it was merged into and how far it agrees with the registered model are measured each time, and written down in
-`rankwise_export.json` and in the card.
+`rankwise_export.json` and the card record what it was merged into and how well the two models agree.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ from rankwise.assets.base import ResolvedBase
 from rankwise.assets.layout import tensors
 from rankwise.exceptions import ConfigError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.flavor.base import describe_quantization
 from rankwise.flavor.card import merged_card
-from rankwise.flavor.load import LoadedAdapter, describe_quantization, load_model
+from rankwise.flavor.inputs import BUILT_IN, tokens_of
+from rankwise.flavor.load import LoadedAdapter, load_model
 from rankwise.flavor.package import check_target, placed
-from rankwise.flavor.pyfunc import BUILT_IN, tokens_of
 from rankwise.modeling.adapter import adapter_tensors
 from rankwise.modeling.base import DTYPES, load_base, quiet_transformers
 from rankwise.modeling.merge import (
@@ -55,10 +55,8 @@ class Export:
     """A merged model on disk.
 
     Attributes:
-        directory: Where it is.
         into: What the adapter was merged into.
-        reason: Why that, in words.
-        agreement: How far it agrees with the registered model.
+        reason: The reason for that, in words.
         record: The content of `rankwise_export.json`.
     """
 
@@ -84,26 +82,26 @@ def export_merged(
 ) -> Export:
     """Merge a stored adapter into its base, and write a directory that `AutoModelForCausalLM` loads.
 
-    It takes memory for the quantized base, the base in `dtype`, and what the adapter targets in float32.
+    Needs memory for the quantized base, the base in `dtype`, and the targeted weights in float32.
 
     Args:
         uri: As in `rankwise.flavor.load_model`.
-        directory: Made with its parents; it is there whole, or not at all. An earlier export, unchanged, is replaced.
-        into: `16bit` or `nf4-dequantized`; by default the second for a 4-bit base, which agrees better.
+        directory: Created with its parents, complete or not at all. Replaces an earlier, unchanged export.
+        into: `16bit` or `nf4-dequantized`; for a 4-bit base the default is the second, which agrees better.
         dtype: Of the merged weights: `bfloat16`, `float16`, `float32`; by default the 16-bit type of the base's files,
             or bfloat16.
         prompts: Texts or chats to measure the agreement on; by default a few built-in ones.
-        max_new_tokens: How far each answer is followed.
+        max_new_tokens: Length of each compared answer.
         base_model: Where the base is, as in `load_model`.
-        device: Where the models are compared, as in `load_model`; merged is on the CPU.
-        settings: Where caches and bases are; from the environment by default.
-        tracking_uri: Of the MLflow store; MLflow's current one by default.
+        device: Where the models are compared, as in `load_model`; merging uses the CPU.
+        settings: Where caches and bases are; by default from the environment.
+        tracking_uri: By default MLflow's current store.
 
     Raises:
-        ConfigError: The base is not quantized in 4 bit and `nf4-dequantized` is asked for, or an argument is not valid.
-        AdapterIntegrityError: A stored file is not what was stored, or a merged weight is not finite.
+        ConfigError: `nf4-dequantized` is chosen for a base that is not in 4 bit, or an argument is not valid.
+        AdapterIntegrityError: A file is not what was stored, or a merged weight is not finite.
         BaseMismatchError: The base is another one.
-        StorageError: The directory holds something else, or cannot be written.
+        StorageError: The directory contains something else, or cannot be written.
     """
     target = directory.expanduser().absolute()
     check_target(target)
@@ -120,11 +118,11 @@ def export_merged(
             merged.save_pretrained(str(temporary), max_shard_size=_SHARD)
             loaded.tokenizer.save_pretrained(str(temporary))
         for path in temporary.glob("*.safetensors"):
-            # safetensors lets the owner alone read what it writes; the other files are as the umask says.
+            # safetensors creates files that only the owner can read; the other files follow the umask.
             path.chmod((temporary / "config.json").stat().st_mode)
         del merged
         record = _record(loaded, used, reason, result)
-        # Nothing but what is compared stays in memory.
+        # Free everything that the comparison does not need.
         compute, where = loaded.base.module_dtype, loaded.base.device
         metadata, origin = loaded.metadata, loaded.origin
         del loaded
@@ -154,11 +152,11 @@ def _choose(into: Into | None, loaded: LoadedAdapter) -> tuple[Into, str]:
             f"the base of {loaded.origin.uri} is {describe_quantization(quantization)}, so there is nothing in 4 bit "
             "to dequantize; merge into 16bit"
         )
-    return into, "as asked for"
+    return into, "as requested"
 
 
 def _sixteen_bit(loaded: LoadedAdapter) -> torch.dtype:
-    """The 16-bit type of the base's files; bfloat16 where they have another."""
+    """The 16-bit type of the base's files; bfloat16 if they have another type."""
     largest = max(tensors(loaded.base.path), key=lambda entry: entry.stop - entry.start)
     return torch.float16 if largest.dtype == "F16" else torch.bfloat16
 
@@ -180,7 +178,7 @@ def _merge(loaded: LoadedAdapter, into: Into, dtype: torch.dtype, settings: Sett
 
 
 def _measure(directory: Path, references: list[Reference], dtype: torch.dtype, device: torch.device) -> Agreement:
-    """Load what was written, as anybody would, and let it go along the registered model's answers."""
+    """Load the written model as a user would, and compare it along the registered model's answers."""
     with quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory),

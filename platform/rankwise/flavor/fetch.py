@@ -1,14 +1,12 @@
-"""From a model URI to a checked directory: nothing but `MLmodel` and the manifest is parsed before all files are.
+"""Resolves a model URI, downloads the files, and checks them. Only `MLmodel` and the manifest are parsed before that.
 
-| URI | what it names |
+| URI | model |
 |---|---|
 | `models:/NAME@ALIAS`, `models:/NAME/VERSION` | a version of a registered model |
 | `models:/m-...` | a LoggedModel |
-| `runs:/RUN_ID/NAME` | the newest LoggedModel of that name that the run has put out |
-| `runs:/RUN_ID` | the same, of the only name that the run's LoggedModels have |
+| `runs:/RUN_ID/NAME` | the newest LoggedModel of that name among the run's outputs |
+| `runs:/RUN_ID` | the same, if all LoggedModels of the run have one name |
 | a path, `file:...` | a directory as `save_model` writes it, read in place |
-
-- A stored adapter as a plain PEFT directory, for `PeftModel.from_pretrained` and other readers.
 """
 
 from __future__ import annotations
@@ -57,16 +55,13 @@ _FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., runs:/RUN_ID/
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Which stored model a directory is.
+    """The stored model that a directory contains.
 
     Attributes:
-        uri: The resolved URI, an alias replaced by its version; a path for a directory.
+        uri: The resolved URI, with a version in place of an alias; a path for a directory.
         location: Where the artifacts are.
-        name: Of the registered model, or None.
-        version: Of the registered model, or None.
-        model_id: Of the LoggedModel, or None.
-        run_id: The run that made it, or None.
-        tags: Of the LoggedModel and the version, the version's winning.
+        name: The registered model.
+        tags: Of the LoggedModel and of the version, which takes precedence.
     """
 
     uri: str
@@ -83,11 +78,8 @@ class Fetched:
     """A checked model directory.
 
     Attributes:
-        directory: Its root.
         adapter: The PEFT directory in it.
-        metadata: What it says of itself.
-        origin: Which stored model it is.
-        signer: Who has signed it; None where nobody has.
+        signer: None if it is not signed.
     """
 
     directory: Path
@@ -98,7 +90,7 @@ class Fetched:
 
 
 def resolve_uri(uri: str | Path, tracking_uri: str | None = None) -> Origin:
-    """Find out which stored model a URI names now, without fetching it.
+    """Look up the stored model that a URI names now, without fetching it.
 
     Raises:
         ConfigError: The URI has none of the known forms.
@@ -119,11 +111,11 @@ def resolve_uri(uri: str | Path, tracking_uri: str | None = None) -> Origin:
             return _of_run(found["run"], found["name"], tracking_uri)
     if "://" in text or text.startswith(("models:", "runs:")):
         if not text.startswith("file:"):
-            raise ConfigError(f"a model is named by {_FORMS}; got {text!r}")
+            raise ConfigError(f"a model must be given as {_FORMS}; got {text!r}")
         text = unquote(urlparse(text).path)
     path = Path(text.removeprefix("file:")).expanduser().absolute()
     if not path.is_dir():
-        raise AssetError(f"there is no directory {path}; a model is named by {_FORMS}")
+        raise AssetError(f"there is no directory {path}; a model must be given as {_FORMS}")
     return Origin(uri=str(path), location=str(path))
 
 
@@ -143,7 +135,7 @@ def fetch(uri: str | Path, tracking_uri: str | None = None) -> Iterator[Fetched]
 
     Raises:
         AdapterIntegrityError: A file is not what was stored. No other file has been parsed then.
-        ConfigError: The URI has none of the known forms, or it is no model of this flavor.
+        ConfigError: The URI has none of the known forms, or the model is not of this flavor.
         TrackingError: MLflow cannot be reached, or has no such model.
     """
     origin = resolve_uri(uri, tracking_uri)
@@ -153,14 +145,14 @@ def fetch(uri: str | Path, tracking_uri: str | None = None) -> Iterator[Fetched]
 
 @contextmanager
 def obtain(origin: Origin, tracking_uri: str | None = None) -> Iterator[Path]:
-    """A model's files, unchecked, inside the block; a download is removed after it.
+    """Make a model's files available, unchecked, inside the block; a download is removed after it.
 
     Raises:
         TrackingError: They cannot be fetched.
-        AdapterIntegrityError: They are gone.
+        AdapterIntegrityError: They no longer exist.
     """
     if Path(origin.location).is_dir():
-        # Files of a local store are read where they lie.
+        # Files of a local store are read in place.
         yield Path(origin.location)
         return
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
@@ -170,42 +162,43 @@ def obtain(origin: Origin, tracking_uri: str | None = None) -> Iterator[Path]:
         if not any(directory.iterdir()):
             raise AdapterIntegrityError(
                 f"the files of {origin.uri} are gone from {redact(origin.location)} (`mlflow gc` removes those of "
-                "deleted models): restore them, or take another version"
+                "deleted models): restore them, or use another version"
             )
         yield directory
 
 
 def check(directory: Path, origin: Origin) -> Fetched:
-    """Check a model directory against its manifest, both against the digests in the tags, and who has signed it.
+    """Check a model directory against its manifest, both against the digests in the tags, and the signature.
 
     Raises:
-        AdapterIntegrityError: Something is not what was stored, or is not signed as `RANKWISE_TRUSTED_KEYS` asks.
-        ConfigError: It is no model of this flavor, or of a newer release.
+        AdapterIntegrityError: A file is not what was stored, or a signature that `RANKWISE_TRUSTED_KEYS` requires is
+            missing.
+        ConfigError: It is not of this flavor, or of a newer release.
     """
     found, statement = check_content(directory, origin)
     return replace(found, signer=check_signature(directory, statement, origin.tags, origin.uri, origin.name))
 
 
 def check_content(directory: Path, origin: Origin) -> tuple[Fetched, Statement]:
-    """The same without a look at signatures, and what a signature of it is over.
+    """Check as `check` does, but without signatures; also return the statement that a signature has to cover.
 
     Raises:
-        AdapterIntegrityError: Something is not what was stored.
-        ConfigError: It is no model of this flavor, or of a newer release.
+        AdapterIntegrityError: A file is not what was stored.
+        ConfigError: It is not of this flavor, or of a newer release.
     """
     mlmodel = read_mlmodel(directory)
     flavors = mlmodel.get("flavors")
     if not isinstance(flavors, dict) or FLAVOR_NAME not in flavors:
         raise ConfigError(
-            f"{origin.uri} is no model of the flavor {FLAVOR_NAME} (it has {sorted(flavors or {})}); PEFT directories "
-            "and models of mlflow.transformers are adopted with `rankwise import`"
+            f"{origin.uri} is not a model of the flavor {FLAVOR_NAME} (it has {sorted(flavors or {})}); PEFT "
+            "directories and models of mlflow.transformers can be imported with `rankwise import`"
         )
     _check_tag(origin, SECTION_TAG, section_digest(mlmodel), "the MLmodel file")
     metadata = AdapterMetadata.from_section(flavors[FLAVOR_NAME], origin.uri)
     _check_tag(origin, MANIFEST_TAG, metadata.manifest, "the manifest")
     check_manifest(directory, digest=metadata.manifest, exclude=WRITTEN_BY_MLFLOW | {SIGNATURE_NAME})
     if (flavors.get("python_function") or {}).get("code"):
-        raise AdapterIntegrityError(f"{origin.uri} asks for code out of the model to be imported; it is refused")
+        raise AdapterIntegrityError(f"{origin.uri} contains code to import, which is refused")
     adapter = directory / ADAPTER_DIRECTORY
     check_tokenizer_files(adapter)
     statement = Statement(
@@ -215,10 +208,10 @@ def check_content(directory: Path, origin: Origin) -> tuple[Fetched, Statement]:
 
 
 def read_mlmodel(directory: Path) -> dict[str, Any]:
-    """The content of a model's `MLmodel`, which is not checked yet.
+    """The content of a model's `MLmodel`, unchecked.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such file.
         AdapterIntegrityError: It is no YAML mapping.
     """
     path = directory / "MLmodel"
@@ -226,7 +219,7 @@ def read_mlmodel(directory: Path) -> dict[str, Any]:
         document = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{directory} has no MLmodel file, so it is no stored model; a PEFT directory is adopted with "
+            f"{directory} has no MLmodel file, so it is not a stored model; a PEFT directory can be imported with "
             "`rankwise import`"
         ) from error
     except (OSError, ValueError) as error:
@@ -244,7 +237,7 @@ def _check_tag(origin: Origin, tag: str, actual: str, what: str) -> None:
         logger.warning("%s has no tag %s, so %s is only checked against the files beside it", origin.uri, tag, what)
     elif expected != actual:
         raise AdapterIntegrityError(
-            f"{what} of {origin.uri} is not what was stored: the tag {tag} says {expected}, found {actual}; take "
+            f"{what} of {origin.uri} is not what was stored: the tag {tag} says {expected}, found {actual}; use "
             "another version, or restore the artifacts"
         )
 
@@ -255,7 +248,7 @@ def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
     # MLflow's SQL store leaves the version's model_id empty; the source names the LoggedModel.
     named = _MODEL_ID.fullmatch(found.source or "")
     model_id = found.model_id or (named["id"] if named else None)
-    # A deleted one, or a registry apart from the tracking store: what was set on the version itself is left.
+    # If it was deleted or is in another store, only the version's own tags remain.
     model = _logged_model(client, model_id) if model_id else None
     return Origin(
         uri=f"models:/{name}/{version}",
@@ -282,22 +275,22 @@ def _of_logged_model(model_id: str, uri: str, tracking_uri: str | None) -> Origi
 def _of_run(run_id: str, name: str | None, tracking_uri: str | None) -> Origin:
     client = MlflowClient(tracking_uri=tracking_uri)
     outputs = client.get_run(run_id).outputs
-    put_out = [_logged_model(client, output.model_id) for output in (outputs.model_outputs if outputs else [])]
-    models = [model for model in put_out if model is not None]
+    outputs_of_run = [_logged_model(client, output.model_id) for output in (outputs.model_outputs if outputs else [])]
+    models = [model for model in outputs_of_run if model is not None]
     names = sorted({model.name for model in models})
     matching = [model for model in models if name in (None, model.name)]
     if not matching:
         wanted = "model" if name is None else f"model {name!r}"
-        raise AssetError(f"run {run_id} has put out no {wanted}; it has {names}")
+        raise AssetError(f"run {run_id} has no output {wanted}; it has {names}")
     if name is None and len(names) > 1:
-        raise AssetError(f"run {run_id} has put out models of several names; say which: runs:/{run_id}/{names[0]}")
-    # One whose upload was cut off is FAILED or PENDING for ever.
+        raise AssetError(f"run {run_id} has models of several names; name one: runs:/{run_id}/{names[0]}")
+    # An interrupted upload stays FAILED or PENDING.
     newest = max(matching, key=lambda model: (str(model.status) == "READY", model.creation_timestamp))
     return _of_logged_model(newest.model_id, f"models:/{newest.model_id}", tracking_uri)
 
 
 def _logged_model(client: MlflowClient, model_id: str) -> LoggedModel | None:
-    """A LoggedModel, or None where the store has none of that id (any more)."""
+    """A LoggedModel, or None if the store does not have it or no longer has it."""
     try:
         return client.get_logged_model(model_id)
     except MlflowException as error:
@@ -312,11 +305,11 @@ def local_path(location: str) -> str:
 
 
 def read_metadata(uri: str | Path, *, tracking_uri: str | None = None) -> AdapterMetadata:
-    """What a stored adapter says of itself, its files checked; nothing is loaded.
+    """The metadata of a stored adapter, after a check of its files; loads no model.
 
     Raises:
-        AdapterIntegrityError: A stored file is not what was stored.
-        ConfigError: It is no model of this flavor.
+        AdapterIntegrityError: A file is not what was stored.
+        ConfigError: It is not of this flavor.
         TrackingError: MLflow cannot be reached, or has no such model.
     """
     with fetch(uri, tracking_uri) as fetched:
@@ -324,22 +317,19 @@ def read_metadata(uri: str | Path, *, tracking_uri: str | None = None) -> Adapte
 
 
 def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | None = None) -> Path:
-    """Put a stored adapter's files, checked, at the root of a directory: it is there whole, or not at all.
+    """Download a stored adapter as a plain PEFT directory, checked, complete or not at all; return `directory`.
 
-    The files are those of peft, the tokenizer and the card, and a manifest over them. The base's source and revision
-    are in `adapter_config.json`. A directory that holds an earlier download, unchanged, is replaced.
+    The files are those of peft, the tokenizer, the card, and a manifest of them. `adapter_config.json` has the base's
+    source and revision. An earlier, unchanged download in the directory is replaced.
 
     Args:
         uri: As in `rankwise.flavor.load_model`.
-        directory: Made with its parents.
-        tracking_uri: Of the MLflow store; MLflow's current one by default.
-
-    Returns:
-        `directory`.
+        directory: Created with its parents.
+        tracking_uri: By default MLflow's current store.
 
     Raises:
-        AdapterIntegrityError: A stored file is not what was stored.
-        StorageError: The directory holds something else, or cannot be written.
+        AdapterIntegrityError: A file is not what was stored.
+        StorageError: The directory contains something else, or cannot be written.
         TrackingError: MLflow cannot be reached, or has no such model.
     """
     target = directory.expanduser().absolute()

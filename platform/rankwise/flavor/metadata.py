@@ -1,20 +1,14 @@
-"""What a stored adapter says of itself: the section `qlora` of the file `MLmodel`.
+"""Metadata of a stored adapter: the section `qlora` of `MLmodel`, the signature, and the facts about its base.
 
-Digests of this section and of the manifest are tags of the LoggedModel and of the model version, since `MLmodel` itself
-cannot be in the manifest (MLflow writes it last).
+Digests of the section and of the manifest are tags of the LoggedModel and of the version: the manifest cannot cover
+`MLmodel`, which MLflow writes last.
 
-There is no input schema: none admits texts, chats and tables alike (with one, a list of messages arrives without its
-content). `inputs.py` checks every form itself.
+The signature has no input schema. None accepts texts, chats and tables alike (with one, a list of messages loses its
+content), so `inputs.py` checks every form itself.
 
-Compared are the input embedding and the tensors of one dimension (norms, biases): they are never quantized, they are
-small, and any training of a base moves them.
-
-The model knows the path or hub id that it was loaded from, its quantization and its dtypes. It cannot prove that the
-named source is what is in memory, so its tensors are compared with the files'.
-
-- What a stored adapter accepts and returns, as MLflow writes it down.
-- Is the base in memory the one in a directory? And which commit of a hub repository is it?
-- What a peft model in memory says of its base: where it came from and how it is quantized.
+A model in memory knows the path or hub id that it was loaded from, but that source may have changed. So its tensors
+are compared with the files: the input embedding and the tensors of one dimension (norms, biases). They are small and
+never quantized, and any training of a base changes them.
 """
 
 from __future__ import annotations
@@ -48,7 +42,7 @@ FORMAT_VERSION = 1
 ADAPTER_DIRECTORY = "adapter"
 MANIFEST_TAG = "rankwise.manifest"
 SECTION_TAG = "rankwise.section"
-# The parts of MLmodel that decide what is loaded and how; the rest names ids and times.
+# The parts of MLmodel that decide what is loaded and how; the rest is ids and times.
 _SEALED = ("flavors", "signature", "saved_input_example_info")
 
 
@@ -58,13 +52,12 @@ class BaseFacts:
 
     Attributes:
         source: `org/name`, an absolute path, or `pypi:...`.
-        revision: The commit or digest that was trained on.
-        fingerprint: The identity of its content.
-        quantization: As it was asked for.
-        compute_dtype: What quantized layers computed in: `float32`, `bfloat16`, `float16`.
-        load_dtype: What it was loaded in; of quantized layers, what their weights come back in.
-        module_dtype: The dtype of the modules that are not quantized: as `load_dtype`, or what they were cast to
-            (peft's `prepare_model_for_kbit_training` casts them to float32).
+        revision: Commit or digest.
+        fingerprint: Identity of its content.
+        compute_dtype: What quantized layers compute in: `float32`, `bfloat16`, `float16`.
+        load_dtype: What it was loaded in; quantized weights are dequantized to it.
+        module_dtype: Of the modules that are not quantized: `load_dtype`, or what they were cast to
+            (`prepare_model_for_kbit_training` of peft casts them to float32).
         device_type: `cpu`, `cuda`, ...
     """
 
@@ -80,19 +73,18 @@ class BaseFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMetadata:
-    """A stored adapter.
+    """The metadata of a stored adapter.
 
     Attributes:
-        base: What it was trained on.
         lora: peft's settings that decide what it computes (`r`, `lora_alpha`, `lora_dropout`, `target_modules`, ...).
-        parameters: Numbers in its tensors.
+        parameters: Number of values in its tensors.
         bytes: Size of `adapter_model.safetensors`.
         tokenizer_files: Names of the tokenizer's files beside the weights.
         chat_template: `sha256:...` of the template that prompts are rendered with; `none` without one.
-        system: The system prompt put before a bare text; None for none.
-        versions: Library versions that wrote it.
+        system: The system prompt before a plain text.
+        versions: Versions of the libraries that wrote it.
         manifest: Digest of `manifest.json`.
-        format_version: Of this section.
+        format_version: Of the section.
     """
 
     base: BaseFacts
@@ -138,15 +130,11 @@ class AdapterMetadata:
 
     @classmethod
     def from_section(cls, section: Mapping[str, Any], where: str) -> AdapterMetadata:
-        """The inverse of `to_section`.
-
-        Args:
-            section: The section of the flavor.
-            where: The model's URI or path, for messages.
+        """The inverse of `to_section`; `where` is the model's URI or path, for messages.
 
         Raises:
-            ConfigError: It was written by a newer release.
-            AdapterIntegrityError: It lacks a value or has one of another kind.
+            ConfigError: A newer release wrote it.
+            AdapterIntegrityError: A value is missing or has another type.
         """
         try:
             version = int(section["format_version"])
@@ -182,12 +170,12 @@ class AdapterMetadata:
         except (KeyError, TypeError, ValueError) as error:
             raise AdapterIntegrityError(
                 f"the section {FLAVOR_NAME} in the MLmodel of {where} is not what was stored: {error!r}; fetch the "
-                "model again, or take another version of it"
+                "model again, or use another version"
             ) from error
 
 
 def section_digest(mlmodel: Mapping[str, Any]) -> str:
-    """Digest (`sha256:...`) of the parts of an MLmodel file that decide what is loaded: flavors, signature, example."""
+    """Digest (`sha256:...`) of the parts of `MLmodel` that decide what is loaded: flavors, signature, example."""
     sealed = {key: mlmodel[key] for key in _SEALED if mlmodel.get(key) is not None}
     return content_digest(canonical_json(sealed))
 
@@ -235,7 +223,7 @@ def make_signature() -> ModelSignature:
 
 
 def read_params(params: dict[str, Any] | None) -> tuple[Decoding, int, int]:
-    """The decoding, the seed and the batch size out of `predict`'s params.
+    """Decoding, seed and batch size from the params of `predict`.
 
     Raises:
         ConfigError: A name is not known, or a value is out of its range.
@@ -243,7 +231,7 @@ def read_params(params: dict[str, Any] | None) -> tuple[Decoding, int, int]:
     given = dict(params or {})
     unknown = sorted(set(given) - set(DEFAULTS))
     if unknown:
-        raise ConfigError(f"params not known: {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+        raise ConfigError(f"params not known: {', '.join(unknown)}; allowed are {', '.join(DEFAULTS)}")
     values = {**DEFAULTS, **given}
     stop = values["stop"]
     texts = (stop,) if isinstance(stop, str) else tuple(str(text) for text in stop)
@@ -258,7 +246,7 @@ def read_params(params: dict[str, Any] | None) -> tuple[Decoding, int, int]:
 
 
 def load_dtype(model: Any) -> torch.dtype | None:
-    """The dtype that 4-bit weights were quantized from, and come back in; None without any."""
+    """The dtype that 4-bit weights were quantized from and are dequantized to; None without any."""
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -268,7 +256,7 @@ def load_dtype(model: Any) -> torch.dtype | None:
 
 
 def first_difference(model: Any, directory: Path) -> str | None:
-    """The name of the first compared tensor that is another one in the directory's files, or None."""
+    """The name of the first compared tensor that differs from the directory's files, or None."""
     wanted = dict(_compared(model))
     loaded = load_dtype(model)
     for path in weight_files(directory):
@@ -280,7 +268,7 @@ def first_difference(model: Any, directory: Path) -> str | None:
                 rows = min(len(stored), len(memory))  # An embedding may have been resized.
                 if stored.shape[1:] != memory.shape[1:]:
                     return name
-                # Through the dtype it was loaded in, which may have been a narrower one than it is in now.
+                # Converted through the dtype it was loaded in, which may be narrower than the present one.
                 seen = stored[:rows].to(loaded or memory.dtype).to(memory.dtype)
                 if not torch.equal(seen, memory[:rows]):
                     return name
@@ -288,7 +276,7 @@ def first_difference(model: Any, directory: Path) -> str | None:
 
 
 def check_same(model: Any, directory: Path, source: str) -> None:
-    """Refuse a directory that holds another base than the one in memory.
+    """Refuse a directory that contains another base than the one in memory.
 
     Raises:
         BaseMismatchError: A compared tensor differs.
@@ -296,18 +284,18 @@ def check_same(model: Any, directory: Path, source: str) -> None:
     name = first_difference(model, directory)
     if name is not None:
         raise BaseMismatchError(
-            f"base {source} is not the base of the model in memory: tensor {name} differs in {directory}; say which "
+            f"base {source} is not the base of the model in memory: tensor {name} differs in {directory}; name the "
             "base it was loaded from (base=..., base_revision=...)"
         )
 
 
 def commit_in_memory(model: Any, repo: str) -> str:
-    """The commit of a hub repository that a model was loaded from; transformers 5 keeps no note of it.
+    """The commit of a hub repository that a model was loaded from, found by content in Hugging Face's cache.
 
-    Found among the snapshots in Hugging Face's cache by their content.
+    transformers 5 does not record it.
 
     Raises:
-        ConfigError: None of them, or more than one, has the tensors that are in memory.
+        ConfigError: None of the snapshots, or more than one, has the tensors in memory.
     """
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
     found = sorted(path for path in snapshots.iterdir() if path.is_dir()) if snapshots.is_dir() else []
@@ -318,7 +306,7 @@ def commit_in_memory(model: Any, repo: str) -> str:
     seen = f"{', '.join(same)} have" if same else f"none of {len(whole)} has"
     raise ConfigError(
         f"the base {repo} is a hub repository, and which commit of it is in memory is not known: of the snapshots in "
-        f"{snapshots} {seen} its tensors. Say base_revision='...' (the 40 hex digits that were trained on)"
+        f"{snapshots} {seen} its tensors. Give base_revision='...' (the 40 hex digits that were trained on)"
     )
 
 
@@ -354,8 +342,8 @@ def describe_base(
     Args:
         model: A `PeftModel`, or a transformers model with adapters.
         adapter_name: The adapter whose configuration may name the base.
-        base: What the base is, where the model does not know or to say it better (`org/name` for a local copy).
-        base_revision: Its commit or digest, where neither the model nor `base` knows.
+        base: The base, if the model does not know it, or by a better name (`org/name` for a local copy).
+        base_revision: Its commit or digest, if neither the model nor `base` knows it.
         settings: Where the caches are.
 
     Raises:
@@ -391,7 +379,7 @@ def quantization_of(model: Any) -> tuple[QuantizationSpec, torch.dtype | None]:
     """How a transformers model is quantized, and what its 4-bit layers compute in (None without any).
 
     Raises:
-        ConfigError: It is quantized by something else than bitsandbytes.
+        ConfigError: Another library than bitsandbytes quantized it.
     """
     config = getattr(model.config, "quantization_config", None)
     if config is None:
@@ -400,7 +388,7 @@ def quantization_of(model: Any) -> tuple[QuantizationSpec, torch.dtype | None]:
 
 
 def quantization_from(values: Mapping[str, Any]) -> tuple[QuantizationSpec, torch.dtype | None]:
-    """The same out of the content of a `quantization_config`.
+    """The same from the content of a `quantization_config`.
 
     Raises:
         ConfigError: It is of another library than bitsandbytes.
@@ -427,11 +415,11 @@ def _resolve(
     config = model.peft_config[adapter_name]
     named = base or config.base_model_name_or_path or plain.name_or_path
     if not named:
-        raise ConfigError("the model does not know where its base came from; say it: base='org/name' or a directory")
+        raise ConfigError("the model does not record the origin of its base; give it as base='org/name' or a directory")
     try:
         source = parse_source(str(named))
     except ValueError as error:
-        raise ConfigError(f"base: {error}; say where the base came from: base='org/name' or a directory") from error
+        raise ConfigError(f"base: {error}; give its origin as base='org/name' or a directory") from error
     if isinstance(source, HubSource):
         # The commit that is in memory, not the hub's newest one.
         revision = revision or config.revision or commit_in_memory(plain, source.repo)

@@ -1,14 +1,11 @@
-"""Builds the directory of a stored adapter, whole, before MLflow hears of it.
+"""Builds the complete directory of a stored adapter, and replaces directories atomically.
 
-MLmodel                  written last, by MLflow's own class; carries the section `qlora`
+MLmodel                  written last, by MLflow's own class; contains the section `qlora`
 manifest.json            SHA-256 of every other file
-signature.json           who stands for it, where RANKWISE_SIGNING_KEY is set
+signature.json           the signature, if RANKWISE_SIGNING_KEY is set
 adapter/                 a standard PEFT directory: configuration, safetensors, tokenizer, card
 input_example.json, serving_input_example.json
 requirements.txt, conda.yaml, python_env.yaml, wheels/
-
-- What may be said when an adapter is stored or loaded, as one value each.
-- Puts a directory in its place whole, or not at all, and never over anything that a person may have made.
 """
 
 from __future__ import annotations
@@ -57,14 +54,14 @@ from rankwise.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class PackageOptions:
-    """What goes into a model directory beside the adapter.
+    """Content of a model directory beside the adapter.
 
     Attributes:
-        system: A system prompt to put before bare texts.
+        system: A system prompt to put before plain texts.
         metrics: Results for the card.
-        signature: In place of the flavor's own, which has no input schema and the parameters of generation.
-        input_example: Stored as it is; no model is loaded for it. None for none.
-        pip_requirements: In place of the flavor's own.
+        signature: Replaces the flavor's own, which has no input schema and the parameters of generation.
+        input_example: Stored as it is; no model is loaded to check it.
+        pip_requirements: Replace the flavor's own.
         extra_pip_requirements: Added to them.
         metadata: Free values for MLflow's `metadata`.
     """
@@ -83,14 +80,14 @@ class LogOptions(PackageOptions):
     """How an adapter is logged to MLflow.
 
     Attributes:
-        run_id: The run that it is of; the active run by default, none without one.
+        run_id: By default the active run, if any.
         experiment_id: For a model without a run.
         tags: Set on the LoggedModel and on the version when they are created.
-        step: That the adapter is of.
-        metrics: Results: tags of the version, lines of the card, and, with a run, the LoggedModel's own metrics where
-            the run has them at `step`.
+        step: The adapter's step.
+        metrics: Tags of the version and lines of the card. With a run, also metrics of the LoggedModel, if the run has
+            them at `step`.
         description: Of the version.
-        tracking_uri: Of the MLflow store; MLflow's current one by default.
+        tracking_uri: By default MLflow's current store.
         model_type: MLflow's.
     """
 
@@ -117,7 +114,7 @@ class LoadOptions:
 with expected_warning(PYFUNC_IMPORT_WARNING):
     from mlflow.pyfunc import add_to_model
 
-# What `predict` may be given at load in place of what is recorded. MLflow ignores keys that are not here.
+# Values that can be set at load. MLflow ignores keys that are not here.
 MODEL_CONFIG: dict[str, Any] = {"base_model": None, "device": None, "allow_base_mismatch": False}
 _LORA_KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora", "bias",
@@ -129,14 +126,13 @@ _OF_THIS_MACHINE = {"name_or_path", "tokenizer_file", "is_local", "local_files_o
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A whole model directory but for `MLmodel`.
+    """A complete model directory except for `MLmodel`.
 
     Attributes:
-        directory: Where it lies.
-        metadata: What its section says.
+        metadata: The content of its section `qlora`.
         model: MLflow's description, ready to be written.
         section: Digest of the description's sealed parts.
-        signature: Value of the tag that has the signature; None where `RANKWISE_SIGNING_KEY` is not set.
+        signature: Value of the signature's tag; None if `RANKWISE_SIGNING_KEY` is not set.
     """
 
     directory: Path
@@ -154,15 +150,15 @@ def build(
     options: PackageOptions,
     name: str | None = None,
 ) -> Package:
-    """Fill an empty directory.
+    """Build a model directory.
 
     Args:
-        directory: Where to build; made if need be.
-        adapter: Only its configuration and weights are taken.
-        tokenizer: The tokenizer to use with the adapter, its chat template included.
+        directory: Empty, or created here.
+        adapter: Only its configuration and weights are used.
+        tokenizer: The adapter's tokenizer, with its chat template.
         facts: The base that the adapter was trained on.
-        options: What goes in beside the adapter.
-        name: Of the registered model that it is for, where it is known: it is signed too.
+        options: The other content.
+        name: The registered model, if known: the signature covers it.
 
     Raises:
         ConfigError: The tokenizer has more tokens than the base has rows, or the signing key cannot be used.
@@ -212,7 +208,7 @@ def build(
 
 
 def describe_into(package: Package, model: Model) -> None:
-    """Put a package's description into a model that MLflow made (it has ids), and write `MLmodel`."""
+    """Copy a package's description into a model that MLflow made (with ids), and write `MLmodel`."""
     model.flavors = package.model.flavors
     model.signature = package.model.signature
     model.saved_input_example_info = package.model.saved_input_example_info
@@ -224,10 +220,10 @@ def describe_into(package: Package, model: Model) -> None:
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Refuse tokenizer files that ask for code.
+    """Refuse tokenizer files that need code.
 
     Raises:
-        AdapterIntegrityError: `auto_map` is in one of the JSON files, or one cannot be parsed.
+        AdapterIntegrityError: A JSON file has `auto_map`, or cannot be parsed.
     """
     for path in sorted(directory.glob("*.json")):
         try:
@@ -235,7 +231,7 @@ def check_tokenizer_files(directory: Path) -> None:
         except ValueError as error:
             raise AdapterIntegrityError(f"{path} cannot be read as JSON: {error}") from error
         if isinstance(document, dict) and "auto_map" in document:
-            raise AdapterIntegrityError(f"{path} has auto_map, which asks for code to be run on loading; it is refused")
+            raise AdapterIntegrityError(f"{path} has auto_map, which would run code on loading; it is refused")
 
 
 def _save_tokenizer(tokenizer: Any, target: Path) -> tuple[str, ...]:
@@ -251,7 +247,7 @@ def _save_tokenizer(tokenizer: Any, target: Path) -> tuple[str, ...]:
     path = target / "tokenizer_config.json"
     if path.is_file():
         document = json.loads(path.read_bytes())
-        # Where the tokenizer lay on this machine is nobody's business.
+        # Paths of this machine do not belong in a stored model.
         kept = {key: value for key, value in document.items() if key not in _OF_THIS_MACHINE}
         path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     check_tokenizer_files(target)
@@ -277,10 +273,10 @@ def _lora_settings(target: Path) -> dict[str, Any]:
 
 
 def check_target(target: Path) -> None:
-    """Refuse to overwrite anything but an earlier output that nobody has changed.
+    """Refuse to overwrite anything but an earlier, unchanged output.
 
     Raises:
-        StorageError: The target is a file, a mount point, or a directory with something else in it.
+        StorageError: The target is a file, a mount point, or a directory with other content.
     """
     if target.exists():
         with _turn(target.parent):
@@ -293,30 +289,30 @@ def _check(target: Path) -> None:
     if not target.is_dir():
         raise StorageError(f"{target} is a file; name a directory")
     if target.is_mount():
-        raise StorageError(f"{target} is where a disk is mounted, which cannot be replaced; name a directory in it")
+        raise StorageError(f"{target} is a mount point, which cannot be replaced; name a directory in it")
     if not any(target.iterdir()):
         return
     try:
         check_manifest(target)
     except AdapterIntegrityError as error:
         raise StorageError(
-            f"{target} is not empty, and not an earlier output of rankwise that is unchanged; name another directory"
+            f"{target} is not empty, and not an unchanged output of rankwise; name another directory"
         ) from error
 
 
 @contextmanager
 def placed(target: Path, doing: str) -> Iterator[Path]:
-    """A temporary directory beside `target` to fill; at the end of the block it gets a manifest and takes its place.
+    """A temporary directory to fill; after the block it gets a manifest and replaces `target`.
 
-    An earlier output that is unchanged is replaced; one of the same content stays. After an error nothing is left.
-    Of several processes that fill one target at a time, the last one counts.
+    An earlier output is replaced if it is unchanged, and kept if its content is the same. After an error nothing
+    remains. If several processes fill one target, the last one wins.
 
     Args:
-        target: An absolute path; its parents are made. A link stands for what it points to.
-        doing: What is being done, for messages.
+        target: An absolute path; its parents are created. A link is followed.
+        doing: The operation, for messages.
 
     Raises:
-        StorageError: The target holds something else, or the disk is full or not writable.
+        StorageError: The target has other content, or the disk is full or not writable.
     """
     target = target.resolve()
     check_target(target)
@@ -327,7 +323,7 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
             _check(target)
             if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
                 return
-            # Moved aside, not removed: a process that still reads from it keeps all files until the new one is there.
+            # Moved, not removed: a process that reads from it keeps all files until the new directory is in place.
             old = temporary_name(target)
             with suppress(FileNotFoundError):
                 target.rename(old)
@@ -344,10 +340,10 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
 
 @contextmanager
 def _turn(directory: Path) -> Iterator[None]:
-    """One process at a time; the lock is on the directory itself, so that none is left lying about."""
+    """One process at a time. The lock is on the directory itself, so it leaves no file."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # Where a file system locks no directories, two at a time may refuse each other.
+        with suppress(OSError):  # Without locks on directories, two processes may refuse each other.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

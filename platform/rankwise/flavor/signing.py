@@ -1,28 +1,22 @@
-"""Who stands for a stored adapter: an Ed25519 signature beside it, made when it is logged, checked when it is fetched.
+"""Signatures of stored adapters (Ed25519, RFC 8032): made when an adapter is logged, checked when it is fetched.
 
-What is signed names all content: the digests of the manifest (every file but `MLmodel`), of the sealed parts of
-`MLmodel` (the flavor's section, signature, example), and of the base. The signature is the file `signature.json` of the
-model and the tag `rankwise.signature` of the LoggedModel and the version.
+A signature covers all content: the digests of the manifest (every file but `MLmodel`), of the sealed parts of `MLmodel`
+(the flavor's section, signature, example), and of the base. It is the file `signature.json` of the model, and the tag
+`rankwise.signature` of the LoggedModel and the version.
 
-An adapter that is registered when it is logged is signed for the name of its registered model: under another name the
-signature does not count, so that whoever may write to the registry cannot put a signed adapter in the place of others.
-`sign_version` signs a version for the name that it has (a copy, a renamed model, one that was not signed): the tag
-`rankwise.signature.name` of the version. What was signed without a name (by releases before names were signed, or not
-registered when it was logged) counts under every name.
+Names: if an adapter is registered when it is logged, the signature is for that registered model and does not count
+under another name. So nobody with write access to the registry alone can replace a model by another signed adapter.
+`sign_version` signs a version (a copy, a renamed or unsigned model) for its name, in the tag `rankwise.signature.name`.
+A signature without a name (by an earlier release, or of an adapter that was not registered) counts under every name.
 
-With `RANKWISE_TRUSTED_KEYS`, what none of these keys has signed is refused. Without it, unsigned adapters are loaded as
-ever, and under every name; a signature that is there must fit the content all the same. The environment's policy
-counts, whatever settings a caller hands over. A signature does not prevent that an alias goes back to an older signed
-version of the same name.
+Trust: with `RANKWISE_TRUSTED_KEYS`, everything that none of these keys signed is refused. Without it, unsigned adapters
+load under every name, but an existing signature must fit the content. The environment decides, whatever settings a
+caller passes. Signatures do not prevent a rollback of an alias to an older signed version of the same name. A PEFT
+directory given by its path (`evaluate DIR`, `inspect DIR`) needs no signature; `import` signs with the importer's key.
 
-A plain PEFT directory that is named by its path (`evaluate DIR`, `inspect DIR`) has no signature and is asked for none:
-who names a local directory trusts it. `import` makes a stored model of one, and signs it with the importer's key.
-
-A key pair is two PEM files: `NAME.key` (PKCS #8, readable by its owner only) and `NAME.pub` (SubjectPublicKeyInfo), as
-`openssl genpkey -algorithm ed25519` and `openssl pkey -pubout` write them too. The private key is never logged, shown
-or stored anywhere else.
-
-- Ed25519 keys (RFC 8032) that sign adapters: one private key for whoever logs them, public keys for whoever trusts.
+Keys: a pair is two PEM files, `NAME.key` (PKCS #8, readable by its owner only) and `NAME.pub` (SubjectPublicKeyInfo),
+as `openssl genpkey -algorithm ed25519` and `openssl pkey -pubout` write them. The private key is never logged, shown
+or copied.
 """
 
 from __future__ import annotations
@@ -58,23 +52,18 @@ _NEW = "`rankwise keys new DIR` makes a pair"
 
 @dataclass(frozen=True, kw_only=True)
 class TrustedKey:
-    """A public key and what it is called here.
-
-    Attributes:
-        name: The file's name without its suffix.
-        key: The key.
-    """
+    """A public key; its name is the file's name without suffix."""
 
     name: str
     key: Ed25519PublicKey
 
     @property
     def id(self) -> str:
-        """What names the key."""
+        """The key's id, see `key_id`."""
         return key_id(self.key)
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
-        """Whether the key's owner has signed the message."""
+        """Whether the signature of the message was made with this key."""
         try:
             self.key.verify(signature, message)
         except InvalidSignature:
@@ -89,23 +78,20 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 
 def new_pair(directory: Path, name: str) -> tuple[Path, Path, str]:
-    """Write a new pair; existing files are never replaced.
-
-    Returns:
-        The files of the private and of the public key, and the key's id.
+    """Write a new pair; return the files of the private and the public key, and the key's id.
 
     Raises:
-        StorageError: One of the files is there, or cannot be written.
+        StorageError: One of the files exists, or cannot be written.
     """
     private, public = directory / f"{name}.key", directory / f"{name}.pub"
     for path in (private, public):
         if path.exists():
-            raise StorageError(f"{path} is there already and is not replaced; take another name (--name)")
+            raise StorageError(f"{path} already exists and is not replaced; use another name (--name)")
     key = Ed25519PrivateKey.generate()
     content = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     with storage_errors(private, "writing a private key"):
         directory.mkdir(parents=True, exist_ok=True)
-        # Created with its mode: there is no moment in which others could read it.
+        # Created with its mode, so that other users can never read it.
         descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -120,7 +106,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     """Read the private key that `RANKWISE_SIGNING_KEY` names.
 
     Raises:
-        ConfigError: There is no such file, others may read it, or it is no Ed25519 key without a passphrase.
+        ConfigError: There is no such file, other users have access to it, or it is no Ed25519 key without a passphrase.
     """
     try:
         mode = path.stat().st_mode
@@ -129,18 +115,17 @@ def private_key(path: Path) -> Ed25519PrivateKey:
         raise ConfigError(f"RANKWISE_SIGNING_KEY: {path} cannot be read: {error.strerror}; {_NEW}") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
-            f"RANKWISE_SIGNING_KEY: others than its owner may use {path} (mode {stat.S_IMODE(mode):o}); "
-            f"chmod 600 {path}"
+            f"RANKWISE_SIGNING_KEY: other users have access to {path} (mode {stat.S_IMODE(mode):o}); chmod 600 {path}"
         )
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:
-        # Without the library's own words and without a cause: nothing of the file may come into a log.
+        # Neither the library's message nor the cause, so that no content of the file reaches a log.
         closed = isinstance(error, TypeError)
-        kind = "has a passphrase, which is not supported" if closed else "is no private key in PEM"
+        kind = "has a passphrase, which is not supported" if closed else "is not a private key in PEM"
         raise ConfigError(f"RANKWISE_SIGNING_KEY: {path} {kind}; {_NEW}") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"RANKWISE_SIGNING_KEY: {path} is a key of another kind than Ed25519; {_NEW}")
+        raise ConfigError(f"RANKWISE_SIGNING_KEY: {path} is not an Ed25519 key; {_NEW}")
     return key
 
 
@@ -148,27 +133,24 @@ def public_key(path: Path) -> TrustedKey:
     """Read a public key.
 
     Raises:
-        ConfigError: There is none in the file, or not one of Ed25519.
+        ConfigError: The file has no Ed25519 key.
     """
     try:
         key = load_pem_public_key(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"the public key {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no public key in PEM; {_NEW}, NAME.pub is the public one") from error
+        raise ConfigError(f"{path} is not a public key in PEM; {_NEW}, NAME.pub is the public one") from error
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{path} is a public key of another kind than Ed25519; {_NEW}")
+        raise ConfigError(f"{path} is not an Ed25519 public key; {_NEW}")
     return TrustedKey(name=path.stem, key=key)
 
 
 def trusted_keys(paths: Sequence[Path]) -> dict[str, TrustedKey]:
-    """The keys that `RANKWISE_TRUSTED_KEYS` names, by their ids.
-
-    Args:
-        paths: Files, or directories whose `.pub` and `.pem` files count.
+    """The keys that `RANKWISE_TRUSTED_KEYS` names, by id. Directories stand for their `.pub` and `.pem` files.
 
     Raises:
-        ConfigError: A path is not there, a directory holds no key, or a file is none.
+        ConfigError: A path does not exist, a directory contains no key, or a file is no key.
     """
     found: dict[str, TrustedKey] = {}
     for path in paths:
@@ -176,7 +158,7 @@ def trusted_keys(paths: Sequence[Path]) -> dict[str, TrustedKey]:
         if path.is_dir():
             files = sorted(each for each in path.iterdir() if each.suffix in SUFFIXES)
             if not files:
-                # An empty directory would refuse everything, or trust everybody: neither is what was meant.
+                # An empty directory would refuse everything or trust everyone; neither is intended.
                 raise ConfigError(f"RANKWISE_TRUSTED_KEYS: {path} holds no public key (*.pub); {_NEW}")
         for file in files:
             key = public_key(file)
@@ -194,13 +176,13 @@ _HOW = "`rankwise keys sign models:/NAME/VERSION`"
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """What is signed.
+    """The signed content.
 
     Attributes:
         manifest: Digest (`sha256:...`) of the manifest.
-        section: Of the sealed parts of MLmodel.
-        base: Of the base's fingerprint.
-        name: Of the registered model that it is for; None for every one.
+        section: Digest of the sealed parts of `MLmodel`.
+        base: Digest of the base's fingerprint.
+        name: The registered model that it is for; None for all.
     """
 
     manifest: str
@@ -210,7 +192,7 @@ class Statement:
 
     @property
     def version(self) -> int:
-        """Of the format; without a name it is what the first release signed, and reads."""
+        """Version of the format: 1 without a name, as the first release signs and reads it."""
         return _WITHOUT_NAME if self.name is None else _WITH_NAME
 
     def to_dict(self) -> dict[str, str]:
@@ -218,19 +200,19 @@ class Statement:
         return {key: value for key, value in vars(self).items() if value is not None}
 
     def message(self) -> bytes:
-        """The bytes that are signed; they name format and version, so that they mean nothing elsewhere."""
+        """The signed bytes. They contain format and version, so they have no meaning elsewhere."""
         content = {"format": _FORMAT, "version": self.version, **self.to_dict()}
         return canonical_json(content, ascii_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signer:
-    """Who has signed an adapter.
+    """The signer of an adapter.
 
     Attributes:
-        key: Id of the key.
-        name: What the key is called among the trusted ones; None where it is none of them.
-        model: Name of the registered model that it was signed for; None for every one.
+        key: The key's id.
+        name: The key's name among the trusted keys; None if it is not one of them.
+        model: The registered model that it was signed for; None for all.
     """
 
     key: str
@@ -238,7 +220,7 @@ class Signer:
     model: str | None = None
 
     def __str__(self) -> str:
-        """For people."""
+        """One line for users."""
         meant = "" if self.model is None else f" for {self.model}"
         if self.name is None:
             return f"signed{meant} by {self.key}, which is not among RANKWISE_TRUSTED_KEYS"
@@ -247,7 +229,7 @@ class Signer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Signature:
-    """One signature that was read: by which key, for which name, and its bytes."""
+    """A signature that was read: its key, the registered model it is for, and its bytes."""
 
     key: TrustedKey
     model: str | None
@@ -255,10 +237,7 @@ class _Signature:
 
 
 def sign(directory: Path, statement: Statement) -> str | None:
-    """Sign a whole model directory, if `RANKWISE_SIGNING_KEY` is set.
-
-    Returns:
-        The value of the tag, or None.
+    """Sign a complete model directory and return the tag's value; None if `RANKWISE_SIGNING_KEY` is not set.
 
     Raises:
         ConfigError: The key cannot be used.
@@ -295,20 +274,17 @@ def signed(statement: Statement) -> dict[str, Any] | None:
 def check_signature(
     directory: Path, statement: Statement, tags: Mapping[str, str], where: str, name: str | None = None
 ) -> Signer | None:
-    """Check a stored model's signatures.
+    """Check a stored model's signatures; return the signer, or None for an unsigned adapter without trusted keys.
 
     Args:
-        directory: Where `signature.json` lies, or not.
-        statement: What the directory turns out to be.
+        directory: May contain `signature.json`.
+        statement: The directory's actual content.
         tags: Of the LoggedModel and the version; empty for a directory.
         where: The model's URI or path, for messages.
-        name: Of the registered model that it is a version of; None for a LoggedModel or a directory.
-
-    Returns:
-        Who has signed; None for an unsigned adapter where no keys are trusted.
+        name: The registered model; None for a LoggedModel or a directory.
 
     Raises:
-        AdapterIntegrityError: There is no signature by a trusted key, or the one that is there does not fit.
+        AdapterIntegrityError: No trusted key has signed it, or a signature does not fit the content.
         ConfigError: A trusted key cannot be read.
     """
     paths = Settings.load().trusted_keys
@@ -318,38 +294,38 @@ def check_signature(
         return _signer(found[0], trusted) if found else None
     if not found:
         raise AdapterIntegrityError(
-            f"{where} is not signed, and RANKWISE_TRUSTED_KEYS asks for a signature by one of {_names(trusted)}; log "
-            f"it again with RANKWISE_SIGNING_KEY, take a signed version, or sign this one ({_HOW})"
+            f"{where} is not signed, and RANKWISE_TRUSTED_KEYS requires a signature by one of {_names(trusted)}; log "
+            f"it again with RANKWISE_SIGNING_KEY, use a signed version, or sign this one ({_HOW})"
         )
     known = [each for each in found if each.key.id in trusted]
     if not known:
         raise AdapterIntegrityError(
             f"{where} is signed by {', '.join(each.key.id for each in found)}, which is none of RANKWISE_TRUSTED_KEYS "
-            f"({_names(trusted)}); if its owner is to be trusted, put the public key there"
+            f"({_names(trusted)}); if you trust its owner, add the public key"
         )
     meant = [each for each in known if name is None or each.model in (None, name)]
     if not meant:
         raise AdapterIntegrityError(
             f"{where} was signed for the registered model {' and '.join(str(each.model) for each in known)}, and is a "
-            f"version of {name} here: somebody has put it in another's place; if it belongs there, sign it for that "
+            f"version of {name} here: someone may have replaced another adapter; if it belongs there, sign it for that "
             f"name ({_HOW})"
         )
     return _signer(meant[0], trusted)
 
 
 def _signatures(directory: Path, statement: Statement, tags: Mapping[str, str], where: str) -> list[_Signature]:
-    """The signatures that a model has, each compared with its content: that of its file, and that of its name's tag."""
+    """The signatures in a model's file and in the tag of its name, each checked against the content."""
     found = []
     path = directory / SIGNATURE_NAME
     if path.is_file():
         signature = _read(path.read_bytes, statement, where)
         tag = f"{signature.key.id} {_text(signature.content)}"
         if tags.get(SIGNATURE_TAG, tag) != tag:
-            raise AdapterIntegrityError(f"the signature of {where} is another one than its tag {SIGNATURE_TAG} says")
+            raise AdapterIntegrityError(f"the signature of {where} differs from its tag {SIGNATURE_TAG}")
         found.append(signature)
     elif SIGNATURE_TAG in tags:
         raise AdapterIntegrityError(
-            f"{where} was signed, says the tag {SIGNATURE_TAG}, and {SIGNATURE_NAME} is gone: fetch it again"
+            f"{where} was signed, according to its tag {SIGNATURE_TAG}, but {SIGNATURE_NAME} is missing: fetch it again"
         )
     if NAME_TAG in tags:
         found.append(_read(lambda: tags[NAME_TAG], statement, f"{where}, in its tag {NAME_TAG},"))
@@ -372,7 +348,7 @@ def _read(read: Callable[[], str | bytes], content: Statement, where: str) -> _S
         raise AdapterIntegrityError(f"the signature of {where} cannot be read: {error!r}; fetch it again") from error
     if not fits:
         raise AdapterIntegrityError(
-            f"the signature of {where} is of other content than what is there; take another version, or fetch it again"
+            f"the signature of {where} does not fit its content; use another version, or fetch it again"
         )
     return _Signature(key=key, model=statement.name, content=signature)
 

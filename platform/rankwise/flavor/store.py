@@ -1,11 +1,8 @@
-"""Writes adapters: to a directory, or to MLflow as a LoggedModel and, with a name, as a registered version.
+"""Saves adapters to a directory or logs them to MLflow, as a LoggedModel and a version of a registered model.
 
-Everything goes through `MlflowClient` with explicit ids. `Model.log` would need MLflow's global active run: given only
-a run id it puts the LoggedModel into the default experiment, and it prints. All tags are set when the LoggedModel and
-the version are created: MLflow has no compare-and-set, so who comes later must be able to tell whose they are.
-
-- Uploads a built model directory to MLflow: as a LoggedModel, and as a version of a registered model.
-- Signs a version for the name of its registered model: a copy, a renamed model, one that was not signed before.
+All calls use `MlflowClient` with explicit ids. `Model.log` needs MLflow's global active run: with only a run id it puts
+the LoggedModel into the default experiment, and it prints. All tags are set when the LoggedModel and the version are
+created: MLflow has no compare-and-set, and another process must be able to see at once who owns them.
 """
 
 from __future__ import annotations
@@ -48,16 +45,8 @@ def log_stored(
 ) -> ModelInfo:
     """Build the model directory of an adapter and log it.
 
-    Args:
-        adapter: As it was read.
-        facts: The base that it was trained on.
-        tokenizer: The tokenizer to use with it.
-        name: Of the LoggedModel.
-        registered_model_name: Also makes a version of this registered model.
-        options: How.
-
     Raises:
-        AdapterIntegrityError: The directory is not a whole plain LoRA adapter.
+        AdapterIntegrityError: The directory is not a complete plain LoRA adapter.
         TrackingError: MLflow cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
@@ -120,7 +109,7 @@ def _upload(
 
 
 def _tags(package: Package, metrics: Mapping[str, float] | None) -> dict[str, str]:
-    """What a person filters versions by, under the names that runs use for their params."""
+    """Tags to filter versions by, with the names of the params of runs."""
     base, lora = package.metadata.base, package.metadata.lora
     targets = lora.get("target_modules", "")
     quantization = "none" if base.quantization.bits is None else f"{base.quantization.bits}bit"
@@ -158,18 +147,18 @@ def save_model(
     validate_serving_input: bool = False,
     **options: Any,
 ) -> None:
-    """Save the adapter of a peft model, and what is needed to load it over exactly its base, into a directory.
+    """Save the adapter of a peft model to a directory, with everything needed to load it over exactly its base.
 
     Args:
         model: A `PeftModel`, or a transformers model with adapters, over a quantized or plain base.
-        path: A directory that is not there or is empty.
-        tokenizer: The tokenizer to use with it, its chat template included.
-        base: What the base is (`org/name`, a directory, `pypi:...`, a `LoadedBase`) where the model does not know.
-        base_revision: Its commit or digest, where it is not known either.
-        adapter_name: Which adapter, where the model has several; the active one by default.
-        mlflow_model: MLflow's description to add to, as `Model.log` gives it.
-        settings: Where the caches are; from the environment by default.
-        validate_serving_input: Only False: checking would load a second base.
+        path: An empty or new directory.
+        tokenizer: The adapter's tokenizer, with its chat template.
+        base: The base (`org/name`, a directory, `pypi:...`, a `LoadedBase`), if the model does not know it.
+        base_revision: Its commit or digest, if that is not known either.
+        adapter_name: By default the active adapter.
+        mlflow_model: MLflow's description to add to, as `Model.log` passes it.
+        settings: Where the caches are; by default from the environment.
+        validate_serving_input: Only False: the check would load a second base.
         **options: `system`, `signature`, `input_example`, `pip_requirements`, `extra_pip_requirements`, `metadata`, as
             in `rankwise.flavor.package.PackageOptions`.
 
@@ -213,16 +202,16 @@ def log_model(
     Args:
         model: As in `save_model`.
         tokenizer: As in `save_model`.
-        name: Of the LoggedModel.
+        name: The LoggedModel's name.
         base: As in `save_model`.
-        registered_model_name: Also makes a version of this registered model.
         base_revision: As in `save_model`.
         adapter_name: As in `save_model`.
         settings: As in `save_model`.
+        registered_model_name: Also creates a version of this registered model.
         **arguments: `run_id`, `tags`, `step`, `metrics`, `system`, ..., as in `rankwise.flavor.package.LogOptions`.
 
     Raises:
-        RankwiseError: As in `save_model`; `TrackingError` where MLflow cannot be reached or refuses.
+        RankwiseError: As in `save_model`; `TrackingError` if MLflow cannot be reached or refuses.
     """
     chosen, options = settings or Settings.load(), LogOptions(**arguments)
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:
@@ -239,18 +228,18 @@ def log_adapter(
     registered_model_name: str | None = None,
     **arguments: Any,
 ) -> ModelInfo:
-    """Log an adapter that is saved already; the model in memory is not touched.
+    """Log a saved adapter; the model in memory is not changed.
 
     Args:
-        directory: A PEFT directory, as `modeling.adapter.save_adapter` writes it, or what `read_adapter` made of one.
+        directory: A PEFT directory from `rankwise.modeling.adapter.save_adapter`, or what `read_adapter` returns.
         base: The base it was trained on.
-        tokenizer: The tokenizer with the chat template that was trained on; the base's own by default.
-        name: Of the LoggedModel.
-        registered_model_name: Also makes a version of this registered model.
+        tokenizer: The tokenizer with the chat template used in training; by default the base's own.
+        name: The LoggedModel's name.
+        registered_model_name: Also creates a version of this registered model.
         **arguments: `run_id`, `tags`, `step`, `metrics`, `system`, ..., as in `rankwise.flavor.package.LogOptions`.
 
     Raises:
-        AdapterIntegrityError: The directory is not a whole plain LoRA adapter.
+        AdapterIntegrityError: The directory is not a complete plain LoRA adapter.
         BaseMismatchError: The base's embedding was resized.
         ConfigError: The tokenizer has more tokens than the base has rows.
         TrackingError: MLflow cannot be reached or refuses.
@@ -269,9 +258,9 @@ def _write_live(
     directory: Path,
     settings: Settings,
 ) -> BaseFacts:
-    """Write the adapter of a live model as a PEFT directory, and say what its base is."""
+    """Write the adapter of a live model as a PEFT directory, and return the facts of its base."""
     name = _adapter_name(model, adapter_name)
-    # The adapter will lie over the base as its files have it; so that this model goes on answering as that one does.
+    # A load uses the base as its files have it, so this model has to give the same answers from here on.
     hold_exact(model)
     if is_repacked(model):
         logger.warning(REPACKED)
@@ -292,7 +281,7 @@ def _adapter_name(model: Any, adapter_name: str | None) -> str:
         return str(names[0])
     if adapter_name is not None and adapter_name in names:
         return adapter_name
-    raise ConfigError(f"adapter_name: say which adapter; the model has {', '.join(names)}, got {adapter_name!r}")
+    raise ConfigError(f"adapter_name: name one adapter; the model has {', '.join(names)}, got {adapter_name!r}")
 
 
 def _check_tokenizer(tokenizer: Any, model: Any) -> Any:
@@ -301,22 +290,19 @@ def _check_tokenizer(tokenizer: Any, model: Any) -> Any:
     if highest >= rows:
         raise ConfigError(
             f"the tokenizer has token ids up to {highest}, the base's embedding has {rows} rows; a token without a row "
-            "cannot be used: take the token out, or one of the base's reserved tokens in its place"
+            "cannot be used: remove the token, or use one of the base's reserved tokens in its place"
         )
     return tokenizer
 
 
 def sign_version(uri: str, tracking_uri: str | None = None) -> tuple[str, str]:
-    """Sign what a version holds, for the name that it has, with `RANKWISE_SIGNING_KEY`; the files stay as they are.
+    """Sign a version's content for its name, with `RANKWISE_SIGNING_KEY`; return its URI and the key's id.
 
-    Its files are checked first. Other signatures of it are not asked for: whoever signs stands for it.
+    The files are checked first and stay unchanged. Other signatures are not required.
 
     Args:
         uri: `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
-        tracking_uri: Of the MLflow store; MLflow's current one by default.
-
-    Returns:
-        The version's URI, and the id of the key.
+        tracking_uri: By default MLflow's current store.
 
     Raises:
         ConfigError: It is no version of a registered model, or `RANKWISE_SIGNING_KEY` is not set or cannot be used.

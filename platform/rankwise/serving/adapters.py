@@ -31,8 +31,8 @@ from typing import Any
 from rankwise.assets.hub import cached_snapshot, resolve_commit
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError, TrackingError
 from rankwise.experiment.source import HubSource, parse_source
+from rankwise.flavor.base import check_base
 from rankwise.flavor.fetch import Origin, fetch, resolve_uri
-from rankwise.flavor.load import check_base
 from rankwise.flavor.metadata import AdapterMetadata
 from rankwise.flavor.package import placed
 from rankwise.modeling.adapter import CONFIG_NAME, read_adapter

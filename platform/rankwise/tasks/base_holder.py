@@ -14,8 +14,8 @@ import torch
 from rankwise.assets.base import ResolvedBase
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.files import format_size
+from rankwise.flavor.base import find_base, load_recorded_base, loads_plainly, rows_of
 from rankwise.flavor.fetch import Fetched
-from rankwise.flavor.load import find_base, load_recorded_base, loads_plainly, rows_of
 from rankwise.flavor.package import LoadOptions
 from rankwise.modeling.base import LoadedBase, load_base
 from rankwise.reporter import Reporter

@@ -22,8 +22,8 @@ from rankwise.evaluation.metrics import to_tracking
 from rankwise.exceptions import ConfigError, JobError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import EvaluationSpec, QuantizationSpec
+from rankwise.flavor.base import describe_quantization, find_base
 from rankwise.flavor.fetch import Fetched, fetch
-from rankwise.flavor.load import describe_quantization, find_base
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.adapter import load_adapter

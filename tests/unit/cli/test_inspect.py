@@ -149,9 +149,9 @@ def test_a_registered_model_is_shown_with_its_version_its_base_and_measured_memo
 
 def test_a_run_without_a_model_and_a_name_that_is_not_there_say_so(forms, registered):
     empty = registered[2].create_run("0").info.run_id
-    with pytest.raises(AssetError, match=f"run {empty} has put out no model; it has"):
+    with pytest.raises(AssetError, match=f"run {empty} has no output model; it has"):
         run(empty)
-    with pytest.raises(AssetError, match=r"no model 'other'; it has \['adapter'\]"):
+    with pytest.raises(AssetError, match=r"no output model 'other'; it has \['adapter'\]"):
         run(f"{forms['run']}/other")
     with pytest.raises(TrackingError, match="models:/tiny@nothing"):
         run("models:/tiny@nothing")

@@ -15,7 +15,7 @@ from helpers.tiny import make_base
 import rankwise.flavor as flavor
 from rankwise.exceptions import AssetError, BaseMismatchError, ConfigError, QuantizationMismatchError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.flavor.load import find_base
+from rankwise.flavor.base import find_base
 from rankwise.settings import Settings
 
 
@@ -73,7 +73,7 @@ def test_where_the_cache_cannot_be_written_a_listed_base_is_found_all_the_same(w
     )
     (tmp_path / "full").touch()
     settings = dataclasses.replace(world.settings, cache=tmp_path / "full" / "cache")
-    with pytest.raises(AssetError, match=r"Looked at:\n  pypi:some-base==1.0#base.gguf: .* cannot write "):
+    with pytest.raises(AssetError, match=r"Searched:\n  pypi:some-base==1.0#base.gguf: .* cannot write "):
         find_base(facts, "x", settings)
     listed = dataclasses.replace(settings, bases=(world.base_path,))
     assert find_base(facts, "x", listed).path == world.base_path
@@ -148,7 +148,7 @@ def test_another_base_of_the_same_shape_is_refused_and_loads_when_it_is_allowed_
         flavor.load_model(world.saved, base_model=other, settings=world.settings)
     with caplog.at_level(logging.WARNING, "rankwise.flavor"):
         loaded = flavor.load_model(world.saved, base_model=other, settings=world.settings, allow_base_mismatch=True)
-    assert "loaded all the same" in caplog.text
+    assert "loaded anyway" in caplog.text
     (override,) = loaded.overrides
     assert override.what == "base"
     assert str(world.base_path) in override.recorded
@@ -184,7 +184,7 @@ def test_what_was_allowed_is_recorded_with_the_run_that_reports_what_comes_of_it
     ],
 )
 def test_another_quantization_is_refused_and_recorded_when_it_is_allowed(world, quantization, words):
-    with pytest.raises(QuantizationMismatchError, match=f"4 bit nf4 with double quantization; asked for is: {words}"):
+    with pytest.raises(QuantizationMismatchError, match=f"4 bit nf4 with double quantization; requested: {words}"):
         flavor.load_model(world.saved, quantization=quantization, settings=world.settings)
     loaded = flavor.load_model(
         world.saved, quantization=quantization, settings=world.settings, allow_base_mismatch=True
@@ -209,7 +209,7 @@ def test_another_compute_dtype_is_recorded(world):
 
 def test_a_base_in_memory_is_checked_as_one_on_disk_is(world, tmp_path):
     base = world.load_base(load_in_4bit=False)
-    with pytest.raises(QuantizationMismatchError, match="asked for is: not quantized"):
+    with pytest.raises(QuantizationMismatchError, match="requested: not quantized"):
         flavor.load_model(world.saved, base=base, settings=world.settings)
     assert not getattr(base.model, "peft_config", None)
     with pytest.raises(ConfigError, match="leave out base_model, quantization and device"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rankwise.flavor as flavor
 from rankwise.exceptions import ConfigError, StorageError
 from rankwise.flavor.export import EXPORT_NAME, export_merged
-from rankwise.flavor.pyfunc import read_prompts
+from rankwise.flavor.inputs import read_prompts
 from rankwise.modeling.fingerprint import check_manifest
 
 
@@ -51,7 +51,7 @@ def test_the_16_bit_base_is_merged_into_on_demand_and_agrees_less(world, tmp_pat
         done = export_merged(
             world.saved, tmp_path / into, into=into, prompts=chats, max_new_tokens=8, settings=world.settings
         )
-        assert (done.record["merged_into"], done.record["reason"]) == (into, "as asked for")
+        assert (done.record["merged_into"], done.record["reason"]) == (into, "as requested")
         assert done.record["dtype"] == "bfloat16"
         assert done.record["agreement"]["prompts_from"] == "given"
         assert {t.dtype for t in AutoModelForCausalLM.from_pretrained(tmp_path / into, dtype="auto").parameters()} == {
@@ -87,7 +87,7 @@ def test_rows_that_an_adapter_brings_are_in_the_merged_model(world, tmp_path):
 def test_nothing_is_overwritten_but_an_earlier_export_and_nothing_is_left_after_an_error(world, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    with pytest.raises(StorageError, match="is not empty, and not an earlier"):
+    with pytest.raises(StorageError, match="is not empty, and not an unchanged"):
         export_merged(world.saved, tmp_path / "mine", settings=world.settings)
     monkeypatch.setattr("rankwise.flavor.export.compare_answers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -155,7 +155,7 @@ def test_code_that_a_model_brings_is_not_imported(world, tmp_path):
     document = yaml.safe_load((copy / "MLmodel").read_text())
     document["flavors"]["python_function"]["code"] = "code"
     (copy / "MLmodel").write_text(yaml.safe_dump(document))
-    with pytest.raises(AdapterIntegrityError, match="asks for code out of the model to be imported; it is refused"):
+    with pytest.raises(AdapterIntegrityError, match="contains code to import, which is refused"):
         load(copy, world)
 
 
@@ -205,10 +205,10 @@ def test_mlflow_s_note_of_a_download_is_no_surplus_file(world, tmp_path):
 
 
 def test_a_directory_that_is_no_model_of_this_flavor_is_named_so(world, tmp_path):
-    with pytest.raises(ConfigError, match="has no MLmodel file, so it is no stored model"):
+    with pytest.raises(ConfigError, match="has no MLmodel file, so it is not a stored model"):
         load(world.adapter, world)
     (tmp_path / "MLmodel").write_text("flavors:\n  sklearn: {}\n")
-    with pytest.raises(ConfigError, match=r"is no model of the flavor qlora \(it has \['sklearn'\]\)"):
+    with pytest.raises(ConfigError, match=r"is not a model of the flavor qlora \(it has \['sklearn'\]\)"):
         load(tmp_path, world)
     (tmp_path / "MLmodel").write_text("{")
     with pytest.raises(AdapterIntegrityError, match="cannot be read"):
@@ -225,7 +225,7 @@ def test_every_form_of_uri_names_the_model(world, store, registered):
     run = store.create_run("0")
     info = flavor.log_adapter(world.adapter, world.load_base(), name="again", run_id=run.info.run_id)
     assert resolve_uri(f"runs:/{run.info.run_id}/again").model_id == info.model_id
-    with pytest.raises(AssetError, match=r"has put out no model 'other'; it has \['again'\]"):
+    with pytest.raises(AssetError, match=r"has no output model 'other'; it has \['again'\]"):
         resolve_uri(f"runs:/{run.info.run_id}/other")
 
 
@@ -235,8 +235,8 @@ def test_every_form_of_uri_names_the_model(world, store, registered):
         ("models:/fetched@nobody", TrackingError, "looking up models:/fetched@nobody"),
         ("models:/fetched/99", TrackingError, "looking up models:/fetched/99"),
         ("models:/nothing@champion", TrackingError, "looking up models:/nothing@champion"),
-        ("models:/fetched/Production", ConfigError, "a model is named by models:/NAME@ALIAS"),
-        ("s3://bucket/model", ConfigError, "a model is named by"),
+        ("models:/fetched/Production", ConfigError, "a model must be given as models:/NAME@ALIAS"),
+        ("s3://bucket/model", ConfigError, "a model must be given as"),
         ("/no/such/directory", AssetError, "there is no directory /no/such/directory"),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_run_s_model_is_the_newest_whole_one_that_is_left(world, store, base):
     assert resolve_uri(f"runs:/{run_id}").model_id == first
     for model_id in (first, third):
         store.delete_logged_model(model_id)
-    with pytest.raises(AssetError, match=r"has put out no model 'adapter'; it has \[\]"):
+    with pytest.raises(AssetError, match=r"has no output model 'adapter'; it has \[\]"):
         resolve_uri(f"runs:/{run_id}/adapter")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.flavor.imports import compare_saved_base, read_foreign
+from rankwise.flavor.foreign import compare_saved_base, read_foreign
 from rankwise.modeling.adapter import WEIGHTS_NAME
 
 
@@ -158,7 +158,7 @@ def test_what_is_neither_is_named_so(world, saved, tmp_path):
     with pytest.raises(ConfigError, match=r"of the flavor qlora already: load it as it is"):
         read_foreign(world.saved, "it")
     for flavors, message in (
-        ({"sklearn": {}}, r"no model of mlflow.transformers; it has the flavors \['sklearn'\]"),
+        ({"sklearn": {}}, r"not a model of mlflow.transformers; it has the flavors \['sklearn'\]"),
         ({"transformers": {"source_model_name": "x"}}, "a whole model without an adapter"),
         ({"transformers": {"peft_adaptor": "../peft"}}, "no file or directory beside it"),
     ):

@@ -63,7 +63,7 @@ def test_files_among_a_run_s_artifacts_and_logged_models_are_found_by_their_uris
     done = import_adapter(f"runs:/{run}/out/adapter", "of-a-run", settings=world.settings)
     assert done.uri == "models:/of-a-run/1"
     assert store.get_model_version("of-a-run", "1").tags["rankwise.import.run"] == run
-    with pytest.raises(AssetError, match="has put out no model 'nothing'"):
+    with pytest.raises(AssetError, match="has no output model 'nothing'"):
         import_adapter(f"runs:/{run}/nothing", "of-a-run", settings=world.settings)
 
 
@@ -119,8 +119,8 @@ def test_what_cannot_be_used_is_refused_before_anything_is_registered(world, sto
 
     refused(ConfigError, "name: a registered model's name has no '/'", name="a/b")
     refused(AdapterIntegrityError, "logits over its base are not finite", spoil)
-    refused(ConfigError, "does not say which base it was trained on; name it: --base", forget)
-    refused(ConfigError, "the commit of org/tiny that the adapter was trained on is not known. Say it", name_a_hub)
+    refused(ConfigError, "does not record its base; name it: --base", forget)
+    refused(ConfigError, "the commit of org/tiny that the adapter was trained on is not known. Give it", name_a_hub)
     refused(AssetError, "there is no /no/such/base", base_model="/no/such/base")
     refused(BaseMismatchError, "does not fit GPTNeoX", base_model=make_base(tmp_path / "neox", "gpt_neox"))
     assert not store.search_registered_models("name = 'refused'")

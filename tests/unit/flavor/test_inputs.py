@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from rankwise.exceptions import ConfigError
-from rankwise.flavor.pyfunc import read_input
+from rankwise.flavor.inputs import read_input
 
 A = [{"role": "user", "content": "a"}]
 B = [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]

@@ -24,5 +24,5 @@ def test_stop_may_be_one_text_or_several():
 
 
 def test_an_unknown_param_is_refused_with_those_that_there_are():
-    with pytest.raises(ConfigError, match="params not known: max_tokens; there are max_new_tokens, temperature"):
+    with pytest.raises(ConfigError, match="params not known: max_tokens; allowed are max_new_tokens, temperature"):
         read_params({"max_tokens": 3})

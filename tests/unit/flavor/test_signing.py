@@ -79,7 +79,7 @@ def test_with_trusted_keys_only_what_they_have_signed_loads(world, trusting, tmp
     mlflow.set_tracking_uri(world.settings.tracking_uri)
     for way in ways:
         way("models:/signed/2")
-        with pytest.raises(AdapterIntegrityError, match=r"is not signed, and RANKWISE_TRUSTED_KEYS asks .* of team"):
+        with pytest.raises(AdapterIntegrityError, match=r"not signed, and RANKWISE_TRUSTED_KEYS requires .* of team"):
             way("models:/signed/1")
         with pytest.raises(AdapterIntegrityError, match=r"which is none of RANKWISE_TRUSTED_KEYS \(team\)"):
             way("models:/signed/3")
@@ -195,7 +195,7 @@ def test_a_signature_does_not_fit_other_content(world, copy, tmp_path):
     (unsigned / "MLmodel").write_text(text.replace("lora_alpha: 8", "lora_alpha: 800"))
     assert "lora_alpha: 800" in (unsigned / "MLmodel").read_text()
     shutil.copyfile(copy / SIGNATURE_NAME, unsigned / SIGNATURE_NAME)
-    with pytest.raises(AdapterIntegrityError, match="is of other content than what is there"), fetch(unsigned):
+    with pytest.raises(AdapterIntegrityError, match="does not fit its content"), fetch(unsigned):
         pass
 
 
@@ -237,7 +237,7 @@ def test_a_signature_that_was_taken_away_is_missed(world, trusting, copy, monkey
     content = file.read_bytes()
     file.unlink()
     try:
-        with pytest.raises(AdapterIntegrityError, match=f"was signed, says the tag {SIGNATURE_TAG}"):
+        with pytest.raises(AdapterIntegrityError, match=f"was signed, according to its tag {SIGNATURE_TAG}"):
             signer(world, 2)
     finally:
         file.write_bytes(content)

@@ -204,7 +204,7 @@ def test_what_cannot_be_loaded_again_is_refused(world, tmp_path):
     with pytest.raises(ConfigError, match="has no adapter; add one with"):
         flavor.save_model(base.model, tmp_path / "a", base.tokenizer, base=base)
     inject(base.model, "one")
-    with pytest.raises(ConfigError, match=r"say which adapter; the model has one, got 'other'"):
+    with pytest.raises(ConfigError, match=r"name one adapter; the model has one, got 'other'"):
         flavor.save_model(base.model, tmp_path / "b", base.tokenizer, base=base, adapter_name="other")
     base.tokenizer.add_tokens([f"<|more-{index}|>" for index in range(40)])
     with pytest.raises(ConfigError, match=r"token ids up to 339, the base's embedding has 320 rows"):

@@ -1,0 +1,208 @@
+"""Forms of input that a stored adapter accepts, and prompts from files; each becomes a list of conversations.
+
+| form | answers |
+|---|---|
+| a text | one |
+| a list, tuple, Series or array of texts | one each |
+| a message `{"role", "content"}` | one |
+| one chat: a list of messages | one |
+| a list, tuple, Series or array of chats (`{"messages": [...]}` or lists of messages) | one each |
+| a dict with `messages` (one chat or a list of chats) or `prompt` (a text or a list of texts) | as many |
+| a list of such dicts with one chat or one text | one each |
+| a table with the column `messages` or `prompt`, or with one column only | one a row |
+
+A text is the user's turn of a chat, after the recorded system prompt, if any. A message has a `role` and a `content`,
+both texts; a chat has at least one message. Anything else is a `ConfigError` that names the row.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rankwise.data.template import Message, Renderer
+from rankwise.exceptions import ConfigError
+
+_FORMS = (
+    "a text, a list of texts, a chat (a list of {'role', 'content'}), a list of chats, a dict with 'messages' or "
+    "'prompt', an array, or a table with a column 'messages' or 'prompt' or with a single column"
+)
+Chat = list[Message]
+
+
+def read_input(data: Any, system: str | None = None) -> list[Chat]:
+    """Convert any form in the table above to conversations; `system` is a system prompt before plain texts.
+
+    Raises:
+        ConfigError: The input has none of the forms; the message names the row and its type.
+    """
+    if isinstance(data, pd.DataFrame):
+        data = _column(data)
+    if isinstance(data, pd.Series):
+        data = data.tolist()
+    data = _plain(data)
+    if isinstance(data, Mapping) and not _is_message(data):
+        data = _member(data)
+    if isinstance(data, str) or _is_message(data):
+        return [_chat(data, system, "the input")]
+    if isinstance(data, list | tuple):
+        if data and all(_is_message(entry) for entry in data):
+            return [_chat(list(data), system, "the input")]
+        return [_chat(entry, system, f"row {index}") for index, entry in enumerate(data)]
+    raise ConfigError(f"the input must be {_FORMS}; got {type(data).__name__}")
+
+
+def _column(table: pd.DataFrame) -> list[Any]:
+    for name in ("messages", "prompt"):
+        if name in table.columns:
+            return list(table[name])
+    if len(table.columns) == 1:
+        return list(table.iloc[:, 0])
+    if set(table.columns) == {"role", "content"}:
+        # A chat that went through a table on its way (MLflow turns a list of dicts into one).
+        return [{"messages": table.to_dict(orient="records")}]
+    raise ConfigError(
+        "a table needs a column 'messages' or 'prompt', or a single column; it has "
+        f"{', '.join(map(str, table.columns)) or 'none'}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, and their elements as Python's own types, at any depth: MLflow's server makes arrays."""
+    if isinstance(value, np.ndarray):
+        return _plain(_flat(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _flat(array: np.ndarray) -> Any:
+    if array.ndim == 0:
+        return array.item()
+    if array.ndim == 2 and array.size and all(_is_message(entry) for entry in array.flat):
+        return array.tolist()  # Chats of equal length, a row each.
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ConfigError(f"an array must have one dimension, or one column; got the shape {array.shape}")
+    return array.tolist()
+
+
+def _member(data: Mapping[str, Any]) -> Any:
+    named = [name for name in ("messages", "prompt") if name in data]
+    if len(named) != 1 or len(data) != 1:
+        raise ConfigError(
+            f"a dict must have the key 'messages' or 'prompt' and no other; got {', '.join(map(str, data)) or 'none'}; "
+            "parameters such as max_new_tokens go into params"
+        )
+    return data[named[0]]
+
+
+def _chat(entry: Any, system: str | None, where: str) -> Chat:
+    if isinstance(entry, Mapping) and not _is_message(entry):
+        entry = _member(entry)
+        if isinstance(entry, list | tuple) and entry and not all(_is_message(one) for one in entry):
+            raise ConfigError(f"{where}: a dict inside a list must hold one text or one chat, got {_kind(entry)}")
+    if isinstance(entry, str):
+        if not entry:
+            raise ConfigError(f"{where}: the text is empty")
+        turn: Message = {"role": "user", "content": entry}
+        return [{"role": "system", "content": system}, turn] if system is not None else [turn]
+    messages = [entry] if _is_message(entry) else entry
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ConfigError(f"{where}: must be a text or a chat, got {_kind(entry)}; allowed are: {_FORMS}")
+    chat: Chat = []
+    for turn_index, message in enumerate(messages):
+        if not _is_message(message):
+            raise ConfigError(
+                f"{where}: message {turn_index} must have 'role' and 'content', both texts; got {_kind(message)}"
+            )
+        chat.append({"role": message["role"], "content": message["content"]})
+    return chat
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(str, value)) or '(none)'}"
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    return type(value).__name__
+
+
+BUILT_IN = (
+    "How are you today?",
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "2 + 2 =",
+    "Name three colors.",
+    "Translate to German: Good morning.",
+    "Is water wet? Answer yes or no.",
+    "Once upon a time",
+)
+
+
+def read_prompts(path: Path, count: int, seed: int = 0) -> list[Any]:
+    """A random sample of a file's prompts, in the file's order.
+
+    Args:
+        path: `.jsonl` with texts or objects that have `prompt` or `messages` (other keys are ignored), or a text file
+            with one prompt per line.
+        count: The largest number of prompts.
+        seed: Seed of the sample.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line has none of the forms.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the prompts in {path}: {reason}") from error
+    if not lines:
+        raise ConfigError(f"{path} has no prompts")
+    chosen = sorted(random.Random(seed).sample(range(len(lines)), min(count, len(lines))))
+    if path.suffix != ".jsonl":
+        return [lines[index] for index in chosen]
+    return [_entry(lines[index], f"{path}: line {index + 1} with content") for index in chosen]
+
+
+def tokens_of(prompts: list[Any], tokenizer: Any, base: Path, system: str | None) -> list[list[int]]:
+    """Token ids of prompts, up to where the answer begins: through the chat template, or of the text without one.
+
+    Raises:
+        ConfigError: A prompt has none of the forms or is a chat without a template, or the template refuses it.
+    """
+    chats = read_input(prompts, system)
+    if tokenizer.chat_template:
+        renderer = Renderer.create(tokenizer, base=base)
+        return renderer.tokens(renderer.texts(chats, add_generation_prompt=True))
+    if any(len(chat) > 1 for chat in chats):
+        raise ConfigError("the model has no chat template, so its prompts must be texts, not chats")
+    return [list(tokenizer(chat[0]["content"])["input_ids"]) for chat in chats]
+
+
+def _entry(line: str, where: str) -> Any:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from error
+    if isinstance(value, str):
+        return value
+    found = [name for name in ("messages", "prompt") if isinstance(value, dict) and name in value]
+    if len(found) != 1:
+        raise ConfigError(f"{where}: must be a text, or an object with either 'messages' or 'prompt'")
+    return {found[0]: value[found[0]]}
