@@ -207,7 +207,7 @@ def mask_examples(
     max_length: int | None,
     progress: Reporter | None = None,
 ) -> EncodedSet:
-    """Tokens and masks of examples; see `encoding.encode`, which adds the cache.
+    """Tokens and masks of examples; see `encode`, which adds the cache.
 
     Raises:
         DatasetError: A prompt's tokens are not the first ones of the conversation's.

@@ -290,7 +290,7 @@ def test_what_lies_in_the_store_is_checked_against_the_tags(world, store, regist
     before = resolve_uri("models:/attacked/1").tags[MANIFEST_TAG]
     (directory / "adapter" / "README.md").write_text("another card")
     after = write_manifest(directory)
-    with pytest.raises(AdapterIntegrityError, match=f"recorded {before}, found {after}"), fetch("models:/attacked/1"):
+    with pytest.raises(AdapterIntegrityError, match=f"expected {before}, got {after}"), fetch("models:/attacked/1"):
         pass
     mlmodel = (directory / "MLmodel").read_text()
     (directory / "MLmodel").write_text(mlmodel.replace(before, after))
