@@ -62,7 +62,7 @@ def test_a_base_that_is_nowhere_is_an_error_with_the_list_of_places(world, homel
     with pytest.raises(AssetError) as caught:
         flavor.load_model(world.saved, settings=settings_with(world, tmp_path / "shelf"))
     text = str(caught.value)
-    assert f"there is no {world.base_path}" in text
+    assert f"{world.base_path} does not exist" in text
     assert f"{tmp_path / 'shelf' / 'other'}: another base, weights sha256:" in text
     assert "RANKWISE_BASES" in text
 

@@ -121,6 +121,6 @@ def test_what_cannot_be_used_is_refused_before_anything_is_registered(world, sto
     refused(AdapterIntegrityError, "logits over its base are not finite", spoil)
     refused(ConfigError, "does not record its base; name it: --base", forget)
     refused(ConfigError, "the commit of org/tiny that the adapter was trained on is not known. Give it", name_a_hub)
-    refused(AssetError, "there is no /no/such/base", base_model="/no/such/base")
+    refused(AssetError, "/no/such/base does not exist", base_model="/no/such/base")
     refused(BaseMismatchError, "does not fit GPTNeoX", base_model=make_base(tmp_path / "neox", "gpt_neox"))
     assert not store.search_registered_models("name = 'refused'")

@@ -361,7 +361,7 @@ def test_the_command_prints_the_file_and_exits_with_1_where_rows_failed(world, r
         predict, ["--model", "models:/one/1", "--max-new-tokens", "3", str(rows), str(out)], standalone_mode=False
     )
     assert (result.return_value, result.stdout) == (0, f"{out}\n")
-    assert "models:/one@champion was models:/one/1" in result.stderr
+    assert "models:/one@champion resolved to models:/one/1" in result.stderr
     assert "7 of 7 rows answered" in result.stderr
     rows.write_text('{"prompt": ""}\n')
     result = CliRunner().invoke(
