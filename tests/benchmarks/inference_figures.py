@@ -288,7 +288,7 @@ class Bench:
         from benchmarks.meter import spread
         from rankwise.experiment.schema import EvaluationSpec
         from rankwise.reporter import SILENT
-        from rankwise.tasks.evaluate import measure as measure_adapters
+        from rankwise.tasks.evaluate import evaluate_attached
 
         spec = EvaluationSpec(metrics=("loss", "token_accuracy", "exact_match"), max_new_tokens=8)
         rows = self.rows.without({example.id for example in self.rows.evaluated[0][EVALUATED:]})
@@ -299,10 +299,10 @@ class Bench:
         together, apart, worst, texts = [], [], 0.0, True
         for _ in range(min(2, self.figures.rounds)):
             began = time.perf_counter()
-            one = measure_adapters(self.base, rows, names, spec, SILENT)
+            one = evaluate_attached(self.base, rows, names, spec, SILENT)
             together.append(time.perf_counter() - began)
             began = time.perf_counter()
-            each = {name: measure_adapters(self.base, rows, [name], spec, SILENT)[name] for name in names}
+            each = {name: evaluate_attached(self.base, rows, [name], spec, SILENT)[name] for name in names}
             apart.append(time.perf_counter() - began)
             for name in names:
                 a, b = (value[name].metrics["eval.loss"].value for value in (one, each))
