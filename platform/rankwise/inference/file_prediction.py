@@ -34,10 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A prediction of one file.
-
-    `whole` identifies it in the specs of its jobs; None if one command answers it.
-    """
+    """A prediction of one file; `whole` is its id in the specs of its jobs, None for a local command."""
 
     request: Request
     manifest: Manifest
@@ -78,10 +75,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardWork:
-    """Shards that one process answers.
-
-    `pending` lists those without answers; `reused` counts the rows that an earlier run has answered.
-    """
+    """Shards of one process: `pending` ones lack answers, `reused` counts rows answered by earlier runs."""
 
     shards: range
     pending: Sequence[int]
@@ -161,10 +155,10 @@ def _answer(
 
 
 def check_paths(source: Path, output: Path) -> None:
-    """Reject an input or output path of an unsupported format.
+    """Reject unusable paths.
 
     Raises:
-        ConfigError: The format is unknown, both are the same file, or the output is a directory.
+        ConfigError: A format is unknown, both are the same file, or the output is a directory.
     """
     table_format(source)
     table_format(output)
@@ -216,7 +210,6 @@ def plan(
 
 
 def _check_same(known: Manifest, request: Request, digest: str, parts: Parts) -> None:
-    """Reject a directory that belongs to another request or input."""
     differs = [
         f"{key} was {known.request.get(key)!r}, is {value!r}"
         for key, value in request.identity(digest).items()
@@ -431,7 +424,6 @@ def _answer_here(
     tracking_uri: str | None,
     progress: Reporter,
 ) -> tuple[int, float]:
-    """Load the base and answer the pending shards in this process."""
     request, parts = prediction.request, prediction.parts
     uris = list(dict.fromkeys(prediction.manifest.models.values()))
     with progress.task(f"loading {len(uris)} adapters and their base", None, "adapters"):

@@ -60,11 +60,7 @@ class PromptReader:
 
     @classmethod
     def parse(cls, template: str | None) -> PromptReader:
-        """Parse a value of `--prompt`.
-
-        Raises:
-            DatasetError: It is not a valid template.
-        """
+        """Parse a value of `--prompt`; raises DatasetError if it is not a valid template."""
         return cls(template=None if template is None else RowTemplate.parse(template, "--prompt"))
 
     def chat(self, columns: Mapping[str, Any], system: str | None) -> list[Message]:
@@ -106,16 +102,9 @@ def _asked(text: str, system: str | None) -> list[Message]:
 class Options(TypedDict, total=False):
     """Options of `Predictor.predict` and `Predictor.stream`.
 
-    Attributes:
-        prompt: A template over columns, such as `"carat {carat}, {cut}"`; by default a row has `messages` or `prompt`.
-        max_new_tokens: Maximum length of an answer; 64 by default.
-        temperature: 0, the default, is greedy.
-        top_k: As in `Decoding`.
-        top_p: As in `Decoding`.
-        stop: As in `Decoding`.
-        seed: Of sampling. Row i draws from (seed, i), whichever rows share its batch.
-        batch_size: Rows decoded together, of any of the adapters.
-        fail_fast: Raise at the first row with an error, before anything is generated.
+    `prompt` is a template over columns, such as `"carat {carat}, {cut}"`; by default a row has `messages` or `prompt`.
+    The sampling options are those of `Decoding`; row i draws from (seed, i), whichever rows share its batch. With
+    `fail_fast` the first row with an error raises, before anything is generated.
     """
 
     prompt: str | PromptReader | None

@@ -39,10 +39,7 @@ _DIGITS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedJobs:
-    """The queued jobs that answer a prediction.
-
-    `whole` identifies the prediction in their specs; `spans` has the shards of each job as (first, end), end exclusive.
-    """
+    """The jobs of prediction `whole`; `spans` has the shards of each as (first, end), end exclusive."""
 
     whole: str
     spans: tuple[tuple[int, int], ...]
@@ -65,13 +62,8 @@ class JobsStatus(StrEnum):
 class Manifest:
     """What a prediction answers, and with which models.
 
-    Attributes:
-        request: The input's digest, and every option that determines answers.
-        models: The resolved URI of each requested model.
-        adapters: The manifest digest of each resolved model, if known before loading.
-        survey: Summary of the input.
-        shard_rows: Rows of a shard; the last one may have fewer.
-        queued: The jobs that answer the shards; None if one command does.
+    `request` holds the input's digest and the options that determine answers; `models` the resolved URI of each
+    requested model; `adapters` the manifest digests that were known before loading; `queued` is None for a local command.
     """
 
     request: Mapping[str, Any]
@@ -199,11 +191,7 @@ class Parts:
         return self._shard_file(shard) is not None
 
     def write(self, shard: int, answers: Sequence[Answer]) -> None:
-        """Write the answers of a shard.
-
-        Raises:
-            StorageError: The disk is full, or the directory is not writable.
-        """
+        """Write the answers of a shard."""
         lines = [json.dumps(_compact(answer)) for answer in answers]
         write_atomically(self._path(shard, self._whole), "".join(line + "\n" for line in lines).encode())
 
@@ -267,14 +255,9 @@ SHARD_ROWS = 256
 class Request:
     """Options of a prediction.
 
-    Attributes:
-        models: URIs; the first answers rows that name no model.
-        model_column: The column in which a row may name its model.
-        prompt: A template over columns; None for the columns `messages` or `prompt`.
-        base_model: Where the base is, if it is not where it was recorded.
-        device: `cpu`, `cuda:1`, ...; None for the first GPU, or the CPU without one.
-        batch_size: Rows decoded together; has no effect on answers.
-        shard_rows: Rows of a shard; has no effect on answers.
+    The first of `models` answers rows that name none in `model_column`. `prompt` None reads the columns `messages` or
+    `prompt`; `base_model` and `device` None select the recorded base and the first GPU (or the CPU). `batch_size` and
+    `shard_rows` have no effect on answers.
     """
 
     models: tuple[str, ...] = ()

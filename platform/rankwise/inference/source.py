@@ -65,15 +65,7 @@ class InputChangedError(AssetError):
 
 @dataclass(frozen=True, kw_only=True)
 class InputBlock:
-    """A byte range of the input that can be read without those before it.
-
-    Attributes:
-        row: Index of its first row.
-        line: Lines of the file before it; 0 for Parquet.
-        start: Its first byte.
-        end: The byte after its last one.
-        sha256: Of its bytes.
-    """
+    """Bytes [start, end) of the input, which begin with row `row` after `line` lines (0 for Parquet)."""
 
     row: int
     line: int
@@ -86,12 +78,8 @@ class InputBlock:
 class InputIndex:
     """Where the blocks of an input are.
 
-    Attributes:
-        input: Digest of the whole file.
-        shard_rows: Rows of a shard, and of a block of JSONL or CSV.
-        size: Bytes of the file.
-        rest: SHA-256 of the bytes outside of all blocks: before the first (a CSV header) and after the last.
-        schema: Inferred column types as an Arrow schema in Base64, if the output needs them.
+    `shard_rows` is also the size of a JSONL or CSV block. `rest` is the SHA-256 of the bytes outside of all blocks,
+    such as a CSV header. `schema` holds inferred column types as a Base64 Arrow schema, if the output needs them.
     """
 
     input: str
@@ -102,7 +90,7 @@ class InputIndex:
     schema: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a block is a list, since there may be many."""
+        """Plain values, with blocks as lists."""
         return {**asdict(self), "format_version": _INDEX_VERSION, "blocks": [astuple(block) for block in self.blocks]}
 
     @classmethod
@@ -117,15 +105,10 @@ class InputIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Summary of an input.
+    """Summary of an input: rows (also unreadable ones), type names of each column's values, and rows per model.
 
-    Attributes:
-        rows: Number of rows, including unreadable ones.
-        columns: Type names of the values of each column, in order of first appearance.
-        models: Number of rows that name each model.
-        unnamed: Number of readable rows that name no model.
-        numbers: Text columns (all of CSV) in which every text is a number: "int" or "float". Templates get numbers, as
-            in training with `datasets`, so `{carat:.2f}` formats the same.
+    `numbers` lists text columns (all of CSV) in which every text is a number: "int" or "float". Templates get numbers,
+    as in training with `datasets`, so `{carat:.2f}` formats the same.
     """
 
     rows: int
@@ -167,10 +150,7 @@ def survey_rows(
     check: Callable[[Mapping[str, Any]], object] | None,
     advance: Callable[[int], None],
 ) -> Survey:
-    """Count rows, columns and models.
-
-    `texts` says that every cell is a string, as in CSV; `check` gets the columns of each readable row.
-    """
+    """Count rows, columns and models; `texts`: every cell is a string; `check` gets each readable row."""
     kinds: dict[str, set[str]] = {}
     numbers: dict[str, Number | None] = {}
     models: Counter[str] = Counter()
@@ -219,11 +199,7 @@ def named_model(columns: Mapping[str, Any], model_column: str) -> str | None:
 
 
 class Source:
-    """An input file.
-
-    `survey` reads all of it once; alternatively `use` takes the index of an earlier pass. `rows` and `shards` then read
-    blocks and verify their digests.
-    """
+    """An input file: `survey` it or `use` an earlier index, then read verified blocks with `rows` and `shards`."""
 
     def __init__(self, path: Path, settings: Settings, *, hold: bool = False) -> None:
         """Name the file; with `hold`, read it into memory if it has at most `HELD_BYTES`.
@@ -392,7 +368,6 @@ class Source:
         return InputChangedError(self.path, digest)
 
     def _text_pass(self, whole: Any, blocks: list[InputBlock], shard_rows: int) -> Iterator[TableRow]:
-        """All rows of JSONL or CSV; hashes every byte and adds one block for each shard."""
         with self._open() as file:
             lines = _Lines(file, whole)
             header = csv_header(lines, self.path) if self._format == ".csv" else None
@@ -410,7 +385,6 @@ class Source:
                 blocks.append(lines.cut(first))
 
     def _parquet_pass(self, whole: Any, blocks: list[InputBlock]) -> Iterator[TableRow]:
-        """All rows of Parquet; hashes every byte and adds one block for each row group."""
         hashed = 0
         with self._parquet() as file:
             for own in row_groups(file, self.path):
@@ -475,7 +449,6 @@ class _Lines:
         return line
 
     def cut(self, row: int) -> InputBlock:
-        """The block since the last cut."""
         block = InputBlock(row=row, line=self._line, start=self._start, end=self._end, sha256=self._block.hexdigest())
         self._start, self._line, self._block = self._end, self.count, hashlib.sha256()
         return block

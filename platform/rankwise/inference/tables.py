@@ -49,11 +49,7 @@ class ArrowTypes:
             self._infer()
 
     def types(self) -> dict[str, pa.DataType]:
-        """The type of each column.
-
-        Raises:
-            ConfigError: As `add`.
-        """
+        """The type of each column; raises ConfigError as `add`."""
         self._infer()
         return self._types
 
@@ -185,7 +181,6 @@ def _json_object(line: str) -> dict[str, Any]:
 
 
 def _depth(line: str) -> int:
-    """Nesting depth of brackets outside of strings."""
     deepest = depth = 0
     for bracket in _BRACKET.findall(line):
         depth += (bracket in "[{") - (bracket in "]}")
@@ -240,14 +235,7 @@ def csv_rows(lines: Iterable[str], header: Sequence[str], *, row: int = 0, line:
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroups:
-    """Row groups of a Parquet file in one byte range.
-
-    Attributes:
-        numbers: Their numbers.
-        row: Index of their first row.
-        start: Their first byte.
-        end: The byte after their last one.
-    """
+    """Parquet row groups in the bytes [start, end) of a file; `row` is the index of their first row."""
 
     numbers: tuple[int, ...]
     row: int

@@ -6,7 +6,7 @@ from rankwise.cli.jobs import add_queued_arms, open_queue
 def test_a_reader_without_a_queue_is_told_so_and_makes_none(tmp_path, capsys):
     settings = local_settings(tmp_path / "home")
     assert add_queued_arms(settings, None, "what MLflow has", everything=False) == "what MLflow has"
-    assert "queued arms are not shown: the database (" in capsys.readouterr().err
+    assert "queued arms are not shown: the database (RANKWISE_DATABASE_URL" in capsys.readouterr().err
     assert not settings.home.exists()
 
 

@@ -380,7 +380,7 @@ def test_a_local_command_leaves_to_jobs_what_they_have_not_ended(world, rows, lo
     assert Parts(output).manifest() is not None
     with open_queue() as queue:
         queue.cancel([job.id for job in jobs()])
-    assert "--restart throws" in predict_here(rows, output, code=2)
+    assert "--restart discards" in predict_here(rows, output, code=2)
     predict_here("--batch-size=3", "--restart", rows, output, code=1)
     assert output.read_bytes() == local
 
