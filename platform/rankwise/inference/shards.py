@@ -63,7 +63,7 @@ class Manifest:
     """What a prediction answers, and with which models.
 
     `request` holds the input's digest and the options that determine answers; `models` the resolved URI of each
-    requested model; `adapters` the manifest digests that were known before loading; `queued` is None for a local command.
+    requested model; `adapters` the manifest digests known before loading; `queued` is None for a local command.
     """
 
     request: Mapping[str, Any]
