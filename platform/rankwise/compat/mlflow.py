@@ -143,7 +143,7 @@ def current_store(uri: str | None) -> Iterator[None]:
 
     MLflow's SQL registry looks LoggedModels up in the current store, whatever store its client is of. The public
     `set_tracking_uri` cannot undo itself: it has no value for "not set". The environment variable, which MLflow sets as
-    well, comes back too.
+    well, is restored too.
     """
     if uri is None or uri == mlflow.get_tracking_uri():
         yield

@@ -73,14 +73,9 @@ def find_base(
     base_model: str | Path | ResolvedBase | None = None,
     allow_base_mismatch: bool = False,
 ) -> ResolvedBase:
-    """Find the base that an adapter was trained on.
+    """Find the base that an adapter was trained on; with `base_model`, look nowhere else.
 
-    Args:
-        facts: What was recorded.
-        uri: The adapter, for messages.
-        settings: Where the caches and other bases are.
-        base_model: Look here and nowhere else.
-        allow_base_mismatch: Accept the named or recorded base whatever its content.
+    With `allow_base_mismatch`, the named or recorded base is accepted whatever its content.
 
     Raises:
         BaseMismatchError: The only base found is another one.
@@ -88,9 +83,9 @@ def find_base(
         ConfigError: `base_model` has no valid form.
     """
     if base_model is not None:
-        found = base_model if isinstance(base_model, ResolvedBase) else _resolve(str(base_model), facts, settings)
-        check_base(facts, fingerprint_base(found.path, settings), found, uri, allow=allow_base_mismatch)
-        return found
+        named = base_model if isinstance(base_model, ResolvedBase) else _resolve(str(base_model), facts, settings)
+        check_base(facts, fingerprint_base(named.path, settings), named, uri, allow=allow_base_mismatch)
+        return named
     tried: list[str] = []
     other: ResolvedBase | None = None
     try:
@@ -123,31 +118,26 @@ def find_base(
     )
 
 
-def check_base(facts: BaseFacts, found: Fingerprint, base: Any, uri: str, *, allow: bool) -> list[Override]:
+def check_base(facts: BaseFacts, fingerprint: Fingerprint, base: Any, uri: str, *, allow: bool) -> list[Override]:
     """Compare a base's fingerprint with the recorded one, and return the override to record, if any.
 
-    Args:
-        facts: What was recorded.
-        found: The fingerprint of the base to use.
-        base: An object with `source`, `revision` and `path`.
-        uri: The adapter, for messages.
-        allow: Only warn about a difference.
+    `base` is an object with `source`, `revision` and `path`. With `allow`, a difference gives a warning only.
 
     Raises:
         BaseMismatchError: They differ and `allow` is not set.
     """
-    if found == facts.fingerprint:
+    if fingerprint == facts.fingerprint:
         return []
     lines = [
-        f"{part}: found {getattr(found, part)}, trained on {getattr(facts.fingerprint, part)}"
+        f"{part}: found {getattr(fingerprint, part)}, trained on {getattr(facts.fingerprint, part)}"
         for part in _PARTS
-        if getattr(found, part) != getattr(facts.fingerprint, part)
+        if getattr(fingerprint, part) != getattr(facts.fingerprint, part)
     ]
     text = (
         f"base {base.source} at {base.revision} ({base.path}) is not the one that {uri} was trained on:\n  "
         + "\n  ".join(lines)
         + f"\nTrained on: {facts.source} at {facts.revision}, fingerprint {facts.fingerprint.digest}; found: "
-        f"{found.digest}."
+        f"{fingerprint.digest}."
     )
     if not allow:
         raise BaseMismatchError(
@@ -159,7 +149,7 @@ def check_base(facts: BaseFacts, found: Fingerprint, base: Any, uri: str, *, all
         Override(
             what="base",
             recorded=f"{facts.source} ({facts.fingerprint.digest})",
-            used=f"{base.source} ({found.digest})",
+            used=f"{base.source} ({fingerprint.digest})",
         )
     ]
 
@@ -275,14 +265,14 @@ def check_alike(fetched: Sequence[Fetched], *, allow: bool) -> None:
 def compare_base(one: Fetched, base: LoadedBase, *, allow: bool) -> tuple[Override, ...]:
     """List the differences between a base in memory and the recorded one; refuse those that are not allowed."""
     facts, uri = one.metadata.base, one.origin.uri
-    found = check_base(facts, base.fingerprint, base, uri, allow=allow)
-    found += check_quantization(facts, base.quantization, uri, allow=allow)
+    overrides = check_base(facts, base.fingerprint, base, uri, allow=allow)
+    overrides += check_quantization(facts, base.quantization, uri, allow=allow)
     _check_rows(one, base)
-    found += _dtypes(facts, base)
-    for override in found:
+    overrides += _dtypes(facts, base)
+    for override in overrides:
         if override.what.endswith("dtype"):
             logger.info("%s: %s (logged on %s, loaded on %s)", uri, override, facts.device_type, base.device.type)
-    return tuple(found)
+    return tuple(overrides)
 
 
 def record_overrides(compared: Sequence[tuple[Fetched, Sequence[Override]]]) -> None:

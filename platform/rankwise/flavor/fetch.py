@@ -57,11 +57,7 @@ _FORMS = "models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-..., runs:/RUN_ID/
 class Origin:
     """The stored model that a directory contains.
 
-    Attributes:
-        uri: The resolved URI, with a version in place of an alias; a path for a directory.
-        location: Where the artifacts are.
-        name: The registered model.
-        tags: Of the LoggedModel and of the version, which takes precedence.
+    `uri` has a version in place of an alias. In `tags`, those of the version take precedence over the LoggedModel's.
     """
 
     uri: str
@@ -75,12 +71,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """A checked model directory.
-
-    Attributes:
-        adapter: The PEFT directory in it.
-        signer: None if it is not signed.
-    """
+    """A checked model directory; `adapter` is the PEFT directory in it."""
 
     directory: Path
     adapter: Path
@@ -99,16 +90,16 @@ def resolve_uri(uri: str | Path, tracking_uri: str | None = None) -> Origin:
     """
     text = str(uri).rstrip("/")
     with tracking_errors(f"looking up {text}"):
-        if found := _VERSION.fullmatch(text):
-            return _of_version(found["name"], found["version"], tracking_uri)
-        if found := _ALIAS.fullmatch(text):
+        if match := _VERSION.fullmatch(text):
+            return _of_version(match["name"], match["version"], tracking_uri)
+        if match := _ALIAS.fullmatch(text):
             client = MlflowClient(tracking_uri=tracking_uri)
-            version = client.get_model_version_by_alias(found["name"], found["alias"]).version
-            return _of_version(found["name"], str(version), tracking_uri)
-        if found := _MODEL_ID.fullmatch(text):
-            return _of_logged_model(found["id"], text, tracking_uri)
-        if found := _RUN.fullmatch(text):
-            return _of_run(found["run"], found["name"], tracking_uri)
+            version = client.get_model_version_by_alias(match["name"], match["alias"]).version
+            return _of_version(match["name"], str(version), tracking_uri)
+        if match := _MODEL_ID.fullmatch(text):
+            return _of_logged_model(match["id"], text, tracking_uri)
+        if match := _RUN.fullmatch(text):
+            return _of_run(match["run"], match["name"], tracking_uri)
     if "://" in text or text.startswith(("models:", "runs:")):
         if not text.startswith("file:"):
             raise ConfigError(f"a model must be given as {_FORMS}; got {text!r}")
@@ -175,8 +166,8 @@ def check(directory: Path, origin: Origin) -> Fetched:
             missing.
         ConfigError: It is not of this flavor, or of a newer release.
     """
-    found, statement = check_content(directory, origin)
-    return replace(found, signer=check_signature(directory, statement, origin.tags, origin.uri, origin.name))
+    fetched, statement = check_content(directory, origin)
+    return replace(fetched, signer=check_signature(directory, statement, origin.tags, origin.uri, origin.name))
 
 
 def check_content(directory: Path, origin: Origin) -> tuple[Fetched, Statement]:
@@ -244,10 +235,10 @@ def _check_tag(origin: Origin, tag: str, actual: str, what: str) -> None:
 
 def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
     client = MlflowClient(tracking_uri=tracking_uri)
-    found = client.get_model_version(name, version)
+    entity = client.get_model_version(name, version)
     # MLflow's SQL store leaves the version's model_id empty; the source names the LoggedModel.
-    named = _MODEL_ID.fullmatch(found.source or "")
-    model_id = found.model_id or (named["id"] if named else None)
+    named = _MODEL_ID.fullmatch(entity.source or "")
+    model_id = entity.model_id or (named["id"] if named else None)
     # If it was deleted or is in another store, only the version's own tags remain.
     model = _logged_model(client, model_id) if model_id else None
     return Origin(
@@ -256,19 +247,19 @@ def _of_version(name: str, version: str, tracking_uri: str | None) -> Origin:
         name=name,
         version=str(version),
         model_id=model_id,
-        run_id=found.run_id or None,
-        tags={**(model.tags if model is not None else {}), **found.tags},
+        run_id=entity.run_id or None,
+        tags={**(model.tags if model is not None else {}), **entity.tags},
     )
 
 
 def _of_logged_model(model_id: str, uri: str, tracking_uri: str | None) -> Origin:
-    found = MlflowClient(tracking_uri=tracking_uri).get_logged_model(model_id)
+    model = MlflowClient(tracking_uri=tracking_uri).get_logged_model(model_id)
     return Origin(
         uri=uri,
-        location=local_path(found.artifact_location),
+        location=local_path(model.artifact_location),
         model_id=model_id,
-        run_id=found.source_run_id or None,
-        tags=dict(found.tags),
+        run_id=model.source_run_id or None,
+        tags=dict(model.tags),
     )
 
 
@@ -321,11 +312,6 @@ def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | No
 
     The files are those of peft, the tokenizer, the card, and a manifest of them. `adapter_config.json` has the base's
     source and revision. An earlier, unchanged download in the directory is replaced.
-
-    Args:
-        uri: As in `rankwise.flavor.load_model`.
-        directory: Created with its parents.
-        tracking_uri: By default MLflow's current store.
 
     Raises:
         AdapterIntegrityError: A file is not what was stored.

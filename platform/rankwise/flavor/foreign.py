@@ -46,13 +46,7 @@ def reinitialised_weights(saved: Path) -> list[str]:
 def compare_saved_base(saved: Path, base: Path, source: str) -> int:
     """Compare a base with the copy saved with an adapter, and return the number of compared tensors.
 
-    All tensors that are not quantized are compared, also after rounding to 16-bit types: the copy is as it was in
-    memory.
-
-    Args:
-        saved: The copy's directory.
-        base: The base's directory.
-        source: The base's name, for messages.
+    All tensors that are not quantized are compared, also after rounding to 16-bit types: the copy is as in memory.
 
     Raises:
         BaseMismatchError: A tensor differs.
@@ -112,12 +106,9 @@ class ImportFinding:
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """An adapter that rankwise did not store, and what is recorded about its base.
+    """An adapter that rankwise did not store (`kind` is `peft` or `mlflow.transformers`), and the records of its base.
 
-    Attributes:
-        kind: `peft` or `mlflow.transformers`.
-        base_revision: Only a commit that can be trusted.
-        saved_base: A copy of the base that was saved with it.
+    `base_revision` is only a commit that can be trusted; `saved_base` is a copy of the base saved with the adapter.
     """
 
     kind: str
@@ -131,14 +122,10 @@ class Foreign:
 
 
 def read_foreign(directory: Path, named: str) -> Foreign:
-    """Read what a directory records about its adapter and base. Reads neither weights nor pickles.
-
-    Args:
-        directory: A PEFT directory, or a model directory of `mlflow.transformers`.
-        named: The user's name for it, for messages.
+    """Read what a directory records about its adapter and base; reads neither weights nor pickles.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither a PEFT directory nor a model of `mlflow.transformers`.
         AdapterIntegrityError: Its weights are pickled, or a file cannot be parsed.
     """
     if (directory / "MLmodel").is_file():
@@ -221,10 +208,10 @@ def _of_mlflow(directory: Path, named: str) -> Foreign:
 
 
 def _beside(directory: Path, name: Any) -> Path:
-    found = directory / str(name)
-    if found.resolve().parent != directory.resolve():
+    path = directory / str(name)
+    if path.resolve().parent != directory.resolve():
         raise AdapterIntegrityError(f"{directory / 'MLmodel'} names {name!r}, which is no file or directory beside it")
-    return found
+    return path
 
 
 def _corrupted(names: list[str]) -> ImportFinding:
@@ -252,8 +239,8 @@ def _of_card(path: Path) -> QuantizationSpec | None:
     if _CARD_PREFIX not in lines:
         return None
     listed = (line[2:].partition(": ") for line in lines[lines.index(_CARD_PREFIX) + 1 :] if line.startswith("- "))
-    found = {key: value for key, _, value in listed if key in _KEYS}
-    values: dict[str, Any] = {key: {"True": True, "False": False}.get(value, value) for key, value in found.items()}
+    recorded = {key: value for key, _, value in listed if key in _KEYS}
+    values: dict[str, Any] = {key: {"True": True, "False": False}.get(value, value) for key, value in recorded.items()}
     if not values.get("load_in_4bit"):
         return QuantizationSpec(load_in_4bit=False, load_in_8bit=bool(values.get("load_in_8bit")))
     values.setdefault("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own defaults.

@@ -48,14 +48,7 @@ _RUN = re.compile(r"runs:/(?P<run>[0-9a-f]+)/(?P<path>.+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """An imported adapter.
-
-    Attributes:
-        uri: `models:/NAME/VERSION`.
-        kind: `peft` or `mlflow.transformers`.
-        quantization_from: `given`, `recorded` or `assumed`.
-        info: MLflow's description.
-    """
+    """An imported adapter; `quantization_from` is `given`, `recorded` or `assumed`."""
 
     uri: str
     kind: str
@@ -91,21 +84,12 @@ def import_adapter(
     settings: Settings | None = None,
     tracking_uri: str | None = None,
 ) -> Imported:
-    """Register an adapter that another program has stored.
+    """Register an adapter that another program has stored, as a version of the registered model `name`.
 
-    Args:
-        uri: A PEFT directory or a model of `mlflow.transformers`: a path, `models:/...`, or `runs:/RUN_ID/PATH` (a
-            logged model, or a directory among the run's artifacts).
-        name: The registered model.
-        base_model: The base that it was trained on (`org/name`, a directory, `pypi:...`); by default the recorded one.
-        base_revision: The base's commit or digest.
-        quantization: How the base was quantized in training; by default as recorded. If nothing is recorded, 4 bit NF4
-            with double quantization is assumed, and a finding says so.
-        alias: Also set on the new version.
-        system: A system prompt to put before plain texts.
-        device: As in `load_model`.
-        settings: Where caches and bases are; by default from the environment.
-        tracking_uri: By default MLflow's current store.
+    `uri` is a PEFT directory or a model of `mlflow.transformers`: a path, `models:/...`, or `runs:/RUN_ID/PATH` (a
+    logged model, or a directory among the run's artifacts). By default, base and quantization are as recorded. If no
+    quantization is recorded, 4 bit NF4 with double quantization is assumed, and a finding says so. `base_model` is
+    `org/name`, a directory, or `pypi:...`. The other arguments are as in `load_model` and `log_model`.
 
     Raises:
         ConfigError: It is no such adapter, or its base is not known.
@@ -161,16 +145,16 @@ def _find(uri: str | Path, tracking_uri: str | None) -> Origin:
     try:
         return resolve_uri(uri, tracking_uri)
     except AssetError:
-        if not (found := _RUN.fullmatch(str(uri).rstrip("/"))):
+        if not (match := _RUN.fullmatch(str(uri).rstrip("/"))):
             raise
         # Files that a script logged as artifacts of a run are not a LoggedModel.
         with tracking_errors(f"looking up {uri}"):
             client = MlflowClient(tracking_uri=tracking_uri)
-            if not client.list_artifacts(found["run"], found["path"]):
+            if not client.list_artifacts(match["run"], match["path"]):
                 raise
-            root = client.get_run(found["run"]).info.artifact_uri
-        location = local_path(f"{root.rstrip('/')}/{found['path']}")
-        return Origin(uri=str(uri), location=location, run_id=found["run"])
+            root = client.get_run(match["run"]).info.artifact_uri
+        location = local_path(f"{root.rstrip('/')}/{match['path']}")
+        return Origin(uri=str(uri), location=location, run_id=match["run"])
 
 
 def _copy(foreign: Foreign, target: Path) -> StoredAdapter:

@@ -156,13 +156,10 @@ BUILT_IN = (
 
 
 def read_prompts(path: Path, count: int, seed: int = 0) -> list[Any]:
-    """A random sample of a file's prompts, in the file's order.
+    """A random sample of a file's prompts, at most `count`, in the file's order.
 
-    Args:
-        path: `.jsonl` with texts or objects that have `prompt` or `messages` (other keys are ignored), or a text file
-            with one prompt per line.
-        count: The largest number of prompts.
-        seed: Seed of the sample.
+    `.jsonl` files have texts or objects with `prompt` or `messages` (other keys are ignored); other files have one
+    prompt per line.
 
     Raises:
         ConfigError: The file cannot be read, or a line has none of the forms.
@@ -202,7 +199,7 @@ def _entry(line: str, where: str) -> Any:
         raise ConfigError(f"{where}: not JSON: {error}") from error
     if isinstance(value, str):
         return value
-    found = [name for name in ("messages", "prompt") if isinstance(value, dict) and name in value]
-    if len(found) != 1:
+    keys = [name for name in ("messages", "prompt") if isinstance(value, dict) and name in value]
+    if len(keys) != 1:
         raise ConfigError(f"{where}: must be a text, or an object with either 'messages' or 'prompt'")
-    return {found[0]: value[found[0]]}
+    return {keys[0]: value[keys[0]]}

@@ -37,11 +37,8 @@ from rankwise.settings import Settings
 class LoadedAdapter:
     """A stored adapter in memory, over its base.
 
-    Attributes:
-        model: The base's model with the adapter in it; shared by all adapters over one base.
-        tokenizer: The adapter's own, with its chat template.
-        adapter_name: Its name in `model`.
-        overrides: Differences from what was recorded when the adapter was logged.
+    `model` is the base's, shared by all adapters over it; `adapter_name` is the adapter's name there. `tokenizer` is
+    the adapter's own, with its chat template. `overrides` are differences from what was recorded.
     """
 
     model: Any
@@ -146,7 +143,7 @@ def load_models(
             base = (find or load_recorded_base)(fetched[0], options)
         overrides = [compare_base(one, base, allow=allow_base_mismatch) for one in fetched]
         record_overrides(list(zip(fetched, overrides, strict=True)))
-        loaded = [_attach(one, base, found) for one, found in zip(fetched, overrides, strict=True)]
+        loaded = [_attach(one, base, differences) for one, differences in zip(fetched, overrides, strict=True)]
         if fresh:
             loaded[0].activate()
         return loaded

@@ -52,8 +52,6 @@ class BaseFacts:
 
     Attributes:
         source: `org/name`, an absolute path, or `pypi:...`.
-        revision: Commit or digest.
-        fingerprint: Identity of its content.
         compute_dtype: What quantized layers compute in: `float32`, `bfloat16`, `float16`.
         load_dtype: What it was loaded in; quantized weights are dequantized to it.
         module_dtype: Of the modules that are not quantized: `load_dtype`, or what they were cast to
@@ -79,12 +77,9 @@ class AdapterMetadata:
         lora: peft's settings that decide what it computes (`r`, `lora_alpha`, `lora_dropout`, `target_modules`, ...).
         parameters: Number of values in its tensors.
         bytes: Size of `adapter_model.safetensors`.
-        tokenizer_files: Names of the tokenizer's files beside the weights.
         chat_template: `sha256:...` of the template that prompts are rendered with; `none` without one.
         system: The system prompt before a plain text.
-        versions: Versions of the libraries that wrote it.
         manifest: Digest of `manifest.json`.
-        format_version: Of the section.
     """
 
     base: BaseFacts
@@ -269,8 +264,8 @@ def first_difference(model: Any, directory: Path) -> str | None:
                 if stored.shape[1:] != memory.shape[1:]:
                     return name
                 # Converted through the dtype it was loaded in, which may be narrower than the present one.
-                seen = stored[:rows].to(loaded or memory.dtype).to(memory.dtype)
-                if not torch.equal(seen, memory[:rows]):
+                expected = stored[:rows].to(loaded or memory.dtype).to(memory.dtype)
+                if not torch.equal(expected, memory[:rows]):
                     return name
     return None
 
@@ -298,15 +293,15 @@ def commit_in_memory(model: Any, repo: str) -> str:
         ConfigError: None of the snapshots, or more than one, has the tensors in memory.
     """
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    found = sorted(path for path in snapshots.iterdir() if path.is_dir()) if snapshots.is_dir() else []
-    whole = [path for path in found if weight_files(path) and all(file.is_file() for file in weight_files(path))]
+    paths = sorted(path for path in snapshots.iterdir() if path.is_dir()) if snapshots.is_dir() else []
+    whole = [path for path in paths if weight_files(path) and all(file.is_file() for file in weight_files(path))]
     same = [path.name for path in whole if first_difference(model, path) is None]
     if len(same) == 1:
         return same[0]
-    seen = f"{', '.join(same)} have" if same else f"none of {len(whole)} has"
+    matches = f"{', '.join(same)} have" if same else f"none of {len(whole)} has"
     raise ConfigError(
         f"the base {repo} is a hub repository, and which commit of it is in memory is not known: of the snapshots in "
-        f"{snapshots} {seen} its tensors. Give base_revision='...' (the 40 hex digits that were trained on)"
+        f"{snapshots} {matches} its tensors. Give base_revision='...' (the 40 hex digits that were trained on)"
     )
 
 
@@ -337,14 +332,9 @@ def facts_of(base: LoadedBase) -> BaseFacts:
 def describe_base(
     model: Any, adapter_name: str, base: BaseArgument, base_revision: str | None, settings: Settings
 ) -> tuple[BaseFacts, Path]:
-    """The facts of a model's base, and the local directory that it was compared with.
+    """The facts of the base of a peft or transformers model, and the local directory that it was compared with.
 
-    Args:
-        model: A `PeftModel`, or a transformers model with adapters.
-        adapter_name: The adapter whose configuration may name the base.
-        base: The base, if the model does not know it, or by a better name (`org/name` for a local copy).
-        base_revision: Its commit or digest, if neither the model nor `base` knows it.
-        settings: Where the caches are.
+    `base` names the base if the model does not know it, or by a better name (`org/name` for a local copy).
 
     Raises:
         ConfigError: The source of the base is not known.

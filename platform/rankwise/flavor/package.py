@@ -59,10 +59,8 @@ class PackageOptions:
     Attributes:
         system: A system prompt to put before plain texts.
         metrics: Results for the card.
-        signature: Replaces the flavor's own, which has no input schema and the parameters of generation.
+        signature, pip_requirements: Replace the flavor's own.
         input_example: Stored as it is; no model is loaded to check it.
-        pip_requirements: Replace the flavor's own.
-        extra_pip_requirements: Added to them.
         metadata: Free values for MLflow's `metadata`.
     """
 
@@ -83,12 +81,9 @@ class LogOptions(PackageOptions):
         run_id: By default the active run, if any.
         experiment_id: For a model without a run.
         tags: Set on the LoggedModel and on the version when they are created.
-        step: The adapter's step.
         metrics: Tags of the version and lines of the card. With a run, also metrics of the LoggedModel, if the run has
             them at `step`.
         description: Of the version.
-        tracking_uri: By default MLflow's current store.
-        model_type: MLflow's.
     """
 
     run_id: str | None = None
@@ -128,11 +123,7 @@ _OF_THIS_MACHINE = {"name_or_path", "tokenizer_file", "is_local", "local_files_o
 class Package:
     """A complete model directory except for `MLmodel`.
 
-    Attributes:
-        metadata: The content of its section `qlora`.
-        model: MLflow's description, ready to be written.
-        section: Digest of the description's sealed parts.
-        signature: Value of the signature's tag; None if `RANKWISE_SIGNING_KEY` is not set.
+    `section` is the digest of the sealed parts of `model`; `signature` is the value of the tag, or None without a key.
     """
 
     directory: Path
@@ -150,15 +141,9 @@ def build(
     options: PackageOptions,
     name: str | None = None,
 ) -> Package:
-    """Build a model directory.
+    """Build a model directory; a signature covers `name`, the registered model, if it is given.
 
-    Args:
-        directory: Empty, or created here.
-        adapter: Only its configuration and weights are used.
-        tokenizer: The adapter's tokenizer, with its chat template.
-        facts: The base that the adapter was trained on.
-        options: The other content.
-        name: The registered model, if known: the signature covers it.
+    Only the configuration and the weights of `adapter` are used. `tokenizer` is the adapter's, with its chat template.
 
     Raises:
         ConfigError: The tokenizer has more tokens than the base has rows, or the signing key cannot be used.
@@ -302,14 +287,10 @@ def _check(target: Path) -> None:
 
 @contextmanager
 def placed(target: Path, doing: str) -> Iterator[Path]:
-    """A temporary directory to fill; after the block it gets a manifest and replaces `target`.
+    """A temporary directory to fill; after the block it gets a manifest and replaces `target`, an absolute path.
 
     An earlier output is replaced if it is unchanged, and kept if its content is the same. After an error nothing
     remains. If several processes fill one target, the last one wins.
-
-    Args:
-        target: An absolute path; its parents are created. A link is followed.
-        doing: The operation, for messages.
 
     Raises:
         StorageError: The target has other content, or the disk is full or not writable.

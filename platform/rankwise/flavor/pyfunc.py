@@ -51,13 +51,10 @@ class QloraModel:
         weakref.finalize(self, kept.close).atexit = False
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """Answer prompts, one text per prompt, in order. Several threads take turns.
+        """Answer prompts (a form of the table in `rankwise.flavor.inputs`), one text each. Several threads take turns.
 
-        Args:
-            data: Any form of the table in `rankwise.flavor.inputs`: a text, a list of texts, one chat, a list of chats,
-                a dict, an array, or a DataFrame.
-            params: `max_new_tokens` (64), `temperature` (0: the most likely token), `top_k` (0: all tokens), `top_p`
-                (1), `stop` (texts that end an answer), `seed` (0; row i samples with (seed, i)), `batch_size` (8).
+        `params`: `max_new_tokens` (64), `temperature` (0: the most likely token), `top_k` (0: all tokens), `top_p` (1),
+        `stop` (texts that end an answer), `seed` (0; row i samples with (seed, i)), `batch_size` (8).
 
         Raises:
             ConfigError: The input has none of the forms, or a parameter is out of its range.

@@ -152,18 +152,18 @@ def trusted_keys(paths: Sequence[Path]) -> dict[str, TrustedKey]:
     Raises:
         ConfigError: A path does not exist, a directory contains no key, or a file is no key.
     """
-    found: dict[str, TrustedKey] = {}
+    trusted: dict[str, TrustedKey] = {}
     for path in paths:
         files = [path]
         if path.is_dir():
-            files = sorted(each for each in path.iterdir() if each.suffix in SUFFIXES)
+            files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
             if not files:
                 # An empty directory would refuse everything or trust everyone; neither is intended.
                 raise ConfigError(f"RANKWISE_TRUSTED_KEYS: {path} holds no public key (*.pub); {_NEW}")
         for file in files:
             key = public_key(file)
-            found[key.id] = key
-    return found
+            trusted[key.id] = key
+    return trusted
 
 
 SIGNATURE_NAME = "signature.json"
@@ -176,14 +176,7 @@ _HOW = "`rankwise keys sign models:/NAME/VERSION`"
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """The signed content.
-
-    Attributes:
-        manifest: Digest (`sha256:...`) of the manifest.
-        section: Digest of the sealed parts of `MLmodel`.
-        base: Digest of the base's fingerprint.
-        name: The registered model that it is for; None for all.
-    """
+    """The signed content: three digests, and the registered model that it is for (None: all)."""
 
     manifest: str
     section: str
@@ -209,10 +202,7 @@ class Statement:
 class Signer:
     """The signer of an adapter.
 
-    Attributes:
-        key: The key's id.
-        name: The key's name among the trusted keys; None if it is not one of them.
-        model: The registered model that it was signed for; None for all.
+    `key` is the key's id, `name` its name among the trusted keys, if any; `model` is the registered model (None: all).
     """
 
     key: str
@@ -276,12 +266,7 @@ def check_signature(
 ) -> Signer | None:
     """Check a stored model's signatures; return the signer, or None for an unsigned adapter without trusted keys.
 
-    Args:
-        directory: May contain `signature.json`.
-        statement: The directory's actual content.
-        tags: Of the LoggedModel and the version; empty for a directory.
-        where: The model's URI or path, for messages.
-        name: The registered model; None for a LoggedModel or a directory.
+    `statement` is the directory's actual content, `name` the registered model (None for a LoggedModel or a directory).
 
     Raises:
         AdapterIntegrityError: No trusted key has signed it, or a signature does not fit the content.
@@ -289,47 +274,47 @@ def check_signature(
     """
     paths = Settings.load().trusted_keys
     trusted = trusted_keys(paths)
-    found = _signatures(directory, statement, tags, where)
+    signatures = _signatures(directory, statement, tags, where)
     if not paths:
-        return _signer(found[0], trusted) if found else None
-    if not found:
+        return _signer(signatures[0], trusted) if signatures else None
+    if not signatures:
         raise AdapterIntegrityError(
             f"{where} is not signed, and RANKWISE_TRUSTED_KEYS requires a signature by one of {_names(trusted)}; log "
             f"it again with RANKWISE_SIGNING_KEY, use a signed version, or sign this one ({_HOW})"
         )
-    known = [each for each in found if each.key.id in trusted]
+    known = [signature for signature in signatures if signature.key.id in trusted]
     if not known:
         raise AdapterIntegrityError(
-            f"{where} is signed by {', '.join(each.key.id for each in found)}, which is none of RANKWISE_TRUSTED_KEYS "
-            f"({_names(trusted)}); if you trust its owner, add the public key"
+            f"{where} is signed by {', '.join(signature.key.id for signature in signatures)}, which is none of "
+            f"RANKWISE_TRUSTED_KEYS ({_names(trusted)}); if you trust its owner, add the public key"
         )
-    meant = [each for each in known if name is None or each.model in (None, name)]
-    if not meant:
+    valid = [signature for signature in known if name is None or signature.model in (None, name)]
+    if not valid:
         raise AdapterIntegrityError(
-            f"{where} was signed for the registered model {' and '.join(str(each.model) for each in known)}, and is a "
-            f"version of {name} here: someone may have replaced another adapter; if it belongs there, sign it for that "
-            f"name ({_HOW})"
+            f"{where} was signed for the registered model {' and '.join(str(signature.model) for signature in known)}, "
+            f"and is a version of {name} here: someone may have replaced another adapter with it; if it belongs there, "
+            f"sign it for that name ({_HOW})"
         )
-    return _signer(meant[0], trusted)
+    return _signer(valid[0], trusted)
 
 
 def _signatures(directory: Path, statement: Statement, tags: Mapping[str, str], where: str) -> list[_Signature]:
     """The signatures in a model's file and in the tag of its name, each checked against the content."""
-    found = []
+    signatures = []
     path = directory / SIGNATURE_NAME
     if path.is_file():
         signature = _read(path.read_bytes, statement, where)
         tag = f"{signature.key.id} {_text(signature.content)}"
         if tags.get(SIGNATURE_TAG, tag) != tag:
             raise AdapterIntegrityError(f"the signature of {where} differs from its tag {SIGNATURE_TAG}")
-        found.append(signature)
+        signatures.append(signature)
     elif SIGNATURE_TAG in tags:
         raise AdapterIntegrityError(
             f"{where} was signed, according to its tag {SIGNATURE_TAG}, but {SIGNATURE_NAME} is missing: fetch it again"
         )
     if NAME_TAG in tags:
-        found.append(_read(lambda: tags[NAME_TAG], statement, f"{where}, in its tag {NAME_TAG},"))
-    return found
+        signatures.append(_read(lambda: tags[NAME_TAG], statement, f"{where}, in its tag {NAME_TAG},"))
+    return signatures
 
 
 def _read(read: Callable[[], str | bytes], content: Statement, where: str) -> _Signature:

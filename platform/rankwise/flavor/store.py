@@ -199,16 +199,9 @@ def log_model(
         with mlflow.start_run():
             rankwise.flavor.log_model(model, tokenizer, registered_model_name="my-model")
 
-    Args:
-        model: As in `save_model`.
-        tokenizer: As in `save_model`.
-        name: The LoggedModel's name.
-        base: As in `save_model`.
-        base_revision: As in `save_model`.
-        adapter_name: As in `save_model`.
-        settings: As in `save_model`.
-        registered_model_name: Also creates a version of this registered model.
-        **arguments: `run_id`, `tags`, `step`, `metrics`, `system`, ..., as in `rankwise.flavor.package.LogOptions`.
+    `name` is the LoggedModel's name; `registered_model_name` also creates a version of that model. `arguments` are
+    `run_id`, `tags`, `step`, `metrics`, `system`, ..., as in `rankwise.flavor.package.LogOptions`. The other arguments
+    are those of `save_model`.
 
     Raises:
         RankwiseError: As in `save_model`; `TrackingError` if MLflow cannot be reached or refuses.
@@ -228,15 +221,10 @@ def log_adapter(
     registered_model_name: str | None = None,
     **arguments: Any,
 ) -> ModelInfo:
-    """Log a saved adapter; the model in memory is not changed.
+    """Log a saved adapter, a PEFT directory or what `read_adapter` returns; the model in memory is not changed.
 
-    Args:
-        directory: A PEFT directory from `rankwise.modeling.adapter.save_adapter`, or what `read_adapter` returns.
-        base: The base it was trained on.
-        tokenizer: The tokenizer with the chat template used in training; by default the base's own.
-        name: The LoggedModel's name.
-        registered_model_name: Also creates a version of this registered model.
-        **arguments: `run_id`, `tags`, `step`, `metrics`, `system`, ..., as in `rankwise.flavor.package.LogOptions`.
+    `base` is the base it was trained on. `tokenizer` has the chat template used in training; by default it is the
+    base's own. The other arguments are as in `log_model`.
 
     Raises:
         AdapterIntegrityError: The directory is not a complete plain LoRA adapter.
@@ -298,11 +286,8 @@ def _check_tokenizer(tokenizer: Any, model: Any) -> Any:
 def sign_version(uri: str, tracking_uri: str | None = None) -> tuple[str, str]:
     """Sign a version's content for its name, with `RANKWISE_SIGNING_KEY`; return its URI and the key's id.
 
-    The files are checked first and stay unchanged. Other signatures are not required.
-
-    Args:
-        uri: `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
-        tracking_uri: By default MLflow's current store.
+    `uri` is `models:/NAME/VERSION` or `models:/NAME@ALIAS`. The files are checked first and stay unchanged. Other
+    signatures are not required.
 
     Raises:
         ConfigError: It is no version of a registered model, or `RANKWISE_SIGNING_KEY` is not set or cannot be used.

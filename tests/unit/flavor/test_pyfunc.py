@@ -330,7 +330,7 @@ def test_no_database_is_created_to_look_for_tags(served, tmp_path, monkeypatch, 
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_model_of_a_run_has_no_name_to_check(world, caplog):
+def test_a_model_of_a_run_has_no_name_to_check(world, store, caplog):
     with mlflow.start_run() as run:
         info = flavor.log_adapter(world.adapter, world.load_base(), name="made")
     loaded = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/made").get_raw_model()

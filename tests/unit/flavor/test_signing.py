@@ -79,7 +79,9 @@ def test_with_trusted_keys_only_what_they_have_signed_loads(world, trusting, tmp
     mlflow.set_tracking_uri(world.settings.tracking_uri)
     for way in ways:
         way("models:/signed/2")
-        with pytest.raises(AdapterIntegrityError, match=r"not signed, and RANKWISE_TRUSTED_KEYS requires .* of team"):
+        with pytest.raises(
+            AdapterIntegrityError, match=r"is not signed, and RANKWISE_TRUSTED_KEYS requires .* of team"
+        ):
             way("models:/signed/1")
         with pytest.raises(AdapterIntegrityError, match=r"which is none of RANKWISE_TRUSTED_KEYS \(team\)"):
             way("models:/signed/3")
