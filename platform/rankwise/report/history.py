@@ -14,7 +14,7 @@ from rankwise.evaluation.compare import Param, format_param, format_value, title
 from rankwise.report.charts import Chart, axis
 from rankwise.report.quality import metric_axis, value_axis
 from rankwise.report.render import render
-from rankwise.report.tables import Cell, Column, TableRow
+from rankwise.report.tables import Cell, Column, ReportRow
 
 # Colour and style of the marks.
 _STATES: Mapping[str, tuple[int | None, str]] = {"complete": (0, ""), "pruned": (4, ""), "unknown": (None, "hollow")}
@@ -168,7 +168,7 @@ def _points(history: History, chart: Chart, shown: Sequence[HistoryTrial], place
         chart.legend(trial.state, colour, style)
 
 
-def _row(history: History, trial: HistoryTrial, paths: Sequence[str]) -> TableRow:
+def _row(history: History, trial: HistoryTrial, paths: Sequence[str]) -> ReportRow:
     cells = [
         Cell(text=str(trial.number)),
         Cell(text=str(trial.round + 1)),
@@ -177,7 +177,7 @@ def _row(history: History, trial: HistoryTrial, paths: Sequence[str]) -> TableRo
         Cell(text="" if trial.step is None else str(trial.step)),
         *(Cell(text=format_param(_coordinate(trial.values[path]))) for path in paths),
     ]
-    return TableRow(cells=cells)
+    return ReportRow(cells=cells)
 
 
 def _coordinate(value: Any) -> Param:

@@ -20,7 +20,7 @@ from rankwise.evaluation.smallest_rank import RankFinding
 from rankwise.report.costs import cost_charts, costs, front_rows, importance
 from rankwise.report.quality import chosen_arms, curve_charts, layer_chart, rank_charts, slice_charts, use_chart
 from rankwise.report.render import render
-from rankwise.report.tables import Cell, Column, TableRow, arm_table, count_text, endings, rank_table
+from rankwise.report.tables import Cell, Column, ReportRow, arm_table, count_text, endings, rank_table
 from rankwise.tracking.query import MetricPoint
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ReportSection:
     texts: Sequence[str] = ()
     charts: Sequence[Markup] = ()
     heads: Sequence[Column] = ()
-    rows: Sequence[TableRow] = ()
+    rows: Sequence[ReportRow] = ()
     notes: Sequence[str] = ()
 
 
@@ -79,7 +79,7 @@ def _importance(comparison: Comparison, finding: RankFinding) -> ReportSection:
     for share in found.shares:
         remark = "" if share.real else "not distinguishable from noise"
         rows.append(
-            TableRow(
+            ReportRow(
                 cells=[
                     _text(share.name),
                     _bar(share.share, share.real),
@@ -89,7 +89,9 @@ def _importance(comparison: Comparison, finding: RankFinding) -> ReportSection:
             )
         )
     if found.noise is not None:
-        rows.append(TableRow(cells=[_text("seeds"), _bar(found.noise, False), _plain(""), _text("noise of the means")]))
+        rows.append(
+            ReportRow(cells=[_text("seeds"), _bar(found.noise, False), _plain(""), _text("noise of the means")])
+        )
     heads = [Column("setting", "text"), Column("share of the variance", "text"), Column("p"), Column("", "text")]
     note = (
         f"A setting's share of the variance of {title(finding.key)} between {found.configurations:,} configurations, "
@@ -108,7 +110,7 @@ def against_costs(comparison: Comparison, finding: RankFinding) -> list[ReportSe
     table = front_rows(comparison, finding, found)
     heads = [Column(name, "text" if name == "configuration" else "") for name in table[0]]
     rows = [
-        TableRow(
+        ReportRow(
             cells=[Cell(text=value, kind="text wide" if name == "configuration" else "") for name, value in row.items()]
         )
         for row in table[:_MOST_FRONT]

@@ -102,7 +102,7 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableRow:
+class ReportRow:
     """One row; `kind` is its CSS class."""
 
     cells: Sequence[Cell]
@@ -114,7 +114,7 @@ class ArmTable:
     """All arms, best configuration first, those without a result last."""
 
     heads: Sequence[Column]
-    rows: Sequence[TableRow]
+    rows: Sequence[ReportRow]
 
 
 def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
@@ -156,11 +156,11 @@ def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
             Cell(text=arm.reason or "", kind="text clip"),
         ]
         kind = "chosen" if arm.spec_hash in chosen else ""
-        rows.append(TableRow(cells=cells, kind=f"best {kind}".strip() if arm is best else kind))
+        rows.append(ReportRow(cells=cells, kind=f"best {kind}".strip() if arm is best else kind))
     return ArmTable(heads=heads, rows=rows)
 
 
-def endings(comparison: Comparison) -> tuple[list[Column], list[TableRow]]:
+def endings(comparison: Comparison) -> tuple[list[Column], list[ReportRow]]:
     """Group arms without a result by status and reason; reasons that differ only in measured numbers count as one."""
     groups: dict[tuple[str, str], list[ArmRecord]] = {}
     for arm in comparison.arms:
@@ -175,7 +175,7 @@ def endings(comparison: Comparison) -> tuple[list[Column], list[TableRow]]:
         more = f" and {len(arms) - _MOST_NAMED:,} more" if len(arms) > _MOST_NAMED else ""
         reason = (arms[0].reason or "no reason was recorded") + (" (and similar)" if _differ(arms) else "")
         rows.append(
-            TableRow(
+            ReportRow(
                 cells=[
                     Cell(text=status, kind="text", tag=status.replace(" ", "-")),
                     Cell(text=f"{len(arms):,}"),
@@ -187,7 +187,7 @@ def endings(comparison: Comparison) -> tuple[list[Column], list[TableRow]]:
     return [Column("", "text"), Column("arms"), Column("reason", "text"), Column("which", "text")], rows
 
 
-def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Column], list[TableRow]]:
+def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Column], list[ReportRow]]:
     """Return the best configuration of each rank and how it compares with the best overall."""
     key, best = finding.key, finding.best.metric(finding.key)
     assert best is not None
@@ -219,7 +219,7 @@ def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Colum
         ]
         if comparison.varying:
             cells.append(Cell(text=settings_text(comparison, configuration).partition(", ")[2], kind="text wide"))
-        rows.append(TableRow(cells=cells, kind="chosen" if configuration is finding.chosen else ""))
+        rows.append(ReportRow(cells=cells, kind="chosen" if configuration is finding.chosen else ""))
     return heads, rows
 
 

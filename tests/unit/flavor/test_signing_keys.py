@@ -31,7 +31,7 @@ def test_a_pair_signs_and_verifies_and_the_private_key_is_its_owners(tmp_path):
 def test_a_pair_is_never_replaced(tmp_path):
     private, _, _ = new_pair(tmp_path, "team")
     before = private.read_bytes()
-    with pytest.raises(StorageError, match="is there already and is not replaced"):
+    with pytest.raises(StorageError, match="already exists and is not replaced"):
         new_pair(tmp_path, "team")
     assert private.read_bytes() == before
 
@@ -47,7 +47,7 @@ def test_keys_of_openssl_are_taken(tmp_path):
 def test_a_private_key_that_others_may_read_is_refused(tmp_path):
     private, _, _ = new_pair(tmp_path, "team")
     private.chmod(0o640)
-    with pytest.raises(ConfigError, match=r"others than its owner may use .* \(mode 640\); chmod 600"):
+    with pytest.raises(ConfigError, match=r"other users have access to .* \(mode 640\); chmod 600"):
         private_key(private)
 
 
@@ -56,7 +56,7 @@ def test_what_is_no_private_key_is_refused_without_a_word_of_its_content(tmp_pat
     for content in (b"-----BEGIN PRIVATE KEY-----\nsecretsecret\n-----END PRIVATE KEY-----\n", b"secretsecret"):
         path.write_bytes(content)
         path.chmod(0o600)
-        with pytest.raises(ConfigError, match="is no private key in PEM") as caught:
+        with pytest.raises(ConfigError, match="is not a private key in PEM") as caught:
             private_key(path)
         assert "secretsecret" not in str(caught.value)
         assert caught.value.__cause__ is None
@@ -69,14 +69,14 @@ def test_another_kind_of_key_and_one_with_a_passphrase_are_refused(tmp_path):
     path = tmp_path / "x.key"
     path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match="another kind than Ed25519"):
+    with pytest.raises(ConfigError, match="is not an Ed25519 key"):
         private_key(path)
     path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"abc")))
     with pytest.raises(ConfigError, match="has a passphrase"):
         private_key(path)
     public = tmp_path / "x.pub"
     public.write_bytes(other.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    with pytest.raises(ConfigError, match="another kind than Ed25519"):
+    with pytest.raises(ConfigError, match="is not an Ed25519 public key"):
         public_key(public)
 
 
@@ -88,5 +88,5 @@ def test_trusted_keys_are_files_or_directories_and_none_at_all_is_an_error(tmp_p
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no public key"):
         trusted_keys([tmp_path / "empty"])
-    with pytest.raises(ConfigError, match="is no public key in PEM"):
+    with pytest.raises(ConfigError, match="is not a public key in PEM"):
         trusted_keys([tmp_path / "a" / "one.key"])
