@@ -50,6 +50,7 @@ from rankwise.experiment.search import (
     SweepPoint,
     Trial,
     bare,
+    method_of,
     propose,
     read_axis,
     read_space,
@@ -88,7 +89,7 @@ def read_points(sweep: Any, seed: Any = 0) -> SweepPoints:
     if parameters and arms:
         text = "cannot be combined with parameters; give a grid (parameters) or a list (arms)"
         problems.append(Problem(path=("sweep", "arms"), text=text))
-    searches = sweep.get("method", "grid") in SEARCHES
+    searches = method_of(sweep) in SEARCHES
     axes = _axes(parameters, searches, problems) if isinstance(parameters, dict) else []
     space = read_space(sweep, axes, seed, problems)
     if searches:
@@ -306,9 +307,9 @@ class CandidateBuilder:
         except Unresolved:
             pass  # The point has an invalid value, which `validate` reports.
         spec, problems = validate(resolution)
+        problems = problems or list(find_problems(FieldView(resolution.data, elsewhere=self._elsewhere)))
         arm = ArmSpec.of(spec) if spec is not None and not problems else None
-        view = FieldView(resolution.data, elsewhere=self._elsewhere)
-        return ArmCandidate(point=point, arm=arm, problems=tuple(problems or find_problems(view)))
+        return ArmCandidate(point=point, arm=arm, problems=tuple(problems))
 
     def of_all(self, points: Iterable[SweepPoint], most: int) -> list[ArmCandidate]:
         """Up to `most` candidates of a grid or list."""

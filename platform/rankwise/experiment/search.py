@@ -227,6 +227,12 @@ def sample_points(axes: Sequence[SweepAxis]) -> tuple[SweepPoint, ...]:
     )
 
 
+def method_of(sweep: Mapping[str, Any]) -> str | None:
+    """The method of a raw `sweep` section, or None if it is not text, which the schema reports."""
+    method = sweep.get("method", "grid")
+    return method if isinstance(method, str) else None
+
+
 def read_space(
     sweep: Mapping[str, Any], axes: Sequence[SweepAxis], seed: Any, problems: list[Problem]
 ) -> SearchSpace | None:
@@ -234,7 +240,9 @@ def read_space(
 
     The schema reports keys of the wrong type.
     """
-    method = sweep.get("method", "grid")
+    method = method_of(sweep)
+    if method is None:
+        return None
     before = len(problems)
     for key, methods in (("trials", SEARCHES), ("round_size", ("tpe",)), ("seed", SEARCHES)):
         if sweep.get(key) is not None and method in {"grid", *SEARCHES} and method not in methods:
