@@ -116,7 +116,7 @@ def _value(sums: Table) -> float:
 
 def _interval(table: Table, value: float, alpha: float, resamples: int, seed: int) -> tuple[float, float]:
     m = len(table)
-    # Only what an example is away from the means counts, and small numbers lose no digits.
+    # Centred first: only deviations from the means matter, and small ones keep their digits.
     wholes = table.sum(axis=0)
     table = table.copy()
     table[:, 0] -= wholes[0] / wholes[1] * table[:, 1]
