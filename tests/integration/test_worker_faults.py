@@ -207,7 +207,7 @@ def test_a_hang_in_the_data_loader_is_noticed_and_the_job_is_tried_again(tmp_pat
     with queue_of(project) as queue:
         (first, second) = queue.attempts(1)
     assert first.outcome == "failed"
-    assert "at: tokenize; the stacks of its threads are in" in first.error
+    assert "during phase tokenize; its thread stacks are in" in first.error
     (stacks,) = [path for path in (project.home / "logs" / "workers").glob("*.stacks") if path.stat().st_size]
     assert "hang_in_the_data_loader" in stacks.read_text()
     record(
