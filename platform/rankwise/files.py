@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from rankwise.exceptions import StorageError
 from rankwise.settings import Settings
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +168,8 @@ def remove_entry(entry: Path, settings: Settings) -> int:
 
 def remove_leftovers(root: Path, settings: Settings) -> int:
     """Remove incomplete entries that dead processes left below `root`; their bytes. Raises `StorageError`."""
+    from filelock import Timeout
+
     freed = 0
     for temporary in sorted(root.glob(".*.tmp")):
         entry = root / temporary.name.removeprefix(".").removesuffix(".tmp")
@@ -203,6 +207,8 @@ def _share(path: Path) -> None:
 
 @contextmanager
 def _locked(entry: Path, settings: Settings, doing: str) -> Iterator[None]:
+    from filelock import Timeout
+
     lock = _lock(entry, settings)
     try:
         lock.acquire(timeout=0.1)
@@ -216,6 +222,9 @@ def _locked(entry: Path, settings: Settings, doing: str) -> Iterator[None]:
 
 
 def _lock(entry: Path, settings: Settings) -> BaseFileLock:
+    # Late: every command imports this module at its start, and few of them take a lock.
+    from filelock import FileLock
+
     # In a directory of their own, so that listings of entries need not skip them.
     name = hashlib.sha256(str(entry).encode()).hexdigest()[:32]
     path = settings.cache / "locks" / f"{name}.lock"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from rankwise import files as entries
 from rankwise.exceptions import AssetError, StorageError
 from rankwise.files import ensure_entry, remove_entry, remove_leftovers, tree_size
 from rankwise.settings import Settings
@@ -66,7 +65,7 @@ def test_an_entry_is_built_once(settings, path):
 def test_an_entry_that_is_there_is_not_touched(settings, path, monkeypatch):
     ensure_entry(path, settings, build, doing="test")
     before = states(settings)
-    monkeypatch.setattr(entries, "FileLock", lambda *_: pytest.fail("took a lock"))
+    monkeypatch.setattr("filelock.FileLock", lambda *_: pytest.fail("took a lock"))
     ensure_entry(path, settings, build, doing="test")
     assert states(settings) == before
 
