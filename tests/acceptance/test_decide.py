@@ -8,7 +8,7 @@ from helpers.project import make_project, sums, write_rows
 from helpers.tiny import make_base
 from mlflow import MlflowClient
 
-PROMOTION = "promotion={min_examples: 5, max_overlap: 0.5}"
+PROMOTION = "promotion={min_examples: 5, max_overlap: 0.5, confidence: 0.9}"
 
 FIRST = ["--set", "sweep.parameters={lora.r: [2]}", "--set", "training.max_steps=1"]
 
@@ -56,6 +56,12 @@ def test_promote_and_roll_back(project, client):
     assert "fails  eval.loss against the champion: +" in refused.stdout
     assert "refused: models:/tiny-adder@champion stays version 2" in refused.stderr
     assert alias(client) == 2
+    # It was the third comparison on these rows. The same one again costs nothing and has the same result.
+    assert "this is attempt 3 on these rows for @champion" in " ".join(refused.stdout.split())
+    stored = project.run("promote", "tiny-adder", "--candidate", "1", "--json")
+    assert (stored.returncode, json.loads(stored.stdout)["stored"]) == (1, True)
+    assert "the stored verdict of an earlier, equal comparison" in stored.stderr
+    assert json.loads(stored.stdout)["run_id"] in refused.stderr
     # Back, and back again is told from a first move that had nobody before it.
     back = project.run("rollback", "tiny-adder")
     assert (back.returncode, alias(client)) == (0, 1), back.stderr

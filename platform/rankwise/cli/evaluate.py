@@ -212,6 +212,8 @@ def promote(
     if done.decision is None:
         note(f"models:/{name}@{alias} is already {version.uri}")
         return 0
+    if done.stored:
+        note("this is the stored verdict of an earlier, equal comparison; nothing was computed or spent")
     holder = "unset" if done.champion is None else f"version {done.champion.version}"
     if done.moved:
         how = "by force" if done.forced else "through the gate"

@@ -15,6 +15,12 @@ by these examples, its result is partly luck: the best of K equal arms is "bette
 one of them. So its intervals are at confidence 1 - alpha / K (Bonferroni). Examples that were not used for the choice
 need no correction.
 
+Candidates that are tried one after another on the same examples for one alias are the same luck in another form. So
+attempt k of these is at confidence 1 - `spent(alpha, k)`: the first at 1 - alpha, as if it were alone, and all later
+ones together err as often as the first alone. However many candidates are tried, one that is no better passes with a
+probability of at most alpha: alpha / 2 for the unfavourable end of the first interval, alpha / 2 for all others (alpha
+spending; by the union bound, so it holds however the candidates depend on each other).
+
 Without a champion, only the base has to be beaten. If the champion belongs to another base, each is evaluated over its
 own, on the same rows. If these bases tokenize texts differently, metrics per token cannot be compared, and a condition
 on them fails.
@@ -38,7 +44,7 @@ class GateCheck:
     """One condition.
 
     Attributes:
-        name: `examples`, `overlap`, `chosen`, `comparable`, `answers`, `improvement` or `regression`.
+        name: `examples`, `overlap`, `chosen`, `attempts`, `comparable`, `answers`, `improvement` or `regression`.
         metric: The metric's key, if any.
         against: `champion`, `base` or None.
         difference: Candidate minus the other, with its interval.
@@ -134,6 +140,30 @@ def chosen(contenders: int, spec: PromotionSpec, confidence: float) -> GateCheck
     return GateCheck(name="chosen", ok=True, text=text, limit=confidence)
 
 
+def spent(alpha: float, attempt: int) -> float:
+    """The two-sided error rate of the interval of attempt 1, 2, ... on the same examples.
+
+    The first spends alpha, and attempt k > 1 spends alpha / (k (k - 1)), which sums to alpha over all k > 1.
+    """
+    return alpha if attempt == 1 else alpha / (attempt * (attempt - 1))
+
+
+def left(alpha: float, attempt: int) -> float:
+    """The probability of a false pass that is left for all attempts after this one: alpha / (2 k)."""
+    return alpha / (2 * attempt)
+
+
+def attempts(attempt: int, alias: str, spec: PromotionSpec, confidence: float) -> GateCheck:
+    """Not a condition: that earlier attempts on the same rows make the intervals wider."""
+    alpha = 1 - spec.confidence
+    text = (
+        f"this is attempt {attempt} on these rows for @{alias}, so intervals are at confidence {confidence:.5g} "
+        f"instead of {spec.confidence:g}; of the {alpha:.3g} for a false pass, {left(alpha, attempt):.3g} is left for "
+        "further attempts. Rows that were not compared before (--data) start anew"
+    )
+    return GateCheck(name="attempts", ok=True, text=text, limit=confidence)
+
+
 def overlap(overlapping: int | None, kept: int, spec: PromotionSpec) -> GateCheck:
     """Few of the examples were trained on, and it is known which."""
     if overlapping is None:
@@ -197,6 +227,17 @@ class GateDecision:
         """As the evidence and `promote --json` have it."""
         return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> GateDecision:
+        """The inverse of `to_json`."""
+        checks = []
+        for check in values["checks"]:
+            difference = check["difference"]
+            checks.append(
+                GateCheck(**{**check, "difference": None if difference is None else Difference(**difference)})
+            )
+        return cls(checks=tuple(checks))
+
 
 def decide(
     candidate: Sequence[Observation],
@@ -209,6 +250,8 @@ def decide(
     overlapping: int | None = 0,
     same_tokens: bool = True,
     contenders: int = 1,
+    attempt: int = 1,
+    alias: str = "champion",
 ) -> GateDecision:
     """Weigh a candidate.
 
@@ -224,6 +267,8 @@ def decide(
         same_tokens: Whether the bases of candidate and champion cut texts into the same tokens.
         contenders: Among how many arms, itself included, the candidate was chosen by these examples; 1 where they took
             no part in the choice.
+        attempt: Counts the candidates that were compared on these examples for the alias, this one included.
+        alias: The alias, for the text of a check.
 
     Raises:
         ConfigError: A key of the limits is none of the metrics'.
@@ -239,10 +284,12 @@ def decide(
                 f"promotion: {wanted} is not a mean of the metrics {', '.join(metrics)}; use one of "
                 f"{', '.join(functions)}"
             )
-    confidence = 1 - (1 - spec.confidence) / contenders
+    confidence = 1 - spent(1 - spec.confidence, attempt) / contenders
     checks = [enough(candidate, spec), overlap(overlapping, len(candidate), spec)]
     if contenders > 1:
         checks.append(chosen(contenders, spec, confidence))
+    if attempt > 1:
+        checks.append(attempts(attempt, alias, spec, confidence))
     if champion is not None and not same_tokens:
         checks += [not_comparable(each) for each in (key, *spec.max_regression) if each in TOKENIZER_DEPENDENT]
     for name, observations in [("champion", champion), ("base", base)]:

@@ -310,7 +310,7 @@ class PromotionSpec(Section):
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Maximum share of examples from the candidate's training data; such examples are excluded."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Confidence level of the intervals; for one of K arms compared on the same rows: 1 - (1 - confidence) / K."""
+    """Confidence level of the intervals; higher for one of several compared arms, and for repeated attempts."""
 
 
 class TrackingSpec(Section):

@@ -165,6 +165,25 @@ class AliasMoveRow(Table):
     moved_at: Mapped[float] = mapped_column(Float)
 
 
+class PromotionAttemptRow(Table):
+    """One comparison of a candidate with the holder of an alias on some rows."""
+
+    __tablename__ = "promotion_attempt"
+    __table_args__ = (Index("ix_promotion_attempt", "name", "alias", "id"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(256))
+    alias: Mapped[str] = mapped_column(String(255))
+    key: Mapped[str] = mapped_column(String(64))
+    candidate: Mapped[int] = mapped_column(Integer)
+    champion: Mapped[int | None] = mapped_column(Integer)
+    prompts: Mapped[list[str]] = mapped_column(JSON)
+    verdict: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    run_id: Mapped[str | None] = mapped_column(String(64))
+    attempted_by: Mapped[str] = mapped_column(String(255))
+    attempted_at: Mapped[float] = mapped_column(Float)
+
+
 class _id_list(FunctionElement[int]):
     """The numbers of a JSON array as a subquery."""
 

@@ -2,6 +2,10 @@
 
 The evidence is a run of its own, linked from the version. The alias moves while its row in the queue's database is
 locked, and only if nobody else has moved it since the comparison began.
+
+Every comparison is recorded there too, before its verdict is computed. Later ones for the same alias that share more
+than a tenth of their prompts with it have wider intervals (see `evaluation.gate`). The same comparison again returns
+the stored verdict.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ from rankwise.evaluation.gate import GateDecision, decide
 from rankwise.evaluation.metrics import PREFIX, Observation, to_tracking
 from rankwise.exceptions import AssetError, ConfigError, DatasetError, GateError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.jobs.aliases import AliasMove
+from rankwise.experiment.hashing import digest
+from rankwise.jobs.aliases import AliasMove, PromotionAttempt
+from rankwise.tasks.arm_rows import find_sources
 from rankwise.tasks.context import Context
 from rankwise.tasks.evaluate import Assessment, Evaluator, ModelEvaluation
 from rankwise.tasks.evaluation_setup import EvaluationSetup, read_artifact
@@ -135,7 +141,11 @@ EVIDENCE = "rankwise.promotion_run"
 
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
-    """Result of a promotion; `decision` is None if the candidate already had the alias, `run_id` is the evidence."""
+    """Result of a promotion.
+
+    `decision` is None if the candidate already had the alias. `run_id` is the evidence. `stored` says that the verdict
+    is that of an earlier, equal comparison.
+    """
 
     candidate: ModelVersion
     champion: ModelVersion | None
@@ -144,6 +154,7 @@ class Promotion:
     moved: bool
     forced: bool
     run_id: str | None
+    stored: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The result as `promote --json` prints it."""
@@ -154,6 +165,7 @@ class Promotion:
             "moved": self.moved,
             "forced": self.forced,
             "run_id": self.run_id,
+            "stored": self.stored,
             **({} if self.decision is None else self.decision.to_json()),
         }
 
@@ -193,6 +205,14 @@ def promote(
         if force is None:
             raise
         context.reporter.warn(str(error))
+    key = _comparison_key(context, used, candidate, champion, excluding=is_training_row is not None)
+    earlier = next(
+        (each for each in context.queue.aliases.attempts(candidate.name, alias) if each.key == key and each.verdict),
+        None,
+    )
+    if earlier is not None and earlier.verdict is not None and earlier.run_id is not None:
+        decision = GateDecision.from_json(earlier.verdict)
+        return _settle(context, candidate, champion, alias, decision, earlier.run_id, force, stored=True)
     uris = [candidate.uri, *([champion.uri] if champion is not None else [])]
     assessment = evaluator.assess(used, uris, exclude=is_training_row)
     overlapping = None if is_training_row is None else assessment.excluded
@@ -203,10 +223,36 @@ def promote(
         if (used.arm.dataset.eval, used.arm.dataset.eval_split) == chosen_on
         else 1
     )
-    decision = _decide(assessment, candidate, champion, overlapping, candidates)
-    moving = decision.passed or force is not None
+    compared = _compared(assessment, candidate, champion)
+    with context.queue.aliases.moving(candidate.name, alias) as locked:
+        attempt = 1 + sum(_shares_rows(compared.prompts, each) for each in locked.attempts())
+        attempt_id = locked.record_attempt(
+            key,
+            candidate=candidate.version,
+            champion=None if champion is None else champion.version,
+            prompts=compared.prompts,
+            attempted_by=_who(),
+        )
+    decision = _decide(assessment, compared, candidate, champion, overlapping, candidates, attempt, alias)
     run_id = _write_evidence(context, assessment, candidate, champion, alias, decision, force)
+    context.queue.aliases.record_verdict(attempt_id, decision.to_json(), run_id)
     registry.tag_version(candidate.name, candidate.version, {EVIDENCE: run_id})
+    return _settle(context, candidate, champion, alias, decision, run_id, force)
+
+
+def _settle(
+    context: Context,
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    alias: str,
+    decision: GateDecision,
+    run_id: str,
+    force: str | None,
+    *,
+    stored: bool = False,
+) -> Promotion:
+    """Move the alias if the verdict, or the reason to force it, says so."""
+    moving = decision.passed or force is not None
     if moving:
         reason = force if not decision.passed and force is not None else "passed the gate"
         _move(context, candidate, champion, alias, run_id, reason)
@@ -218,6 +264,45 @@ def promote(
         moved=moving,
         forced=moving and not decision.passed,
         run_id=run_id,
+        stored=stored,
+    )
+
+
+_SHARED_ROWS = 0.1
+"""Comparisons that share at most this part of their prompts do not count as repeated."""
+
+
+def _shares_rows(prompts: frozenset[str], earlier: PromotionAttempt) -> bool:
+    return len(prompts & earlier.prompts) > _SHARED_ROWS * min(len(prompts), len(earlier.prompts))
+
+
+def _comparison_key(
+    context: Context,
+    used: EvaluationSetup,
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    *,
+    excluding: bool,
+) -> str:
+    """Digest of everything that decides a comparison: both versions, rows by content, metrics and limits.
+
+    `excluding` says whether training rows are known, and thus left out.
+    """
+    sources = find_sources(used.arm, context.settings, context.reporter, training=False)
+    pins = {
+        "train_revision": None if sources.train is None else sources.train.revision,
+        "eval_revision": None if sources.eval is None else sources.eval.revision,
+    }
+    dataset = used.arm.dataset.model_copy(update={name: pin for name, pin in pins.items() if pin is not None})
+    return digest(
+        {
+            "candidate": candidate.uri,
+            "champion": None if champion is None else champion.uri,
+            "excluding": excluding,
+            "promotion": used.spec.promotion.model_dump(),
+            "primary_metric": used.arm.evaluation.primary_metric,
+            "evaluation": used.arm.model_copy(update={"dataset": dataset}).eval_hash(),
+        }
     )
 
 
@@ -262,14 +347,17 @@ def _standing(moves: Sequence[AliasMove]) -> list[AliasMove]:
     return standing
 
 
-def _decide(
-    assessment: Assessment,
-    candidate: ModelVersion,
-    champion: ModelVersion | None,
-    overlapping: int | None,
-    among: int,
-) -> GateDecision:
-    spec, evaluation = assessment.setting.spec, assessment.setting.arm.evaluation
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """Observations of all models on the rows that they have in common, and digests of these rows' prompts."""
+
+    candidate: list[Observation]
+    champion: list[Observation] | None
+    base: list[Observation]
+    prompts: frozenset[str]
+
+
+def _compared(assessment: Assessment, candidate: ModelVersion, champion: ModelVersion | None) -> _Compared:
     candidate_result = assessment.models[candidate.uri]
     champion_result = None if champion is None else assessment.models[champion.uri]
     # A row may be too long for only one base's tokenizer.
@@ -280,16 +368,41 @@ def _decide(
     def observations(result: Evaluation) -> list[Observation]:
         return [observation for observation in result.observations if observation.id in paired]
 
+    # The keys do not depend on a base's chat template, so rows are recognized across bases.
+    system = assessment.setting.arm.dataset.system
+    keys = (row_key(example, system) for example in candidate_result.rows.examples.eval if example.id in paired)
+    return _Compared(
+        candidate=observations(candidate_result.evaluation),
+        champion=None if champion_result is None else observations(champion_result.evaluation),
+        base=observations(assessment.results[candidate_result.bare]),
+        prompts=frozenset(key[:16] for key in keys),
+    )
+
+
+def _decide(
+    assessment: Assessment,
+    compared: _Compared,
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    overlapping: int | None,
+    among: int,
+    attempt: int,
+    alias: str,
+) -> GateDecision:
+    spec, evaluation = assessment.setting.spec, assessment.setting.arm.evaluation
+    form = _form(assessment.models[candidate.uri])
     return decide(
-        observations(candidate_result.evaluation),
-        None if champion_result is None else observations(champion_result.evaluation),
-        observations(assessment.results[candidate_result.bare]),
+        compared.candidate,
+        compared.champion,
+        compared.base,
         spec.promotion,
         metrics=evaluation.metrics,
         primary_metric=evaluation.primary_metric,
         overlapping=overlapping,
-        same_tokens=champion_result is None or _form(champion_result) == _form(candidate_result),
+        same_tokens=champion is None or _form(assessment.models[champion.uri]) == form,
         contenders=among,
+        attempt=attempt,
+        alias=alias,
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 from rankwise.evaluation import gate as gate_checks
-from rankwise.evaluation.gate import decide
-from rankwise.evaluation.metrics import Observation
+from rankwise.evaluation.gate import GateDecision, decide, left, spent
+from rankwise.evaluation.metrics import Observation, Sample
 from rankwise.evaluation.paired import paired_difference
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import PromotionSpec
@@ -28,10 +29,21 @@ def observations(loss, *, n=200, right=5, price=1000, seed=0):
     ]  # fmt: skip
 
 
-def weigh(candidate, champion, base, *, overlapping=0, primary="eval.loss", same_tokens=True, contenders=1, **limits):
+def weigh(
+    candidate,
+    champion,
+    base,
+    *,
+    overlapping=0,
+    primary="eval.loss",
+    same_tokens=True,
+    contenders=1,
+    attempt=1,
+    **limits,
+):
     return decide(
         candidate, champion, base, PromotionSpec(**limits), metrics=METRICS, primary_metric=primary,
-        overlapping=overlapping, same_tokens=same_tokens, contenders=contenders,
+        overlapping=overlapping, same_tokens=same_tokens, contenders=contenders, attempt=attempt,
     )  # fmt: skip
 
 
@@ -223,3 +235,54 @@ def test_the_choice_among_many_is_said():
     among = decision.checks[3].difference
     assert (among.low, among.high) != (alone.low, alone.high)
     assert among.low < alone.low < alone.high < among.high
+
+
+def test_all_attempts_together_spend_no_more_than_twice_the_first_one():
+    assert spent(0.05, 1) == 0.05
+    assert sum(spent(0.05, attempt) for attempt in range(1, 100_000)) == pytest.approx(0.1, rel=1e-4)
+    for attempt in (1, 2, 7):
+        used = sum(spent(0.05, each) for each in range(1, attempt + 1)) / 2
+        assert used + left(0.05, attempt) == pytest.approx(0.05)
+
+
+def test_repeated_attempts_are_reported_and_widen_the_intervals():
+    sides = observations(1.9, seed=2), observations(2.0, seed=3), BASE
+    first, third = weigh(*sides), weigh(*sides, attempt=3)
+    (attempts,) = [check for check in third.checks if check.name == "attempts"]
+    assert attempts.text.startswith(
+        "this is attempt 3 on these rows for @champion, so intervals are at confidence 0.99167 instead of 0.95; of the "
+        "0.05 for a false pass, 0.00833 is left for further attempts"
+    )
+    assert not [check for check in first.checks if check.name == "attempts"]
+    narrow, wide = first.checks[2].difference, third.checks[3].difference
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_a_decision_survives_json():
+    decision = weigh(observations(1.9, seed=2), None, BASE, attempt=2)
+    assert GateDecision.from_json(json.loads(json.dumps(decision.to_json()))) == decision
+
+
+def families_with_a_false_pass(trials, tried, attempts):
+    """How many of some families of equal candidates, tried in turn on the same 60 rows, have one that passes."""
+    draw = np.random.default_rng(5)
+    confidences = [1 - spent(0.05, attempt) if attempts else 0.95 for attempt in range(1, tried + 1)]
+    wrong = 0
+    for _ in range(trials):
+        # Each row is as hard for all models; the rest is luck. The champion is the same in every attempt.
+        hard, own = draw.normal(2.0, 1.0, 60), draw.normal(0.0, 0.3, (tried + 1, 60))
+        champion, *candidates = ([Sample(total=loss) for loss in hard + luck] for luck in own)
+        for confidence, candidate in zip(confidences, candidates, strict=True):
+            found = paired_difference(candidate, champion, confidence=confidence, resamples=4000)
+            if found.high < 0:
+                wrong += 1
+                break
+    return wrong
+
+
+@pytest.mark.proof
+def test_of_twenty_equal_candidates_in_turn_one_passes_in_at_most_five_percent():
+    trials = 400
+    wrong = families_with_a_false_pass(trials, 20, True)
+    assert wrong <= 0.05 * trials + 2 * (0.05 * 0.95 * trials) ** 0.5, wrong
+    assert families_with_a_false_pass(100, 20, False) >= 10

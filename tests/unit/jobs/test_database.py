@@ -26,7 +26,7 @@ def test_the_migrations_make_exactly_the_tables_of_the_code(engine, tmp_path):
     fresh = database.open_engine(f"sqlite:///{tmp_path / 'fresh.db'}")
     Table.metadata.create_all(fresh)
     assert indexes(engine) == indexes(fresh)
-    assert len(indexes(engine)) == 10
+    assert len(indexes(engine)) == 11
     fresh.dispose()
 
 
