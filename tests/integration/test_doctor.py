@@ -27,13 +27,30 @@ def test_the_command_tells_of_a_fresh_machine_as_json_and_leaves_nothing(tmp_pat
     assert not project.home.exists()
 
 
-def test_a_local_store_is_searched_and_keeps_an_artifact_there_and_back(tmp_path):
+def test_a_local_store_is_searched_and_not_changed(tmp_path):
     settings = prepared_home(tmp_path / "home")
+    before = {path: path.stat().st_mtime_ns for path in settings.home.rglob("*")}
     found = facts(settings)
     assert (found["kind"], found["problem"], found["server"]) == ("local", None, None)
     assert found["artifacts"]["step"] is None
-    assert list(found["artifacts"]["seconds"]) == ["write", "read", "delete"]
-    assert not [path for path in settings.artifacts.rglob("*") if "doctor" in path.name]
+    assert {path: path.stat().st_mtime_ns for path in settings.home.rglob("*")} == before
+
+
+def test_a_moved_home_is_found_and_relocated(tmp_path):
+    settings = prepared_home(tmp_path / "home")
+    with Store.open(settings) as store:
+        store.experiment("diamonds")
+    (settings.artifacts / "diamonds").mkdir()
+    project = Project(tmp_path / "project")
+    project.home.parent.mkdir(exist_ok=True)
+    settings.home.rename(project.home)
+    assert "was moved or copied" in facts(local_settings(project.home))["moved"]
+    refused = project.run("compare", "diamonds")
+    assert refused.returncode == 3
+    assert "Run `rankwise home relocate` once" in refused.stderr
+    assert json.loads(project.succeed("home", "relocate", "--json"))["moved"] == {str(settings.home): 2}
+    assert facts(local_settings(project.home))["moved"] is None
+    assert "was moved or copied" not in project.run("compare", "diamonds").stderr
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path):

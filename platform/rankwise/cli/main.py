@@ -57,6 +57,7 @@ _COMMANDS = {
     ),
     "gc": ("rankwise.cli.maintenance:gc", "Remove checkpoints, models, outboxes and caches that no job needs."),
     "doctor": ("rankwise.cli.maintenance:doctor", "Check this machine and its services, and report what to fix."),
+    "home": ("rankwise.cli.home:home", "Maintain RANKWISE_HOME: relocate it after it was moved or copied."),
     "ui": ("rankwise.cli.maintenance:ui", "Open the MLflow UI on this project's store."),
     "init-team": ("rankwise.cli.init_team:init_team", "Write the secrets of a new team for compose.yaml."),
 }

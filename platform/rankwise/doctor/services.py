@@ -134,6 +134,8 @@ def mlflow(settings: Settings) -> Sequence[HealthFinding]:
     if facts["problem"]:
         return [problem("mlflow.store", f"{facts['uri']}: {facts['problem']}", _START_SERVER)]
     findings = [_store(facts)]
+    if facts["moved"]:
+        return [*findings, problem("mlflow.artifacts", facts["moved"], "rankwise home relocate")]
     if facts["server"] is not None:
         findings += [_transport(facts), _hosts(facts), _authentication(facts), _jobs(facts)]
     return [*findings, _artifacts(facts)]
@@ -225,5 +227,7 @@ def _artifacts(facts: dict[str, Any]) -> HealthFinding:
         if result["step"] == "delete":
             return warning(name, seen, f"`rankwise gc` cannot free space there; {advice}")
         return problem(name, seen, advice)
+    if result["bytes"] is None:
+        return ok(name, f"{result['location']} is writable")
     times = ", ".join(f"{step} {seconds * 1000:.0f} ms" for step, seconds in result["seconds"].items())
     return ok(name, f"{result['location']}: {result['bytes']:,} bytes written and read back ({times})")

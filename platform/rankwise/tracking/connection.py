@@ -30,6 +30,7 @@ from rankwise.exceptions import RankwiseError, TrackingError
 from rankwise.files import storage_errors
 from rankwise.redact import redact
 from rankwise.settings import Settings
+from rankwise.tracking.relocation import check_not_moved
 
 _LONGEST = 600
 # The server will never accept the request. Other errors may be temporary: a restart, a lock, an expired token.
@@ -194,12 +195,14 @@ def _prepare(settings: Settings) -> MlflowClient:
         lock = FileLock(settings.home / ".mlflow.lock")
         with lock, tracking_errors(f"opening {settings.home / 'mlflow.db'}"):
             try:
-                return _client(settings)
+                client = _client(settings)
             except MlflowException as error:
                 if SCHEMA_OUT_OF_DATE not in str(error):
                     raise
-            _upgrade(settings)
-            return _client(settings)
+                _upgrade(settings)
+                client = _client(settings)
+            check_not_moved(settings)
+            return client
 
 
 def _upgrade(settings: Settings) -> None:

@@ -1,11 +1,12 @@
 """A program that probes the MLflow store for `rankwise doctor` and prints one line of JSON.
 
-It only reads, except for one small artifact that it writes, reads and deletes.
+It only reads, except for one small artifact that it writes to a remote store, reads and deletes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from rankwise.exceptions import TrackingError
 from rankwise.redact import redact
 from rankwise.settings import Settings, set_process_defaults
 from rankwise.tracking.connection import _set_up_client, describe, tracking_errors, unreachable
+from rankwise.tracking.relocation import find_moved, local_path, moved_text
 from rankwise.tracking.server import is_remote, probe_server
 
 FOLDER = "rankwise-doctor"
@@ -32,12 +34,13 @@ def facts(settings: Settings) -> dict[str, Any]:
 
     Returns:
         `uri` (redacted), `kind` (`none`, `local`, `database` or `server`), `client` (version), `seconds` of one search,
-        `server` (of `server.probe_server`, or None), `artifacts` (of `round_trip`, or None without any experiment) and
-        `problem` (or None).
+        `server` (of `server.probe_server`, or None), `artifacts` (of `round_trip` or `local_access`, or None without
+        any experiment), `moved` (why the home must be relocated, or None) and `problem` (or None).
     """
     uri = settings.tracking_uri
     kind = "server" if is_remote(uri) else "local" if settings.local_store else "database"
     report: dict[str, Any] = {"uri": redact(uri), "client": mlflow.__version__, "problem": None, "server": None}
+    report["moved"] = None
     if kind == "local" and not (settings.home / "mlflow.db").exists():
         return {**report, "kind": "none"}
     report["kind"] = kind
@@ -55,11 +58,34 @@ def facts(settings: Settings) -> dict[str, Any]:
     except TrackingError as error:
         return {**report, "problem": str(error)}
     report["seconds"] = time.perf_counter() - began
+    if kind == "local" and (moved := find_moved(settings).moved):
+        return {**report, "artifacts": None, "moved": moved_text(settings, moved)}
     if not experiments:
         return {**report, "artifacts": None}
     # Inside an experiment's location, since a server's permissions are per experiment.
     root = str(experiments[0].artifact_location).rstrip("/")
+    if kind != "server" and (directory := local_path(root)) is not None:
+        return {**report, "artifacts": local_access(directory)}
     return {**report, "artifacts": round_trip(f"{root}/{FOLDER}/{uuid.uuid4().hex}", uri)}
+
+
+def local_access(directory: Path) -> dict[str, Any]:
+    """Whether files can be created in a directory, or in the nearest one above it that exists; changes nothing.
+
+    Returns:
+        As `round_trip`, with `bytes` None.
+    """
+    path = directory
+    while not path.exists():
+        path = path.parent
+    allowed = os.access(path, os.W_OK | os.X_OK)
+    return {
+        "location": str(directory),
+        "bytes": None,
+        "seconds": {},
+        "step": None if allowed else "write",
+        "problem": None if allowed else f"this user may not write to {path}",
+    }
 
 
 def round_trip(location: str, tracking_uri: str) -> dict[str, Any]:

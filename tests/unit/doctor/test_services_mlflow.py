@@ -25,6 +25,7 @@ FACTS = {
     "seconds": 0.01,
     "server": SERVER,
     "artifacts": ARTIFACTS,
+    "moved": None,
 }
 
 
@@ -106,3 +107,13 @@ def test_an_mlflow_that_does_not_start_is_a_problem(monkeypatch):
     monkeypatch.setattr(services, "run_probe", run_probe)
     (found,) = services.mlflow(Settings.load({}))
     assert found.state is HealthState.PROBLEM
+
+
+def test_a_moved_home_is_a_problem_with_the_command_that_helps(look):
+    found = look({**FACTS, "artifacts": None, "moved": "/new was moved or copied"})["mlflow.artifacts"]
+    assert (found.state, found.advice) == (HealthState.PROBLEM, "rankwise home relocate")
+
+
+def test_a_local_store_is_not_written_to(look):
+    found = look({**FACTS, "artifacts": {**ARTIFACTS, "bytes": None, "seconds": {}}})["mlflow.artifacts"]
+    assert (found.state, found.seen) == (HealthState.OK, f"{ARTIFACTS['location']} is writable")
