@@ -62,6 +62,14 @@ class AdapterIntegrityError(RankwiseError, ValueError):
     """Raised when a file of an adapter has changed since it was stored."""
 
 
+class AdapterConfigError(ConfigError, AdapterIntegrityError):
+    """Raised when an adapter's configuration is invalid, not supported, or does not match its weights."""
+
+
+class AdapterTargetError(ConfigError, BaseMismatchError):
+    """Raised when an adapter's configuration names modules or tokens that the base does not have."""
+
+
 class TrackingError(RankwiseError, ConnectionError):
     """Raised when the MLflow store is unreachable or refuses."""
 

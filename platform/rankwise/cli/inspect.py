@@ -88,9 +88,9 @@ def locate(model: str, base: str | None, settings: Settings, warn: Warn) -> Iter
 
 
 def _from_peft(path: Path, model: str, base: str | None, settings: Settings, warn: Warn) -> LocatedAdapter:
-    from rankwise.modeling.adapter import read_adapter_config
+    from rankwise.modeling.adapter_config import read_adapter_document
 
-    config = read_adapter_config(path)
+    config = read_adapter_document(path)
     name, revision = (base, None) if base else (config.base_model_name_or_path, config.revision)
     resolved, base_config = _find_base(name, revision, settings, warn)
     at = f" at {revision}" if revision else ""

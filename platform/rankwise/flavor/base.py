@@ -35,9 +35,9 @@ from rankwise.modeling.adapter import (
     add_rows,
     base_rows,
     embedding_rows,
-    read_adapter_config,
     rows_needed,
 )
+from rankwise.modeling.adapter_config import read_adapter_config
 from rankwise.modeling.base import DTYPES, LoadedBase, default_device, load_base, resolve_dtype
 from rankwise.modeling.fingerprint import Fingerprint, differing_part, fingerprint_base
 from rankwise.settings import Settings

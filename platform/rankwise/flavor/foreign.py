@@ -12,7 +12,6 @@ load as they were. Whatever is missing or wrong becomes a finding, in words.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,8 @@ from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, Config
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.fetch import read_mlmodel
 from rankwise.flavor.metadata import FLAVOR_NAME, quantization_from
-from rankwise.modeling.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-)
+from rankwise.modeling.adapter import WEIGHTS_NAME
+from rankwise.modeling.adapter_config import CONFIG_NAME, read_adapter_document
 
 # peft puts it between the name of a targeted layer and `weight`; transformers does not know such names.
 _WRAPPED = ".base_layer."
@@ -96,7 +93,7 @@ class ImportFinding:
 
     Attributes:
         code: `base_reinitialised`, `quantization_lost`, `wrong_revision`, `base_not_proven`, `base_compared`,
-            `quantization_assumed`, `another_base_named`, `left_out`, `untrained`.
+            `quantization_assumed`, `another_base_named`, `left_out`, `untrained`, `targets_resolved`.
         text: The same in words, with values.
     """
 
@@ -126,6 +123,7 @@ def read_foreign(directory: Path, named: str) -> Foreign:
 
     Raises:
         ConfigError: It is neither a PEFT directory nor a model of `mlflow.transformers`.
+        AdapterConfigError: Its `adapter_config.json` is invalid or not supported.
         AdapterIntegrityError: Its weights are pickled, or a file cannot be parsed.
     """
     if (directory / "MLmodel").is_file():
@@ -142,14 +140,13 @@ def read_foreign(directory: Path, named: str) -> Foreign:
 
 def _of_peft(directory: Path) -> Foreign:
     left_out = _refuse_pickled_weights(directory)
-    config = _read(directory / CONFIG_NAME)
-    source = config.get("base_model_name_or_path")
+    config = read_adapter_document(directory)
     return Foreign(
         kind="peft",
         adapter=directory,
         tokenizer=directory if (directory / "tokenizer_config.json").is_file() else None,
-        base_model=str(source) if source else None,
-        base_revision=config.get("revision"),
+        base_model=config.base_model_name_or_path or None,
+        base_revision=config.revision,
         quantization=_of_card(directory / "README.md"),
         findings=tuple(left_out),
     )
@@ -268,15 +265,3 @@ def _refuse_pickled_weights(directory: Path) -> list[ImportFinding]:
     if not others:
         return []
     return [ImportFinding(code="left_out", text=f"pickles are never read, and were left out: {', '.join(others)}")]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise AdapterIntegrityError(f"there is no {path}, so it is no PEFT adapter") from error
-    except (OSError, ValueError) as error:
-        raise AdapterIntegrityError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise AdapterIntegrityError(f"{path} must hold a JSON object, got {type(document).__name__}")
-    return document

@@ -5,17 +5,19 @@ An adapter is loaded over its base before it is registered, so every registered 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
+from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from rankwise.assets.base import ResolvedBase, resolve_base
@@ -29,15 +31,16 @@ from rankwise.flavor.metadata import FLAVOR_NAME
 from rankwise.flavor.package import check_tokenizer_files
 from rankwise.flavor.store import log_adapter
 from rankwise.modeling.adapter import (
-    CONFIG_NAME,
     WEIGHTS_NAME,
     StoredAdapter,
     add_rows,
     load_adapter,
     read_adapter,
 )
+from rankwise.modeling.adapter_config import CONFIG_NAME
 from rankwise.modeling.base import LoadedBase, load_base, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
+from rankwise.modeling.module_patterns import shown
 from rankwise.settings import Settings
 from rankwise.tracking.connection import tracking_errors
 
@@ -115,7 +118,8 @@ def import_adapter(
             findings.append(ImportFinding(code="base_not_proven", text=text))
         spec, came_from = _quantization(foreign, quantization, findings)
         base = load_base(resolved, spec, chosen, device=device)
-        findings += _attach(base, adapter)
+        adapter, loading = _attach(base, adapter)
+        findings += loading
         tokenizer = _tokenizer(foreign.tokenizer) if foreign.tokenizer is not None else base.tokenizer
         info = log_adapter(
             adapter,
@@ -214,18 +218,35 @@ def _quantization(
 
 
 @torch.no_grad()
-def _attach(base: LoadedBase, adapter: StoredAdapter) -> list[ImportFinding]:
-    """Load the adapter over the base, as a load from the registry does."""
+def _attach(base: LoadedBase, adapter: StoredAdapter) -> tuple[StoredAdapter, list[ImportFinding]]:
+    """Load the adapter over the base, as a load from the registry does; return it without regular expressions."""
     add_rows(base.model, adapter.config)
-    load_adapter(base.model, adapter, _NAME)
+    loaded = load_adapter(base.model, adapter, _NAME)
+    adapter, findings = _resolved(adapter, loaded)
     ids = torch.arange(1, 9, device=base.device)[None]
     if not torch.isfinite(base.model(input_ids=ids, use_cache=False).logits).all():
         raise AdapterIntegrityError("the adapter's logits over its base are not finite; it cannot be used")
     seconds = [tensor for name, tensor in adapter.tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
     if seconds and not any(bool(tensor.any()) for tensor in seconds):
         text = "every B of the adapter is 0: it changes nothing, as before the first step of training"
-        return [ImportFinding(code="untrained", text=text)]
-    return []
+        findings.append(ImportFinding(code="untrained", text=text))
+    return adapter, findings
+
+
+def _resolved(adapter: StoredAdapter, loaded: LoraConfig) -> tuple[StoredAdapter, list[ImportFinding]]:
+    """Register names of modules: other programs that load the adapter would run a regular expression without limit."""
+    before = adapter.config
+    findings = []
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(before, key), str) and getattr(before, key) != getattr(loaded, key):
+            names = ", ".join(sorted(getattr(loaded, key) or ())) or "nothing"
+            text = f"{key}, the regular expression {shown(getattr(before, key))}, is registered as what it selects: "
+            findings.append(ImportFinding(code="targets_resolved", text=f"{text}{names}"))
+    if not findings:
+        return adapter, []
+    config = copy.deepcopy(before)
+    config.target_modules, config.exclude_modules = loaded.target_modules, loaded.exclude_modules
+    return replace(adapter, config=config), findings
 
 
 def _tokenizer(directory: Path) -> Any:

@@ -46,7 +46,8 @@ from rankwise.flavor.metadata import (
     template_digest,
 )
 from rankwise.flavor.signing import Statement, sign
-from rankwise.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter, write_adapter_config
+from rankwise.modeling.adapter import WEIGHTS_NAME, StoredAdapter
+from rankwise.modeling.adapter_config import write_adapter_config
 from rankwise.modeling.base import expected_warning, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest, write_manifest
 from rankwise.settings import Settings
@@ -153,14 +154,14 @@ def build(
         target = directory / ADAPTER_DIRECTORY
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(adapter.weights, target / WEIGHTS_NAME)
-        write_adapter_config(adapter.config, target, base_source=facts.source, base_revision=facts.revision)
+        settings = write_adapter_config(adapter.config, target, base_source=facts.source, base_revision=facts.revision)
         tokenizer_files = _save_tokenizer(tokenizer, target)
         description = Model(metadata=dict(options.metadata) if options.metadata else None)
         save_example(description, options.input_example, directory)
         _write_environment(directory, options.pip_requirements, options.extra_pip_requirements)
         stored = AdapterMetadata(
             base=facts,
-            lora=_lora_settings(target),
+            lora={key: settings[key] for key in _LORA_KEYS if settings.get(key) not in (None, {}, [])},
             parameters=adapter.parameters,
             bytes=(target / WEIGHTS_NAME).stat().st_size,
             tokenizer_files=tokenizer_files,
@@ -250,11 +251,6 @@ def _write_environment(directory: Path, requirements: Sequence[str] | None, extr
     conda = conda_environment(lines)
     (directory / "conda.yaml").write_text(yaml.safe_dump(conda, default_flow_style=False), encoding="utf-8")
     write_python_environment(directory / "python_env.yaml")
-
-
-def _lora_settings(target: Path) -> dict[str, Any]:
-    values = json.loads((target / CONFIG_NAME).read_bytes())
-    return {key: values[key] for key in _LORA_KEYS if values.get(key) not in (None, {}, [])}
 
 
 def check_target(target: Path) -> None:

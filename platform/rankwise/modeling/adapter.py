@@ -14,14 +14,16 @@ because the adapter's rows replace it.
 from __future__ import annotations
 
 import copy
-import json
+import logging
 import math
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -29,113 +31,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rankwise.assets.layout import read_json
-from rankwise.compat.peft import SEVERAL_ADAPTERS, by_pattern, plain_module
+from rankwise.compat.peft import SEVERAL_ADAPTERS, base_name, by_pattern, plain_module
 from rankwise.compat.transformers import note_injected_adapter
-from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
+from rankwise.exceptions import (
+    AdapterConfigError,
+    AdapterIntegrityError,
+    AdapterTargetError,
+    BaseMismatchError,
+    ConfigError,
+)
 from rankwise.files import write_atomically
+from rankwise.modeling.adapter_config import CONFIG_NAME, read_adapter_config, write_adapter_config
+from rankwise.modeling.adapter_targets import resolve_patterns, resolve_targets
 from rankwise.modeling.base import expected_warning, skeleton
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
 
-CONFIG_NAME = "adapter_config.json"
-
-# peft drops it on saving and warns about it on loading.
-_NOT_IN_FILES = {"runtime_config"}
-# These change the base, import a module by name, or read another file.
-_MUST_BE_EMPTY = (
-    "megatron_config", "layer_replication", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "velora_config", "monteclora_config", "arrow_config", "kasa_config", "use_bdlora", "alora_invocation_tokens",
-)  # fmt: skip
-# PiSSA, OLoRA, CorDA, LoftQ and similar move part of the base's weights into the adapter.
-_PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
-
-
-def read_adapter_config(directory: Path) -> LoraConfig:
-    """Read and check the configuration of a PEFT directory.
-
-    Raises:
-        AdapterIntegrityError: The file is missing or not a JSON object; has keys unknown to the installed peft,
-            `auto_map` anywhere, or a mapping to code outside of transformers; is not LoRA; or has settings that change
-            the base.
-    """
-    path = directory / CONFIG_NAME
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise AdapterIntegrityError(f"{directory} has no {CONFIG_NAME}, so it is not a PEFT adapter") from error
-    except (OSError, ValueError) as error:
-        raise AdapterIntegrityError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise AdapterIntegrityError(f"{path} must contain a JSON object, got {type(document).__name__}")
-    _check(document, path)
-    values = {key: value for key, value in document.items() if key not in {"auto_mapping", "peft_type"}}
-    try:
-        config = LoraConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise AdapterIntegrityError(f"{path}: peft {peft.__version__} rejects it: {error}") from error
-    if not isinstance(config.r, int) or isinstance(config.r, bool) or config.r <= 0:
-        raise AdapterIntegrityError(f"{path}: r must be a positive integer, got {config.r!r}")
-    return config
-
-
-def write_adapter_config(
-    config: LoraConfig, directory: Path, *, base_source: str | None, base_revision: str | None
-) -> None:
-    """Write `adapter_config.json` with the source and revision of its base.
-
-    Raises:
-        StorageError: The directory cannot be written.
-    """
-    values = {key: _plain(value) for key, value in config.to_dict().items()}
-    # `AutoPeftModelForCausalLM` chooses the class by task_type, which injected adapters lack.
-    values["task_type"] = values["task_type"] or "CAUSAL_LM"
-    values.update(base_model_name_or_path=base_source, revision=base_revision, inference_mode=True, auto_mapping=None)
-    content = json.dumps(values, indent=2, sort_keys=True, default=str).encode() + b"\n"
-    write_atomically(directory / CONFIG_NAME, content)
-
-
-def _check(document: dict[str, Any], path: Path) -> None:
-    if _has_key(document, "auto_map"):
-        raise AdapterIntegrityError(
-            f"{path} has auto_map, which would run code on loading; remove it to load the adapter"
-        )
-    known = {field.name for field in fields(LoraConfig)} - _NOT_IN_FILES
-    unknown = sorted(set(document) - known)
-    if unknown:
-        raise AdapterIntegrityError(
-            f"{path} has keys that peft {peft.__version__} does not know: {', '.join(unknown)} (written by peft "
-            f"{document.get('peft_version', 'unknown')}); they may change what the adapter computes; upgrade peft, or "
-            "remove the keys if they have no effect"
-        )
-    if document.get("peft_type") != "LORA":
-        raise AdapterIntegrityError(f"{path}: peft_type must be LORA, got {document.get('peft_type')!r}")
-    mapping = document.get("auto_mapping")
-    if mapping is not None and not (
-        isinstance(mapping, dict)
-        and set(mapping) <= {"base_model_class", "parent_library"}
-        and str(mapping.get("parent_library")).startswith("transformers.models.")
-    ):
-        raise AdapterIntegrityError(f"{path}: auto_mapping must name a transformers model, got {mapping!r}")
-    used = [key for key in _MUST_BE_EMPTY if document.get(key)]
-    if used:
-        raise AdapterIntegrityError(f"{path}: only plain LoRA is supported, but these are set: {', '.join(used)}")
-    if document.get("init_lora_weights", True) not in _PLAIN_INITIALISATIONS:
-        raise AdapterIntegrityError(
-            f"{path}: init_lora_weights is {document['init_lora_weights']!r}, which moves part of the base's weights "
-            "into the adapter; convert it first with peft's `path_initial_model_for_weight_conversion`"
-        )
-
-
-def _has_key(value: Any, key: str) -> bool:
-    if isinstance(value, dict):
-        return key in value or any(_has_key(entry, key) for entry in value.values())
-    return isinstance(value, list) and any(_has_key(entry, key) for entry in value)
-
-
-def _plain(value: Any) -> Any:
-    """Convert sets to sorted lists: their order, and with it the file's digest, varies between processes."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return value
+logger = logging.getLogger(__name__)
 
 
 def embedding_rows(model: Any) -> int:
@@ -164,9 +75,10 @@ def check_rows(model: Any, config: LoraConfig, base_path: Path) -> None:
     recorded, rows = base_rows(base_path), embedding_rows(model)
     if recorded is None or rows == recorded:
         return
-    if rows > recorded and not (lost := _lost(model, config, recorded, rows)):
+    lost = _lost(model, config, recorded, rows) if rows > recorded else None
+    if rows > recorded and lost is None:
         return
-    named = f" ({len(lost)} of them, starting at {lost[0]})" if rows > recorded and lost else ""
+    named = f" ({lost[0]} of them, starting at {lost[1]})" if lost is not None else ""
     raise BaseMismatchError(
         f"the model's embedding has {rows} rows, but its base {base_path} has {recorded}. The new rows are not stored "
         f"with the adapter{named}, so it could not be loaded again. Use tokens within the base's rows, or train the "
@@ -178,16 +90,16 @@ def add_rows(model: Any, config: LoraConfig) -> bool:
     """Enlarge a bare base's embedding for the rows of an adapter attached next; return whether rows were added.
 
     Raises:
-        BaseMismatchError: The adapter does not bring all rows up to its highest one.
+        AdapterTargetError: The adapter does not bring all rows up to its highest one.
     """
     rows = embedding_rows(model)
     needed = rows_needed(config, rows)
     if needed == rows:
         return False
     if lost := _lost(model, config, rows, needed):
-        raise BaseMismatchError(
+        raise AdapterTargetError(
             f"the adapter has rows for tokens up to {needed - 1}, but the base's embedding has {rows} rows, and not "
-            f"all rows between are stored with the adapter ({len(lost)} missing, starting at {lost[0]}). Use a base "
+            f"all rows between are stored with the adapter ({lost[0]} missing, starting at {lost[1]}). Use a base "
             "with more rows, or train the adapter again with all new rows in LoraConfig(trainable_token_indices=...)"
         )
     device = model.get_input_embeddings().weight.device
@@ -204,12 +116,12 @@ def check_indices(model: Any, config: LoraConfig) -> None:
     """Refuse an adapter with rows beyond the model's embedding.
 
     Raises:
-        BaseMismatchError: An index is beyond the embedding.
+        AdapterTargetError: An index is beyond the embedding.
     """
     rows = embedding_rows(model)
     beyond = sorted(index for index in set(token_indices(config)) if not 0 <= index < rows)
     if beyond:
-        raise BaseMismatchError(
+        raise AdapterTargetError(
             f"the adapter has rows for tokens {beyond[:5]}, but the base's embedding has {rows} rows; add rows first "
             "with `rankwise.modeling.adapter.add_rows`, or use `rankwise.flavor.load_model`"
         )
@@ -227,15 +139,20 @@ def _entries(config: LoraConfig) -> list[list[int]]:
     return [[int(index) for index in entries] for entries in lists]
 
 
-def _lost(model: Any, config: LoraConfig, start: int, stop: int) -> list[int]:
-    """Rows from `start` up to `stop` that are not stored for the embedding or for a separate head."""
+def _lost(model: Any, config: LoraConfig, start: int, stop: int) -> tuple[int, int] | None:
+    """How many rows from `start` up to `stop` are not stored for the embedding or a separate head, and the first."""
     head = plain_module(model.get_output_embeddings())
     tied = head is None or bool(getattr(model.config, "tie_word_embeddings", False))
     entries = _entries(config)
-    if not tied and (len(entries) < 2 or getattr(head, "bias", None) is not None):
-        # peft does not store the rows of a head's bias.
-        return list(range(start, stop))
-    return [row for row in range(start, stop) if not all(row in stored for stored in entries)]
+    stored: set[int] = set()
+    # peft does not store the rows of a head's bias.
+    if entries and (tied or (len(entries) > 1 and getattr(head, "bias", None) is None)):
+        stored = set.intersection(*map(set, entries))
+    # A foreign adapter may name any token: the rows between are never listed.
+    missing = stop - start - sum(start <= row < stop for row in stored)
+    if missing <= 0:
+        return None
+    return missing, next(row for row in range(start, stop) if row not in stored)
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -294,7 +211,11 @@ def save_adapter(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """A checked PEFT directory, its tensors on the CPU."""
+    """A checked PEFT directory, its tensors on the CPU.
+
+    The keys of the configuration's `rank_pattern` and `alpha_pattern` are names of modules; `target_modules` and
+    `exclude_modules` are as in the file, because only a base says what they match.
+    """
 
     directory: Path
     config: LoraConfig
@@ -315,6 +236,7 @@ def read_adapter(directory: Path) -> StoredAdapter:
     """Read a PEFT directory, after checking its manifest if it has one.
 
     Raises:
+        AdapterConfigError: Its configuration is invalid or not supported, see `read_adapter_document`.
         AdapterIntegrityError: A file is missing, modified, pickled or unreadable.
     """
     if (directory / MANIFEST_NAME).exists():
@@ -334,6 +256,8 @@ def read_adapter(directory: Path) -> StoredAdapter:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterIntegrityError(f"{path} is not a readable safetensors file: {error}") from error
+    modules = dict.fromkeys(base_name(name.removeprefix(PREFIX).partition(".lora_")[0]) for name in sorted(tensors))
+    config = resolve_patterns(config, list(modules), str(directory / CONFIG_NAME))
     return StoredAdapter(directory=directory, config=config, tensors=tensors)
 
 
@@ -344,8 +268,9 @@ def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -
     CPU the model shares the tensors of a `StoredAdapter`. `adapter_name` is new and has no dots.
 
     Raises:
-        AdapterIntegrityError: See `read_adapter`; or a tensor is missing, surplus or has another shape than required.
-        BaseMismatchError: The adapter has rows for tokens beyond the model's embedding, or targets nothing in it.
+        AdapterIntegrityError: See `read_adapter`.
+        AdapterConfigError: A tensor is missing, surplus or has another shape than the configuration requires.
+        AdapterTargetError: The adapter has rows for tokens beyond the model's embedding, or targets nothing in it.
         ConfigError: The name is taken or invalid; or only some of the adapters have embedding rows.
     """
     if "." in adapter_name or not adapter_name:
@@ -368,8 +293,11 @@ def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_indices(base, config)
-    _check_shapes(base, config, stored.tensors, directory)
-    _attach(model, config, adapter_name)
+    empty = skeleton(base.config)
+    modules = [name for name, _ in empty.named_modules() if name]
+    config = resolve_targets(config, modules, str(directory / CONFIG_NAME))
+    told = _check_shapes(base, empty, config, stored.tensors, directory)
+    _attach(model, config, adapter_name, told)
     places = adapter_tensors(model, adapter_name)
     with torch.no_grad():
         for name, tensor in stored.tensors.items():
@@ -387,13 +315,18 @@ def _configs(model: Any) -> dict[str, LoraConfig]:
     return getattr(model, "peft_config", None) or {}
 
 
-def _check_shapes(base: Any, config: LoraConfig, tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Compare the tensors with those that the configuration gives on a model without weights."""
-    empty = skeleton(base.config)
+def _check_shapes(
+    base: Any, empty: Any, config: LoraConfig, tensors: dict[str, torch.Tensor], directory: Path
+) -> list[str]:
+    """Compare the tensors with those that the configuration gives on `empty`, the base without weights.
+
+    Returns peft's warnings about the configuration, which are logged.
+    """
     try:
-        inject_adapter_in_model(copy.deepcopy(config), empty, "default", low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise BaseMismatchError(
+        with _warnings_of_peft() as told:
+            inject_adapter_in_model(copy.deepcopy(config), empty, "default", low_cpu_mem_usage=True)
+    except (TypeError, ValueError) as error:
+        raise AdapterTargetError(
             f"the adapter in {directory} does not fit {type(base).__name__} of {base.name_or_path}: {error}"
         ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in adapter_tensors(empty, "default").items()}
@@ -411,17 +344,36 @@ def _check_shapes(base: Any, config: LoraConfig, tensors: dict[str, torch.Tensor
     ]
     if problems:
         shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
-        raise AdapterIntegrityError(
+        raise AdapterConfigError(
             f"the tensors in {directory / WEIGHTS_NAME} do not match {CONFIG_NAME} on "
             f"{type(base).__name__}:\n  " + "\n  ".join(shown)
         )
+    for text in told:
+        logger.warning("%s: peft warns: %s", directory / CONFIG_NAME, text)
+    return told
 
 
-def _attach(model: Any, config: LoraConfig, adapter_name: str) -> None:
+@contextmanager
+def _warnings_of_peft() -> Iterator[list[str]]:
+    """Collect what peft finds odd in a configuration; other warnings, such as of deprecations, are passed on."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    for entry in caught:
+        if not issubclass(entry.category, UserWarning | RuntimeWarning):
+            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+        elif str(entry.message) not in texts:
+            texts.append(str(entry.message))
+
+
+def _attach(model: Any, config: LoraConfig, adapter_name: str, told: Sequence[str]) -> None:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     # peft draws random initial values on the CPU; the caller's generator must not change. Forking the GPUs' generators
     # would create a context on each GPU.
-    with torch.random.fork_rng(devices=[]), expected_warning(SEVERAL_ADAPTERS):
+    with torch.random.fork_rng(devices=[]), ExitStack() as expected:
+        for text in (SEVERAL_ADAPTERS, *told):
+            expected.enter_context(expected_warning(text))
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
         else:

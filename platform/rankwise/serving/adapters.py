@@ -35,7 +35,8 @@ from rankwise.flavor.base import check_base
 from rankwise.flavor.fetch import Origin, fetch, resolve_uri
 from rankwise.flavor.metadata import AdapterMetadata
 from rankwise.flavor.package import placed
-from rankwise.modeling.adapter import CONFIG_NAME, read_adapter
+from rankwise.modeling.adapter import read_adapter
+from rankwise.modeling.adapter_config import read_adapter_document
 from rankwise.modeling.fingerprint import Fingerprint, check_manifest, fingerprint_base, write_manifest
 from rankwise.serving.vllm_options import VllmOptions, differences, max_rank_for, obstacles, served_quantization
 from rankwise.settings import Settings
@@ -114,10 +115,10 @@ class AdapterResolver:
     def _find(self, base_model_name: str, uri: str, now: float) -> ServedAdapter:
         origin = self._resolve(uri, now)
         directory, metadata = self._directory(origin)
-        config = json.loads((directory / CONFIG_NAME).read_bytes())
+        config = read_adapter_document(directory)
         if reasons := obstacles(config):
             raise ConfigError(f"{origin.uri}: {'; '.join(reasons)}")
-        limit, rank = self._options.max_rank, int(config["r"])
+        limit, rank = self._options.max_rank, config.r
         if limit is not None and rank > limit:
             raise ConfigError(
                 f"{origin.uri} has r = {rank}, the server allows up to {limit}: start it with --max-lora-rank "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from rankwise.assets.base import local_bases
 from rankwise.exceptions import AssetError
 from rankwise.experiment.source import HubSource, LocalSource, parse_source
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts
-from rankwise.modeling.adapter import CONFIG_NAME
+from rankwise.modeling.adapter_config import read_adapter_document
 from rankwise.modeling.fingerprint import differing_part, template_fingerprint
 from rankwise.serving.vllm_options import differences, max_rank_for, obstacles, served_dtype, served_quantization
 from rankwise.settings import Settings
@@ -55,7 +54,7 @@ def serve_command(directory: Path, metadata: AdapterMetadata, name: str, setting
     Downloads nothing: vLLM fetches a base of the hub itself.
     """
     facts = metadata.base
-    config = json.loads((directory / CONFIG_NAME).read_bytes())
+    config = read_adapter_document(directory)
     differs = differences(facts.quantization, facts.compute_dtype)
     if reasons := obstacles(config):
         return ServeCommand(arguments=None, differs=differs, obstacles=tuple(reasons))
@@ -69,7 +68,7 @@ def serve_command(directory: Path, metadata: AdapterMetadata, name: str, setting
     arguments = ["serve", *base, "--dtype", served_dtype(facts.compute_dtype)]
     if quantization := served_quantization(facts.quantization):
         arguments += ["--quantization", quantization]
-    arguments += ["--enable-lora", "--max-lora-rank", str(max_rank_for(int(config["r"])))]
+    arguments += ["--enable-lora", "--max-lora-rank", str(max_rank_for(config.r))]
     arguments += ["--lora-modules", f"{re.sub('[^A-Za-z0-9._/-]+', '-', name)}={directory}"]
     remarks = []
     if template_fingerprint(directory) != facts.fingerprint.chat_template:

@@ -19,11 +19,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rankwise.assets.input_checks import read_yaml
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
+
+if TYPE_CHECKING:
+    from rankwise.modeling.adapter_config import AdapterConfig
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Allowed values of `--max-lora-rank`, without 1, which some releases lack."""
@@ -39,25 +42,25 @@ def max_rank_for(rank: int) -> int:
     raise ConfigError(f"vLLM serves adapters up to rank {MAX_RANKS[-1]}, this one has r = {rank}")
 
 
-def obstacles(config: dict[str, Any]) -> list[str]:
+def obstacles(config: AdapterConfig) -> list[str]:
     """Why vLLM cannot serve an adapter with this `adapter_config.json`, or would serve it wrongly."""
     reasons = []
-    if config.get("use_dora"):
+    if config.use_dora:
         reasons.append("use_dora: vLLM has no DoRA")
-    if config.get("modules_to_save"):
-        reasons.append(f"modules_to_save ({', '.join(config['modules_to_save'])}): vLLM loads low-rank matrices only")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+    if config.modules_to_save:
+        reasons.append(f"modules_to_save ({', '.join(config.modules_to_save)}): vLLM loads low-rank matrices only")
+    if config.bias != "none" or config.lora_bias:
         reasons.append("a bias: vLLM's loader refuses it")
     for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
+        if getattr(config, key):
             reasons.append(f"{key}: vLLM scales all modules alike, so the answers would be wrong")
-    if config.get("trainable_token_indices"):
+    if config.trainable_token_indices:
         reasons.append("trainable_token_indices: vLLM would ignore the trained token rows")
     for key in ("target_parameters", "fan_in_fan_out"):
-        if config.get(key):
+        if getattr(config, key):
             reasons.append(f"{key}: not supported by vLLM's loader")
-    if int(config["r"]) > MAX_RANKS[-1]:
-        reasons.append(f"r = {config['r']}: vLLM serves up to {MAX_RANKS[-1]}")
+    if config.r > MAX_RANKS[-1]:
+        reasons.append(f"r = {config.r}: vLLM serves up to {MAX_RANKS[-1]}")
     return reasons
 
 

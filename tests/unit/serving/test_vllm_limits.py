@@ -4,9 +4,10 @@ import pytest
 
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.modeling.adapter_config import AdapterConfig
 from rankwise.serving.vllm_options import differences, max_rank_for, obstacles, served_dtype, served_quantization
 
-PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", "use_dora": False}
+PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", "use_dora": False}
 
 
 @pytest.mark.parametrize(("rank", "bucket"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128), (257, 320), (512, 512)])
@@ -17,7 +18,7 @@ def test_a_rank_goes_into_the_smallest_bucket_that_holds_it(rank, bucket):
 def test_a_rank_above_all_buckets_is_refused():
     with pytest.raises(ConfigError, match="up to rank 512, this one has r = 513"):
         max_rank_for(513)
-    assert obstacles({**PLAIN, "r": 513}) == ["r = 513: vLLM serves up to 512"]
+    assert obstacles(AdapterConfig(**{**PLAIN, "r": 513})) == ["r = 513: vLLM serves up to 512"]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,8 @@ def test_a_rank_above_all_buckets_is_refused():
     ],
 )  # fmt: skip
 def test_what_the_loader_refuses_or_gets_wrong_is_named(setting):
-    assert obstacles(PLAIN) == []
-    (found,) = obstacles({**PLAIN, **setting})
+    assert obstacles(AdapterConfig(**PLAIN)) == []
+    (found,) = obstacles(AdapterConfig(**{**PLAIN, **setting}))
     assert found.startswith(next(iter(setting))) or found.startswith("a bias")
 
 
