@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from rankwise.assets.layout import read_json, weight_files
@@ -26,6 +25,7 @@ from rankwise.flavor.fetch import read_mlmodel
 from rankwise.flavor.metadata import FLAVOR_NAME, quantization_from
 from rankwise.modeling.adapter import WEIGHTS_NAME
 from rankwise.modeling.adapter_config import CONFIG_NAME, read_adapter_document
+from rankwise.modeling.base_copies import is_same_weight
 
 # peft puts it between the name of a targeted layer and `weight`; transformers does not know such names.
 _WRAPPED = ".base_layer."
@@ -61,24 +61,13 @@ def compare_saved_base(saved: Path, base: Path, source: str) -> int:
                 if plain not in theirs or not (mine := file.get_tensor(name)).is_floating_point():
                     continue
                 with safe_open(str(theirs[plain]), framework="pt", device="cpu") as other:
-                    if not _same(mine, other.get_tensor(plain)):
+                    if not is_same_weight(mine, other.get_tensor(plain)):
                         raise BaseMismatchError(
                             f"base {source} is not the one that the adapter was trained on: the copy of the base that "
                             f"was saved with it differs in {plain}. Name the base that it was trained on (--base)"
                         )
                 count += 1
     return count
-
-
-def _same(copy: torch.Tensor, stored: torch.Tensor) -> bool:
-    rows = min(len(copy), len(stored))  # An embedding may have been resized.
-    if copy.shape[1:] != stored.shape[1:]:
-        return False
-    # The base may have been loaded in a narrower type than the copy has.
-    return any(
-        torch.equal(stored[:rows].to(loaded).to(copy.dtype), copy[:rows])
-        for loaded in (copy.dtype, torch.bfloat16, torch.float16)
-    )
 
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
@@ -93,7 +82,8 @@ class ImportFinding:
 
     Attributes:
         code: `base_reinitialised`, `quantization_lost`, `wrong_revision`, `base_not_proven`, `base_compared`,
-            `quantization_assumed`, `another_base_named`, `left_out`, `untrained`, `targets_resolved`.
+            `quantization_assumed`, `another_base_named`, `left_out`, `untrained`, `targets_resolved`,
+            `base_copies_dropped`.
         text: The same in words, with values.
     """
 

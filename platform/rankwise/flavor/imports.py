@@ -18,6 +18,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from rankwise.assets.base import ResolvedBase, resolve_base
@@ -223,6 +224,12 @@ def _attach(base: LoadedBase, adapter: StoredAdapter) -> tuple[StoredAdapter, li
     add_rows(base.model, adapter.config)
     loaded = load_adapter(base.model, adapter, _NAME)
     adapter, findings = _resolved(adapter, loaded)
+    if adapter.base_copies:
+        save_file(adapter.tensors, adapter.weights, metadata={"format": "pt"})
+        names = ", ".join(sorted(adapter.base_copies))
+        text = f"the adapter's file has copies of the base's weights, which equal the base's and are left out: {names}"
+        findings.append(ImportFinding(code="base_copies_dropped", text=text))
+        adapter = replace(adapter, base_copies={})
     ids = torch.arange(1, 9, device=base.device)[None]
     if not torch.isfinite(base.model(input_ids=ids, use_cache=False).logits).all():
         raise AdapterIntegrityError("the adapter's logits over its base are not finite; it cannot be used")

@@ -19,7 +19,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from rankwise.files import write_atomically
 from rankwise.modeling.adapter_config import CONFIG_NAME, read_adapter_config, write_adapter_config
 from rankwise.modeling.adapter_targets import resolve_patterns, resolve_targets
 from rankwise.modeling.base import expected_warning, skeleton
+from rankwise.modeling.base_copies import check_base_copies, is_base_copy
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
 
 logger = logging.getLogger(__name__)
@@ -214,12 +215,14 @@ class StoredAdapter:
     """A checked PEFT directory, its tensors on the CPU.
 
     The keys of the configuration's `rank_pattern` and `alpha_pattern` are names of modules; `target_modules` and
-    `exclude_modules` are as in the file, because only a base says what they match.
+    `exclude_modules` are as in the file, because only a base says what they match. `base_copies` are the base's own
+    weights in the file, by their names in the base; they belong to no adapter.
     """
 
     directory: Path
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
+    base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> Path:
@@ -258,7 +261,9 @@ def read_adapter(directory: Path) -> StoredAdapter:
         raise AdapterIntegrityError(f"{path} is not a readable safetensors file: {error}") from error
     modules = dict.fromkeys(base_name(name.removeprefix(PREFIX).partition(".lora_")[0]) for name in sorted(tensors))
     config = resolve_patterns(config, list(modules), str(directory / CONFIG_NAME))
-    return StoredAdapter(directory=directory, config=config, tensors=tensors)
+    copies = [name for name in tensors if is_base_copy(name, config.modules_to_save)]
+    base_copies = {name.removeprefix(PREFIX): tensors.pop(name) for name in copies}
+    return StoredAdapter(directory=directory, config=config, tensors=tensors, base_copies=base_copies)
 
 
 def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -> LoraConfig:
@@ -271,6 +276,7 @@ def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -
         AdapterIntegrityError: See `read_adapter`.
         AdapterConfigError: A tensor is missing, surplus or has another shape than the configuration requires.
         AdapterTargetError: The adapter has rows for tokens beyond the model's embedding, or targets nothing in it.
+        BaseMismatchError: The adapter has a copy of a weight of the base that differs from the model's.
         ConfigError: The name is taken or invalid; or only some of the adapters have embedding rows.
     """
     if "." in adapter_name or not adapter_name:
@@ -293,6 +299,7 @@ def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_indices(base, config)
+    check_base_copies(base, stored.base_copies, str(stored.weights))
     empty = skeleton(base.config)
     modules = [name for name, _ in empty.named_modules() if name]
     config = resolve_targets(config, modules, str(directory / CONFIG_NAME))

@@ -108,6 +108,16 @@ class Estimate:
         }
 
 
+def _head(model: Any) -> dict[str, tuple[int, int]]:
+    """The head's name with (in_features, out_features): peft adapts it if it is named."""
+    head = model.get_output_embeddings()
+    return {
+        name: (int(module.in_features), int(module.out_features))
+        for name, module in model.named_modules()
+        if module is head and hasattr(module, "in_features")
+    }
+
+
 class Estimator:
     """Estimates for the arms of one base; the model without weights is built once.
 
@@ -121,6 +131,7 @@ class Estimator:
         """Build the model without weights."""
         self._model = skeleton(read_config(config))
         self.linear = linear_modules(self._model)
+        self.with_head = {**self.linear, **_head(self._model)}
         self._parameters: int = sum(parameter.numel() for parameter in self._model.parameters())
         # Such as tables of rotary embeddings, in the architecture's dtype.
         self._buffers: int = sum(buffer.numel() * buffer.element_size() for buffer in self._model.buffers())

@@ -9,6 +9,7 @@ import torch
 from helpers.bases import inject, logits
 from helpers.mlflow_models import save_with_mlflow
 from helpers.tiny import make_base
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import rankwise.flavor as flavor
@@ -124,3 +125,45 @@ def test_what_cannot_be_used_is_refused_before_anything_is_registered(world, sto
     refused(AssetError, "/no/such/base does not exist", base_model="/no/such/base")
     refused(BaseMismatchError, "does not fit GPTNeoX", base_model=make_base(tmp_path / "neox", "gpt_neox"))
     assert not store.search_registered_models("name = 'refused'")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_head_or_embedding_is_loaded_as_peft_loads_it_and_the_base_s_copy_left_out(
+    world, store, tmp_path, target
+):
+    from peft import PeftModel, get_peft_model
+
+    plain = QuantizationSpec(load_in_4bit=False)
+    model = get_peft_model(
+        world.load_base(load_in_4bit=False).model, LoraConfig(r=4, target_modules=["q_proj", target])
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.05)
+    model.save_pretrained(tmp_path / "a")
+    assert any(name.endswith("base_layer.weight") for name in load_file(tmp_path / "a" / WEIGHTS_NAME))
+    done = import_adapter(
+        tmp_path / "a", "heads", base_model=world.base_path, quantization=plain, settings=world.settings
+    )
+    assert codes(done)[-1] == "base_copies_dropped"
+    assert target in done.findings[-1].text
+    loaded = flavor.load_model(done.uri, settings=world.settings)
+    wanted = PeftModel.from_pretrained(world.load_base(load_in_4bit=False).model, tmp_path / "a")
+    assert torch.equal(logits(loaded.model), logits(wanted.eval()))
+    stored = flavor.download_adapter(done.uri, tmp_path / "pulled")
+    assert not any("base_layer" in name for name in load_file(stored / WEIGHTS_NAME))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_head_that_was_trained_itself_is_refused_with_that_reason(world, store, tmp_path):
+    from peft import get_peft_model
+
+    model = get_peft_model(world.load_base(load_in_4bit=False).model, LoraConfig(r=4, target_modules=["lm_head"]))
+    model.save_pretrained(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / WEIGHTS_NAME)
+    tensors["base_model.model.lm_head.base_layer.weight"][3] += 1
+    save_file(tensors, tmp_path / "a" / WEIGHTS_NAME)
+    with pytest.raises(BaseMismatchError, match=r"its own copy of lm_head\.weight, shape .* which is not the base's"):
+        import_adapter(tmp_path / "a", "heads", base_model=world.base_path, settings=world.settings)

@@ -76,7 +76,8 @@ def adapter_anatomy(
     stored = read_adapter(adapter) if isinstance(adapter, Path) else adapter
     config, tensors = stored.config, stored.tensors
     # The checks compare the file's header with the tensors read from it.
-    header = _header(stored.weights)
+    whole = _header(stored.weights)
+    header = [entry for entry in whole if entry.name.removeprefix(PREFIX) not in stored.base_copies]
     estimator = Estimator(base_config) if base_config is not None else None
     targets = [
         _target(name, config, tensors, [entry for entry in header if entry.name.startswith(f"{PREFIX}{name}.")])
@@ -96,10 +97,10 @@ def adapter_anatomy(
         memory=memory,
         checks=make_checks(
             stored.weights,
-            header,
+            whole,
             ordered,
             ranks={target.module: rank_of(config, target.module) for target in ordered},
-            linear=estimator.linear if estimator else None,
+            linear=estimator.with_head if estimator else None,
         ),
     )
 
