@@ -170,7 +170,9 @@ def outboxes(settings: Settings) -> Iterator[GarbageItem]:
             files = [path, path.with_suffix(".offset"), path.with_suffix(".files")]
             yield _outbox(path, files, "everything in it was delivered", partial(_close, path))
     for path in sorted(settings.outbox.glob("*")) if settings.outbox.is_dir() else []:
-        is_stray = path.suffix in {".offset", ".files", ".tmp"} and not path.with_suffix(".jsonl").exists()
+        # What was refused stays with its reasons and files until somebody has looked at it.
+        kept = any(path.with_suffix(suffix).exists() for suffix in (".jsonl", ".refused", ".invalid"))
+        is_stray = path.suffix in {".offset", ".files", ".tmp", ".reason"} and not kept
         if is_stray and time.time() - _last_use(path) > _SETTLED_S:
             yield _outbox(path, [path], "its outbox is gone", partial(_discard, path))
 

@@ -12,6 +12,9 @@ and whether steps may repeat. Every other line is one JSON record. `*.offset` ho
 | `{"file": name, "to": path, "table": bool}` | an artifact: `name` in `*.files/`, `path` in the run |
 | `{"status": "RUNNING"}`, `{"end": status, "t": milliseconds}` | the run's status |
 
+A line that is not such a record, or that the server will never accept, goes to `*.refused`, and the reason to
+`*.reason`; the artifacts of such an outbox stay. A file without a valid header is renamed to `*.invalid`.
+
 Sending a record twice changes nothing: points keep their first timestamp, and MLflow stores one row per (key,
 timestamp, step, value). The writer locks the file while it lives, so other processes adopt only orphaned files.
 """
@@ -23,7 +26,9 @@ import fcntl
 import json
 import os
 import posixpath
+import re
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -41,11 +46,19 @@ from rankwise.exceptions import TrackingError
 from rankwise.files import storage_errors
 from rankwise.redact import redact
 from rankwise.tracking.connection import UndeliverableError
+from rankwise.tracking.outbox_records import (
+    FORMAT,
+    MAX_LINE,
+    Header,
+    InvalidOutboxError,
+    kind_of,
+    parse_header,
+    parse_record,
+)
 from rankwise.tracking.values import DatasetRecord
 
-FORMAT = 2
-# Format 1 has neither attempts nor repeated steps: points were compared with the store before they were written.
-_READABLE = (1, 2)
+_CHUNK = 1 << 20
+_OFFSET = re.compile(rb"[0-9]{1,18}")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -56,11 +69,16 @@ def line_of(record: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the file, ending at byte `end`; `record` is None if it is not JSON, as after a power failure."""
+    """One line of the file, ending at byte `end`; `record` is None if it is invalid, and `problem` says why.
+
+    `skipped` is the length of a line that is too long to be read; `line` is empty then.
+    """
 
     end: int
     line: bytes
     record: Mapping[str, Any] | None
+    problem: str | None = None
+    skipped: int = 0
 
 
 class Outbox:
@@ -71,17 +89,17 @@ class Outbox:
     writable.
     """
 
-    def __init__(self, path: Path, descriptor: int, header: Mapping[str, Any], start: int) -> None:
+    def __init__(self, path: Path, descriptor: int, header: Header, start: int) -> None:
         self.path = path
-        self.run_id: str = header["run_id"]
-        self.tracking_uri: str = header["tracking_uri"]
-        self.attempt: int | None = header.get("attempt")
-        self.once: bool = header.get("once", False)
+        self.run_id = header.run_id
+        self.tracking_uri = header.tracking_uri
+        self.attempt = header.attempt
+        self.once = header.once
         self._descriptor = descriptor
         self._lock = threading.Lock()
         self.closed = False
         self._size = os.fstat(descriptor).st_size
-        self._offset = max(start, self._stored_offset())
+        self._offset = self._stored_offset(start)
         self._end = self._size if self._offset >= self._size else self._last_newline()
 
     @classmethod
@@ -90,15 +108,10 @@ class Outbox:
     ) -> Outbox:
         """Create the file for one attempt at a run."""
         path = directory / f"{run_id}.{uuid.uuid4().hex[:8]}.jsonl"
-        header = {
-            "rankwise_outbox": FORMAT,
-            "run_id": run_id,
-            "tracking_uri": redact(tracking_uri),
-            "attempt": attempt,
-            "once": once,
-            "created": time.time_ns() // 1_000_000,
-        }
-        line = line_of(header)
+        header = Header(
+            rankwise_outbox=FORMAT, run_id=run_id, tracking_uri=redact(tracking_uri), attempt=attempt, once=once
+        )
+        line = line_of({**header.model_dump(), "created": time.time_ns() // 1_000_000})
         with storage_errors(path, "writing the outbox"):
             directory.mkdir(parents=True, exist_ok=True)
             # Renamed after locking and writing, so that `adopt` never sees a file without its header.
@@ -119,20 +132,26 @@ class Outbox:
         """Open an orphaned file; None if its writer is alive or the file is gone.
 
         Raises:
-            TrackingError: The file is not an outbox, or a newer release wrote it.
+            InvalidOutboxError: The file is not an outbox.
+            TrackingError: A newer release wrote it, or it cannot be opened.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            # Opening a pipe would wait for its other end.
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise TrackingError(f"{path} cannot be opened: {error.strerror}; make it writable, or move it") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InvalidOutboxError(f"{path} is not an outbox file, but a pipe or a device")
             line = os.pread(descriptor, 65536, 0).partition(b"\n")[0]
-            header = _header(path, line)
+            header = parse_header(path, line)
             if not path.exists():  # Delivered and removed by another process between open and lock.
                 os.close(descriptor)
                 return None
@@ -148,8 +167,13 @@ class Outbox:
 
     @property
     def refused(self) -> Path:
-        """The file of records that the server will never accept."""
+        """The file of invalid lines, and of records that the server will never accept."""
         return self.path.with_suffix(".refused")
+
+    @property
+    def reason(self) -> Path:
+        """The file that says why they were refused."""
+        return self.path.with_suffix(".reason")
 
     @property
     def pending(self) -> bool:
@@ -194,12 +218,18 @@ class Outbox:
         """Return the next undelivered lines, about `limit` bytes of them."""
         start, end = self._offset, self._end
         block = os.pread(self._descriptor, min(limit, end - start), start)
-        while block and b"\n" not in block and start + len(block) < end:
+        while block and b"\n" not in block and start + len(block) < end and len(block) <= MAX_LINE:
             block += os.pread(self._descriptor, min(limit, end - start - len(block)), start + len(block))
+        if block and b"\n" not in block:
+            size = self._line_end(start + len(block)) - start
+            too_long = f"the line has {size:,} bytes; a record has at most {MAX_LINE:,}"
+            return [Entry(end=start + size, line=b"", record=None, problem=too_long, skipped=size)]
         entries = []
-        for line in block[: block.rfind(b"\n") + 1].splitlines(keepends=True):
-            start += len(line)
-            entries.append(Entry(end=start, line=line, record=_parse(line)))
+        # Not `splitlines`, which also splits at a carriage return.
+        for line in block[: block.rfind(b"\n") + 1].split(b"\n")[:-1]:
+            start += len(line) + 1
+            record, problem = parse_record(line)
+            entries.append(Entry(end=start, line=line + b"\n", record=record, problem=problem))
         return entries
 
     def commit(self, offset: int) -> None:
@@ -211,10 +241,15 @@ class Outbox:
             temporary.write_text(f"{offset}\n")
             temporary.replace(target)
 
-    def refuse(self, entries: list[Entry]) -> None:
-        """Move lines that the server will never accept to `refused`."""
-        with storage_errors(self.refused, "writing the outbox"), self.refused.open("ab") as file:
-            file.writelines(entry.line for entry in entries)
+    def refuse(self, entries: list[Entry], reason: str) -> None:
+        """Copy lines that are invalid or that the server will never accept to `refused`, and say why in `reason`."""
+        with storage_errors(self.refused, "writing the outbox"):
+            with self.refused.open("ab") as file:
+                for entry in entries:
+                    file.write(entry.line)
+                    for start in range(entry.end - entry.skipped, entry.end, _CHUNK):
+                        file.write(os.pread(self._descriptor, min(_CHUNK, entry.end - start), start))
+            note_reason(self.reason, reason)
 
     def sync(self) -> None:
         """Flush the file to disk."""
@@ -226,7 +261,8 @@ class Outbox:
         if not self.pending:
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(".offset").unlink(missing_ok=True)
-            if self.files.exists():
+            # A refused record may need its file, if somebody repairs it.
+            if self.files.exists() and not self.refused.exists():
                 shutil.rmtree(self.files)
         else:
             self.sync()
@@ -237,13 +273,30 @@ class Outbox:
         os.close(self._descriptor)
         self.closed = True
 
-    def _stored_offset(self) -> int:
+    def _stored_offset(self, start: int) -> int:
+        """The number of bytes delivered; `start` if the file of the offset is missing or damaged: all is sent again."""
+        stored = self.path.with_suffix(".offset")
+        if stored.is_dir():
+            # It would be in the way of every later offset.
+            with storage_errors(stored, "reading the outbox"):
+                stored.rename(self.path.with_suffix(f".offset-{uuid.uuid4().hex[:8]}.invalid"))
         try:
-            text = self.path.with_suffix(".offset").read_text().strip()
-        except FileNotFoundError:
-            return 0
-        # After a power failure the offset may be unreadable: send everything again.
-        return int(text) if text.isdecimal() and int(text) <= self._size else 0
+            text = stored.read_bytes().strip()
+        except OSError:
+            return start
+        offset = int(text) if _OFFSET.fullmatch(text) else 0
+        # An offset is the end of a line.
+        return offset if start <= offset <= self._size and os.pread(self._descriptor, 1, offset - 1) == b"\n" else start
+
+    def _line_end(self, start: int) -> int:
+        """The offset after the line that contains the byte `start`."""
+        while start < self._end:
+            block = os.pread(self._descriptor, min(_CHUNK, self._end - start), start)
+            newline = block.find(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            start += len(block)
+        return self._end
 
     def _last_newline(self) -> int:
         """Return the end of the last complete line; a killed process may leave a partial one, which is ignored."""
@@ -257,24 +310,23 @@ class Outbox:
         return self._offset
 
 
-def _parse(line: bytes) -> Mapping[str, Any] | None:
+def note_reason(path: Path, reason: str) -> None:
+    """Append a reason to a file of reasons, unless it is the last one there."""
+    line = " ".join(reason.split())
+    if last_reason(path) != line:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(line + "\n")
+
+
+def last_reason(path: Path) -> str | None:
+    """The last line of a file of reasons; None if there is none."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
         return None
-    return record if isinstance(record, dict) else None
-
-
-def _header(path: Path, line: bytes) -> Mapping[str, Any]:
-    header = _parse(line)
-    if header is None or "rankwise_outbox" not in header:
-        raise TrackingError(f"{path} is not an outbox file: its first line has no 'rankwise_outbox'; move it elsewhere")
-    if header["rankwise_outbox"] not in _READABLE:
-        raise TrackingError(
-            f"{path} has outbox format {header['rankwise_outbox']}; this release reads "
-            f"{' and '.join(map(str, _READABLE))}. Run `rankwise sync` with the release that wrote it"
-        )
-    return header
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in lines[-1]) if lines else None
 
 
 # Limits of one log_batch request: 1,000 metrics, 100 params, 100 tags, 1 MB. A record is longer in the request than in
@@ -283,12 +335,11 @@ MAX_METRICS = 1000
 MAX_ITEMS = 100
 MAX_BYTES = 400_000
 _BATCHED = ("m", "params", "tags")
-_KINDS = frozenset({*_BATCHED, "input", "file", "status", "end"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutboxBatch:
-    """Entries sent in one request. `kind` is the first key of their records, or `?` for damaged lines."""
+    """Entries sent in one request. `kind` is the first key of their records, or `?` for invalid lines."""
 
     kind: str
     entries: tuple[Entry, ...]
@@ -303,7 +354,7 @@ def batches(entries: Sequence[Entry]) -> Iterator[OutboxBatch]:
     """Group neighbours of one kind up to the limits of a request, in order."""
     kind, held, count, size = "", list[Entry](), 0, 0
     for entry in entries:
-        this = _kind(entry.record)
+        this = kind_of(entry.record)
         amount = len(entry.record[this]) if entry.record is not None and this in _BATCHED else 1
         limit = {"m": MAX_METRICS, "params": MAX_ITEMS, "tags": MAX_ITEMS, "?": MAX_ITEMS}.get(this, 1)
         if held and (this != kind or count + amount > limit or size + len(entry.line) > MAX_BYTES):
@@ -372,11 +423,6 @@ def deliver(client: MlflowClient, run_id: str, files: Path, batch: OutboxBatch) 
             raise AssertionError(f"outbox record of unknown kind {unknown!r}")
 
 
-def _kind(record: Mapping[str, Any] | None) -> str:
-    kind = next(iter(record), "?") if record is not None else "?"
-    return kind if kind in _KINDS else "?"
-
-
 def _merged(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, str]]:
     """Items of all records; the last value of a key wins, since the server refuses duplicate keys in a request."""
     merged: dict[str, str] = {}
@@ -386,7 +432,8 @@ def _merged(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, s
 
 
 def _artifact(client: MlflowClient, run_id: str, source: Path, path: str, *, table: bool) -> None:
-    if not source.exists():
+    # A link could lead to any file of this machine.
+    if not source.is_file() or source.is_symlink():
         raise UndeliverableError(f"the file for the artifact {path} is gone from {source.parent}")
     directory, name = posixpath.split(path)
     with tempfile.TemporaryDirectory(prefix="rankwise-") as scratch:

@@ -24,9 +24,11 @@ from typing import Any
 from mlflow import MlflowClient
 
 from rankwise.exceptions import TrackingError
+from rankwise.files import storage_errors
 from rankwise.redact import redact
 from rankwise.settings import Settings
-from rankwise.tracking.outbox import Outbox, OutboxBatch
+from rankwise.tracking.outbox import Outbox, OutboxBatch, last_reason, note_reason
+from rankwise.tracking.outbox_records import InvalidOutboxError
 from rankwise.tracking.query import RunRecord, get_run
 from rankwise.tracking.run import PREFIX
 
@@ -130,6 +132,9 @@ def adopt_orphans(settings: Settings, run_id: str | None = None) -> OrphanedOutb
     for path in sorted(settings.outbox.glob(f"{run_id or '*'}.*.jsonl"), key=lambda path: (_age(path), path.name)):
         try:
             outbox = Outbox.adopt(path)
+        except InvalidOutboxError as error:
+            problems.append(_quarantine(path, str(error)))
+            continue
         except TrackingError as error:
             problems.append(str(error))
             continue
@@ -146,17 +151,51 @@ def adopt_orphans(settings: Settings, run_id: str | None = None) -> OrphanedOutb
     return OrphanedOutboxes(outboxes=tuple(outboxes), problems=tuple(problems))
 
 
+def _quarantine(path: Path, problem: str) -> str:
+    """Rename a file that is not an outbox, so that it is reported but not tried again."""
+    target = path.with_suffix(".invalid")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_suffix(f".{number}.invalid")
+    with storage_errors(target, "moving an invalid outbox"):
+        try:
+            path.rename(target)
+        except FileNotFoundError:  # Another `sync` has just done it.
+            return problem
+        note_reason(target.with_suffix(".reason"), problem)
+    return f"{problem}; it is now {target.name}"
+
+
 def _age(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
-    except FileNotFoundError:  # Its writer has just delivered it.
+    except OSError:  # Its writer has just delivered it, or it cannot be opened either.
         return 0
 
 
 def refused_records(settings: Settings) -> tuple[str, ...]:
-    """Describe each file of records that MLflow refused permanently, one line each."""
+    """Describe each file of refused records, and each file that is not an outbox, one line each."""
     lines = []
     for path in sorted(settings.outbox.glob("*.refused")):
-        count = path.read_bytes().count(b"\n")
-        lines.append(f"{path} has {count} records that MLflow refused permanently; inspect the file, then remove it")
+        reason = last_reason(path.with_suffix(".reason"))
+        why = f" ({reason})" if reason else ""
+        lines.append(f"{path} has {_lines(path)} records that were refused permanently{why}; {_remove(path)}")
+    for path in sorted(settings.outbox.glob("*.invalid")):
+        reason = last_reason(path.with_suffix(".reason"))
+        lines.append(f"{reason or f'{path} is not an outbox file'}; it was moved to {path}; {_remove(path)}")
     return tuple(lines)
+
+
+def _remove(path: Path) -> str:
+    beside = [other.name for other in (path.with_suffix(".reason"), path.with_suffix(".files")) if other.exists()]
+    return "inspect it, then remove it" + (f" with {' and '.join(beside)}" if beside else "")
+
+
+def _lines(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    return f"{count:,}"

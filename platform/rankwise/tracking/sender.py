@@ -232,6 +232,13 @@ class Sender:
                 # The disk is full or unavailable, so no offset can be stored; or the fence cannot be checked.
                 self._report_outage(str(error))
                 blocked.add(delivery.outbox.run_id)
+            except Exception as error:
+                # A bug. Without this thread, nothing would be delivered, and every `drain` would wait for its timeout.
+                _logger.exception("run %s: its records cannot be delivered", delivery.outbox.run_id)
+                delivery.refusals.append(f"its records cannot be delivered: {type(error).__name__}: {error}")
+                with self._changed:
+                    delivery.fenced = True
+                    self._changed.notify_all()
         return not blocked
 
     def _deliver_all(self, delivery: _Delivery) -> bool:
@@ -277,7 +284,9 @@ class Sender:
         outbox = delivery.outbox
         try:
             if batch.kind == "?":
-                self._refuse(delivery, batch, f"{len(batch.entries)} damaged lines in {outbox.path}")
+                first = batch.entries[0]
+                lines = f"{len(batch.entries)} invalid lines in {outbox.path}, the first one before byte {first.end:,}"
+                self._refuse(delivery, batch, f"{lines}: {first.problem}")
             else:
                 client = self._client()
                 needed = batch if delivery.missing is None else delivery.missing(client, batch)
@@ -319,10 +328,10 @@ class Sender:
         return [final for part, why in refused for final in self._send_in_parts(client, outbox, part, why)]
 
     def _refuse(self, delivery: _Delivery, batch: OutboxBatch, reason: str) -> None:
-        delivery.outbox.refuse(list(batch.entries))
+        delivery.outbox.refuse(list(batch.entries), reason)
         delivery.refusals.append(reason)
         _logger.error(
-            "run %s: MLflow refused a record; it is kept in %s: %s",
+            "run %s: a record was refused; it is kept in %s: %s",
             delivery.outbox.run_id,
             delivery.outbox.refused,
             reason,

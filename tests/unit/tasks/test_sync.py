@@ -143,7 +143,8 @@ def test_what_waits_and_what_was_refused_is_told(store, queue, settings, sync):
     assert synced.outbox.delivered == ("nosuchrun",)
     assert "nosuchrun" in synced.outbox.problems[0]
     (refused,) = synced.refused
-    assert "has 1 records that MLflow refused permanently" in refused
+    assert "has 1 records that were refused permanently (Run with id=nosuchrun not found)" in refused
+    assert "inspect it, then remove it with nosuchrun." in refused
     assert synced.to_json()["refused"] == [refused]
     outbox.refused.unlink()
     assert sync().complete

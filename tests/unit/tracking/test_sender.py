@@ -165,7 +165,8 @@ def test_a_damaged_line_is_set_aside(tmp_path, sender, server):
     assert sender.drain(outbox, 10)
     assert server.steps == [("r1", 1)]
     (refusal,) = sender.remove(outbox)
-    assert "1 damaged lines" in refusal
+    assert "1 invalid lines" in refusal
+    assert "it must be an object that starts with one of m, params" in refusal
 
 
 def test_several_runs_are_delivered_side_by_side(tmp_path, sender, server):
