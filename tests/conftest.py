@@ -39,9 +39,15 @@ def _own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
     for name in (
         *("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RANKWISE_DATABASE_URL", "RANKWISE_BASES"),
-        *("RANKWISE_DATA_ROOT", "RANKWISE_SIGNING_KEY", "RANKWISE_TRUSTED_KEYS", "RANKWISE_WORK"),
+        *("RANKWISE_DATA_ROOT", "RANKWISE_SIGNING_KEY", "RANKWISE_TRUSTED_KEYS", "RANKWISE_WORK", "RANKWISE_UMASK"),
     ):
         monkeypatch.delenv(name, raising=False)
+    # The command line closes new files to others, for its process.
+    umask = os.umask(0o022)
+    os.umask(umask)
+    yield
+    os.umask(umask)
+    os.environ.pop("RANKWISE_UMASK", None)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.exceptions import AssetError
+from rankwise.files import make_directory, share
 from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
@@ -79,7 +80,10 @@ class DigestCache:
     def remember(self, stat: os.stat_result, sha256: str) -> None:
         """Store the SHA-256 of a file that was in this state before and after it was read."""
         with self._errors("written"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path.parent, "caching digests", shared=True)
+            if not self.path.exists():
+                self.path.touch()
+                share(self.path)
             with closing(self._connect()) as connection, connection:
                 connection.execute(_TABLE)
                 connection.execute(

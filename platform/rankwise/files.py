@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankwise.exceptions import StorageError
-from rankwise.settings import Settings
+from rankwise.settings import Settings, user_umask
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -25,15 +25,26 @@ logger = logging.getLogger(__name__)
 _FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
 _FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
 _NOT_A_DIRECTORY = "a file is where a directory must be: move it, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_ELSEWHERE = "choose another path, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
+_TOO_LARGE = "this process or file system allows no file of that size (see `ulimit -f`): raise the limit"
+_DEVICE = "check the disk, or point RANKWISE_HOME and RANKWISE_CACHE at another one"
 _STORAGE_ADVICE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
+    errno.EFBIG: _TOO_LARGE,
     errno.EROFS: _FORBIDDEN,
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.ENOTDIR: _NOT_A_DIRECTORY,
     errno.EEXIST: _NOT_A_DIRECTORY,
+    errno.EISDIR: "a directory is where a file must be: move it, or choose another path",
+    errno.ELOOP: _ELSEWHERE,
+    errno.ENAMETOOLONG: _ELSEWHERE,
+    errno.EIO: _DEVICE,
+    errno.ESTALE: _DEVICE,
 }
+# Only where a directory is made does it mean that the place cannot be written, as below /proc.
+_NO_PLACE = {errno.ENOENT: _ELSEWHERE, errno.EINVAL: _ELSEWHERE, errno.ENODEV: _ELSEWHERE, errno.ENOTSUP: _ELSEWHERE}
 
 
 @contextmanager
@@ -42,22 +53,58 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = _error_number(error)
-        if number not in _STORAGE_ADVICE:
+        number = error_number(error)
+        if isinstance(error, StorageError) or number not in _STORAGE_ADVICE:
             raise
-        where = getattr(error, "filename", None) or path
-        free = _free_space(path) if _STORAGE_ADVICE[number] is _FULL else ""
-        raise StorageError(
-            f"{doing}: cannot write {where}: {os.strerror(number)}; {_STORAGE_ADVICE[number]}{free}"
-        ) from error
+        raise _storage_error(error, number, path, doing, _STORAGE_ADVICE[number]) from error
 
 
-def _error_number(error: Exception) -> int:
+def _storage_error(error: Exception, number: int, path: Path, doing: str, advice: str) -> StorageError:
+    where = getattr(error, "filename", None) or path
+    free = _free_space(path) if advice is _FULL else ""
+    return StorageError(f"{doing}: cannot write {where}: {os.strerror(number)}; {advice}{free}")
+
+
+def error_number(error: BaseException) -> int:
+    """The operating system's number (`errno`) of an error, 0 if it has none.
+
+    The libraries in Rust (safetensors, tokenizers) raise exceptions of their own, with the number in their text.
+    """
     if isinstance(error, OSError):
         return error.errno or 0
-    # safetensors raises an exception of its own, with the number in its text.
-    match = re.search(r"\(os error ([0-9]+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    match = re.search(r"\(os error ([0-9]+)\)", str(error)[-1000:])
     return int(match[1]) if match else 0
+
+
+def describe_os_error(error: BaseException) -> str:
+    """An error of the operating system in one line, with advice: for one that no `storage_errors` has translated."""
+    number = error_number(error)
+    advice = {**_NO_PLACE, **_STORAGE_ADVICE}.get(number)
+    where = getattr(error, "filename", None)
+    named = f"cannot read or write {where}: " if where else ""
+    return f"{named}{os.strerror(number)}" + (f"; {advice}" if advice else "")
+
+
+def make_directory(path: Path, doing: str, *, shared: bool = False) -> Path:
+    """Create a directory, with its parents, unless it exists; returns it. Raises `StorageError`.
+
+    What is new is closed to other users (mode 700), or with `shared` as the user's umask says.
+    """
+    umask = user_umask() if shared else None
+    try:
+        # `mkdir(parents=True)` gives its mode to the last directory only.
+        for directory in reversed([path, *path.parents]):
+            if not directory.is_dir():
+                directory.mkdir(mode=0o777 if shared else 0o700, exist_ok=True)
+                if umask is not None:
+                    directory.chmod(0o777 & ~umask)
+    except OSError as error:
+        number = error_number(error)
+        advice = {**_NO_PLACE, **_STORAGE_ADVICE}.get(number)
+        if advice is None:
+            raise
+        raise _storage_error(error, number, path, doing, advice) from error
+    return path
 
 
 def _free_space(path: Path) -> str:
@@ -89,20 +136,27 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, shared: bool = False) -> None:
     """Write a file by temporary name, fsync and rename. Raises `StorageError`."""
-    with replacing(path) as temporary:
+    with replacing(path, shared=shared) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path for the block to write; then it is fsynced and renamed to `path`. Raises `StorageError`."""
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A temporary path for the block to write; then it is fsynced and renamed to `path`. Raises `StorageError`.
+
+    Other users cannot read the file (mode 600), or with `shared` as the user's umask says.
+    """
     with storage_errors(path, f"writing {path.name}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, f"writing {path.name}", shared=shared)
         temporary = temporary_name(path)
         try:
+            # Created here, so that it is never open to others.
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             yield temporary
+            if shared:
+                share(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -134,8 +188,12 @@ def remove_directory(path: Path, doomed: Path | None = None) -> None:
     shutil.rmtree(doomed)
 
 
-def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None], *, doing: str) -> Path:
+def ensure_entry(
+    entry: Path, settings: Settings, build: Callable[[Path], None], *, doing: str, private: bool = False
+) -> Path:
     """Return a directory of the cache. If it does not exist, one process fills it with `build` while others wait.
+
+    Unless it is `private`, its files have the permissions that the user's umask gives, for others who share the cache.
 
     An existing entry is neither locked nor written, so a read-only cache works. Raises `StorageError`; nothing is left
     behind then. `doing` describes the work in messages.
@@ -143,7 +201,8 @@ def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None],
     if entry.is_dir():
         return entry
     with storage_errors(entry, doing):
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(settings.cache, doing, shared=True)
+        make_directory(entry.parent, doing, shared=not private)
         with _locked(entry, settings, doing):
             if entry.is_dir():
                 return entry
@@ -152,7 +211,8 @@ def ensure_entry(entry: Path, settings: Settings, build: Callable[[Path], None],
             shutil.rmtree(temporary, ignore_errors=True)
             with complete_directory(temporary, lambda path: path.rename(entry)):
                 build(temporary)
-                _share(temporary)
+                if not private:
+                    share(temporary)
     return entry
 
 
@@ -190,19 +250,36 @@ def tree_size(path: Path) -> int:
     )
 
 
-def _share(path: Path) -> None:
-    """Give every file below a directory the permissions of a new file."""
-    # Python can read the umask only by changing it, for all threads: a new file shows it.
-    probe = path / ".umask"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    for folder, _, names in os.walk(path):
-        for name in names:
-            file = Path(folder) / name
-            # safetensors writes 0600, unreadable for others who share the cache.
-            if file.stat().st_mode & 0o777 != mode:
-                file.chmod(mode)
+def share(path: Path) -> None:
+    """Give a file, or a directory with everything below it, the permissions that the user's umask gives."""
+    umask = user_umask()
+    if umask is None:
+        # Python can read the umask only by changing it, for all threads: a new file shows it.
+        probe = temporary_name(path)
+        probe.touch()
+        umask = 0o666 & ~probe.stat().st_mode
+        probe.unlink()
+    below = [Path(folder) / name for folder, folders, names in os.walk(path) for name in (*folders, *names)]
+    for item in (path, *below):
+        # safetensors writes 0600 in any case.
+        mode = (0o777 if item.is_dir() else 0o666) & ~umask
+        if not item.is_symlink() and item.stat().st_mode & 0o777 != mode:
+            item.chmod(mode)
+
+
+@contextmanager
+def shared_files() -> Iterator[None]:
+    """Let the block's files have the permissions that the user's umask gives: for a cache of another library.
+
+    A umask is the whole process's. What other threads create meanwhile in a home is still in closed directories.
+    """
+    umask = user_umask()
+    before = None if umask is None else os.umask(umask)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.umask(before)
 
 
 @contextmanager
@@ -228,7 +305,7 @@ def _lock(entry: Path, settings: Settings) -> BaseFileLock:
     # In a directory of their own, so that listings of entries need not skip them.
     name = hashlib.sha256(str(entry).encode()).hexdigest()[:32]
     path = settings.cache / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent, f"locking {entry.name}", shared=True)
     return FileLock(path)
 
 

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from rankwise.files import storage_errors
+from rankwise.files import make_directory, storage_errors
 from rankwise.redact import redact
 from rankwise.settings import Settings
 
@@ -81,8 +81,8 @@ def job_log(settings: Settings, job_id: int, *, attempt: int | None = None, arm:
     """
     path = job_log_path(settings, job_id)
     with storage_errors(path, "opening the job's log"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        make_directory(path.parent, "opening the job's log")
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     own = {"job": job_id, "attempt": attempt, "arm": arm}
     handler = _JobFileHandler(descriptor, {key: value for key, value in own.items() if value is not None})
     logger = logging.getLogger()
@@ -106,7 +106,7 @@ def log_job_error(settings: Settings, job_id: int, event: str, *, attempt: int, 
         entry["exception"] = redact(exception)
     path = job_log_path(settings, job_id)
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, "writing the job's log")
         with path.open("ab") as file:
             file.write(f"{json.dumps(entry, ensure_ascii=False)}\n".encode(errors="replace"))
 

@@ -24,7 +24,7 @@ PAGES = [README, CONTRIBUTING, *sorted(DOCS.rglob("*.md"))]
 # Messages of MLflow that troubleshooting quotes.
 FOREIGN = {"Invalid Host header"}
 # Set by a worker for its own children, so not part of the interface.
-INTERNAL = {"RANKWISE_WORK"}
+INTERNAL = {"RANKWISE_WORK", "RANKWISE_UMASK"}
 # The data files that the examples name.
 DATA = {
     "orders.csv": "customer,article,quantity,price,total\nAnn,plums,2,3,6\n",

@@ -128,7 +128,7 @@ def load_table(resolved: ResolvedData, settings: Settings, progress: Reporter | 
             table.save_to_disk(str(folder / "table"))
         shutil.rmtree(scratch, ignore_errors=True)
 
-    ensure_entry(entry, settings, build, doing=f"reading {resolved.source}")
+    ensure_entry(entry, settings, build, doing=f"reading {resolved.source}", private=True)
     with _quiet_datasets():
         return datasets.load_from_disk(str(entry / "table"))
 

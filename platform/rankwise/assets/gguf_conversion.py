@@ -67,7 +67,7 @@ def converted_digest(path: Path, settings: Settings, *, verify: bool = False) ->
         return remembered.read_text(encoding="utf-8").strip()
     digest = tensors_digest(path)
     try:
-        write_atomically(remembered, f"{digest}\n".encode())
+        write_atomically(remembered, f"{digest}\n".encode(), shared=True)
     except StorageError as error:
         # A shared cache may be read-only.
         logger.warning("could not store the digest of the tensors in %s: %s", path, error)

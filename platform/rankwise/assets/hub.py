@@ -21,7 +21,7 @@ from rankwise.assets.layout import (
 from rankwise.digests import digests
 from rankwise.exceptions import AssetError, ConfigError, StorageError
 from rankwise.experiment.source import HubSource, is_pinned
-from rankwise.files import storage_errors, write_atomically
+from rankwise.files import shared_files, storage_errors, write_atomically
 from rankwise.reporter import SILENT, Advance, Reporter
 from rankwise.settings import Settings
 
@@ -76,7 +76,7 @@ def fetch_base(repo: str, commit: str, settings: Settings, progress: Reporter = 
         raise hub_unreachable(repo, commit)
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
+    with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"), shared_files():
         # Without a hub this call fails at once; the others retry for half a minute.
         siblings = HfApi().model_info(repo, revision=commit, files_metadata=True).siblings or []
         sizes = {file.rfilename: file.size or 0 for file in siblings if "/" not in file.rfilename}
@@ -106,7 +106,7 @@ def fetch_config(repo: str, commit: str, settings: Settings) -> Path:
         return Path(cached)
     if settings.offline:
         raise hub_unreachable(repo, commit)
-    with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"):
+    with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"), shared_files():
         try:
             return Path(hf_hub_download(repo, "config.json", revision=commit))
         except errors.EntryNotFoundError as error:
@@ -235,7 +235,7 @@ def _remember_reference(repo: str, revision: str, repo_type: RepoType, commit: s
     # The client keeps no reference for downloads by commit, and needs one to work offline.
     reference = _reference(repo, revision, repo_type)
     try:
-        write_atomically(reference, commit.encode())
+        write_atomically(reference, commit.encode(), shared=True)
     except StorageError as error:
         # A shared cache may be read-only.
         logger.warning("could not store the commit of %r of %s for use offline: %s", revision, repo, error)

@@ -73,6 +73,6 @@ def report(experiment: str, output: Path | None, everything: bool) -> None:
         comparison = add_queued_arms(settings, store, gathered, everything=everything)
         finding = smallest_rank(store, comparison)
         page = report_page(store, comparison, finding, command=f"rankwise report {experiment}", version=__version__)
-    write_atomically(target, page.encode())
+    write_atomically(target, page.encode(), shared=True)
     note(headline(comparison, finding))
     click.echo(str(target))

@@ -11,7 +11,7 @@ import rankwise
 from rankwise.cli.output import note, print_json, print_table
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.experiment import load_experiment
-from rankwise.files import storage_errors, write_atomically
+from rankwise.files import write_atomically
 
 
 @click.command()
@@ -82,7 +82,5 @@ def _write(directory: Path, source: Path, target: Path) -> list[Path]:
             f"files exist with other content: {', '.join(conflicts)}; move them away or choose another --out"
         )
     for path, content in contents.items():
-        with storage_errors(path, "writing an example"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        write_atomically(path, content, shared=True)
     return list(contents)

@@ -238,7 +238,7 @@ def inspect(
     if html is not None:
         from rankwise.report.anatomy import make_page
 
-        write_atomically(html.absolute(), make_page(view.anatomy, view.title, view.over).encode())
+        write_atomically(html.absolute(), make_page(view.anatomy, view.title, view.over).encode(), shared=True)
         note(f"page with plots: {html}")
     if as_json:
         signer = None if view.signer is None else vars(view.signer)

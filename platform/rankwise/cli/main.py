@@ -6,8 +6,8 @@ reader of the output has ended. Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import errno
 import importlib
+import logging
 import os
 import select
 import sys
@@ -18,10 +18,12 @@ import click
 
 from rankwise import __version__
 from rankwise.exceptions import RankwiseError, StorageError
+from rankwise.files import describe_os_error, error_number
 from rankwise.logs import configure
 from rankwise.redact import redact
-from rankwise.settings import Settings, set_log_level, set_process_defaults
+from rankwise.settings import Settings, close_new_files, set_log_level, set_process_defaults
 
+logger = logging.getLogger(__name__)
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 """The exit code that shells report for SIGPIPE."""
@@ -114,6 +116,7 @@ def _reader_gone() -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     set_process_defaults()
+    close_new_files()
     try:
         code = cli.main(
             args=None if arguments is None else list(arguments), prog_name="rankwise", standalone_mode=False
@@ -129,12 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = redact(str(error))
         click.echo(f"error: {text}" if "\n" not in text else text, err=True)
         sys.exit(error.exit_code)
-    except OSError as error:
-        # Only errors of stdout and stderr have no file name.
-        if error.filename is not None or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
+    except Exception as error:
+        if not error_number(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        click.echo(f"error: cannot write the output: {error.strerror}", err=True)
+        logger.debug("the operating system refused", exc_info=True)
+        # All files are written where their errors get a name; those of stdout and stderr have none.
+        if isinstance(error, OSError) and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            click.echo(f"error: cannot write the output: {os.strerror(error_number(error))}", err=True)
+        else:
+            click.echo(f"error: {redact(describe_os_error(error))}", err=True)
         sys.exit(StorageError.exit_code)
 
 

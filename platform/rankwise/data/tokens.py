@@ -28,7 +28,7 @@ from filelock import FileLock
 from rankwise.data.rows import answer_turns
 from rankwise.data.template import Conversation, Renderer, RenderError
 from rankwise.exceptions import DatasetError
-from rankwise.files import storage_errors, write_atomically
+from rankwise.files import make_directory, storage_errors, write_atomically
 from rankwise.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -375,7 +375,8 @@ class TokenCache:
         """
         path = self.path(key)
         with storage_errors(path, "caching tokens"):
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory.parent, "caching tokens", shared=True)
+            make_directory(self.directory, "caching tokens")
             lock = FileLock(path.with_suffix(".lock"))
             lock.acquire()
         try:

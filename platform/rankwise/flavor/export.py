@@ -117,9 +117,6 @@ def export_merged(
         with quiet_transformers():
             merged.save_pretrained(str(temporary), max_shard_size=_SHARD)
             loaded.tokenizer.save_pretrained(str(temporary))
-        for path in temporary.glob("*.safetensors"):
-            # safetensors creates files that only the owner can read; the other files follow the umask.
-            path.chmod((temporary / "config.json").stat().st_mode)
         del merged
         record = _record(loaded, used, reason, result)
         # Free everything that the comparison does not need.

@@ -33,7 +33,7 @@ from rankwise.compat.mlflow import (
 )
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
-from rankwise.files import complete_directory, storage_errors, temporary_name
+from rankwise.files import complete_directory, make_directory, share, storage_errors, temporary_name
 from rankwise.flavor.card import library_versions, model_card, pip_requirements
 from rankwise.flavor.metadata import (
     ADAPTER_DIRECTORY,
@@ -152,7 +152,7 @@ def build(
     """
     with storage_errors(directory, "storing an adapter"):
         target = directory / ADAPTER_DIRECTORY
-        target.mkdir(parents=True, exist_ok=True)
+        make_directory(target, "storing an adapter", shared=True)
         shutil.copyfile(adapter.weights, target / WEIGHTS_NAME)
         settings = write_adapter_config(adapter.config, target, base_source=facts.source, base_revision=facts.revision)
         tokenizer_files = _save_tokenizer(tokenizer, target)
@@ -296,6 +296,7 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
 
     def place(temporary: Path) -> None:
         manifest = write_manifest(temporary)
+        share(temporary)
         with _turn(target.parent):
             _check(target)
             if (target / MANIFEST_NAME).is_file() and check_manifest(target) == manifest:
@@ -310,7 +311,7 @@ def placed(target: Path, doing: str) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
 
     with storage_errors(target, doing):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent, doing, shared=True)
         with complete_directory(temporary_name(target), place) as temporary:
             yield temporary
 

@@ -43,7 +43,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
-from rankwise.files import fsync_directory, storage_errors, write_atomically
+from rankwise.files import fsync_directory, make_directory, storage_errors, write_atomically
 from rankwise.settings import Settings
 
 SUFFIXES = (".pub", ".pem")
@@ -90,7 +90,7 @@ def new_pair(directory: Path, name: str) -> tuple[Path, Path, str]:
     key = Ed25519PrivateKey.generate()
     content = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     with storage_errors(private, "writing a private key"):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory, "writing a private key", shared=True)
         # Created with its mode, so that other users can never read it.
         descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -98,7 +98,8 @@ def new_pair(directory: Path, name: str) -> tuple[Path, Path, str]:
             file.flush()
             os.fsync(file.fileno())
         fsync_directory(directory)
-    write_atomically(public, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    content = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    write_atomically(public, content, shared=True)
     return private, public, key_id(key.public_key())
 
 

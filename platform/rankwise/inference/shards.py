@@ -24,7 +24,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from rankwise.exceptions import ConfigError
-from rankwise.files import storage_errors, temporary_name, write_atomically
+from rankwise.files import make_directory, storage_errors, temporary_name, write_atomically
 from rankwise.inference.predictor import BATCH_SIZE, Answer
 from rankwise.inference.source import InputIndex, Survey
 from rankwise.modeling.decoding.generation import Decoding
@@ -114,12 +114,12 @@ class Parts:
         Raises:
             ConfigError: Another process holds the lock.
         """
-        with storage_errors(self.directory, f"writing {self.directory.name}"):
-            self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory, f"writing {self.directory.name}")
         # Outside of the directory, which is removed while the lock is held.
         lock = FileLock(self.output.with_name(f".{self.output.name}.lock"))
         try:
-            lock.acquire(blocking=False)
+            with storage_errors(self.output, f"writing {self.output.name}"):
+                lock.acquire(blocking=False)
         except Timeout:
             raise ConfigError(
                 f"another process is writing {self.output}; wait for it, or name another output"

@@ -18,7 +18,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from rankwise.exceptions import JobStoreError
-from rankwise.files import storage_errors
+from rankwise.files import make_directory, storage_errors
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {"afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "panfs", "smb2", "smb3"}
@@ -88,8 +88,7 @@ def open_engine(url: str) -> Engine:
     if parsed.database and parsed.database != ":memory:":
         refuse_network(Path(parsed.database))
         directory = Path(parsed.database).parent
-        with storage_errors(directory, "opening the queue's database"):
-            directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory, "opening the queue's database")
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
@@ -202,9 +201,8 @@ def upgrade(engine: Engine, lock: Path) -> None:
         head = head_revision()
         if current_revision(engine) == head:
             return
-        with storage_errors(lock, "locking the queue's migrations"):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        make_directory(lock.parent, "locking the queue's migrations")
+        with storage_errors(lock, "migrating the queue"), FileLock(lock):
             revision = current_revision(engine)
             if revision is not None and revision not in known_revisions():
                 raise JobStoreError(

@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 
-from rankwise.settings import Settings, set_process_defaults
+from rankwise.settings import Settings, close_new_files, set_process_defaults
 from rankwise.worker.protocol import Message, Writer, read_messages
 
 _PR_SET_PDEATHSIG = 1
@@ -41,6 +41,7 @@ def main() -> None:
     events = Writer(os.fdopen(arguments.events, "wb"))
     events.send({"event": "hello", "pid": os.getpid()})
     set_process_defaults()
+    close_new_files()
 
     stop = threading.Event()
     commands: queue.SimpleQueue[Message] = queue.SimpleQueue()

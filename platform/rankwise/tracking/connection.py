@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 
 from rankwise.compat.mlflow import SCHEMA_OUT_OF_DATE
 from rankwise.exceptions import RankwiseError, TrackingError
-from rankwise.files import storage_errors
+from rankwise.files import make_directory, storage_errors
 from rankwise.redact import redact
 from rankwise.settings import Settings
 from rankwise.tracking.relocation import check_not_moved
@@ -189,8 +189,7 @@ def _client(settings: Settings) -> MlflowClient:
 
 def _prepare(settings: Settings) -> MlflowClient:
     with storage_errors(settings.home, "opening the MLflow store"):
-        settings.home.mkdir(parents=True, exist_ok=True)
-        settings.artifacts.mkdir(exist_ok=True)
+        make_directory(settings.artifacts, "opening the MLflow store")
         # MLflow's migrations fail when two processes run them on a new database at the same time.
         lock = FileLock(settings.home / ".mlflow.lock")
         with lock, tracking_errors(f"opening {settings.home / 'mlflow.db'}"):

@@ -43,7 +43,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from rankwise.compat.mlflow import LOGGED_ARTIFACTS
 from rankwise.exceptions import TrackingError
-from rankwise.files import storage_errors
+from rankwise.files import make_directory, storage_errors
 from rankwise.redact import redact
 from rankwise.tracking.connection import UndeliverableError
 from rankwise.tracking.outbox_records import (
@@ -113,7 +113,7 @@ class Outbox:
         )
         line = line_of({**header.model_dump(), "created": time.time_ns() // 1_000_000})
         with storage_errors(path, "writing the outbox"):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory, "writing the outbox")
             # Renamed after locking and writing, so that `adopt` never sees a file without its header.
             temporary = path.with_suffix(".tmp")
             descriptor = os.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -205,7 +205,7 @@ class Outbox:
         """Store a file until it is delivered; return its name in `files`."""
         stored = f"{uuid.uuid4().hex[:12]}-{Path(name).name}"
         with storage_errors(self.files, "writing the outbox"):
-            self.files.mkdir(parents=True, exist_ok=True)
+            make_directory(self.files, "writing the outbox")
             target = self.files / stored
             try:
                 target.write_bytes(content)

@@ -31,6 +31,11 @@ _Milliseconds = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Status = Literal["RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED"]
 
 
+# What Linux allows for a name, and a path that leaves room for the directory of any artifact store.
+_LONGEST_NAME = 255
+_LONGEST_PATH = 1000
+
+
 class InvalidOutboxError(TrackingError):
     """Raised when a file is not an outbox."""
 
@@ -61,12 +66,16 @@ _AnyText = Annotated[Any, AfterValidator(_any_text)]
 def _artifact_path(path: str) -> str:
     if posixpath.normpath(path) != path or path.startswith(("/", "..")) or path == "." or "\0" in path:
         raise ValueError("an artifact path must be relative and normalized (`dir/name.ext`)")
+    if len(path.encode()) > _LONGEST_PATH or any(len(part.encode()) > _LONGEST_NAME for part in path.split("/")):
+        raise ValueError(f"an artifact path has at most {_LONGEST_PATH} bytes, and {_LONGEST_NAME} a part")
     return path
 
 
 def _file_name(name: str) -> str:
     if "/" in name or "\0" in name or name in {"", ".", ".."}:
         raise ValueError("the name of a file in the outbox's directory must have no directory")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"the name of a file has at most {_LONGEST_NAME} bytes")
     return name
 
 

@@ -28,7 +28,7 @@ from mlflow.environment_variables import (
 from rankwise import supervise
 from rankwise.compat.mlflow import INCOMPLETE_JOB, JOBS_ROUTE, executes_jobs, tracking_credentials
 from rankwise.exceptions import TrackingError
-from rankwise.files import storage_errors
+from rankwise.files import make_directory, storage_errors
 from rankwise.settings import Settings, child_environment
 
 _START_SECONDS = 120.0  # A cold start has taken 40 seconds.
@@ -70,8 +70,8 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 5000) -> Iter
     port = _free_port(host, port)
     log = settings.home / "logs" / "mlflow-server.log"
     with storage_errors(log, "starting the MLflow server"):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        settings.artifacts.mkdir(parents=True, exist_ok=True)
+        make_directory(log.parent, "starting the MLflow server")
+        make_directory(settings.artifacts, "starting the MLflow server")
         output = log.open("wb")
     # -P: modules in the working directory must not shadow MLflow's.
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]

@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rankwise.exceptions import AdapterIntegrityError
-from rankwise.files import complete_directory, remove_directory, storage_errors, write_atomically
+from rankwise.files import complete_directory, make_directory, remove_directory, storage_errors, write_atomically
 from rankwise.modeling.adapter import read_adapter, save_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.fingerprint import check_manifest, write_manifest
@@ -54,7 +54,7 @@ def replace_directory(path: Path) -> Iterator[Path]:
         StorageError: The disk is full, or the directory is not writable.
     """
     with storage_errors(path, f"writing {path.name}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, f"writing {path.name}")
 
         def place(temporary: Path) -> None:
             write_manifest(temporary)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from rankwise.files import storage_errors
+from rankwise.files import make_directory, storage_errors
 from rankwise.worker.protocol import Message, Writer, read_messages
 
 LESS_MEMORY = (
@@ -124,7 +124,7 @@ class ChildProcess:
         self._oom_kills = oom_kills()
         self._pid: int | None = None
         with storage_errors(self._log, "opening the worker's log"):
-            logs.mkdir(parents=True, exist_ok=True)
+            make_directory(logs, "opening the worker's log")
             log = self._log.open("wb")
         events, child_end = os.pipe()
         try:

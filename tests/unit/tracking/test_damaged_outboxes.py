@@ -149,6 +149,8 @@ LINES = {
         "an artifact path must be relative and normalized",
     ),
     "a file outside": (b'{"file":"../../x","to":"x","table":false}', "must have no directory"),
+    "a name that no file has": (b'{"file":"%s","to":"x","table":false}' % (b"x" * 300), "at most 255 bytes"),
+    "a path that no store has": (b'{"file":"x","to":"%s","table":false}' % (b"x/" * 600 + b"x"), "at most 1000 bytes"),
     "a data set that is a number": (b'{"input":3}', "input: Input should be a valid dictionary"),
     "a status of another program": (b'{"end":"DONE","t":1}', "end: Input should be 'RUNNING'"),
     "a surplus key": (b'{"end":"FINISHED","t":1,"x":1}', "x: Extra inputs are not permitted"),
