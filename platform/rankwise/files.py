@@ -10,17 +10,16 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rankwise.exceptions import StorageError
+from rankwise.lock_holders import lock_holders
 from rankwise.settings import Settings, user_umask
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
 logger = logging.getLogger(__name__)
+_FIRST_LOCK_WAIT_S = 0.1
+_LOCK_WAIT_S = 5.0
 
 _FULL = "free some space, or point RANKWISE_HOME and RANKWISE_CACHE at a larger disk"
 _FORBIDDEN = "make it writable, or point RANKWISE_HOME and RANKWISE_CACHE elsewhere"
@@ -228,12 +227,16 @@ def remove_entry(entry: Path, settings: Settings) -> int:
 
 def remove_leftovers(root: Path, settings: Settings) -> int:
     """Remove incomplete entries that dead processes left below `root`; their bytes. Raises `StorageError`."""
-    from filelock import Timeout
+    from filelock import FileLock, Timeout
 
     freed = 0
     for temporary in sorted(root.glob(".*.tmp")):
         entry = root / temporary.name.removeprefix(".").removesuffix(".tmp")
-        with storage_errors(temporary, "removing leftovers"), suppress(Timeout), _lock(entry, settings).acquire(0):
+        with (
+            storage_errors(temporary, "removing leftovers"),
+            suppress(Timeout),
+            FileLock(_lock_path(entry, settings)).acquire(0),
+        ):
             if temporary.is_dir():
                 freed += tree_size(temporary)
                 shutil.rmtree(temporary)
@@ -283,30 +286,47 @@ def shared_files() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(entry: Path, settings: Settings, doing: str) -> Iterator[None]:
-    from filelock import Timeout
+def file_lock(path: Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a file; wait while another process of this machine holds it.
 
-    lock = _lock(entry, settings)
-    try:
-        lock.acquire(timeout=0.1)
-    except Timeout:
-        logger.info("%s: waiting for another process that does the same", doing)
-        lock.acquire()
+    The wait is logged, and a holder that is stopped is named: it does not release the lock before it is resumed or
+    ended. `doing` describes the work in messages. Raises `StorageError` if the file cannot be written.
+    """
+    # Late: every command imports this module at its start, and few of them take a lock.
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    named: set[int] = set()
+    pause = _FIRST_LOCK_WAIT_S
+    while True:
+        try:
+            with storage_errors(path, doing):
+                lock.acquire(timeout=pause)
+            break
+        except Timeout:
+            if pause == _FIRST_LOCK_WAIT_S:
+                logger.info("%s: waiting for another process that does the same", doing)
+            pause = _LOCK_WAIT_S
+            for holder in lock_holders(path):
+                if holder.stopped and holder.pid not in named:
+                    named.add(holder.pid)
+                    logger.warning("%s: waiting for a lock: %s", doing, holder.text())
     try:
         yield
     finally:
         lock.release()
 
 
-def _lock(entry: Path, settings: Settings) -> BaseFileLock:
-    # Late: every command imports this module at its start, and few of them take a lock.
-    from filelock import FileLock
+def _locked(entry: Path, settings: Settings, doing: str) -> AbstractContextManager[None]:
+    return file_lock(_lock_path(entry, settings), doing)
 
+
+def _lock_path(entry: Path, settings: Settings) -> Path:
     # In a directory of their own, so that listings of entries need not skip them.
     name = hashlib.sha256(str(entry).encode()).hexdigest()[:32]
     path = settings.cache / "locks" / f"{name}.lock"
     make_directory(path.parent, f"locking {entry.name}", shared=True)
-    return FileLock(path)
+    return path
 
 
 _DECIMAL_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}

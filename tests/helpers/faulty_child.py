@@ -4,6 +4,7 @@
 |---|---|
 | `hang` | reading the rows never comes back |
 | `stop_before_registering` | parent and child are stopped (SIGSTOP) between the token check and the registration |
+| `stop_in_mlflow`, `stop_in_queue` | the same, inside a writing transaction on that database |
 | `registry_away` | the first registration finds no server |
 | `clock` | `time.time` is an hour ahead |
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
@@ -53,13 +55,17 @@ def main() -> None:
             return load(self, *arguments)
 
         RowsCache._load = hang_in_the_data_loader
-    if fault == "stop_before_registering":
+    if fault in {"stop_before_registering", "stop_in_mlflow", "stop_in_queue"}:
         import rankwise.flavor as flavor
 
         log_adapter = flavor.log_adapter
 
         def stopped(*arguments, **named):
-            if strikes("stop_before_registering"):
+            if strikes(fault):
+                if fault != "stop_before_registering":
+                    name = {"stop_in_mlflow": "mlflow.db", "stop_in_queue": "rankwise.db"}[fault]
+                    connection = sqlite3.connect(Path(os.environ["RANKWISE_HOME"]) / name, isolation_level=None)
+                    connection.execute("BEGIN IMMEDIATE")
                 os.kill(int(os.environ["FAULT_PARENT"]), signal.SIGSTOP)
                 os.kill(os.getpid(), signal.SIGSTOP)
             return log_adapter(*arguments, **named)

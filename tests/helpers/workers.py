@@ -65,14 +65,23 @@ def queue_of(project: Project) -> Iterator[JobStore]:
 
 def processes(project: Project) -> dict[int, psutil.Process]:
     """All that run in the project's directory: workers, their children, and the programs that stand for warm ones."""
-    found = {}
+    return {process.pid: process for process, directory in _working_directories() if directory == project.directory}
+
+
+def end_processes(directory: Path) -> None:
+    """Kill every process that runs in a directory or below it."""
+    for process, working_directory in _working_directories():
+        if working_directory.is_relative_to(directory) and process.pid != os.getpid():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _working_directories() -> Iterator[tuple[psutil.Process, Path]]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if os.readlink(f"/proc/{process.pid}/cwd") == str(project.directory) and (
-                process.status() != psutil.STATUS_ZOMBIE
-            ):
-                found[process.pid] = process
-    return found
+            directory = Path(os.readlink(f"/proc/{process.pid}/cwd"))
+            if process.status() != psutil.STATUS_ZOMBIE:
+                yield process, directory
 
 
 def send(project: Project, number: signal.Signals) -> None:

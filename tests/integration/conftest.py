@@ -1,10 +1,19 @@
-"""A real PostgreSQL, started once for all modules that need one."""
+"""A real PostgreSQL, started once for all modules that need one; the end of processes that a failed test left over."""
 
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+from helpers.workers import end_processes
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test(request, tmp_path):
+    """Without this, what a failed fault test stopped or left running would disturb the next test."""
+    yield
+    if request.node.get_closest_marker("faults"):
+        end_processes(tmp_path)
 
 
 @pytest.fixture(scope="session")

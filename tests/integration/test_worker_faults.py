@@ -1,9 +1,11 @@
 """Workers that are killed, stopped, told to stop, hung, or whose clock is wrong: the work is as if nothing had been."""
 
 import random
+import re
 import signal
 import time
 
+import psutil
 import pytest
 from helpers.fault_table import record
 from helpers.project import make_project
@@ -45,6 +47,10 @@ def queued(project, state):
 
 def claimed(project):
     return queued(project, JobState.RUNNING)
+
+
+def stopped_processes(project):
+    return [each for each in processes(project).values() if each.status() == psutil.STATUS_STOPPED]
 
 
 def trained(project):
@@ -155,11 +161,11 @@ def test_a_worker_stopped_between_the_token_check_and_the_registration_leaves_on
     project = submitted(tmp_path)
     zombie = Process(project, "2", str(LEASE), "600", module="helpers.faulty_worker", FAULT="stop_before_registering")
     until(lambda: (project.home / "fault-stop_before_registering").exists(), what="the stop")
-    time.sleep(0.5)
-    stopped = [each for each in processes(project).values() if each.status() == "stopped"]
-    assert len(stopped) == 2
-    assert Process(project, *WORKER).wait() == 0
-    for process in stopped:
+    until(lambda: len(stopped_processes(project)) == 2, what="the stop of both")
+    second = Process(project, *WORKER)
+    assert second.wait() == 0, second.said
+    # If the sender was inside a transaction, the second worker has ended the child.
+    for process in stopped_processes(project):
         process.send_signal(signal.SIGCONT)
     assert zombie.wait() == 0, zombie.said
     both = project.succeed("sync", "--json")
@@ -168,6 +174,36 @@ def test_a_worker_stopped_between_the_token_check_and_the_registration_leaves_on
         "SIGSTOP between token check and registration",
         "at rest 1 version each",
         f"{both.count('models:/tiny-adder/')} superfluous version removed by the zombie or by sync",
+    )
+
+
+@pytest.mark.parametrize("database", ["mlflow", "queue"])
+def test_a_worker_stopped_inside_a_transaction_is_ended_when_its_lease_has_expired(tmp_path, database):
+    project = submitted(tmp_path)
+    fault = f"stop_in_{database}"
+    zombie = Process(project, "2", str(LEASE), "600", module="helpers.faulty_worker", FAULT=fault)
+    until(lambda: (project.home / f"fault-{fault}").exists(), what="the stop")
+    until(lambda: len(stopped_processes(project)) == 2, what="the stop of both")
+    began = time.monotonic()
+    second = Process(project, *WORKER)
+    assert second.wait() == 0, second.said
+    took = time.monotonic() - began
+    file = {"mlflow": "mlflow.db", "queue": "rankwise.db"}[database]
+    assert re.search(
+        rf"ended process \d+ of worker \S+, whose lease has expired: it was stopped and held the lock of \S+{file}",
+        second.said,
+    ), second.said
+    # Only the process with the lock was ended.
+    (parent,) = stopped_processes(project)
+    parent.send_signal(signal.SIGCONT)
+    assert zombie.wait() == 0, zombie.said
+    assert "out of memory" not in zombie.said
+    project.succeed("sync", "--json")
+    at_rest(project, STEPS)
+    record(
+        f"SIGSTOP inside a transaction on {file}, lease {LEASE} s",
+        "another worker ends the stopped process and finishes its jobs",
+        f"all done {took:.0f} s after the second worker's start",
     )
 
 

@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from filelock import FileLock
 
 from rankwise.data.rows import answer_turns
 from rankwise.data.template import Conversation, Renderer, RenderError
 from rankwise.exceptions import DatasetError
-from rankwise.files import make_directory, storage_errors, write_atomically
+from rankwise.files import file_lock, make_directory, storage_errors, write_atomically
 from rankwise.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -377,9 +376,7 @@ class TokenCache:
         with storage_errors(path, "caching tokens"):
             make_directory(self.directory.parent, "caching tokens", shared=True)
             make_directory(self.directory, "caching tokens")
-            lock = FileLock(path.with_suffix(".lock"))
-            lock.acquire()
-        try:
+        with file_lock(path.with_suffix(".lock"), "caching tokens"):
             if path.exists():
                 try:
                     return read(path, key)
@@ -388,8 +385,6 @@ class TokenCache:
             made = make()
             write_atomically(path, to_bytes(made, key))
             return made
-        finally:
-            lock.release()
 
 
 class CorruptEntryError(Exception):

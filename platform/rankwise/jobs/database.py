@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +15,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from filelock import FileLock
 from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
 from rankwise.exceptions import JobStoreError
-from rankwise.files import make_directory, storage_errors
+from rankwise.files import file_lock, make_directory
+from rankwise.lock_holders import database_holders, describe_holders
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {"afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "panfs", "smb2", "smb3"}
@@ -54,8 +57,11 @@ def refuse_network(path: Path) -> None:
         )
 
 
+logger = logging.getLogger(__name__)
 BUSY_TIMEOUT_S = 60
 """How long a SQLite writer waits for another one."""
+_BUSY_WAIT_S = 5
+"""After so many seconds a stopped process that blocks the writer is named."""
 POSTGRESQL_TIMEOUTS = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -89,7 +95,7 @@ def open_engine(url: str) -> Engine:
         refuse_network(Path(parsed.database))
         directory = Path(parsed.database).parent
         make_directory(directory, "opening the queue's database")
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = create_engine(parsed, connect_args={"timeout": min(_BUSY_WAIT_S, BUSY_TIMEOUT_S)})
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
@@ -103,10 +109,36 @@ def open_engine(url: str) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        reading = connection.get_execution_options().get("rankwise_read_only", False)
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+        if connection.get_execution_options().get("rankwise_read_only", False):
+            connection.exec_driver_sql("BEGIN")
+        else:
+            _begin_writing(connection, Path(parsed.database or ""))
 
     return engine
+
+
+def _begin_writing(connection: Any, database: Path) -> None:
+    """Begin a transaction when the other writers have ended theirs, or raise after `BUSY_TIMEOUT_S`."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    named: set[int] = set()
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
+                raise
+            holders = database_holders(database)
+            if time.monotonic() >= deadline:
+                raise JobStoreError(
+                    f"the queue's database {database} was locked for {BUSY_TIMEOUT_S} s: "
+                    + (describe_holders(holders) or "another process is writing to it; try again")
+                ) from error
+            for holder in holders:
+                if holder.stopped and holder.pid not in named:
+                    named.add(holder.pid)
+                    logger.warning("waiting for the queue's database: %s", holder.text())
+        else:
+            return
 
 
 def _parsed(url: str) -> URL:
@@ -202,7 +234,7 @@ def upgrade(engine: Engine, lock: Path) -> None:
         if current_revision(engine) == head:
             return
         make_directory(lock.parent, "locking the queue's migrations")
-        with storage_errors(lock, "migrating the queue"), FileLock(lock):
+        with file_lock(lock, "migrating the queue"):
             revision = current_revision(engine)
             if revision is not None and revision not in known_revisions():
                 raise JobStoreError(

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
 from rankwise.exceptions import TrackingError
-from rankwise.files import remove_entry, storage_errors, tree_size
+from rankwise.files import file_lock, remove_entry, storage_errors, tree_size
 from rankwise.jobs.job import Job, JobState
 from rankwise.jobs.store import JobStore, every_job
 from rankwise.modeling.quantized_cache import ENTRY_NAME, list_entries
@@ -285,7 +284,7 @@ def _needs_tokens(references: References, used: float) -> bool:
 
 def _remove_tokens(path: Path) -> None:
     # The lock of `TokenCache`. The lock file stays because another process may be waiting for it.
-    with storage_errors(path, "removing tokens"), FileLock(path.with_suffix(".lock")):
+    with storage_errors(path, "removing tokens"), file_lock(path.with_suffix(".lock"), "removing tokens"):
         path.unlink(missing_ok=True)
 
 

@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import mlflow
 import requests
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD,
@@ -27,12 +28,14 @@ from mlflow.exceptions import MlflowException
 
 from rankwise.compat.mlflow import SCHEMA_OUT_OF_DATE
 from rankwise.exceptions import RankwiseError, TrackingError
-from rankwise.files import make_directory, storage_errors
+from rankwise.files import file_lock, make_directory, storage_errors
+from rankwise.lock_holders import database_holders, describe_holders
 from rankwise.redact import redact
 from rankwise.settings import Settings
 from rankwise.tracking.relocation import check_not_moved
 
 _LONGEST = 600
+_SQLITE = "sqlite:///"
 # The server will never accept the request. Other errors may be temporary: a restart, a lock, an expired token.
 _FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"})
 # The value cannot be stored. Databases that this process writes to directly raise these errors unchanged.
@@ -58,8 +61,11 @@ def is_final(error: BaseException) -> bool:
     return isinstance(error, MlflowException) and error.error_code in _FINAL
 
 
-def describe(error: BaseException) -> str:
-    """Describe the cause in one redacted line, with advice for known errors."""
+def describe(error: BaseException, database: Path | None = None) -> str:
+    """Describe the cause in one redacted line, with advice for known errors.
+
+    `database` is the store's SQLite file, by default that of MLflow's current store.
+    """
     text = " ".join(redact(str(error)).split())
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + " ..."
@@ -89,10 +95,20 @@ def describe(error: BaseException) -> str:
     elif isinstance(error, requests.RequestException) or "failed with exception" in lowered:
         advice = "check MLFLOW_TRACKING_URI and that the server is running; unset it to use the store in RANKWISE_HOME"
     elif "database is locked" in lowered:
-        advice = "another process has locked the database; try again, or use a tracking server if many processes write"
+        advice = _lock_advice(database)
     else:
         return text
     return f"{text} ({advice})"
+
+
+def _lock_advice(database: Path | None) -> str:
+    uri = mlflow.get_tracking_uri()
+    if database is None and uri.startswith(_SQLITE):
+        database = Path(uri.removeprefix(_SQLITE))
+    holders = [] if database is None else database_holders(database)
+    return describe_holders(holders) or (
+        "another process has locked the database; try again, or use a tracking server if many processes write"
+    )
 
 
 def _account() -> str:
@@ -101,11 +117,12 @@ def _account() -> str:
 
 
 @contextmanager
-def tracking_errors(doing: str) -> Iterator[None]:
+def tracking_errors(doing: str, *, database: Path | None = None) -> Iterator[None]:
     """Raise `TrackingError` for errors of MLflow, `requests`, the store's database and artifact stores.
 
     Args:
         doing: The operation, for the message: "creating the experiment 'x'".
+        database: The store's SQLite file; by default that of MLflow's current store.
     """
     try:
         yield
@@ -115,7 +132,7 @@ def tracking_errors(doing: str) -> Iterator[None]:
             or type(error).__module__.partition(".")[0] in _LIBRARIES
         ):
             raise
-        raise TrackingError(f"{doing}: {describe(error)}") from error
+        raise TrackingError(f"{doing}: {describe(error, database)}") from error
 
 
 def paged(doing: str, fetch: Callable[[str | None], Any]) -> Iterator[Any]:
@@ -191,8 +208,9 @@ def _prepare(settings: Settings) -> MlflowClient:
     with storage_errors(settings.home, "opening the MLflow store"):
         make_directory(settings.artifacts, "opening the MLflow store")
         # MLflow's migrations fail when two processes run them on a new database at the same time.
-        lock = FileLock(settings.home / ".mlflow.lock")
-        with lock, tracking_errors(f"opening {settings.home / 'mlflow.db'}"):
+        database = settings.home / "mlflow.db"
+        doing = f"opening {database}"
+        with file_lock(settings.home / ".mlflow.lock", doing), tracking_errors(doing, database=database):
             try:
                 client = _client(settings)
             except MlflowException as error:

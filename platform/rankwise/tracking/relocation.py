@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from filelock import FileLock
-
 from rankwise.exceptions import ConfigError, StorageError, TrackingError
-from rankwise.files import storage_errors
+from rankwise.files import file_lock, storage_errors
 from rankwise.settings import Settings
 
 # MLflow's columns with locations, and the column that identifies their row.
@@ -94,7 +92,8 @@ def relocate(settings: Settings) -> tuple[Locations, Path | None]:
     path = settings.home / "mlflow.db"
     if not path.exists():
         raise ConfigError(f"{settings.home} has no MLflow store; set RANKWISE_HOME to the home that was moved")
-    with storage_errors(settings.home, "rewriting the stored locations"), FileLock(settings.home / ".mlflow.lock"):
+    doing = "rewriting the stored locations"
+    with storage_errors(settings.home, doing), file_lock(settings.home / ".mlflow.lock", doing):
         found = find_moved(settings)
         if not found.moved:
             return found, None

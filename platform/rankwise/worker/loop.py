@@ -20,11 +20,13 @@ import psutil
 from rankwise.exceptions import JobStoreError, TrackingError
 from rankwise.jobs.job import Job, JobState, Outcome, Worker
 from rankwise.jobs.store import JobStore
+from rankwise.lock_holders import start_of
 from rankwise.reporter import Reporter
 from rankwise.worker.child import Child
 from rankwise.worker.child_client import ChildClient, CommandFailedError, as_exception
 from rankwise.worker.heartbeat import Heartbeat, Stop, Timing, lease_clock
 from rankwise.worker.job_runner import JobRunner, Note, OutageBackoff, PendingFollowUps, PendingUploads
+from rankwise.worker.lock_watch import ANNOUNCES, CHILD, CHILD_STARTED, STARTED
 from rankwise.worker.protocol import Message, Result, ResultFiles
 
 MAX_ARMS = 16
@@ -78,8 +80,9 @@ class WorkerLoop:
         self._reporter = reporter
         self._stop = stop
         self._timing = timing or Timing()
-        self._info = {"state": "idle", **(info or {})}
-        self._heartbeat = Heartbeat(queue, self._timing, worker, lambda: {**self._info, "child": self._child.pid})
+        identity = {STARTED: start_of(worker.pid), ANNOUNCES: self._timing.announce}
+        self._info = {"state": "idle", **identity, **(info or {})}
+        self._heartbeat = Heartbeat(queue, self._timing, worker, self._announced_info)
         self._uploads = PendingUploads(self._timing)
         self._outages = OutageBackoff(self._timing, reporter)
         self._child = ChildClient(spawn, reporter=reporter, heartbeat=self._heartbeat, timing=self._timing, stop=stop)
@@ -95,6 +98,10 @@ class WorkerLoop:
         self._unsettled = True
         self._finishes_sweeps = True
         self._watched: str | None = None
+
+    def _announced_info(self) -> dict[str, Any]:
+        child = self._child.pid
+        return {**self._info, CHILD: child, CHILD_STARTED: None if child is None else start_of(child)}
 
     def __enter__(self) -> WorkerLoop:
         self._results.remove_stale()
