@@ -13,7 +13,7 @@ A `PretendTensor` is a meta tensor to C++ (torch without CUDA has no guard for i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda", 0)
 # What may have an operand on each side: copies, and tensors that are indexed by numbers of the CPU.
+_READS = {"tolist", "item", "__bool__", "__float__", "__int__", "__index__"}
 _CROSSING = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_", "aten::index_put"}
 
 
@@ -76,11 +77,39 @@ class PretendTensor(torch.Tensor):
             )
         target = kwargs.pop("device", None)
         if func._schema.name == "aten::copy_" and not isinstance(args[0], PretendTensor):
+            _transfer("to the CPU")
             return args[0].copy_(_held(args[1]))
+        if _watchers:
+            _watchers[-1][0](func, args)
+            if func._schema.name == "aten::copy_" and not isinstance(args[1], PretendTensor):
+                _transfer("to the GPU")
         out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
         if target is not None and torch.device(target).type == "cpu":
             return out
         return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrapped, out))
+
+
+_watchers: list[tuple[Callable[[Any, Any], None], Callable[[str], None]]] = []
+
+
+@contextmanager
+def watched(operation: Callable[[Any, Any], None], transfer: Callable[[str], None]) -> Iterator[None]:
+    """Report to functions inside the block.
+
+    Args:
+        operation: Called with each dispatched operator and its arguments.
+        transfer: Called with the direction of each copy, or read of a value, that makes the CPU wait.
+    """
+    _watchers.append((operation, transfer))
+    try:
+        yield
+    finally:
+        _watchers.pop()
+
+
+def _transfer(direction: str) -> None:
+    if _watchers:
+        _watchers[-1][1](direction)
 
 
 def _held(value: Any) -> Any:
@@ -107,7 +136,10 @@ class _Mode(TorchFunctionMode):
         own = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if name == "cuda" and own is not None:
             return _moved(own, "cuda")
-        if name in {"cpu", "tolist", "numpy"} and isinstance(own, PretendTensor):
+        if name in _READS and isinstance(own, PretendTensor):
+            _transfer(f"read by {name}")
+            return func(own.held, *args[1:], **kwargs)
+        if name in {"cpu", "numpy"} and isinstance(own, PretendTensor):
             return _moved(own, "cpu") if name == "cpu" else func(own.held, *args[1:], **kwargs)
         if name == "to" and own is not None:
             device = kwargs.pop("device", None)
@@ -168,6 +200,7 @@ def _moved(tensor: torch.Tensor, device: Any) -> torch.Tensor:
     there = _is_gpu(device) or isinstance(device, int)
     if there == isinstance(tensor, PretendTensor):
         return tensor
+    _transfer("to the GPU" if there else "to the CPU")
     return _Move.apply(tensor)
 
 
