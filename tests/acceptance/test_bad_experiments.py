@@ -16,7 +16,7 @@ from rankwise.cli.main import main
 
 KEYS = (
     "version, name, description, base_model, base_model_revision, base_model_config, quantization, lora, dataset, "
-    "training, seed, init_from, sweep, evaluation, register, promotion, tracking"
+    "training, seed, init_from, sweep, evaluation, answer, register, promotion, tracking"
 )
 LORA = "r, lora_alpha, lora_dropout, target_modules, use_rslora"
 TRAINING = (

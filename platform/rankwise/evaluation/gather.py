@@ -37,6 +37,10 @@ EVAL_HASH = "rankwise.eval_hash"
 """On the run of an arm or of the bare base: which evaluation its results are of."""
 BASE_EVALUATIONS = "rankwise.base_evaluations"
 """On a sweep's run: the evaluations of the bare base that belong to it, separated by commas."""
+ANSWER_PLAN = "rankwise.answer"
+"""On a sweep's run: the plan of its answer as JSON (`AnswerPlan`); empty without one."""
+EARLIER_PLANS = "rankwise.answer_before"
+"""On a sweep's run: a JSON list of the plans that later submissions replaced; null where there was none."""
 DEFAULT_PRIMARY_METRIC = "eval.loss"
 
 # Params that are texts even where all their characters are digits (a commit, a column).

@@ -197,6 +197,28 @@ def _promotion_reads_means(view: FieldView) -> Iterator[Problem]:
 
 
 @_rule
+def _answer_reads_a_mean(view: FieldView) -> Iterator[Problem]:
+    if not view.given("answer"):
+        return
+    if not view.given("dataset.eval"):
+        yield _at("answer", "compares ranks on evaluation rows: give dataset.eval")
+    # The margin is in the unit of what is tested, a mean over rows; perplexity is not one.
+    key, means = view["evaluation.primary_metric"], means_of(_usable_metrics(view))
+    if key in keys_of(view["evaluation.metrics"]) and key not in means:
+        text = f"must be a mean over rows for an answer ({', '.join(means)}), got {show(key)}"
+        yield _at("evaluation.primary_metric", text)
+
+
+@_rule
+def _looks_in_order(view: FieldView) -> Iterator[Problem]:
+    if not view.given("answer"):
+        return
+    first, most = view["answer.seeds.first"], view["answer.seeds.most"]
+    if most < first:
+        yield _at("answer.seeds.most", f"must be at least first ({show(first)}), got {show(most)}")
+
+
+@_rule
 def _metrics_are_different(view: FieldView) -> Iterator[Problem]:
     seen: set[str] = set()
     for index, metric in enumerate(view["evaluation.metrics"]):
@@ -435,10 +457,31 @@ def _rungs_choose_nothing(view: FieldView) -> Iterator[Problem]:
         yield Problem(path=("sweep", "early_stopping", "min_steps"), text=text)
 
 
+def _tuned_fields_are_swept(view: FieldView) -> Iterator[Problem]:
+    if not view.given("answer"):
+        return
+    swept = [*view["sweep.parameters"], *(path for arm in view["sweep.arms"] for path in arm)]
+    axes = [path for path in dict.fromkeys(swept) if path not in {"lora.r", "seed"}]
+    listed: set[str] = set()
+    for index, path in enumerate(view["answer.tune"]):
+        place: KeyPath = ("answer", "tune", index)
+        if path in {"lora.r", "seed"}:
+            text = f"must not have {path}: ranks are what is compared, and seeds are what repeats it"
+            yield Problem(path=place, text=text)
+        elif path not in swept:
+            known = f"; the sweep has {', '.join(axes)}" if axes else ""
+            text = f"must be a field that the sweep varies, got {show(path)}{did_you_mean(path, axes)}{known}"
+            yield Problem(path=place, text=text)
+        elif path in listed:
+            yield Problem(path=place, text=f"{show(path)} is listed twice; remove one")
+        listed.add(path)
+
+
 _SWEEP_RULES: tuple[Callable[[FieldView], Iterator[Problem]], ...] = (
     _results_need_rows,
     _rungs_need_rows,
     _rungs_choose_nothing,
+    _tuned_fields_are_swept,
 )
 
 

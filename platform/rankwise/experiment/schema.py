@@ -285,6 +285,31 @@ class EvaluationSpec(Section):
     """Rows evaluated together."""
 
 
+class AnswerSeeds(Section):
+    """Numbers of seeds, where the sweep has no seed axis; otherwise its values are the seeds, and none are added."""
+
+    first: Annotated[int, Field(ge=2)] = 5
+    """Seeds of each rank before the first look at the results."""
+    most: Annotated[int, Field(ge=2)] = 10
+    """Seeds of each rank at the second and last look, if the first one leaves a rank undecided."""
+    pilot: Count = 2
+    """Additional seeds that choose each rank's values of `tune`; they take no part in the answer."""
+
+
+class AnswerSpec(Section):
+    """What the sweep must show to say which rank is enough. Set it before training: the answer is a test."""
+
+    margin: Annotated[float, Field(gt=0)]
+    """How much worse than the largest rank a rank may be and still be enough, in the unit of the primary metric.
+    A start: 0.02 for a loss (2 % of perplexity) and for metrics between 0 and 1."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Confidence of all statements of the answer together."""
+    seeds: AnswerSeeds = AnswerSeeds()
+    """Numbers of seeds."""
+    tune: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Swept fields, such as training.learning_rate, at whose own best value each rank is compared."""
+
+
 class RegisterSpec(Section):
     """Where adapters are registered. Without this section, no model version is created."""
 
@@ -351,6 +376,8 @@ class ExperimentSpec(Section):
     """The arms; without this section there is one."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """What is measured."""
+    answer: AnswerSpec | None = None
+    """What the sweep must show to say which rank is enough; null: no statement about ranks."""
     # A field named `register` would shadow ABCMeta.register, hence the property below.
     registration: RegisterSpec | None = Field(default=None, alias="register")
     """Where adapters are registered."""

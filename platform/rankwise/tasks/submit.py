@@ -6,6 +6,7 @@ the bare base, and reuses work of other experiments. Repeating a submission comp
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,9 +14,18 @@ from typing import Any
 
 from rankwise.assets.layout import read_json
 from rankwise.data.preflight import Report
-from rankwise.evaluation.gather import BASE_EVALUATIONS, DEFAULT_PRIMARY_METRIC, EVAL_HASH, LINKED, PRIMARY_METRIC
+from rankwise.evaluation.gather import (
+    ANSWER_PLAN,
+    BASE_EVALUATIONS,
+    DEFAULT_PRIMARY_METRIC,
+    EARLIER_PLANS,
+    EVAL_HASH,
+    LINKED,
+    PRIMARY_METRIC,
+)
 from rankwise.evaluation.metrics import MetricValue, to_tracking
 from rankwise.exceptions import JobError
+from rankwise.experiment.answer_plan import PROPOSED_MARGIN, answer_plan
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.hashing import digest
@@ -228,6 +238,8 @@ class PreparedSweep:
     Attributes:
         sweep: ID of the set of arms and evaluations: the tag `rankwise.sweep` of the sweep's run.
         parent_run_id: Run of an earlier submission of the same sweep.
+        previous_plan: That run's plan of the answer, as JSON; empty if it had none.
+        earlier_plans: The plans before that one.
         reports: Preflight report and preview by name of the rows.
     """
 
@@ -236,6 +248,8 @@ class PreparedSweep:
     sweep: str
     experiment_id: str
     parent_run_id: str | None
+    previous_plan: str
+    earlier_plans: Sequence[Any]
     complete: bool
     reports: dict[str, tuple[Report, str]]
 
@@ -285,6 +299,8 @@ def prepare(
         sweep=sweep,
         experiment_id=experiment_id,
         parent_run_id=previous[-1].run_id if previous else None,
+        previous_plan=previous[-1].tags.get(ANSWER_PLAN, "") if previous else "",
+        earlier_plans=json.loads(previous[-1].tags.get(EARLIER_PLANS, "[]")) if previous else [],
         complete=complete,
         reports=_check(context, arms, rows, bases) if preflight and not complete else {},
     )
@@ -306,6 +322,7 @@ def submit(
     spec = prepared.experiment.spec
     for job_id in after:
         context.queue.get(job_id)
+    _announce(context, prepared.experiment)
     parent_run_id = prepared.parent_run_id or _create_parent(context, prepared, command)
     _store_reports(context, prepared, parent_run_id)
     first = ArmWork(
@@ -375,7 +392,12 @@ def _create_parent(context: Context, prepared: PreparedSweep, command: str) -> s
     run = context.store.start_run(
         prepared.experiment_id,
         f"sweep of {sum(prepared.experiment.planned_rounds) or len(prepared.sweep_arms)} arms",
-        tags={**provenance.tags(), SWEEP_TAG: prepared.sweep, PRIMARY_METRIC: spec.evaluation.primary_metric},
+        tags={
+            **provenance.tags(),
+            SWEEP_TAG: prepared.sweep,
+            PRIMARY_METRIC: spec.evaluation.primary_metric,
+            **_plan_tags(prepared),
+        },
         description=sweep_note(spec, prepared.arms, command=command),
         kind="sweep",
         status="SCHEDULED",
@@ -398,8 +420,41 @@ def _resume_current(context: Context, prepared: PreparedSweep, parent_run_id: st
     run = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
     # `compare` shows the sweep that was submitted last.
     bases = sorted({arm.base_eval_hash() for arm in prepared.arms})
-    run.tags({**sweep_tags([arm.spec_hash for arm in prepared.arms]), BASE_EVALUATIONS: ",".join(bases)})
+    tags = sweep_tags([arm.spec_hash for arm in prepared.arms])
+    run.tags({**tags, BASE_EVALUATIONS: ",".join(bases), **_plan_tags(prepared)})
     return run
+
+
+def _plan_tags(prepared: PreparedSweep) -> dict[str, str]:
+    """The plan of the answer; of a sweep that was submitted before, also the plans that this one replaces."""
+    plan = answer_plan(prepared.experiment)
+    new = "" if plan is None else json.dumps(plan.to_json())
+    old = prepared.previous_plan
+    if prepared.parent_run_id is None or old == new:
+        return {ANSWER_PLAN: new}
+    earlier = [*prepared.earlier_plans, json.loads(old) if old else None]
+    return {ANSWER_PLAN: new, EARLIER_PLANS: json.dumps(earlier[-_MOST_EARLIER:])}
+
+
+_MOST_EARLIER = 10  # an MLflow tag holds 8,000 characters
+
+
+def _announce(context: Context, experiment: Experiment) -> None:
+    """Say before training that a sweep will give no answer, and what to add."""
+    if len({arm.lora.r for arm in experiment.arms}) < 2 and not experiment.is_search:
+        return
+    plan = answer_plan(experiment)
+    one_seed = len({arm.seed for arm in experiment.arms}) == 1
+    if plan is None:
+        why = "one seed each" if one_seed else "no margin is set"
+        context.reporter.warn(
+            f"{why}, so there will be no statement about ranks: add `answer: {{margin: {PROPOSED_MARGIN}}}` to the "
+            "definition"
+        )
+    elif len(plan.seeds) < 2:
+        context.reporter.warn(
+            "one seed each, so there will be no statement about ranks: give sweep.parameters.seed at least two values"
+        )
 
 
 def _store_reports(context: Context, prepared: PreparedSweep, parent_run_id: str) -> None:

@@ -35,7 +35,10 @@ def sweep_note(
         arms_part += f"\n\n... and {len(arms) - len(shown)} more"
     parts.append(arms_part)
     parts.append(_setup_text(arms[0]) if arms else "")
-    parts.append(f"Ranked by `{spec.evaluation.primary_metric}`.")
+    ranked = f"Ranked by `{spec.evaluation.primary_metric}`."
+    if spec.answer is not None:
+        ranked += f" Margin of the answer: {spec.answer.margin:g}, at {100 * spec.answer.confidence:g} % confidence."
+    parts.append(ranked)
     if command:
         parts.append(f"Run it again:\n\n```\n{command}\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
