@@ -21,8 +21,9 @@ from rankwise.settings import Settings
 def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> None:
     """Compare the arms of EXPERIMENT (the `name:` of its definition) across ranks.
 
-    The first line names the smallest rank that is not worse than the best beyond noise, by paired differences over the
-    evaluation examples at 95 % confidence; `rankwise report EXPERIMENT` has the rule, plots and curves.
+    The first line is the answer: the smallest rank that is enough, compared with the largest one, with the margin and
+    confidence of the definition's `answer` section. Without it, or with one seed, there is no statement about ranks.
+    `rankwise report EXPERIMENT` has limits, plots and curves.
 
     By default only arms of the latest sweep are compared; --all adds those of earlier sweeps.
 
@@ -32,8 +33,8 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv are mutually exclusive")
+    from rankwise.evaluation.findings import findings
     from rankwise.evaluation.gather import gather
-    from rankwise.evaluation.smallest_rank import smallest_rank
     from rankwise.report.comparison_output import comparison_csv, comparison_json, comparison_view
     from rankwise.tracking.store import Store
 
@@ -41,10 +42,11 @@ def compare(experiment: str, everything: bool, as_json: bool, as_csv: bool) -> N
     with Store.open(settings) as store:
         gathered = gather(store, experiment, everything=everything)
         comparison = add_queued_arms(settings, store, gathered, everything=everything)
-        finding = None if as_csv else smallest_rank(store, comparison)
+        finding = None if as_csv else findings(store, comparison)
     if as_json:
+        assert finding is not None, "only CSV has no findings"
         print_json(comparison_json(comparison, finding))
-    elif as_csv:
+    elif finding is None:
         click.echo(comparison_csv(comparison), nl=False)
     else:
         show(lambda console: comparison_view(comparison, console, finding))
@@ -61,9 +63,9 @@ def report(experiment: str, output: Path | None, everything: bool) -> None:
 
     The page works offline, as a single file. The sweep's run has the same page as its artifact `report.html`.
     """
+    from rankwise.evaluation.findings import findings
     from rankwise.evaluation.gather import gather
-    from rankwise.evaluation.smallest_rank import smallest_rank
-    from rankwise.report.page import headline, report_page
+    from rankwise.report.page import report_page
     from rankwise.tracking.store import Store
 
     target = output or Path(f"{experiment.replace('/', '-')}.html")
@@ -71,8 +73,8 @@ def report(experiment: str, output: Path | None, everything: bool) -> None:
     with Store.open(settings) as store:
         gathered = gather(store, experiment, everything=everything)
         comparison = add_queued_arms(settings, store, gathered, everything=everything)
-        finding = smallest_rank(store, comparison)
+        finding = findings(store, comparison)
         page = report_page(store, comparison, finding, command=f"rankwise report {experiment}", version=__version__)
     write_atomically(target, page.encode(), shared=True)
-    note(headline(comparison, finding))
+    note(finding.answer.text)
     click.echo(str(target))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from rankwise.evaluation.metrics import MetricValue, SeedMean, over_seeds
+from rankwise.experiment.answer_plan import AnswerPlan
 from rankwise.experiment.halving import PRUNED
 from rankwise.files import format_size
 
@@ -102,7 +103,11 @@ class Configuration:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All arms of an experiment, sorted by rank, then by the other settings, then by seed."""
+    """All arms of an experiment, sorted by rank, then by the other settings, then by seed.
+
+    `plan` is what its answer rests on, None without one; `earlier_plans` are those that it replaced (None where there
+    was none).
+    """
 
     experiment: str
     primary_metric: str
@@ -111,6 +116,8 @@ class Comparison:
     arms: tuple[ArmRecord, ...]
     experiment_id: str | None = None
     parent_run_id: str | None = None
+    plan: AnswerPlan | None = None
+    earlier_plans: tuple[AnswerPlan | None, ...] = ()
 
     @cached_property
     def configurations(self) -> tuple[Configuration, ...]:
@@ -216,6 +223,8 @@ def compare(
     base: Mapping[str, MetricValue] | None = None,
     experiment_id: str | None = None,
     parent_run_id: str | None = None,
+    plan: AnswerPlan | None = None,
+    earlier_plans: Sequence[AnswerPlan | None] = (),
 ) -> Comparison:
     """Put arms side by side.
 
@@ -227,6 +236,8 @@ def compare(
         base: The bare base's results on the same examples; None or empty while there are none.
         experiment_id: MLflow's.
         parent_run_id: The sweep's run.
+        plan: What its answer rests on.
+        earlier_plans: The plans that it replaced.
     """
     return Comparison(
         experiment=experiment,
@@ -236,6 +247,8 @@ def compare(
         arms=tuple(sorted(arms, key=_order)),
         experiment_id=experiment_id,
         parent_run_id=parent_run_id,
+        plan=plan,
+        earlier_plans=tuple(earlier_plans),
     )
 
 

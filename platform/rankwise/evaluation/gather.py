@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from rankwise.evaluation.compare import ArmRecord, Comparison, Param, compare
 from rankwise.evaluation.metrics import MetricValue, finite, from_tracking
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.answer_plan import AnswerPlan
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.module_names import layer_of
 from rankwise.redact import redact
@@ -79,6 +81,7 @@ def gather(store: Store, experiment: str, *, everything: bool = False, parent_ru
     arms = [arm_record(_decisive(of_arm)) for of_arm in by_spec_hash(trained).values()]
     if not arms:
         raise ConfigError(f"experiment {experiment!r} has no arms yet; start them with `rankwise run FILE`")
+    plan, earlier = _plans({} if sweep is None else sweep.tags)
     bases = _bases(sweep, [run for run in _of_kind(runs, "base") if run.status == "FINISHED"])
     primary = DEFAULT_PRIMARY_METRIC if sweep is None else sweep.tags.get(PRIMARY_METRIC, DEFAULT_PRIMARY_METRIC)
     return compare(
@@ -89,7 +92,17 @@ def gather(store: Store, experiment: str, *, everything: bool = False, parent_ru
         base=from_tracking(bases[-1].metrics) if bases else None,
         experiment_id=experiment_id,
         parent_run_id=None if sweep is None else sweep.run_id,
+        plan=plan,
+        earlier_plans=earlier,
     )
+
+
+def _plans(tags: Mapping[str, str]) -> tuple[AnswerPlan | None, tuple[AnswerPlan | None, ...]]:
+    """The plan of a sweep's answer, and those that it replaced."""
+    plan = json.loads(tags.get(ANSWER_PLAN) or "null")
+    earlier = json.loads(tags.get(EARLIER_PLANS) or "[]")
+    plan, *others = [None if each is None else AnswerPlan.from_json(each) for each in (plan, *earlier)]
+    return plan, tuple(others)
 
 
 def _bases(sweep: RunRecord | None, bases: Sequence[RunRecord]) -> Sequence[RunRecord]:
@@ -161,10 +174,16 @@ class Influences(NamedTuple):
     Attributes:
         ids: Of the examples; those with one prompt are one, under the id of the first.
         values: (n,), in their order; the sum is 0.
+        shares: (n,) of the weights; the sum is 1.
+        rows: How many rows these examples are.
+        bounded: Whether all values of rows are between 0 and 1, as those of a share are.
     """
 
     ids: tuple[str, ...]
     values: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    rows: int
+    bounded: bool
 
 
 def read_influences(store: Store, arms: Sequence[ArmRecord], key: str) -> dict[str, Influences]:
@@ -210,10 +229,15 @@ def influences(table: Mapping[str, Any], key: str, mean: MetricValue) -> Influen
         whole = weights.sum()
         own = float(weights @ values / whole) if whole else math.nan
         if math.isclose(own, mean.value, rel_tol=1e-6, abs_tol=1e-9):
-            moves: dict[str, float] = {}
-            for row, move in zip(rows, weights * (values - own) / whole, strict=True):
-                moves[str(row[name])] = moves.get(str(row[name]), 0.0) + float(move)
-            return Influences(tuple(moves), np.array(list(moves.values())))
+            places: dict[str, int] = {}
+            at_cluster = np.array([places.setdefault(str(row[name]), len(places)) for row in rows])
+            return Influences(
+                tuple(places),
+                np.bincount(at_cluster, weights=weights * (values - own) / whole).astype(np.float64),
+                np.bincount(at_cluster, weights=weights / whole).astype(np.float64),
+                len(rows),
+                bool(values.min() >= 0.0 and values.max() <= 1.0),
+            )
     return None
 
 

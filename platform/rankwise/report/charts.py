@@ -162,16 +162,17 @@ class Chart:
 
     def point(
         self, x: float, y: float, *, colour: int | None = 0, tip: str = "", radius: float = 4.0, style: str = "",
-        error: float | None = None,
+        error: float | None = None, limits: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
-        """Draw a mark in the shape of its colour, with an error bar of `error` to both sides; colour None is grey.
+        """Draw a mark in the shape of its colour, with a bar of `error` to both sides, or between `limits`.
 
-        `style` adds the classes `hollow`, `faint` or `ring`.
+        Colour None is grey. `style` adds the classes `hollow`, `faint` or `ring`. A limit may be infinite.
         """
         at, up = self._place(x, y)
         classes = f"{_colour(colour)} {style}".strip()
         shape = _shape(0 if colour is None else colour, at, up, radius)
-        bar = self._bar(at, y, error) if error else ""
+        ends = limits if limits is not None else (y - error, y + error) if error else None
+        bar = self._bar(at, *ends) if ends is not None else ""
         self._marks.append(f'<g class="m {classes}">{bar}{shape}{svg_title(tip)}</g>')
 
     def line(
@@ -230,9 +231,12 @@ class Chart:
     def _place(self, x: float, y: float) -> tuple[float, float]:
         return self._left + self._wide * self.x.share(x), _TOP + self._high * (1 - self.y.share(y))
 
-    def _bar(self, at: float, y: float, error: float) -> str:
-        top, bottom = (self._place(self.x.low, min(max(v, self.y.low), self.y.high))[1] for v in (y + error, y - error))
-        caps = "".join(f"M{at - 3:.1f},{up:.1f}h6" for up in (top, bottom))
+    def _bar(self, at: float, low: float, high: float) -> str:
+        """A bar between two values; an end beyond the axis has no cap."""
+        ends = [min(max(value, self.y.low), self.y.high) for value in (high, low)]
+        top, bottom = (self._place(self.x.low, end)[1] for end in ends)
+        shown = [up for up, end, value in zip((top, bottom), ends, (high, low), strict=True) if end == value]
+        caps = "".join(f"M{at - 3:.1f},{up:.1f}h6" for up in shown)
         return f'<path class="e" d="M{at:.1f},{top:.1f}V{bottom:.1f}{caps}"/>'
 
     def _frame(self) -> str:

@@ -13,6 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.evaluation.answer import Decision
+from rankwise.evaluation.answer_text import Answer
 from rankwise.evaluation.compare import (
     ALPHA,
     NONE,
@@ -29,7 +31,7 @@ from rankwise.evaluation.compare import (
     title,
     with_error,
 )
-from rankwise.evaluation.smallest_rank import RankFinding
+from rankwise.evaluation.findings import Findings
 from rankwise.report.costs import costs, importance
 
 MOST_ROWS = 40
@@ -46,13 +48,13 @@ class _Column:
     leading: bool = False
 
 
-def comparison_view(comparison: Comparison, console: Console, finding: RankFinding | None = None) -> RenderableType:
+def comparison_view(comparison: Comparison, console: Console, finding: Findings) -> RenderableType:
     """Return the terminal table, split in two if the console is too narrow, with notes on what it leaves out.
 
     Args:
         comparison: The arms.
         console: The console to draw for.
-        finding: The smallest rank, for the first line; None if unknown or without results.
+        finding: Its configurations and answer.
     """
     shown = _shown(comparison, finding)
     columns = _columns(comparison, shown)
@@ -64,20 +66,37 @@ def comparison_view(comparison: Comparison, console: Console, finding: RankFindi
         results = [column for column in rest if column.heading not in _COST]
         costs = [column for column in rest if column.heading in _COST]
         parts = [_table([*leading, *each], len(shown)) for each in (results, costs)]
-    first = [Text(finding.headline, style="bold green")] if finding is not None else []
-    head = Text(_headline(comparison), style="bold" if finding is None else "")
-    problems = []
-    if finding is not None and finding.problem:
-        text = f"Per-example results could not be read, so errors are treated as independent: {finding.problem}"
-        problems.append(Text(text, style="yellow"))
-    return Group(*first, head, *parts, *_notes(comparison, len(shown)), *problems)
+    answer = finding.answer
+    first = [Text(answer.text, style=_ANSWER_STYLE[answer.status])]
+    if answer.hint:
+        first.append(Text(answer.hint, style="yellow"))
+    if answer.decision is not None:
+        first.append(Text(_limits(answer, answer.decision)))
+    return Group(*first, Text(_headline(comparison)), *parts, *_notes(comparison, len(shown)))
 
 
-def _shown(comparison: Comparison, finding: RankFinding | None) -> list[Configuration]:
+_ANSWER_STYLE = {"enough": "bold green", "undecided": "bold yellow", "no_statement": "bold"}
+_STATUS = {"enough": "enough", "not_enough": "not enough", "undecided": "undecided"}
+
+
+def _limits(answer: Answer, decision: Decision) -> str:
+    """One line: the difference and limits of each rank."""
+    ranks = []
+    for each in decision.outcomes:
+        if each.status == "reference":
+            continue
+        limits = "" if each.lower is None or each.upper is None else f" [{each.lower:+.3g}, {each.upper:+.3g}]"
+        difference = "no difference" if each.difference is None else f"{each.difference:+.3g}"
+        ranks.append(f"r = {each.rank:g} {difference}{limits} {_STATUS[each.status]}")
+    against = f"against r = {decision.reference.rank:g}, + is worse"
+    return f"{title(answer.key)} {against}: {'; '.join(ranks)}"
+
+
+def _shown(comparison: Comparison, finding: Findings) -> list[Configuration]:
     """All configurations; of many, the best ones and the best of each rank, in their order."""
     if len(comparison.configurations) <= MOST_ROWS:
         return list(comparison.configurations)
-    wanted = {id(each) for each, _, _ in finding.by_rank} if finding is not None else set()
+    wanted = {id(each) for each in finding.by_rank}
     for each in (*comparison.ranking, *comparison.configurations):
         if len(wanted) >= MOST_ROWS:
             break
@@ -146,7 +165,8 @@ def _headline(comparison: Comparison) -> str:
     best = comparison.ranking[0]
     mean, rank = best.metric(key), format_param(best.params.get(RANK))
     assert mean is not None, "a ranked configuration has a value"
-    return f"{head}; best: r = {rank} with {with_error(key, mean.value, mean.stderr)}"
+    extreme = "highest" if comparison.greater_is_better else "lowest"
+    return f"{head}; {extreme}: r = {rank} with {with_error(key, mean.value, mean.stderr)}"
 
 
 def _notes(comparison: Comparison, shown: int) -> list[Text]:
@@ -231,16 +251,14 @@ def _largest(configuration: Configuration, field: str) -> int | None:
     return max(values, default=None)
 
 
-def comparison_json(comparison: Comparison, finding: RankFinding | None) -> dict[str, object]:
+def comparison_json(comparison: Comparison, finding: Findings) -> dict[str, object]:
     """Return what `compare --json` prints and the sweep's run stores as `comparison.json`.
 
-    `smallest_rank` is null while no arm has a result; `importance` has a `reason` instead of `settings` if it is
-    unknown.
+    `importance` is null while no arm has a result, and has a `reason` instead of `settings` if it is unknown.
     """
     places = {id(each): place for place, each in enumerate(comparison.ranking, start=1)}
-    found = costs(finding) if finding is not None else None
+    found = costs(finding)
     on_front = {id(point.configuration) for point in found.points if point.on_front} if found is not None else set()
-    remaining = finding.remaining if finding is not None else frozenset()
     configurations = []
     for each in comparison.configurations:
         mean = each.metric(comparison.primary_metric)
@@ -253,13 +271,12 @@ def comparison_json(comparison: Comparison, finding: RankFinding | None) -> dict
                 "mean": mean.value if mean else None,
                 "stderr": mean.stderr if mean else None,
                 "spread": mean.spread if mean else None,
-                "not_worse": id(each) in remaining,
                 "on_front": id(each) in on_front,
             }
         )
     return {
         **comparison.to_json(),
-        "smallest_rank": finding.to_json() if finding is not None else None,
+        "answer": finding.answer.to_json(),
         "configurations": configurations,
         "importance": _importance(comparison, finding),
     }
@@ -285,8 +302,8 @@ def comparison_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def _importance(comparison: Comparison, finding: RankFinding | None) -> dict[str, object] | None:
-    if finding is None:
+def _importance(comparison: Comparison, finding: Findings) -> dict[str, object] | None:
+    if not finding.configurations:
         return None
     found = importance(comparison, finding)
     if isinstance(found, str):

@@ -29,7 +29,7 @@ from rankwise.evaluation.compare import (
     title,
     with_error,
 )
-from rankwise.evaluation.smallest_rank import RankFinding
+from rankwise.evaluation.findings import Findings
 from rankwise.report.charts import Chart, axis
 from rankwise.report.quality import metric_axis
 from rankwise.report.tables import alpha_over_rank, axis_name, settings_text
@@ -75,7 +75,7 @@ class Costs:
     points: tuple[Costed, ...]
 
 
-def costs(finding: RankFinding) -> Costs | None:
+def costs(finding: Findings) -> Costs | None:
     """Return quality and costs; None if fewer than two configurations have both."""
     rows = []
     for each in finding.configurations:
@@ -97,12 +97,12 @@ def costs(finding: RankFinding) -> Costs | None:
     return Costs(names=tuple(names), points=tuple(points))
 
 
-def cost_charts(comparison: Comparison, finding: RankFinding, found: Costs) -> list[Markup]:
+def cost_charts(comparison: Comparison, finding: Findings, found: Costs) -> list[Markup]:
     """Return one chart per cost; filled points are on the front of all costs, the line is that of this cost alone."""
     return [_chart(comparison, finding, found, at) for at in range(len(found.names))]
 
 
-def front_rows(comparison: Comparison, finding: RankFinding, found: Costs) -> list[dict[str, str]]:
+def front_rows(comparison: Comparison, finding: Findings, found: Costs) -> list[dict[str, str]]:
     """Return the configurations on the front as texts by heading, smallest adapter first."""
     rows = []
     for point in sorted((each for each in found.points if each.on_front), key=lambda each: each.costs):
@@ -116,7 +116,7 @@ def front_rows(comparison: Comparison, finding: RankFinding, found: Costs) -> li
     return rows
 
 
-def _chart(comparison: Comparison, finding: RankFinding, found: Costs, at: int) -> Markup:
+def _chart(comparison: Comparison, finding: Findings, found: Costs, at: int) -> Markup:
     name = found.names[at]
     values = [point.costs[at] for point in found.points]
     log = max(values) > 4 * min(values) > 0
@@ -130,7 +130,7 @@ def _chart(comparison: Comparison, finding: RankFinding, found: Costs, at: int) 
     chart.line(_steps(found.points, at, finding.greater_is_better), colour=0, style="thin")
     many = len(found.points) > 150
     for point in found.points:
-        ring = "ring" if point.configuration is finding.chosen else ""
+        ring = "ring" if point.configuration in finding.chosen else ""
         cost_text = ", ".join(_text(n, cost) for n, cost in zip(found.names, point.costs, strict=True))
         quality = with_error(finding.key, point.quality)
         tip = f"{settings_text(comparison, point.configuration)}: {quality}, {cost_text}"
@@ -207,7 +207,7 @@ class Importance:
     configurations: int
 
 
-def importance(comparison: Comparison, finding: RankFinding) -> Importance | str:
+def importance(comparison: Comparison, finding: Findings) -> Importance | str:
     """Return the shares, or the reason why there are none."""
     configurations = finding.configurations
     means = [each.metric(finding.key) for each in configurations]
@@ -239,7 +239,7 @@ def importance(comparison: Comparison, finding: RankFinding) -> Importance | str
     )
 
 
-def _settings(comparison: Comparison, finding: RankFinding) -> dict[str, list[Param | None]]:
+def _settings(comparison: Comparison, finding: Findings) -> dict[str, list[Param | None]]:
     """The settings that vary, by name. Alpha counts as alpha / r where that has fewer values: it is what was chosen."""
     found: dict[str, list[Param | None]] = {}
     for key in (RANK, *comparison.varying):

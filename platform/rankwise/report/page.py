@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from rankwise.evaluation.compare import ArmRecord, Comparison, title, with_error
+from rankwise.evaluation.findings import Findings
 from rankwise.evaluation.gather import TRAIN_LOSS, read_curves, read_layers
-from rankwise.evaluation.smallest_rank import RankFinding
+from rankwise.report.answer_charts import difference_chart, narrowing_charts
 from rankwise.report.costs import cost_charts, costs, front_rows, importance
 from rankwise.report.quality import chosen_arms, curve_charts, layer_chart, rank_charts, slice_charts, use_chart
 from rankwise.report.render import render
@@ -42,22 +43,47 @@ class ReportSection:
     notes: Sequence[str] = ()
 
 
-def by_rank(comparison: Comparison, finding: RankFinding) -> ReportSection:
-    """The best configuration of each rank compared with the best overall, and the rule."""
+def answer_parts(comparison: Comparison, finding: Findings) -> list[ReportSection]:
+    """The answer: differences to the largest rank, how limits narrow, and the ranks in numbers."""
+    answer, decision = finding.answer, finding.answer.decision
     heads, rows = rank_table(comparison, finding)
-    text = 'The best configuration of each rank, compared with the best overall. "At most" is the confidence limit.'
-    return ReportSection(id="ranks", title="Rank by rank", texts=[text], heads=heads, rows=rows, notes=finding.notes)
+    if decision is None or answer.plan is None:
+        text = "Means over seeds and evaluation rows. They describe these adapters; they are no statement about ranks."
+        return [ReportSection(id="ranks", title="Rank by rank", texts=[text], heads=heads, rows=rows)]
+    largest = f"r = {decision.reference.rank:g}"
+    parts = [
+        ReportSection(
+            id="answer",
+            title=f"How much worse than {largest}?",
+            texts=[
+                "A rank is enough if its upper limit is within the margin (the grey band), and not enough if its lower "
+                "limit is beyond it. Small marks are single seeds."
+            ],
+            charts=[difference_chart(answer, decision)],
+            heads=heads,
+            rows=rows,
+            notes=answer.notes,
+        )
+    ]
+    if charts := narrowing_charts(answer, decision):
+        text = (
+            "The limits with the first two, three, ... seeds. Only the planned looks are tests; the picture shows what "
+            "more seeds bring."
+        )
+        parts.append(ReportSection(id="seeds", title="How limits narrow with seeds", texts=[text], charts=charts))
+    return parts
 
 
-def quality(comparison: Comparison, finding: RankFinding) -> list[ReportSection]:
+def quality(comparison: Comparison, finding: Findings) -> list[ReportSection]:
     """Quality against the rank and other settings, and which settings matter."""
     several = any(len(each.finished) > 1 for each in finding.configurations)
     over = "the evaluation rows and seeds; small marks are single seeds" if several else "the evaluation rows"
+    ring = " A ring marks the rank named in the first line." if finding.chosen else ""
     parts = [
         ReportSection(
             id="quality",
             title="Quality against rank",
-            texts=[f"Bars: one standard error over {over}. A ring marks the configuration named in the first line."],
+            texts=[f"Bars: one standard error over {over}.{ring}"],
             charts=rank_charts(comparison, finding),
         )
     ]
@@ -70,7 +96,7 @@ def quality(comparison: Comparison, finding: RankFinding) -> list[ReportSection]
     return parts
 
 
-def _importance(comparison: Comparison, finding: RankFinding) -> ReportSection:
+def _importance(comparison: Comparison, finding: Findings) -> ReportSection:
     found = importance(comparison, finding)
     name = "Which settings matter"
     if isinstance(found, str):
@@ -102,7 +128,7 @@ def _importance(comparison: Comparison, finding: RankFinding) -> ReportSection:
     return ReportSection(id="importance", title=name, heads=heads, rows=rows, notes=[note])
 
 
-def against_costs(comparison: Comparison, finding: RankFinding) -> list[ReportSection]:
+def against_costs(comparison: Comparison, finding: Findings) -> list[ReportSection]:
     """Quality against size, memory and time; nothing if fewer than two configurations have costs."""
     found = costs(finding)
     if found is None:
@@ -164,7 +190,7 @@ class Material:
 
     Attributes:
         comparison: The arms.
-        finding: The smallest rank; None while no arm has a result.
+        finding: Its configurations and answer.
         curve_arms: Arms whose curves are shown.
         curves: Their points by run id and key.
         curve_keys: Keys to draw, in this order.
@@ -176,7 +202,7 @@ class Material:
     """
 
     comparison: Comparison
-    finding: RankFinding | None
+    finding: Findings
     curve_arms: Sequence[ArmRecord]
     curves: Mapping[str, Mapping[str, Sequence[MetricPoint]]]
     curve_keys: Sequence[str]
@@ -192,9 +218,9 @@ def make_page(material: Material) -> str:
     comparison, finding = material.comparison, material.finding
     base = comparison.base.get(comparison.primary_metric)
     parts = [without_result(comparison)]
-    if finding is not None:
+    if finding.configurations:
         parts = [
-            by_rank(comparison, finding),
+            *answer_parts(comparison, finding),
             *quality(comparison, finding),
             *parts,
             *against_costs(comparison, finding),
@@ -204,8 +230,8 @@ def make_page(material: Material) -> str:
         "report.html.j2",
         page_title=f"{comparison.experiment}: comparison across ranks",
         experiment=comparison.experiment,
-        headline=headline(comparison, finding),
-        one_seed=_one_seed(finding),
+        headline=finding.answer.text,
+        hint=finding.answer.hint or "",
         counts=count_text(comparison.arms),
         metric=title(comparison.primary_metric).capitalize(),
         better="greater" if comparison.greater_is_better else "smaller",
@@ -214,24 +240,6 @@ def make_page(material: Material) -> str:
         arms=arm_table(comparison, finding),
         mlflow=material.mlflow,
         footer=f"rankwise {material.version}. Made by: {material.command}",
-    )
-
-
-def headline(comparison: Comparison, finding: RankFinding | None) -> str:
-    """Return the first line: the smallest rank, or why there is none."""
-    if finding is not None:
-        return finding.headline
-    if all(arm.status in {"FAILED", "KILLED"} for arm in comparison.arms):
-        return "No rank can be named: no arm has finished."
-    return "No rank can be named yet: no arm has a result."
-
-
-def _one_seed(finding: RankFinding | None) -> str:
-    if finding is None or finding.verdict.seeds or len(finding.configurations) < 2:
-        return ""
-    return (
-        "How much results vary between seeds is unknown, so the first line is about these adapters, not about their "
-        "settings. Error bars show the noise over examples only."
     )
 
 
@@ -265,15 +273,13 @@ LOCAL_UI = "http://127.0.0.1:5000"
 _MOST_LAYER_LINES = 12
 
 
-def report_page(
-    store: Store, comparison: Comparison, finding: RankFinding | None, *, command: str, version: str
-) -> str:
+def report_page(store: Store, comparison: Comparison, finding: Findings, *, command: str, version: str) -> str:
     """Return the HTML page of a comparison.
 
     Args:
         store: The store of its arms.
         comparison: The arms.
-        finding: The result of `smallest_rank`.
+        finding: The result of `findings`.
         command: The command that makes the page again.
         version: rankwise's.
 
@@ -299,10 +305,10 @@ def report_page(
     )
 
 
-def _of_ranks(comparison: Comparison, finding: RankFinding | None) -> list[ArmRecord]:
+def _of_ranks(comparison: Comparison, finding: Findings) -> list[ArmRecord]:
     """An arm of the best configuration of each rank; without results, of each rank with a finished arm."""
-    if finding is not None:
-        found = [each.finished[0] for each, _, _ in finding.by_rank]
+    if finding.configurations:
+        found = [each.finished[0] for each in finding.by_rank]
     else:
         found = [each.finished[0] for each in comparison.configurations if each.finished]
     return found[:_MOST_LAYER_LINES]

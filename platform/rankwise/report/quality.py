@@ -21,8 +21,8 @@ from rankwise.evaluation.compare import (
     title,
     with_error,
 )
+from rankwise.evaluation.findings import Findings, rank_of
 from rankwise.evaluation.metrics import MetricValue
-from rankwise.evaluation.smallest_rank import RankFinding, rank_of
 from rankwise.report.charts import COLOURS, Chart, ChartAxis, axis, shorten
 from rankwise.report.tables import alpha_over_rank, axis_name, settings_text, status_of
 from rankwise.tracking.query import MetricPoint
@@ -150,7 +150,7 @@ def _label(settings: Mapping[str, Param | None]) -> str:
     return ", ".join(f"{axis_name(axis)} {format_param(value)}" for axis, value in settings.items())
 
 
-def rank_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
+def rank_charts(comparison: Comparison, finding: Findings) -> list[Markup]:
     """Return one chart per metric, the primary one first; bars are one standard error over examples and seeds.
 
     With more settings than colours, only the best configuration of each rank by the primary metric has a line.
@@ -159,7 +159,7 @@ def rank_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
     return [_rank_chart(comparison, finding, panel) for panel in shown]
 
 
-def _rank_chart(comparison: Comparison, finding: RankFinding, panel: Panel) -> Markup:
+def _rank_chart(comparison: Comparison, finding: Findings, panel: Panel) -> Markup:
     key, base = panel.key, panel.base
     points = [point for series in panel.series for point in series.points]
     extent, far = panel.extent, panel.base_is_far
@@ -176,8 +176,8 @@ def _rank_chart(comparison: Comparison, finding: RankFinding, panel: Panel) -> M
         for point in points:
             chart.point(point.rank, point.value, colour=None, radius=2, style="faint")
         chart.legend(f"{len(points):,} configurations", None)
-        best = [each for each, _, _ in finding.by_rank]
-        _configurations(chart, comparison, finding, best, key, 0, f"best of each rank by {title(finding.key)}")
+        best = finding.by_rank
+        _configurations(chart, comparison, finding, best, key, 0, f"best mean {title(finding.key)} of each rank")
     else:
         for number, series in enumerate(panel.series):
             of_series = {id(point.arms[0]): point for point in series.points}
@@ -191,7 +191,7 @@ def _rank_chart(comparison: Comparison, finding: RankFinding, panel: Panel) -> M
 
 
 def _configurations(
-    chart: Chart, comparison: Comparison, finding: RankFinding, members: Sequence[Configuration], key: str, colour: int,
+    chart: Chart, comparison: Comparison, finding: Findings, members: Sequence[Configuration], key: str, colour: int,
     label: str,
 ) -> None:  # fmt: skip
     means = [(rank_of(each), each, mean) for each in members if (mean := each.metric(key)) is not None]
@@ -203,7 +203,7 @@ def _configurations(
                     seed = format_param(arm.params.get("seed"))
                     tip = f"r = {rank:g}, seed {seed}: {with_error(key, value, arm.metrics[key].stderr)}"
                     chart.point(rank, value, colour=colour, radius=2, style="faint", tip=tip)
-        ring = "ring" if each is finding.chosen else ""
+        ring = "ring" if each in finding.chosen else ""
         seeds = f", {mean.seeds} seeds" if mean.seeds > 1 else ""
         tip = f"{settings_text(comparison, each)}: {title(key)} {with_error(key, mean.value, mean.stderr)}{seeds}"
         chart.point(rank, mean.value, colour=colour, error=mean.stderr, tip=tip, radius=6 if ring else 4, style=ring)
@@ -211,7 +211,7 @@ def _configurations(
         chart.legend(label, colour)
 
 
-def slice_charts(comparison: Comparison, finding: RankFinding) -> list[Markup]:
+def slice_charts(comparison: Comparison, finding: Findings) -> list[Markup]:
     """Return charts of the judged metric against alpha / r, dropout and other settings that vary."""
     charts = []
     for name, values in slices(comparison, finding.configurations).items():
@@ -229,7 +229,7 @@ def slices(comparison: Comparison, configurations: Sequence[Configuration]) -> d
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
-def _slice(comparison: Comparison, finding: RankFinding, name: str, values: Sequence[Param | None]) -> Markup | None:
+def _slice(comparison: Comparison, finding: Findings, name: str, values: Sequence[Param | None]) -> Markup | None:
     key, configurations = finding.key, finding.configurations
     means = [each.metric(key) for each in configurations]
     known = [(value, each, mean) for value, each, mean in zip(values, configurations, means, strict=True) if mean]
@@ -293,12 +293,12 @@ MOST_CURVES = 24
 _MOST_POINTS = 80
 
 
-def chosen_arms(comparison: Comparison, finding: RankFinding | None) -> list[ArmRecord]:
+def chosen_arms(comparison: Comparison, finding: Findings) -> list[ArmRecord]:
     """Return the arms whose curves are shown: all, or the best of each rank and a selection of the others."""
     started = [arm for arm in comparison.arms if arm.run_id and arm.status != "SCHEDULED"]
     if len(started) <= MOST_CURVES:
         return started
-    best = [each.finished[0] for each, _, _ in finding.by_rank] if finding is not None else []
+    best = [each.finished[0] for each in finding.by_rank]
     others = [arm for arm in started if arm not in best]
     cut = [arm for arm in others if arm.status != "FINISHED"]
     rest = [arm for arm in others if arm.status == "FINISHED"]

@@ -1,4 +1,4 @@
-"""Tables of the HTML report: all arms with links, arms without a result by reason, the best configuration of each rank.
+"""Tables of the HTML report: all arms with links, arms without a result by reason, the answer rank by rank.
 
 Also the texts by which reports name configurations, settings and arms.
 """
@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from rankwise.evaluation.answer import RankOutcome
 from rankwise.evaluation.compare import (
     ALPHA,
     NONE,
@@ -29,7 +30,7 @@ from rankwise.evaluation.compare import (
     title,
     with_error,
 )
-from rankwise.evaluation.smallest_rank import RankFinding
+from rankwise.evaluation.findings import Findings
 
 
 def settings_text(comparison: Comparison, configuration: Configuration) -> str:
@@ -117,7 +118,7 @@ class ArmTable:
     rows: Sequence[ReportRow]
 
 
-def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
+def arm_table(comparison: Comparison, finding: Findings) -> ArmTable:
     """Return the table of all arms."""
     places = {arm.spec_hash: place for place, each in enumerate(comparison.ranking, start=1) for arm in each.arms}
     keys = [key for key in comparison.keys if key not in SECONDARY or key == comparison.primary_metric]
@@ -133,7 +134,7 @@ def arm_table(comparison: Comparison, finding: RankFinding | None) -> ArmTable:
         *map(Column, ("parameters", "size", "time", "peak memory")),
         Column("reason", "text"),
     ]
-    chosen = {arm.spec_hash for arm in finding.chosen.arms} if finding is not None else set()
+    chosen = {arm.spec_hash for configuration in finding.chosen for arm in configuration.arms}
     best = comparison.best
     ordered = sorted(comparison.arms, key=lambda arm: places.get(arm.spec_hash, len(places) + 1))
     rows = []
@@ -187,40 +188,56 @@ def endings(comparison: Comparison) -> tuple[list[Column], list[ReportRow]]:
     return [Column("", "text"), Column("arms"), Column("reason", "text"), Column("which", "text")], rows
 
 
-def rank_table(comparison: Comparison, finding: RankFinding) -> tuple[list[Column], list[ReportRow]]:
-    """Return the best configuration of each rank and how it compares with the best overall."""
-    key, best = finding.key, finding.best.metric(finding.key)
-    assert best is not None
-    heads = [Column("r"), Column("against the best", "text"), Column(title(key)), Column("worse by"), Column("at most")]
-    heads += [Column("seeds"), Column("size")]
-    if comparison.varying:
-        heads.append(Column("its best configuration", "text"))
+_ANSWERS = {"enough": "enough", "not_enough": "not enough", "undecided": "undecided", "reference": "the largest"}
+
+
+def rank_table(comparison: Comparison, finding: Findings) -> tuple[list[Column], list[ReportRow]]:
+    """Return each rank with its mean and, where there is an answer, its difference, limits and outcome."""
+    key, decision = finding.key, finding.answer.decision
+    outcomes = {} if decision is None else {each.rank: each for each in decision.outcomes}
+    heads = [Column("r")]
+    if decision is not None:
+        heads += [Column("answer", "text"), Column(f"worse than r = {decision.reference.rank:g} by")]
+        heads += [Column("lower limit"), Column("upper limit"), Column("failed seeds")]
+    heads += [Column(f"mean {title(key)}"), Column("seeds"), Column("size")]
+    several = len(finding.by_rank) < len(finding.configurations)
+    if comparison.varying and several:
+        heads.append(Column("configuration with this mean", "text"))
     rows = []
-    for configuration, margin, stands in finding.by_rank:
-        mean = configuration.metric(key)
-        assert mean is not None
-        behind = abs(mean.value - best.value)
-        if configuration is finding.chosen:
-            label, tag = ("the best" if configuration is finding.best else "the smallest that is not worse"), "stands"
-        elif configuration is finding.best:
-            label, tag = "the best mean", "stands"
-        else:
-            label, tag = ("not worse", "out") if stands else ("worse", "failed")
+    for configuration in finding.by_rank:
+        mean, rank = configuration.metric(key), configuration.params.get(RANK)
+        assert mean is not None, "a configuration with a result"
+        cells = [Cell(text=format_param(rank))]
+        if decision is not None:
+            cells += _outcome_cells(outcomes.get(float(str(rank))))
         sizes = [arm.adapter_bytes for arm in configuration.finished if arm.adapter_bytes is not None]
-        is_best = configuration is finding.best
-        cells = [
-            Cell(text=format_param(configuration.params.get(RANK))),
-            Cell(text=label, kind="text", tag=tag),
+        cells += [
             Cell(text=with_error(key, mean.value, mean.stderr)),
-            Cell(text=NONE if is_best else finding.amount(behind)),
-            Cell(text=NONE if is_best or margin == float("inf") else finding.amount(behind + margin)),
             Cell(text=str(mean.seeds)),
             Cell(text=format_bytes(max(sizes, default=None))),
         ]
-        if comparison.varying:
+        if comparison.varying and several:
             cells.append(Cell(text=settings_text(comparison, configuration).partition(", ")[2], kind="text wide"))
-        rows.append(ReportRow(cells=cells, kind="chosen" if configuration is finding.chosen else ""))
+        named = finding.answer.rank is not None and finding.answer.rank == rank
+        rows.append(ReportRow(cells=cells, kind="chosen" if named else ""))
     return heads, rows
+
+
+def _outcome_cells(outcome: RankOutcome | None) -> list[Cell]:
+    if outcome is None:
+        return [Cell(text="not tested", kind="text", tag="undecided"), *(Cell(text=NONE) for _ in range(4))]
+    reference = outcome.status == "reference"
+    return [
+        Cell(text=_ANSWERS[outcome.status], kind="text", tag=outcome.status.replace("_", "-")),
+        Cell(text=NONE if reference else _signed(outcome.difference)),
+        Cell(text=_signed(outcome.lower)),
+        Cell(text=_signed(outcome.upper)),
+        Cell(text=str(outcome.failed) if outcome.failed else NONE),
+    ]
+
+
+def _signed(value: float | None) -> str:
+    return NONE if value is None else f"{value:+.3g}"
 
 
 def run_route(comparison: Comparison, arm: ArmRecord) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from rankwise.evaluation.findings import findings
 from rankwise.evaluation.gather import gather
-from rankwise.evaluation.smallest_rank import smallest_rank
 from rankwise.experiment.experiment import Experiment, parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.report.comparison_output import comparison_json, comparison_view
@@ -148,11 +148,11 @@ def _compare(session: Session, command: Message) -> Value:
     session.phase("report")
     context = session.context
     comparison = with_queued_arms(context.store, context.queue, gather(context.store, command["experiment"]))
-    smallest = smallest_rank(context.store, comparison)
+    finding = findings(context.store, comparison)
     text = io.StringIO()
     console = Console(file=text, width=command["width"], force_terminal=command["terminal"], highlight=False)
-    console.print(comparison_view(comparison, console, smallest))
-    return {"json": comparison_json(comparison, smallest), "text": text.getvalue()}
+    console.print(comparison_view(comparison, console, finding))
+    return {"json": comparison_json(comparison, finding), "text": text.getvalue()}
 
 
 COMMANDS: Mapping[str, Callable[[Session, Message], Value]] = {

@@ -9,8 +9,8 @@ from itertools import islice
 
 from rankwise import __version__
 from rankwise.evaluation.compare import SECONDARY, ArmRecord, Comparison, compare, format_value, title
+from rankwise.evaluation.findings import Findings, findings
 from rankwise.evaluation.gather import gather, typed_params
-from rankwise.evaluation.smallest_rank import RankFinding, smallest_rank
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
@@ -21,7 +21,7 @@ from rankwise.jobs.store import JobStore, every_job
 from rankwise.report.comparison_output import comparison_json
 from rankwise.report.figure import rank_figure
 from rankwise.report.history import History
-from rankwise.report.page import headline, report_page
+from rankwise.report.page import report_page
 from rankwise.report.tables import model_route, run_route
 from rankwise.tasks.adaptive_sweep import arms_so_far, end_pruned_runs, history, publish_history
 from rankwise.tasks.context import ArmWork, Context
@@ -98,11 +98,19 @@ def publish_report(
     everything = with_queued_arms(context.store, context.queue, known, everything=True)
     hashes = {arm.spec_hash for arm in arms}
     comparison = replace(everything, arms=tuple(arm for arm in everything.arms if arm.spec_hash in hashes))
-    finding = smallest_rank(context.store, comparison)
+    finding = findings(context.store, comparison)
     parent.json(comparison_json(comparison, finding), "comparison.json")
     parent.text(report_page(context.store, comparison, finding, command=command, version=__version__), REPORT)
     parent.figure(rank_figure(comparison), "plots/quality-by-rank.png")
     parent.describe(sweep_note(spec, arms, command=command, results=_results(comparison, finding)))
+    answer = finding.answer
+    parent.tags(
+        {
+            "rankwise.answer_status": answer.status,
+            "rankwise.answer_rank": "" if answer.rank is None else f"{answer.rank:g}",
+            "rankwise.answer_text": answer.text,
+        }
+    )
     best = comparison.best
     if best is not None:
         _set_alias(context, spec, best, {arm.spec_hash: arm for arm in arms}[best.spec_hash])
@@ -123,7 +131,7 @@ def _set_alias(context: Context, spec: ExperimentSpec, best: ArmRecord, arm: Arm
         context.reporter.done(f"models:/{name}@{spec.register.alias} is version {version} (r = {arm.lora.r})")
 
 
-def _results(comparison: Comparison, finding: RankFinding | None) -> str:
+def _results(comparison: Comparison, finding: Findings) -> str:
     """The comparison as Markdown, best configuration first. Links are relative to MLflow's UI."""
     keys = [key for key in comparison.keys if key not in SECONDARY]
     header = ["r", *(title(key) for key in keys), "run", "model"]
@@ -140,7 +148,8 @@ def _results(comparison: Comparison, finding: RankFinding | None) -> str:
         else ""
         for key in keys
     ]
-    text = f"**{headline(comparison, finding)}** The artifact `{REPORT}` has the rule, plots and curves.\n\n"
+    hint = f" {finding.answer.hint}" if finding.answer.hint else ""
+    text = f"**{finding.answer.text}**{hint} The artifact `{REPORT}` has limits, plots and curves.\n\n"
     text += table(header, [*rows, ["base alone", *base_cells, "", ""]])
     if len(finished) > _MOST_ROWS:
         text += f"\n\n... and {len(finished) - _MOST_ROWS:,} more."

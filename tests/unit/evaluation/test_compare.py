@@ -6,8 +6,8 @@ from dataclasses import replace
 from helpers.comparisons import BASE, arm, ranks, seeds_and_rates, values
 
 from rankwise.evaluation.compare import compare
+from rankwise.evaluation.findings import find
 from rankwise.evaluation.metrics import MetricValue
-from rankwise.evaluation.smallest_rank import find_smallest_rank
 
 
 def test_the_dictionary_is_what_the_json_interface_promises():
@@ -127,7 +127,7 @@ def test_an_arm_that_hardly_answers_is_not_the_best_by_what_it_says():
     assert [each.params["lora.r"] for each in comparison.silent] == [2]
     assert comparison.best.params["lora.r"] == 4
     assert [each.params["lora.r"] for each in comparison.ranking] == [4, 8]
-    assert find_smallest_rank(comparison, lambda _: {}).chosen.params["lora.r"] == 4
+    assert [each.params["lora.r"] for each in find(comparison, lambda _: {}).by_rank] == [4, 8]
     # What all are silent on says nothing, and neither does a larger evaluation.
     same = [answering(2, 40.0, 9), answering(4, 50.0, 10), answering(8, 60.0, 90, 900)]
     assert compare("x", same, primary_metric="eval.mean_absolute_error", greater_is_better=False).silent == ()

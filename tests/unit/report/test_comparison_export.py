@@ -7,12 +7,12 @@ import json
 from helpers.comparisons import arm, ranks, seeds_and_rates
 
 from rankwise.evaluation.compare import compare
-from rankwise.evaluation.smallest_rank import find_smallest_rank
+from rankwise.evaluation.findings import find
 from rankwise.report.comparison_output import comparison_csv, comparison_json
 
 
 def exported(comparison):
-    return comparison_json(comparison, find_smallest_rank(comparison, lambda arms: {}))
+    return comparison_json(comparison, find(comparison, lambda arms: {}))
 
 
 def test_what_was_promised_stays_and_the_rest_is_added():
@@ -20,8 +20,8 @@ def test_what_was_promised_stays_and_the_rest_is_added():
     data = exported(comparison)
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert {key: data[key] for key in comparison.to_json()} == comparison.to_json()
-    assert data["smallest_rank"]["rank"] in {2, 4, 8}
-    assert set(data) - set(comparison.to_json()) == {"smallest_rank", "configurations", "importance"}
+    assert data["answer"]["status"] == "no_statement"
+    assert set(data) - set(comparison.to_json()) == {"answer", "configurations", "importance"}
 
 
 def test_configurations_have_their_mean_over_seeds_and_their_place():
@@ -31,7 +31,6 @@ def test_configurations_have_their_mean_over_seeds_and_their_place():
     best = next(each for each in data["configurations"] if each["place"] == 1)
     assert best["params"] == {"lora.r": 16, "lora.alpha": 32, "training.learning_rate": 0.002}
     assert best["seeds"] == 3
-    assert best["not_worse"]
     assert best["on_front"]
     assert {each["name"] for each in data["importance"]["settings"]} == {"r", "learning rate"}
 
@@ -39,7 +38,7 @@ def test_configurations_have_their_mean_over_seeds_and_their_place():
 def test_without_a_result_there_is_no_rank():
     failed = compare("x", [arm(2, None, status="FAILED")], primary_metric="eval.loss", greater_is_better=False)
     data = exported(failed)
-    assert data["smallest_rank"] is None
+    assert data["answer"]["text"] == "No statement about ranks: no arm has finished."
     assert data["importance"] is None
     assert data["configurations"][0]["place"] is None
 

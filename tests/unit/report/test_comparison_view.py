@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
+from helpers.answers import answered
 from helpers.comparisons import arm, ranks, seeds_and_rates
 from rich.console import Console
 
+from rankwise.evaluation.answer_text import add_section
 from rankwise.evaluation.compare import Comparison, compare
-from rankwise.evaluation.smallest_rank import find_smallest_rank
+from rankwise.evaluation.findings import find
 from rankwise.report.comparison_output import comparison_view
 
 
 def printed(comparison: Comparison, width: int = 200) -> list[str]:
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    console.print(comparison_view(comparison, console))
+    console.print(comparison_view(comparison, console, find(comparison, lambda arms: {})))
     return console.file.getvalue().splitlines()
 
 
@@ -23,7 +26,7 @@ def row(lines: list[str], *starts: str) -> str:
 
 def test_each_rank_has_a_row_with_size_cost_and_metrics_and_their_errors():
     lines = printed(ranks())
-    assert lines[0] == "diamonds-rank: loss on the evaluation rows, smaller is better; best: r = 8 with 0.710 ±0.020"
+    assert lines[2] == "diamonds-rank: loss on the evaluation rows, smaller is better; lowest: r = 8 with 0.710 ±0.020"
     assert row(lines, "3", "2").split() == [
         "3", "2", "4", "115k", "461", "kB", "0.930", "±0.020", "71.4", "%", "±1.0", "2.0", "%", "±1.0", "1,930", "±150",
         "17.0", "%", "±2.6", "0.0", "%", "±0.0", "1m17s", "1.23", "GB",
@@ -36,14 +39,24 @@ def test_the_best_row_is_marked_and_named_with_its_model():
     assert any("(run run008000) is models:/pricer/8" in line for line in lines)
 
 
-def test_the_first_line_names_the_smallest_rank_where_it_was_looked_for():
-    comparison = ranks()
-    finding = find_smallest_rank(comparison, lambda arms: {})
-    console = Console(file=io.StringIO(), width=200, highlight=False)
-    console.print(comparison_view(comparison, console, finding))
-    first, second, *_ = console.file.getvalue().splitlines()
-    assert first == finding.headline
-    assert second.startswith("diamonds-rank: loss on the evaluation rows")
+def test_with_one_seed_the_first_lines_say_that_there_is_no_statement_and_what_to_add():
+    first, second, *_ = printed(ranks())
+    assert first == "Three adapters, one seed each: no statement about ranks. Lowest loss: r = 8."
+    assert second == "Another seed can change the order. " + add_section()
+
+
+def test_an_answer_has_a_line_with_the_limits_of_each_rank():
+    comparison, read = answered({2: 0.2, 4: 0.001, 8: 0.0})
+    console = Console(file=io.StringIO(), width=250, highlight=False)
+    console.print(comparison_view(comparison, console, find(comparison, read)))
+    first, second, third, *_ = console.file.getvalue().splitlines()
+    assert first.startswith("r = 4 is enough: at most 0.0")
+    assert re.fullmatch(
+        r"loss against r = 8, \+ is worse: r = 2 \+0\.2\d* \[\+0\.\d+, \+0\.\d+\] not enough; "
+        r"r = 4 [+-]0\.\d+ \[-0\.\d+, \+0\.\d+\] enough",
+        second,
+    )
+    assert third.startswith("x: loss on the evaluation rows")
 
 
 def test_of_many_configurations_the_best_ones_and_the_best_of_each_rank_are_shown():
@@ -53,7 +66,7 @@ def test_of_many_configurations_the_best_ones_and_the_best_of_each_rank_are_show
         for at in range(300, 330)
     ]
     comparison = compare("x", arms, primary_metric="eval.loss", greater_is_better=False)
-    finding = find_smallest_rank(comparison, lambda arms: {})
+    finding = find(comparison, lambda arms: {})
     console = Console(file=io.StringIO(), width=220, highlight=False)
     console.print(comparison_view(comparison, console, finding))
     lines = console.file.getvalue().splitlines()
@@ -118,7 +131,7 @@ def test_several_seeds_are_one_row_with_their_number_and_spread():
     lines = printed(seeds_and_rates(), width=220)
     best = row(lines, "★", "1", "16", "32", "0.002", "3")
     assert "0.030" in best
-    mean = lines[0].rpartition("best: r = 16 with ")[2]
+    mean = lines[2].rpartition("lowest: r = 16 with ")[2]
     assert mean in best, "the first line names the row's mean, not one seed's value"
     some = [arm(2, 0.5, seed=0), arm(2, None, seed=1, status="KILLED", reason="interrupted")]
     lines = printed(compare("x", some, primary_metric="eval.loss", greater_is_better=False))
@@ -128,12 +141,12 @@ def test_several_seeds_are_one_row_with_their_number_and_spread():
 def test_an_experiment_without_results_says_so():
     arms = [arm(2, None, status="RUNNING"), replace(arm(4, None), model_uri=None)]
     lines = printed(compare("x", arms, primary_metric="eval.loss", greater_is_better=False))
-    assert lines[0].endswith("no arm has a result yet")
+    assert lines[1].endswith("no arm has a result yet")
     assert row(lines, "running", "2")
 
 
 def test_square_brackets_are_no_markup():
     arms = [replace(arm(2, None, status="FAILED"), reason="bad [bold]shape[/] [1, 2]")]
     lines = printed(compare("[red]x", arms, primary_metric="eval.loss", greater_is_better=False))
-    assert lines[0].startswith("[red]x: ")
+    assert lines[1].startswith("[red]x: ")
     assert any("bad [bold]shape[/] [1, 2]" in line for line in lines)

@@ -8,13 +8,13 @@ import pytest
 from helpers.comparisons import arm, seeds_and_rates
 
 from rankwise.evaluation.compare import compare
-from rankwise.evaluation.smallest_rank import find_smallest_rank
+from rankwise.evaluation.findings import find
 from rankwise.report.costs import Importance, importance
 
 
 def weighed(arms):
     comparison = compare("x", arms, primary_metric="eval.loss", greater_is_better=False)
-    return importance(comparison, find_smallest_rank(comparison, lambda arms: {}))
+    return importance(comparison, find(comparison, lambda arms: {}))
 
 
 def grid(quality, **axes):

@@ -8,10 +8,11 @@ from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
+from helpers.answers import answered
 from helpers.comparisons import BASE, arm, ranks, seeds_and_rates
 
 from rankwise.evaluation.compare import compare
-from rankwise.evaluation.smallest_rank import find_smallest_rank
+from rankwise.evaluation.findings import find
 from rankwise.report.page import Material, make_page
 from rankwise.report.quality import MOST_CURVES, chosen_arms, thinned
 from rankwise.tracking.query import MetricPoint
@@ -56,8 +57,8 @@ class Page(HTMLParser):
 REFERENCES = {"src", "href", "srcset", "data", "action", "poster", "background", "xlink:href"}
 
 
-def page_of(comparison, **changes) -> str:
-    finding = find_smallest_rank(comparison, lambda arms: {})
+def page_of(comparison, read=lambda arms: {}, **changes) -> str:
+    finding = find(comparison, read)
     given = {
         "comparison": comparison, "finding": finding, "curve_arms": chosen_arms(comparison, finding), "curves": {},
         "curve_keys": ["train.loss"], "layer_arms": [], "layers": {}, "mlflow": "http://127.0.0.1:5000",
@@ -115,12 +116,33 @@ def test_style_and_script_are_the_ones_that_the_policy_names():
     assert not re.search(r"<[^>]+ (style|on[a-z]+)=", page)
 
 
-def test_the_first_line_of_the_page_is_the_smallest_rank():
-    page = full()
+def test_the_page_leads_with_the_answer_limits_margin_and_seeds():
+    comparison, read = answered({2: 0.2, 4: 0.001, 8: 0.0})
+    page = page_of(comparison, read)
     (answer,) = re.findall(r'<p class="answer">(.*?)</p>', page)
-    assert answer.startswith("r = ")
-    assert answer.endswith("(95 % confidence).") or "No rank is worse" in answer
-    assert page.index("answer") < page.index("<main>")
+    assert answer.startswith("r = 4 is enough: at most 0.0")
+    found = Page(page)
+    assert found.open == []
+    first, second = (found.text.index(name) for name in ("How much worse than r = 8?", "How limits narrow with seeds"))
+    assert first < second < found.text.index("Quality against rank")
+    chart = page.partition('<section id="answer">')[2].partition("</figure>")[0]
+    assert chart.count("r = 2, seed ") == chart.count("r = 4, seed ") == 5
+    assert chart.count('class="e"') == 2
+    assert "margin 0.05" in chart
+    assert [chart.count(name) for name in ("r = 2: not enough", "r = 4: enough", "r = 8: the largest rank")] == [1] * 3
+    narrow = page.partition('<section id="seeds">')[2].partition("</section>")[0]
+    assert narrow.count("<figure>") == 2
+    assert "2 seeds: upper limit" in narrow
+    table = found.text.partition("upper limit failed seeds")[2]
+    assert re.search(r"2 not enough \+0\.\d+ \+0\.\d+ \+0\.\d+ - .* 4 enough .* 8 the largest - - - -", table)
+
+
+def test_without_an_answer_the_page_calls_nothing_worse():
+    text = Page(full()).text
+    assert "no margin is set: no statement about ranks. Lowest mean loss: r = " in text
+    assert "add `answer: {margin: 0.02}` to the definition" in text
+    for word in ("worse", "not enough", "beyond noise"):
+        assert word not in text.partition("All arms")[0]
 
 
 def test_arms_that_failed_or_were_pruned_are_shown_as_such_with_their_reason():
@@ -147,15 +169,15 @@ def test_reasons_that_differ_in_measured_numbers_are_one_line():
 @pytest.mark.parametrize(
     ("arms", "first"),
     [
-        ([arm(8, 0.5)], "r = 8 is the only rank with a result, so there is nothing to compare it with."),
-        ([arm(8, 0.5, stderr=None)], "r = 8 is the only rank with a result, so there is nothing to compare it with."),
+        ([arm(8, 0.5)], "r = 8 is the only rank, so there is nothing to compare it with."),
+        ([arm(8, 0.5, stderr=None)], "r = 8 is the only rank, so there is nothing to compare it with."),
         ([arm(2, None, status="FAILED", reason="no disk"), arm(4, None, status="FAILED")],
-         "No rank can be named: no arm has finished."),
-        ([arm(2, None, status="RUNNING")], "No rank can be named yet: no arm has a result."),
-        ([arm(2, None), arm(4, None)], "No rank can be named yet: no arm has a result."),
+         "No statement about ranks: no arm has finished."),
+        ([arm(2, None, status="RUNNING")], "No statement about ranks: no arm has a result yet."),
+        ([arm(2, None), arm(4, None)], "No statement about ranks: no arm has a result yet."),
         ([arm(2, 0.5, stderr=None), arm(4, 0.4, stderr=None)],
-         "r = 4 has the best mean; the noise is unknown, and so is how much worse the others are."),
-        ([arm(2, 0.5), arm(4, 0.5)], "r = 2 is the smallest rank, and no larger rank has a better mean."),
+         "Two adapters, one seed each: no statement about ranks. Lowest loss: r = 4."),
+        ([arm(2, 0.5), arm(4, 0.5)], "Two adapters, one seed each: no statement about ranks. Lowest loss: r = 2."),
     ],
     ids=["one arm", "one example", "all failed", "running", "not evaluated", "no noise", "equal"],
 )  # fmt: skip
@@ -180,8 +202,8 @@ def test_an_arm_without_costs_or_rank_breaks_nothing():
 
 def test_one_seed_is_said_before_anything_else():
     text = Page(page_of(of([arm(2, 0.5), arm(4, 0.4)]))).text
-    assert "One seed." in text.partition("Rank by rank")[0]
-    assert "One seed." not in Page(full()).text
+    assert "one seed each: no statement about ranks" in text.partition("Rank by rank")[0]
+    assert "one seed" not in Page(full()).text
 
 
 def test_names_and_reasons_are_escaped():
@@ -215,13 +237,13 @@ def test_many_arms_show_the_curves_of_some_and_of_the_best_of_each_rank():
     arms = [arm(2 ** (1 + at % 4), 1.0 + at / 100, training__learning_rate=at) for at in range(60)]
     arms += [arm(2, None, status="KILLED", reason=PRUNED, training__learning_rate=1000 + at) for at in range(30)]
     comparison = of(arms)
-    finding = find_smallest_rank(comparison, lambda arms: {})
+    finding = find(comparison, lambda arms: {})
     shown = chosen_arms(comparison, finding)
     assert len(shown) <= MOST_CURVES
-    assert {each.finished[0].run_id for each, _, _ in finding.by_rank} <= {each.run_id for each in shown}
+    assert {each.finished[0].run_id for each in finding.by_rank} <= {each.run_id for each in shown}
     assert any(each.pruned for each in shown)
     assert f"{len(shown)} of 90 arms" in Page(page_of(comparison, curves=curves(shown))).text
-    assert chosen_arms(ranks(), None) == list(ranks().arms)
+    assert chosen_arms(ranks(), find(ranks(), lambda arms: {})) == list(ranks().arms)
 
 
 def test_long_curves_are_thinned_to_means_of_neighbours():

@@ -9,13 +9,12 @@ import json
 import pytest
 from click.testing import CliRunner
 from helpers.local_store import prepared_home
-from helpers.many_arms import EXAMPLES, fill
+from helpers.many_arms import fill
 from mlflow import MlflowClient
 
 from rankwise.cli.compare import compare, report
+from rankwise.evaluation.findings import findings
 from rankwise.evaluation.gather import gather
-from rankwise.evaluation.smallest_rank import smallest_rank
-from rankwise.exceptions import TrackingError
 from rankwise.report.page import report_page
 from rankwise.tracking.store import Store
 
@@ -36,17 +35,17 @@ def environment(settings, monkeypatch):
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_commands_show_the_same_smallest_rank_in_every_form(tmp_path):
+def test_the_commands_show_the_same_answer_in_every_form(tmp_path):
     page = tmp_path / "deep" / "page.html"
     done = CliRunner().invoke(report, ["many", "--output", str(page)], catch_exceptions=False)
     assert done.stdout == f"{page}\n"
     table = CliRunner().invoke(compare, ["many"], catch_exceptions=False).stdout
     data = json.loads(CliRunner().invoke(compare, ["many", "--json"], catch_exceptions=False).stdout)
     lines = list(csv.DictReader(io.StringIO(CliRunner().invoke(compare, ["many", "--csv"]).stdout)))
-    headline = data["smallest_rank"]["text"]
+    headline = data["answer"]["text"]
+    assert data["answer"]["status"] == "no_statement"
     assert headline in page.read_text()
     assert table.splitlines()[0] == headline
-    assert data["smallest_rank"]["noise"] == {"examples": "paired", "seeds": False}
     assert len(lines) == len(data["arms"]) == ARMS
     assert CliRunner().invoke(compare, ["many", "--json", "--csv"]).exit_code == 2
 
@@ -54,11 +53,10 @@ def test_the_commands_show_the_same_smallest_rank_in_every_form(tmp_path):
 def test_the_page_has_curves_layers_and_every_arm(settings):
     with Store.open(settings) as store:
         comparison = gather(store, "many")
-        finding = smallest_rank(store, comparison)
+        finding = findings(store, comparison)
         page = report_page(store, comparison, finding, command="rankwise report many", version="1")
     for wanted in ("training loss", "loss on the evaluation rows", "effective rank by layer", "layer 11: "):
         assert wanted in page
-    assert f"the same {EXAMPLES} examples" in page
     for each in comparison.arms:
         assert f'href="#/experiments/{comparison.experiment_id}/runs/{each.run_id}"' in page
     assert {each.status for each in comparison.arms} >= {"FINISHED", "KILLED"}
@@ -77,31 +75,9 @@ def test_runs_are_asked_for_in_bulk(settings, monkeypatch):
         monkeypatch.setattr(MlflowClient, name, counting)
     with Store.open(settings) as store:
         comparison = gather(store, "many")
-        finding = smallest_rank(store, comparison)
+        finding = findings(store, comparison)
         assert asked == ["search_runs"]
         report_page(store, comparison, finding, command="x", version="1")
     assert asked.count("search_runs") == 1
     assert asked.count("get_metric_history") <= 2 * 24
     assert "get_run" not in asked
-
-
-@pytest.mark.usefixtures("environment")
-def test_without_the_tables_of_single_examples_the_page_says_what_it_does_instead(tmp_path, monkeypatch):
-    monkeypatch.setattr("rankwise.evaluation.gather.PREDICTIONS", "nothing.json")
-    page = tmp_path / "page.html"
-    CliRunner().invoke(report, ["many", "--output", str(page)], catch_exceptions=False)
-    assert "per-example results are not stored for all" in page.read_text()
-
-
-@pytest.mark.usefixtures("environment")
-def test_tables_that_cannot_be_read_do_not_hide_the_results_and_the_problem_is_told(tmp_path, monkeypatch):
-    def broken(*given):
-        raise TrackingError("predictions.json of run x cannot be read: access denied")
-
-    monkeypatch.setattr("rankwise.evaluation.smallest_rank.read_influences", broken)
-    table = CliRunner().invoke(compare, ["many"], catch_exceptions=False).stdout
-    assert table.startswith("r = ")
-    assert "errors are treated as independent: predictions.json of run x cannot be read: access denied" in table
-    page = tmp_path / "page.html"
-    CliRunner().invoke(report, ["many", "--output", str(page)], catch_exceptions=False)
-    assert "could not be read: predictions.json of run x cannot be read: access denied" in page.read_text()
