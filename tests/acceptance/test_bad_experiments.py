@@ -176,9 +176,18 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
         ('  completion: "${price}"', "  messages: chat"),
         "14: dataset.prompt: cannot be combined with messages ('chat'); give messages, or both templates",
     ),
-    "nothing that makes text of rows": (
-        ('  prompt: "How much is {carat}?"\n  completion: "${price}"\n', ""),
-        "10: dataset: needs messages (a column), or prompt and completion (templates over columns)",
+    "an unknown encoding": (
+        ('  prompt: "How', '  encoding: utf8x\n  prompt: "How'),
+        "14: dataset.encoding: must be a text encoding that Python knows (utf-8, cp1252, utf-16, ...), got 'utf8x'; "
+        "did you mean 'utf-8'?",
+    ),
+    "a delimiter of two characters": (
+        ('  prompt: "How', '  delimiter: ";;"\n  prompt: "How'),
+        "14: dataset.delimiter: must be one character, or null, got ';;'",
+    ),
+    "a delimiter that cannot separate": (
+        ('  prompt: "How', "  delimiter: '\"'\n  prompt: \"How"),
+        "14: dataset.delimiter: must not be a quote or a line break, got '\"'",
     ),
     "a template with an open brace": (
         ("{carat}", "{carat"),

@@ -24,6 +24,8 @@ _WORDS = {
     "register.name": "text without '/' and ':' (at most 256)",
     "register.alias": "text of letters, digits, '_' and '-' (at most 255)",
     "dataset.chat_template_revision": "'sha256:' and 64 hex digits",
+    "dataset.delimiter": "one character, or null",
+    "dataset.chat_template_kwargs": "a mapping of names to texts, numbers, true, false or null",
     "lora.target_modules": "a list of module names, or all-linear",
     "dataset.eval": "a source (a file, org/name, pypi:...), or {split_from: train, rows: N, seed: S}, or null",
     "training.warmup_steps": "a whole number of steps, or a share of all steps of at least 0 and less than 1",
@@ -36,6 +38,7 @@ _SYNONYMS = {
     "lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs",
     "steps": "max_steps", "scheduler": "lr_scheduler_type", "max_seq_length": "max_length", "model": "base_model",
     "base": "base_model", "revision": "base_model_revision", "data": "dataset", "template": "chat_template",
+    "sep": "delimiter", "separator": "delimiter", "null_values": "na_values", "template_kwargs": "chat_template_kwargs",
 }  # fmt: skip
 _NOT_SWEPT = {"training.save_steps", "training.logging_steps", "training.eval_steps"}
 

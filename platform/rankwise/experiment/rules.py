@@ -237,12 +237,27 @@ def _rows_become_text(view: FieldView) -> Iterator[Problem]:
                     f"dataset.{key}",
                     f"cannot be combined with messages ({show(messages)}); give messages, or both templates",
                 )
-    elif prompt is None and completion is None:
-        yield _at("dataset", "needs messages (a column), or prompt and completion (templates over columns)")
-    elif completion is None:
+    elif prompt is not None and completion is None:
         yield _at("dataset.completion", "is missing; prompt needs it")
-    elif prompt is None:
+    elif completion is not None and prompt is None:
         yield _at("dataset.prompt", "is missing; completion needs it")
+
+
+@_rule
+def _encoding_is_known(view: FieldView) -> Iterator[Problem]:
+    encoding = view["dataset.encoding"]
+    try:
+        "".encode(encoding)
+    except (LookupError, ValueError):
+        text = f"must be a text encoding that Python knows (utf-8, cp1252, utf-16, ...), got {show(encoding)}"
+        yield _at("dataset.encoding", text + did_you_mean(encoding, ("utf-8", "utf-16", "latin-1", "cp1252")))
+
+
+@_rule
+def _delimiter_separates(view: FieldView) -> Iterator[Problem]:
+    delimiter = view["dataset.delimiter"]
+    if delimiter is not None and delimiter in '"\r\n\0':
+        yield _at("dataset.delimiter", f"must not be a quote or a line break, got {show(delimiter)}")
 
 
 @_rule

@@ -16,6 +16,8 @@ from pydantic_core import PydanticCustomError
 from rankwise.experiment.metric_names import METRIC_KEYS
 
 Scalar = bool | int | float | str
+DataFormat = Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"]
+"""What the columns of a table mean."""
 
 
 def _whole_if_integral(number: float) -> float:
@@ -161,18 +163,35 @@ class DatasetSpec(Section):
     """Pin of eval if it is a source of its own."""
     eval_split: Text = "test"
     """Split of a hub dataset to evaluate on."""
+    format: DataFormat = "auto"
+    """What the columns mean; auto recognizes it from their names and the first rows."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What separates the cells of a text table; null: a comma in .csv, a tab in .tsv."""
+    encoding: Text = "utf-8"
+    """Encoding of text files, as Python names it: utf-8, cp1252, utf-16, ..."""
+    na_values: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Texts that stand for a missing value, such as [NA, "-"]; an empty cell and null always do, nothing else."""
     prompt: Text | None = None
     """The user's message: a template over columns, {column}."""
     completion: Text | None = None
     """The assistant's answer, a template over columns; only its tokens are trained on."""
     messages: Text | None = None
     """Column of chat messages, lists of {role, content}; instead of prompt and completion."""
+    tools: Text | None = None
+    """Column of the tools that a chat may call, lists of JSON Schemas; null: the column tools, if there is one."""
     system: str | None = None
     """System message; an empty text suppresses the template's default one, if the template allows that."""
     chat_template: Text | None = None
     """chatml, plain, or a Jinja file; default: the template of the base."""
     chat_template_revision: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     """Pin of a template file; if omitted, recorded."""
+    chat_template_kwargs: dict[str, Scalar | None] = Field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}; stored with the adapter."""
+    supervise: Literal["answers", "last_answer", "all_tokens"] = "answers"
+    """Which tokens are trained on: every answer of the assistant, the last one, or everything."""
+    overlong: Literal["drop", "truncate", "error"] | None = None
+    """What becomes of an example longer than training.max_length; null: a chat keeps the answers that fit, a single
+    answer is truncated."""
     limit: Limit = Limit()
     """Maximum numbers of rows."""
 
