@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -28,12 +29,12 @@ def base(tmp_path_factory):
     return load_tiny(tmp_path_factory.mktemp("engine"))
 
 
-def reference_arm(scheduler="cosine", rslora=False):
+def reference_arm(scheduler="cosine", rslora=False, length=None):
     return make_arm(
         seed=11,
         lora={"r": 8, "lora_alpha": 12, "target_modules": ALL, "use_rslora": rslora},
         training={
-            "max_steps": 12,
+            **{"max_steps": None, **(length or {"max_steps": 12})},
             "per_device_train_batch_size": 3,
             "gradient_accumulation_steps": 2,
             "learning_rate": 3e-3,
@@ -128,22 +129,42 @@ class Losses(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
+class Epochs(torch.utils.data.Sampler):
+    """The engine's order of one epoch after another."""
+
+    def __init__(self, rows, arm):
+        self._sampler = Sampler(rows, arm.training.per_device_train_batch_size, arm.seed)
+        self._next = itertools.count()
+
+    def __len__(self):
+        return self._sampler.count
+
+    def __iter__(self):
+        return iter(self._sampler.epoch(next(self._next)))
+
+
 class InOrder(Trainer):
-    """Takes the rows in the order in which they are given."""
+    """Takes the rows in the order of the engine; batches, steps and epochs are the Trainer's own."""
+
+    order = None
 
     def _get_train_sampler(self, *args):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        return self.order
 
 
-def test_the_engine_agrees_with_the_trainer_of_transformers(base, tmp_path):
-    arm = reference_arm()
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [
+        (40, {"max_steps": 12}),
+        (37, {"num_train_epochs": 1.6}),  # 13 batches: the last step of an epoch has one of them, with a single row
+    ],
+)
+def test_the_engine_agrees_with_the_trainer_of_transformers(base, tmp_path, rows, length):
+    arm = reference_arm(length=length)
     recorder = Recorder()
-    outcomes = train_pack(base, [ArmTask(spec=arm, train=ROWS)], directory=tmp_path / "mine", observer=recorder)
-
+    data = ROWS[:rows]
+    outcomes = train_pack(base, [ArmTask(spec=arm, train=data)], directory=tmp_path / "mine", observer=recorder)
     training = arm.training
-    sampler = Sampler(len(ROWS), training.per_device_train_batch_size, arm.seed)
-    micro_steps = training.max_steps * training.gradient_accumulation_steps
-    order = [ROWS[index] for micro_step in range(micro_steps) for index in sampler.indices(micro_step)]
 
     def gather(examples):
         batch = collate(examples, pad_token_id=3)
@@ -157,7 +178,7 @@ def test_the_engine_agrees_with_the_trainer_of_transformers(base, tmp_path):
         args=TrainingArguments(
             output_dir=str(tmp_path / "trainer"),
             use_cpu=True,
-            max_steps=training.max_steps,
+            **length,
             per_device_train_batch_size=training.per_device_train_batch_size,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             learning_rate=training.learning_rate,
@@ -172,12 +193,13 @@ def test_the_engine_agrees_with_the_trainer_of_transformers(base, tmp_path):
             disable_tqdm=True,
             dataloader_pin_memory=False,
         ),
-        train_dataset=order,
+        train_dataset=data,
         data_collator=gather,
         callbacks=[seen],
     )
+    trainer.order = Epochs(len(data), arm)
     trainer.train()
-    assert len(seen.losses) == training.max_steps
+    assert len(seen.losses) == len(recorder.losses(arm.spec_hash)) == arm.optimizer_steps(len(data)) == 12
     # The Trainer logs rounded numbers in some releases: hence the absolute part.
     assert recorder.losses(arm.spec_hash) == pytest.approx(seen.losses, rel=1e-5, abs=6e-5)
     assert distance(read_weights(outcomes[arm.spec_hash].adapter), peft_weights(model)) < 1e-4

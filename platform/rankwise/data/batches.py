@@ -3,14 +3,15 @@
 B rows, T tokens of the longest row.
 
 The order is a pure function of (rows, batch size, seed, micro-step), so that a resumed arm, another pack or another
-machine draws the same rows, without a state to save. Epochs follow one another without a gap: a batch may hold the end
-of one epoch and the start of the next, so that all batches are full.
+machine draws the same rows, without a state to save. An epoch is a whole number of optimizer steps: its last batch may
+be smaller than the others, and its last step may have fewer batches, as in transformers' Trainer. Arms with rendering 1
+keep epochs that follow one another without a gap, where a batch may hold the end of one and the start of the next.
 
 With lengths, rows of similar length share a batch, so that little of it is padding: the permutation of an epoch is cut
 into windows of up to 50 batches, each window is sorted by length, and its batches are taken in a random order. That
 order depends on the window alone and not on the seed: arms of one pack with equal data and batch size then have long
-batches at the same time, and short ones, and a pack pads little too. A batch that holds the end of an epoch is left as
-it is, so every row still comes once in an epoch.
+batches at the same time, and short ones, and a pack pads little too. A smaller batch, or one that holds the end of an
+epoch, is left as it is, so every row still comes once in an epoch.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Sampler:
         batch_size: Rows of a batch, at least 1. With fewer rows than that a batch is one whole epoch.
         seed: Seed of the order.
         lengths: Tokens of each row, to put rows of similar length together; None leaves the order to chance.
+        whole_epochs: Whether an epoch ends with a batch.
 
     Raises:
         ValueError: `count` or `batch_size` is below 1, or there are not as many lengths as rows.
@@ -100,6 +102,7 @@ class Sampler:
     batch_size: int
     seed: int
     lengths: tuple[int, ...] | None = None
+    whole_epochs: bool = True
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -111,8 +114,21 @@ class Sampler:
 
     @property
     def rows_per_batch(self) -> int:
-        """Rows of every batch."""
+        """Rows of every batch but the last one of an epoch."""
         return min(self.batch_size, self.count)
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch, with `whole_epochs`."""
+        return -(-self.count // self.rows_per_batch)
+
+    def micro_steps(self, step: int, accumulation: int) -> range:
+        """The micro-steps of optimizer step `step` (from 0), each of which takes one batch."""
+        if not self.whole_epochs:
+            return range(step * accumulation, (step + 1) * accumulation)
+        epoch, within = divmod(step, -(-self.batches // accumulation))
+        first = epoch * self.batches + within * accumulation
+        return range(first, min(first + accumulation, (epoch + 1) * self.batches))
 
     def indices(self, micro_step: int) -> list[int]:
         """The rows of micro-step `micro_step` (from 0).
@@ -122,14 +138,23 @@ class Sampler:
         """
         if micro_step < 0:
             raise ValueError(f"micro_step must be at least 0, got {micro_step}")
-        first = micro_step * self.rows_per_batch
-        if self.lengths is not None and first // self.count == (first + self.rows_per_batch - 1) // self.count:
+        first = self._first(micro_step)
+        stop = self._first(micro_step + 1)
+        full = stop - first == self.rows_per_batch and first // self.count == (stop - 1) // self.count
+        if self.lengths is not None and full:
             return self._of_similar_length(micro_step)
-        return [self._row(position) for position in range(first, first + self.rows_per_batch)]
+        return [self._row(position) for position in range(first, stop)]
 
     def epoch(self, number: int) -> list[int]:
         """The whole permutation of epoch `number` (from 0)."""
         return [int(index) for index in _permutation(self.count, self.seed, number)]
+
+    def _first(self, micro_step: int) -> int:
+        """Where a batch begins in the sequence of all epochs."""
+        if not self.whole_epochs:
+            return micro_step * self.rows_per_batch
+        epoch, batch = divmod(micro_step, self.batches)
+        return epoch * self.count + batch * self.rows_per_batch
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, self.count)
@@ -139,13 +164,18 @@ class Sampler:
         """A batch that lies within one epoch."""
         assert self.lengths is not None
         size = self.rows_per_batch
-        epoch = micro_step * size // self.count
-        # Batches first to last - 1 lie within the epoch; windows are counted from its first.
-        first, last = -(-epoch * self.count // size), (epoch + 1) * self.count // size
+        # Batches first to last - 1 are full and lie within the epoch; windows are counted from its first.
+        if self.whole_epochs:
+            first = micro_step // self.batches * self.batches
+            last = first + self.count // size
+        else:
+            epoch = micro_step * size // self.count
+            first, last = -(-epoch * self.count // size), (epoch + 1) * self.count // size
         width = min(max(self.count // (4 * size), 1), _WINDOW)
         start = first + (micro_step - first) // width * width
         batches = min(width, last - start)
-        rows = [self._row(position) for position in range(start * size, (start + batches) * size)]
+        begin = self._first(start)
+        rows = [self._row(position) for position in range(begin, begin + batches * size)]
         rows.sort(key=lambda row: self.lengths[row])  # type: ignore[index]
         chosen = int(_permutation(batches, _WINDOW_SEED, start)[micro_step - start])
         return rows[chosen * size : (chosen + 1) * size]

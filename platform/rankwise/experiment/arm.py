@@ -6,6 +6,7 @@ The spec hash covers what influences the trained adapter and nothing else:
 |---|---|
 | base, data | digest of a file or directory, wherever it is; repository and commit on the hub |
 | evaluation rows | rows and seed of a split, which takes rows from training; not a source of its own |
+| how rows are read and rendered | version and settings; settings at their default are left out |
 | quantization | data type and double quantization only with 4-bit |
 | lora | all; the order of target modules does not matter |
 | training | all but `save_steps`, `logging_steps`, `eval_steps`, and defaults of fields added later |
@@ -18,6 +19,7 @@ the evaluation rows and their limit are in the hash too, and `max_new_tokens` if
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -25,6 +27,7 @@ from typing import Any, Literal, Self
 from rankwise.experiment.hashing import digest, plain
 from rankwise.experiment.metric_names import keys_of, metric_facts, needs_generation
 from rankwise.experiment.schema import (
+    RENDERING,
     DatasetSpec,
     EvalSplit,
     EvaluationSpec,
@@ -38,8 +41,10 @@ from rankwise.experiment.schema import (
 )
 from rankwise.experiment.source import identity, is_pinned, parse_source
 
-# Increased when the meaning of a setting changes, so that old results do not count as new ones.
-HASH_VERSION = 1
+# Increased when the meaning of a setting changes, so that old results do not count as new ones. Arms that were stored
+# with an earlier rendering keep that version of the hash, by which the queue and MLflow know them.
+HASH_VERSION = 2
+_HASH_VERSIONS = {1: 1, 2: HASH_VERSION}
 _WITHOUT_EFFECT = {"save_steps", "logging_steps", "eval_steps"}
 # Fields added since HASH_VERSION are hashed only if they differ from their default, so that old hashes stay valid.
 _ADDED = ("optim", "train_sampling_strategy")
@@ -69,7 +74,7 @@ class ArmSpec(Section):
             base_model_revision=spec.base_model_revision,
             quantization=spec.quantization,
             lora=spec.lora,
-            dataset=spec.dataset,
+            dataset=spec.dataset.model_copy(update={"rendering": spec.dataset.rendering or RENDERING}),
             training=spec.training,
             seed=spec.seed,
             init_from=spec.init_from,
@@ -79,8 +84,10 @@ class ArmSpec(Section):
 
     @classmethod
     def from_json(cls, text: str) -> ArmSpec:
-        """The inverse of `to_json`."""
-        return cls.model_validate_json(text)
+        """The inverse of `to_json`; an arm without a version of rendering was stored before there was a second one."""
+        data = json.loads(text)
+        data["dataset"].setdefault("rendering", 1)
+        return cls.model_validate_json(json.dumps(data))
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A validated copy with some fields changed. Pydantic's own method would keep the cached hash."""
@@ -102,6 +109,15 @@ class ArmSpec(Section):
     def configuration(self) -> str:
         """64 hex digits shared by the arms that differ only in the seed."""
         return digest({**self._result(), "seed": None})
+
+    @property
+    def rendering(self) -> int:
+        """The version of how rows are read and rendered."""
+        return self.dataset.rendering or RENDERING
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Optimizer steps over `rows` training rows."""
+        return self.training.optimizer_steps(rows, whole_epochs=self.rendering > 1)
 
     @property
     def short(self) -> str:
@@ -162,6 +178,8 @@ class ArmSpec(Section):
         }
         if isinstance(self.dataset.eval, EvalSplit):
             values |= {"dataset.eval.rows": self.dataset.eval.rows, "dataset.eval.seed": self.dataset.eval.seed}
+        for name, value in self._reading().items():
+            values[f"dataset.{name}"] = value if isinstance(value, int | str) else json.dumps(value, ensure_ascii=False)
         values |= {f"quantization.{key}": value for key, value in _quantization(self.quantization).items()}
         values |= {f"training.{key}": value for key, value in self._training().items()}
         if self.checkpoint == "best":
@@ -197,7 +215,12 @@ class ArmSpec(Section):
             # A template file is identified by its content, not its path.
             "chat_template": data.chat_template_revision or template,
             "max_length": self.training.max_length,
+            **self._reading(),
         }
+
+    def _reading(self) -> dict[str, Any]:
+        """The version of rendering after the first, and the settings that differ from their default."""
+        return {} if self.rendering == 1 else {"rendering": self.rendering, **self.dataset.reading()}
 
     def _train_rows(self) -> dict[str, Any]:
         data = self.dataset
@@ -218,7 +241,7 @@ class ArmSpec(Section):
 
     def _result(self) -> dict[str, Any]:
         result = {
-            "version": HASH_VERSION,
+            "version": _HASH_VERSIONS[self.rendering],
             "base": self._base(),
             "quantization": _quantization(self.quantization),
             "lora": self.lora.model_dump(),
@@ -246,7 +269,7 @@ class ArmSpec(Section):
         # Another release of a package may compute the metric differently.
         origins = {metric: metric_facts(metric).origin for metric in metrics if metric_facts(metric).origin}
         return {
-            "version": HASH_VERSION,
+            "version": _HASH_VERSIONS[self.rendering],
             "metrics": metrics,
             **({"origins": origins} if origins else {}),
             "max_new_tokens": self.evaluation.max_new_tokens if needs_generation(metrics) else None,

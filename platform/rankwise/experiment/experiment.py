@@ -178,12 +178,17 @@ class Experiment:
         train_revision: str | None = None,
         eval_revision: str | None = None,
         init_from: str | None = None,
+        rendering: int | None = None,
     ) -> Experiment:
         """A copy with the given pins, which all arms share; None leaves a pin unchanged."""
         given = {"base_model_revision": base_model_revision, "init_from": init_from}
         pins = {key: value for key, value in given.items() if value is not None}
-        given = {"train_revision": train_revision, "eval_revision": eval_revision}
-        data = {key: value for key, value in given.items() if value is not None}
+        settled: dict[str, str | int | None] = {
+            "train_revision": train_revision,
+            "eval_revision": eval_revision,
+            "rendering": rendering,
+        }
+        data = {key: value for key, value in settled.items() if value is not None}
         return replace(
             self,
             spec=self.spec.model_copy(update={**pins, "dataset": self.spec.dataset.model_copy(update=data)}),
@@ -261,11 +266,13 @@ def parse_experiment(
     *,
     directory: Path | None = None,
     elsewhere: bool = False,
+    recorded: bool = False,
 ) -> Experiment:
     """Check the text of an experiment file, like `load_experiment`.
 
     `filename` appears in messages. Paths are relative to `directory`, by default the working directory; `elsewhere` is
-    as in `Experiment`.
+    as in `Experiment`. `recorded`: the text is one that a submission stored, with every pin; if it has no version of
+    rendering, there was only the first.
 
     Raises:
         ConfigError: Lists all problems, one per line.
@@ -274,6 +281,8 @@ def parse_experiment(
     if problems and not document.data:
         raise document.error(problems)
     document.elsewhere = elsewhere
+    if recorded and isinstance(data := document.data.get("dataset"), dict):
+        data.setdefault("rendering", 1)
     problems.extend(_override(document, overrides))
     problems.extend(secrets_in(document))
     _make_paths_absolute(document, directory or Path.cwd())

@@ -24,6 +24,7 @@ _WORDS = {
     "register.name": "text without '/' and ':' (at most 256)",
     "register.alias": "text of letters, digits, '_' and '-' (at most 255)",
     "dataset.chat_template_revision": "'sha256:' and 64 hex digits",
+    "dataset.rendering": "1, 2 or null",
     "dataset.delimiter": "one character, or null",
     "dataset.chat_template_kwargs": "a mapping of names to texts, numbers, true, false or null",
     "lora.target_modules": "a list of module names, or all-linear",

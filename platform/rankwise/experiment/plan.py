@@ -163,7 +163,7 @@ def _plan_stopping(
 def _plan_arm(label: str, arm: ArmSpec, rows: int | None) -> PlannedArm:
     training = arm.training
     left = training_rows(arm, rows)
-    steps = training.max_steps if left is None else training.optimizer_steps(left)
+    steps = training.max_steps if left is None else arm.optimizer_steps(left)
     if steps is None:
         return PlannedArm(label=label, arm=arm, steps=None, tokens=None)
     batch = training.per_device_train_batch_size if left is None else min(training.per_device_train_batch_size, left)

@@ -18,6 +18,7 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.document import Problem
 from rankwise.experiment.fields import did_you_mean, get, show
+from rankwise.experiment.hashing import plain
 from rankwise.experiment.metric_names import (
     METRIC_KEYS,
     TOKENIZER_DEPENDENT,
@@ -28,7 +29,7 @@ from rankwise.experiment.metric_names import (
 )
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
 from rankwise.experiment.paths import KeyPath, as_path
-from rankwise.experiment.schema import EarlyStoppingSpec
+from rankwise.experiment.schema import READING, DatasetSpec, EarlyStoppingSpec
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
 BUILT_IN_TEMPLATES = ("chatml", "plain")
@@ -241,6 +242,16 @@ def _rows_become_text(view: FieldView) -> Iterator[Problem]:
         yield _at("dataset.completion", "is missing; prompt needs it")
     elif completion is not None and prompt is None:
         yield _at("dataset.prompt", "is missing; completion needs it")
+
+
+@_rule
+def _rendering_1_has_no_later_settings(view: FieldView) -> Iterator[Problem]:
+    if view["dataset.rendering"] != 1:
+        return
+    for name in READING:
+        path = f"dataset.{name}"
+        if plain(view[path]) != plain(DatasetSpec.model_fields[name].get_default(call_default_factory=True)):
+            yield _at(path, "needs dataset.rendering: 2; with 1 rows are read as releases up to 0.2 did")
 
 
 @_rule

@@ -15,7 +15,11 @@ from pydantic_core import PydanticCustomError
 
 from rankwise.experiment.metric_names import METRIC_KEYS
 
+RENDERING = 2
+"""How new arms read and render rows; arms that were stored without a version have 1."""
 Scalar = bool | int | float | str
+READING = ("format", "delimiter", "encoding", "na_values", "tools", "chat_template_kwargs", "supervise", "overlong")
+"""Settings of how rows are read and rendered that rendering 1 does not have."""
 DataFormat = Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"]
 """What the columns of a table mean."""
 
@@ -194,6 +198,15 @@ class DatasetSpec(Section):
     answer is truncated."""
     limit: Limit = Limit()
     """Maximum numbers of rows."""
+    rendering: Literal[1, 2] | None = None
+    """Version of how rows are read and rendered; 1 is that of releases up to 0.2. null: 2, or 1 if arms of this
+    definition exist that were trained with it. Recorded."""
+
+    def reading(self) -> dict[str, Any]:
+        """The settings in `READING` that differ from their default."""
+        fields = type(self).model_fields
+        values = {name: (getattr(self, name), fields[name].get_default(call_default_factory=True)) for name in READING}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
 
 class TrainingSpec(Section):
@@ -238,13 +251,20 @@ class TrainingSpec(Section):
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     """Order of rows; group_by_length batches rows of similar length, which saves padding."""
 
-    def optimizer_steps(self, rows: int) -> int:
-        """Optimizer steps over `rows` training rows: `max_steps`, or the epochs rounded up to whole steps."""
+    def optimizer_steps(self, rows: int, *, whole_epochs: bool = True) -> int:
+        """Optimizer steps over `rows` training rows: `max_steps`, or those of the epochs, rounded up.
+
+        An epoch ends with a step, whose batches may be smaller, as in transformers' Trainer. Without `whole_epochs`
+        (rendering 1), epochs follow one another without a gap.
+        """
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_train_epochs is not None  # enforced by a rule
-        batch = min(self.per_device_train_batch_size, rows) * self.gradient_accumulation_steps
-        return max(1, math.ceil(self.num_train_epochs * rows / batch))
+        batch = min(self.per_device_train_batch_size, rows)
+        if not whole_epochs:
+            return max(1, math.ceil(self.num_train_epochs * rows / (batch * self.gradient_accumulation_steps)))
+        of_an_epoch = math.ceil(math.ceil(rows / batch) / self.gradient_accumulation_steps)
+        return max(1, math.ceil(self.num_train_epochs * of_an_epoch))
 
     def warmup(self, steps: int) -> int:
         """Warmup steps in a training of `steps` steps; a share is rounded up, as in transformers."""

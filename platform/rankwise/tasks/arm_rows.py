@@ -187,8 +187,9 @@ def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSourc
     for arm, sources in sourced_arms:
         path, targets = sources.base.path, arm.lora.target_modules
         lookups[path, targets] = partial(match_targets, bases[path], targets)
+        reading = canonical_json(arm.dataset.model_dump(mode="json"))
         for side, data in (("train", sources.train), ("eval", sources.eval)):
-            lookups[arm.dataset, data, side] = partial(_check_columns, context, arm.dataset, data, side)
+            lookups[reading, data, side] = partial(_check_columns, context, arm.dataset, data, side)
     problems: dict[str, None] = {}
     for lookup in lookups.values():
         try:

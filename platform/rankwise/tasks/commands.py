@@ -103,7 +103,7 @@ def _submit(session: Session, command: Message) -> Value:
         context.reporter.warn(f"an earlier run left records that cannot be delivered to MLflow: {problem}")
     if command["source"] is not None:
         text = recorded_definition(context, command["source"])
-        experiment = parse_experiment(text, command["source"], command["overrides"])
+        experiment = parse_experiment(text, command["source"], command["overrides"], recorded=True)
     else:
         experiment = Experiment.from_json(command["experiment"])
     prepared = prepare(context, experiment, session.rows, bases=session.bases)

@@ -37,7 +37,7 @@ class Experiments:
 
     def get(self, definition: str, name: str) -> Experiment:
         """Return the experiment of a definition, parsed only once; `name` is for messages."""
-        experiment = self._known.pop(definition, None) or parse_experiment(definition, name)
+        experiment = self._known.pop(definition, None) or parse_experiment(definition, name, recorded=True)
         self._keep(definition, experiment)
         return experiment
 
@@ -113,7 +113,7 @@ class ArmWork:
         """Read a job's row, including rows written by older releases."""
         known = {attribute.name for attribute in fields(cls)}
         values = {key: value for key, value in job.spec.items() if key in known}
-        arm = ArmSpec.model_validate_json(values["arm"])
+        arm = ArmSpec.from_json(values["arm"])
         return cls(**{**values, "arm": arm, "stops": tuple(values.get("stops", ()))})
 
     def stop_after(self, step: int) -> int | None:

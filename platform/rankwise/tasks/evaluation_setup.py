@@ -110,7 +110,7 @@ def without_aliases(context: Context, uris: Sequence[str]) -> dict[str, str]:
 
 def _recorded_experiment(context: Context, uri: str) -> Experiment:
     # The definition may come from another machine, so local paths in it need not exist here.
-    return parse_experiment(recorded_definition(context, uri), uri, elsewhere=True)
+    return parse_experiment(recorded_definition(context, uri), uri, elsewhere=True, recorded=True)
 
 
 def _arm(context: Context, experiment: Experiment, uri: str, *, recorded: bool) -> ArmSpec:

@@ -30,6 +30,7 @@ from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.hashing import digest
 from rankwise.experiment.rules import rung_advice
+from rankwise.experiment.schema import RENDERING
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.modeling.adapter import embedding_rows
 from rankwise.modeling.base import load_tokenizer
@@ -285,6 +286,7 @@ def prepare(
         DatasetError: The rows do not fit the definition.
     """
     pinned = pin(experiment, context.settings, context.reporter, context.store.registry)
+    pinned = _with_rendering(context, pinned)
     sweep_arms = arms_so_far(context, pinned)
     arms = [sweep_arm.arm for sweep_arm in sweep_arms]
     sweep = _identity(pinned)
@@ -304,6 +306,29 @@ def prepare(
         complete=complete,
         reports=_check(context, arms, rows, bases) if preflight and not complete else {},
     )
+
+
+def _with_rendering(context: Context, experiment: Experiment) -> Experiment:
+    """Settle the version of rendering: an earlier one if the queue has arms of this definition with that version only.
+
+    Arms with the new one would be trained anew, and could not be compared with those that are there.
+    """
+    if experiment.spec.dataset.rendering is not None:
+        return experiment
+    newer = experiment.with_pins(rendering=RENDERING)
+    used = experiment.spec.dataset.reading()
+    if used or context.queue.find(JobKind.TRAIN, [arm.spec_hash for arm in newer.arms]):
+        return newer
+    earlier = experiment.with_pins(rendering=1)
+    known = context.queue.find(JobKind.TRAIN, [arm.spec_hash for arm in earlier.arms])
+    if not known:
+        return newer
+    context.reporter.warn(
+        f"{len(known):,} arms of {experiment.spec.name} were submitted with a release that guessed the types of cells "
+        "(dataset.rendering: 1), and this submission keeps to that; to train them anew with the cells as they are "
+        "written, pass --set dataset.rendering=2"
+    )
+    return earlier
 
 
 def submit(

@@ -136,7 +136,7 @@ def _train(
     by_hash = {arm.spec_hash: arm for arm in arms}
     jobs = {arm.spec_hash: arm.job for arm in arms}
     session.compositions.append(Composition(spec_hashes=tuple(jobs), open={job.id for job in jobs.values()}))
-    steps = max(arm.work.arm.training.optimizer_steps(len(arm.rows.train)) for arm in arms)
+    steps = max(arm.work.arm.optimizer_steps(len(arm.rows.train)) for arm in arms)
     names = pack_label([arm.work.run_name for arm in arms])
 
     def should_leave(spec_hash: str) -> bool:

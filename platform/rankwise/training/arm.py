@@ -247,7 +247,7 @@ class TrainingArm:
             delete_adapter(model, self.name)
             raise
         self.step = 0
-        self.total_steps = training.optimizer_steps(len(task.train))
+        self.total_steps = task.spec.optimizer_steps(len(task.train))
         self.seconds = 0.0
         self.tokens = 0
         self.metrics: dict[str, float] = {}
@@ -261,7 +261,7 @@ class TrainingArm:
 
     @property
     def accumulation(self) -> int:
-        """Number of micro-batches of an optimizer step."""
+        """Number of micro-batches of an optimizer step; the last one of an epoch may have fewer."""
         return self.task.spec.training.gradient_accumulation_steps
 
     @property
@@ -287,11 +287,14 @@ class TrainingArm:
 
     def micro_batches(self, step: int | None = None) -> list[list[Encoded]]:
         """The rows of an optimizer step, counted from 0, by default the next one: a list for each micro-batch."""
-        first = (self.step if step is None else step) * self.accumulation
         return [
             [self.task.train[index] for index in self._sampler.indices(micro_step)]
-            for micro_step in range(first, first + self.accumulation)
+            for micro_step in self.micro_steps(self.step if step is None else step)
         ]
+
+    def micro_steps(self, step: int) -> range:
+        """The micro-steps of an optimizer step, counted from 0."""
+        return self._sampler.micro_steps(step, self.accumulation)
 
     def dropout(self, micro_step: int) -> DropoutKey | None:
         """The key of the dropout masks of one micro-batch of the next step; None without dropout."""
@@ -373,4 +376,10 @@ class TrainingArm:
         lengths = None
         if training.train_sampling_strategy == "group_by_length":
             lengths = tuple(len(row.input_ids) for row in self.task.train)
-        return Sampler(len(self.task.train), training.per_device_train_batch_size, self.task.spec.seed, lengths)
+        return Sampler(
+            len(self.task.train),
+            training.per_device_train_batch_size,
+            self.task.spec.seed,
+            lengths,
+            whole_epochs=self.task.spec.rendering > 1,
+        )

@@ -325,7 +325,7 @@ def _state_document(arm: TrainingArm) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "spec_hash": arm.spec_hash,
         "step": arm.step,
-        "micro_step": arm.step * arm.accumulation,
+        "micro_step": arm.micro_steps(arm.step).start,
         "seconds": arm.seconds,
         "tokens": arm.tokens,
         "metrics": arm.metrics,

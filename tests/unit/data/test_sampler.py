@@ -11,10 +11,13 @@ def drawn(sampler, steps):
     return [index for step in range(steps) for index in sampler.indices(step)]
 
 
+WHOLE = st.booleans()
+
+
 @QUICK
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**40))
-def test_every_epoch_is_a_permutation_and_no_row_is_skipped_between_epochs(count, batch_size, seed):
-    sampler = Sampler(count, batch_size, seed)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**40), WHOLE)
+def test_every_epoch_is_a_permutation_and_no_row_is_skipped_between_epochs(count, batch_size, seed, whole):
+    sampler = Sampler(count, batch_size, seed, whole_epochs=whole)
     rows = drawn(sampler, 3 * count)
     for epoch in range(len(rows) // count):
         part = rows[epoch * count : (epoch + 1) * count]
@@ -23,19 +26,37 @@ def test_every_epoch_is_a_permutation_and_no_row_is_skipped_between_epochs(count
 
 
 @QUICK
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9), st.integers(0, 500))
-def test_a_batch_is_a_pure_function_of_the_micro_step(count, batch_size, seed, step):
-    alone = Sampler(count, batch_size, seed).indices(step)
-    sampler = Sampler(count, batch_size, seed)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9), st.integers(0, 500), WHOLE)
+def test_a_batch_is_a_pure_function_of_the_micro_step(count, batch_size, seed, step, whole):
+    alone = Sampler(count, batch_size, seed, whole_epochs=whole).indices(step)
+    sampler = Sampler(count, batch_size, seed, whole_epochs=whole)
     for other in (step + 3, 0, step // 2):
         sampler.indices(other)
     assert sampler.indices(step) == alone
-    assert len(alone) == min(batch_size, count)
+    assert 1 <= len(alone) <= min(batch_size, count)
+    assert whole or len(alone) == min(batch_size, count)
 
 
-def test_a_batch_may_span_two_epochs_so_that_all_are_full():
-    sampler = Sampler(5, 4, 0)
+def test_a_batch_may_span_two_epochs_with_rendering_1():
+    sampler = Sampler(5, 4, 0, whole_epochs=False)
     assert sampler.indices(1) == [sampler.epoch(0)[4], *sampler.epoch(1)[:3]]
+
+
+@QUICK
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.booleans())
+def test_every_epoch_is_a_whole_number_of_steps(count, batch_size, accumulation, grouped):
+    sampler = Sampler(count, batch_size, 3, some_lengths(count) if grouped else None)
+    steps = -(-sampler.batches // accumulation)
+    for epoch in range(3):
+        batches = [
+            [sampler.indices(micro_step) for micro_step in sampler.micro_steps(epoch * steps + step, accumulation)]
+            for step in range(steps)
+        ]
+        assert all(1 <= len(step) <= accumulation for step in batches)
+        assert all(len(step) == accumulation for step in batches[:-1])
+        assert sorted(row for step in batches for batch in step for row in batch) == list(range(count))
+        sizes = [len(batch) for step in batches for batch in step]
+        assert set(sizes[:-1]) <= {sampler.rows_per_batch}
 
 
 def test_with_fewer_rows_than_a_batch_a_batch_is_one_epoch():
@@ -51,7 +72,8 @@ def test_seeds_and_epochs_differ():
 
 def test_the_order_does_not_change_between_versions_and_machines():
     assert Sampler(10, 4, 0).epoch(0) == [7, 6, 3, 5, 4, 1, 2, 8, 0, 9]
-    assert Sampler(10, 4, 1).indices(3) == [7, 6, 1, 8]
+    assert Sampler(10, 4, 1).indices(3) == Sampler(10, 4, 1).epoch(1)[:4]
+    assert Sampler(10, 4, 1, whole_epochs=False).indices(3) == [7, 6, 1, 8]
 
 
 @pytest.mark.parametrize(
@@ -73,24 +95,24 @@ def some_lengths(count, seed=0):
 
 
 @QUICK
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9))
-def test_grouped_by_length_every_row_still_comes_once_in_an_epoch(count, batch_size, seed):
-    sampler = Sampler(count, batch_size, seed, some_lengths(count))
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9), WHOLE)
+def test_grouped_by_length_every_row_still_comes_once_in_an_epoch(count, batch_size, seed, whole):
+    sampler = Sampler(count, batch_size, seed, some_lengths(count), whole_epochs=whole)
     rows = drawn(sampler, 3 * count)
     for epoch in range(len(rows) // count):
         assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 @QUICK
-@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9), st.integers(0, 500))
-def test_a_batch_grouped_by_length_is_a_pure_function_of_the_micro_step(count, batch_size, seed, step):
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 9), st.integers(0, 500), WHOLE)
+def test_a_batch_grouped_by_length_is_a_pure_function_of_the_micro_step(count, batch_size, seed, step, whole):
     lengths = some_lengths(count)
-    alone = Sampler(count, batch_size, seed, lengths).indices(step)
-    sampler = Sampler(count, batch_size, seed, lengths)
+    alone = Sampler(count, batch_size, seed, lengths, whole_epochs=whole).indices(step)
+    sampler = Sampler(count, batch_size, seed, lengths, whole_epochs=whole)
     for other in (step + 3, 0, step // 2):
         sampler.indices(other)
     assert sampler.indices(step) == alone
-    assert len(alone) == min(batch_size, count)
+    assert 1 <= len(alone) <= min(batch_size, count)
 
 
 def padding(batches, lengths):

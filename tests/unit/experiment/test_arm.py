@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.schema import LoraSpec
+from rankwise.experiment.schema import READING, LoraSpec
 
 NO_SWEEP = changed(("sweep:\n  parameters:\n    lora.r: [4, 8]\n", ""))
 BEST = ("  alias: best", "  alias: best\n  checkpoint: best")
@@ -30,7 +30,26 @@ def test_the_hash_is_64_hex_digits_and_names_the_adapter_without_dots():
 
 
 def test_arms_of_earlier_releases_keep_their_hash():
-    assert arm().spec_hash == "a6d189b1f924afb527c9c85054146a1d1069d55729fd61a7fee023082d7af986"
+    first = ArmSpec.from_json(stored_by_an_earlier_release(arm()))
+    assert first.rendering == 1
+    assert first.spec_hash == "a6d189b1f924afb527c9c85054146a1d1069d55729fd61a7fee023082d7af986"
+    assert first.eval_hash() != arm().eval_hash()
+    assert ArmSpec.from_json(first.to_json()) == first
+    assert not any(key.startswith("dataset.rendering") for key in first.params)
+    assert arm(RENDERING_1).spec_hash == first.spec_hash
+
+
+def stored_by_an_earlier_release(one: ArmSpec) -> str:
+    document = json.loads(one.to_json())
+    for name in ("rendering", *READING):
+        del document["dataset"][name]
+    return json.dumps(document)
+
+
+RENDERING_1 = ("  train: org/rows", "  rendering: 1\n  train: org/rows")
+
+
+def test_fields_added_later_do_not_change_a_hash_at_their_default():
     fields = ("  warmup_steps: 5", "  warmup_steps: 5\n  optim: adamw_torch_fused\n  train_sampling_strategy: random")
     assert arm(fields).spec_hash == arm().spec_hash
     assert "training.optim" not in arm(fields).params
@@ -58,6 +77,20 @@ def test_arms_of_earlier_releases_keep_their_hash():
         ("rows: 20}", "rows: 30}"),
         ("rows: 20}", "rows: 20, seed: 1}"),
         ("How much is", "What costs"),
+        RENDERING_1,
+        *(
+            ("  train: org/rows", f"  {setting}\n  train: org/rows")
+            for setting in (
+                "format: prompt_completion",
+                'delimiter: ";"',
+                "encoding: cp1252",
+                "na_values: [NA]",
+                "tools: functions",
+                "chat_template_kwargs: {enable_thinking: false}",
+                "supervise: last_answer",
+                "overlong: drop",
+            )
+        ),
         ("${price}", "{price}"),
         ("  warmup_steps: 5", "  warmup_steps: 5\n  optim: adamw_bnb_8bit"),
         ("  warmup_steps: 5", "  warmup_steps: 5\n  train_sampling_strategy: group_by_length"),
@@ -253,4 +286,4 @@ def test_the_order_of_modules_never_changes_a_hash(modules):
 
 def test_the_hash_of_a_known_arm_stays_what_it_was():
     """A change here means that every stored result is trained again: raise HASH_VERSION on purpose, not by accident."""
-    assert arm().spec_hash == "a6d189b1f924afb527c9c85054146a1d1069d55729fd61a7fee023082d7af986"
+    assert arm().spec_hash == "21f6728f4c2665dbd077186cf37d224510b58e8bd6db975a6ef9c30df252bc8f"

@@ -50,7 +50,7 @@ def test_epochs_become_steps_once_the_rows_are_known():
 def test_a_limit_bounds_the_rows_of_training():
     experiment = parse(EPOCHS, ("dataset:\n", "dataset:\n  limit: {train: 40}\n"))
     assert {planned.steps for planned in make_plan(experiment, 100).arms} == {10}
-    assert {planned.steps for planned in make_plan(experiment, 30).arms} == {3}
+    assert {planned.steps for planned in make_plan(experiment, 30).arms} == {4}
 
 
 def test_few_rows_make_a_small_batch():

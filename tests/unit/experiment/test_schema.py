@@ -103,15 +103,22 @@ def test_register_is_a_plain_attribute_although_its_name_is_taken_by_abcmeta():
     [
         ({"max_steps": 7}, 100, 7),
         ({"num_train_epochs": 1}, 100, 13),
-        ({"num_train_epochs": 2}, 100, 25),
+        ({"num_train_epochs": 2}, 100, 26),
         ({"num_train_epochs": 0.5}, 100, 7),
+        ({"num_train_epochs": 1.5}, 100, 20),
         ({"num_train_epochs": 1, "gradient_accumulation_steps": 4}, 100, 4),
+        ({"num_train_epochs": 1.5, "gradient_accumulation_steps": 2}, 10, 2),
         ({"num_train_epochs": 3}, 5, 3),
         ({"num_train_epochs": 0.001}, 5, 1),
     ],
 )
-def test_steps_come_from_max_steps_or_from_epochs_over_full_batches(training, rows, steps):
+def test_steps_come_from_max_steps_or_from_epochs_that_end_with_a_step(training, rows, steps):
     assert TrainingSpec(**training).optimizer_steps(rows) == steps
+
+
+def test_epochs_follow_one_another_without_a_gap_with_rendering_1():
+    two = TrainingSpec(num_train_epochs=2)
+    assert [two.optimizer_steps(100, whole_epochs=whole) for whole in (False, True)] == [25, 26]
 
 
 @pytest.mark.parametrize(("warmup", "steps", "expected"), [(0, 100, 0), (5, 100, 5), (0.1, 100, 10), (0.03, 50, 2)])

@@ -2,9 +2,10 @@ import json
 
 import pytest
 from helpers.arms import small_arms
-from helpers.definitions import DEFINITION, parse
+from helpers.definitions import DEFINITION
 
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.experiment import parse_experiment
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.tasks.context import ArmWork, Experiments
 
@@ -54,7 +55,8 @@ def test_the_bare_base_is_one_job_whatever_arm_names_it():
 def test_a_definition_is_checked_once_however_it_is_spelled():
     experiments = Experiments()
     first = experiments.get(DEFINITION, "here")
-    assert first == parse()
+    assert first == parse_experiment(DEFINITION, "small.yaml", recorded=True)
+    assert {arm.rendering for arm in first.arms} == {1}, "stored without a version: there was only one"
     assert first.text != DEFINITION
     assert experiments.get(DEFINITION, "there") is first
     experiments.add(first)
