@@ -1,8 +1,4 @@
-"""Table rows to examples: row templates, conversations, the train/eval split, and limits.
-
-A template's field is a plain column name with an optional format specification (`{price:.0f}`). Attribute access
-(`{a.b}`), indexing (`{a[0]}`), conversions (`{a!r}`) and positions (`{}`) are never evaluated: a definition may come
-from someone else, and a text template must not become a way to reach into objects.
+"""Table rows to examples: conversations, the train/eval split, and limits.
 
 Split and limits order rows by a SHA-256 of the seed and of the row, not by a random generator, so the choice is the
 same on every machine and changes little when the table gains rows.
@@ -10,18 +6,16 @@ same on every machine and changes little when the table gains rows.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
-import re
-import string
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rankwise.data.row_template import RowTemplate, check_column
 from rankwise.data.template import Message, Renderer, RenderError
+from rankwise.data.values import Values
 from rankwise.exceptions import DatasetError
 from rankwise.reporter import SILENT, Advance, Reporter
 
@@ -29,126 +23,6 @@ if TYPE_CHECKING:
     from rankwise.assets.dataset import ResolvedData
     from rankwise.experiment.schema import DatasetSpec
     from rankwise.settings import Settings
-
-MAX_WIDTH = 999
-# A width of ten digits would exhaust the memory with the first row.
-_WIDE = re.compile(r"[0-9]{4,}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Field:
-    """One `{column:spec}` of a template."""
-
-    column: str
-    spec: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowTemplate:
-    """A parsed template. `key` is the YAML key it came from, for messages; `parts` are literal texts and fields."""
-
-    key: str
-    parts: tuple[str | Field, ...]
-
-    @classmethod
-    def parse(cls, text: str, key: str) -> RowTemplate:
-        """Parse `text`, the value of the YAML key `key`.
-
-        Raises:
-            DatasetError: A brace is unbalanced, or a field is anything but a column name and a format specification.
-        """
-        parts: list[str | Field] = []
-        try:
-            parsed = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise DatasetError(
-                f"{key}: {text!r} is not a template: {error}; write {{{{ and }}}} for literal braces"
-            ) from error
-        for literal, name, spec, conversion in parsed:
-            if literal:
-                parts.append(literal)
-            if name is None:
-                continue
-            if not name or name.isdigit():
-                raise DatasetError(
-                    f"{key}: field {{{name}}} has no column name; allowed are names of columns, such as {{price}} or "
-                    f"{{price:.0f}}; write {{{{ and }}}} for literal braces"
-                )
-            if _WIDE.search(spec or ""):
-                raise DatasetError(
-                    f"{key}: field {{{name}:{spec}}} has a width or precision above {MAX_WIDTH}; allowed are widths "
-                    f"and precisions up to {MAX_WIDTH}"
-                )
-            if conversion or "{" in (spec or ""):
-                shown = f"!{conversion}" if conversion else f":{spec}"
-                raise DatasetError(
-                    f"{key}: field {{{name}{shown}}} is not allowed; allowed are names of columns with a plain format "
-                    "specification, such as {price} or {price:.0f}"
-                )
-            parts.append(Field(column=name, spec=spec or ""))
-        return cls(key=key, parts=tuple(parts))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that the template uses, each once, in order."""
-        return tuple(dict.fromkeys(part.column for part in self.parts if isinstance(part, Field)))
-
-    def check(self, available: Iterable[str]) -> None:
-        """Check that every column exists.
-
-        Raises:
-            DatasetError: A column does not exist; the message lists those that do and the nearest name.
-        """
-        for column in self.columns:
-            check_column(column, available, self.key)
-
-    def render(self, row: Mapping[str, Any], row_id: str) -> str:
-        """Fill the template from one row. `row_id` names the row in a message.
-
-        Raises:
-            DatasetError: A format specification does not fit the value.
-        """
-        out = []
-        for part in self.parts:
-            if isinstance(part, str):
-                out.append(part)
-                continue
-            value = row[part.column]
-            try:
-                out.append(format(value, part.spec))
-            except (ValueError, TypeError) as error:
-                raise DatasetError(
-                    f"{self.key}: field {{{part.column}:{part.spec}}} does not fit row {row_id}, where {part.column} "
-                    f"is {value!r} ({type(value).__name__}): {error}"
-                ) from error
-        return "".join(out)
-
-
-def check_column(column: str, available: Iterable[str], key: str) -> None:
-    """Check that `column`, which the YAML key `key` names, is one of `available`.
-
-    Raises:
-        DatasetError: It is not.
-    """
-    names = list(available)
-    if column in names:
-        return
-    near = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-    by_case = [name for name in names if name.lower() == column.lower()]
-    base = column.replace("[", ".").split(".")[0]
-    if base != column and base in names:
-        hint = f"; attributes and indices of {base!r} cannot be used, only whole columns."
-    elif by_case or near:
-        hint = f"; did you mean {(by_case or near)[0]!r}?"
-    else:
-        hint = "."
-    raise DatasetError(f"{key}: unknown column {column!r}{hint} Available columns: {', '.join(names) or 'none'}")
-
-
-def is_missing(value: object) -> bool:
-    """Whether a cell is empty: null, or the NaN that stands for it in a column of floats."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
 
 MISSING = "empty cell"
 NO_ANSWER = "no assistant turn"
@@ -174,6 +48,7 @@ class RowMapping:
     prompt: RowTemplate | None
     completion: RowTemplate | None
     system: str | None
+    values: Values
 
     @classmethod
     def of(cls, dataset: DatasetSpec, columns: Sequence[str], side: str) -> RowMapping:
@@ -183,21 +58,22 @@ class RowMapping:
             DatasetError: The section names neither form or both, a template is not valid, or a column does not exist.
         """
         where = "" if side == "train" else f" ({side} data)"
+        values = Values.of(dataset)
         if dataset.messages is not None:
             if dataset.prompt is not None or dataset.completion is not None:
                 raise DatasetError("dataset: give either messages, or prompt and completion, not both")
             check_column(dataset.messages, columns, f"dataset.messages{where}")
-            return cls(messages=dataset.messages, prompt=None, completion=None, system=dataset.system)
+            return cls(messages=dataset.messages, prompt=None, completion=None, system=dataset.system, values=values)
         if dataset.prompt is None or dataset.completion is None:
             raise DatasetError(
                 "dataset: rows need messages (a column of {role, content}), or both prompt and completion (templates "
                 'over columns, such as "carat {carat}")'
             )
-        prompt = RowTemplate.parse(dataset.prompt, f"dataset.prompt{where}")
-        completion = RowTemplate.parse(dataset.completion, f"dataset.completion{where}")
+        prompt = RowTemplate.parse(dataset.prompt, f"dataset.prompt{where}", values)
+        completion = RowTemplate.parse(dataset.completion, f"dataset.completion{where}", values)
         prompt.check(columns)
         completion.check(columns)
-        return cls(messages=None, prompt=prompt, completion=completion, system=dataset.system)
+        return cls(messages=None, prompt=prompt, completion=completion, system=dataset.system, values=values)
 
     def convert(self, row: Mapping[str, Any], row_id: str) -> Conversion:
         """Make the conversation of one row, without the definition's system message (see `with_system`).
@@ -208,7 +84,7 @@ class RowMapping:
         if self.messages is None:
             return self._from_templates(row, row_id)
         cell = row[self.messages]
-        if is_missing(cell):
+        if self.values.is_missing(cell):
             return Conversion(left_out=MISSING)
         messages, unused = parse_messages(cell, f"dataset.messages: row {row_id}, column {self.messages!r}")
         turns = answer_turns(messages)
@@ -220,7 +96,7 @@ class RowMapping:
     def _from_templates(self, row: Mapping[str, Any], row_id: str) -> Conversion:
         assert self.prompt is not None
         assert self.completion is not None
-        if any(is_missing(row[column]) for column in (*self.prompt.columns, *self.completion.columns)):
+        if self.prompt.missing(row) is not None or self.completion.missing(row) is not None:
             return Conversion(left_out=MISSING)
         return Conversion(
             messages=(

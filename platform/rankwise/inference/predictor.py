@@ -11,7 +11,8 @@ from threading import Condition, Lock
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
-from rankwise.data.rows import RowTemplate, check_column, parse_messages
+from rankwise.data.row_template import RowTemplate, check_column
+from rankwise.data.rows import parse_messages
 from rankwise.data.template import Message, Renderer, RenderError
 from rankwise.exceptions import ConfigError, DatasetError, JobError
 from rankwise.flavor.load import LoadedAdapter, load_models
