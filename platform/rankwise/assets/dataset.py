@@ -133,6 +133,54 @@ def load_table(resolved: ResolvedData, settings: Settings, progress: Reporter | 
         return datasets.load_from_disk(str(entry / "table"))
 
 
+def data_files(resolved: ResolvedData) -> list[Path]:
+    """The files of a split of a local data set, in order; none of a saved one or one on the hub.
+
+    Raises:
+        AssetError: A directory has no data.
+        DatasetError: It has no such split.
+    """
+    path = resolved.path
+    if path is None or path.is_file():
+        return [] if path is None else [path]
+    if _is_saved(path):
+        return []
+    import datasets
+
+    with _data_errors(resolved), _quiet_datasets():
+        builder = datasets.load_dataset_builder(str(path), name=resolved.name)
+        found = builder.config.data_files or {}
+    name = _split_name(resolved.split)
+    if name not in found:
+        raise DatasetError(f"{path} has no split {name!r}; it has {', '.join(map(str, found))}")
+    return [Path(file) for file in found[name]]
+
+
+def slice_of(split: str, rows: int) -> range | None:
+    """The rows that `train[:1000]` or `train[10%:20%]` takes of a table; None for all.
+
+    Raises:
+        DatasetError: It is not a slice, or of more rows than there are.
+    """
+    if "[" not in split:
+        return None
+    import datasets
+
+    try:
+        (chosen,) = datasets.ReadInstruction.from_spec(split).to_absolute({_split_name(split): rows})
+    except (ValueError, AssertionError) as error:
+        raise DatasetError(f"dataset: the split {split!r} of {rows:,} rows: {error}") from error
+    return range(chosen.from_ or 0, rows if chosen.to is None else chosen.to)
+
+
+def _split_name(split: str) -> str:
+    return re.split(r"[^\w.]", split, maxsplit=1)[0]
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
 def _local(source: LocalSource, settings: Settings, progress: Reporter) -> tuple[Path, str]:
     path = confine(Path(source.path).expanduser().absolute(), settings, "dataset")
     if path.is_dir():
@@ -176,8 +224,8 @@ def _build(resolved: ResolvedData, settings: Settings, scratch: Path) -> dataset
     with _data_errors(resolved):
         if resolved.path is not None and resolved.path.is_file():
             builder, arguments = _format(resolved.path.name)
-            table = re.split(r"[^\w.]", resolved.split, maxsplit=1)[0]
-            return datasets.load_dataset(builder, data_files={table: str(resolved.path)}, **arguments, **options)
+            files = {_split_name(resolved.split): str(resolved.path)}
+            return datasets.load_dataset(builder, data_files=files, **arguments, **options)
         if resolved.path is not None:
             return _from_directory(resolved, resolved.path, options)
         assert resolved.hub is not None
@@ -192,7 +240,7 @@ def _build(resolved: ResolvedData, settings: Settings, scratch: Path) -> dataset
 def _from_directory(resolved: ResolvedData, path: Path, options: dict[str, Any]) -> datasets.Dataset:
     import datasets
 
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if not _is_saved(path):
         return datasets.load_dataset(str(path), name=resolved.name, **options)
     saved = datasets.load_from_disk(str(path))
     if not isinstance(saved, datasets.DatasetDict):

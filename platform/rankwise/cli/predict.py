@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="INPUT", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--prompt", metavar="TEMPLATE", help="Template over columns, such as 'carat {carat}, cut {cut}'.")
+@click.option("--delimiter", metavar="CHARACTER", help="What separates cells. Default: a comma, in .tsv a tab.")
+@click.option("--encoding", metavar="NAME", help="Encoding of a text input, such as cp1252. Default: utf-8.")
 @click.option("--model-column", default="model", show_default=True, help="Column with the model of a row.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum length of an answer."
@@ -75,7 +77,9 @@ def predict(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Answer the rows of INPUT with registered adapters, and write OUTPUT (both .jsonl, .csv or .parquet).
+    """Answer the rows of INPUT with registered adapters, and write OUTPUT (.jsonl, .csv or .parquet).
+
+    INPUT is a file of any type that training reads: .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet or .arrow.
 
     A row has a column `prompt` (text) or `messages` (chat), or the columns of --prompt; it may name its model. All
     adapters share one base in memory, and rows of different adapters share batches. A row that cannot be answered gets

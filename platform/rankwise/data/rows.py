@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.data.row_template import RowTemplate, check_column
 from rankwise.data.template import Message, Renderer, RenderError
+from rankwise.data.training_table import open_table
 from rankwise.data.values import Values
 from rankwise.exceptions import DatasetError
 from rankwise.reporter import SILENT, Advance, Reporter
@@ -278,12 +279,10 @@ def load_examples(
         AssetError: A table cannot be read.
         DatasetError: The rows do not fit the definition.
     """
-    from rankwise.assets.dataset import load_table
-
     return build_examples(
         dataset,
-        None if train is None else load_table(train, settings, progress),
-        None if eval is None else load_table(eval, settings, progress),
+        None if train is None else open_table(dataset, train, settings, progress),
+        None if eval is None else open_table(dataset, eval, settings, progress),
         renderer,
         progress,
     )

@@ -172,11 +172,6 @@ def plain_value(value: object) -> Any:
     return value
 
 
-def shortest(values: list[Any], kind: type[np.floating[Any]]) -> list[Any]:
-    """Numbers of a column of 16 or 32 bits, which Arrow widens to Python's, with their shortest digits."""
-    return [value if value is None else float(str(kind(value))) for value in values]
-
-
 def formatted(value: object, spec: str) -> str:
     """A value by a format specification; see the second table of this module.
 

@@ -18,14 +18,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from rankwise.data.tables import TableRow, table_kind
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, JobError, TrackingError
 from rankwise.flavor.fetch import Origin, check, resolve_uri
 from rankwise.flavor.load import LoadedAdapter
 from rankwise.flavor.metadata import MANIFEST_TAG
+from rankwise.inference.output import output_format, write_rows
 from rankwise.inference.predictor import Answer, Predictor, PromptReader
 from rankwise.inference.shards import JobsStatus, Manifest, Parts, QueuedJobs, Request
 from rankwise.inference.source import InputChangedError, Source, Survey, named_model
-from rankwise.inference.tables import TableRow, table_format, write_rows
 from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
 
@@ -60,7 +61,7 @@ class Prediction:
             InputChangedError: The input has changed since the prediction started.
             AssetError: It cannot be read.
         """
-        source = source or Source(self.source, settings)
+        source = source or Source(self.source, settings, self.request.text)
         index = self.parts.index(self.manifest)
         if index is not None:
             source.use(index)
@@ -160,8 +161,8 @@ def check_paths(source: Path, output: Path) -> None:
     Raises:
         ConfigError: A format is unknown, both are the same file, or the output is a directory.
     """
-    table_format(source)
-    table_format(output)
+    table_kind(source)
+    output_format(output)
     if source.resolve() == output.resolve():
         raise ConfigError(f"the output {output} is the same file as the input; name another file")
     if output.is_dir():
@@ -269,7 +270,7 @@ def write_output(prediction: Prediction, source: Source) -> int:
     """
     output, columns = prediction.output, prediction.manifest.survey.columns
     names = _names([name for name in columns if name != _ID])
-    own = source.types() if table_format(output) == ".parquet" else {}
+    own = source.types() if output_format(output) == ".parquet" else {}
     # A row without an id gets its index, as a string if the Parquet column holds strings.
     texts = pa.types.is_string(own.get(_ID, pa.int64()))
     first = own.get(_ID) if _ID in columns else pa.int64()
@@ -364,7 +365,7 @@ def predict_file(
         AdapterIntegrityError: The files of an adapter do not match their manifest.
     """
     check_paths(source, output)
-    opened = Source(source, settings, hold=True)
+    opened = Source(source, settings, request.text, hold=True)
     parts = Parts(output)
     with parts.locked():
         queued = parts.queued()

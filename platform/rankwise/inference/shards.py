@@ -16,17 +16,18 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from rankwise.data.tables import TextFormat
 from rankwise.exceptions import ConfigError
 from rankwise.files import make_directory, storage_errors, temporary_name, write_atomically
 from rankwise.inference.predictor import BATCH_SIZE, Answer
-from rankwise.inference.source import InputIndex, Survey
+from rankwise.inference.source import INPUT_TEXT, InputIndex, Survey
 from rankwise.modeling.decoding.generation import Decoding
 
 logger = logging.getLogger(__name__)
@@ -255,9 +256,10 @@ SHARD_ROWS = 256
 class Request:
     """Options of a prediction.
 
-    The first of `models` answers rows that name none in `model_column`. `prompt` None reads the columns `messages` or
-    `prompt`; `base_model` and `device` None select the recorded base and the first GPU (or the CPU). `batch_size` and
-    `shard_rows` have no effect on answers.
+    The first of `models` answers rows that name none in `model_column`. `prompt` None reads the columns of the stored
+    template, `messages` or `prompt`; `delimiter` and `encoding` None are the usual ones of a text input; `base_model`
+    and `device` None select the recorded base and the first GPU (or the CPU). `batch_size` and `shard_rows` have no
+    effect on answers.
     """
 
     models: tuple[str, ...] = ()
@@ -271,6 +273,13 @@ class Request:
     batch_size: int = BATCH_SIZE
     shard_rows: int = SHARD_ROWS
     fail_fast: bool = False
+    delimiter: str | None = None
+    encoding: str | None = None
+
+    @property
+    def text(self) -> TextFormat:
+        """How a text input is written."""
+        return replace(INPUT_TEXT, delimiter=self.delimiter, encoding=self.encoding or INPUT_TEXT.encoding)
 
     def identity(self, input_digest: str) -> dict[str, Any]:
         """The input's digest and the options that determine answers, as plain values."""
@@ -287,6 +296,9 @@ class Request:
             "seed": self.seed,
             "base_model": self.base_model,
             "allow_base_mismatch": self.allow_base_mismatch,
+            # Left out where they are not given, as in predictions of earlier releases.
+            **({} if self.delimiter is None else {"delimiter": self.delimiter}),
+            **({} if self.encoding is None else {"encoding": self.encoding}),
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Source: the input of a prediction, scanned once and then read by shards.
 
 One pass counts, hashes and indexes the input. The index holds the byte range and digest of each block: the lines of
-one shard in JSONL and CSV, one row group in Parquet. A job reads only the blocks of its shards, and verifies them.
+one shard in JSON lines, CSV and plain text, one row group in Parquet, everything in Arrow and in a JSON list. A job
+reads only the blocks of its shards, and verifies them.
 """
 
 from __future__ import annotations
 
 import base64
-import codecs
 import hashlib
 import io
 import os
@@ -20,29 +20,46 @@ from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rankwise.digests import file_digest, hashing
-from rankwise.exceptions import AssetError
-from rankwise.inference.tables import (
-    ArrowTypes,
+from rankwise.data.tables import (
+    Kind,
+    MarkError,
     TableRow,
+    TextFormat,
+    arrow_batches,
+    arrow_schema,
+    batch_rows,
+    byte_mark,
+    cells,
     csv_header,
     csv_rows,
+    is_json_list,
+    json_list,
     json_rows,
     parquet_rows,
-    plain_row,
+    read_lines,
     row_groups,
-    table_format,
+    table_kind,
+    text_rows,
+    undecodable,
 )
+from rankwise.digests import file_digest, hashing
+from rankwise.exceptions import AssetError, ConfigError
+from rankwise.inference.output import ArrowTypes, output_format, plain_row
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 
 HELD_BYTES = 64 << 20
 """A process that answers all rows keeps inputs up to this size in memory."""
+INPUT_TEXT = TextFormat(delimiter_key="--delimiter", encoding_key="--encoding")
+"""How a text input is written, unless a request says otherwise."""
+_TYPED: frozenset[Kind] = frozenset({"parquet", "arrow"})
+_WHOLE: frozenset[Kind] = frozenset({"arrow", "json"})
+_START = 4096
 _CHUNK = 4 << 20
 _INDEX_VERSION = 1
 
@@ -65,7 +82,7 @@ class InputChangedError(AssetError):
 
 @dataclass(frozen=True, kw_only=True)
 class InputBlock:
-    """Bytes [start, end) of the input, which begin with row `row` after `line` lines (0 for Parquet)."""
+    """Bytes [start, end) of the input, which begin with row `row` after `line` lines (0 if it has none)."""
 
     row: int
     line: int
@@ -201,14 +218,14 @@ def named_model(columns: Mapping[str, Any], model_column: str) -> str | None:
 class Source:
     """An input file: `survey` it or `use` an earlier index, then read verified blocks with `rows` and `shards`."""
 
-    def __init__(self, path: Path, settings: Settings, *, hold: bool = False) -> None:
-        """Name the file; with `hold`, read it into memory if it has at most `HELD_BYTES`.
+    def __init__(self, path: Path, settings: Settings, form: TextFormat = INPUT_TEXT, *, hold: bool = False) -> None:
+        """Name the file; with `hold`, read it into memory if it has at most `HELD_BYTES`. `form` is that of a text.
 
         Raises:
             AssetError: It is missing, cannot be read, or changed while it was read.
         """
         self.path = path
-        self._format = table_format(path)
+        self._form = form
         self._settings = settings
         self._content: bytes | None = None
         self._index: InputIndex | None = None
@@ -219,10 +236,22 @@ class Source:
                     self._content = path.read_bytes()
                     sha256.update(self._content)
                 self._held_digest = f"sha256:{sha256.hexdigest()}"
+            self.kind = self._kind()
         except OSError as error:
             if isinstance(error, AssetError):
                 raise
             raise AssetError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def _kind(self) -> Kind:
+        kind = table_kind(self.path)
+        if kind != "json":
+            return kind
+        with self._read_errors(), self._open() as file, read_lines(file, self._form.encoding) as start:
+            return "json" if is_json_list(start.read(_START)) else "lines"
+
+    def values(self, row: TableRow) -> Mapping[str, Any]:
+        """The values of a row, for templates: an empty cell of CSV has none."""
+        return cells(row.columns, self.kind)
 
     @property
     def index(self) -> InputIndex:
@@ -247,16 +276,21 @@ class Source:
             ConfigError: The output cannot hold a value, or a column name occurs twice.
             AssetError: The file cannot be read, or changed while it was read.
         """
-        parquet, into_parquet = self._format == ".parquet", table_format(output) == ".parquet"
-        types = ArrowTypes(output) if into_parquet and not parquet else None
+        typed, into_parquet = self.kind in _TYPED, output_format(output) == ".parquet"
+        types = ArrowTypes(output) if into_parquet and not typed else None
         check: Callable[[Mapping[str, Any]], object] | None = None if types is None else types.add
-        if parquet and not into_parquet:
+        if typed and not into_parquet:
             check = partial(plain_row, path=output)
         blocks: list[InputBlock] = []
-        with _read_errors(self.path), self._hashing() as sha256:
-            rows = self._parquet_pass(sha256, blocks) if parquet else self._text_pass(sha256, blocks, shard_rows)
+        with self._read_errors(), self._hashing() as sha256:
+            if self.kind == "parquet":
+                rows = self._parquet_pass(sha256, blocks)
+            elif self.kind in _WHOLE:
+                rows = self._whole_pass(sha256, blocks)
+            else:
+                rows = self._text_pass(sha256, blocks, shard_rows)
             with progress.task(f"scanning {self.path.name}", None, "rows") as advance:
-                survey = survey_rows(rows, model_column, texts=self._format == ".csv", check=check, advance=advance)
+                survey = survey_rows(rows, model_column, texts=self.kind == "csv", check=check, advance=advance)
             size = self._size()
             rest = self._rest(blocks, size)
         self._index = InputIndex(
@@ -296,9 +330,12 @@ class Source:
 
     def types(self) -> dict[str, pa.DataType]:
         """Column types, for a Parquet output."""
-        if self._format == ".parquet":
-            with _read_errors(self.path), self._parquet() as file:
+        if self.kind == "parquet":
+            with self._read_errors(), self._parquet() as file:
                 return {entry.name: entry.type for entry in file.schema_arrow}
+        if self.kind == "arrow":
+            with self._read_errors():
+                return {entry.name: entry.type for entry in arrow_schema(self._arrow())}
         assert self.index.schema is not None, "the survey was made for an output without types"
         return _schema_types(self.index.schema)
 
@@ -331,8 +368,13 @@ class Source:
             at = end
 
     def _blocks(self, first: int) -> Iterator[TableRow]:
-        with _read_errors(self.path):
-            if self._format == ".parquet":
+        with self._read_errors():
+            if self.kind in _WHOLE:
+                for block in self.index.blocks:
+                    self._check(block, self._chunks(block.start, block.end))
+                    yield from self._whole()
+                return
+            if self.kind == "parquet":
                 with self._parquet() as file:
                     groups = row_groups(file, self.path)
                     for block, own in zip(self.index.blocks[first:], groups[first:], strict=True):
@@ -343,19 +385,48 @@ class Source:
             for block in self.index.blocks[first:]:
                 content = b"".join(self._chunks(block.start, block.end))
                 self._check(block, [content])
-                lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="")
+                lines = io.TextIOWrapper(io.BytesIO(content), encoding=self._encoding(), newline="")
                 yield from self._decode(lines, header, row=block.row, line=block.line)
 
     def _decode(self, lines: Iterable[str], header: Sequence[str] | None, *, row: int, line: int) -> Iterator[TableRow]:
+        if self.kind == "text":
+            return text_rows(lines, row=row)
         if header is None:
             return json_rows(lines, row=row, line=line)
-        return csv_rows(lines, header, row=row, line=line)
+        return csv_rows(lines, header, self._form.separator(self.path), row=row, line=line)
 
     def _header(self) -> list[str] | None:
-        if self._format != ".csv" or not self.index.blocks:
+        if self.kind != "csv" or not self.index.blocks:
             return None
-        content = b"".join(self._chunks(0, self.index.blocks[0].start))
-        return csv_header(io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=""), self.path)
+        content = io.BytesIO(b"".join(self._chunks(0, self.index.blocks[0].start)))
+        return csv_header(read_lines(io.BufferedReader(content), self._form.encoding), self.path, self._form)
+
+    def _encoding(self) -> str:
+        """The encoding of the lines, without a byte order mark."""
+        return byte_mark(b"".join(self._chunks(0, 4)), self._form.encoding)[0]
+
+    def _whole(self) -> Iterator[TableRow]:
+        if self.kind == "arrow":
+            yield from batch_rows(arrow_batches(self._arrow(), self.path), self.path)
+            return
+        with self._open() as file, read_lines(file, self._form.encoding) as text:
+            try:
+                for _, row in json_list(text):
+                    yield row
+            except AssetError as error:
+                raise AssetError(f"{self.path} {error}") from error
+
+    def _whole_pass(self, whole: Any, blocks: list[InputBlock]) -> Iterator[TableRow]:
+        size = self._size()
+        block = hashlib.sha256()
+        for chunk in self._chunks(0, size):
+            whole.update(chunk)
+            block.update(chunk)
+        blocks.append(InputBlock(row=0, line=0, start=0, end=size, sha256=block.hexdigest()))
+        yield from self._whole()
+
+    def _arrow(self) -> Any:
+        return self.path if self._content is None else self._content
 
     def _check(self, block: InputBlock, content: Iterable[bytes]) -> None:
         if _sha256(content) != block.sha256:
@@ -369,9 +440,9 @@ class Source:
 
     def _text_pass(self, whole: Any, blocks: list[InputBlock], shard_rows: int) -> Iterator[TableRow]:
         with self._open() as file:
-            lines = _Lines(file, whole)
-            header = csv_header(lines, self.path) if self._format == ".csv" else None
-            if self._format == ".csv" and header is None:
+            lines = _Lines(file, self._form.encoding, whole)
+            header = csv_header(lines, self.path, self._form) if self.kind == "csv" else None
+            if self.kind == "csv" and header is None:
                 return
             lines.cut(0)
             first, rows = 0, 0
@@ -383,6 +454,11 @@ class Source:
                     first = rows
             if rows > first:
                 blocks.append(lines.cut(first))
+            if lines.end != self._size():
+                raise AssetError(
+                    f"{self.path}: its lines cannot be told apart in {self._form.encoding}, which writes the same "
+                    "character in several ways; convert it to UTF-8"
+                )
 
     def _parquet_pass(self, whole: Any, blocks: list[InputBlock]) -> Iterator[TableRow]:
         hashed = 0
@@ -400,6 +476,24 @@ class Source:
         for chunk in self._chunks(hashed, self._size()):
             whole.update(chunk)
 
+    @contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        form = self._form
+        try:
+            yield
+        except (AssetError, ConfigError):
+            raise
+        except UnicodeDecodeError as error:
+            with self._open() as file:
+                where = undecodable(file, form.encoding)
+            raise AssetError(
+                f"{self.path} {where}; set {form.encoding_key}, for instance to cp1252 or latin-1"
+            ) from error
+        except MarkError as error:
+            raise AssetError(f"{self.path} {error}; set {form.encoding_key} to {error.encoding}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise AssetError(f"{self.path} cannot be read: {error}") from error
+
     def _hashing(self) -> AbstractContextManager[Any]:
         # The content in memory may be older than the file; its digest must not enter the cache.
         return hashing(self.path, self._settings) if self._content is None else nullcontext(hashlib.sha256())
@@ -408,8 +502,8 @@ class Source:
         start, end = (blocks[0].start, blocks[-1].end) if blocks else (size, size)
         return _sha256([*self._chunks(0, start), *self._chunks(end, size)])
 
-    def _open(self) -> BinaryIO:
-        return self.path.open("rb") if self._content is None else io.BytesIO(self._content)
+    def _open(self) -> io.BufferedReader:
+        return self.path.open("rb") if self._content is None else io.BufferedReader(io.BytesIO(self._content))
 
     def _parquet(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.path if self._content is None else pa.BufferReader(self._content))
@@ -428,49 +522,33 @@ class Source:
 class _Lines:
     """The lines of a text file; counts and hashes them."""
 
-    def __init__(self, file: BinaryIO, whole: Any) -> None:
+    def __init__(self, file: io.BufferedReader, encoding: str, whole: Any) -> None:
         self.count = 0
-        self._start = self._end = self._line = 0
+        self.end = 0
+        self._start = self._line = 0
         self._whole, self._block = whole, hashlib.sha256()
-        mark = file.read(len(codecs.BOM_UTF8))
-        if mark == codecs.BOM_UTF8:
-            self._take(mark)
-        else:
-            file.seek(0)
-        self._lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        self._encoding, mark = byte_mark(file.peek(4)[:4], encoding)
+        self._take(file.read(len(mark)))
+        self._lines = io.TextIOWrapper(file, encoding=self._encoding, newline="")
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
         line = next(self._lines)
-        self._take(line.encode())
+        self._take(line.encode(self._encoding))
         self.count += 1
         return line
 
     def cut(self, row: int) -> InputBlock:
-        block = InputBlock(row=row, line=self._line, start=self._start, end=self._end, sha256=self._block.hexdigest())
-        self._start, self._line, self._block = self._end, self.count, hashlib.sha256()
+        block = InputBlock(row=row, line=self._line, start=self._start, end=self.end, sha256=self._block.hexdigest())
+        self._start, self._line, self._block = self.end, self.count, hashlib.sha256()
         return block
 
     def _take(self, content: bytes) -> None:
-        self._end += len(content)
+        self.end += len(content)
         self._whole.update(content)
         self._block.update(content)
-
-
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except AssetError:
-        raise
-    except UnicodeDecodeError as error:
-        raise AssetError(
-            f"{path} cannot be read: it is not UTF-8 text ({error}); convert it first, for instance with iconv -t UTF-8"
-        ) from error
-    except (OSError, pa.ArrowException) as error:
-        raise AssetError(f"{path} cannot be read: {error}") from error
 
 
 def _sha256(chunks: Iterable[bytes]) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.assets.base import ResolvedBase, resolve_base
-from rankwise.assets.dataset import ResolvedData, load_table, resolve_data
+from rankwise.assets.dataset import ResolvedData, resolve_data
 from rankwise.assets.input_checks import confine
 from rankwise.data.preflight import Report, preflight, render_html, render_terminal
 from rankwise.data.rows import Example, Examples, RowMapping, load_examples
 from rankwise.data.template import Renderer, is_template_file
 from rankwise.data.tokens import EncodedSet, encode
+from rankwise.data.training_table import open_table
 from rankwise.digests import canonical_json
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
@@ -202,7 +203,7 @@ def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSourc
 
 def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData | None, side: str) -> None:
     if data is not None:
-        RowMapping.of(dataset, load_table(data, context.settings, context.reporter).column_names, side)
+        RowMapping.of(dataset, open_table(dataset, data, context.settings, context.reporter).column_names, side)
 
 
 def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows, *, show: bool) -> tuple[Report, str]:

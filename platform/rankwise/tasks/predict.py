@@ -148,7 +148,7 @@ def submit_prediction(
     check_paths(source, output)
     # Workers with the same roots would reject these files later.
     confine_files(source, output, (), context.settings)
-    content = Source(source, context.settings)
+    content = Source(source, context.settings, request.text)
     parts = Parts(output)
     with parts.locked():
         queued = parts.queued()

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from rankwise.exceptions import ConfigError
-from rankwise.inference import tables as arrow_types
-from rankwise.inference.tables import ArrowTypes
+from rankwise.inference import output as arrow_types
+from rankwise.inference.output import ArrowTypes
 
 
 def found(rows):

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import csv
 import datetime
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rankwise.data.tables import TableRow
 from rankwise.exceptions import AssetError, ConfigError
-from rankwise.inference import tables
-from rankwise.inference.source import Source
-from rankwise.inference.tables import TableRow, table_format, write_rows
+from rankwise.inference import output as tables
+from rankwise.inference.output import output_format, write_rows
+from rankwise.inference.source import INPUT_TEXT, Source
 from rankwise.reporter import SILENT
 from rankwise.settings import Settings
 
@@ -20,9 +23,9 @@ def _home(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("RANKWISE_HOME", str(tmp_path_factory.mktemp("home")))
 
 
-def read_rows(path):
+def read_rows(path, form=INPUT_TEXT):
     """All rows of a file, as they are read to be answered."""
-    source = Source(path, Settings.load())
+    source = Source(path, Settings.load(), form)
     survey = source.survey(path.with_name("out.jsonl"), "model", 2, SILENT)
     rows = list(source.rows())
     assert len(rows) == survey.rows
@@ -152,14 +155,16 @@ def test_parquet_columns_of_one_name_and_times_that_python_does_not_have_are_ref
 
 def test_formats_that_are_not_known_and_files_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.csv, \.parquet; got '\.xlsx'"):
-        table_format(tmp_path / "rows.xlsx")
+        output_format(tmp_path / "rows.xlsx")
     with pytest.raises(AssetError, match=r"cannot read .*nowhere\.jsonl: No such file"):
         read_rows(tmp_path / "nowhere.jsonl")
     (tmp_path / "broken.parquet").write_text("PAR1")
     with pytest.raises(AssetError, match="cannot be read"):
         read_rows(tmp_path / "broken.parquet")
     (tmp_path / "latin.csv").write_bytes(b"a\n\xff\n")
-    with pytest.raises(AssetError, match="cannot be read: it is not UTF-8 text"):
+    with pytest.raises(
+        AssetError, match=r"is not utf-8 text: byte 0xff at 2 \(line 2\) begins no character of it; set --encoding"
+    ):
         read_rows(tmp_path / "latin.csv")
 
 
@@ -171,3 +176,83 @@ def test_a_cell_that_a_spreadsheet_would_compute_stays_as_it_is(tmp_path):
         path = tmp_path / f"out{suffix}"
         write_rows(path, rows, {"text": pa.string()})
         assert [row.columns["text"] for row in read_rows(path)] == cells
+
+
+ROWS = [{"zip": "01067", "name": "Dürr, A."}, {"zip": "", "name": "NA"}, {"zip": " 7", "name": 'say "hi"'}]
+LINES = ['{"zip": "01067", "kg": 1.50}', '{"zip": null, "kg": 1e3}', "", '{"zip": "NA", "kg": 12345678901234567890123}']
+DECODED = [{"zip": "01067", "kg": 1.5}, {"zip": None, "kg": 1000.0}, {"zip": "NA", "kg": 12345678901234567890123}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    ("suffix", "delimiter", "given"), [(".csv", ",", None), (".tsv", "\t", None), (".csv", ";", ";")]
+)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_cells_are_what_is_written_in_every_encoding(tmp_path, encoding, suffix, delimiter, given, ending):
+    path = tmp_path / f"rows{suffix}"
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, ["zip", "name"], delimiter=delimiter, lineterminator=ending)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    form = replace(INPUT_TEXT, delimiter=given, encoding="utf-8" if encoding == "utf-8-sig" else encoding)
+    assert [dict(row.columns) for row in read_rows(path, form)] == ROWS
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json", "list.json"])
+def test_json_is_what_pythons_json_reads(tmp_path, name):
+    path = tmp_path / name
+    lines = [line for line in LINES if line]
+    path.write_text(f" [{', '.join(lines)}\n]\n" if name == "list.json" else "\n".join(LINES))
+    assert [row.columns for row in read_rows(path)] == DECODED
+
+
+def test_plain_text_is_a_row_a_line(tmp_path):
+    (tmp_path / "rows.txt").write_text("one\n\n two \n", encoding="utf-8")
+    assert [row.columns for row in read_rows(tmp_path / "rows.txt")] == [{"text": "one"}, {"text": " two "}]
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_keeps_its_types(tmp_path, kind):
+    table = pa.table({"x": pa.array([0.1, None], pa.float32()), "day": [datetime.date(2024, 1, 7)] * 2})
+    with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(
+        str(tmp_path / "rows.arrow"), table.schema
+    ) as writer:
+        writer.write_table(table)
+    first, second = read_rows(tmp_path / "rows.arrow")
+    assert (str(first.columns["x"]), first.columns["day"]) == ("0.1", datetime.date(2024, 1, 7))
+    assert second.columns["x"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"zip;kg\n1;2\n", "the header is one column, 'zip;kg', so the cells seem to be separated by ';'; set "
+         "--delimiter to ';', or to ',' if this is one column"),
+        ("a.tsv", b"zip,kg\n1,2\n", "seem to be separated by ','; set --delimiter to ',', or to '\\t' if this is"),
+        ("a.csv", b"\xff\xfez\x00\n\x00", "starts with the byte order mark of UTF-16; set --encoding to utf-16"),
+        ("a.jsonl", b'{"a": "caf\xe9"}\n', "is not utf-8 text: byte 0xe9 at 10 (line 1) begins no character of it; set "
+         "--encoding, for instance to cp1252 or latin-1"),
+        ("a.json", b'[{"a": 1}, {"a": 2', "is not JSON: row 1: Expecting ',' delimiter"),
+        ("a.json", b'[{"a": 1}, {"a": 2}', "is cut short: the list does not end after row 1"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', "is not JSON: row 0 is followed by '{', not by a comma"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_says_what_to_set(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((AssetError, ConfigError)) as raised:
+        read_rows(tmp_path / name)
+    assert message in str(raised.value)
+
+
+def test_a_line_that_is_cut_short_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": "tw')
+    _, second = read_rows(tmp_path / "a.jsonl")
+    assert second.error.startswith("line 2 is not JSON: Unterminated string")
+    assert second.error.endswith("; the line ends within a value: is the file cut short?")
+
+
+def test_an_encoding_that_cannot_be_divided_into_lines_is_told(tmp_path):
+    # ISO-2022-JP writes the same character after different shifts.
+    (tmp_path / "a.txt").write_bytes(b"\x1b(B\x1b(Ba\n")
+    with pytest.raises(AssetError, match=r"its lines cannot be told apart in iso2022_jp.*; convert it to UTF-8"):
+        read_rows(tmp_path / "a.txt", replace(INPUT_TEXT, encoding="iso2022_jp"))
