@@ -43,7 +43,7 @@ def describe(
             rows.append({"input_ids": row.input_ids.tolist(), "labels": labels.tolist()})
     (directory / f"{name}-rows.json").write_text(json.dumps(rows), encoding="utf-8")
     save_file({key: value.contiguous() for key, value in start.items()}, directory / f"{name}-start.safetensors")
-    quantization = bnb_config(arm.quantization, base.compute_dtype).to_diff_dict()
+    quantization = bnb_config(arm.quantization, base.compute_dtype, base.model.config).to_diff_dict()
     document = {
         "base": str(workload.resolved.path),
         "device": base.device.type,

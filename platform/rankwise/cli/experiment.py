@@ -110,6 +110,8 @@ def _with_estimates(made: Plan, config: Path) -> Plan:
     from rankwise.modeling.estimate import Estimator
 
     estimator = Estimator(config)
+    for attention in {planned.arm.attn_implementation for planned in made.arms}:
+        estimator.check_attention(attention)
     return made.with_estimates(
         {
             planned.arm.spec_hash: estimator.arm(planned.arm.lora, planned.arm.quantization).to_dict()

@@ -60,6 +60,11 @@ if TYPE_CHECKING:
     "--allow-base-mismatch", is_flag=True, help="Allow another base than in training; a warning shows the differences."
 )
 @click.option("--device", help="cpu, cuda, cuda:1. Default: the first GPU, or the CPU.")
+@click.option(
+    "--attn-implementation",
+    type=click.Choice(["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]),
+    help="Attention implementation. Default: what training used, if it runs on this device.",
+)
 @click.option("--submit", is_flag=True, help="Queue jobs for workers instead of answering here.")
 @click.option("--shards", type=click.IntRange(min=1), help="With --submit: number of jobs. Default: 1.")
 @click.option("--priority", type=int, help="With --submit: higher priorities are claimed first. Default: 0.")

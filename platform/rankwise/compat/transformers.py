@@ -19,6 +19,49 @@ def attention_of(config: Any) -> str | None:
     return attention
 
 
+# The head is named too: naming any module replaces the default.
+_NEVER_QUANTIZED = {"mamba": ["lm_head", "dt_proj"], "falcon_mamba": ["lm_head", "dt_proj"]}
+
+
+def never_quantized(config: Any) -> list[str] | None:
+    """Linear layers that bitsandbytes must leave alone, in place of transformers' default; None for the default.
+
+    These architectures read the weights of such layers instead of calling the layers. No public attribute tells.
+    """
+    return _NEVER_QUANTIZED.get(config.model_type)
+
+
+def model_class_of(config: Any) -> Any:
+    """The class of causal language model that transformers would build for a configuration; None if there is none.
+
+    The mapping is public, but some of its values are tuples that only a private function resolves.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    return (
+        _get_model_class(config, MODEL_FOR_CAUSAL_LM_MAPPING) if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    )
+
+
+def supported_attention(model_class: type) -> tuple[str, ...]:
+    """The attention implementations that a model class supports, without kernels from the hub.
+
+    transformers raises for others when it builds the model; before that, only these attributes tell.
+    """
+    flags = {
+        "sdpa": "_supports_sdpa",
+        "flash_attention_2": "_supports_flash_attn",
+        "flex_attention": "_supports_flex_attn",
+    }
+    names = [name for name, flag in flags.items() if getattr(model_class, flag, False)]
+    # Set where only other kernels compute what the architecture needs, such as attention sinks.
+    compatible = getattr(model_class, "_compatible_flash_implementations", None)
+    if compatible is not None and "flash_attention_2" not in compatible:
+        names = [name for name in names if name != "flash_attention_2"]
+    return (*names, "eager")
+
+
 def note_injected_adapter(model: Any) -> None:
     """Record that a transformers model has adapters, as its own `add_adapter` does; other models are left alone.
 

@@ -11,7 +11,7 @@ The spec hash covers what influences the trained adapter and nothing else:
 | lora | all; the order of target modules does not matter |
 | training | all but `save_steps`, `logging_steps`, `eval_steps`, and defaults of fields added later |
 | seed, init_from | yes |
-| name, description, sweep, evaluation, register, tracking, base_model_config | no |
+| name, description, sweep, evaluation, register, tracking, base_model_config, attn_implementation | no |
 
 With `register.checkpoint: best`, evaluations during training choose the result. Then `eval_steps`, the primary metric,
 the evaluation rows and their limit are in the hash too, and `max_new_tokens` if the primary metric needs generation.
@@ -28,6 +28,7 @@ from rankwise.experiment.hashing import digest, plain
 from rankwise.experiment.metric_names import keys_of, metric_facts, needs_generation
 from rankwise.experiment.schema import (
     RENDERING,
+    Attention,
     DatasetSpec,
     EvalSplit,
     EvaluationSpec,
@@ -57,6 +58,7 @@ class ArmSpec(Section):
 
     base_model: Text
     base_model_revision: Text | None = None
+    attn_implementation: Attention = "auto"
     quantization: QuantizationSpec
     lora: LoraSpec
     dataset: DatasetSpec
@@ -72,6 +74,7 @@ class ArmSpec(Section):
         return cls(
             base_model=spec.base_model,
             base_model_revision=spec.base_model_revision,
+            attn_implementation=spec.attn_implementation,
             quantization=spec.quantization,
             lora=spec.lora,
             dataset=spec.dataset.model_copy(update={"rendering": spec.dataset.rendering or RENDERING}),
@@ -133,16 +136,18 @@ class ArmSpec(Section):
     def pack_key(self) -> str:
         """Arms with the same key can be trained together: one base, one forward pass.
 
-        Gradient checkpointing is part of the key because it applies to the whole model.
+        Gradient checkpointing and attention are part of the key because they apply to the whole model.
         """
-        return digest(
-            {
-                "base": self._base(),
-                "quantization": _quantization(self.quantization),
-                "init_from": self.init_from,
-                "gradient_checkpointing": self.training.gradient_checkpointing,
-            }
-        )
+        key = {
+            "base": self._base(),
+            "quantization": _quantization(self.quantization),
+            "init_from": self.init_from,
+            "gradient_checkpointing": self.training.gradient_checkpointing,
+        }
+        # The default is left out, so that the keys of queued jobs stay valid.
+        if self.attn_implementation != "auto":
+            key["attn_implementation"] = self.attn_implementation
+        return digest(key)
 
     @cached_property
     def provisional(self) -> bool:

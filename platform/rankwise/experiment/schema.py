@@ -49,6 +49,7 @@ def _modules(value: object) -> object:
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1)]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 # Editors suggest the built-in metrics; a rule looks up those of installed packages.
 Metric = Annotated[Text, Field(json_schema_extra={"examples": list(METRIC_KEYS)})]
 
@@ -399,6 +400,8 @@ class ExperimentSpec(Section):
     """Pin: a commit (40 hex digits) on the hub, otherwise sha256:...; if omitted, resolved and recorded."""
     base_model_config: Text | None = None
     """A config.json, for planning before the base is available."""
+    attn_implementation: Attention = "auto"
+    """Attention implementation of transformers; auto takes the fastest that the architecture supports, and logs it."""
     quantization: QuantizationSpec = QuantizationSpec()
     """How the base is quantized."""
     lora: LoraSpec

@@ -38,7 +38,7 @@ from rankwise.modeling.adapter import (
     rows_needed,
 )
 from rankwise.modeling.adapter_config import read_adapter_config
-from rankwise.modeling.base import DTYPES, LoadedBase, default_device, load_base, resolve_dtype
+from rankwise.modeling.base import DTYPES, LoadedBase, base_attention, default_device, load_base, resolve_dtype
 from rankwise.modeling.fingerprint import Fingerprint, differing_part, fingerprint_base
 from rankwise.settings import Settings
 from rankwise.tracking.connection import tracking_errors
@@ -53,7 +53,7 @@ class Override:
     """A difference from what was recorded when the adapter was logged, which was allowed.
 
     Attributes:
-        what: `base`, `quantization`, `compute_dtype`, `module_dtype`.
+        what: `base`, `quantization`, `compute_dtype`, `module_dtype`, `attn_implementation`.
     """
 
     what: str
@@ -238,6 +238,18 @@ def loads_plainly(first: Fetched, resolved: ResolvedBase) -> bool:
     return {facts.compute_dtype, facts.load_dtype, facts.module_dtype} == {plain}
 
 
+def recorded_attention(
+    facts: BaseFacts, resolved: ResolvedBase, quantization: QuantizationSpec, device: str | None = None
+) -> str:
+    """The `attn_implementation` for loading a base: what training used if that runs on this device, else `auto`."""
+    recorded = facts.attn_implementation or "sdpa"
+    try:
+        return base_attention(resolved, quantization, recorded, device=device).name
+    except ConfigError as error:
+        logger.warning("the adapter was trained with attention %s: %s", recorded, error)
+        return "auto"
+
+
 def check_alike(fetched: Sequence[Fetched], *, allow: bool) -> None:
     """Refuse adapters that were not trained over one base in one quantization.
 
@@ -268,9 +280,9 @@ def compare_base(one: Fetched, base: LoadedBase, *, allow: bool) -> tuple[Overri
     overrides = check_base(facts, base.fingerprint, base, uri, allow=allow)
     overrides += check_quantization(facts, base.quantization, uri, allow=allow)
     _check_rows(one, base)
-    overrides += _dtypes(facts, base)
+    overrides += _implementations(facts, base)
     for override in overrides:
-        if override.what.endswith("dtype"):
+        if override.what not in {"base", "quantization"}:
             logger.info("%s: %s (logged on %s, loaded on %s)", uri, override, facts.device_type, base.device.type)
     return tuple(overrides)
 
@@ -309,16 +321,14 @@ def _check_rows(one: Fetched, base: LoadedBase) -> None:
         )
 
 
-def _dtypes(facts: BaseFacts, base: LoadedBase) -> list[Override]:
+def _implementations(facts: BaseFacts, base: LoadedBase) -> list[Override]:
+    """Differences that change results by rounding only."""
     pairs = (
-        ("compute_dtype", facts.compute_dtype, base.compute_dtype),
-        ("module_dtype", facts.module_dtype, base.module_dtype),
+        ("compute_dtype", facts.compute_dtype, str(base.compute_dtype).removeprefix("torch.")),
+        ("module_dtype", facts.module_dtype, str(base.module_dtype).removeprefix("torch.")),
+        ("attn_implementation", facts.attn_implementation or base.attention.name, base.attention.name),
     )
-    return [
-        Override(what=what, recorded=recorded, used=str(used).removeprefix("torch."))
-        for what, recorded, used in pairs
-        if recorded != str(used).removeprefix("torch.")
-    ]
+    return [Override(what=what, recorded=recorded, used=used) for what, recorded, used in pairs if recorded != used]
 
 
 def _load_as_recorded(
@@ -328,10 +338,19 @@ def _load_as_recorded(
     target = torch.device(options.device) if options.device is not None else default_device()
     explicit = options.quantization is not None and options.quantization.bnb_4bit_compute_dtype != "auto"
     # The same dtype on the same type of device gives the same bits.
-    if explicit or target.type != facts.device_type:
-        return load_base(resolved, spec, options.settings, device=options.device)
-    exact = spec.model_copy(update={"bnb_4bit_compute_dtype": facts.compute_dtype})
-    base = load_base(resolved, exact, options.settings, device=options.device, module_dtype=facts.load_dtype)
+    plain = explicit or target.type != facts.device_type
+    exact = spec if plain else spec.model_copy(update={"bnb_4bit_compute_dtype": facts.compute_dtype})
+    attention = options.attn_implementation or recorded_attention(facts, resolved, exact, options.device)
+    base = load_base(
+        resolved,
+        exact,
+        options.settings,
+        device=options.device,
+        module_dtype=None if plain else facts.load_dtype,
+        attn_implementation=attention,
+    )
+    if plain:
+        return base
     return _cast_modules(base, facts.module_dtype)
 
 

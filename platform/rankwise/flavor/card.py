@@ -45,6 +45,7 @@ def model_card(metadata: AdapterMetadata, *, metrics: Mapping[str, float] | None
         ("fingerprint", base.fingerprint.digest),
         ("quantization", how),
         ("computed in", f"{base.compute_dtype} ({base.device_type}), other modules {base.module_dtype}"),
+        ("attention", base.attn_implementation or "not recorded"),
         ("r", lora.get("r")),
         ("lora_alpha", lora.get("lora_alpha")),
         ("lora_dropout", lora.get("lora_dropout")),

@@ -120,11 +120,11 @@ def export_merged(
         del merged
         record = _record(loaded, used, reason, result)
         # Free everything that the comparison does not need.
-        compute, where = loaded.base.module_dtype, loaded.base.device
+        compute, where, attention = loaded.base.module_dtype, loaded.base.device, loaded.base.attention.name
         metadata, origin = loaded.metadata, loaded.origin
         del loaded
         gc.collect()
-        agreement = _measure(temporary, references, compute, where)
+        agreement = _measure(temporary, references, compute, where, attention)
         record["agreement"] = {
             **agreement.to_dict(),
             "prompts_from": "given" if prompts else "built in",
@@ -174,13 +174,15 @@ def _merge(loaded: LoadedAdapter, into: Into, dtype: torch.dtype, settings: Sett
     return merge_adapter(plain, config, adapter_tensors(loaded.model, loaded.adapter_name), dtype)
 
 
-def _measure(directory: Path, references: list[Reference], dtype: torch.dtype, device: torch.device) -> Agreement:
+def _measure(
+    directory: Path, references: list[Reference], dtype: torch.dtype, device: torch.device, attention: str
+) -> Agreement:
     """Load the written model as a user would, and compare it along the registered model's answers."""
     with quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

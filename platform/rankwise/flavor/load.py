@@ -65,6 +65,7 @@ def load_model(
     device: str | None = None,
     settings: Settings | None = None,
     *,
+    attn_implementation: str | None = None,
     base: LoadedBase | None = None,
     tracking_uri: str | None = None,
 ) -> LoadedAdapter:
@@ -81,6 +82,8 @@ def load_model(
         allow_base_mismatch: Accept another base or quantization, with a warning and an entry in `overrides`. The tag
             `rankwise.overrides` of the active run, if any, records it.
         device: `cpu`, `cuda`, `cuda:1`; by default the first GPU, or the CPU without one.
+        attn_implementation: By default what training used, where that runs on this device, and the fastest supported
+            one elsewhere; or `auto`, `sdpa`, `eager`, `flash_attention_2`, `flex_attention`.
         settings: Where caches and bases are; by default from the environment.
         base: A base in memory to use.
         tracking_uri: By default MLflow's current store.
@@ -99,6 +102,7 @@ def load_model(
         allow_base_mismatch=allow_base_mismatch,
         device=device,
         settings=settings,
+        attn_implementation=attn_implementation,
         base=base,
         tracking_uri=tracking_uri,
     )[0]
@@ -112,6 +116,7 @@ def load_models(
     device: str | None = None,
     settings: Settings | None = None,
     *,
+    attn_implementation: str | None = None,
     base: LoadedBase | None = None,
     find: Callable[[Fetched, LoadOptions], LoadedBase] | None = None,
     tracking_uri: str | None = None,
@@ -126,14 +131,17 @@ def load_models(
     """
     if not uris:
         raise ConfigError("load_models needs at least one model")
-    if base is not None and (base_model is not None or quantization is not None or device is not None):
-        raise ConfigError("base is a base in memory: leave out base_model, quantization and device")
+    if base is not None and any(given is not None for given in (base_model, quantization, device, attn_implementation)):
+        raise ConfigError(
+            "base is a base in memory: leave out base_model, quantization, device and attn_implementation"
+        )
     options = LoadOptions(
         settings=settings or Settings.load(),
         base_model=base_model,
         quantization=quantization,
         allow_base_mismatch=allow_base_mismatch,
         device=device,
+        attn_implementation=attn_implementation,
     )
     with ExitStack() as stack:
         fetched = [uri if isinstance(uri, Fetched) else stack.enter_context(fetch(uri, tracking_uri)) for uri in uris]

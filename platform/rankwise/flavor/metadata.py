@@ -28,6 +28,7 @@ from safetensors import safe_open
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.layout import weight_files
 from rankwise.compat.peft import base_name, plain_module
+from rankwise.compat.transformers import attention_of
 from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
@@ -57,6 +58,7 @@ class BaseFacts:
         module_dtype: Of the modules that are not quantized: `load_dtype`, or what they were cast to
             (`prepare_model_for_kbit_training` of peft casts them to float32).
         device_type: `cpu`, `cuda`, ...
+        attn_implementation: What its attention ran; None in models of releases that did not record it (`sdpa`).
     """
 
     source: str
@@ -67,6 +69,7 @@ class BaseFacts:
     load_dtype: str
     module_dtype: str
     device_type: str
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ class AdapterMetadata:
                 "load_dtype": base.load_dtype,
                 "module_dtype": base.module_dtype,
                 "device_type": base.device_type,
+                **({} if base.attn_implementation is None else {"attn_implementation": base.attn_implementation}),
             },
             "adapter": {
                 "directory": ADAPTER_DIRECTORY,
@@ -149,6 +153,7 @@ class AdapterMetadata:
                     load_dtype=str(base["load_dtype"]),
                     module_dtype=str(base["module_dtype"]),
                     device_type=str(base["device_type"]),
+                    attn_implementation=base.get("attn_implementation"),
                 ),
                 lora=dict(section["adapter"]["lora"]),
                 parameters=int(section["adapter"]["parameters"]),
@@ -326,6 +331,7 @@ def facts_of(base: LoadedBase) -> BaseFacts:
         load_dtype=_name(load_dtype(base.model) or base.module_dtype),
         module_dtype=_name(base.module_dtype),
         device_type=base.device.type,
+        attn_implementation=base.attention.name,
     )
 
 
@@ -360,6 +366,7 @@ def describe_base(
             load_dtype=_name(load_dtype(plain) or module.dtype),
             module_dtype=_name(module.dtype),
             device_type=module.device.type,
+            attn_implementation=attention_of(plain.config),
         ),
         resolved.path,
     )

@@ -105,13 +105,19 @@ class LoadOptions:
     quantization: QuantizationSpec | None = None
     allow_base_mismatch: bool = False
     device: str | None = None
+    attn_implementation: str | None = None
 
 
 with expected_warning(PYFUNC_IMPORT_WARNING):
     from mlflow.pyfunc import add_to_model
 
 # Values that can be set at load. MLflow ignores keys that are not here.
-MODEL_CONFIG: dict[str, Any] = {"base_model": None, "device": None, "allow_base_mismatch": False}
+MODEL_CONFIG: dict[str, Any] = {
+    "base_model": None,
+    "device": None,
+    "allow_base_mismatch": False,
+    "attn_implementation": None,
+}
 _LORA_KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora", "bias",
     "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "trainable_token_indices",

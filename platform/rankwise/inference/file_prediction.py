@@ -433,6 +433,7 @@ def _answer_here(
             base_model=request.base_model,
             allow_base_mismatch=request.allow_base_mismatch,
             device=request.device,
+            attn_implementation=request.attn_implementation,
             settings=settings,
             tracking_uri=tracking_uri,
         )

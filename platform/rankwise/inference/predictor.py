@@ -190,6 +190,7 @@ class Predictor:
         base_model: str | Path | None = None,
         allow_base_mismatch: bool = False,
         device: str | None = None,
+        attn_implementation: str | None = None,
         settings: Settings | None = None,
         tracking_uri: str | None = None,
     ) -> Self:
@@ -204,6 +205,7 @@ class Predictor:
             base_model=base_model,
             allow_base_mismatch=allow_base_mismatch,
             device=device,
+            attn_implementation=attn_implementation,
             settings=settings,
             tracking_uri=tracking_uri,
         )

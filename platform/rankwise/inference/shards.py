@@ -257,9 +257,9 @@ class Request:
     """Options of a prediction.
 
     The first of `models` answers rows that name none in `model_column`. `prompt` None reads the columns of the stored
-    template, `messages` or `prompt`; `delimiter` and `encoding` None are the usual ones of a text input; `base_model`
-    and `device` None select the recorded base and the first GPU (or the CPU). `batch_size` and `shard_rows` have no
-    effect on answers.
+    template, `messages` or `prompt`; `delimiter` and `encoding` None are the usual ones of a text input; `base_model`,
+    `device` and `attn_implementation` None select the recorded base, the first GPU (or the CPU) and the attention that
+    training used. `batch_size` and `shard_rows` have no effect on answers.
     """
 
     models: tuple[str, ...] = ()
@@ -270,6 +270,7 @@ class Request:
     base_model: str | None = None
     allow_base_mismatch: bool = False
     device: str | None = None
+    attn_implementation: str | None = None
     batch_size: int = BATCH_SIZE
     shard_rows: int = SHARD_ROWS
     fail_fast: bool = False
@@ -299,6 +300,7 @@ class Request:
             # Left out where they are not given, as in predictions of earlier releases.
             **({} if self.delimiter is None else {"delimiter": self.delimiter}),
             **({} if self.encoding is None else {"encoding": self.encoding}),
+            **({} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}),
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from rankwise.assets.base import ResolvedBase
@@ -31,9 +32,10 @@ from rankwise.assets.layout import read_json
 from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors
 from rankwise.compat.bitsandbytes import is_repacked as layer_is_repacked
 from rankwise.compat.peft import is_adapted_linear
-from rankwise.compat.transformers import is_conv1d
+from rankwise.compat.transformers import is_conv1d, model_class_of, never_quantized
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
+from rankwise.modeling.attention import ResolvedAttention, resolve_attention
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
 from rankwise.settings import Settings, compute_dtype
@@ -191,6 +193,7 @@ class LoadedBase:
         revision: The commit or digest that was read.
         compute_dtype: Dtype that quantized layers compute in.
         module_dtype: Dtype of the modules that are not quantized.
+        attention: The attention implementation, and why it was chosen.
         from_cache: Whether the quantized weights came from the cache.
     """
 
@@ -205,6 +208,7 @@ class LoadedBase:
     module_dtype: torch.dtype
     device: torch.device
     dtype_reason: str
+    attention: ResolvedAttention
     from_cache: bool
 
     @property
@@ -220,15 +224,17 @@ def load_base(
     *,
     device: str | None = None,
     module_dtype: str | None = None,
+    attn_implementation: str = "auto",
 ) -> LoadedBase:
     """Load a base and its tokenizer. Never uses a network, code from the base, or pickles.
 
     `device` (`cpu`, `cuda:1`, ...) defaults to the first GPU, or the CPU; `module_dtype`, that of modules that are not
-    quantized, to the compute dtype.
+    quantized, to the compute dtype. `attn_implementation` is `auto`, or a name of `modeling.attention`.
 
     Raises:
         AssetError: The directory is not a complete base that transformers can load.
-        ConfigError: The base is already quantized, and `quantization` requests quantization.
+        ConfigError: The base is already quantized, and `quantization` requests quantization; or the attention
+            implementation is not supported.
         StorageError: The cache cannot be written.
     """
     target = torch.device(device) if device is not None else default_device()
@@ -242,7 +248,9 @@ def load_base(
         )
     dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype)
     loaded = dtype.dtype if module_dtype is None else DTYPES[module_dtype]
+    attention = _attention(config, target, loaded, attn_implementation, resolved.path)
     logger.info("base %s on %s computes in %s", resolved.source, target, dtype.reason)
+    logger.info("base %s runs attention %s", resolved.source, attention.reason)
     fingerprint = fingerprint_base(resolved.path, settings)
     if quantization.load_in_8bit:
         log_casts_once()
@@ -261,11 +269,13 @@ def load_base(
                 settings,
                 source=resolved.source,
                 revision=resolved.revision,
-                quantize=lambda: _load_model(resolved.path, loaded, target, bnb_config(quantization, dtype.dtype)),
-                load=lambda path: _load_model(path, loaded, target, None),
+                quantize=lambda: _load_model(
+                    resolved.path, loaded, target, attention.name, bnb_config(quantization, dtype.dtype, config)
+                ),
+                load=lambda path: _load_model(path, loaded, target, attention.name, None),
             )
         else:
-            model, from_cache = _load_model(resolved.path, loaded, target, None), False
+            model, from_cache = _load_model(resolved.path, loaded, target, attention.name, None), False
     # peft and transformers read the base's name from here; it must not be the path of the cache entry.
     model.config.name_or_path = model.name_or_path = str(resolved.path)
     model.eval()
@@ -283,16 +293,47 @@ def load_base(
         module_dtype=loaded,
         device=target,
         dtype_reason=dtype.reason,
+        attention=attention,
         from_cache=from_cache,
     )
 
 
-def bnb_config(quantization: QuantizationSpec, compute_dtype: torch.dtype) -> Any:
-    """The quantization settings for transformers, with the compute dtype resolved; None for an unquantized base."""
+def base_attention(
+    resolved: ResolvedBase, quantization: QuantizationSpec, requested: str = "auto", *, device: str | None = None
+) -> ResolvedAttention:
+    """The attention implementation that `load_base` would choose with these arguments.
+
+    Raises:
+        AssetError: The architecture has no causal language model.
+        ConfigError: The requested one is not supported.
+    """
+    target = torch.device(device) if device is not None else default_device()
+    dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype).dtype
+    return _attention(read_json(resolved.path / "config.json"), target, dtype, requested, resolved.path)
+
+
+def _attention(config: Any, device: torch.device, dtype: torch.dtype, requested: str, path: Path) -> ResolvedAttention:
+    try:
+        model_class = model_class_of(config_from(config))
+    except ConfigError as error:
+        raise AssetError(f"base {path} cannot be loaded: {error}") from error
+    if model_class is None:
+        raise AssetError(
+            f"base {path} cannot be loaded: there is no causal language model of type {config.get('model_type')!r}"
+        )
+    return resolve_attention(model_class, device, dtype, requested)
+
+
+def bnb_config(quantization: QuantizationSpec, compute_dtype: torch.dtype, config: Any) -> Any:
+    """The quantization settings for transformers, with the compute dtype resolved; None for an unquantized base.
+
+    `config` is the base's configuration, or the content of its `config.json`.
+    """
     if quantization.bits is None:
         return None
+    skipped = never_quantized(config_from(config))
     compute = {"bnb_4bit_compute_dtype": compute_dtype} if quantization.bits == 4 else {}
-    return BitsAndBytesConfig(**quantization.effective(), **compute)
+    return BitsAndBytesConfig(**quantization.effective(), **compute, llm_int8_skip_modules=skipped)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -307,7 +348,7 @@ def load_tokenizer(path: Path) -> Any:
         raise AssetError(f"the tokenizer of {path} cannot be loaded: {error}") from error
 
 
-def _load_model(path: Path, dtype: torch.dtype, device: torch.device, config: Any) -> Any:
+def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str, config: Any) -> Any:
     arguments: dict[str, Any] = {} if config is None else {"quantization_config": config}
     index = device.index if device.index is not None else 0
     try:
@@ -315,7 +356,7 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, config: An
             str(path),
             dtype=dtype,
             device_map={"": "cpu" if device.type == "cpu" else index},
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -338,24 +379,34 @@ def config_from(source: Any) -> Any:
     """Build a transformers configuration from the content of a `config.json`; return a configuration unchanged.
 
     Raises:
-        ConfigError: `model_type` is missing, or this transformers does not know it.
+        ConfigError: `model_type` is missing, or this transformers does not know it, or a value is not valid.
     """
     if not isinstance(source, Mapping):
         return source
-    values = dict(source)
-    model_type = values.pop("model_type", None)
+    model_type = source.get("model_type")
     if model_type is None:
         raise ConfigError(
             "the base's config.json has no model_type, so its architecture is unknown; use a base that has one"
         )
-    try:
-        with quiet_transformers():
-            return AutoConfig.for_model(model_type, **values)
-    except ValueError as error:
+    if model_type not in CONFIG_MAPPING:
         raise ConfigError(
             f"the installed transformers does not know the base's model_type {model_type!r}; upgrade transformers "
             "(models that need their own code are never loaded)"
-        ) from error
+        )
+    try:
+        with quiet_transformers():
+            return CONFIG_MAPPING[model_type].from_dict(_with_infinities(dict(source)))
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"the base's config.json is not valid for {model_type!r}: {error}") from error
+
+
+def _with_infinities(value: Any) -> Any:
+    """Replace what transformers writes for numbers that JSON lacks: `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_infinities(entry) for key, entry in value.items()}
+    return [_with_infinities(entry) for entry in value] if isinstance(value, list) else value
 
 
 def skeleton(config: Any) -> Any:

@@ -35,6 +35,7 @@ from rankwise.assets.layout import read_json
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.module_names import layer_of, layer_sums
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
+from rankwise.modeling.attention import check_attention
 from rankwise.modeling.base import (
     DTYPES,
     default_device,
@@ -135,6 +136,14 @@ class Estimator:
         self._parameters: int = sum(parameter.numel() for parameter in self._model.parameters())
         # Such as tables of rotary embeddings, in the architecture's dtype.
         self._buffers: int = sum(buffer.numel() * buffer.element_size() for buffer in self._model.buffers())
+
+    def check_attention(self, requested: str) -> None:
+        """Check that the architecture supports an attention implementation, on whatever device.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        check_attention(type(self._model), requested)
 
     def arm(self, lora: LoraSpec, quantization: QuantizationSpec, *, module_dtype: str | None = None) -> Estimate:
         """Estimate one arm. `module_dtype` (of unquantized modules) defaults to what this machine would load.

@@ -178,16 +178,17 @@ _PREVIEWED = 3
 
 
 def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSources]]) -> None:
-    """Check module and column names before a base is loaded, which takes minutes if it is large.
+    """Check names (attention, modules, columns) before a base is loaded, which takes minutes if it is large.
 
     Raises:
         ConfigError: Lists every name that the base or a table lacks.
     """
-    bases = {path: Estimator(path).linear for path in {sources.base.path for _, sources in sourced_arms}}
+    bases = {path: Estimator(path) for path in {sources.base.path for _, sources in sourced_arms}}
     lookups: dict[object, Callable[[], object]] = {}
     for arm, sources in sourced_arms:
         path, targets = sources.base.path, arm.lora.target_modules
-        lookups[path, targets] = partial(match_targets, bases[path], targets)
+        lookups[path, targets] = partial(match_targets, bases[path].linear, targets)
+        lookups[path, arm.attn_implementation] = partial(bases[path].check_attention, arm.attn_implementation)
         reading = canonical_json(arm.dataset.model_dump(mode="json"))
         for side, data in (("train", sources.train), ("eval", sources.eval)):
             lookups[reading, data, side] = partial(_check_columns, context, arm.dataset, data, side)

@@ -122,6 +122,7 @@ def open_run(session: Session, arm: ClaimedArm, base: LoadedBase, provenance: Pr
             "rankwise.host": context.worker.host,
             "rankwise.device": str(base.device),
             "rankwise.compute_dtype": base.dtype_reason,
+            "rankwise.attn_implementation": base.attention.reason,
             "rankwise.base_fingerprint": base.fingerprint.digest,
             "rankwise.reason": "",
         }

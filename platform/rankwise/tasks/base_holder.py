@@ -14,10 +14,10 @@ import torch
 from rankwise.assets.base import ResolvedBase
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.files import format_size
-from rankwise.flavor.base import find_base, load_recorded_base, loads_plainly, rows_of
+from rankwise.flavor.base import find_base, load_recorded_base, loads_plainly, recorded_attention, rows_of
 from rankwise.flavor.fetch import Fetched
 from rankwise.flavor.package import LoadOptions
-from rankwise.modeling.base import LoadedBase, load_base
+from rankwise.modeling.base import LoadedBase, base_attention, load_base
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings
 
@@ -76,14 +76,19 @@ class BaseHolder:
         self._reporter = reporter
         self._held: _Held | None = None
 
-    def get(self, resolved: ResolvedBase, quantization: QuantizationSpec) -> LoadedBase:
+    def get(self, resolved: ResolvedBase, quantization: QuantizationSpec, attn_implementation: str) -> LoadedBase:
         """The loaded base, loaded again if it is another one or was changed.
 
         Raises:
-            ConfigError: The base cannot be quantized this way.
+            ConfigError: The base cannot be quantized this way, or does not support the attention implementation.
         """
-        key = (str(resolved.path), resolved.revision, quantization)
-        return self._hold(key, resolved.source, lambda: load_base(resolved, quantization, self._settings))
+        attention = base_attention(resolved, quantization, attn_implementation)
+        key = (str(resolved.path), resolved.revision, quantization, attention.name)
+
+        def load() -> LoadedBase:
+            return load_base(resolved, quantization, self._settings, attn_implementation=attn_implementation)
+
+        return self._hold(key, resolved.source, load)
 
     def recorded(self, first: Fetched, options: LoadOptions) -> LoadedBase:
         """The base that a stored adapter records; the `find` argument of `rankwise.flavor.load_models`.
@@ -100,8 +105,9 @@ class BaseHolder:
             allow_base_mismatch=options.allow_base_mismatch,
         )
         if loads_plainly(first, resolved):
-            return self.get(resolved, facts.quantization)
-        key = (str(resolved.path), resolved.revision, facts, rows_of(first, resolved))
+            attention = options.attn_implementation or recorded_attention(facts, resolved, facts.quantization)
+            return self.get(resolved, facts.quantization, attention)
+        key = (str(resolved.path), resolved.revision, facts, rows_of(first, resolved), options.attn_implementation)
         return self._hold(key, resolved.source, lambda: load_recorded_base(first, options))
 
     def _hold(self, key: tuple[object, ...], source: str, load: Callable[[], LoadedBase]) -> LoadedBase:
@@ -112,7 +118,8 @@ class BaseHolder:
             base = load()
         origin = "from the cache of quantized bases" if base.from_cache else "quantized now"
         self._reporter.say(
-            f"base: {origin}, computes in {base.dtype_reason}, {format_size(base.memory_bytes, ',.0f', unit='MB')}"
+            f"base: {origin}, computes in {base.dtype_reason}, attention {base.attention.reason}, "
+            f"{format_size(base.memory_bytes, ',.0f', unit='MB')}"
         )
         self._held = _Held(key=key, base=base, digest=sample_digest(base.model))
         return base

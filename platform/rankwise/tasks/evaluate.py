@@ -22,12 +22,12 @@ from rankwise.evaluation.metrics import to_tracking
 from rankwise.exceptions import ConfigError, JobError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import EvaluationSpec, QuantizationSpec
-from rankwise.flavor.base import describe_quantization, find_base
+from rankwise.flavor.base import describe_quantization, find_base, recorded_attention
 from rankwise.flavor.fetch import Fetched, fetch
 from rankwise.flavor.metadata import AdapterMetadata, BaseFacts, template_digest
 from rankwise.jobs.job import Job, JobKind, Outcome
 from rankwise.modeling.adapter import load_adapter
-from rankwise.modeling.base import LoadedBase, load_tokenizer, quiet_transformers
+from rankwise.modeling.base import LoadedBase, base_attention, load_tokenizer, quiet_transformers
 from rankwise.modeling.decoding.scheduler import greedy
 from rankwise.modeling.fingerprint import fingerprint_base
 from rankwise.modeling.lora.lean import keep_dequantized
@@ -118,9 +118,10 @@ def group_by_base(
     quantization: QuantizationSpec | None,
     metadata: Mapping[str, AdapterMetadata],
 ) -> list[BaseGroup]:
-    """Group models by base and chat template. The first group is over the setup's own base, even without adapters.
+    """Group models by base, attention and chat template. The first group is over the setup's own base.
 
-    PEFT directories are assumed to belong to the setup's base; `quantization` replaces the recorded ones.
+    That group exists even without adapters. PEFT directories are assumed to belong to the setup's base; `quantization`
+    replaces the recorded ones.
 
     Raises:
         BaseMismatchError: The base at hand is not the recorded one.
@@ -137,7 +138,8 @@ def group_by_base(
         other=describe_quantization(chosen) != describe_quantization(arm.quantization),
     )
     fingerprint = fingerprint_base(resolved.path, context.settings)
-    own_base = (fingerprint.digest, describe_quantization(arm.quantization))
+    own_attention = base_attention(resolved, chosen, arm.attn_implementation).name
+    own_base = (fingerprint.digest, describe_quantization(arm.quantization), own_attention)
     own_template = _template_of(arm, resolved) if metadata else _NO_TEMPLATE
     groups = {(*own_base, own_template): own}
     for uri in uris:
@@ -145,17 +147,18 @@ def group_by_base(
             own.models.append(uri)
             continue
         template = metadata[uri].chat_template
-        base = (facts.fingerprint.digest, describe_quantization(facts.quantization))
+        located = resolved if facts.fingerprint == fingerprint else find_base(facts, uri, context.settings)
+        used = quantization or facts.quantization
+        attention = base_attention(located, used, recorded_attention(facts, located, used)).name
+        base = (facts.fingerprint.digest, describe_quantization(facts.quantization), attention)
         if base == own_base and template != own_template and _recorded_template(context, uri) is None:
             template = own_template  # No template is recorded for the adapter; the setup's definition decides.
         key = (*base, template)
         if key not in groups:
-            located = find_base(facts, uri, context.settings)
-            used = quantization or facts.quantization
             groups[key] = BaseGroup(
                 experiment=setting.spec.name,
                 base=located,
-                arm=_over(context, arm, uri, located, used),
+                arm=_over(context, arm, uri, located, used, attention),
                 bare=f"{BARE} of {uri}",
                 other=describe_quantization(used) != describe_quantization(facts.quantization),
             )
@@ -180,7 +183,9 @@ def _own_base(context: Context, arm: ArmSpec, recorded: Mapping[str, BaseFacts])
     return resolve_base(arm.base_model, arm.base_model_revision, context.settings, context.reporter)
 
 
-def _over(context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantization: QuantizationSpec) -> ArmSpec:
+def _over(
+    context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantization: QuantizationSpec, attention: str
+) -> ArmSpec:
     # A model that rankwise did not train gets the base's own template.
     template = _recorded_template(context, uri) or dict.fromkeys(_TEMPLATE)
     return arm.model_copy(
@@ -188,6 +193,7 @@ def _over(context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantiza
             "base_model": base.source,
             "base_model_revision": base.revision,
             "quantization": quantization,
+            "attn_implementation": attention,
             "dataset": arm.dataset.model_copy(update=template),
         }
     )
@@ -247,7 +253,8 @@ class Evaluator:
             DatasetError: The rows do not fit the definition.
         """
         sources = find_sources(setting.arm, self._context.settings, self._context.reporter)
-        base = self._bases.get(sources.base, setting.arm.quantization)
+        arm = setting.arm
+        base = self._bases.get(sources.base, arm.quantization, arm.attn_implementation)
         return self._rows.get(setting.arm, sources, base.tokenizer).examples.train
 
     def evaluate(
@@ -316,7 +323,7 @@ class Evaluator:
     ) -> tuple[int, dict[str, ModelEvaluation]]:
         context, arm = self._context, group.arm
         sources = find_sources(arm, context.settings, context.reporter, base=group.base, training=False)
-        base = self._bases.get(group.base, arm.quantization)
+        base = self._bases.get(group.base, arm.quantization, arm.attn_implementation)
         table = self._rows.get(arm, sources, base.tokenizer)
         examples, _ = table.evaluated
         if not examples:
@@ -432,7 +439,7 @@ def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
     subjects = [_evaluate_job(context, job, token_of(job)) for job in jobs]
     arm = subjects[0].work.arm
     sources = find_sources(arm, context.settings, context.reporter)
-    base = session.bases.get(sources.base, arm.quantization)
+    base = session.bases.get(sources.base, arm.quantization, arm.attn_implementation)
     session.phase("tokenize")
     table = session.rows.get(arm, sources, base.tokenizer)
     session.phase("evaluate")

@@ -414,6 +414,7 @@ def _load(session: Session, prediction: Prediction, stack: ExitStack) -> Predict
             uris,
             base_model=prediction.request.base_model,
             allow_base_mismatch=prediction.request.allow_base_mismatch,
+            attn_implementation=prediction.request.attn_implementation,
             settings=session.settings,
             find=session.bases.recorded,
             tracking_uri=session.settings.tracking_uri,

@@ -212,7 +212,7 @@ def test_a_base_in_memory_is_checked_as_one_on_disk_is(world, tmp_path):
     with pytest.raises(QuantizationMismatchError, match="requested: not quantized"):
         flavor.load_model(world.saved, base=base, settings=world.settings)
     assert not getattr(base.model, "peft_config", None)
-    with pytest.raises(ConfigError, match="leave out base_model, quantization and device"):
+    with pytest.raises(ConfigError, match="leave out base_model, quantization, device and attn"):
         flavor.load_model(world.saved, base=base, base_model="x")
 
 

@@ -68,7 +68,12 @@ class Bench:
 
     def open(self, monkeypatch):
         monkeypatch.setattr("rankwise.tasks.arm_run.arm_note", lambda arm: "")
-        base = SimpleNamespace(device="cpu", dtype_reason="", fingerprint=SimpleNamespace(digest=""))
+        base = SimpleNamespace(
+            device="cpu",
+            dtype_reason="",
+            attention=SimpleNamespace(reason="sdpa: as requested"),
+            fingerprint=SimpleNamespace(digest=""),
+        )
         return open_run(self.session, self.arm, base, SimpleNamespace(tags=dict))
 
 

@@ -24,11 +24,17 @@ def grouped(monkeypatch):
     fingerprint = SimpleNamespace(digest="sha256:base")
     found = SimpleNamespace(path=Path("base"), source=arm.base_model, revision=arm.base_model_revision)
     facts = SimpleNamespace(
-        fingerprint=fingerprint, quantization=arm.quantization, source=found.source, revision=found.revision
+        fingerprint=fingerprint,
+        quantization=arm.quantization,
+        source=found.source,
+        revision=found.revision,
+        attn_implementation="auto",
     )
     other = arm.model_copy(update={"dataset": arm.dataset.model_copy(update={"chat_template": "plain"})})
     monkeypatch.setattr(base_groups, "find_base", lambda facts, uri, settings: found)
     monkeypatch.setattr(base_groups, "fingerprint_base", lambda path, settings: fingerprint)
+    monkeypatch.setattr(base_groups, "base_attention", lambda base, how, asked: SimpleNamespace(name=asked))
+    monkeypatch.setattr(base_groups, "recorded_attention", lambda facts, base, how: facts.attn_implementation)
     monkeypatch.setattr(base_groups, "_template_of", lambda arm, base: OWN)
 
     def recorded_setup(context, uri):
@@ -39,8 +45,11 @@ def grouped(monkeypatch):
     monkeypatch.setattr(base_groups, "recorded_setup", recorded_setup)
     context = SimpleNamespace(settings=SimpleNamespace(tracking_uri=""), reporter=None)
 
-    def group(templates):
-        metadata = {uri: SimpleNamespace(base=facts, chat_template=name) for uri, name in templates.items()}
+    def group(templates, attention=None):
+        recorded = {uri: SimpleNamespace(**vars(facts)) for uri in templates}
+        for uri, name in (attention or {}).items():
+            recorded[uri].attn_implementation = name
+        metadata = {uri: SimpleNamespace(base=recorded[uri], chat_template=name) for uri, name in templates.items()}
         return group_by_base(context, EvaluationSetup(spec=spec, arm=arm), list(templates), None, metadata)
 
     return group
@@ -60,3 +69,9 @@ def test_adapters_of_one_base_with_other_chat_templates_are_groups_of_their_own(
 def test_an_adapter_without_a_definition_takes_the_rows_of_the_setting(grouped, template):
     (only,) = grouped({"models:/m-1": template})
     assert only.models == ["models:/m-1", "base"]
+
+
+def test_an_adapter_trained_with_another_attention_is_evaluated_with_it(grouped):
+    first, second = grouped({"models:/m/1": OWN, "models:/m/2": OWN}, attention={"models:/m/2": "eager"})
+    assert (first.models, first.arm.attn_implementation) == (["models:/m/1", "base"], "auto")
+    assert (second.models, second.arm.attn_implementation) == (["models:/m/2", "base of models:/m/2"], "eager")

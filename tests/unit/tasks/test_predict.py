@@ -406,7 +406,7 @@ def test_a_warm_base_serves_evaluation_and_prediction_and_one_with_other_dtypes_
     holder = BaseHolder(settings, RemoteReporter(lambda message: None, width=80, terminal=False))
     resolved = resolve_base(str(world.base_path), None, settings)
     uri = settings.tracking_uri
-    base = holder.get(resolved, world.load_base().quantization)
+    base = holder.get(resolved, world.load_base().quantization, "auto")
     (adapter,) = flavor.load_models(["models:/one/1"], settings=settings, find=holder.recorded, tracking_uri=uri)
     assert adapter.base is base
     assert adapter.overrides == ()
