@@ -9,10 +9,12 @@
 | a list, tuple, Series or array of chats (`{"messages": [...]}` or lists of messages) | one each |
 | a dict with `messages` (one chat or a list of chats) or `prompt` (a text or a list of texts) | as many |
 | a list of such dicts with one chat or one text | one each |
+| a table, a list of dicts, a dict or a dict of lists with the columns of the prompt template of training | one a row |
 | a table with the column `messages` or `prompt`, or with one column only | one a row |
 
-A text is the user's turn of a chat, after the recorded system prompt, if any. A message has a `role` and a `content`,
-both texts; a chat has at least one message. Anything else is a `ConfigError` that names the row.
+Rows are rendered as in training (`rankwise.data.prompting`). A text is the user's turn of a chat, after the recorded
+system prompt, if any. A message has a `role` and a `content`, both texts; a chat has at least one message. Anything
+else is a `ConfigError` that names the row.
 """
 
 from __future__ import annotations
@@ -26,22 +28,40 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rankwise.data.prompting import FIRST_READING, Reading, RowPrompts
+from rankwise.data.tables import narrowed
 from rankwise.data.template import Message, Renderer
-from rankwise.exceptions import ConfigError
+from rankwise.exceptions import ConfigError, DatasetError
 
 _FORMS = (
     "a text, a list of texts, a chat (a list of {'role', 'content'}), a list of chats, a dict with 'messages' or "
-    "'prompt', an array, or a table with a column 'messages' or 'prompt' or with a single column"
+    "'prompt', an array, rows with the columns of the prompt template, or a table with a column 'messages' or 'prompt' "
+    "or with a single column"
 )
 Chat = list[Message]
 
 
-def read_input(data: Any, system: str | None = None) -> list[Chat]:
-    """Convert any form in the table above to conversations; `system` is a system prompt before plain texts.
+def read_input(data: Any, system: str | None = None, reading: Reading = FIRST_READING) -> list[Chat]:
+    """Convert any form in the table above to conversations.
+
+    Args:
+        data: The input.
+        system: A system prompt before plain texts.
+        reading: How rows became prompts in training.
 
     Raises:
         ConfigError: The input has none of the forms; the message names the row and its type.
     """
+    prompts = RowPrompts(reading=reading, system=system)
+    rows = _template_rows(data, prompts)
+    if rows is not None:
+        chats = []
+        for index, row in enumerate(rows):
+            try:
+                chats.append(prompts.chat(row))
+            except DatasetError as error:
+                raise ConfigError(f"row {index}: {error}") from error
+        return chats
     if isinstance(data, pd.DataFrame):
         data = _column(data)
     if isinstance(data, pd.Series):
@@ -56,6 +76,40 @@ def read_input(data: Any, system: str | None = None) -> list[Chat]:
             return [_chat(list(data), system, "the input")]
         return [_chat(entry, system, f"row {index}") for index, entry in enumerate(data)]
     raise ConfigError(f"the input must be {_FORMS}; got {type(data).__name__}")
+
+
+def rows_of_table(data: Any) -> Any:
+    """A table as a list of its rows; anything else as it is. Cells keep their types, such as numbers of 32 bits."""
+    if not isinstance(data, pd.DataFrame):
+        return data
+    columns = []
+    for place in range(len(data.columns)):
+        series = data.iloc[:, place]
+        cells = list(series.array)
+        if isinstance(series.dtype, pd.ArrowDtype):
+            cells = narrowed(cells, series.dtype.pyarrow_dtype)
+        columns.append(cells)
+    names = list(data.columns)
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _template_rows(data: Any, prompts: RowPrompts) -> list[Mapping[str, Any]] | None:
+    """The rows of an input that the template of training fits; None if there are none."""
+    data = rows_of_table(data)
+    if isinstance(data, Mapping) and prompts.fits(data):
+        cells = [
+            list(value) if isinstance(value, list | tuple | np.ndarray | pd.Series) else None for value in data.values()
+        ]
+        if not any(cell is not None for cell in cells):
+            return [data]
+        lengths = {None if cell is None else len(cell) for cell in cells}
+        if len(lengths) > 1:
+            raise ConfigError("the columns of a dict of lists must be equally long lists")
+        return [dict(zip(data, values, strict=True)) for values in zip(*(cell or [] for cell in cells), strict=True)]
+    if isinstance(data, np.ndarray) and data.ndim == 1 and data.dtype == object:
+        data = list(data)
+    rows = isinstance(data, list | tuple) and data and all(isinstance(row, Mapping) for row in data)
+    return list(data) if rows and prompts.fits(data[0]) else None
 
 
 def _column(table: pd.DataFrame) -> list[Any]:

@@ -29,6 +29,7 @@ from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.layout import weight_files
 from rankwise.compat.peft import base_name, plain_module
 from rankwise.compat.transformers import attention_of
+from rankwise.data.prompting import FIRST_READING, Reading
 from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
@@ -39,7 +40,8 @@ from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.settings import Settings
 
 FLAVOR_NAME = "qlora"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 has no section `prompts`: its adapters were trained on rows that were read and rendered as in version 1."""
 ADAPTER_DIRECTORY = "adapter"
 MANIFEST_TAG = "rankwise.manifest"
 SECTION_TAG = "rankwise.section"
@@ -82,6 +84,7 @@ class AdapterMetadata:
         bytes: Size of `adapter_model.safetensors`.
         chat_template: `sha256:...` of the template that prompts are rendered with; `none` without one.
         system: The system prompt before a plain text.
+        reading: How rows became prompts in training.
         manifest: Digest of `manifest.json`.
     """
 
@@ -94,6 +97,7 @@ class AdapterMetadata:
     system: str | None
     versions: Mapping[str, str]
     manifest: str
+    reading: Reading = FIRST_READING
     format_version: int = FORMAT_VERSION
 
     def to_section(self) -> dict[str, Any]:
@@ -123,6 +127,7 @@ class AdapterMetadata:
                 "chat_template": self.chat_template,
                 "system": self.system,
             },
+            **({"prompts": self.reading.to_section()} if self.format_version > 1 else {}),
             "versions": dict(self.versions),
             "manifest": self.manifest,
         }
@@ -163,6 +168,7 @@ class AdapterMetadata:
                 system=section["tokenizer"]["system"],
                 versions=dict(section["versions"]),
                 manifest=str(section["manifest"]),
+                reading=Reading.from_section(section["prompts"]) if version > 1 else FIRST_READING,
                 format_version=version,
             )
         except ConfigError:

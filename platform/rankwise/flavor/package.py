@@ -31,6 +31,7 @@ from rankwise.compat.mlflow import (
     save_example,
     write_python_environment,
 )
+from rankwise.data.prompting import Reading
 from rankwise.exceptions import AdapterIntegrityError, ConfigError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.files import complete_directory, make_directory, share, storage_errors, temporary_name
@@ -39,6 +40,7 @@ from rankwise.flavor.metadata import (
     ADAPTER_DIRECTORY,
     EXAMPLE,
     FLAVOR_NAME,
+    FORMAT_VERSION,
     AdapterMetadata,
     BaseFacts,
     make_signature,
@@ -59,6 +61,7 @@ class PackageOptions:
 
     Attributes:
         system: A system prompt to put before plain texts.
+        reading: How rows became prompts in training, with the template that later prompts are made with.
         metrics: Results for the card.
         signature, pip_requirements: Replace the flavor's own.
         input_example: Stored as it is; no model is loaded to check it.
@@ -66,6 +69,7 @@ class PackageOptions:
     """
 
     system: str | None = None
+    reading: Reading = field(default_factory=Reading)
     metrics: Mapping[str, float] | None = None
     signature: ModelSignature | None = None
     input_example: Any = field(default_factory=lambda: EXAMPLE)
@@ -173,6 +177,9 @@ def build(
             tokenizer_files=tokenizer_files,
             chat_template=template_digest(tokenizer),
             system=options.system,
+            reading=options.reading,
+            # Earlier releases can use what they could have trained.
+            format_version=1 if options.reading.rendering == 1 else FORMAT_VERSION,
             versions=library_versions(),
             manifest="",
         )

@@ -60,7 +60,7 @@ class QloraModel:
             ConfigError: The input has none of the forms, or a parameter is out of its range.
         """
         decoding, seed, batch_size = read_params(params)
-        chats = read_input(data, self.adapter.metadata.system)
+        chats = read_input(data, self.adapter.metadata.system, self.adapter.metadata.reading)
         with pass_lock(self.adapter.model):
             texts = self.renderer.texts(chats, add_generation_prompt=True)
             _check_whole(texts)

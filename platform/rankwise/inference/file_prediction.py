@@ -18,13 +18,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from rankwise.data.prompting import FIRST_READING
+from rankwise.data.row_template import RowTemplate
 from rankwise.data.tables import TableRow, table_kind
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError, JobError, TrackingError
 from rankwise.flavor.fetch import Origin, check, resolve_uri
 from rankwise.flavor.load import LoadedAdapter
 from rankwise.flavor.metadata import MANIFEST_TAG
 from rankwise.inference.output import output_format, write_rows
-from rankwise.inference.predictor import Answer, Predictor, PromptReader
+from rankwise.inference.predictor import Answer, Predictor
 from rankwise.inference.shards import JobsStatus, Manifest, Parts, QueuedJobs, Request
 from rankwise.inference.source import InputChangedError, Source, Survey, named_model
 from rankwise.reporter import SILENT, Reporter
@@ -102,10 +104,9 @@ def answer_shards(
         AssetError: The input cannot be read, or has changed.
     """
     _check_adapters(prediction.manifest, predictor.adapters)
-    reader = PromptReader.parse(prediction.request.prompt)
     tokens, began = 0, time.perf_counter()
     for shard, rows in source.shards(part.pending, prediction.manifest.rows):
-        answers = _answer(prediction, predictor, reader, rows, progress)
+        answers = _answer(prediction, source, predictor, rows, progress)
         tokens += sum(answer.completion_tokens or 0 for answer in answers)
         keep(shard, answers)
     return tokens, time.perf_counter() - began
@@ -123,8 +124,8 @@ def _check_adapters(manifest: Manifest, adapters: Mapping[str, LoadedAdapter]) -
 
 def _answer(
     prediction: Prediction,
+    source: Source,
     predictor: Predictor,
-    reader: PromptReader,
     rows: Sequence[TableRow],
     progress: Reporter | None,
 ) -> list[Answer]:
@@ -136,10 +137,16 @@ def _answer(
     readable = [row for row in rows if row.error is None]
     named = [named_model(row.columns, request.model_column) or request.models[0] for row in readable]
     decoding = request.decoding
+    models = [manifest.models[name] for name in named]
+    # Up to 0.2, training and prediction each guessed the types of CSV.
+    guessed = {name for name, adapter in predictor.adapters.items() if adapter.metadata.reading.rendering == 1}
     made = predictor.predict(
-        [manifest.survey.typed(row.columns) for row in readable],
-        models=[manifest.models[name] for name in named],
-        prompt=reader,
+        [
+            manifest.survey.typed(row.columns) if model in guessed else source.values(row)
+            for row, model in zip(readable, models, strict=True)
+        ],
+        models=models,
+        prompt=request.prompt,
         max_new_tokens=decoding.max_new_tokens,
         temperature=decoding.temperature,
         top_k=decoding.top_k,
@@ -190,9 +197,11 @@ def plan(
         _check_same(known, request, source.digest(progress), parts)
         return known
     survey = source.survey(output, request.model_column, request.shard_rows, progress)
-    reader = PromptReader.parse(request.prompt)
-    if reader.template is not None and survey.rows:
-        reader.template.check(survey.columns)
+    if request.prompt is not None:
+        # How values are rendered depends on the adapters, which are not read yet; the columns do not.
+        template = RowTemplate.parse(request.prompt, "--prompt", FIRST_READING.values)
+        if survey.rows:
+            template.check(survey.columns)
     if survey.unnamed and not request.models:
         raise ConfigError(
             f"{survey.unnamed} of {survey.rows} rows name no model in a column {request.model_column!r}; give a "

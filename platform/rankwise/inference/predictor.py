@@ -9,18 +9,21 @@ from itertools import islice, repeat
 from pathlib import Path
 from threading import Condition, Lock
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
-from rankwise.data.row_template import RowTemplate, check_column
-from rankwise.data.rows import parse_messages
-from rankwise.data.template import Message, Renderer, RenderError
+from rankwise.data.prompting import RowPrompts
+from rankwise.data.template import Renderer, RenderError
 from rankwise.exceptions import ConfigError, DatasetError, JobError
+from rankwise.flavor.inputs import rows_of_table
 from rankwise.flavor.load import LoadedAdapter, load_models
 from rankwise.modeling.decoding.generation import Decoding, row_seed
 from rankwise.modeling.decoding.scheduler import Prompt, generate_each, prompt_problem
 from rankwise.modeling.lora.lean import keep_dequantized
 from rankwise.reporter import SILENT, Reporter
 from rankwise.settings import Settings
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,65 +53,16 @@ class Answer:
     error: str | None = None
 
 
-PROMPT, MESSAGES = "prompt", "messages"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptReader:
-    """Reads the conversation of a row: from `template` over its columns, else from `messages` or `prompt`."""
-
-    template: RowTemplate | None = None
-
-    @classmethod
-    def parse(cls, template: str | None) -> PromptReader:
-        """Parse a value of `--prompt`; raises DatasetError if it is not a valid template."""
-        return cls(template=None if template is None else RowTemplate.parse(template, "--prompt"))
-
-    def chat(self, columns: Mapping[str, Any], system: str | None) -> list[Message]:
-        """The conversation of one row; the system prompt `system` comes before a plain text.
-
-        Raises:
-            DatasetError: The row is not a mapping, or its prompt is missing or invalid.
-        """
-        if not isinstance(columns, Mapping):
-            raise DatasetError(f"a row must be a mapping of columns, got {type(columns).__name__}")
-        if self.template is not None:
-            for column in self.template.columns:
-                check_column(column, columns, "--prompt")
-            return _asked(self.template.render(columns, "of the input"), system)
-        if columns.get(MESSAGES) is not None:
-            messages, _ = parse_messages(columns[MESSAGES], MESSAGES)
-            if not messages:
-                raise DatasetError(f"{MESSAGES}: the chat is empty")
-            return list(messages)
-        if PROMPT not in columns:
-            names = ", ".join(columns) or "none"
-            raise DatasetError(
-                f"the row has neither a column {PROMPT!r} nor {MESSAGES!r}, and --prompt is not set; "
-                f"its columns: {names}"
-            )
-        prompt = columns[PROMPT]
-        if not isinstance(prompt, str):
-            raise DatasetError(f"{PROMPT} must be a string, got {type(prompt).__name__} {prompt!r:.80}")
-        return _asked(prompt, system)
-
-
-def _asked(text: str, system: str | None) -> list[Message]:
-    if not text:
-        raise DatasetError("the prompt is empty")
-    turn = Message(role="user", content=text)
-    return [turn] if system is None else [Message(role="system", content=system), turn]
-
-
 class Options(TypedDict, total=False):
     """Options of `Predictor.predict` and `Predictor.stream`.
 
-    `prompt` is a template over columns, such as `"carat {carat}, {cut}"`; by default a row has `messages` or `prompt`.
+    `prompt` is a template over columns, such as `"carat {carat}, {cut}"`; by default a row has the columns of the
+    template that the adapter was trained with, or `messages`, or `prompt` (see `rankwise.data.prompting`).
     The sampling options are those of `Decoding`; row i draws from (seed, i), whichever rows share its batch. With
     `fail_fast` the first row with an error raises, before anything is generated.
     """
 
-    prompt: str | PromptReader | None
+    prompt: str | None
     max_new_tokens: int
     temperature: float
     top_k: int
@@ -230,7 +184,7 @@ class Predictor:
 
     def predict(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]] | DataFrame,
         *,
         models: Sequence[str | None] | None = None,
         places: Sequence[int] | None = None,
@@ -240,7 +194,7 @@ class Predictor:
         """Answer rows, in order; a row that fails gets an error, and the others are still answered.
 
         Args:
-            rows: Rows with `messages` or `prompt`, or with the columns of the template `prompt`.
+            rows: Rows with the columns of the template, or with `messages` or `prompt`; or a table of them.
             models: For each row, the name of a loaded model; None for the first one.
             places: Index of each row in the whole input, for its seed; 0, 1, ... by default.
             progress: Gets a task that counts rows.
@@ -248,17 +202,19 @@ class Predictor:
 
         Raises:
             ConfigError: An option is out of range.
+            DatasetError: The template is not valid.
             JobError: A row cannot be answered, with `fail_fast`.
             ValueError: The predictor is closed.
         """
-        names = [None] * len(rows) if models is None else models
-        seed_places = range(len(rows)) if places is None else places
+        listed: Sequence[Mapping[str, Any]] = rows_of_table(rows)
+        names = [None] * len(listed) if models is None else models
+        seed_places = range(len(listed)) if places is None else places
         answers: dict[int, Answer] = {}
-        with self._in_use(), (progress or SILENT).task("generate", len(rows), "rows") as advance:
-            for index, answer in self._answers(rows, names, seed_places, options):
+        with self._in_use(), (progress or SILENT).task("generate", len(listed), "rows") as advance:
+            for index, answer in self._answers(listed, names, seed_places, options):
                 answers[index] = answer
                 advance(1)
-        return [answers[index] for index in range(len(rows))]
+        return [answers[index] for index in range(len(listed))]
 
     def stream(
         self,
@@ -320,15 +276,19 @@ class Predictor:
     ) -> Iterator[tuple[int, Answer]]:
         """The index and answer of each row, as they are ready."""
         decoding = decoding_of(options)
-        prompt = options.get("prompt")
-        reader = prompt if isinstance(prompt, PromptReader) else PromptReader.parse(prompt)
+        readers = {
+            name: RowPrompts(
+                reading=adapter.metadata.reading, system=adapter.metadata.system, template=options.get("prompt")
+            ).check()
+            for name, adapter in self.adapters.items()
+        }
         default = next(iter(self.adapters))
         names = [default if model is None else model for model in models]
         prompts: dict[int, Prompt] = {}
         failed: dict[int, str] = {}
         for index, (row, model, place) in enumerate(zip(rows, names, places, strict=True)):
             with self._rendering:
-                result = self._prompt(row, model, reader, decoding, row_seed(options.get("seed", 0), place))
+                result = self._prompt(row, model, readers, decoding, row_seed(options.get("seed", 0), place))
             if isinstance(result, Prompt):
                 prompts[index] = result
             elif options.get("fail_fast", False):
@@ -359,14 +319,14 @@ class Predictor:
                 )
 
     def _prompt(
-        self, row: Mapping[str, Any], model: str, reader: PromptReader, decoding: Decoding, seed: int
+        self, row: Mapping[str, Any], model: str, readers: Mapping[str, RowPrompts], decoding: Decoding, seed: int
     ) -> Prompt | str:
         """The prompt of a row, or the reason why there is none."""
         adapter = self.adapters.get(model)
         if adapter is None:
             return f"model {model} is not loaded; loaded models: {', '.join(self.adapters)}"
         try:
-            chat: list[Message] = reader.chat(row, adapter.metadata.system)
+            chat = readers[model].chat(row)
             renderer = self._renderers[model]
             (text,) = renderer.texts([chat], add_generation_prompt=True)
             text.encode()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import rankwise.flavor as flavor
+from rankwise.data.prompting import Reading
 from rankwise.digests import content_digest
 from rankwise.exceptions import StorageError, TrackingError
 from rankwise.jobs.job import Job, Outcome
@@ -165,6 +166,7 @@ def _register(
             run_id=run.run_id,
             step=step,
             system=arm.work.arm.dataset.system,
+            reading=Reading.of(arm.work.arm.dataset),
             tags={
                 JOB: arm.job.id,
                 "rankwise.attempt": arm.job.attempts,

@@ -35,7 +35,7 @@ def test_the_section_says_what_the_adapter_was_trained_over(mlmodel, world):
 def test_a_section_of_a_newer_release_asks_for_an_upgrade(mlmodel):
     section = copy.deepcopy(mlmodel["flavors"][FLAVOR_NAME])
     section["format_version"] = 99
-    with pytest.raises(ConfigError, match=r"format 99 .* reads up to 1: install rankwise"):
+    with pytest.raises(ConfigError, match=r"format 99 .* reads up to 2: install rankwise"):
         AdapterMetadata.from_section(section, "models:/x/1")
 
 

@@ -241,7 +241,7 @@ def test_an_output_that_is_there_is_not_replaced_unasked(world, rows, tmp_path):
 def test_rows_that_cannot_be_answered_say_why_in_their_place(world, tmp_path):
     path = tmp_path / "rows.jsonl"
     good = {"prompt": "a", "id": "good"}
-    bad = [{"prompt": 3}, {"prompt": "x " * 5000}, {"messages": [{"role": "nobody", "content": 1}]}, {"text": "x"}]
+    bad = [{"prompt": {}}, {"prompt": "x " * 5000}, {"messages": [{"role": "nobody", "content": 1}]}, {"ask": "x"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in [good, *bad]) + "no json\n" + json.dumps(good) + "\n")
     summary = run(world, path, tmp_path / "out.jsonl")
     assert summary.failed == 5
@@ -250,9 +250,9 @@ def test_rows_that_cannot_be_answered_say_why_in_their_place(world, tmp_path):
     assert out[0]["text"] == out[6]["text"]
     assert ["error" in row for row in out] == [False, True, True, True, True, True, False]
     assert all("text" not in row for row in out if "error" in row)
-    assert "got int 3" in out[1]["error"]
+    assert "column 'prompt' holds a mapping, of which a template makes no text" in out[1]["error"]
     assert "positions of the base" in out[2]["error"]
-    with pytest.raises(JobError, match="row 1: prompt must be a string, got int 3"):
+    with pytest.raises(JobError, match="row 1: column 'prompt' holds a mapping"):
         run(world, path, tmp_path / "other.jsonl", fail_fast=True)
 
 
@@ -272,15 +272,16 @@ def test_every_format_into_every_other(world, rows, tmp_path):
     run(world, rows, tmp_path / "a.csv")
     assert (tmp_path / "a.csv").read_text().splitlines()[0].split(",")[:3] == ["id", "text", "finish_reason"]
     csv = tmp_path / "rows.csv"
-    csv.write_text("id,prompt,carat\n7,a,0.5\n8,,1\n")
+    csv.write_text("id,prompt,carat\n7,a,0.5\n8,,1\n", encoding="utf-8-sig")
     with pytest.raises(ConfigError, match=r"--prompt.*karat.*carat"):
         run(world, csv, tmp_path / "b.parquet", prompt="{prompt} {karat}")
     run(world, csv, tmp_path / "b.parquet", prompt="{prompt} {carat:.2f}", restart=True)
     table = pq.read_table(tmp_path / "b.parquet")
     assert table["id"].to_pylist() == ["7", "8"]
-    assert table["error"].to_pylist() == [None, None]
+    assert table["error"].to_pylist() == [None, "column 'prompt' has no value, and the prompt needs it"]
+    assert table["prompt"].to_pylist() == ["a", ""], "as it was written"
     assert table["carat"].to_pylist() == ["0.5", "1"]
-    run(world, tmp_path / "b.parquet", tmp_path / "c.jsonl")
+    run(world, tmp_path / "b.parquet", tmp_path / "c.jsonl", prompt="{carat}")
     again = read(tmp_path / "c.jsonl")
     assert [row["input.text"] for row in again] == table["text"].to_pylist()
     mixed = tmp_path / "mixed.jsonl"

@@ -82,11 +82,11 @@ def test_a_stop_text_is_one_and_not_its_letters(predictor):
 
 
 def test_rows_that_cannot_be_answered_say_so_in_their_place(predictor, models):
-    rows = [ROWS[0], {"prompt": 7}, ROWS[2], {"prompt": "word " * 600}, ROWS[3]]
+    rows = [ROWS[0], {"prompt": b"7"}, ROWS[2], {"prompt": "word " * 600}, ROWS[3]]
     named = [None, None, "models:/other/1", None, models[1][1]]
     answers = list(predictor.stream(rows, models=named, max_new_tokens=3))
     assert [answer.error is None for answer in answers] == [True, False, False, False, True]
-    assert "prompt must be a string, got int 7" in answers[1].error
+    assert "column 'prompt' holds bytes" in answers[1].error
     assert "model models:/other/1 is not loaded; loaded models:" in answers[2].error
     assert "exceed the 512 positions" in answers[3].error
     assert answers[1].text is None
@@ -95,9 +95,9 @@ def test_rows_that_cannot_be_answered_say_so_in_their_place(predictor, models):
     assert made[1].error == "a row must be a mapping of columns, got str"
     assert made[2].error == "a row must be a mapping of columns, got NoneType"
     assert made[3] == answers[0]
-    with pytest.raises(JobError, match="row 1: prompt must be a string"):
+    with pytest.raises(JobError, match="row 1: column 'prompt' holds bytes"):
         predictor.predict(rows, fail_fast=True)
-    with pytest.raises(JobError, match="row 1: prompt must be a string"):
+    with pytest.raises(JobError, match="row 1: column 'prompt' holds bytes"):
         next(predictor.stream(rows, fail_fast=True))
 
 
