@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from helpers.tiny import make_tokenizer
-from rankwise.data.rows import Example, answer_turns
-from rankwise.data.template import Message, Renderer
+from rankwise.data.chat import Message, answer_turns
+from rankwise.data.rows import Example
+from rankwise.data.template import Renderer
 from rankwise.experiment.schema import DatasetSpec
 
 QUICK = settings(max_examples=60, deadline=None, database=None)

@@ -10,8 +10,8 @@ import torch
 from helpers.packs import ROWS, distance, load_tiny, make_arm, read_weights, train
 from helpers.pretend_gpu import GPU, pretend_gpu, to_gpu
 
+from rankwise.data.chat import Message
 from rankwise.data.rows import Example
-from rankwise.data.template import Message
 from rankwise.evaluation.evaluate import evaluate
 from rankwise.experiment.schema import EvaluationSpec
 from rankwise.modeling.adapter import load_adapter

@@ -5,13 +5,15 @@ Errors stop a run, because training would fail or learn nothing. Warnings do not
 The preview shows untrusted text: it is escaped for HTML, and control characters are shown, not sent to the terminal.
 
 `RowDigests` records which prompts an adapter was trained on without storing them, so that promotion needs no training
-data. A digest is the first 16 bytes of SHA-256 over a salt and the prompt's key (`rows.prompt_key`: everything before
-the last answer, white space folded, without the definition's system message). Any two of a billion prompts collide with
-a probability of 2**-69. The salt prevents looking up the digests of common prompts, and comparing the files of two
-adapters. It is stored in the file and derived from the arm, so a retry writes the same bytes. Anyone who can read the
-file can still test a guessed prompt: that is its purpose.
+data. A digest is the first 16 bytes of SHA-256 over a salt and a prompt's key (`rows.row_keys`: everything before an
+answer, white space folded, without the definition's system message; a document has one key). A conversation has one
+digest for each answer that was learned. Any two of a billion prompts collide with a probability of 2**-69. The salt
+prevents looking up the digests of common prompts, and comparing the files of two adapters. It is stored in the file and
+derived from the arm, so a retry writes the same bytes. Anyone who can read the file can still test a guessed prompt:
+that is its purpose.
 
 The file: a line of JSON (`{"format", "salt", "rows", "digests", "init_from"}`), then the sorted digests, 16 bytes each.
+Files of format 1 have one digest for each row, of the prompt of its last answer; they are read alike.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ import numpy.typing as npt
 from rich.console import Group
 from rich.text import Text
 
-from rankwise.data.rows import Example, prompt_key
+from rankwise.data.chat import REASONING, Message, text_of
+from rankwise.data.masks import OPEN, Supervise
+from rankwise.data.rows import row_keys
 from rankwise.data.tokens import Encoded, EncodedSet, kept
 from rankwise.exceptions import AssetError, DatasetError
 
@@ -68,8 +72,8 @@ class Report:
     errors: tuple[PreflightFinding, ...]
     warnings: tuple[PreflightFinding, ...]
     counts: dict[str, int]
-    """`train.rows`, `train.tokens`, `train.supervised_tokens`, `train.longest`, `train.dropped`, `train.cut`, and the
-    same for `eval`."""
+    """`train.rows`, `train.tokens`, `train.supervised_tokens`, `train.longest`, `train.dropped`, `train.cut`,
+    `train.truncated`, and the same for `eval`."""
 
     def raise_for_errors(self) -> None:
         """Stop a run whose data have errors.
@@ -90,6 +94,7 @@ def preflight(
     *,
     max_length: int | None = None,
     vocab_size: int | None = None,
+    supervise: Supervise = "answers",
 ) -> Report:
     """Check encoded data before training.
 
@@ -100,6 +105,7 @@ def preflight(
         renderer: The renderer that encoded them.
         max_length: The length limit, for messages.
         vocab_size: Rows of the base's embedding; None where it is not known.
+        supervise: As `dataset.supervise`.
     """
     errors = [*_renderer_errors(renderer, vocab_size)]
     warnings = [*_reading_warnings(examples), *_renderer_warnings(renderer)]
@@ -110,17 +116,19 @@ def preflight(
     for side, rows, encoded in sides:
         counts |= _counts(side, encoded)
         errors += _length_errors(side, rows, encoded, max_length)
-        errors += _mask_errors(side, encoded)
+        whole = supervise == "all_tokens" or is_documents(rows)
+        errors += _mask_errors(side, encoded, whole=whole)
         errors += _vocabulary_errors(side, encoded, vocab_size)
         warnings += _length_warnings(side, encoded, max_length)
-        warnings += _mask_warnings(side, encoded)
+        warnings += _mask_warnings(side, encoded, whole=whole)
         warnings += _end_text_warnings(side, rows, renderer)
-        empty = [row.id for row in rows if not row.completion.strip()]
+        warnings += _unwritten_warnings(side, rows, renderer)
+        empty = [row.id for row in rows if not row.completion.strip() and not row.messages[-1].get("tool_calls")]
         if empty:
             text = f"{side}: {len(empty):,} of {len(rows):,} rows have an empty completion"
             (errors if len(empty) == len(rows) else warnings).append(_finding("empty_completion", text, empty))
     if evaluation is not None:
-        warnings += _overlap_warnings(kept(examples.train, train), kept(examples.eval, evaluation))
+        warnings += _overlap_warnings(kept(examples.train, train), kept(examples.eval, evaluation), supervise)
     return Report(errors=tuple(errors), warnings=tuple(warnings), counts=counts)
 
 
@@ -136,6 +144,7 @@ def _counts(side: str, encoded: EncodedSet) -> dict[str, int]:
         f"{side}.longest": encoded.longest,
         f"{side}.dropped": len(encoded.dropped),
         f"{side}.cut": len(encoded.cut),
+        f"{side}.truncated": len(encoded.truncated),
     }
 
 
@@ -194,25 +203,27 @@ def _length_errors(
     )
 
 
+_FEW = 0.01
+"""Share of rows that may be lost to the length limit without advice."""
+
+
 def _length_warnings(side: str, encoded: EncodedSet, max_length: int | None) -> Iterator[PreflightFinding]:
-    total = len(encoded) + len(encoded.dropped)
-    if encoded.dropped and len(encoded):
-        yield _finding(
-            "too_long",
-            f"{side}: {len(encoded.dropped):,} of {total:,} rows are left out, because they are longer than "
-            f"training.max_length={max_length} (the longest has {encoded.longest:,} tokens)",
-            encoded.dropped,
-        )
-    if encoded.cut:
-        yield _finding(
-            "cut",
-            f"{side}: {len(encoded.cut):,} of {total:,} rows are longer than training.max_length={max_length} and lose "
-            "their later turns",
-            encoded.cut,
-        )
+    total = len(encoded.whole_lengths)
+    longer = f"longer than training.max_length={max_length} (the longest has {encoded.longest:,} tokens)"
+    for code, rows, what in (
+        ("too_long", encoded.dropped if len(encoded) else (), "are left out, because they are"),
+        ("cut", encoded.cut, "lose answers, because they are"),
+        ("truncated", encoded.truncated, "lose the end of their answer, because they are"),
+    ):
+        if not rows:
+            continue
+        advice = ""
+        if len(rows) > _FEW * total:
+            advice = f"; training.max_length: {encoded.covering(0.99)} leaves 99 % of the rows whole"
+        yield _finding(code, f"{side}: {len(rows):,} of {total:,} rows {what} {longer}{advice}", rows)
 
 
-def _mask_errors(side: str, encoded: EncodedSet) -> Iterator[PreflightFinding]:
+def _mask_errors(side: str, encoded: EncodedSet, *, whole: bool) -> Iterator[PreflightFinding]:
     if encoded.unended:
         yield _finding(
             "no_end",
@@ -226,19 +237,19 @@ def _mask_errors(side: str, encoded: EncodedSet) -> Iterator[PreflightFinding]:
     supervised, lengths = encoded.supervised_lengths, encoded.lengths
     if not supervised.any():
         yield _finding("none_supervised", f"{side}: no token of any row is supervised", encoded.ids)
-    elif (supervised >= lengths - 1).all():
+    elif not whole and (supervised >= lengths - 1).all():
         yield _finding(
             "all_supervised", f"{side}: every token of every row is supervised: the prompts are empty", encoded.ids
         )
 
 
-def _mask_warnings(side: str, encoded: EncodedSet) -> Iterator[PreflightFinding]:
+def _mask_warnings(side: str, encoded: EncodedSet, *, whole: bool) -> Iterator[PreflightFinding]:
     if not len(encoded):
         return
     for code, what, where in (
         ("row_none_supervised", "no supervised token", encoded.supervised_lengths == 0),
         ("row_all_supervised", "nothing but supervised tokens", encoded.supervised_lengths >= encoded.lengths - 1),
-    ):
+    )[: 1 if whole else 2]:
         rows = _ids(encoded, where)
         if rows and len(rows) < len(encoded):
             yield _finding(code, f"{side}: {len(rows):,} of {len(encoded):,} rows have {what}", rows)
@@ -268,9 +279,7 @@ def _end_text_warnings(side: str, rows: Sequence[Example], renderer: Renderer) -
     found = [
         row.id
         for row in rows
-        if any(
-            text and text in turn["content"] for turn in row.messages if turn["role"] == "assistant" for text in texts
-        )
+        if any(text and text in text_of(turn) for turn in row.messages if turn["role"] == "assistant" for text in texts)
     ]
     if found:
         yield _finding(
@@ -281,11 +290,50 @@ def _end_text_warnings(side: str, rows: Sequence[Example], renderer: Renderer) -
         )
 
 
-def _overlap_warnings(train: Sequence[Example], evaluation: Sequence[Example]) -> Iterator[PreflightFinding]:
-    prompts = {row.prompt for row in train}
-    pairs = {(row.prompt, row.completion) for row in train}
-    same = [row.id for row in evaluation if (row.prompt, row.completion) in pairs]
-    asked = [row.id for row in evaluation if row.prompt in prompts and (row.prompt, row.completion) not in pairs]
+def is_documents(rows: Sequence[Example]) -> bool:
+    """Whether examples are documents (`dataset.format: text`), without questions and answers."""
+    return bool(rows) and not rows[0].messages
+
+
+def _unwritten_warnings(side: str, rows: Sequence[Example], renderer: Renderer) -> Iterator[PreflightFinding]:
+    """Parts of conversations that the template leaves out in training and inference alike."""
+    if is_documents(rows):
+        return
+    able = renderer.capabilities
+    tools = [row.id for row in rows if row.tools] if not able.tools else []
+    thoughts = [row.id for row in rows if _has_reasoning(row)] if able.reasoning is None else []
+    if tools:
+        yield _finding(
+            "tools_not_written",
+            f"{side}: the chat template does not write the tools of {len(tools):,} rows, so the model does not see "
+            "them; set dataset.chat_template to one that does",
+            tools,
+        )
+    if thoughts and OPEN not in renderer.template:
+        yield _finding(
+            "reasoning_not_written",
+            f"{side}: the chat template does not write the reasoning of {len(thoughts):,} rows, so it is not learned; "
+            "set dataset.chat_template to one that does",
+            thoughts,
+        )
+
+
+def _has_reasoning(row: Example) -> bool:
+    return any(message.get(REASONING[0]) for message in row.messages)
+
+
+def _overlap_warnings(
+    train: Sequence[Example], evaluation: Sequence[Example], supervise: Supervise
+) -> Iterator[PreflightFinding]:
+    pairs = {pair for row in train for pair in _pairs(row, supervise)}
+    prompts = {prompt for prompt, _ in pairs}
+    same, asked = [], []
+    for row in evaluation:
+        own = _pairs(row, supervise)
+        if pairs.issuperset(own):
+            same.append(row.id)
+        elif any(prompt in prompts for prompt, _ in own):
+            asked.append(row.id)
     if same:
         yield _finding(
             "shared_rows",
@@ -301,6 +349,19 @@ def _overlap_warnings(train: Sequence[Example], evaluation: Sequence[Example]) -
             "completion",
             asked,
         )
+
+
+def _pairs(row: Example, supervise: Supervise) -> list[tuple[str, str]]:
+    """The key of what comes before each answer of a row, and the answer."""
+    keys = row_keys(row, None, supervise)
+    if not row.messages:
+        return [(keys[0], "")]
+    places = row.chat.answers[-len(keys) :]
+    return [(key, _answer(row.messages[place])) for key, place in zip(keys, places, strict=True)]
+
+
+def _answer(message: Message) -> str:
+    return json.dumps([text_of(message), message.get("tool_calls")], default=str)
 
 
 PENDING = "\N{REPLACEMENT CHARACTER}"
@@ -403,7 +464,7 @@ def render_html(rows: Sequence[Encoded], tokenizer: Any, title: str = "Supervise
     )
 
 
-FORMAT = 1
+FORMAT = 2
 DIGEST_BYTES = 16
 MANY_ROWS = 1_000_000
 """From this many rows on, the file's size is reported."""
@@ -416,7 +477,7 @@ class RowDigests:
     Attributes:
         salt: Of the digests.
         rows: Rows that there were, equal prompts counted each.
-        digests: Of the prompts.
+        digests: Of the prompts of all answers.
         init_from: The registered adapter that training started from, whose prompts count too; None for none.
     """
 
@@ -426,17 +487,18 @@ class RowDigests:
     init_from: str | None = None
 
     @classmethod
-    def of(cls, keys: Iterable[str], *, name: str, init_from: str | None = None) -> RowDigests:
+    def of(cls, keys: Iterable[Sequence[str]], *, name: str, init_from: str | None = None) -> RowDigests:
         """Digest the keys of prompts.
 
         Args:
-            keys: Of each row's prompt, as `row_key` gives it.
+            keys: Of each row's prompts, as `rows.row_keys` gives them.
             name: Of the arm; it decides the salt.
             init_from: The registered adapter that training starts from.
         """
         salt = hashlib.sha256(b"rankwise training rows\x00" + name.encode()).digest()[:DIGEST_BYTES]
-        digests = [_digest(salt, key) for key in keys]
-        return cls(salt=salt, rows=len(digests), digests=frozenset(digests), init_from=init_from)
+        rows = list(keys)
+        digests = frozenset(_digest(salt, key) for row in rows for key in row)
+        return cls(salt=salt, rows=len(rows), digests=digests, init_from=init_from)
 
     def __contains__(self, key: str) -> bool:
         """Whether a prompt of this key was trained on."""
@@ -475,14 +537,6 @@ class RowDigests:
             )
         digests = frozenset(body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES))
         return cls(salt=salt, rows=rows, digests=digests, init_from=init_from)
-
-
-def row_key(example: Example, system: str | None) -> str:
-    """The key of an example's prompt; `system` is the definition's own system message, which does not count."""
-    messages = example.messages
-    if messages[0]["role"] == "system" and messages[0]["content"] == system:
-        messages = messages[1:]
-    return prompt_key(messages)
 
 
 def _digest(salt: bytes, key: str) -> bytes:

@@ -17,9 +17,8 @@ from functools import cached_property
 from typing import Any, Self
 
 from rankwise.data.row_template import RowTemplate, check_column
-from rankwise.data.rows import parse_messages
+from rankwise.data.chat import Message, parse_messages
 from rankwise.data.tables import TEXT
-from rankwise.data.template import Message
 from rankwise.data.values import ValueProblem, Values, is_null
 from rankwise.exceptions import DatasetError
 from rankwise.experiment.schema import RENDERING, DatasetSpec
@@ -190,7 +189,7 @@ class RowPrompts:
 
 
 def _parsed(cell: Any, name: str) -> list[Message]:
-    messages, _ = parse_messages(cell, name)
+    messages = parse_messages(cell, name)
     if not messages:
         raise DatasetError(f"{name}: the chat is empty")
     return list(messages)

@@ -1,4 +1,4 @@
-"""Table rows to examples: conversations, the train/eval split, and limits.
+"""Table rows to examples: the train/eval split, limits, and what was left out.
 
 Split and limits order rows by a SHA-256 of the seed and of the row, not by a random generator, so the choice is the
 same on every machine and changes little when the table gains rows.
@@ -7,16 +7,17 @@ same on every machine and changes little when the table gains rows.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.row_template import RowTemplate, check_column
-from rankwise.data.template import Message, Renderer, RenderError
+from rankwise.data.chat import CALL_ROLES, KNOWN_ROLES, ROLES, Chat, Message, Tools, UnknownRoleError, key_before
+from rankwise.data.formats import RowMapping
+from rankwise.data.masks import Supervise, reference
+from rankwise.data.template import Renderer, RenderError
 from rankwise.data.training_table import open_table
-from rankwise.data.values import Values
 from rankwise.exceptions import DatasetError
 from rankwise.reporter import SILENT, Advance, Reporter
 
@@ -24,150 +25,6 @@ if TYPE_CHECKING:
     from rankwise.assets.dataset import ResolvedData
     from rankwise.experiment.schema import DatasetSpec
     from rankwise.settings import Settings
-
-MISSING = "empty cell"
-NO_ANSWER = "no assistant turn"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """The result of one row: its messages up to the last answer, or the reason why it is left out."""
-
-    messages: tuple[Message, ...] = ()
-    left_out: str | None = None
-    unused_keys: frozenset[str] = frozenset()
-    """Keys of the messages that have a value and are not `role` or `content`."""
-    unanswered_tail: bool = False
-    """Whether turns after the last answer were cut off."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowMapping:
-    """How a definition reads a table's rows. Parsed once, applied to every row."""
-
-    messages: str | None
-    prompt: RowTemplate | None
-    completion: RowTemplate | None
-    system: str | None
-    values: Values
-
-    @classmethod
-    def of(cls, dataset: DatasetSpec, columns: Sequence[str], side: str) -> RowMapping:
-        """Parse the `dataset` section for a table with `columns`. `side` names the table in messages.
-
-        Raises:
-            DatasetError: The section names neither form or both, a template is not valid, or a column does not exist.
-        """
-        where = "" if side == "train" else f" ({side} data)"
-        values = Values.of(dataset)
-        if dataset.messages is not None:
-            if dataset.prompt is not None or dataset.completion is not None:
-                raise DatasetError("dataset: give either messages, or prompt and completion, not both")
-            check_column(dataset.messages, columns, f"dataset.messages{where}")
-            return cls(messages=dataset.messages, prompt=None, completion=None, system=dataset.system, values=values)
-        if dataset.prompt is None or dataset.completion is None:
-            raise DatasetError(
-                "dataset: rows need messages (a column of {role, content}), or both prompt and completion (templates "
-                'over columns, such as "carat {carat}")'
-            )
-        prompt = RowTemplate.parse(dataset.prompt, f"dataset.prompt{where}", values)
-        completion = RowTemplate.parse(dataset.completion, f"dataset.completion{where}", values)
-        prompt.check(columns)
-        completion.check(columns)
-        return cls(messages=None, prompt=prompt, completion=completion, system=dataset.system, values=values)
-
-    def convert(self, row: Mapping[str, Any], row_id: str) -> Conversion:
-        """Make the conversation of one row, without the definition's system message (see `with_system`).
-
-        Raises:
-            DatasetError: A cell is not what the definition says it is.
-        """
-        if self.messages is None:
-            return self._from_templates(row, row_id)
-        cell = row[self.messages]
-        if self.values.is_missing(cell):
-            return Conversion(left_out=MISSING)
-        messages, unused = parse_messages(cell, f"dataset.messages: row {row_id}, column {self.messages!r}")
-        turns = answer_turns(messages)
-        if not turns:
-            return Conversion(left_out=NO_ANSWER, unused_keys=unused)
-        kept = messages[: turns[-1] + 1]
-        return Conversion(messages=kept, unused_keys=unused, unanswered_tail=len(kept) < len(messages))
-
-    def _from_templates(self, row: Mapping[str, Any], row_id: str) -> Conversion:
-        assert self.prompt is not None
-        assert self.completion is not None
-        if self.prompt.missing(row) is not None or self.completion.missing(row) is not None:
-            return Conversion(left_out=MISSING)
-        return Conversion(
-            messages=(
-                Message(role="user", content=self.prompt.render(row, row_id)),
-                Message(role="assistant", content=self.completion.render(row, row_id)),
-            )
-        )
-
-    def with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        """Put the definition's system message first, unless there is none or the row brings its own."""
-        if self.system is None or messages[0]["role"] == "system":
-            return messages
-        return (Message(role="system", content=self.system), *messages)
-
-
-def answer_turns(messages: Sequence[Message]) -> tuple[int, ...]:
-    """Places of the assistant's turns that answer something.
-
-    A greeting before anyone else spoke is context: most templates cannot render the empty conversation before it.
-    """
-    spoken = False
-    turns = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            spoken = True
-        elif spoken:
-            turns.append(index)
-    return tuple(turns)
-
-
-def prompt_key(messages: Sequence[Message]) -> str:
-    """A digest of everything before the last answer, for splits: equal prompts have equal keys.
-
-    It does not depend on the base's chat template or on the definition's system message, so that definitions that
-    differ in these evaluate on the same rows. White space is folded, since templates may strip it.
-    """
-    before = [
-        [message["role"], " ".join(message["content"].split())] for message in messages[: answer_turns(messages)[-1]]
-    ]
-    return hashlib.sha256(json.dumps(before).encode()).hexdigest()
-
-
-def parse_messages(cell: object, where: str) -> tuple[tuple[Message, ...], frozenset[str]]:
-    """Check a cell with messages; a string is read as JSON. Also returns keys with a value that nothing uses.
-
-    Raises:
-        DatasetError: The cell is not a list of `{role, content}` with texts.
-    """
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell)
-        except ValueError as error:
-            raise DatasetError(f"{where}: the text is not JSON: {error}") from error
-    if not isinstance(cell, list):
-        raise DatasetError(f"{where}: expected a list of {{role, content}}, got {type(cell).__name__}")
-    messages = []
-    unused: set[str] = set()
-    for number, each in enumerate(cell):
-        place = f"{where}, message {number}"
-        if not isinstance(each, dict):
-            raise DatasetError(f"{place}: expected {{role, content}}, got {type(each).__name__} {each!r:.80}")
-        role, content = each.get("role"), each.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            what = "role" if not isinstance(role, str) else "content"
-            hint = "; rename from and value to role and content" if {"from", "value"} <= each.keys() else ""
-            got = f"{type(each[what]).__name__} {each[what]!r:.80}" if what in each else f"only {', '.join(each)}"
-            raise DatasetError(f"{place}: {what} must be a text, got {got}{hint}")
-        unused.update(key for key, value in each.items() if key not in {"role", "content"} and value is not None)
-        messages.append(Message(role=role, content=content))
-    return tuple(messages), frozenset(unused)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +97,7 @@ READ_ROWS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row as a conversation that ends with an answer."""
+    """One row as a conversation that ends with an answer, or as a document (no messages, an empty prompt)."""
 
     id: str
     """The row's `id` column, or its number in the source (from 0)."""
@@ -248,9 +105,18 @@ class Example:
     prompt: str
     """Rendered text up to where the last answer begins, with the generation prompt."""
     completion: str
-    """The assistant's last answer."""
+    """What generation has to produce after the prompt: the assistant's last answer. Of a document: its text."""
+    tools: Tools | None = None
+    """What the conversation may call."""
+    context: int = 0
+    """The first messages, whose answers are read and not learned."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The row as it was, for metrics."""
+
+    @property
+    def chat(self) -> Chat:
+        """The conversation."""
+        return Chat(messages=self.messages, tools=self.tools, context=self.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,16 +227,22 @@ class _Table:
     def scan(
         cls, table: Any, dataset: DatasetSpec, side: str, notes: list[str], dropped: dict[str, int], advance: Advance
     ) -> _Table:
-        mapping = RowMapping.of(dataset, table.column_names, side)
+        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table))
         row_ids = _row_ids(table, side, notes)
-        positions, ids, groups = [], [], []
+        positions, ids = [], []
+        groups = _Groups()
         reasons: Counter[str] = Counter()
         unused: Counter[str] = Counter()
+        unknown = _UnknownRoles()
         tails = 0
         for position, row in _iterate(table):
             if position % READ_ROWS == 0:
                 advance(min(READ_ROWS, len(table) - position))
-            conversion = mapping.convert(row, row_ids[position])
+            try:
+                conversion = mapping.convert(row, row_ids[position])
+            except UnknownRoleError as error:
+                unknown.add(error, row_ids[position])
+                continue
             unused.update(conversion.unused_keys)
             tails += conversion.unanswered_tail
             if conversion.left_out is not None:
@@ -378,7 +250,13 @@ class _Table:
                 continue
             positions.append(position)
             ids.append(row_ids[position])
-            groups.append(prompt_key(conversion.messages))
+            if conversion.chat is None:
+                groups.add([document_key(conversion.document or "")])
+            else:
+                groups.add(
+                    answer_keys(conversion.chat, "last_answer" if mapping.values.version == 1 else dataset.supervise)
+                )
+        unknown.check(f"dataset.{side}", mapping.messages)
         dropped.update({f"{side}: {reason}": count for reason, count in reasons.items()})
         for key, count in unused.items():
             notes.append(f"{side}: messages of {count:,} rows have a key {key!r}, which is not used")
@@ -387,32 +265,122 @@ class _Table:
         if not positions:
             why = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items()) or "the table is empty"
             raise DatasetError(f"dataset.{side}: none of {len(row_ids):,} rows can be used: {why}")
-        return cls(table=table, mapping=mapping, positions=positions, ids=ids, groups=groups)
+        return cls(table=table, mapping=mapping, positions=positions, ids=ids, groups=groups.names())
 
     def examples(self, rows: Sequence[int], renderer: Renderer, advance: Advance) -> list[Example]:
         examples: list[Example] = []
         for first in range(0, len(rows), READ_ROWS):
             block = rows[first : first + READ_ROWS]
             picked = self.table.select([self.positions[row] for row in block])
-            ids = [self.ids[row] for row in block]
             cells = [row for _, row in _iterate(picked)]
-            chats = [
-                self.mapping.with_system(self.mapping.convert(row, row_id).messages)
-                for row, row_id in zip(cells, ids, strict=True)
-            ]
-            turns = [answer_turns(chat)[-1] for chat in chats]
-            try:
-                prompts = renderer.texts(
-                    [chat[:turn] for chat, turn in zip(chats, turns, strict=True)], add_generation_prompt=True
-                )
-            except RenderError as error:
-                raise DatasetError(f"Row {ids[error.index]}: {error}") from error
-            for row, row_id, chat, turn, prompt in zip(cells, ids, chats, turns, prompts, strict=True):
-                examples.append(
-                    Example(id=row_id, messages=chat, prompt=prompt, completion=chat[turn]["content"], columns=row)
-                )
+            examples += self._examples([self.ids[row] for row in block], cells, renderer)
             advance(len(block))
         return examples
+
+    def _examples(self, ids: list[str], cells: list[dict[str, Any]], renderer: Renderer) -> list[Example]:
+        conversions = [self.mapping.convert(row, row_id) for row, row_id in zip(cells, ids, strict=True)]
+        if self.mapping.document is not None:
+            return [
+                Example(id=row_id, messages=(), prompt="", completion=conversion.document or "", columns=row)
+                for row_id, row, conversion in zip(ids, cells, conversions, strict=True)
+            ]
+        chats = [self.mapping.with_system(conversion.chat) for conversion in conversions if conversion.chat is not None]
+        try:
+            prompts = renderer.texts(
+                [chat.messages[: chat.answers[-1]] for chat in chats],
+                tools=[chat.tools for chat in chats],
+                add_generation_prompt=True,
+            )
+        except RenderError as error:
+            raise DatasetError(f"Row {ids[error.index]}: {error}") from error
+        return [
+            Example(
+                id=row_id,
+                messages=chat.messages,
+                prompt=prompt,
+                completion=reference(chat, row_id, renderer, prompt),
+                tools=chat.tools,
+                context=chat.context,
+                columns=row,
+            )
+            for row_id, row, chat, prompt in zip(ids, cells, chats, prompts, strict=True)
+        ]
+
+
+def answer_keys(chat: Chat, supervise: Supervise) -> list[str]:
+    """The keys of what comes before each answer that is learned; see `chat.prompt_key`."""
+    places = chat.answers[-1:] if supervise == "last_answer" else chat.answers
+    return [key_before(chat.messages, place, chat.tools) for place in places]
+
+
+def document_key(text: str) -> str:
+    """A digest of a document, white space folded."""
+    return hashlib.sha256(("document\x00" + " ".join(text.split())).encode()).hexdigest()
+
+
+def row_keys(example: Example, system: str | None, supervise: Supervise = "answers") -> list[str]:
+    """The keys of an example's answers; `system` is the definition's own system message, which does not count."""
+    if not example.messages:
+        return [document_key(example.completion)]
+    chat = example.chat
+    if chat.messages[0]["role"] == "system" and chat.messages[0]["content"] == system:
+        chat = replace(chat, messages=chat.messages[1:], context=max(0, chat.context - 1))
+    return answer_keys(chat, supervise)
+
+
+class _Groups:
+    """Rows that must be on one side of a split: those with a key in common, directly or through others."""
+
+    def __init__(self) -> None:
+        self._parents: dict[str, str] = {}
+        self._rows: list[str] = []
+
+    def add(self, keys: Sequence[str]) -> None:
+        roots = {self._root(key) for key in keys}
+        # The smallest key names a group, whatever the order of the rows.
+        first = min(roots)
+        self._parents.update(dict.fromkeys(roots, first))
+        self._rows.append(keys[0])
+
+    def names(self) -> list[str]:
+        return [self._root(key) for key in self._rows]
+
+    def _root(self, key: str) -> str:
+        path = []
+        while (parent := self._parents.setdefault(key, key)) != key:
+            path.append(key)
+            key = parent
+        self._parents.update(dict.fromkeys(path, key))
+        return key
+
+
+class _UnknownRoles:
+    """Roles that no chat template has, and the keys of the messages that have them."""
+
+    def __init__(self) -> None:
+        self._roles: Counter[str] = Counter()
+        self._keys: dict[str, None] = {}
+        self._first: str | None = None
+
+    def add(self, error: UnknownRoleError, row_id: str) -> None:
+        self._roles[error.role] += 1
+        self._keys.update(dict.fromkeys(error.keys))
+        self._first = row_id if self._first is None else self._first
+
+    def check(self, side: str, column: str | None) -> None:
+        if not self._roles:
+            return
+        roles = ", ".join(f"{role!r} ({count:,} rows)" for role, count in self._roles.items())
+        known = ", ".join([*ROLES, *CALL_ROLES, *KNOWN_ROLES])
+        raise DatasetError(
+            f"{side}: messages in the column {column!r} have the keys {', '.join(self._keys)} and roles that are not "
+            f"known: {roles}, the first in row {self._first}; known roles are {known}. Rename these roles"
+        )
+
+
+def first_rows(table: Any, count: int = 100) -> list[dict[str, Any]]:
+    """The first rows of a table, to recognize its format."""
+    return [row for _, row in islice(_iterate(table), count)]
 
 
 def _iterate(table: Any) -> Iterator[tuple[int, dict[str, Any]]]:

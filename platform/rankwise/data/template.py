@@ -9,32 +9,22 @@
 system turn without content is left out), nothing more. The newline between prompt and answer keeps the tokens of the
 prompt the same with and without the answer: tokenizers split after a newline, while a space would join the first word.
 Both begin with the tokenizer's first token (`bos_token`) where the tokenizer itself begins a text with it.
-
-Templates are untrusted programs: they come with bases, adapters and definitions. transformers renders them in Jinja's
-immutable sandbox, which protects files, attributes and other objects, but not time and memory. So `guard` parses a
-template without computing constants, refuses obvious bombs, and tries it on a few conversations within a step limit.
-Branches that no trial reaches are limited only by the deadline of a worker's phase.
 """
 
 from __future__ import annotations
 
 import copy
 import datetime
-import functools
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypedDict
+from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from rankwise.data.capabilities import PROBLEMS, Capabilities, probe
+from rankwise.data.chat import Message, Tools
+from rankwise.data.template_guard import TemplateRefused, guard
 from rankwise.digests import content_digest
 from rankwise.exceptions import DatasetError
 
@@ -137,10 +127,11 @@ def _built_in(tokenizer: Any, name: str) -> str:
                 f"dataset.chat_template: chatml does not fit this base's tokenizer: {why}, so generation would not "
                 "stop at <|im_end|>; use plain, or a Jinja file"
             )
-    return ("{{ bos_token }}" if _begins_with_bos(tokenizer) else "") + BUILT_IN[name]
+    return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + BUILT_IN[name]
 
 
-def _begins_with_bos(tokenizer: Any) -> bool:
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins a text with its first token."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -218,145 +209,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return content_digest(text.encode())
 
 
-MAX_CHARACTERS = 200_000
-MAX_STEPS = 200_000
-MAX_NUMBER = 1_000_000
-_CONVERSATIONS = (
-    ("user",),
-    ("system", "user", "assistant"),
-    ("user", "assistant", "user", "assistant", "user", "assistant"),
-)
-
-
-class TemplateRefused(Exception):
-    """Raised when a template could exhaust time or memory; the text gives the reason."""
-
-
-@functools.lru_cache(maxsize=64)
-def guard(text: str) -> None:
-    """Check a template for time and memory bombs. Invalid Jinja passes: rendering reports it.
-
-    Raises:
-        TemplateRefused: It could exhaust time or memory.
-    """
-    if len(text) > MAX_CHARACTERS:
-        raise TemplateRefused(f"it has {len(text):,} characters; allowed are {MAX_CHARACTERS:,}")
-    environment = _Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    try:
-        tree = environment.parse(text)
-    except (TemplateSyntaxError, RecursionError):
-        return
-    for node in tree.find_all(nodes.Node):
-        _check(node)
-    for loop in tree.find_all(nodes.For):
-        if _counts(loop) and any(_counts(inner) for part in loop.body for inner in _loops(part)):
-            raise TemplateRefused("a loop over range() is inside another one")
-    try:
-        template = environment.from_string(text)
-    except (TemplateSyntaxError, RecursionError):
-        return
-    for roles in _CONVERSATIONS:
-        for prompt in (False, True):
-            _try(template.render, _variables(roles, prompt))
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which products are looked at before they are made, constants too."""
-
-    intercepted_binops = frozenset({"*"})
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.filters["tojson"] = lambda value, **how: json.dumps(value, default=str)
-        self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = lambda form: "2026-01-01"
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple):
-            raise TemplateRefused("it multiplies a text or a list")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Generation(Extension):
-    """The tag by which transformers marks an assistant's tokens."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own form
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
-
-
-def _check(node: nodes.Node) -> None:
-    if isinstance(node, nodes.Const) and isinstance(node.value, int | float) and abs(node.value) > MAX_NUMBER:
-        raise TemplateRefused(f"it has the number {node.value!r:.40}; allowed are numbers up to {MAX_NUMBER:,}")
-    if isinstance(node, nodes.Pow):
-        raise TemplateRefused("it has a power (**)")
-    if isinstance(node, nodes.Mul) and any(_is_sequence(side) for side in (node.left, node.right)):
-        raise TemplateRefused("it multiplies a text or a list")
-
-
-def _is_sequence(node: nodes.Expr) -> bool:
-    """Whether a product's side is a text or a list by its form; transformers' own environment computes constants."""
-    if isinstance(node, nodes.Const):
-        return isinstance(node.value, str)
-    return isinstance(node, nodes.List | nodes.Tuple | nodes.Concat | nodes.TemplateData)
-
-
-def _loops(node: nodes.Node) -> Iterator[nodes.For]:
-    if isinstance(node, nodes.For):
-        yield node
-    yield from node.find_all(nodes.For)
-
-
-def _counts(loop: nodes.For) -> bool:
-    calls = [loop.iter, *loop.iter.find_all(nodes.Call)]
-    return any(isinstance(c, nodes.Call) and isinstance(c.node, nodes.Name) and c.node.name == "range" for c in calls)
-
-
-def _variables(roles: tuple[str, ...], prompt: bool) -> dict[str, Any]:
-    messages = [{"role": role, "content": f"text {index}"} for index, role in enumerate(roles)]
-    tokens = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None, **tokens}
-
-
-def _try(render: Callable[..., str], variables: Mapping[str, Any]) -> None:
-    steps = 0
-
-    def count(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal steps
-        if frame.f_code.co_filename != "<template>":
-            return None
-        steps += 1
-        if steps > MAX_STEPS:
-            raise TemplateRefused(f"it takes more than {MAX_STEPS:,} steps for a short conversation")
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)
-    try:
-        render(**variables)
-    except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, AttributeError):
-        pass  # What it refuses depends on the messages; that is reported with the rows that it refuses.
-    except (RecursionError, MemoryError) as error:
-        raise TemplateRefused(f"it ends in a {type(error).__name__}") from error
-    finally:
-        sys.settrace(before)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
 Conversation = Sequence[Message]
+
+RESERVED = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+     "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+     "tokenizer_kwargs", "tools", "truncation"}
+)  # fmt: skip
+"""What `apply_chat_template` takes itself; never variables of a template."""
 
 
 class RenderError(DatasetError):
@@ -372,10 +232,12 @@ class RenderError(DatasetError):
 
 @dataclass(frozen=True, kw_only=True)
 class Renderer:
-    """A tokenizer with the chat template to use, and the tokens at which generation stops."""
+    """A tokenizer with the chat template to use and its arguments, and the tokens at which generation stops."""
 
     tokenizer: Any
     end_token_ids: frozenset[int]
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """As `dataset.chat_template_kwargs`: variables for the template."""
 
     @classmethod
     def create(
@@ -385,6 +247,8 @@ class Renderer:
         *,
         base: Path | None = None,
         template_revision: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        required: bool = True,
     ) -> Renderer:
         """Make a renderer.
 
@@ -393,19 +257,29 @@ class Renderer:
             chat_template: As `dataset.chat_template`: None for the base's own, `chatml`, `plain`, a Jinja file.
             base: The base's directory, whose generation configuration may name more end tokens.
             template_revision: As `dataset.chat_template_revision`: the pin of a Jinja file.
+            chat_template_kwargs: As `dataset.chat_template_kwargs`.
+            required: Whether there must be a chat template now. Without it, one is missed when a chat is rendered.
 
         Raises:
-            DatasetError: See `apply_template` and `end_token_ids`.
+            DatasetError: See `apply_template` and `end_token_ids`; or an argument has a name that cannot be one.
         """
+        reserved = sorted(RESERVED & set(chat_template_kwargs or {}))
+        if reserved:
+            raise DatasetError(
+                f"dataset.chat_template_kwargs: {', '.join(reserved)} cannot be set; allowed are variables that the "
+                "chat template reads, such as enable_thinking"
+            )
+        without = not required and chat_template is None and not tokenizer.chat_template
         return cls(
-            tokenizer=apply_template(tokenizer, chat_template, template_revision),
+            tokenizer=tokenizer if without else apply_template(tokenizer, chat_template, template_revision),
             end_token_ids=end_token_ids(tokenizer, base),
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
         )
 
     @property
     def template(self) -> str:
-        """The text of the chat template."""
-        return str(self.tokenizer.chat_template)
+        """The text of the chat template; empty where there is none."""
+        return str(self.tokenizer.chat_template or "")
 
     @property
     def dated(self) -> bool:
@@ -421,42 +295,68 @@ class Renderer:
     def _tokenizer_digest(self) -> str:
         return tokenizer_digest(self.tokenizer)
 
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """Which parts of a conversation the template writes, and in which form it wants them."""
+        if not self.template:
+            _own(self.tokenizer)  # says what is missing
+        return probe(self._apply)
+
     def digest(self) -> str:
         """SHA-256 over everything that decides the tokens of a conversation."""
         parts: list[object] = [self._tokenizer_digest, self.template, sorted(self.end_token_ids)]
+        if self.chat_template_kwargs:
+            parts.append(dict(sorted(self.chat_template_kwargs.items())))
         if self.dated:
             parts.append(datetime.datetime.now(tz=datetime.UTC).astimezone().date().isoformat())
         return content_digest(json.dumps(parts).encode())
 
-    def texts(self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False) -> list[str]:
+    def with_arguments(self, **arguments: Any) -> Renderer:
+        """A copy with other `chat_template_kwargs`, beside those that it has."""
+        return replace(self, chat_template_kwargs={**self.chat_template_kwargs, **arguments})
+
+    def texts(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        tools: Sequence[Tools | None] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> list[str]:
         """Render conversations; with `add_generation_prompt` up to where an assistant's answer begins.
+
+        Args:
+            conversations: Messages as `chat.parse_messages` gives them.
+            tools: What each conversation may call; None for none.
+            add_generation_prompt: Whether an answer is asked for.
 
         Raises:
             RenderError: The template refuses one of them.
         """
-        rendered = []
-        for index, conversation in enumerate(conversations):
-            rendered.append(self._text(conversation, index, add_generation_prompt))
-        return rendered
+        each_tools = [None] * len(conversations) if tools is None else tools
+        pairs = zip(conversations, each_tools, strict=True)
+        return [self._text(messages, own, index, add_generation_prompt) for index, (messages, own) in enumerate(pairs)]
 
-    def _text(self, conversation: Conversation, index: int, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
+    def _text(self, messages: Conversation, tools: Tools | None, index: int, add_generation_prompt: bool) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(message) for message in conversation],
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in conversation)
+            return self._apply(self.capabilities.adapt(messages), tools, add_generation_prompt)
+        except PROBLEMS as error:
+            roles = ", ".join(message["role"] for message in messages)
             raise RenderError(
                 f"The chat template refuses a conversation with the roles {roles}: {error}; change dataset.system or "
                 "the rows, or set dataset.chat_template",
                 index,
             ) from error
+
+    def _apply(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else list(tools),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.chat_template_kwargs,
+            )
+        )
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts, without further special tokens: the template has written them."""

@@ -2,10 +2,6 @@
 
 N rows, T tokens of a row. An `EncodedSet` keeps all rows in two flat arrays, so that a large table costs five bytes a
 token and not an object a row.
-
-What must hold, and is checked on every answer of every row: the tokens of the prompt (rendered with the generation
-prompt, which is what generation starts from) are the first tokens of the whole conversation. Then, and only then, what
-follows the prompt is what generation has to produce, and the mask covers it up to the first end token.
 """
 
 from __future__ import annotations
@@ -14,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rankwise.data.rows import answer_turns
-from rankwise.data.template import Conversation, Renderer, RenderError
+from rankwise.data.masks import SHOWN_ROWS, Break, Masked, Overlong, Supervise, answer_texts, explain, fit, mask
+from rankwise.data.template import Renderer
 from rankwise.exceptions import DatasetError
 from rankwise.files import file_lock, make_directory, storage_errors, write_atomically
 from rankwise.reporter import SILENT, Reporter
@@ -41,6 +38,7 @@ class Encoded:
     """One row as tokens."""
 
     id: str
+    """Of its example."""
     input_ids: npt.NDArray[np.int32]
     """(T,)"""
     supervised: npt.NDArray[np.bool_]
@@ -52,18 +50,23 @@ class EncodedSet(Sequence[Encoded]):
     """Encoded rows, in the order of the examples they come from, without those that did not fit."""
 
     ids: tuple[str, ...]
+    """Of each row's example: rows of one conversation have the same."""
     offsets: npt.NDArray[np.int64]
     """(N + 1,): row n has the tokens from `offsets[n]` to `offsets[n + 1]`."""
     input_ids: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.bool_]
     cut: tuple[str, ...] = ()
-    """Rows that lost later turns to the length limit."""
+    """Rows that lost answers to the length limit."""
     dropped: tuple[str, ...] = ()
-    """Rows left out because not even their first answer fits into the length limit."""
+    """Rows left out because of the length limit."""
+    truncated: tuple[str, ...] = ()
+    """Rows whose last answer was cut off by the length limit, so that its end token is not there."""
     unended: tuple[str, ...] = ()
     """Rows with an answer that the template does not end with an end token."""
     longest: int = 0
     """Tokens of the longest row before the length limit."""
+    whole_lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """(M,): tokens of each example's longest row before the length limit, those of dropped ones too."""
 
     @classmethod
     def of(
@@ -72,10 +75,12 @@ class EncodedSet(Sequence[Encoded]):
         *,
         cut: tuple[str, ...] = (),
         dropped: tuple[str, ...] = (),
+        truncated: tuple[str, ...] = (),
         unended: tuple[str, ...] = (),
         longest: int = 0,
+        whole_lengths: Sequence[int] | None = None,
     ) -> EncodedSet:
-        """Gather rows; without `longest` no row was longer than it is now."""
+        """Gather rows; without `longest` and `whole_lengths` no row was longer than it is now."""
         gathered = list(rows)
         return cls(
             ids=tuple(row.id for row in gathered),
@@ -84,8 +89,12 @@ class EncodedSet(Sequence[Encoded]):
             supervised=np.concatenate([np.empty(0, np.bool_), *(row.supervised for row in gathered)]).astype(np.bool_),
             cut=cut,
             dropped=dropped,
+            truncated=truncated,
             unended=unended,
             longest=max([longest, *(len(row.input_ids) for row in gathered)]),
+            whole_lengths=np.asarray(
+                [len(row.input_ids) for row in gathered] if whole_lengths is None else whole_lengths, np.int32
+            ),
         )
 
     def __len__(self) -> int:
@@ -113,6 +122,12 @@ class EncodedSet(Sequence[Encoded]):
         running = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
         return np.diff(running[self.offsets])
 
+    def covering(self, share: float) -> int:
+        """The smallest length limit that leaves this share of the examples whole; 0 without examples."""
+        if not len(self.whole_lengths):
+            return 0
+        return int(np.sort(self.whole_lengths)[math.ceil(share * len(self.whole_lengths)) - 1])
+
     @property
     def tokens(self) -> int:
         """Tokens of all rows."""
@@ -127,7 +142,9 @@ class EncodedSet(Sequence[Encoded]):
     def digest(self) -> str:
         """SHA-256 (`sha256:...`) over ids, tokens, masks and what was cut, dropped or unended."""
         digest = hashlib.sha256(str(self.longest).encode())
-        for names in (self.ids, self.cut, self.dropped, self.unended):
+        # Left out where there are none, as in sets of earlier releases.
+        truncated = (self.truncated,) if self.truncated else ()
+        for names in (self.ids, self.cut, self.dropped, self.unended, *truncated):
             digest.update(f"{len(names)}\x00".encode())
             for name in names:
                 digest.update(f"{len(name)}\x00{name}".encode())
@@ -142,12 +159,14 @@ def encode(
     max_length: int | None,
     settings: Settings | None = None,
     progress: Reporter | None = None,
+    *,
+    supervise: Supervise = "answers",
+    overlong: Overlong = "auto",
 ) -> EncodedSet:
     """Tokens and loss masks of examples, from the cache where it has them.
 
-    The mask of a row covers, for each answer, the assistant's tokens and the end token that makes generation stop. A
-    row longer than `max_length` is cut after the last answer that fits whole (`cut`); where none fits the row is left
-    out (`dropped`): no row ever teaches half an answer.
+    The mask of a row covers, for each answer, the assistant's tokens and the end token that makes generation stop (see
+    `masks`). A conversation whose answers generation sees in different ways becomes several rows of the same id.
 
     Args:
         examples: What to encode.
@@ -155,17 +174,22 @@ def encode(
         max_length: Most tokens of a row; None for no limit.
         settings: Where the cache is; None for no cache.
         progress: Reports finished rows.
+        supervise: As `dataset.supervise`.
+        overlong: What becomes of a row that is longer than `max_length`.
 
     Raises:
         DatasetError: The tokens of a prompt are not the first tokens of prompt and answer, so that no mask would be
-            right; the message says which part of the template or which rows break it.
+            right; the message says which part of the template or which rows break it. Or a row is longer than
+            `max_length` and `overlong` is `error`.
         StorageError: The cache cannot be written.
     """
     if settings is None:
-        return mask_examples(examples, renderer, max_length, progress)
+        return mask_examples(examples, renderer, max_length, progress, supervise=supervise, overlong=overlong)
     cache = TokenCache(settings.cache / "tokens")
-    key = cache.key(examples, renderer, max_length)
-    return cache.get(key, lambda: mask_examples(examples, renderer, max_length, progress))
+    key = cache.key(examples, renderer, max_length, supervise=supervise, overlong=overlong)
+    return cache.get(
+        key, lambda: mask_examples(examples, renderer, max_length, progress, supervise=supervise, overlong=overlong)
+    )
 
 
 def kept(examples: Sequence[Example], encoded: EncodedSet) -> list[Example]:
@@ -176,28 +200,6 @@ def kept(examples: Sequence[Example], encoded: EncodedSet) -> list[Example]:
 
 BLOCK_ROWS = 2000
 """Rows whose texts are tokenized in one call: the tokenizer spreads a call over the cores."""
-SHOWN_ROWS = 5
-"""Rows that a message names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """The texts of one answer."""
-
-    prompt: str
-    upto: str
-    """The conversation up to and with this answer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Break:
-    """An answer whose prompt is not the beginning of the conversation."""
-
-    id: str
-    prompt: str
-    full: str
-    history: bool
-    """Whether the answer itself is rendered differently once later turns follow."""
 
 
 def mask_examples(
@@ -205,144 +207,88 @@ def mask_examples(
     renderer: Renderer,
     max_length: int | None,
     progress: Reporter | None = None,
+    *,
+    supervise: Supervise = "answers",
+    overlong: Overlong = "auto",
 ) -> EncodedSet:
     """Tokens and masks of examples; see `encode`, which adds the cache.
 
     Raises:
-        DatasetError: A prompt's tokens are not the first ones of the conversation's.
+        DatasetError: A prompt's tokens are not the first ones of the conversation's, or a row is too long.
     """
-    masked = _MaskedRows()
+    masked = _MaskedRows(max_length=max_length, overlong=overlong, everything=supervise == "all_tokens")
     with (progress or SILENT).task("tokenizing", len(examples), "rows") as advance:
         for first in range(0, len(examples), BLOCK_ROWS):
             block = examples[first : first + BLOCK_ROWS]
-            turns = [_turns(example, renderer) for example in block]
-            texts = list(dict.fromkeys(text for row in turns for turn in row for text in (turn.prompt, turn.upto)))
+            chats = [answer_texts(each.chat, each.id, renderer, supervise, each.prompt) for each in block]
+            answers = [chat for chat in chats if not isinstance(chat, Break)]
+            texts = list(dict.fromkeys(text for row in answers for one in row for text in (one.prompt, one.text)))
             tokens = dict(zip(texts, renderer.tokens(texts), strict=True))
-            for example, row in zip(block, turns, strict=True):
-                masked.add(example.id, _mask(example.id, row, tokens, renderer.end_token_ids), max_length)
+            for example, chat in zip(block, chats, strict=True):
+                whole = chat if isinstance(chat, Break) else mask(example.id, chat, tokens, renderer.end_token_ids)
+                masked.add(example.id, whole)
             advance(len(block))
-    if masked.breaks:
-        raise DatasetError(_explain(masked.breaks, len(examples), renderer))
-    return EncodedSet.of(
-        masked.rows,
-        cut=tuple(masked.cut),
-        dropped=tuple(masked.dropped),
-        unended=tuple(masked.unended),
-        longest=masked.longest,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Masked:
-    """A whole row: its tokens, the span of tokens of each answer, and whether each answer has an end token."""
-
-    tokens: list[int]
-    spans: list[tuple[int, int]]
-    ended: bool
+    return masked.result(len(examples), renderer)
 
 
 @dataclass(kw_only=True)
 class _MaskedRows:
     """What became of the rows so far."""
 
+    max_length: int | None
+    overlong: Overlong
+    everything: bool
     rows: list[Encoded] = field(default_factory=list)
-    breaks: list[_Break] = field(default_factory=list)
+    breaks: list[Break] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     unended: list[str] = field(default_factory=list)
-    longest: int = 0
+    lengths: list[int] = field(default_factory=list)
 
-    def add(self, row_id: str, masked: _Masked | _Break, max_length: int | None) -> None:
+    def add(self, row_id: str, masked: Masked | Break) -> None:
         """Sort a row in, within the length limit."""
-        if isinstance(masked, _Break):
+        if isinstance(masked, Break):
             self.breaks.append(masked)
             return
         if not masked.ended:
             self.unended.append(row_id)
-        tokens = masked.tokens
-        self.longest = max(self.longest, len(tokens))
-        fitting = [span for span in masked.spans if max_length is None or span[1] <= max_length]
-        if not fitting:
+        self.lengths.append(masked.longest)
+        fitted = fit(masked, self.max_length, self.overlong, everything=self.everything)
+        if not fitted.sequences:
             self.dropped.append(row_id)
-            return
-        if len(fitting) < len(masked.spans):
+        elif fitted.truncated:
+            self.truncated.append(row_id)
+        elif fitted.lost:
             self.cut.append(row_id)
-        if max_length is not None and len(tokens) > max_length:
-            tokens = tokens[: fitting[-1][1]]
-        supervised = np.zeros(len(tokens), np.bool_)
-        for start, stop in fitting:
-            supervised[start:stop] = True
-        supervised[:1] = False  # nothing comes before the first token to predict it from
-        self.rows.append(Encoded(id=row_id, input_ids=np.asarray(tokens, np.int32), supervised=supervised))
+        for tokens, supervised in fitted.sequences:
+            self.rows.append(Encoded(id=row_id, input_ids=tokens, supervised=supervised))
 
-
-def _turns(example: Example, renderer: Renderer) -> list[_Turn]:
-    places = answer_turns(example.messages)
-    earlier: list[Conversation] = [example.messages[:place] for place in places[:-1]]
-    upto: list[Conversation] = [example.messages[: place + 1] for place in places]
-    try:
-        prompts = [*renderer.texts(earlier, add_generation_prompt=True), example.prompt]
-        texts = renderer.texts(upto)
-    except RenderError as error:
-        raise DatasetError(f"Row {example.id}: {error}") from error
-    return [_Turn(prompt=prompt, upto=text) for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def _mask(row_id: str, turns: Sequence[_Turn], tokens: dict[str, list[int]], end: frozenset[int]) -> _Masked | _Break:
-    full_text = turns[-1].upto
-    full = tokens[full_text]
-    spans = []
-    all_ended = True
-    for turn in turns:
-        prompt, upto = tokens[turn.prompt], tokens[turn.upto]
-        start = len(prompt)
-        if upto[:start] != prompt:
-            return _Break(id=row_id, prompt=turn.prompt, full=turn.upto, history=False)
-        stop = next((place + 1 for place in range(start, len(upto)) if upto[place] in end), None)
-        all_ended &= stop is not None
-        stop = len(upto) if stop is None else stop
-        if full[:stop] != upto[:stop]:
-            return _Break(id=row_id, prompt=turn.upto, full=full_text, history=True)
-        spans.append((start, stop))
-    return _Masked(tokens=full, spans=spans, ended=all_ended)
-
-
-def _explain(breaks: Sequence[_Break], count: int, renderer: Renderer) -> str:
-    first = breaks[0]
-    rows = ", ".join(each.id for each in breaks[:SHOWN_ROWS]) + (", ..." if len(breaks) > SHOWN_ROWS else "")
-    head = f"The loss mask cannot be computed for {len(breaks):,} of {count:,} rows (rows {rows}): "
-    same = next(
-        (place for place, (a, b) in enumerate(zip(first.prompt, first.full, strict=False)) if a != b),
-        min(len(first.prompt), len(first.full)),
-    )
-    shown = f"in row {first.id} they differ after {first.prompt[max(0, same - 40) : same]!r}"
-    if first.history:
-        return (
-            f"{head}the chat template renders an earlier answer differently once more turns follow (it may leave out "
-            f"the thinking of earlier turns): {shown}, with {first.prompt[same : same + 40]!r} against "
-            f"{first.full[same : same + 40]!r}. Training would not match what generation sees. Use rows with one "
-            "answer each, or a dataset.chat_template that does not change earlier turns"
+    def result(self, count: int, renderer: Renderer) -> EncodedSet:
+        """The set of `count` examples, once all are sorted in."""
+        if self.breaks:
+            raise DatasetError(explain(self.breaks, count, renderer))
+        encoded = EncodedSet.of(
+            self.rows,
+            cut=tuple(self.cut),
+            truncated=tuple(self.truncated),
+            dropped=tuple(self.dropped),
+            unended=tuple(self.unended),
+            longest=max(self.lengths, default=0),
+            whole_lengths=self.lengths,
         )
-    if not first.full.startswith(first.prompt):
-        return (
-            f"{head}the chat template renders the prompt of a generation differently from the beginning of the whole "
-            f"conversation: {shown}, with {first.prompt[same : same + 40]!r} in the prompt against "
-            f"{first.full[same : same + 40]!r}. Training would not match what generation starts from. Set a "
-            "dataset.chat_template whose add_generation_prompt part is the beginning of an assistant's turn"
-        )
-    prompt, full = renderer.tokens([first.prompt, first.full])
-    place = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(prompt) - 1)
-    decode = renderer.tokenizer.convert_ids_to_tokens
-    return (
-        f"{head}the tokenizer joins the end of the prompt and the beginning of the answer into one token: in row "
-        f"{first.id} the prompt ends with {first.prompt[-20:]!r}, the answer begins with "
-        f"{first.full[len(first.prompt) :][:20]!r}; the prompt's token {place} is {decode(prompt[place])!r} alone and "
-        f"{decode(full[place])!r} with the answer. Let the answer begin, or the prompt end, without white space, or "
-        "put a newline or a special token between them in the chat template"
-    )
+        if self.overlong == "error" and (encoded.dropped or encoded.cut):
+            rows = [*encoded.dropped, *encoded.cut]
+            shown = ", ".join(rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")
+            raise DatasetError(
+                f"{len(rows):,} of {count:,} rows (rows {shown}) are longer than training.max_length={self.max_length} "
+                f"and dataset.overlong is error; the longest has {encoded.longest:,} tokens, 99 % have at most "
+                f"{encoded.covering(0.99):,}: raise training.max_length, or set dataset.overlong to drop or truncate"
+            )
+        return encoded
 
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same key would give other tokens or another file."""
 
 logger = logging.getLogger(__name__)
@@ -354,12 +300,21 @@ class TokenCache:
 
     directory: Path
 
-    def key(self, examples: Sequence[Example], renderer: Renderer, max_length: int | None) -> str:
-        """64 hex digits over the rows' ids and messages, the renderer and the length limit."""
-        digest = hashlib.sha256(json.dumps([FORMAT, renderer.digest(), max_length]).encode())
+    def key(
+        self,
+        examples: Sequence[Example],
+        renderer: Renderer,
+        max_length: int | None,
+        *,
+        supervise: Supervise = "answers",
+        overlong: Overlong = "auto",
+    ) -> str:
+        """64 hex digits over the rows' ids and conversations, the renderer, the length limit and what is supervised."""
+        facts = [FORMAT, renderer.digest(), max_length, supervise, overlong]
+        digest = hashlib.sha256(json.dumps(facts).encode())
         for example in examples:
-            chat = [[message["role"], message["content"]] for message in example.messages]
-            digest.update(json.dumps([example.id, example.prompt, chat]).encode())
+            facts = [example.id, example.prompt, example.messages, example.tools, example.context]
+            digest.update(json.dumps(facts, default=str).encode())
         return digest.hexdigest()
 
     def path(self, key: str) -> Path:
@@ -404,7 +359,10 @@ def to_bytes(encoded: EncodedSet, key: str) -> bytes:
         {
             "rankwise.key": key,
             "rankwise.digest": encoded.digest,
-            "rankwise.lost": json.dumps([encoded.cut, encoded.dropped, encoded.unended, encoded.longest]),
+            "rankwise.lost": json.dumps(
+                [encoded.cut, encoded.dropped, encoded.unended, encoded.truncated, encoded.longest]
+            ),
+            "rankwise.whole_lengths": encoded.whole_lengths.astype("<i4").tobytes(),
         }
     )
     buffer = io.BytesIO()
@@ -422,9 +380,9 @@ def read(path: Path, key: str) -> EncodedSet:
     try:
         with pa.ipc.open_file(path.read_bytes()) as reader:
             table = reader.read_all().combine_chunks()
-        metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+        metadata = {name.decode(): value for name, value in (table.schema.metadata or {}).items()}
         *lost, longest = json.loads(metadata["rankwise.lost"])
-        cut, dropped, unended = (tuple(names) for names in lost)
+        cut, dropped, unended, truncated = (tuple(names) for names in lost)
         lists = _single(table, "input_ids")
         encoded = EncodedSet(
             ids=tuple(table.column("id").to_pylist()),
@@ -434,10 +392,12 @@ def read(path: Path, key: str) -> EncodedSet:
             cut=cut,
             dropped=dropped,
             unended=unended,
+            truncated=truncated,
             longest=longest,
+            whole_lengths=np.frombuffer(metadata["rankwise.whole_lengths"], "<i4"),
         )
         digest = encoded.digest
-        stored = metadata["rankwise.key"], metadata["rankwise.digest"]
+        stored = metadata["rankwise.key"].decode(), metadata["rankwise.digest"].decode()
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as error:
         raise CorruptEntryError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if stored != (key, digest):

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from rankwise.data.batches import collate
+from rankwise.data.masks import CLOSE
 from rankwise.data.rows import Example
 from rankwise.data.tokens import Encoded
 from rankwise.evaluation.metrics import MetricValue, Observation, compute, find_metrics, scores
@@ -79,6 +80,13 @@ class _Tokens:
     tokens: int
     correct: int
 
+    def __add__(self, other: _Tokens) -> _Tokens:
+        return _Tokens(
+            loss_sum=self.loss_sum + other.loss_sum,
+            tokens=self.tokens + other.tokens,
+            correct=self.correct + other.correct,
+        )
+
 
 NO_TOKENS = _Tokens(loss_sum=0.0, tokens=0, correct=0)
 
@@ -100,7 +108,8 @@ def evaluate(
         adapters: Names, and None for the bare base.
         examples: The evaluation examples.
         encoded: Their tokens, in any order. An example that has none (it did not fit into the length limit) counts for
-            the generated metrics only, which the metrics' `n` shows.
+            the generated metrics only, which the metrics' `n` shows. One that has several rows (a conversation whose
+            answers generation sees in different ways) is one measurement over all of them.
         spec: Metrics and batch size. `per_device_eval_batch_size` examples are taken at a time under all adapters, as
             long as that is no more than `MAX_ROWS` rows.
         generate: Greedy decoding; needed when a metric asks for generations.
@@ -111,7 +120,9 @@ def evaluate(
         ValueError: There are tokens of another example, an adapter is not attached to the base, or generations are
             needed and `generate` is None.
     """
-    by_id = {each.id: each for each in encoded}
+    by_id: dict[str, list[Encoded]] = {}
+    for each in encoded:
+        by_id.setdefault(each.id, []).append(each)
     foreign = by_id.keys() - {example.id for example in examples}
     if foreign:
         raise ValueError(
@@ -123,9 +134,14 @@ def evaluate(
         raise ValueError(f"metrics {', '.join(needing)} need generations: pass generate=")
     distinct = list(dict.fromkeys(adapters))
     rows = [_EvaluatedRow(example=index, adapter=adapter) for index in range(len(examples)) for adapter in distinct]
-    known = [row for row in rows if examples[row.example].id in by_id]
-    tokens_of = {index: by_id[example.id] for index, example in enumerate(examples) if example.id in by_id}
-    tokens = _teacher_forced(base, known, tokens_of, spec.per_device_eval_batch_size * len(distinct), progress)
+    sequences = [(index, row) for index, example in enumerate(examples) for row in by_id.get(example.id, ())]
+    known = [_EvaluatedRow(example=place, adapter=adapter) for place in range(len(sequences)) for adapter in distinct]
+    tokens_of = {place: row for place, (_, row) in enumerate(sequences)}
+    of_sequences = _teacher_forced(base, known, tokens_of, spec.per_device_eval_batch_size * len(distinct), progress)
+    tokens: dict[_EvaluatedRow, _Tokens] = {}
+    for row in known:
+        whole = _EvaluatedRow(example=sequences[row.example][0], adapter=row.adapter)
+        tokens[whole] = tokens.get(whole, NO_TOKENS) + of_sequences[row]
     answers: dict[_EvaluatedRow, GeneratedAnswer] = {}
     if needing and generate is not None:
         texts = [example.prompt for example in examples]
@@ -145,16 +161,22 @@ def evaluate(
     return evaluations
 
 
+def without_thought(text: str) -> str:
+    """What follows a thought: metrics compare answers, not how a model came to them."""
+    _, closed, answer = text.rpartition(CLOSE)
+    return answer.strip() if closed else text
+
+
 def _observation(example: Example, tokens: _Tokens, answer: GeneratedAnswer | None) -> Observation:
     return Observation(
         id=example.id,
         prompt=example.prompt,
-        reference=example.completion,
+        reference=without_thought(example.completion),
         columns=example.columns,
         loss_sum=tokens.loss_sum,
         tokens=tokens.tokens,
         correct_tokens=tokens.correct,
-        prediction=None if answer is None else answer.text,
+        prediction=None if answer is None else without_thought(answer.text),
         finish_reason=None if answer is None else answer.finish_reason,
     )
 
@@ -290,7 +312,7 @@ def compare_quantizations(
                     found = paired_difference(
                         [metric(each)[key] for each in evaluation.observations],
                         [metric(each)[key] for each in before],
-                        clusters=[each.prompt for each in before],
+                        clusters=[each.cluster for each in before],
                     )
                     same = "" if equal is None else f"; {equal:.0%} of the generated texts are the same"
                     lines.append(
@@ -326,7 +348,7 @@ def prediction_rows(
     rows: list[dict[str, object]] = []
     groups: dict[str, str] = {}
     for observation in evaluation.observations:
-        group = groups.setdefault(observation.prompt, observation.id)
+        group = groups.setdefault(observation.cluster, observation.id)
         row: dict[str, object] = {"id": observation.id, "group": group}
         if log_examples:
             row |= {

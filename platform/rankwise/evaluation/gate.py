@@ -85,7 +85,7 @@ class Pair:
             against=against,
             mine=[metric(each)[key] for each in candidate],
             theirs=[metric(each)[key] for each in other],
-            prompts=[each.prompt for each in candidate],
+            prompts=[each.cluster for each in candidate],
         )
 
     def difference(self, confidence: float) -> Difference:
@@ -124,7 +124,7 @@ class Pair:
 
 def enough(candidate: Sequence[Observation], spec: PromotionSpec) -> GateCheck:
     """Enough examples, those with one prompt counted once."""
-    n, prompts = len(candidate), len({each.prompt for each in candidate})
+    n, prompts = len(candidate), len({each.cluster for each in candidate})
     count = f"{n} examples" if prompts == n else f"{n} examples with {prompts} different prompts"
     text = f"{count}; at least {spec.min_examples} are required"
     return GateCheck(name="examples", ok=prompts >= spec.min_examples, text=text, limit=spec.min_examples)

@@ -94,6 +94,11 @@ class Observation:
     finish_reason: str | None = None
     columns: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def cluster(self) -> str:
+        """Equal for examples that are one measurement: those with one prompt. A document has none: it is its own."""
+        return f"prompt {self.prompt}" if self.prompt else f"id {self.id}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricValue:
@@ -222,11 +227,11 @@ def _find(name: str) -> Metric:
 def compute(metrics: Sequence[Metric], observations: Sequence[Observation]) -> dict[str, MetricValue]:
     """Every key of every metric over these observations (none at all is allowed: each value is then None)."""
     values: dict[str, MetricValue] = {}
-    prompts = [observation.prompt for observation in observations]
+    clusters = [observation.cluster for observation in observations]
     for each in metrics:
         samples = [each(observation) for observation in observations]
         for key in each.keys:
-            values[key] = weighted_mean([sample[key] for sample in samples], prompts)
+            values[key] = weighted_mean([sample[key] for sample in samples], clusters)
         for key, transform in each.derived.items():
             values[key] = _transformed(values[transform.source], transform)
     return values

@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rankwise.data.chat import Message
 from rankwise.data.prompting import FIRST_READING, Reading, RowPrompts
 from rankwise.data.tables import narrowed
-from rankwise.data.template import Message, Renderer
+from rankwise.data.template import Renderer
 from rankwise.exceptions import ConfigError, DatasetError
 
 _FORMS = (

@@ -11,8 +11,10 @@ from typing import Any
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.dataset import ResolvedData, resolve_data
 from rankwise.assets.input_checks import confine
-from rankwise.data.preflight import Report, preflight, render_html, render_terminal
-from rankwise.data.rows import Example, Examples, RowMapping, load_examples
+from rankwise.data.documents import windows
+from rankwise.data.formats import RowMapping
+from rankwise.data.preflight import Report, is_documents, preflight, render_html, render_terminal
+from rankwise.data.rows import Example, Examples, first_rows, load_examples
 from rankwise.data.template import Renderer, is_template_file
 from rankwise.data.tokens import EncodedSet, encode
 from rankwise.data.training_table import open_table
@@ -131,10 +133,12 @@ class RowsCache:
             template,
             base=sources.base.path,
             template_revision=arm.dataset.chat_template_revision,
+            chat_template_kwargs=arm.dataset.chat_template_kwargs,
+            required=False,
         )
         examples = load_examples(arm.dataset, sources.train, sources.eval, renderer, self._settings, self._progress)
-        train = self._encode(examples.train, renderer, arm.training.max_length)
-        evaluation = self._encode(examples.eval, renderer, arm.training.max_length)
+        train = self._encode(examples.train, renderer, arm, joined=True)
+        evaluation = self._encode(examples.eval, renderer, arm, joined=False)
         sides = {"train": (sources.train, examples.train, train)}
         sides["eval"] = (sources.eval or sources.train, examples.eval, evaluation)
         return ArmRows(
@@ -149,8 +153,19 @@ class RowsCache:
             ),
         )
 
-    def _encode(self, examples: Sequence[Example], renderer: Renderer, max_length: int) -> EncodedSet:
-        return encode(examples, renderer, max_length, self._settings, self._progress)
+    def _encode(self, examples: Sequence[Example], renderer: Renderer, arm: ArmSpec, *, joined: bool) -> EncodedSet:
+        max_length = arm.training.max_length
+        if is_documents(examples):
+            return windows(examples, renderer, max_length, joined=joined, progress=self._progress)
+        return encode(
+            examples,
+            renderer,
+            max_length,
+            self._settings,
+            self._progress,
+            supervise=arm.dataset.supervise,
+            overlong="whole_answers" if arm.dataset.rendering == 1 else arm.dataset.overlong or "auto",
+        )
 
 
 def _record(
@@ -204,7 +219,8 @@ def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSourc
 
 def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData | None, side: str) -> None:
     if data is not None:
-        RowMapping.of(dataset, open_table(dataset, data, context.settings, context.reporter).column_names, side)
+        table = open_table(dataset, data, context.settings, context.reporter)
+        RowMapping.of(dataset, table.column_names, side, first_rows(table))
 
 
 def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows, *, show: bool) -> tuple[Report, str]:
@@ -220,6 +236,7 @@ def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows,
         rows.renderer,
         max_length=arm.training.max_length,
         vocab_size=vocab_size,
+        supervise=arm.dataset.supervise,
     )
     for finding in report.warnings:
         reporter.warn(str(finding))

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.data.preflight import RowDigests, row_key
-from rankwise.data.rows import Example
+from rankwise.data.preflight import RowDigests
+from rankwise.data.rows import Example, row_keys
 from rankwise.digests import content_digest
 from rankwise.evaluation.evaluate import Evaluation, prediction_rows
 from rankwise.evaluation.gate import GateDecision, decide
@@ -62,7 +62,7 @@ RowFilter = Callable[[Example], bool]
 
 def row_digests_of(arm: ArmSpec, examples: Sequence[Example]) -> bytes:
     """Content of an arm's `ROW_DIGESTS_FILE`; equal arms and rows give equal bytes."""
-    keys = (row_key(example, arm.dataset.system) for example in examples)
+    keys = (row_keys(example, arm.dataset.system, arm.dataset.supervise) for example in examples)
     return RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
 
 
@@ -93,8 +93,8 @@ def training_row_filter(
         version = None if init_from is None else context.store.registry.resolve(init_from).version
 
     def is_training_row(example: Example) -> bool:
-        key = row_key(example, system)
-        return any(key in digests for digests in known)
+        keys = row_keys(example, system, setting.arm.dataset.supervise)
+        return any(key in digests for digests in known for key in keys)
 
     return is_training_row
 
@@ -132,7 +132,7 @@ def _from_data(candidate: ModelVersion, setting: EvaluationSetup, evaluator: Eva
             f"data cannot be read here ({error}). {_WAYS_OUT}"
         ) from error
     arm = setting.arm
-    keys = (row_key(example, arm.dataset.system) for example in examples)
+    keys = (row_keys(example, arm.dataset.system, arm.dataset.supervise) for example in examples)
     return RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from)
 
 
@@ -369,8 +369,13 @@ def _compared(assessment: Assessment, candidate: ModelVersion, champion: ModelVe
         return [observation for observation in result.observations if observation.id in paired]
 
     # The keys do not depend on a base's chat template, so rows are recognized across bases.
-    system = assessment.setting.arm.dataset.system
-    keys = (row_key(example, system) for example in candidate_result.rows.examples.eval if example.id in paired)
+    dataset = assessment.setting.arm.dataset
+    keys = (
+        key
+        for example in candidate_result.rows.examples.eval
+        if example.id in paired
+        for key in row_keys(example, dataset.system, dataset.supervise)
+    )
     return _Compared(
         candidate=observations(candidate_result.evaluation),
         champion=None if champion_result is None else observations(champion_result.evaluation),

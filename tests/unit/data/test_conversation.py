@@ -3,7 +3,8 @@ import json
 import pytest
 from helpers.data_rows import chat, definition
 
-from rankwise.data.rows import RowMapping, answer_turns, parse_messages, prompt_key
+from rankwise.data.chat import Chat, answer_turns, parse_messages, parse_tools, prompt_key, text_of
+from rankwise.data.formats import RowMapping
 from rankwise.exceptions import DatasetError
 
 USER, ANSWER = ("user", "How much?"), ("assistant", "$326")
@@ -21,7 +22,7 @@ def convert(cell):
 def test_templates_make_a_question_and_an_answer():
     row = {"carat": 0.23, "cut": "Ideal", "price": 326}
     expected = chat(("user", "carat 0.23, cut Ideal"), ("assistant", "Price is $326"))
-    assert mapping().convert(row, "0").messages == expected
+    assert mapping().convert(row, "0").chat.messages == expected
 
 
 def test_a_row_with_an_empty_cell_that_is_used_is_left_out():
@@ -31,23 +32,33 @@ def test_a_row_with_an_empty_cell_that_is_used_is_left_out():
 
 def test_messages_are_lists_or_json_texts():
     cell = [dict(message) for message in chat(USER, ANSWER)]
-    assert convert(cell).messages == convert(json.dumps(cell)).messages == chat(USER, ANSWER)
+    assert convert(cell).chat.messages == convert(json.dumps(cell)).chat.messages == chat(USER, ANSWER)
 
 
 def test_turns_after_the_last_answer_are_cut_off_and_told():
     conversion = convert([dict(message) for message in chat(USER, ANSWER, ("user", "Thanks"))])
-    assert conversion.messages == chat(USER, ANSWER)
+    assert conversion.chat.messages == chat(USER, ANSWER)
     assert conversion.unanswered_tail
 
 
-@pytest.mark.parametrize(("cell", "reason"), [(None, "empty cell"), ([], "no assistant turn")])
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        (None, "empty cell"),
+        ([], "no assistant turn to a question (roles: none)"),
+        ([{"role": "critic", "content": "x"}], "no assistant turn to a question (roles: critic)"),
+    ],
+)
 def test_chats_without_content_or_answer_are_left_out(cell, reason):
     assert convert(cell).left_out == reason
 
 
-def test_keys_that_nothing_uses_are_told_unless_empty():
+def test_keys_beyond_role_and_content_are_told_by_the_first_rendering_and_used_by_the_second():
     cell = [{"role": "user", "content": "x", "name": "Ann"}, {"role": "assistant", "content": "y", "tool_calls": None}]
-    assert convert(cell).unused_keys == {"name"}
+    assert mapping(**CHATS, rendering=1).convert({"chat": cell}, "4").unused_keys == {"name"}
+    conversion = convert(cell)
+    assert conversion.unused_keys == set()
+    assert conversion.chat.messages == (cell[0], {"role": "assistant", "content": "y"})
 
 
 @pytest.mark.parametrize(
@@ -56,15 +67,25 @@ def test_keys_that_nothing_uses_are_told_unless_empty():
         ("[{", "dataset.messages: row 4, column 'chat': the text is not JSON"),
         ({"role": "user"}, "expected a list of {role, content}, got dict"),
         (["hi"], "message 0: expected {role, content}, got str 'hi'"),
+        ([{"content": "x"}], "message 0: role must be a text, got only content"),
         (
-            [{"from": "human", "value": "x"}],
-            "message 0: role must be a text, got only from, value; rename from and value to role and content",
+            [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+            "message 0: content has a part of the type 'image'; allowed are text parts",
         ),
         (
-            [{"role": "user", "content": [{"type": "text"}]}],
-            "message 0: content must be a text, got list [{'type': 'text'}]",
+            [{"role": "assistant", "content": None}],
+            "message 0: content must be a text, got null, and there are no tool_calls (its keys: role, content)",
         ),
-        ([{"role": "assistant", "content": None}], "message 0: content must be a text, got NoneType None"),
+        ([{"role": "user", "content": 3}], "message 0: content must be a text, got int 3"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            "message 0, tool call 0, arguments: the text is not JSON",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"arguments": {}}]}],
+            "message 0, tool call 0: expected {type: function, function: {name, arguments}}, got {'arguments': {}}",
+        ),
+        ([{"from": "critic", "value": "x"}], "message 0: unknown role 'critic'"),
     ],
 )
 def test_cells_that_are_no_messages_are_refused_with_their_place(cell, message):
@@ -74,10 +95,11 @@ def test_cells_that_are_no_messages_are_refused_with_their_place(cell, message):
 
 
 def test_a_system_message_of_the_definition_goes_first_unless_the_row_has_one():
-    assert mapping(system="Be brief.").with_system(chat(USER)) == chat(("system", "Be brief."), USER)
-    assert mapping(system="").with_system(chat(USER)) == chat(("system", ""), USER)
-    assert mapping().with_system(chat(USER)) == chat(USER)
-    own = chat(("system", "Own."), USER)
+    question, own = Chat(messages=chat(USER), context=1), Chat(messages=chat(("system", "Own."), USER))
+    brief = mapping(system="Be brief.").with_system(question)
+    assert (brief.messages, brief.context) == (chat(("system", "Be brief."), USER), 2)
+    assert mapping(system="").with_system(question).messages == chat(("system", ""), USER)
+    assert mapping().with_system(question) == question
     assert mapping(system="Be brief.").with_system(own) == own
 
 
@@ -98,7 +120,7 @@ def test_columns_that_are_not_there_are_refused_by_key(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"completion": None}, "rows need messages .* or both prompt and completion"),
+        ({"completion": None}, "give both prompt and completion"),
         ({"messages": "chat"}, "give either messages, or prompt and completion, not both"),
     ],
 )
@@ -122,7 +144,54 @@ def test_equal_prompts_have_equal_keys_whatever_the_answer():
     assert prompt_key(chat(USER, ANSWER, USER, ANSWER)) != key
 
 
-def test_parsed_messages_keep_only_role_and_content():
-    messages, unused = parse_messages([{"role": "user", "content": "x", "weight": 1}], "here")
-    assert messages == ({"role": "user", "content": "x"},)
-    assert unused == {"weight"}
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [{"name": "find", "arguments": '{"x": 1}'}]},
+        {"role": "assistant", "tool_calls": json.dumps([CALL]), "reasoning_content": None},
+        {"role": "assistant", "content": None, "function_call": {"name": "find", "arguments": '{"x": 1}'}},
+        {"from": "function_call", "value": '{"name": "find", "arguments": {"x": 1}}'},
+        {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "find", "parameters": {"x": 1}}}],
+        },
+    ],
+)
+def test_calls_have_one_form(message):
+    assert parse_messages([message], "here") == ({"role": "assistant", "content": None, "tool_calls": [CALL]},)
+
+
+def test_the_spellings_of_a_conversation_have_one_form():
+    rows = [
+        {"from": "human", "value": "x"},
+        {"from": "gpt", "value": "y", "weight": 1},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}, "b"], "thinking": "z"},
+        {"from": "observation", "value": "w"},
+    ]
+    user, assistant, parts, tool = parse_messages(rows, "here")
+    assert user == {"role": "user", "content": "x"}
+    assert assistant == {"role": "assistant", "content": "y", "weight": 1}
+    assert parts["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert (text_of(parts), parts["reasoning_content"]) == ("a\nb", "z")
+    assert tool["role"] == "tool"
+
+
+def test_tools_are_lists_or_json_texts_and_have_one_form():
+    function = {"name": "find", "parameters": {"type": "object"}}
+    tool = {"type": "function", "function": function}
+    assert parse_tools([tool], "here") == parse_tools(json.dumps([function]), "here") == (tool,)
+    assert parse_tools([], "here") is None
+    with pytest.raises(DatasetError, match=r"here, tool 0: expected \{type: function"):
+        parse_tools([{"description": "x"}], "here")
+
+
+def test_the_key_of_a_prompt_has_the_calls_and_tools_before_the_answer():
+    called = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    asked = parse_messages([*called, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "y"}], "here")
+    other = json.loads(json.dumps(asked).replace("find", "seek"))
+    assert prompt_key(asked) == prompt_key(parse_messages(json.dumps(asked), "here"))
+    assert len({prompt_key(asked), prompt_key(other), prompt_key(asked, ({"function": {"name": "find"}},))}) == 3

@@ -7,7 +7,8 @@ import pytest
 from helpers.tiny import make_base
 from transformers import AutoTokenizer
 
-from rankwise.data.template import BUILT_IN, MAX_CHARACTERS, TemplateRefused, apply_template, guard
+from rankwise.data.template import BUILT_IN, apply_template
+from rankwise.data.template_guard import MAX_CHARACTERS, TemplateRefused, guard
 from rankwise.exceptions import DatasetError
 
 BOMBS = {
