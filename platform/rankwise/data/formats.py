@@ -98,12 +98,27 @@ class RowMapping:
     system_column: str | None = None
     system: str | None = None
     values: Values = CURRENT
+    typed: bool = False
+    """Whether cells come from a table with types, where mappings have the keys of all rows, null where not given."""
 
     @classmethod
     def of(
-        cls, dataset: DatasetSpec, columns: Sequence[str], side: str, rows: Sequence[Mapping[str, Any]] = ()
+        cls,
+        dataset: DatasetSpec,
+        columns: Sequence[str],
+        side: str,
+        rows: Sequence[Mapping[str, Any]] = (),
+        *,
+        typed: bool = False,
     ) -> RowMapping:
-        """Parse the `dataset` section for a table with `columns`. `side` names the table in messages.
+        """Parse the `dataset` section for a table with `columns`.
+
+        Args:
+            dataset: The section.
+            columns: Of the table.
+            side: Names the table in messages.
+            rows: The first of the table, to recognize its format.
+            typed: Whether the table has types (Parquet, Arrow, a hub data set).
 
         Raises:
             DatasetError: The columns are those of no format, the section names two forms, a template is not valid, or
@@ -124,7 +139,7 @@ class RowMapping:
             document = dataset.messages or ("text" if "text" in columns or len(columns) != 1 else columns[0])
             _refuse(dataset, format, "prompt", "completion", "system", "tools")
             check_column(document, columns, f"dataset.format: text{where}")
-            return cls(format=format, document=document, values=values)
+            return cls(format=format, document=document, values=values, typed=typed)
         if format in {"messages", "sharegpt"}:
             _refuse(dataset, format, "prompt", "completion")
             column = dataset.messages or next((name for name in CHAT_COLUMNS if name in columns), CHAT_COLUMNS[0])
@@ -136,6 +151,7 @@ class RowMapping:
                 system_column=system_column,
                 system=dataset.system,
                 values=values,
+                typed=typed,
             )
         if format == "alpaca":
             _refuse(dataset, format, "messages")
@@ -153,6 +169,7 @@ class RowMapping:
             system_column=system_column,
             system=dataset.system,
             values=values,
+            typed=typed,
         )
 
     def convert(self, row: Mapping[str, Any], row_id: str) -> Conversion:
@@ -253,7 +270,7 @@ class RowMapping:
             return None
         if self._is_list(template, row):
             (column,) = template.columns
-            return parse_messages(row[column], f"{template.key}: row {row_id}, column {column!r}")
+            return parse_messages(self._cell(row[column]), f"{template.key}: row {row_id}, column {column!r}")
         return (Message(role=role, content=template.render(row, row_id)),)
 
     def _is_list(self, template: RowTemplate, row: Mapping[str, Any]) -> bool:
@@ -263,7 +280,7 @@ class RowMapping:
     def _messages(self, cell: object, row_id: str) -> tuple[tuple[Message, ...], frozenset[str]]:
         where = f"dataset.messages: row {row_id}, column {self.messages!r}"
         if self.values.version > 1:
-            return parse_messages(cell, where), frozenset()
+            return parse_messages(self._cell(cell), where), frozenset()
         messages = parse_messages(cell, where, {})
         unused = {key for message in messages for key in message.keys() - {"role", "content"}}
         plain = tuple(Message(role=message["role"], content=message["content"] or "") for message in messages)
@@ -273,12 +290,24 @@ class RowMapping:
         column = self.tools
         if column is None or not chat or self.values.is_missing(row.get(column)) or row[column] == "":
             return None
-        return parse_tools(row[column], f"row {row_id}, column {column!r}")
+        return parse_tools(self._cell(row[column]), f"row {row_id}, column {column!r}")
+
+    def _cell(self, cell: object) -> object:
+        return without_nulls(cell) if self.typed else cell
 
     def _own_system(self, chat: Chat, row: Mapping[str, Any]) -> Chat:
         """Put the system message of the row's column first."""
         text = None if self.system_column is None else row.get(self.system_column)
         return _with_system(chat, text) if isinstance(text, str) and text else chat
+
+
+def without_nulls(cell: object) -> object:
+    """A cell without the keys that have no value, at any depth."""
+    if isinstance(cell, Mapping):
+        return {key: without_nulls(value) for key, value in cell.items() if value is not None}
+    if isinstance(cell, list | tuple):
+        return [without_nulls(value) for value in cell]
+    return cell
 
 
 def _with_system(chat: Chat, text: str) -> Chat:

@@ -227,7 +227,7 @@ class _Table:
     def scan(
         cls, table: Any, dataset: DatasetSpec, side: str, notes: list[str], dropped: dict[str, int], advance: Advance
     ) -> _Table:
-        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table))
+        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table), typed=hasattr(table, "features"))
         row_ids = _row_ids(table, side, notes)
         positions, ids = [], []
         groups = _Groups()
