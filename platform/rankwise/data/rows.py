@@ -17,7 +17,7 @@ from rankwise.data.chat import CALL_ROLES, KNOWN_ROLES, ROLES, Chat, Message, To
 from rankwise.data.formats import RowMapping
 from rankwise.data.masks import Supervise, reference
 from rankwise.data.template import Renderer, RenderError
-from rankwise.data.training_table import open_table
+from rankwise.data.training_table import TextTable, open_table
 from rankwise.exceptions import DatasetError
 from rankwise.reporter import SILENT, Advance, Reporter
 
@@ -227,7 +227,7 @@ class _Table:
     def scan(
         cls, table: Any, dataset: DatasetSpec, side: str, notes: list[str], dropped: dict[str, int], advance: Advance
     ) -> _Table:
-        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table), typed=hasattr(table, "features"))
+        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table), typed=not isinstance(table, TextTable))
         row_ids = _row_ids(table, side, notes)
         positions, ids = [], []
         groups = _Groups()
