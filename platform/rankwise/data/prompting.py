@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
-from rankwise.data.row_template import RowTemplate, check_column
 from rankwise.data.chat import Message, parse_messages
+from rankwise.data.row_template import RowTemplate, check_column
 from rankwise.data.tables import TEXT
 from rankwise.data.values import ValueProblem, Values, is_null
 from rankwise.exceptions import DatasetError

@@ -227,7 +227,9 @@ class _Table:
     def scan(
         cls, table: Any, dataset: DatasetSpec, side: str, notes: list[str], dropped: dict[str, int], advance: Advance
     ) -> _Table:
-        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table), typed=not isinstance(table, TextTable))
+        mapping = RowMapping.of(
+            dataset, table.column_names, side, first_rows(table), typed=not isinstance(table, TextTable)
+        )
         row_ids = _row_ids(table, side, notes)
         positions, ids = [], []
         groups = _Groups()
