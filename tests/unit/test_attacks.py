@@ -96,6 +96,14 @@ ATTACKS = {
         "unit/flavor/test_fetch.py",
         "test_a_flipped_byte_in_mlmodel_is_refused_or_changes_nothing_that_decides",
     ),
+    "an odd adapter": (
+        "unit/cli/test_odd_adapters.py",
+        "test_every_mutation_is_accepted_or_refused_with_a_message",
+    ),
+    "a pattern without end": (
+        "unit/cli/test_odd_adapters.py",
+        "test_a_pattern_that_takes_for_ever_ends_with_a_message",
+    ),
     "an adapter of a stranger": (
         "unit/flavor/test_signing.py",
         "test_with_trusted_keys_only_what_they_have_signed_loads",
