@@ -59,7 +59,7 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 def _storage_error(error: Exception, number: int, path: Path, doing: str, advice: str) -> StorageError:
-    where = getattr(error, "filename", None) or path
+    where = _file_of(error) or path
     free = _free_space(path) if advice is _FULL else ""
     return StorageError(f"{doing}: cannot write {where}: {os.strerror(number)}; {advice}{free}")
 
@@ -69,17 +69,29 @@ def error_number(error: BaseException) -> int:
 
     The libraries in Rust (safetensors, tokenizers) raise exceptions of their own, with the number in their text.
     """
+    if isinstance(error, shutil.Error):
+        # `copytree` collects the errors of all files, as texts.
+        match = re.search(r"\[Errno ([0-9]+)\]", str(error)[:10_000])
+        return int(match[1]) if match else 0
     if isinstance(error, OSError):
         return error.errno or 0
     match = re.search(r"\(os error ([0-9]+)\)", str(error)[-1000:])
     return int(match[1]) if match else 0
 
 
+def _file_of(error: BaseException) -> str | None:
+    if isinstance(error, shutil.Error):
+        first = error.args[0][0] if error.args and isinstance(error.args[0], list) and error.args[0] else None
+        return str(first[1]) if isinstance(first, tuple) else None
+    name = getattr(error, "filename", None)
+    return None if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)
+
+
 def describe_os_error(error: BaseException) -> str:
     """An error of the operating system in one line, with advice: for one that no `storage_errors` has translated."""
     number = error_number(error)
     advice = {**_NO_PLACE, **_STORAGE_ADVICE}.get(number)
-    where = getattr(error, "filename", None)
+    where = _file_of(error)
     named = f"cannot read or write {where}: " if where else ""
     return f"{named}{os.strerror(number)}" + (f"; {advice}" if advice else "")
 

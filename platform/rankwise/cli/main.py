@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import select
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         logger.debug("the operating system refused", exc_info=True)
         # All files are written where their errors get a name; those of stdout and stderr have none.
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename is None and not isinstance(error, shutil.Error):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             click.echo(f"error: cannot write the output: {os.strerror(error_number(error))}", err=True)
         else:

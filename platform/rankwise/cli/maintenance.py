@@ -35,20 +35,28 @@ from rankwise.settings import Settings
     show_default=True,
     help="Maximum seconds to deliver the outbox.",
 )
+@click.option(
+    "--forget-missing",
+    is_flag=True,
+    help="Cancel succeeded jobs whose results are missing: `run` repeats them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def sync(timeout: float, as_json: bool) -> int:
+def sync(timeout: float, forget_missing: bool, as_json: bool) -> int:
     """Deliver pending data to MLflow, finish sweeps, and remove model versions that are not the result of a job.
 
     Metrics, parameters, texts and files that could not be sent are kept in the outbox of RANKWISE_HOME, including those
-    of dead processes; each is delivered once, with its original timestamp. Exit code 1: something is still pending or
-    needs attention. Exit code 3: MLflow does not answer.
+    of dead processes; each is delivered once, with its original timestamp. Then the run, the model and the version of
+    every succeeded job are looked for. Exit code 1: something is still pending, is missing, or needs attention. Exit
+    code 3: MLflow does not answer.
     """
     # Late: MLflow takes seconds to import.
     from rankwise.tasks.context import open_context
+    from rankwise.tasks.missing_results import describe_missing
     from rankwise.tasks.sync import synchronize
 
-    with Bars(Console(stderr=True, highlight=False)) as bars, open_context(Settings.load(), bars) as context:
-        synced = synchronize(context, timeout=timeout)
+    settings = Settings.load()
+    with Bars(Console(stderr=True, highlight=False)) as bars, open_context(settings, bars) as context:
+        synced = synchronize(context, timeout=timeout, forget_missing=forget_missing)
     code = TrackingError.exit_code if synced.error else 0 if synced.complete else 1
     if as_json:
         print_json(synced.to_json())
@@ -67,6 +75,11 @@ def sync(timeout: float, as_json: bool) -> int:
         note(f"kept: {uri}: {reason}")
     for problem in (*synced.outbox.problems, *synced.refused):
         note(f"needs attention: {problem}")
+    for line in describe_missing(synced.missing, settings):
+        note(f"missing: {line}")
+    if synced.forgotten:
+        names = ", ".join(sorted({job.experiment for job in synced.forgotten}))
+        click.echo(f"forgotten: {len(synced.forgotten)} jobs of {names}; `rankwise run FILE` repeats them")
     if synced.error:
         note(f"error: {synced.error}")
     if synced.complete:

@@ -210,6 +210,13 @@ class JobStore:
         """
         return self._write("requeuing jobs", lambda connection: transitions.retry(connection, ids))
 
+    def forget(self, ids: Collection[int], reason: str) -> list[Job]:
+        """Cancel succeeded jobs and drop their results and runs, so that a submission repeats them.
+
+        `reason` becomes their error. Queued jobs that wait for them are cancelled. Returns the changed jobs.
+        """
+        return self._write("forgetting jobs", lambda connection: transitions.forget(connection, ids, reason))
+
     def settle(self, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
         """Release the held jobs in `promote`, and cancel those in `prune` with the reason as their error.
 

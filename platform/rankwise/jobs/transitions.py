@@ -299,6 +299,26 @@ def retry(connection: Connection, ids: Collection[int]) -> list[Job]:
     return _rows(connection, {*ids, *requeued})
 
 
+def forget(connection: Connection, ids: Collection[int], reason: str) -> list[Job]:
+    """See `JobStore.forget`."""
+    _lock(connection, ids)
+    forgotten = connection.scalars(
+        update(JobRow)
+        .where(one_of(JobRow.id, ids), JobRow.state == str(JobState.SUCCEEDED))
+        .values(
+            state=str(JobState.CANCELLED),
+            mlflow_run_id=None,
+            result=None,
+            checkpoint=0,
+            error=reason,
+            updated_at=now(),
+        )
+        .returning(JobRow.id)
+    ).all()
+    cancel_dependents(connection, forgotten)
+    return _rows(connection, forgotten)
+
+
 def settle(connection: Connection, promote: Collection[int], prune: Mapping[int, str]) -> list[Job]:
     """See `JobStore.settle`."""
     both = sorted(prune.keys() & set(promote))

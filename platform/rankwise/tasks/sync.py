@@ -5,18 +5,21 @@
    one version.
 3. Give runs that look open the state of their job if it has ended.
 4. Give sweeps whose jobs have all ended their comparison, report and alias.
+5. Look for the run, the LoggedModel and the version of every job that has succeeded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwise.exceptions import TrackingError
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import every_job
+from rankwise.redact import redact
 from rankwise.tasks.context import Context
+from rankwise.tasks.missing_results import MissingResult, jobs_to_repeat, missing_results
 from rankwise.tasks.predict import EXPERIMENT as PREDICTIONS
 from rankwise.tasks.sweep_lifecycle import finish_open_sweeps
 from rankwise.tracking.cleanup import close_run, open_runs, remove_version, versions_of_jobs
@@ -40,6 +43,8 @@ class SyncResult:
         refused: Records that MLflow rejected permanently, now or earlier: one line with path and number each.
         kept: URIs of versions that should be removed, with the reason why they were not.
         ended: Status given to runs, by run ID.
+        missing: What MLflow lacks of succeeded jobs.
+        forgotten: Jobs that are to be repeated, because something was missing.
     """
 
     outbox: SyncReport
@@ -48,12 +53,15 @@ class SyncResult:
     kept: Mapping[str, str]
     ended: Mapping[str, str]
     finished: tuple[str, ...] = ()
+    missing: tuple[MissingResult, ...] = ()
+    forgotten: tuple[Job, ...] = ()
     error: str | None = None
 
     @property
     def complete(self) -> bool:
         """Whether nothing is pending and nothing needs attention."""
-        return not (self.outbox.waiting or self.outbox.problems or self.refused or self.kept or self.error)
+        outbox = self.outbox
+        return not (outbox.waiting or outbox.problems or self.refused or self.kept or self.missing or self.error)
 
     def to_json(self) -> dict[str, Any]:
         """The result as `rankwise sync --json` prints it."""
@@ -66,12 +74,17 @@ class SyncResult:
             "kept": [{"model_uri": uri, "reason": reason} for uri, reason in self.kept.items()],
             "ended": [{"run_id": run_id, "status": status} for run_id, status in self.ended.items()],
             "finished": list(self.finished),
+            "missing": [result.to_json() for result in self.missing],
+            "forgotten": [job.id for job in self.forgotten],
             "error": self.error,
         }
 
 
-def synchronize(context: Context, *, timeout: float) -> SyncResult:
-    """Run all steps; `timeout` limits the outboxes, in seconds."""
+def synchronize(context: Context, *, timeout: float, forget_missing: bool = False) -> SyncResult:
+    """Run all steps; `timeout` limits the outboxes, in seconds.
+
+    With `forget_missing`, succeeded jobs of which something is missing are cancelled, and a submission repeats them.
+    """
     store = context.store
     outbox = store.sync(timeout)
     jobs = {job.id: job for job in map(_slim, every_job(context.queue))}
@@ -79,9 +92,19 @@ def synchronize(context: Context, *, timeout: float) -> SyncResult:
     kept: Mapping[str, str] = {}
     ended: Mapping[str, str] = {}
     finished: tuple[str, ...] = ()
+    missing: tuple[MissingResult, ...] = ()
+    forgotten: tuple[Job, ...] = ()
     error = None
     try:
-        removed, kept = remove_duplicates(store, jobs)
+        versions = store.registry.search()
+        missing = tuple(missing_results(store, jobs.values(), versions))
+        if forget_missing and missing:
+            ids = jobs_to_repeat(jobs.values(), missing)
+            reason = f"its results were missing in {redact(context.settings.tracking_uri)}"
+            forgotten = tuple(context.queue.forget(ids, reason))
+            jobs |= {job.id: _slim(job) for job in forgotten}
+            missing = tuple(result for result in missing if result.job.id not in {job.id for job in forgotten})
+        removed, kept = remove_duplicates(store, jobs, versions)
         ended = _end_runs(store, jobs, frozenset(outbox.waiting))
         finished = finish_open_sweeps(context)
     except TrackingError as raised:  # Still report the completed steps.
@@ -93,6 +116,8 @@ def synchronize(context: Context, *, timeout: float) -> SyncResult:
         kept=kept,
         ended=ended,
         finished=finished,
+        missing=missing,
+        forgotten=forgotten,
         error=error,
     )
 
@@ -102,14 +127,17 @@ def _slim(job: Job) -> Job:
     return replace(job, spec={key: job.spec[key] for key in ("experiment_id", "bare") if key in job.spec})
 
 
-def remove_duplicates(store: Store, jobs: Mapping[int, Job]) -> tuple[tuple[str, ...], dict[str, str]]:
+def remove_duplicates(
+    store: Store, jobs: Mapping[int, Job], found: Sequence[ModelVersion]
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """Remove versions that are not the result of the succeeded job that registered them; returns removed and kept URIs.
 
+    `found` are all versions of the registry.
     Versions of unknown jobs and runs stay, and those of jobs that have not succeeded: the next attempt adopts them.
     """
     removed: list[str] = []
     kept: dict[str, str] = {}
-    for (job_id, run_id), versions in versions_of_jobs(store.registry).items():
+    for (job_id, run_id), versions in versions_of_jobs(found).items():
         job = jobs.get(job_id)
         if job is None or not _is_surplus(job, run_id, versions):
             continue

@@ -6,7 +6,7 @@ what a job created. Functions raise `TrackingError` if the store is unreachable 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
@@ -16,7 +16,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from rankwise.compat.mlflow import artifact_repository
 from rankwise.tracking.connection import paged, tracking_errors
 from rankwise.tracking.query import RunRecord, search_runs
-from rankwise.tracking.registry import JOB, ModelVersion, Registry
+from rankwise.tracking.registry import JOB, ModelVersion
 from rankwise.tracking.run import REASON, Status, shorten
 
 _PAGE = 100
@@ -35,10 +35,10 @@ class JobModel:
     location: str
 
 
-def versions_of_jobs(registry: Registry) -> dict[tuple[int, str], list[ModelVersion]]:
-    """Return the versions that jobs created, by job number and run id, oldest first; without copies."""
+def versions_of_jobs(found: Iterable[ModelVersion]) -> dict[tuple[int, str], list[ModelVersion]]:
+    """Return the versions of these that jobs created, by job number and run id, in their order; without copies."""
     versions: dict[tuple[int, str], list[ModelVersion]] = {}
-    for version in registry.search():
+    for version in found:
         job = version.tags.get(JOB, "")
         if job.isdecimal() and version.run_id is not None and not version.is_copy:
             versions.setdefault((int(job), version.run_id), []).append(version)

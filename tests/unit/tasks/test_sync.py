@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 
+import mlflow
 import pytest
 from helpers.fake_child import Listener
 from helpers.local_store import prepared_home
@@ -10,6 +11,7 @@ from helpers.local_store import prepared_home
 from rankwise.jobs.job import JobKind, NewJob, Outcome, Worker
 from rankwise.settings import Settings
 from rankwise.tasks.context import Context
+from rankwise.tasks.missing_results import describe_missing
 from rankwise.tasks.sync import synchronize
 from rankwise.tracking.outbox import Outbox
 from rankwise.tracking.query import get_run
@@ -180,3 +182,101 @@ def test_the_command_says_what_was_delivered_and_that_something_needs_a_look(tmp
     (settings.outbox / "r1.aaaaaaaa.refused").write_text('{"tags":{}}\n')
     assert command.main(["--json"], standalone_mode=False) == 1
     assert json.loads(capsys.readouterr().out)["refused"]
+
+
+def lose(store, *, run_id=None, version=None, model=None):
+    if run_id is not None:
+        store.client.delete_run(run_id)
+    if version is not None:
+        store.client.delete_model_version("lost", version)
+    if model is not None:
+        store.client.delete_logged_model(model)
+
+
+def finished_job(store, queue, experiment, name):
+    """A succeeded job with a run, a model and a version; and the arguments of `lose` for each."""
+    # Other tests open other stores.
+    mlflow.set_tracking_uri(store.settings.tracking_uri)
+    job, run_id = submit(store, queue, experiment, name)
+    version = register(store, job, run_id, "lost")
+    model = store.registry.get("lost", int(version)).model_id
+    result = {"model_uri": f"models:/lost/{version}", "model_id": model, "run_id": run_id}
+    queue.finish(job.token, Outcome.SUCCEEDED, result=result)
+    return job, {"run_id": run_id, "version": version, "model": model}
+
+
+@pytest.mark.parametrize(
+    ("lost", "parts"),
+    [
+        (["run_id"], ["run"]),
+        (["version"], ["version"]),
+        (["model"], ["model"]),
+        (["run_id", "version", "model"], ["run", "model", "version"]),
+    ],
+)
+def test_what_is_missing_of_a_succeeded_job_is_told_and_can_be_forgotten(
+    store, queue, settings, experiment, sync, lost, parts
+):
+    job, what = finished_job(store, queue, experiment, "a")
+    _, _ = finished_job(store, queue, experiment, "b")
+    assert sync().complete
+    lose(store, **{key: what[key] for key in lost})
+    synced = sync()
+    assert not synced.complete
+    (missing,) = synced.to_json()["missing"]
+    assert missing == {
+        "job": job.id,
+        "kind": "train",
+        "experiment": "e",
+        "run_id": what["run_id"],
+        "model_uri": f"models:/lost/{what['version']}",
+        "missing": parts,
+        "deleted": "run" in parts,
+    }
+    lines = describe_missing(synced.missing, settings)
+    assert lines[0].startswith(f"e: 1 succeeded train job ({job.id}): the {parts[0]} is ")
+    assert lines[-1].startswith("to do these jobs again: `rankwise sync --forget-missing`, then `rankwise run FILE`")
+    context = Context(settings=settings, store=store, queue=queue, reporter=Listener())
+    forgotten = synchronize(context, timeout=20, forget_missing=True)
+    assert [known.id for known in forgotten.forgotten] == [job.id]
+    assert forgotten.complete
+    known = queue.get(job.id)
+    assert (known.state, known.result, known.mlflow_run_id) == ("cancelled", None, None)
+    assert "its results were missing in sqlite:" in known.error
+    assert sync().complete
+
+
+def test_what_is_restored_as_the_advice_says_is_no_longer_missing(store, queue, settings, experiment, sync):
+    _, what = finished_job(store, queue, experiment, "a")
+    lose(store, run_id=what["run_id"], version=what["version"])
+    advice = "\n".join(describe_missing(sync().missing, settings))
+    assert f"mlflow runs restore --run-id {what['run_id']}" in advice
+    store.client.restore_run(what["run_id"])
+    advice = "\n".join(describe_missing(sync().missing, settings))
+    assert f"mlflow.register_model('models:/{what['model']}', 'lost')" in advice
+    mlflow.register_model(f"models:/{what['model']}", "lost")
+    assert sync().complete
+
+
+def test_a_version_under_another_name_is_not_missing(store, queue, experiment, sync):
+    finished_job(store, queue, experiment, "a")
+    store.client.rename_registered_model("lost", "renamed")
+    assert sync().complete
+    store.client.delete_registered_model("renamed")
+    assert [result.parts for result in sync().missing] == [("version",)]
+
+
+def test_a_lost_database_is_told_with_every_job(queue, tmp_path, settings, store, experiment):
+    jobs = [finished_job(store, queue, experiment, f"arm{number}")[0].id for number in range(12)]
+    other = prepared_home(tmp_path / "other")
+    with Store.open(other) as empty:
+        context = Context(settings=other, store=empty, queue=queue, reporter=Listener())
+        synced = synchronize(context, timeout=5)
+    assert [result.job.id for result in synced.missing] == jobs
+    first, copy, again = describe_missing(synced.missing, other)
+    named = ", ".join(map(str, jobs[:10]))
+    assert (
+        f"12 succeeded train jobs ({named} and 2 more): the run is missing, the model is missing, the version" in first
+    )
+    assert f"if {other.home / 'mlflow.db'} was deleted or replaced: put a copy of it back" in copy
+    assert "rankwise sync --forget-missing" in again

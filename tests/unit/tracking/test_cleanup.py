@@ -20,8 +20,8 @@ def test_a_copy_of_a_job_s_version_is_of_whoever_made_it(store, registered, name
     run_id, version = registered
     copy = store.client.copy_model_version(version.uri, name)
     assert (copy.tags[JOB], copy.run_id) == ("7", run_id)
-    assert [found.uri for found in versions_of_jobs(store.registry)[7, run_id]] == [version.uri]
+    assert [found.uri for found in versions_of_jobs(store.registry.search())[7, run_id]] == [version.uri]
     assert [found.uri for found in store.registry.of_job("pricer", 7, run_id)] == [version.uri]
     store.client.delete_model_version("pricer", "1")
-    assert versions_of_jobs(store.registry) == {}
+    assert versions_of_jobs(store.registry.search()) == {}
     assert store.registry.of_job(name, 7, run_id) == []
