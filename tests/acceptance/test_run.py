@@ -1,6 +1,7 @@
 """`rankwise run` on a tiny base, as a user runs it."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -261,3 +262,29 @@ def test_texts_of_rows_stay_out_of_mlflow_when_told_so(tmp_path):
     assert len(stored) > 5
     assert [path for path in stored if b"untold" in path.read_bytes()] == []
     assert b"untold3" not in (project.home / "mlflow.db").read_bytes()
+
+
+def test_other_users_can_read_neither_rows_nor_answers_nor_anything_in_the_home(finished, tmp_path):
+    project, _ = finished
+    rows = write_rows(tmp_path / "in.jsonl", sums(3))
+    answers, page = tmp_path / "deep" / "answers.jsonl", tmp_path / "page.html"
+    project.succeed(
+        "predict", str(rows), str(answers), "--model", "models:/tiny-adder@best",
+        "--prompt", "{a} plus {b}", "--max-new-tokens", "2",
+    )  # fmt: skip
+    project.succeed("pull", "models:/tiny-adder@best", str(tmp_path / "adapter"))
+    project.succeed("report", "tiny", "--output", str(page))
+    cache = project.directory / "cache"
+    private = [project.home, cache / "tokens", cache / "datasets", answers.parent]
+    found = [path for root in private for path in (root, *root.rglob("*"))]
+    names = {path.relative_to(project.directory).parts[1] for path in found if project.home in path.parents}
+    assert {"mlflow.db", "rankwise.db", "logs", "artifacts", "outbox", "results"} <= names
+    assert {path.name for path in found} >= {"answers.jsonl", "predictions.json", "adapter_model.safetensors"}
+    modes = {path: path.stat().st_mode & 0o777 for path in found}
+    assert {str(path): oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+    # What is made for others has the permissions that the user's umask gives: bases, adapters to hand on, pages.
+    (quantized,) = (cache / "quantized").iterdir()
+    umask = os.umask(0)
+    os.umask(umask)
+    shared = [*quantized.iterdir(), *(tmp_path / "adapter").iterdir(), page]
+    assert {path.stat().st_mode & 0o777 for path in shared} == {0o666 & ~umask}

@@ -79,11 +79,16 @@ def test_the_table_has_every_command():
     assert {name.split()[0] for name in TABLE} == set(_COMMANDS)
 
 
-@pytest.mark.parametrize("home", ["/proc/x", "file", "file/below"])
+# `/proc/x` for every command; all open the home by the same few functions.
+HOMES = {"/proc/x": list(TABLE), "file": ["run", "jobs", "compare", "predict", "sync"], "file/below": ["run", "pull"]}
+
+
+@pytest.mark.parametrize("home", HOMES)
 def test_a_home_that_cannot_be_made(project, tmp_path, home):
     (tmp_path / "file").write_text("")
     place = home if home.startswith("/") else str(tmp_path / home)
-    for name, (_, needs_home) in TABLE.items():
+    for name in HOMES[home]:
+        needs_home = TABLE[name][1]
         output = tmp_path / name.replace(" ", "-")
         output.mkdir()
         shutil.copy(COMPOSE, output)
@@ -94,7 +99,7 @@ def test_a_home_that_cannot_be_made(project, tmp_path, home):
             assert f"cannot write {place.removesuffix('/below')}: " in done.stderr, name
 
 
-@pytest.mark.parametrize("place", ["/proc/x", "/dev/full", "file"])
+@pytest.mark.parametrize("place", ["/proc/x", "file"])
 def test_an_output_that_cannot_be_made(project, tmp_path, place):
     (tmp_path / "file").write_text("")
     output = place if place.startswith("/") else str(tmp_path / place)
@@ -122,7 +127,7 @@ def limited(project, arguments, size, env):
     )
 
 
-@pytest.mark.parametrize("name", ["pull", "predict", "export", "report"])
+@pytest.mark.parametrize("name", ["pull", "predict"])
 def test_an_output_that_is_cut_off(project, tmp_path, name):
     home = tmp_path / "home"
     shutil.copytree(project.home, home)
