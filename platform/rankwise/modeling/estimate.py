@@ -49,6 +49,8 @@ from rankwise.modeling.lora.lean import is_lean
 _FLOAT32, _BFLOAT16 = 4, 2
 # Weight, gradient and AdamW's two moments per adapter parameter, in float32.
 _TRAINING_BYTES = 16
+CPU_PROCESS_BYTES = 720 << 20
+"""What a worker's process takes on a CPU besides weights and activations: Python, libraries, rows (measured)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,9 @@ class Estimate:
     Attributes:
         targets: In the model's order.
         adapter_parameters_per_layer: None if layers differ.
-        memory_bytes: Base as loaded here, plus the adapter's weights, gradients and optimizer state; no activations.
+        process_bytes: Python, libraries and rows; 0 for a GPU, whose memory they do not take.
+        memory_bytes: The process, the base as loaded here, the adapter's weights, gradients and optimizer state; no
+            activations.
         memory_inference_bytes: Base as loaded here, plus the adapter's weights.
     """
 
@@ -95,6 +99,7 @@ class Estimate:
     adapter_parameters: int
     adapter_bytes_fp32: int
     adapter_parameters_per_layer: int | None
+    process_bytes: int
     memory_bytes: int
     memory_inference_bytes: int
 
@@ -105,6 +110,7 @@ class Estimate:
             "adapter_bytes_fp32": self.adapter_bytes_fp32,
             "adapter_parameters_per_layer": self.adapter_parameters_per_layer,
             **{f"base_{name}": value for name, value in asdict(self.base).items()},
+            "process_bytes": self.process_bytes,
             "memory_bytes": self.memory_bytes,
         }
 
@@ -157,6 +163,7 @@ class Estimator:
         )
         parameters = sum(target.parameters for target in targets)
         base = self.base(quantization, module_dtype=module_dtype)
+        process = CPU_PROCESS_BYTES if default_device().type == "cpu" else 0
         layers = set(layer_sums((target.module, target.parameters) for target in targets).values())
         return Estimate(
             base=base,
@@ -164,7 +171,8 @@ class Estimator:
             adapter_parameters=parameters,
             adapter_bytes_fp32=_FLOAT32 * parameters,
             adapter_parameters_per_layer=layers.pop() if len(layers) == 1 else None,
-            memory_bytes=base.bytes_loaded + _TRAINING_BYTES * parameters,
+            process_bytes=process,
+            memory_bytes=process + base.bytes_loaded + _TRAINING_BYTES * parameters,
             memory_inference_bytes=base.bytes_loaded + _FLOAT32 * parameters,
         )
 

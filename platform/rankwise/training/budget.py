@@ -14,7 +14,9 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import psutil
 import torch
 
 from rankwise.files import format_size
@@ -22,11 +24,16 @@ from rankwise.modeling.base import LoadedBase, linear_modules
 from rankwise.modeling.estimate import ActivationShape, AdapterShape, match_targets
 from rankwise.modeling.lora.lean import dequantized_bytes, free_memory, is_dequantized
 from rankwise.training.arm import ArmTask, state_bytes
-from rankwise.training.step import Passes
+from rankwise.training.step import Passes, release_freed_memory
 
 logger = logging.getLogger(__name__)
 CPU_SHARE = 0.75  # of free memory; the rest is for other processes
 CUDA_SHARE = 0.9  # of free memory; the rest is lost to fragmentation
+GROWTH_BYTES = 64 << 20
+"""What a CPU's process gains in its first steps: kernels of the product library, threads, caches. Measured."""
+ALLOCATOR_SHARE = 0.15
+"""Share of a pass's tensors that glibc adds by blocks it cannot reuse (0.2 in float32, 0.1 in bfloat16). Measured."""
+_SMAPS = Path("/proc/self/smaps")
 CPU_TOKENS = 1280
 """Tokens of a forward pass on a CPU: larger passes need more memory and are not faster (see docs/benchmarks.md)."""
 
@@ -35,10 +42,12 @@ CPU_TOKENS = 1280
 class PackEstimate:
     """Estimated memory of a pack, in bytes.
 
-    `base` includes the weights that are dequantized at a time, `states` are the arms' matrices, gradients and
-    optimizers. `activations`, `logits` and `tokens` (with padding) are of the largest pass. `free` excludes the base.
+    `process` is what a CPU's process takes besides (`process_bytes`), 0 on a GPU. `base` includes the weights that are
+    dequantized at a time, `states` are the arms' matrices, gradients and optimizers. `activations`, `logits` and
+    `tokens` (with padding) are of the largest pass. `free` excludes the base.
     """
 
+    process: int
     base: int
     states: int
     activations: int
@@ -51,15 +60,16 @@ class PackEstimate:
     @property
     def total(self) -> int:
         """The sum, in bytes."""
-        return self.base + self.states + self.activations + self.logits
+        return self.process + self.base + self.states + self.activations + self.logits
 
     def text(self) -> str:
         """One line for the log."""
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         arms = "1 arm" if self.arms == 1 else f"{self.arms} arms"
         free = "" if self.free is None else f", {_size(self.free)} free besides the base"
+        process = f"process {_size(self.process)}, " if self.process else ""
         return (
-            f"memory {_size(self.total)}: base {_size(self.base)}, {arms} {_size(self.states)}, activations "
+            f"memory {_size(self.total)}: {process}base {_size(self.base)}, {arms} {_size(self.states)}, activations "
             f"{_size(self.activations)} ({passes} of up to {self.tokens} tokens), logits {_size(self.logits)}{free}"
         )
 
@@ -138,6 +148,7 @@ def plan_pack(
     split = list(_split(passes, chosen))
     activations, logits = max(map(size, split), key=sum)
     estimate = PackEstimate(
+        process=process_bytes(base, kept, activations + logits),
         base=base.memory_bytes + kept,
         states=states,
         activations=activations,
@@ -170,6 +181,39 @@ def free_pack_memory(base: LoadedBase, dequantized: int) -> int:
         unused = torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
         return int(CUDA_SHARE * (free + unused))
     return int(CPU_SHARE * (free_memory() - (0 if is_dequantized(base.model) else dequantized)))
+
+
+def process_bytes(base: LoadedBase, dequantized: int, temporary: int) -> int:
+    """What this process takes besides the base, the arms and the tensors of a pass; 0 on a GPU.
+
+    That is what is resident now without the base (Python, libraries, rows), `GROWTH_BYTES`, and the blocks that the C
+    library cannot reuse: `ALLOCATOR_SHARE` of the `temporary` bytes of a pass.
+    """
+    if base.device.type != "cpu":
+        return 0
+    # What glibc keeps after the last pack would count twice: the next pass reuses it.
+    release_freed_memory()
+    held = base.memory_bytes - _unread_bytes() + (dequantized if is_dequantized(base.model) else 0)
+    resident = psutil.Process().memory_info().rss
+    return max(0, resident - held) + GROWTH_BYTES + int(ALLOCATOR_SHARE * temporary)
+
+
+def _unread_bytes() -> int:
+    """Bytes of mapped weights that are not in memory yet: the first pass reads them."""
+    try:
+        lines = _SMAPS.read_text().splitlines()
+    except OSError:  # Not Linux.
+        return 0
+    unread, mapped = 0, False
+    for line in lines:
+        fields = line.split()
+        if not fields[0].endswith(":"):
+            mapped = fields[-1].endswith(".safetensors")
+        elif mapped and fields[0] == "Size:":
+            unread += int(fields[1]) << 10
+        elif mapped and fields[0] == "Rss:":
+            unread -= int(fields[1]) << 10
+    return unread
 
 
 def default_token_budget(base: LoadedBase) -> int | None:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import psutil
@@ -42,8 +43,16 @@ def release_freed_memory() -> None:
         trim(0)
 
 
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
+
+
 class PeakMemory:
-    """Peak memory of this process since the object was created: by CUDA's allocator, or samples of resident memory."""
+    """Peak memory of this process since the object was created: by CUDA's allocator, or resident memory by the kernel.
+
+    Where the kernel's peak cannot be reset (not Linux, or a container without the permission), resident memory is
+    sampled.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,17 +60,31 @@ class PeakMemory:
         self._peak = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        self._exact = device.type != "cuda" and _reset_peak()
         self.sample()
 
     def sample(self) -> None:
         """Sample the current memory."""
         if self._device.type != "cuda":
-            self._peak = max(self._peak, self._process.memory_info().rss)
+            self._peak = max(self._peak, _peak_resident() if self._exact else self._process.memory_info().rss)
 
     @property
     def bytes(self) -> int:
         """The peak so far."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else self._peak
+
+
+def _reset_peak() -> bool:
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident() -> int:
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
 
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from rankwise.experiment.module_names import layer_of, layer_sums
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.modeling.adapter import adapter_tensors
 from rankwise.modeling.base import load_base
-from rankwise.modeling.estimate import Estimator, match_targets
+from rankwise.modeling.estimate import CPU_PROCESS_BYTES, Estimator, match_targets
 
 LLAMA_3_1_8B = {
     "model_type": "llama",
@@ -103,7 +103,9 @@ def test_layers_that_differ_have_no_common_number(tmp_path):
 
 def test_training_memory_adds_gradients_and_optimizer_to_the_adapter(tmp_path):
     estimate = Estimator(make_base(tmp_path / "base")).arm(lora(), QuantizationSpec())
-    assert estimate.memory_bytes == estimate.base.bytes_loaded + 16 * estimate.adapter_parameters
+    weights = estimate.base.bytes_loaded + 16 * estimate.adapter_parameters
+    assert estimate.memory_bytes == weights + estimate.process_bytes
+    assert estimate.process_bytes == CPU_PROCESS_BYTES
     assert estimate.to_dict()["memory_bytes"] == estimate.memory_bytes
 
 
@@ -111,7 +113,8 @@ def test_the_json_of_plan_has_flat_numbers(tmp_path):
     values = Estimator(make_base(tmp_path / "base")).arm(lora(), QuantizationSpec()).to_dict()
     assert set(values) == {
         "adapter_parameters", "adapter_bytes_fp32", "adapter_parameters_per_layer", "base_parameters",
-        "base_bytes_fp32", "base_bytes_bf16", "base_bytes_quantized", "base_bytes_loaded", "memory_bytes",
+        "base_bytes_fp32", "base_bytes_bf16", "base_bytes_quantized", "base_bytes_loaded", "process_bytes",
+        "memory_bytes",
     }  # fmt: skip
     assert all(isinstance(value, int) for value in values.values())
 

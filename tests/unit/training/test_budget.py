@@ -33,16 +33,19 @@ def test_with_memory_to_spare_all_arms_go_in_one_pass(base):
 def test_the_estimate_is_told_with_its_parts(base):
     plan = plan_pack(base, some(3), free_bytes=3 << 30)
     estimate = plan.estimate
-    assert estimate.total == estimate.base + estimate.states + estimate.activations + estimate.logits
+    parts = estimate.process + estimate.base + estimate.states + estimate.activations + estimate.logits
+    assert estimate.total == parts
     assert estimate.base > base.memory_bytes
     # Rank 4 on q (64 -> 64) and v (64 -> 32) of two layers; weight, gradient and two moments in fp32.
     assert estimate.states == 3 * 16 * 2 * 4 * (64 + 64 + 64 + 32)
     longest = max(len(row.input_ids) for row in ROWS)
     assert estimate.tokens == 3 * 2 * longest
-    assert replace(estimate, base=5 << 30, states=70 << 20, activations=2 << 30, logits=9 << 20).text() == (
-        "memory 7.08 GiB: base 5.00 GiB, 3 arms 70 MiB, activations 2.00 GiB (1 pass of up to 78 tokens), "
-        "logits 9 MiB, 3.00 GiB free besides the base"
+    fixed = replace(estimate, process=1 << 30, base=5 << 30, states=70 << 20, activations=2 << 30, logits=9 << 20)
+    assert fixed.text() == (
+        "memory 8.08 GiB: process 1.00 GiB, base 5.00 GiB, 3 arms 70 MiB, activations 2.00 GiB (1 pass of up to 78 "
+        "tokens), logits 9 MiB, 3.00 GiB free besides the base"
     )
+    assert replace(fixed, process=0).text().startswith("memory 7.08 GiB: base 5.00 GiB, 3 arms")
 
 
 def test_little_memory_means_more_passes_before_it_means_fewer_arms(base):
