@@ -51,7 +51,8 @@ def answered(
                 results = results + generator.normal(0.0, row_sd, rows)
                 mean = float(results.mean())
                 value = MetricValue(value=mean, stderr=0.1, n=rows)
-                made = replace(made, metrics={**made.metrics, key: value})
+                others = {name: replace(metric, n=rows) for name, metric in made.metrics.items()}
+                made = replace(made, metrics={**others, key: value})
                 if (rank, seed) in failed:
                     made = replace(made, status="FAILED", reason="the loss is not finite", metrics={})
                 arms.append(made)

@@ -242,12 +242,13 @@ def decide(
     reference = RankOutcome(
         rank=table.ranks[-1], status="reference", difference=0.0, seeds=known, failed=int(last.failed[-1].sum())
     )
-    deviations = np.sqrt(made.seed_variance * made.seeds)
+    paired = made.seeds > 1
+    deviations = np.sqrt(np.where(paired, made.seed_variance, 0.0) * made.seeds)
     return Decision(
         outcomes=(*found, reference),
         look=len(looks),
         looks=planned,
-        seed_sd=float(np.max(deviations[np.isfinite(deviations)], initial=0.0)),
+        seed_sd=float(np.max(deviations, initial=0.0)),
         beyond_most=tuple(
             each.rank for each in found
             if each.status == "undecided" and each.reason is None

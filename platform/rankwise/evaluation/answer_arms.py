@@ -116,7 +116,7 @@ def sort_arms(comparison: Comparison, plan: AnswerPlan) -> Arms:
     for arm in arms:
         if not arm.pruned:
             strata.setdefault(others[arm.spec_hash], set()).add(_rank(arm))
-    shared = {settings for settings, having in strata.items() if having == set(ranks)}
+    shared = [settings for settings, having in strata.items() if having == set(ranks)]
     if not shared:
         names = sorted({name for settings in strata for name, _ in settings})
         raise NoAnswer(
@@ -130,7 +130,7 @@ def sort_arms(comparison: Comparison, plan: AnswerPlan) -> Arms:
             record = arm if arm.spec_hash not in silent else _without_value(arm)
             by_cell.setdefault((_rank(arm), values, seed), []).append(record)
     chosen, candidates = _tune(by_cell, ranks, plan, key, comparison.greater_is_better)
-    names = [name for name, _ in next(iter(shared))]
+    names = [name for name, _ in shared[0]]
     return Arms(
         key=key,
         greater_is_better=comparison.greater_is_better,
@@ -141,7 +141,7 @@ def sort_arms(comparison: Comparison, plan: AnswerPlan) -> Arms:
         averaged={
             name: options
             for at, name in enumerate(names)
-            if len(options := tuple(dict.fromkeys(settings[at][1] for settings in sorted(shared, key=str)))) > 1
+            if len(options := tuple(dict.fromkeys(settings[at][1] for settings in shared))) > 1
         },
         left_out=len(strata) - len(shared),
         cells={

@@ -38,6 +38,7 @@ POOLING_LEVEL = 0.4
 """Level of the test of equal variances; pooling needs it not to reject, so a large one is careful."""
 _SKEWNESS_ERRORS = 4.0
 _DRAWS = 20_000
+_ROUNDING = 1e-11
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def contrast(values: Array, influences: Array, shares: Array) -> Contrasts:
     seed_variance = np.where(pooled, 2 * pooled_variance[..., None] / count, own)
     clusters = effective_clusters(shares)
     rows = [
-        _rows(influences[..., k, :, :] - influences[..., -1, :, :], common[..., k, :], shares, clusters)
+        _rows(influences[..., k, :, :], influences[..., -1, :, :], common[..., k, :], shares, clusters)
         for k in range(values.shape[-2] - 1)
     ]
     row_variance, row_freedom, third_moment, tied = (np.stack(part, axis=-1) for part in zip(*rows, strict=True))
@@ -156,8 +157,9 @@ def _largest_share(ranks: int, seeds: int) -> float:
     return float(np.quantile(squares.max(axis=-1) / squares.sum(axis=-1), 1 - POOLING_LEVEL))
 
 
-def _rows(moves: Array, common: NDArray[np.bool_], shares: Array, clusters: Array) -> tuple[Array, ...]:
+def _rows(own: Array, reference: Array, common: NDArray[np.bool_], shares: Array, clusters: Array) -> tuple[Array, ...]:
     """Variance from rows (...,), its freedom, its third moment, and whether no row differs."""
+    moves = own - reference
     seeds = np.maximum(common.sum(axis=-1), 1)
     kept = np.where(common[..., None], moves, 0.0)
     mean = kept.sum(axis=-2) / seeds[..., None]
@@ -166,7 +168,9 @@ def _rows(moves: Array, common: NDArray[np.bool_], shares: Array, clusters: Arra
     jackknifed = mean / (1.0 - shares)
     squares = np.square(jackknifed)
     total = squares.sum(axis=-1)
-    tied = total == 0.0
+    # Rounding leaves differences of 1e-16 between equal rows.
+    size = np.where(common[..., None], np.square(own) + np.square(reference), 0.0).sum(axis=(-1, -2)) / seeds
+    tied = total <= _ROUNDING**2 * (size + 1.0 / clusters)
     fourth = np.divide(np.square(squares).sum(axis=-1), np.square(total), out=np.zeros_like(total), where=~tied)
     freedom = np.clip(2.0 / np.maximum(fourth - 1.0 / clusters, 1e-12), 1.0, clusters - 1.0)
     return np.maximum(total - cells, 0.0), freedom, (squares * jackknifed).sum(axis=-1), tied
