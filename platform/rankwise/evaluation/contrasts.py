@@ -36,7 +36,8 @@ Codes = NDArray[np.int8]
 
 POOLING_LEVEL = 0.4
 """Level of the test of equal variances; pooling needs it not to reject, so a large one is careful."""
-_SKEWNESS_ERRORS = 4.0
+SKEWNESS_ERRORS = 4.0
+"""Standard errors of a skewness that are added to the estimate, in the answer."""
 _DRAWS = 20_000
 _ROUNDING = 1e-11
 
@@ -176,8 +177,38 @@ def _rows(own: Array, reference: Array, common: NDArray[np.bool_], shares: Array
     return np.maximum(total - cells, 0.0), freedom, (squares * jackknifed).sum(axis=-1), tied
 
 
+def of_rows(influences: Array, shares: Array) -> Contrasts:
+    """The contrast of two fixed models on the same rows: noise over rows only.
+
+    Args:
+        influences: (G,) how much each cluster moves the difference; their sum is 0.
+        shares: (G,) of the clusters in the weights.
+    """
+    clusters = effective_clusters(shares)
+    one = influences[None, :]
+    variance, freedom, third, tied = _rows(one, np.zeros_like(one), np.ones(1, dtype=np.bool_), shares, clusters)
+    return Contrasts(
+        difference=np.zeros(1),
+        seeds=np.ones(1, dtype=np.int64),
+        seed_variance=np.zeros(1),
+        seed_freedom=np.ones(1),
+        pooled=np.zeros(1, dtype=np.bool_),
+        row_variance=np.atleast_1d(variance),
+        row_freedom=np.atleast_1d(freedom),
+        third_moment=np.atleast_1d(third),
+        clusters=clusters,
+        all_tied=np.atleast_1d(tied).astype(np.bool_),
+    )
+
+
 def limits(
-    contrasts: Contrasts, upper_tail: float, lower_tail: float, *, width: float | None = None, candidates: int = 1
+    contrasts: Contrasts,
+    upper_tail: float,
+    lower_tail: float,
+    *,
+    width: float | None = None,
+    candidates: int = 1,
+    skewness_errors: float = SKEWNESS_ERRORS,
 ) -> tuple[Array, Array]:
     """One-sided lower and upper confidence limits of the differences.
 
@@ -189,20 +220,23 @@ def limits(
             infinite limits.
         candidates: Among how many settings each rank's were chosen by pilot seeds on the same rows. Seeds are fresh,
             rows are not: their part has the critical value of tail / candidates (Bonferroni).
+        skewness_errors: How many standard errors are added to the estimated skewness.
     """
-    lower = contrasts.difference - _reach(contrasts, lower_tail, -1.0, width, candidates)
-    upper = contrasts.difference + _reach(contrasts, upper_tail, 1.0, width, candidates)
+    lower = contrasts.difference - _reach(contrasts, lower_tail, -1.0, width, candidates, skewness_errors)
+    upper = contrasts.difference + _reach(contrasts, upper_tail, 1.0, width, candidates, skewness_errors)
     return lower, upper
 
 
-def _reach(contrasts: Contrasts, tail: float, sign: float, width: float | None, candidates: int) -> Array:
+def _reach(
+    contrasts: Contrasts, tail: float, sign: float, width: float | None, candidates: int, skewness_errors: float
+) -> Array:
     rows = contrasts.row_variance
     seeds = np.where(np.isfinite(contrasts.seed_variance), contrasts.seed_variance, 0.0)
     variance = seeds + rows
     safe = np.where(variance > 0, variance, 1.0)
     of_rows = stdtrit(contrasts.row_freedom, 1 - tail / candidates)
     critical = (seeds * stdtrit(contrasts.seed_freedom, 1 - tail) + rows * of_rows) / safe
-    unseen = _SKEWNESS_ERRORS * math.sqrt(6.0) / contrasts.clusters[..., None] * rows**1.5
+    unseen = skewness_errors * math.sqrt(6.0) / contrasts.clusters[..., None] * rows**1.5
     skewness = np.maximum(sign * contrasts.third_moment + unseen, 0.0) / safe**1.5
     reach = np.sqrt(variance) * (critical + skewness * (1 + 2 * critical**2) / 6)
     rare = math.inf if width is None else width * -math.log(tail / candidates)

@@ -23,12 +23,12 @@ def test_the_interval_is_that_of_the_difference_not_of_the_means():
     assert found.high - found.low == pytest.approx(2 * 1.96 * (a - b).std() / 20, rel=0.1)
 
 
-def misses(draw, trials, resamples=1000):
+def misses(draw, trials):
     """How often the interval of a true difference of 0 lies above it, and below."""
     generator, above, below = np.random.default_rng(1), 0, 0
-    for trial in range(trials):
+    for _ in range(trials):
         values = draw(generator)
-        found = paired_difference(samples(values), samples([0.0] * len(values)), resamples=resamples, seed=trial)
+        found = paired_difference(samples(values), samples([0.0] * len(values)))
         above, below = above + (found.low > 0), below + (found.high < 0)
     return above / trials, below / trials
 
@@ -54,15 +54,15 @@ def test_the_interval_is_longer_where_the_differences_have_their_tail():
     resampled = generator.choice(values, (10_000, 100)).mean(axis=1)
     low, high = np.quantile(resampled, [0.025, 0.975])
     # An outlier that is not among these examples would move the mean up, not down.
-    assert found.high > high + 0.05 * (high - low)
-    assert found.low == pytest.approx(low, abs=0.03 * (high - low))
+    assert found.high > high + 0.1 * (high - low)
+    assert found.low == pytest.approx(low, abs=0.05 * (high - low))
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("case", "most"), list(zip(CASES, (0.026, 0.025, 0.041, 0.025), strict=True)))
+@pytest.mark.parametrize(("case", "most"), list(zip(CASES, (0.025, 0.025, 0.043, 0.025), strict=True)))
 def test_the_rate_of_wrong_ends_by_many_trials(case, most):
     """What is left beyond 2.5 % is the error for a skewness of 6; three standard errors of counting on top."""
-    assert max(misses(CASES[case], 2000)) <= most + 3 * np.sqrt(most / 2000)
+    assert max(misses(CASES[case], 10_000)) <= most + 3 * np.sqrt(most / 10_000)
 
 
 def test_copies_of_an_example_tell_nothing_new():
@@ -76,7 +76,7 @@ def test_copies_of_an_example_tell_nothing_new():
     assert (seeing.n, seeing.clusters) == (200, 40)
 
 
-def test_a_tail_that_resamples_cannot_reach_is_moved_out_as_students_t_says():
+def test_a_far_tail_is_that_of_students_t():
     values = np.random.default_rng(0).normal(0, 1, 400)
     found = paired_difference(samples(values), samples([0.0] * 400), confidence=1 - 0.05 / 1000)
     half = 4.06 * values.std(ddof=1) / 20
@@ -112,4 +112,4 @@ def test_equal_arguments_give_equal_intervals_and_equal_models_no_difference():
     assert paired_difference(values, values) == Difference(value=0.0, low=0.0, high=0.0, n=50, clusters=50)
     other = samples(reversed(range(50)))
     assert paired_difference(values, other) == paired_difference(values, other)
-    assert paired_difference(values, other) != paired_difference(values, other, seed=1)
+    assert paired_difference(values, other, confidence=0.9) != paired_difference(values, other)
