@@ -61,9 +61,6 @@ def results(comparison):
         ],
         "base": comparison["base"]["metrics"],
         "best": comparison["best"],
-        "rank": comparison["smallest_rank"]["rank"],
-        "behind_best_at_most": comparison["smallest_rank"]["behind_best_at_most"],
-        "not_worse": comparison["smallest_rank"]["not_worse"],
         "places": [(each["spec_hashes"], each["place"], each["mean"]) for each in comparison["configurations"]],
     }
 

@@ -72,11 +72,13 @@ def test_mlflow_shows_a_sweep_its_arms_and_the_base(finished, client):
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert {"comparison.json", "report.html", "experiment.yaml", "data", "plots"} <= names
     arm = next(run for run in runs if run.data.tags["rankwise.kind"] == "train")
-    headline = finished[1]["smallest_rank"]["text"]
+    headline = finished[1]["answer"]["text"]
+    assert headline.startswith("Two adapters, one seed each: no statement about ranks. Lowest loss: r = ")
     report = Path(client.download_artifacts(parent.info.run_id, "report.html")).read_text()
     for wanted in (headline, "effective rank by layer", "training loss", f"runs/{arm.info.run_id}"):
         assert wanted in report
-    assert finished[1]["smallest_rank"]["noise"]["examples"] == "paired"
+    assert parent.data.tags["rankwise.answer_status"] == "no_statement"
+    assert parent.data.tags["rankwise.answer_text"] == headline
     note = parent.data.tags["mlflow.note.content"]
     assert headline in note
     assert f"](#/experiments/{experiment.experiment_id}/runs/{arm.info.run_id})" in note
@@ -150,8 +152,6 @@ def test_an_extended_sweep_trains_only_what_is_missing(tmp_path):
     assert [arm["model_uri"] for arm in linked["arms"]] == [arm["model_uri"] for arm in comparison["arms"]]
     assert [arm["metrics"] for arm in linked["arms"]] == [arm["metrics"] for arm in comparison["arms"]]
     assert linked["base"] == comparison["base"]
-    # The results of single examples are with the runs of the other experiment.
-    assert linked["smallest_rank"]["noise"] == {"examples": "paired", "seeds": False}
 
 
 def test_a_recorded_definition_starts_again_elsewhere(finished, client):

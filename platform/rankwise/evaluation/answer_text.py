@@ -241,8 +241,8 @@ class _Words:
             if self.decision.look < self.decision.looks:
                 parts.append(f"`rankwise run` trains up to {len(plan.seeds)} seeds.")
             else:
-                key = "sweep.parameters.seed" if plan.fixed else "answer.seeds.most"
-                parts.append(f"This was the last look that was planned. For a new test, set {key} and a new `name`.")
+                new = "other values of sweep.parameters.seed" if plan.fixed else f"seed: {max(plan.seeds) + 1}"
+                parts.append(f"This was the last planned look; a new test needs new seeds ({new}).")
         return parts
 
     def outlook(self) -> list[str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rankwise.evaluation.contrasts import limits, of_rows
 from rankwise.evaluation.metrics import Sample
 
-_SKEWNESS_ERRORS = 2.0
+_SKEWNESS_ERRORS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

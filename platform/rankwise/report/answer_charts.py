@@ -36,6 +36,8 @@ def difference_chart(answer: Answer, decision: Decision) -> Markup:
         title=f"{title(answer.key)}: difference to r = {reference.rank:g}",
         x=axis("rank r", [ranks[0] * _BESIDE, *ranks], log=True, ticks=ranks),
         y=y,
+        width=640,
+        height=320,
         note=f"bars: one-sided limits that hold together at {100 * answer.plan.confidence:g} % confidence",
     )
     chart.band(y.low, margin, tip=f"within the margin: at most {amount(answer.key, margin)} worse")

@@ -32,7 +32,7 @@ _MOST_FRONT = 12
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSection:
-    """A section of the page; the navigation links to `id`."""
+    """A section of the page; the navigation links to `id`. The one chart of a `lead` is wide."""
 
     id: str
     title: str
@@ -41,6 +41,7 @@ class ReportSection:
     heads: Sequence[Column] = ()
     rows: Sequence[ReportRow] = ()
     notes: Sequence[str] = ()
+    lead: bool = False
 
 
 def answer_parts(comparison: Comparison, finding: Findings) -> list[ReportSection]:
@@ -60,6 +61,7 @@ def answer_parts(comparison: Comparison, finding: Findings) -> list[ReportSectio
                 "limit is beyond it. Small marks are single seeds."
             ],
             charts=[difference_chart(answer, decision)],
+            lead=True,
             heads=heads,
             rows=rows,
             notes=answer.notes,

@@ -198,8 +198,8 @@ def rank_table(comparison: Comparison, finding: Findings) -> tuple[list[Column],
     heads = [Column("r")]
     if decision is not None:
         heads += [Column("answer", "text"), Column(f"worse than r = {decision.reference.rank:g} by")]
-        heads += [Column("lower limit"), Column("upper limit"), Column("failed seeds")]
-    heads += [Column(f"mean {title(key)}"), Column("seeds"), Column("size")]
+        heads += [Column("lower limit"), Column("upper limit"), Column("seeds"), Column("failed seeds")]
+    heads += [Column(f"mean {title(key)}"), *([] if decision is not None else [Column("seeds")]), Column("size")]
     several = len(finding.by_rank) < len(finding.configurations)
     if comparison.varying and several:
         heads.append(Column("configuration with this mean", "text"))
@@ -213,7 +213,7 @@ def rank_table(comparison: Comparison, finding: Findings) -> tuple[list[Column],
         sizes = [arm.adapter_bytes for arm in configuration.finished if arm.adapter_bytes is not None]
         cells += [
             Cell(text=with_error(key, mean.value, mean.stderr)),
-            Cell(text=str(mean.seeds)),
+            *([] if decision is not None else [Cell(text=str(mean.seeds))]),
             Cell(text=format_bytes(max(sizes, default=None))),
         ]
         if comparison.varying and several:
@@ -225,13 +225,14 @@ def rank_table(comparison: Comparison, finding: Findings) -> tuple[list[Column],
 
 def _outcome_cells(outcome: RankOutcome | None) -> list[Cell]:
     if outcome is None:
-        return [Cell(text="not tested", kind="text", tag="undecided"), *(Cell(text=NONE) for _ in range(4))]
+        return [Cell(text="not tested", kind="text", tag="undecided"), *(Cell(text=NONE) for _ in range(5))]
     reference = outcome.status == "reference"
     return [
         Cell(text=_ANSWERS[outcome.status], kind="text", tag=outcome.status.replace("_", "-")),
         Cell(text=NONE if reference else _signed(outcome.difference)),
         Cell(text=_signed(outcome.lower)),
         Cell(text=_signed(outcome.upper)),
+        Cell(text=str(outcome.seeds)),
         Cell(text=str(outcome.failed) if outcome.failed else NONE),
     ]
 
