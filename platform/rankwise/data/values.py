@@ -107,6 +107,8 @@ CURRENT = Values()
 
 def is_null(value: object) -> bool:
     """Whether a value is null, NaN, or pandas' NaT or NA."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if value is None:
         return True
     if isinstance(value, float | np.floating):

@@ -57,7 +57,17 @@ def test_the_text_of_a_value(value, text):
 
 
 @pytest.mark.parametrize(
-    "value", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), decimal.Decimal("NaN")]
+    "value",
+    [
+        None,
+        float("nan"),
+        np.float32("nan"),
+        np.array(None),
+        pd.NA,
+        pd.NaT,
+        np.datetime64("NaT"),
+        decimal.Decimal("NaN"),
+    ],
 )
 def test_null_and_not_a_number_have_no_value(value):
     assert is_null(value)
