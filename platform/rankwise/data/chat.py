@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rankwise.exceptions import DatasetError
 
 Message = dict[str, Any]
@@ -116,7 +118,18 @@ def parse_tools(cell: object, where: str) -> Tools | None:
     return tuple(tools) or None
 
 
+def without_nulls(cell: object) -> object:
+    """A cell of a table with types, without the keys that have no value, at any depth; arrays become lists."""
+    if isinstance(cell, Mapping):
+        return {key: without_nulls(value) for key, value in cell.items() if value is not None}
+    if isinstance(cell, list | tuple | np.ndarray):
+        return [without_nulls(value) for value in cell]
+    return cell
+
+
 def _decoded(cell: object, where: str) -> object:
+    if isinstance(cell, np.ndarray):  # of pandas, out of a table with types
+        return without_nulls(cell)
     if not isinstance(cell, str):
         return cell
     try:

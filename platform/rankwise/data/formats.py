@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from rankwise.data.chat import Chat, Message, Tools, answer_turns, parse_messages, parse_tools
+from rankwise.data.chat import Chat, Message, Tools, answer_turns, parse_messages, parse_tools, text_of
 from rankwise.data.row_template import RowTemplate, check_column
 from rankwise.data.values import CURRENT, Values
 from rankwise.exceptions import DatasetError
@@ -98,8 +98,6 @@ class RowMapping:
     system_column: str | None = None
     system: str | None = None
     values: Values = CURRENT
-    typed: bool = False
-    """Whether cells come from a table with types, where mappings have the keys of all rows, null where not given."""
 
     @classmethod
     def of(
@@ -108,8 +106,6 @@ class RowMapping:
         columns: Sequence[str],
         side: str,
         rows: Sequence[Mapping[str, Any]] = (),
-        *,
-        typed: bool = False,
     ) -> RowMapping:
         """Parse the `dataset` section for a table with `columns`.
 
@@ -118,7 +114,6 @@ class RowMapping:
             columns: Of the table.
             side: Names the table in messages.
             rows: The first of the table, to recognize its format.
-            typed: Whether the table has types (Parquet, Arrow, a hub data set).
 
         Raises:
             DatasetError: The columns are those of no format, the section names two forms, a template is not valid, or
@@ -139,7 +134,7 @@ class RowMapping:
             document = dataset.messages or ("text" if "text" in columns or len(columns) != 1 else columns[0])
             _refuse(dataset, format, "prompt", "completion", "system", "tools")
             check_column(document, columns, f"dataset.format: text{where}")
-            return cls(format=format, document=document, values=values, typed=typed)
+            return cls(format=format, document=document, values=values)
         if format in {"messages", "sharegpt"}:
             _refuse(dataset, format, "prompt", "completion")
             column = dataset.messages or next((name for name in CHAT_COLUMNS if name in columns), CHAT_COLUMNS[0])
@@ -151,7 +146,6 @@ class RowMapping:
                 system_column=system_column,
                 system=dataset.system,
                 values=values,
-                typed=typed,
             )
         if format == "alpaca":
             _refuse(dataset, format, "messages")
@@ -169,7 +163,6 @@ class RowMapping:
             system_column=system_column,
             system=dataset.system,
             values=values,
-            typed=typed,
         )
 
     def convert(self, row: Mapping[str, Any], row_id: str) -> Conversion:
@@ -184,37 +177,38 @@ class RowMapping:
             return self._conversation(row, row_id)
         return self._from_templates(row, row_id)
 
-    def question(self, row: Mapping[str, Any], row_id: str) -> Chat | None:
-        """What the last answer of a row answers; None where a cell that it needs is empty. Answers need not be there.
+    def question(self, row: Mapping[str, Any], row_id: str) -> Chat:
+        """What the last answer of a row answers. Answers need not be there.
 
         A conversation that ends with an answer is asked for that answer; one that does not, for the next.
 
         Raises:
-            DatasetError: A cell is not what the definition says it is, or a column is not there.
+            DatasetError: A cell is empty or not what the definition says it is, or a column is not there.
         """
-        if self.document is not None:
-            raise DatasetError("rows of the format text have no question: give the prompt as a text")
         if self.messages is not None:
             check_column(self.messages, row, "messages")
             if self.values.is_missing(row[self.messages]):
-                return None
-            messages, _ = self._messages(row[self.messages], row_id)
+                raise DatasetError(f"column {self.messages!r} has no value, and the prompt needs it")
+            messages, _ = self._messages(row[self.messages], self.messages)
             tools = self._tools(row, row_id, chat=True)
         else:
-            assert self.prompt is not None
-            self.prompt.check(row)
+            assert self.prompt is not None, "documents have no questions"
+            for column in self.prompt.required:
+                check_column(column, row, self.prompt.key)
             turns = self._turns(self.prompt, row, row_id, "user")
             if turns is None:
-                return None
+                raise DatasetError(f"column {self.prompt.missing(row)!r} has no value, and the prompt needs it")
             messages, tools = turns, self._tools(row, row_id, chat=self._is_list(self.prompt, row))
-        if messages and messages[-1]["role"] == "assistant":
+        if messages and messages[-1]["role"] == "assistant" and self.values.version > 1:
             messages = messages[:-1]
         if not messages:
-            raise DatasetError("the conversation is empty")
+            raise DatasetError(f"{self.messages or 'prompt'}: the chat is empty")
+        if len(messages) == 1 and not text_of(messages[0]):
+            raise DatasetError("the prompt is empty")
         return self.with_system(self._own_system(Chat(messages=messages, tools=tools), row))
 
     def with_system(self, chat: Chat) -> Chat:
-        """Put the definition's system message first, unless there is none or the row brings its own."""
+        """Put the definition's system message first, unless there is none or the conversation brings its own."""
         return chat if self.system is None else _with_system(chat, self.system)
 
     def _document(self, row: Mapping[str, Any], row_id: str) -> Conversion:
@@ -234,7 +228,7 @@ class RowMapping:
         cell = row[self.messages]
         if self.values.is_missing(cell):
             return Conversion(left_out=MISSING)
-        messages, unused = self._messages(cell, row_id)
+        messages, unused = self._messages(cell, f"dataset.messages: row {row_id}, column {self.messages!r}")
         turns = answer_turns(messages)
         if not turns:
             if self.values.version == 1:
@@ -270,17 +264,16 @@ class RowMapping:
             return None
         if self._is_list(template, row):
             (column,) = template.columns
-            return parse_messages(self._cell(row[column]), f"{template.key}: row {row_id}, column {column!r}")
+            return parse_messages(row[column], f"{template.key}: row {row_id}, column {column!r}")
         return (Message(role=role, content=template.render(row, row_id)),)
 
     def _is_list(self, template: RowTemplate, row: Mapping[str, Any]) -> bool:
         column = template.whole_column
         return self.values.version > 1 and column is not None and isinstance(row.get(column), list | tuple)
 
-    def _messages(self, cell: object, row_id: str) -> tuple[tuple[Message, ...], frozenset[str]]:
-        where = f"dataset.messages: row {row_id}, column {self.messages!r}"
+    def _messages(self, cell: object, where: str) -> tuple[tuple[Message, ...], frozenset[str]]:
         if self.values.version > 1:
-            return parse_messages(self._cell(cell), where), frozenset()
+            return parse_messages(cell, where), frozenset()
         messages = parse_messages(cell, where, {})
         unused = {key for message in messages for key in message.keys() - {"role", "content"}}
         plain = tuple(Message(role=message["role"], content=message["content"] or "") for message in messages)
@@ -290,24 +283,12 @@ class RowMapping:
         column = self.tools
         if column is None or not chat or self.values.is_missing(row.get(column)) or row[column] == "":
             return None
-        return parse_tools(self._cell(row[column]), f"row {row_id}, column {column!r}")
-
-    def _cell(self, cell: object) -> object:
-        return without_nulls(cell) if self.typed else cell
+        return parse_tools(row[column], f"row {row_id}, column {column!r}")
 
     def _own_system(self, chat: Chat, row: Mapping[str, Any]) -> Chat:
         """Put the system message of the row's column first."""
         text = None if self.system_column is None else row.get(self.system_column)
         return _with_system(chat, text) if isinstance(text, str) and text else chat
-
-
-def without_nulls(cell: object) -> object:
-    """A cell without the keys that have no value, at any depth."""
-    if isinstance(cell, Mapping):
-        return {key: without_nulls(value) for key, value in cell.items() if value is not None}
-    if isinstance(cell, list | tuple):
-        return [without_nulls(value) for value in cell]
-    return cell
 
 
 def _with_system(chat: Chat, text: str) -> Chat:

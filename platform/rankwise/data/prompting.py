@@ -5,25 +5,29 @@
 
 1. a template that the caller gives (`--prompt`),
 2. the template of training, if the row has its columns, and no `messages` or `prompt` that the template does not use,
-3. the column `messages`, or the one that training read, with a chat,
+3. the column that training read chats from, or `messages`; with the tools of the column that training read, or
+   `tools`. The answer that a chat ends with is left out: it is what is asked for;
 4. the column `prompt`, with a text or a chat; or the column `text` if there is no other, as of a `.txt` file.
+
+A chat without a system message gets that of the definition, as in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
-from rankwise.data.chat import Message, parse_messages
+from rankwise.data.chat import Chat
+from rankwise.data.formats import RowMapping
 from rankwise.data.row_template import RowTemplate, check_column
 from rankwise.data.tables import TEXT
 from rankwise.data.values import ValueProblem, Values, is_null
 from rankwise.exceptions import DatasetError
 from rankwise.experiment.schema import RENDERING, DatasetSpec
 
-PROMPT, MESSAGES = "prompt", "messages"
+PROMPT, MESSAGES, TOOLS = "prompt", "messages", "tools"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +43,22 @@ class Reading:
     completion: str | None = None
     messages: str | None = None
     tools: str | None = None
+    system_column: str | None = None
     na_values: tuple[str, ...] = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: DatasetSpec) -> Reading:
-        """The reading of a definition."""
+    def of(cls, dataset: DatasetSpec, mapping: RowMapping | None = None) -> Reading:
+        """The reading of a definition; `mapping` has what was recognized from its rows."""
+        known = mapping or RowMapping(format="prompt_completion", messages=dataset.messages, tools=dataset.tools)
         return cls(
             rendering=dataset.rendering or RENDERING,
-            format=dataset.format,
-            prompt=dataset.prompt,
-            completion=dataset.completion,
-            messages=dataset.messages,
-            tools=dataset.tools,
+            format=dataset.format if mapping is None else mapping.format,
+            prompt=dataset.prompt if known.prompt is None else known.prompt.source,
+            completion=dataset.completion if known.completion is None else known.completion.source,
+            messages=known.messages,
+            tools=known.tools,
+            system_column=known.system_column,
             na_values=dataset.na_values,
             chat_template_kwargs=dict(dataset.chat_template_kwargs),
         )
@@ -114,16 +121,29 @@ class RowPrompts:
     def _chat_column(self) -> str:
         return self.reading.messages or MESSAGES
 
+    @cached_property
+    def _mapping(self) -> RowMapping:
+        """How training read rows, without their columns."""
+        reading = self.reading
+        return RowMapping(
+            format="messages",
+            tools=None if reading.rendering == 1 else reading.tools or TOOLS,
+            system_column=reading.system_column,
+            # Releases up to 0.2 put it before plain texts only.
+            system=None if reading.rendering == 1 else self.system,
+            values=reading.values,
+        )
+
     def fits(self, columns: Mapping[str, Any]) -> bool:
         """Whether the template of training makes the prompt of a row."""
         template = self._stored
-        if template is None or not set(template.columns) <= set(columns):
+        if template is None or not set(template.required) <= set(columns):
             return False
         given = {name for name in (PROMPT, MESSAGES) if not is_null(columns.get(name))}
         return given <= set(template.columns)
 
-    def chat(self, columns: Mapping[str, Any]) -> list[Message]:
-        """The conversation of one row.
+    def chat(self, columns: Mapping[str, Any]) -> Chat:
+        """The conversation of one row, up to what is asked.
 
         Raises:
             DatasetError: The row is not a mapping, or its prompt is missing or invalid.
@@ -137,32 +157,36 @@ class RowPrompts:
             return self._rendered(self._stored, columns)
         for name in dict.fromkeys((self._chat_column, MESSAGES)):
             if not is_null(columns.get(name)):
-                return _parsed(columns[name], name)
+                return self._ask(replace(self._mapping, messages=name), columns)
         name = TEXT if set(columns) == {TEXT} else PROMPT
         if name not in columns:
             raise DatasetError(self._what_is_missing(columns))
-        return self._of_prompt(columns[name])
+        return self._of_prompt(columns, name)
 
-    def _rendered(self, template: RowTemplate, columns: Mapping[str, Any]) -> list[Message]:
-        for column in template.columns:
+    def _rendered(self, template: RowTemplate, columns: Mapping[str, Any]) -> Chat:
+        for column in template.required:
             check_column(column, columns, template.key)
-        if self.reading.rendering > 1 and (missing := template.missing(columns)) is not None:
-            raise DatasetError(f"column {missing!r} has no value, and the prompt needs it")
-        return self.asked(template.render(columns, "of the input"))
+        if self.reading.rendering == 1:
+            return self.asked(template.render(columns, "of the input"))
+        return self._ask(replace(self._mapping, prompt=template), columns)
 
-    def _of_prompt(self, prompt: Any) -> list[Message]:
+    def _of_prompt(self, columns: Mapping[str, Any], name: str) -> Chat:
+        prompt = columns[name]
         if self.reading.rendering == 1:
             if not isinstance(prompt, str):
                 raise DatasetError(f"{PROMPT} must be a string, got {type(prompt).__name__} {prompt!r:.80}")
             return self.asked(prompt)
-        if isinstance(prompt, list):
-            return _parsed(prompt, PROMPT)
+        if isinstance(prompt, list | tuple):
+            return self._ask(replace(self._mapping, messages=name), columns)
         try:
             return self.asked(self.reading.values.text(prompt))
         except ValueProblem as problem:
-            raise DatasetError(f"column {PROMPT!r} {problem}") from problem
+            raise DatasetError(f"column {name!r} {problem}") from problem
 
-    def asked(self, text: str) -> list[Message]:
+    def _ask(self, mapping: RowMapping, columns: Mapping[str, Any]) -> Chat:
+        return mapping.question(columns, "of the input")
+
+    def asked(self, text: str) -> Chat:
         """The conversation of a plain text.
 
         Raises:
@@ -170,8 +194,17 @@ class RowPrompts:
         """
         if not text:
             raise DatasetError("the prompt is empty")
-        turn = Message(role="user", content=text)
-        return [turn] if self.system is None else [Message(role="system", content=self.system), turn]
+        chat = Chat(messages=({"role": "user", "content": text},))
+        return replace(self._mapping, system=self.system).with_system(chat)
+
+    def conversation(self, messages: Any, tools: Any = None) -> Chat:
+        """The conversation of a chat that is not in a row.
+
+        Raises:
+            DatasetError: It is not a chat, or an empty one.
+        """
+        columns = {MESSAGES: messages, TOOLS: tools}
+        return self._ask(replace(self._mapping, messages=MESSAGES, tools=TOOLS), columns)
 
     def _what_is_missing(self, columns: Mapping[str, Any]) -> str:
         names = ", ".join(map(str, columns)) or "none"
@@ -186,10 +219,3 @@ class RowPrompts:
             f"({self.reading.prompt!r:.80}), no {PROMPT!r} and no {MESSAGES!r}, and --prompt is not set; its columns: "
             f"{names}"
         )
-
-
-def _parsed(cell: Any, name: str) -> list[Message]:
-    messages = parse_messages(cell, name)
-    if not messages:
-        raise DatasetError(f"{name}: the chat is empty")
-    return list(messages)

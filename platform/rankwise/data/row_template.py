@@ -53,11 +53,13 @@ class RowTemplate:
         key: The YAML key it came from, for messages.
         parts: Literal texts, fields and optional parts.
         values: How values become text.
+        source: What it was parsed from.
     """
 
     key: str
     parts: tuple[str | Field | Optional, ...]
     values: Values = CURRENT
+    source: str = ""
 
     @classmethod
     def parse(cls, text: str, key: str, values: Values = CURRENT) -> RowTemplate:
@@ -75,7 +77,7 @@ class RowTemplate:
             DatasetError: A brace is unbalanced, or a field is anything but a column name and a format specification.
         """
         if values.version == 1:
-            return cls(key=key, parts=_fields(text, key, text, values), values=values)
+            return cls(key=key, parts=_fields(text, key, text, values), values=values, source=text)
         parts: list[str | Field | Optional] = []
         outside, inside = "", None
         place = 0
@@ -107,7 +109,7 @@ class RowTemplate:
                 else:
                     outside += f"[[{inside}{mark}"
                 inside = None
-        return cls(key=key, parts=(*parts, *_fields(outside, key, text, values)), values=values)
+        return cls(key=key, parts=(*parts, *_fields(outside, key, text, values)), values=values, source=text)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -120,6 +122,11 @@ class RowTemplate:
                 for column in (part.columns if isinstance(part, Optional) else (part.column,))
             )
         )
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The columns outside the optional parts."""
+        return tuple(dict.fromkeys(part.column for part in self.parts if isinstance(part, Field)))
 
     @property
     def whole_column(self) -> str | None:

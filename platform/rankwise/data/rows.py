@@ -17,7 +17,7 @@ from rankwise.data.chat import CALL_ROLES, KNOWN_ROLES, ROLES, Chat, Message, To
 from rankwise.data.formats import RowMapping
 from rankwise.data.masks import Supervise, reference
 from rankwise.data.template import Renderer, RenderError
-from rankwise.data.training_table import TextTable, open_table
+from rankwise.data.training_table import open_table
 from rankwise.exceptions import DatasetError
 from rankwise.reporter import SILENT, Advance, Reporter
 
@@ -129,6 +129,8 @@ class Examples:
     """Rows left out, by `SIDE: reason`."""
     notes: tuple[str, ...] = ()
     """Remarks on how the rows were read; preflight shows them as warnings."""
+    mapping: RowMapping | None = None
+    """How the training rows were read (or the evaluation rows, where these are all)."""
 
 
 def load_examples(
@@ -204,6 +206,7 @@ def build_examples(
             eval=[] if eval_source is None else eval_source.examples(eval_rows, renderer, advance),
             dropped=dropped,
             notes=tuple(notes),
+            mapping=None if (table := train or eval_source) is None else table.mapping,
         )
 
 
@@ -227,9 +230,7 @@ class _Table:
     def scan(
         cls, table: Any, dataset: DatasetSpec, side: str, notes: list[str], dropped: dict[str, int], advance: Advance
     ) -> _Table:
-        mapping = RowMapping.of(
-            dataset, table.column_names, side, first_rows(table), typed=not isinstance(table, TextTable)
-        )
+        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table))
         row_ids = _row_ids(table, side, notes)
         positions, ids = [], []
         groups = _Groups()

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rankwise.data.chat import without_nulls
 from rankwise.exceptions import AssetError, ConfigError
 
 Kind = Literal["csv", "lines", "json", "text", "parquet", "arrow"]
@@ -460,11 +461,15 @@ def batch_rows(batches: Iterable[pa.RecordBatch], path: Path, *, row: int = 0) -
 
 
 def narrowed(values: list[Any], kind: pa.DataType) -> list[Any]:
-    """Python's values of a column; numbers of 16 and 32 bits stay what they are, as their text depends on it."""
+    """Python's values of a column.
+
+    Numbers of 16 and 32 bits stay what they are, as their text depends on it. Mappings lose the keys without a value: a
+    column of mappings has the keys of all rows in every row.
+    """
     if pa.types.is_float32(kind) or pa.types.is_float16(kind):
         scalar = np.float32 if pa.types.is_float32(kind) else np.float16
         return [value if value is None else scalar(value) for value in values]
-    return values
+    return [without_nulls(value) for value in values] if pa.types.is_nested(kind) else values
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.capabilities import PROBLEMS, Capabilities, probe
-from rankwise.data.chat import Message, Tools
+from rankwise.data.chat import Chat, Message, Tools
 from rankwise.data.template_guard import TemplateRefused, guard
 from rankwise.digests import content_digest
 from rankwise.exceptions import DatasetError
@@ -335,6 +335,12 @@ class Renderer:
         each_tools = [None] * len(conversations) if tools is None else tools
         pairs = zip(conversations, each_tools, strict=True)
         return [self._text(messages, own, index, add_generation_prompt) for index, (messages, own) in enumerate(pairs)]
+
+    def prompts(self, chats: Sequence[Chat]) -> list[str]:
+        """Render conversations up to where an answer to the last message begins; see `texts`."""
+        return self.texts(
+            [chat.messages for chat in chats], tools=[chat.tools for chat in chats], add_generation_prompt=True
+        )
 
     def _text(self, messages: Conversation, tools: Tools | None, index: int, add_generation_prompt: bool) -> str:
         try:

@@ -110,7 +110,8 @@ def export_merged(
     used, reason = _choose(into, loaded)
     result = DTYPES[dtype] if dtype is not None else _sixteen_bit(loaded)
     logger.info("merging %s into %s (%s), in %s", loaded.origin.uri, MERGED_INTO[used], reason, result)
-    tokens = tokens_of(list(prompts or BUILT_IN), loaded.tokenizer, loaded.base.path, loaded.metadata.system)
+    metadata = loaded.metadata
+    tokens = tokens_of(list(prompts or BUILT_IN), loaded.tokenizer, loaded.base.path, metadata.system, metadata.reading)
     references = record_answers(loaded.model, loaded.tokenizer, tokens, max_new_tokens=max_new_tokens)
     merged = _merge(loaded, used, result, chosen)
     with placed(target, f"exporting {loaded.origin.uri}") as temporary:

@@ -13,8 +13,9 @@
 | a table with the column `messages` or `prompt`, or with one column only | one a row |
 
 Rows are rendered as in training (`rankwise.data.prompting`). A text is the user's turn of a chat, after the recorded
-system prompt, if any. A message has a `role` and a `content`, both texts; a chat has at least one message. Anything
-else is a `ConfigError` that names the row.
+system prompt, if any; a chat without a system message gets that too. A message has a `role` and a `content` (a text or
+text parts), or `tool_calls`, and whatever else the chat template writes; a dict with `messages`, and a table, may have
+`tools`. A chat has at least one message. Anything else is a `ConfigError` that names the row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankwise.data.chat import Message
+from rankwise.data.chat import Chat, text_of
 from rankwise.data.prompting import FIRST_READING, Reading, RowPrompts
 from rankwise.data.tables import narrowed
 from rankwise.data.template import Renderer
@@ -39,7 +40,6 @@ _FORMS = (
     "'prompt', an array, rows with the columns of the prompt template, or a table with a column 'messages' or 'prompt' "
     "or with a single column"
 )
-Chat = list[Message]
 
 
 def read_input(data: Any, system: str | None = None, reading: Reading = FIRST_READING) -> list[Chat]:
@@ -68,14 +68,15 @@ def read_input(data: Any, system: str | None = None, reading: Reading = FIRST_RE
     if isinstance(data, pd.Series):
         data = data.tolist()
     data = _plain(data)
+    tools = None
     if isinstance(data, Mapping) and not _is_message(data):
-        data = _member(data)
+        data, tools = _member(data)
     if isinstance(data, str) or _is_message(data):
-        return [_chat(data, system, "the input")]
+        return [_chat(data, tools, prompts, "the input")]
     if isinstance(data, list | tuple):
         if data and all(_is_message(entry) for entry in data):
-            return [_chat(list(data), system, "the input")]
-        return [_chat(entry, system, f"row {index}") for index, entry in enumerate(data)]
+            return [_chat(list(data), tools, prompts, "the input")]
+        return [_chat(entry, tools, prompts, f"row {index}") for index, entry in enumerate(data)]
     raise ConfigError(f"the input must be {_FORMS}; got {type(data).__name__}")
 
 
@@ -116,6 +117,8 @@ def _template_rows(data: Any, prompts: RowPrompts) -> list[Mapping[str, Any]] | 
 def _column(table: pd.DataFrame) -> list[Any]:
     for name in ("messages", "prompt"):
         if name in table.columns:
+            if name == "messages" and "tools" in table.columns:
+                return table[["messages", "tools"]].to_dict(orient="records")
             return list(table[name])
     if len(table.columns) == 1:
         return list(table.iloc[:, 0])
@@ -153,41 +156,46 @@ def _flat(array: np.ndarray) -> Any:
     return array.tolist()
 
 
-def _member(data: Mapping[str, Any]) -> Any:
+def _member(data: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a dict asks, and the tools that come with it."""
     named = [name for name in ("messages", "prompt") if name in data]
-    if len(named) != 1 or len(data) != 1:
+    if len(named) != 1 or not set(data) <= {named[0], *(("tools",) if named == ["messages"] else ())}:
         raise ConfigError(
             f"a dict must have the key 'messages' or 'prompt' and no other; got {', '.join(map(str, data)) or 'none'}; "
-            "parameters such as max_new_tokens go into params"
+            "parameters such as max_new_tokens go into params, and tools beside messages"
         )
-    return data[named[0]]
+    return data[named[0]], data.get("tools")
 
 
-def _chat(entry: Any, system: str | None, where: str) -> Chat:
+def _chat(entry: Any, tools: Any, prompts: RowPrompts, where: str) -> Chat:
     if isinstance(entry, Mapping) and not _is_message(entry):
-        entry = _member(entry)
+        entry, own = _member(entry)
+        tools = tools if own is None else own
         if isinstance(entry, list | tuple) and entry and not all(_is_message(one) for one in entry):
             raise ConfigError(f"{where}: a dict inside a list must hold one text or one chat, got {_kind(entry)}")
     if isinstance(entry, str):
         if not entry:
             raise ConfigError(f"{where}: the text is empty")
-        turn: Message = {"role": "user", "content": entry}
-        return [{"role": "system", "content": system}, turn] if system is not None else [turn]
+        return prompts.asked(entry)
     messages = [entry] if _is_message(entry) else entry
     if not isinstance(messages, list | tuple) or not messages:
         raise ConfigError(f"{where}: must be a text or a chat, got {_kind(entry)}; allowed are: {_FORMS}")
-    chat: Chat = []
     for turn_index, message in enumerate(messages):
         if not _is_message(message):
             raise ConfigError(
                 f"{where}: message {turn_index} must have 'role' and 'content', both texts; got {_kind(message)}"
             )
-        chat.append({"role": message["role"], "content": message["content"]})
-    return chat
+    try:
+        return prompts.conversation(list(messages), tools)
+    except DatasetError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+    """Whether something is a message; contents are checked where the chat is read."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
 
 
 def _kind(value: Any) -> str:
@@ -232,19 +240,21 @@ def read_prompts(path: Path, count: int, seed: int = 0) -> list[Any]:
     return [_entry(lines[index], f"{path}: line {index + 1} with content") for index in chosen]
 
 
-def tokens_of(prompts: list[Any], tokenizer: Any, base: Path, system: str | None) -> list[list[int]]:
+def tokens_of(
+    prompts: list[Any], tokenizer: Any, base: Path, system: str | None, reading: Reading = FIRST_READING
+) -> list[list[int]]:
     """Token ids of prompts, up to where the answer begins: through the chat template, or of the text without one.
 
     Raises:
         ConfigError: A prompt has none of the forms or is a chat without a template, or the template refuses it.
     """
-    chats = read_input(prompts, system)
+    chats = read_input(prompts, system, reading)
     if tokenizer.chat_template:
-        renderer = Renderer.create(tokenizer, base=base)
-        return renderer.tokens(renderer.texts(chats, add_generation_prompt=True))
-    if any(len(chat) > 1 for chat in chats):
+        renderer = Renderer.create(tokenizer, base=base, chat_template_kwargs=reading.chat_template_kwargs)
+        return renderer.tokens(renderer.prompts(chats))
+    if any(len(chat.messages) > 1 for chat in chats):
         raise ConfigError("the model has no chat template, so its prompts must be texts, not chats")
-    return [list(tokenizer(chat[0]["content"])["input_ids"]) for chat in chats]
+    return [list(tokenizer(text_of(chat.messages[0]))["input_ids"]) for chat in chats]
 
 
 def _entry(line: str, where: str) -> Any:

@@ -44,7 +44,11 @@ class QloraModel:
 
     def __init__(self, adapter: LoadedAdapter) -> None:
         self.adapter = adapter
-        self.renderer = Renderer.create(adapter.tokenizer, base=adapter.base.path)
+        self.renderer = Renderer.create(
+            adapter.tokenizer,
+            base=adapter.base.path,
+            chat_template_kwargs=adapter.metadata.reading.chat_template_kwargs,
+        )
         # Until this object is collected: MLflow never closes it. Not an attribute, because it cannot be pickled.
         kept = ExitStack()
         kept.enter_context(keep_dequantized(adapter.model))
@@ -62,7 +66,7 @@ class QloraModel:
         decoding, seed, batch_size = read_params(params)
         chats = read_input(data, self.adapter.metadata.system, self.adapter.metadata.reading)
         with pass_lock(self.adapter.model):
-            texts = self.renderer.texts(chats, add_generation_prompt=True)
+            texts = self.renderer.prompts(chats)
             _check_whole(texts)
             rows = self.renderer.tokens(texts)
         prompts = [

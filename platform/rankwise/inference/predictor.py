@@ -125,7 +125,12 @@ class Predictor:
         self.base = next(iter(adapters.values())).base
         # Each adapter has its own tokenizer and template; only rows with equal tokenizers share a batch.
         self._renderers = {
-            name: Renderer.create(adapter.tokenizer, base=self.base.path) for name, adapter in adapters.items()
+            name: Renderer.create(
+                adapter.tokenizer,
+                base=self.base.path,
+                chat_template_kwargs=adapter.metadata.reading.chat_template_kwargs,
+            )
+            for name, adapter in adapters.items()
         }
         self._digests = {name: renderer.digest() for name, renderer in self._renderers.items()}
         self._idle = Condition()
@@ -328,7 +333,7 @@ class Predictor:
         try:
             chat = readers[model].chat(row)
             renderer = self._renderers[model]
-            (text,) = renderer.texts([chat], add_generation_prompt=True)
+            (text,) = renderer.prompts([chat])
             text.encode()
         except UnicodeEncodeError as error:
             return f"the prompt has an unpaired surrogate: {error}"

@@ -166,7 +166,7 @@ def _register(
             run_id=run.run_id,
             step=step,
             system=arm.work.arm.dataset.system,
-            reading=Reading.of(arm.work.arm.dataset),
+            reading=Reading.of(arm.work.arm.dataset, arm.rows.examples.mapping),
             tags={
                 JOB: arm.job.id,
                 "rankwise.attempt": arm.job.attempts,

@@ -5,6 +5,7 @@ from helpers.data_rows import chat, make_renderer, table
 
 from rankwise.data.formats import RowMapping, recognize
 from rankwise.data.rows import build_examples
+from rankwise.data.training_table import TypedTable
 from rankwise.exceptions import DatasetError
 from rankwise.experiment.schema import DatasetSpec
 
@@ -152,10 +153,14 @@ def test_keys_that_a_typed_table_fills_in_are_no_arguments():
     def called(**arguments):
         return {"role": "assistant", "content": None, "tool_calls": [{"name": "find", "arguments": arguments}]}
 
-    rows = table([{"messages": [USER, called(x="1")]}, {"messages": [USER, called(y="2")]}])
-    mapping = RowMapping.of(spec(), rows.column_names, "train", list(rows), typed=True)
-    arguments = [mapping.convert(row, "0").chat.messages[1]["tool_calls"][0]["function"]["arguments"] for row in rows]
+    plain = table([{"messages": [USER, called(x="1")]}, {"messages": [USER, called(y="2")]}])
+    rows = TypedTable(plain)
+    mapping = RowMapping.of(spec(), rows.column_names, "train")
+    chats = [mapping.convert({"messages": cell}, "0").chat for cell in rows["messages"]]
+    arguments = [chat.messages[1]["tool_calls"][0]["function"]["arguments"] for chat in chats]
     assert arguments == [{"x": "1"}, {"y": "2"}]
+    cells = plain.to_pandas()["messages"]
+    assert [mapping.convert({"messages": cell}, "0").chat for cell in cells] == chats
 
 
 def test_a_question_is_what_the_last_answer_answers():
@@ -166,7 +171,8 @@ def test_a_question_is_what_the_last_answer_answers():
     assert ask({"messages": [USER]}, system="s").messages == ({"role": "system", "content": "s"}, USER)
     assert ask({"prompt": "q", "completion": "a"}).messages == (USER,)
     assert ask({"prompt": [USER], "completion": [ANSWER]}).messages == (USER,)
-    assert ask({"messages": None}) is None
+    with pytest.raises(DatasetError, match="column 'messages' has no value, and the prompt needs it"):
+        ask({"messages": None})
     mapping = RowMapping.of(spec(), ["instruction", "input", "output"], "train")
     assert mapping.question({"instruction": "q", "input": ""}, "0").messages == (USER,)
 

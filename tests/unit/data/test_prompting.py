@@ -1,5 +1,6 @@
 import pytest
 
+from rankwise.data.formats import RowMapping
 from rankwise.data.prompting import FIRST_READING, Reading, RowPrompts
 from rankwise.exceptions import DatasetError
 from rankwise.experiment.schema import DatasetSpec
@@ -13,21 +14,21 @@ def prompts(*, template=None, system=None, **reading):
 
 
 def asked(columns, **settings):
-    (turn,) = prompts(**settings).chat(columns)
+    (turn,) = prompts(**settings).chat(columns).messages
     assert turn["role"] == "user"
     return turn["content"]
 
 
 def test_a_text_is_the_user_s_turn_after_the_system_prompt():
-    assert prompts().chat({"prompt": "hello"}) == [USER]
-    assert prompts(system="be brief").chat({"prompt": "hello"}) == [SYSTEM, USER]
+    assert prompts().chat({"prompt": "hello"}).messages == (USER,)
+    assert prompts(system="be brief").chat({"prompt": "hello"}).messages == (SYSTEM, USER)
 
 
 def test_a_chat_comes_as_it_is_or_as_json():
     for column, reading in (("messages", {}), ("chat", {"messages": "chat"}), ("messages", {"messages": "chat"})):
         reader = prompts(system="be brief", **reading)
-        assert reader.chat({column: [USER], "prompt": None}) == [USER]
-        assert reader.chat({column: '[{"role": "user", "content": "hello"}]'}) == [USER]
+        assert reader.chat({column: [SYSTEM, USER], "prompt": None}).messages == (SYSTEM, USER)
+        assert reader.chat({column: '[{"role": "user", "content": "hello"}]'}).messages == (SYSTEM, USER)
 
 
 def test_a_template_is_filled_from_the_columns():
@@ -56,7 +57,7 @@ def test_a_template_over_the_column_prompt_is_used():
 
 
 def test_a_chat_comes_before_the_template_of_training():
-    assert prompts(prompt="zip {zip}").chat({"zip": "1", "messages": [USER]}) == [USER]
+    assert prompts(prompt="zip {zip}").chat({"zip": "1", "messages": [USER]}).messages == (USER,)
 
 
 def test_optional_parts_may_lack_a_value_but_not_the_others():
@@ -70,7 +71,7 @@ def test_optional_parts_may_lack_a_value_but_not_the_others():
 
 def test_a_prompt_may_be_a_number_or_a_chat_as_in_training():
     assert asked({"prompt": 3}) == "3"
-    assert prompts(system="be brief").chat({"prompt": [USER]}) == [USER]
+    assert prompts(system="be brief").chat({"prompt": [USER]}).messages == (SYSTEM, USER)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +115,10 @@ def test_a_template_that_does_not_fit_is_told():
 
 def test_adapters_of_earlier_releases_are_asked_as_before():
     first = RowPrompts(reading=FIRST_READING, template="{a} {b}")
-    assert first.chat({"a": True, "b": None})[0]["content"] == "True None"
+    assert first.chat({"a": True, "b": None}).messages[0]["content"] == "True None"
     with pytest.raises(DatasetError, match="prompt must be a string, got int 3"):
         RowPrompts(reading=FIRST_READING).chat({"prompt": 3})
-    assert RowPrompts(reading=FIRST_READING, template="{x:.3}").chat({"x": 1.2345})[0]["content"] == "1.23"
+    assert RowPrompts(reading=FIRST_READING, template="{x:.3}").chat({"x": 1.2345}).messages[0]["content"] == "1.23"
 
 
 def test_what_an_adapter_keeps_of_its_definition_is_plain_data():
@@ -138,7 +139,25 @@ def test_what_an_adapter_keeps_of_its_definition_is_plain_data():
         "completion": "{color}",
         "messages": None,
         "tools": "functions",
+        "system_column": None,
         "na_values": ["NA"],
         "chat_template_kwargs": {"enable_thinking": False},
     }
     assert Reading.from_section(section) == reading
+
+
+def test_what_was_recognized_from_the_rows_is_kept():
+    rows = [{"instruction": "x", "input": "", "output": "y", "system": "be brief"}]
+    dataset = DatasetSpec(train="rows.jsonl")
+    reading = Reading.of(dataset, RowMapping.of(dataset, list(rows[0]), "train", rows))
+    assert (reading.format, reading.system_column) == ("alpaca", "system")
+    chat = RowPrompts(reading=reading).chat({"instruction": "x", "system": "be brief"})
+    assert chat.messages == (SYSTEM, {"role": "user", "content": "x"})
+
+
+def test_a_chat_is_asked_for_its_last_answer_with_its_tools():
+    reader = prompts(messages="conversations")
+    answered = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    chat = reader.chat({"conversations": answered, "tools": '[{"name": "f"}]'})
+    assert chat.messages == (USER,)
+    assert chat.tools == ({"type": "function", "function": {"name": "f"}},)

@@ -6,11 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rankwise.data.prompting import Reading
 from rankwise.exceptions import ConfigError
 from rankwise.flavor.inputs import read_input
 
 A = [{"role": "user", "content": "a"}]
 B = [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]
+
+
+def asked(data, *arguments):
+    return [list(chat.messages) for chat in read_input(data, *arguments)]
 
 
 def text(value):
@@ -53,11 +58,39 @@ def text(value):
     ],
 )
 def test_every_form_becomes_conversations(data, chats):
-    assert read_input(data) == chats
+    assert asked(data) == chats
 
 
 def test_a_recorded_system_prompt_comes_before_texts_and_not_into_chats():
-    assert read_input(["a", B], "be brief") == [[{"role": "system", "content": "be brief"}, A[0]], B]
+    # As releases up to 0.2 did.
+    assert asked(["a", A], "be brief") == [[{"role": "system", "content": "be brief"}, A[0]], A]
+
+
+def test_a_recorded_system_prompt_comes_before_texts_and_chats_as_in_training():
+    brief = {"role": "system", "content": "be brief"}
+    assert asked(["a", A, B], "be brief", Reading()) == [[brief, A[0]], [brief, A[0]], B]
+
+
+CALLED = [*A, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}]
+TOOLS = [{"name": "f"}]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"messages": [*CALLED, {"role": "tool", "content": "1"}], "tools": TOOLS},
+        [{"messages": [*CALLED, {"role": "tool", "content": "1"}], "tools": TOOLS}],
+        pd.DataFrame({"messages": [[*CALLED, {"role": "tool", "content": "1"}]], "tools": [TOOLS]}),
+    ],
+)
+def test_calls_and_tools_reach_the_conversation(data):
+    (chat,) = read_input(data, None, Reading())
+    assert chat.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert chat.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+def test_an_answer_that_ends_a_chat_is_asked_for():
+    assert asked([[*A, {"role": "assistant", "content": "b"}]], None, Reading()) == [A]
 
 
 @pytest.mark.parametrize(
