@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ def serve_command(directory: Path, metadata: AdapterMetadata, name: str, setting
             arguments += ["--chat-template", str(directory / TEMPLATE_NAME)]
         else:
             remarks.append("the adapter has no chat template: send complete prompts (/v1/completions)")
+    if metadata.reading.chat_template_kwargs:
+        given = json.dumps(dict(metadata.reading.chat_template_kwargs), sort_keys=True)
+        arguments += ["--default-chat-template-kwargs", given]
     if metadata.system is not None:
         remarks.append(f"trained with the system message {metadata.system!r}: start every chat with it")
     return ServeCommand(arguments=tuple(arguments), differs=differs, remarks=tuple(remarks))

@@ -6,6 +6,7 @@ shared batches. The command and the gate first group models by base; a claimed p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ from rankwise.tracking.run import Run
 BARE = "base"
 """Name of the setup's bare base among the models; other bases are named `base of URI`."""
 _NO_TEMPLATE = "none"
-_TEMPLATE = ("chat_template", "chat_template_revision")
+_TEMPLATE = ("chat_template", "chat_template_revision", "chat_template_kwargs")
 
 
 def evaluate_attached(
@@ -146,7 +147,7 @@ def group_by_base(
         if (facts := recorded.get(uri)) is None:
             own.models.append(uri)
             continue
-        template = metadata[uri].chat_template
+        template = _template_key(metadata[uri].chat_template, metadata[uri].reading.chat_template_kwargs)
         located = resolved if facts.fingerprint == fingerprint else find_base(facts, uri, context.settings)
         used = quantization or facts.quantization
         attention = base_attention(located, used, recorded_attention(facts, located, used)).name
@@ -172,7 +173,13 @@ def _template_of(arm: ArmSpec, base: ResolvedBase) -> str:
     dataset = arm.dataset
     with quiet_transformers():
         tokenizer = load_tokenizer(base.path)
-    return template_digest(apply_template(tokenizer, dataset.chat_template, dataset.chat_template_revision))
+    digest = template_digest(apply_template(tokenizer, dataset.chat_template, dataset.chat_template_revision))
+    return _template_key(digest, dataset.chat_template_kwargs)
+
+
+def _template_key(digest: str, arguments: Mapping[str, Any]) -> str:
+    """What a template renders with: its digest, and its arguments, if any."""
+    return f"{digest} {json.dumps(dict(arguments), sort_keys=True)}" if arguments else digest
 
 
 def _own_base(context: Context, arm: ArmSpec, recorded: Mapping[str, BaseFacts]) -> ResolvedBase:
@@ -187,7 +194,7 @@ def _over(
     context: Context, arm: ArmSpec, uri: str, base: ResolvedBase, quantization: QuantizationSpec, attention: str
 ) -> ArmSpec:
     # A model that rankwise did not train gets the base's own template.
-    template = _recorded_template(context, uri) or dict.fromkeys(_TEMPLATE)
+    template = _recorded_template(context, uri) or {**dict.fromkeys(_TEMPLATE), "chat_template_kwargs": {}}
     return arm.model_copy(
         update={
             "base_model": base.source,
@@ -199,7 +206,7 @@ def _over(
     )
 
 
-def _recorded_template(context: Context, uri: str) -> dict[str, str | None] | None:
+def _recorded_template(context: Context, uri: str) -> dict[str, Any] | None:
     if uri.startswith(("models:", "runs:")):
         with suppress(ConfigError):
             dataset = recorded_setup(context, uri).arm.dataset

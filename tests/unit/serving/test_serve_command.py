@@ -61,6 +61,13 @@ def test_a_template_of_the_adapter_s_own_and_a_system_message_are_told(world, di
     assert serve.to_json()["line"] == serve.line
 
 
+def test_arguments_of_the_template_are_given_to_the_server(world, directory, metadata):
+    reading = replace(metadata.reading, chat_template_kwargs={"enable_thinking": False})
+    serve = serve_command(directory, replace(metadata, reading=reading), "m", world.settings)
+    place = serve.arguments.index("--default-chat-template-kwargs")
+    assert serve.arguments[place + 1] == '{"enable_thinking": false}'
+
+
 def test_what_vllm_cannot_serve_has_no_line(world, directory, metadata):
     path = directory / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {"q_proj": 2}}))
