@@ -6,7 +6,7 @@ peft is imported by the functions that need it: this module costs nothing at imp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 SEVERAL_ADAPTERS = (
@@ -58,6 +58,36 @@ def is_plain_lora(layer: Any, adapter: str) -> bool:
     Only the layer's own dictionaries tell: what an adapter's configuration asks for need not apply to every layer.
     """
     return adapter not in layer.lora_variant and not layer.lora_bias.get(adapter)
+
+
+def is_parameter_wrapper(layer: Any) -> bool:
+    """Whether a LoRA layer adapts a parameter (`target_parameters`, experts of a mixture) instead of a linear layer."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper)
+
+
+@contextmanager
+def linear_targets_only() -> Iterator[None]:
+    """Let target names mean linear layers inside the block.
+
+    For some mixtures (Qwen3-MoE, Qwen3-Next, DeepSeek-V3), peft takes `gate_proj`, `up_proj` and `down_proj` for the
+    routed experts, which are parameters and no layers, and drops the shared experts of these names. There is no
+    setting for it.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    theirs = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = theirs
+
+
+def target_names(config: Any) -> AbstractContextManager[None]:
+    """How the target names of a stored adapter are read: one that peft made for routed experts names parameters."""
+    return nullcontext() if config.target_parameters else linear_targets_only()
 
 
 def deactivate_adapters(layer: Any) -> None:

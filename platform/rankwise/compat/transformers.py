@@ -82,6 +82,31 @@ def is_conv1d(module: Any) -> bool:
     return isinstance(module, Conv1D)
 
 
+@contextmanager
+def experts_as_saved() -> Iterator[None]:
+    """Load a pre-quantized model with its experts as `save_pretrained` wrote them, inside the block.
+
+    transformers replaces the experts of some pre-quantized models (Llama 4) by linear layers, one for each expert, as
+    in published checkpoints. A model that it quantized and saved itself does not have those. There is no setting.
+    """
+    from transformers.quantizers import base
+
+    theirs = base.MODULES_TO_PATCH_FOR_QUANTIZATION
+    base.MODULES_TO_PATCH_FOR_QUANTIZATION = {}
+    try:
+        yield
+    finally:
+        base.MODULES_TO_PATCH_FOR_QUANTIZATION = theirs
+
+
+def is_router(module: Any) -> bool:
+    """Whether a linear layer is the router of a mixture, which returns several tensors and cannot have an adapter.
+
+    The classes have nothing in common but their names.
+    """
+    return "Router" in type(module).__name__
+
+
 def checkpointable_layers(model: Any) -> list[Any]:
     """The layers of a model that transformers would run with gradient checkpointing, in order.
 

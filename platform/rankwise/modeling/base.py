@@ -32,7 +32,7 @@ from rankwise.assets.layout import read_json
 from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors
 from rankwise.compat.bitsandbytes import is_repacked as layer_is_repacked
 from rankwise.compat.peft import is_adapted_linear
-from rankwise.compat.transformers import is_conv1d, model_class_of, never_quantized
+from rankwise.compat.transformers import experts_as_saved, is_conv1d, is_router, model_class_of, never_quantized
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.attention import ResolvedAttention, resolve_attention
@@ -272,7 +272,7 @@ def load_base(
                 quantize=lambda: _load_model(
                     resolved.path, loaded, target, attention.name, bnb_config(quantization, dtype.dtype, config)
                 ),
-                load=lambda path: _load_model(path, loaded, target, attention.name, None),
+                load=lambda path: _load_cached(path, loaded, target, attention.name),
             )
         else:
             model, from_cache = _load_model(resolved.path, loaded, target, attention.name, None), False
@@ -375,6 +375,11 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention:
     return model
 
 
+def _load_cached(path: Path, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
+    with experts_as_saved():
+        return _load_model(path, dtype, device, attention, None)
+
+
 def config_from(source: Any) -> Any:
     """Build a transformers configuration from the content of a `config.json`; return a configuration unchanged.
 
@@ -439,7 +444,8 @@ def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
         if is_conv1d(module):
             layers[name] = (int(module.weight.shape[0]), int(module.weight.shape[1]))
             continue
-        plain = isinstance(module, torch.nn.Linear) and module is not head and not _inside(name, layers)
+        linear = isinstance(module, torch.nn.Linear) and not is_router(module)
+        plain = linear and module is not head and not _inside(name, layers)
         if plain or is_adapted_linear(module):
             layers[name] = (int(module.in_features), int(module.out_features))
     return layers

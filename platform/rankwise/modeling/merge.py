@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from rankwise.compat.peft import DEPRECATED_CHECKPOINTING, base_name, plain_module
+from rankwise.compat.peft import DEPRECATED_CHECKPOINTING, base_name, plain_module, target_names
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.modeling.adapter import adapter_tensors, add_rows
 from rankwise.modeling.base import expected_warning
@@ -63,7 +63,7 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
     add_rows(plain, config)
     own = copy.deepcopy(config)
     own.base_model_name_or_path = plain.name_or_path  # Otherwise peft warns.
-    with torch.random.fork_rng(devices=[]), expected_warning(DEPRECATED_CHECKPOINTING):
+    with torch.random.fork_rng(devices=[]), expected_warning(DEPRECATED_CHECKPOINTING), target_names(own):
         model = get_peft_model(plain, own, adapter_name=_NAME)
     _check_tied(plain)
     places = adapter_tensors(model, _NAME)

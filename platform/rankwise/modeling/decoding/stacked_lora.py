@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.lora.packed import not_plain, replaced_forward
+from rankwise.modeling.lora.row_shape import is_expert, not_distinguished
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +81,17 @@ class _StackedForward:
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y: torch.Tensor = self._layer.base_layer(x, *args, **kwargs)
-        if x.dim() != 3 or x.shape[0] != self._stack.rows or x.shape[1] != 1:
-            raise ConfigError(
-                f"module {self._module} is called with an input of shape {tuple(x.shape)}, so its rows cannot be "
-                "distinguished (experts of a mixture are called like this); remove it from lora.target_modules"
-            )
+        rows = self._stack.rows
+        # One token a row; further dimensions, such as heads, are inputs of the same token.
+        if x.dim() < 2 or x.shape[0] != rows or is_expert(self._module):
+            raise ConfigError(not_distinguished(self._module, x))
         if self._a.dtype != x.dtype or self._b.dtype != y.dtype:
             self._a, self._b = self._a.to(x.dtype), self._b.to(y.dtype)
-        inner = functional.linear(x[:, 0], self._a)
+        inner = functional.linear(x.reshape(rows, -1, x.shape[-1]), self._a)
         foreign = self._stack.foreign(self._ranks)
         if foreign is not None:
-            inner.masked_fill_(foreign, 0.0)
-        y[:, 0].addmm_(inner.to(y.dtype), self._b)
+            inner.masked_fill_(foreign[:, None], 0.0)
+        y.view(-1, y.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]).to(y.dtype), self._b)
         return y
 
 

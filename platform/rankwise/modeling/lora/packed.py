@@ -40,13 +40,21 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from rankwise.compat.peft import SEVERAL_ADAPTERS, deactivate_adapters, is_plain_lora, one_active_adapter
-from rankwise.compat.transformers import is_conv1d
+from rankwise.compat.peft import (
+    SEVERAL_ADAPTERS,
+    deactivate_adapters,
+    is_parameter_wrapper,
+    is_plain_lora,
+    linear_targets_only,
+    one_active_adapter,
+)
+from rankwise.compat.transformers import is_conv1d, is_router
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import LoraSpec
 from rankwise.modeling.base import expected_warning
 from rankwise.modeling.lora.function import DropoutKey, Slice, add_lora, uniform
+from rankwise.modeling.lora.row_shape import BatchShape, RowForm, batch_shape
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +127,9 @@ class Routing:
 class _PackedForward:
     """The forward of one LoRA layer under a routing."""
 
-    def __init__(self, routing: Routing, layer: Any, module: str) -> None:
+    def __init__(self, routing: Routing, layer: Any, module: str, batch: BatchShape) -> None:
         self.routing = routing
+        self.batch = batch
         self.layer = layer
         self.module = module
 
@@ -129,11 +138,9 @@ class _PackedForward:
         segments = [segment for segment in self.routing.current if segment.adapter in self.layer.lora_A]
         if not segments:
             return y
-        if x.dim() != 3 or x.shape[0] < segments[-1].stop:
-            raise ConfigError(
-                f"module {self.module} is called with an input of shape {tuple(x.shape)}, so its rows cannot be "
-                "distinguished (experts of a mixture are called like this); remove it from lora.target_modules"
-            )
+        form = RowForm(x, self.batch, self.module)
+        assert form.rows >= segments[-1].stop, "segments are beyond the batch"
+        x, y = form.enter(x), form.enter(y)
         slices: list[Slice] = []
         matrices: list[torch.Tensor] = []
         for segment in segments:
@@ -148,7 +155,7 @@ class _PackedForward:
                 Slice(
                     start=segment.start,
                     stop=segment.stop,
-                    length=min(segment.length or x.shape[1], x.shape[1]),
+                    length=min(form.length(segment.length) if segment.length else x.shape[1], x.shape[1]),
                     scaling=self.layer.scaling[name],
                     p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
                     key=segment.dropout,
@@ -156,7 +163,7 @@ class _PackedForward:
                 )
             )
             matrices += [self.layer.lora_A[name].weight, self.layer.lora_B[name].weight]
-        return add_lora(y, x, slices, matrices)
+        return form.leave(add_lora(y, x, slices, matrices))
 
 
 def install(model: Any) -> Routing:
@@ -186,13 +193,19 @@ def packed_forwards(model: Any, routing: Routing) -> list[tuple[Any, _PackedForw
         ConfigError: A LoRA layer is not a linear one.
     """
     forwards = []
+    batch = batch_shape(_unwrap(model))
     for name, layer in _lora_layers(_unwrap(model)):
+        if is_parameter_wrapper(layer):
+            raise ConfigError(
+                f"module {name} has an adapter on a parameter (target_parameters: the experts of a mixture), which "
+                "cannot be trained or run together with other adapters"
+            )
         if len(layer.lora_embedding_A) or isinstance(layer.get_base_layer(), nn.Conv1d | nn.Conv2d | nn.Conv3d):
             raise ConfigError(
                 f"module {name} is a {type(layer.get_base_layer()).__name__}, but only adapters of linear layers can "
                 "be trained and run together; remove it from lora.target_modules"
             )
-        forwards.append((layer, _PackedForward(routing, layer, name)))
+        forwards.append((layer, _PackedForward(routing, layer, name, batch)))
     return forwards
 
 
@@ -234,7 +247,7 @@ def create_adapter(model: Any, arm: ArmSpec) -> str:
         task_type="CAUSAL_LM",
     )
     # peft draws its own start values, which are replaced below; the global generator is not to notice.
-    with torch.random.fork_rng(devices=[]), expected_warning(SEVERAL_ADAPTERS):
+    with torch.random.fork_rng(devices=[]), expected_warning(SEVERAL_ADAPTERS), linear_targets_only():
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
@@ -316,7 +329,9 @@ def _targets(model: Any, lora: LoraSpec) -> list[str]:
     heads = {name for name, module in model.named_modules() if module is head}
     if lora.target_modules == "all-linear":
         suffixes = {name.rpartition(".")[2] for name in linear - heads}
-        if suffixes & {name.rpartition(".")[2] for name in heads}:
+        others = {name for name, _ in model.named_modules() if not _inside_lora(name)} - linear
+        # Heads, and modules of other kinds with the name of a linear layer, such as routers of mixtures.
+        if suffixes & {name.rpartition(".")[2] for name in heads | others}:
             return sorted(linear - heads)
         return sorted(suffixes)
     problems = []
@@ -335,7 +350,7 @@ def _targets(model: Any, lora: LoraSpec) -> list[str]:
 def _is_linear(module: Any) -> bool:
     # bitsandbytes' layers are subclasses of nn.Linear.
     layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+    return (isinstance(layer, nn.Linear) and not is_router(layer)) or is_conv1d(layer)
 
 
 def _inside_lora(name: str) -> bool:
