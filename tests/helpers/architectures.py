@@ -90,6 +90,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3_longrope": _of("phi3", ("qkv_proj", "o_proj"), rope_parameters=LONGROPE,
                          original_max_position_embeddings=16),
     "phimoe": _of("phimoe", **LOCAL_EXPERTS),
+    "phimoe_longrope": _of("phimoe", **LOCAL_EXPERTS, original_max_position_embeddings=16, rope_parameters={
+        **LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3}),
     "llama_dynamic": _of("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
                          max_position_embeddings=16),
     "llama_yarn": _of("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
@@ -98,6 +100,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16}),
     "minicpm3": _of("minicpm3", ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"), **LATENT, drop=("head_dim",)),
+    "minicpm3_longrope": _of("minicpm3", ("q_a_proj", "kv_b_proj"), **LATENT, drop=("head_dim",),
+                             rope_parameters={**LONGROPE, "short_factor": [1.0, 1.1, 1.2, 1.3],
+                                              "long_factor": [2.0, 3.0, 4.0, 5.0]}),
     "deepseek_v2": _of("deepseek_v2", ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"), **ROUTED_EXPERTS, **LATENT,
                        topk_method="greedy", n_shared_experts=1, drop=("head_dim",)),
     "deepseek_v3": _of("deepseek_v3", "all-linear", **ROUTED_EXPERTS, **LATENT, n_shared_experts=1,

@@ -5,7 +5,6 @@ A check passes when it returns without an exception; what it returns is shown in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -229,7 +228,7 @@ def register(subject: Subject) -> str:
 
 
 def predict(subject: Subject) -> str:
-    """Answers of a batch with two adapters and the base, against each prompt alone through transformers' generate."""
+    """Greedy answers of a batch with two adapters and the base, against each prompt alone and without a cache."""
     from rankwise.modeling.adapter import load_adapter
     from rankwise.modeling.lora.packed import own_forward
 
@@ -242,40 +241,25 @@ def predict(subject: Subject) -> str:
         Prompt(token_ids=tuple(int(token) for token in draw.integers(4, 300, size=length)), adapter=names[index % 3])
         for index, length in enumerate((5, 7, 12, 14, 19, 24))
     ]
-    config = base.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and limit < 64:
-        # Positions beyond the configured ones are the point of the scaling.
-        config.max_position_embeddings = 64
     mine = generate(base, prompts, Decoding(max_new_tokens=8), batch_size=4)
-    from transformers import GenerationConfig
-
     ends = base.tokenizer.eos_token_id
     for prompt, answer in zip(prompts, mine, strict=True):
-        settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=ends, pad_token_id=3)
-        ids = torch.tensor([prompt.token_ids])
-        model = base.model
         if prompt.adapter is None:
-            model = subject.base.model
-            output = _generate(model, ids, settings)
+            theirs = _greedy(subject.base.model, prompt.token_ids, ends)
         else:
-            with own_forward(model, prompt.adapter):
-                output = _generate(model, ids, settings)
-        theirs = tuple(output[0, ids.shape[1] :].tolist())
+            with own_forward(base.model, prompt.adapter):
+                theirs = _greedy(base.model, prompt.token_ids, ends)
         assert answer.token_ids == theirs, f"{len(prompt.token_ids)} tokens: {answer.token_ids} against {theirs}"
     return "equal"
 
 
-def _generate(model: Any, ids: torch.Tensor, settings: Any) -> torch.Tensor:
-    kept, model.generation_config = model.generation_config, copy.deepcopy(settings)
-    try:
-        with torch.no_grad():
-            output: torch.Tensor = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-            )
-            return output
-    finally:
-        model.generation_config = kept
+@torch.no_grad()
+def _greedy(model: Any, prompt: tuple[int, ...], end: int, new_tokens: int = 8) -> tuple[int, ...]:
+    """The greedy answer to one prompt, all tokens computed again for each new one."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + new_tokens and tokens[len(prompt) :][-1:] != [end]:
+        tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(tokens[len(prompt) :])
 
 
 def export(subject: Subject) -> str:

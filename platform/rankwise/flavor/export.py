@@ -36,6 +36,7 @@ from rankwise.modeling.merge import (
     record_answers,
     take_dequantized,
 )
+from rankwise.modeling.rope import per_row
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,7 @@ def _measure(
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
     if wrong:
         raise StorageError(f"the merged model does not load as it was written: {', '.join(wrong[:5])}")
+    per_row(model)  # The registered model's rows are computed so, too.
     return compare_answers(references, model.to(device).eval())
 
 

@@ -38,6 +38,7 @@ from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.attention import ResolvedAttention, resolve_attention
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
+from rankwise.modeling.rope import per_row
 from rankwise.settings import Settings, compute_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -281,6 +282,8 @@ def load_base(
     model.eval()
     model.requires_grad_(False)
     hold_exact(model)
+    if per_row(model):
+        logger.info("base %s: rotary frequencies depend on length, and are chosen for each row", resolved.source)
     return LoadedBase(
         model=model,
         tokenizer=tokenizer,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError, is_out_of_memory
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import Routing, Segment
+from rankwise.modeling.rope import row_lengths
 from rankwise.training.arm import TrainingArm
+from rankwise.training.row_check import rows_are_independent
 
 METRICS = ("eval.loss", "eval.perplexity", "eval.token_accuracy")
 MAX_ROWS = 64
@@ -28,6 +31,7 @@ class TrainingEvaluator:
     """Computes `METRICS` for the arms of a pack, in batches with rows of several arms."""
 
     def __init__(self, model: Any, routing: Routing, logits: SupervisedLogits, pad_token_id: int) -> None:
+        self._model = model
         self._routing = routing
         self._logits = logits
         self._pad_token_id = pad_token_id
@@ -64,10 +68,8 @@ class TrainingEvaluator:
         size = max(1, min(size, self._max_rows, MAX_LOGITS // (self._vocabulary * max(1, longest))))
         self._rows = size
         sums: list[list[float]] = [[0.0, 0.0, 0.0] for _ in arms]
-        for start in range(0, len(work), size):
-            for index, loss, correct, tokens in self._pass(
-                arms, sorted(work[start : start + size], key=lambda item: item[0])
-            ):
+        for batch in self._batches(work, size):
+            for index, loss, correct, tokens in self._pass(arms, sorted(batch, key=lambda item: item[0])):
                 sums[index][0] += loss
                 sums[index][1] += correct
                 sums[index][2] += tokens
@@ -81,6 +83,14 @@ class TrainingEvaluator:
             }
         return metrics
 
+    def _batches(self, work: Sequence[tuple[int, Encoded]], size: int) -> Iterator[Sequence[tuple[int, Encoded]]]:
+        """Batches of up to `size` rows; of one length if rows depend on their neighbours."""
+        independent = rows_are_independent(self._model, self._logits)
+        for _, run in groupby(work, key=lambda item: None if independent else len(item[1].input_ids)):
+            alike = list(run)
+            for start in range(0, len(alike), size):
+                yield alike[start : start + size]
+
     def _pass(
         self, arms: Sequence[TrainingArm], work: Sequence[tuple[int, Encoded]]
     ) -> list[tuple[int, float, int, int]]:
@@ -92,7 +102,8 @@ class TrainingEvaluator:
             segments.append(Segment(adapter=arms[index].name, start=rows[0], stop=rows[-1] + 1))
         row_of, token = batch.supervised.nonzero(as_tuple=True)
         targets = batch.input_ids[row_of, token].to(self._device)
-        with self._routing.segments(segments):
+        lengths = [len(row.input_ids) for _, row in work]
+        with self._routing.segments(segments), row_lengths(self._model, lengths):
             logits = self._logits(
                 batch.input_ids.to(self._device),
                 batch.attention_mask.to(self._device),

@@ -1,7 +1,8 @@
 """One optimizer step of every arm of a pack: split into forward passes, gradients, updates, peak memory.
 
 1. Micro-step i takes the i-th micro-batch of every arm that has one; rows are sorted by arm.
-2. `Passes` splits the arms of a micro-step into forward passes through the base.
+2. `Passes` splits the arms of a micro-step into forward passes through the base. Rows of an architecture in which
+   they depend on their neighbours (`row_check`) go through passes of one arm and one length.
 3. An arm's loss is the sum over its supervised tokens, divided by their number in its whole accumulation (as
    transformers does with `num_items_in_batch`). The losses of a pass are added and backpropagated once. No row of
    another arm uses an arm's matrices, so each arm gets the gradient that it gets alone.
@@ -32,9 +33,12 @@ from torch.nn import functional
 from rankwise.data.batches import collate
 from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError, is_out_of_memory
+from rankwise.modeling.lora.function import DropoutKey
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import Routing, Segment
+from rankwise.modeling.rope import row_lengths
 from rankwise.training.arm import StepRecord, TrainingArm
+from rankwise.training.row_check import rows_are_independent
 
 
 def release_freed_memory() -> None:
@@ -159,6 +163,19 @@ class _ArmStep:
         return sum(math.prod(self.size(micro_step)) for micro_step in range(len(self.micro_batches)))
 
 
+_PARTS = 1 << 20
+"""Offset of the micro-step in the dropout keys of an arm's parts: their masks must differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """Rows of one arm in one pass."""
+
+    work: _ArmStep
+    rows: list[Encoded]
+    dropout: DropoutKey | None
+
+
 class Stepper:
     """Makes optimizer steps over one base. Its `passes` get finer when memory runs out."""
 
@@ -171,6 +188,7 @@ class Stepper:
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
         self._memory = memory
+        self._independent = rows_are_independent(model, self.logits)
         self.passes = passes or Passes()
 
     def step(self, arms: Sequence[TrainingArm]) -> dict[str, StepRecord | NonFiniteStep]:
@@ -251,27 +269,45 @@ class Stepper:
             )
         return results
 
+    def _shares(self, works: Sequence[_ArmStep], micro_step: int) -> Iterator[list[_Share]]:
+        """The arms' rows in a pass; one pass for each arm and length if rows depend on their neighbours."""
+        if self._independent:
+            yield [_Share(work, work.micro_batches[micro_step], work.arm.dropout(micro_step)) for work in works]
+            return
+        for work in works:
+            by_length: dict[int, list[Encoded]] = {}
+            for row in work.micro_batches[micro_step]:
+                by_length.setdefault(len(row.input_ids), []).append(row)
+            key = work.arm.dropout(micro_step)
+            for part, rows in enumerate(by_length.values()):
+                own = None if key is None else replace(key, micro_step=key.micro_step + _PARTS * part)
+                yield [_Share(work, rows, own)]
+
     def _pass(self, works: Sequence[_ArmStep], micro_step: int) -> None:
+        for shares in self._shares(works, micro_step):
+            self._run(shares)
+
+    def _run(self, shares: Sequence[_Share]) -> None:
         rows: list[Encoded] = []
         segments: list[Segment] = []
-        for work in works:
-            own = work.micro_batches[micro_step]
+        for share in shares:
             segments.append(
                 Segment(
-                    adapter=work.arm.name,
+                    adapter=share.work.arm.name,
                     start=len(rows),
-                    stop=len(rows) + len(own),
-                    dropout=work.arm.dropout(micro_step),
-                    length=max(len(row.input_ids) for row in own),
+                    stop=len(rows) + len(share.rows),
+                    dropout=share.dropout,
+                    length=max(len(row.input_ids) for row in share.rows),
                 )
             )
-            rows += own
+            rows += share.rows
         batch = collate(rows, self._pad_token_id)
         assert not batch.supervised[:, 0].any(), "nothing predicts the first token of a row"
         row_of, token = batch.supervised.nonzero(as_tuple=True)
         targets = batch.input_ids[row_of, token]
         counts = [int(batch.supervised[segment.start : segment.stop].sum()) for segment in segments]
-        with self._routing.segments(segments):
+        lengths = [len(row.input_ids) for row in rows]
+        with self._routing.segments(segments), row_lengths(self._model, lengths):
             # The logits get no name, so they are freed: the backward pass needs only their log-softmax.
             losses = functional.cross_entropy(
                 self.logits(
@@ -285,14 +321,14 @@ class Stepper:
             )
             parts = torch.split(losses, counts)
             total = torch.stack(
-                [part.sum() / max(1, work.supervised) for work, part in zip(works, parts, strict=True)]
+                [part.sum() / max(1, share.work.supervised) for share, part in zip(shares, parts, strict=True)]
             ).sum()
             self._memory.sample()
             total.backward()  # type: ignore[no-untyped-call]
         self._memory.sample()
         places = torch.split(row_of, counts)
-        for work, segment, part, place in zip(works, segments, parts, places, strict=True):
-            work.losses.append((work.micro_batches[micro_step], place - segment.start, part.detach()))
+        for share, segment, part, place in zip(shares, segments, parts, places, strict=True):
+            share.work.losses.append((share.rows, place - segment.start, part.detach()))
 
 
 def _nonfinite(work: _ArmStep, loss: float, grad_norm: float) -> NonFiniteStep:

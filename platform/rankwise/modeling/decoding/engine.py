@@ -10,8 +10,9 @@
 A row's result depends neither on its neighbours nor on the batch size, beyond rounding of the matrix products, which
 can flip a choice between two nearly equal tokens (`make bench-inference` measures how often).
 
-`engine_of` decides once per model whether the engine fits, by comparing its logits with the model's own forward. That
-test is too short to detect windowed attention or recurrent state, so the kind of cache layers is checked as well.
+`engine_of` decides once per model whether the engine fits, by comparing its logits with the model's own forward, for
+rows on both sides of every length limit in the configuration. Windows may be too long for that, so the kind of cache
+layers is checked as well. A row that grows into other rotary frequencies (`modeling.rope`) is prefilled again.
 Other models are decoded by `generation.generate_batch`.
 
 Letters: N active rows, W columns of keys and values, V vocabulary.
@@ -36,6 +37,7 @@ from rankwise.compat.transformers import attention_of
 from rankwise.exceptions import is_out_of_memory
 from rankwise.modeling.decoding.slot_cache import SlotCache, most_columns
 from rankwise.modeling.decoding.stacked_lora import StackedLora, stackable
+from rankwise.modeling.length_limits import affordable_tokens, length_limits, probe_lengths
 from rankwise.modeling.lora.lean import free_memory
 from rankwise.modeling.lora.packed import (
     Routing,
@@ -45,6 +47,7 @@ from rankwise.modeling.lora.packed import (
     replaced_forward,
     segments_of,
 )
+from rankwise.modeling.rope import position_limit, rope_scaling, row_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +67,18 @@ class DecodingRow:
     prompt: Sequence[int]
     adapter: str | None
     generated: list[int] = field(default_factory=list)
+    frequencies: tuple[int, ...] = ()
+    """What rotary frequencies its cached keys have (`RopeScaling.key`)."""
 
     @property
     def position(self) -> int:
         """Position of the next token to feed."""
         return len(self.prompt) - 1 + len(self.generated)
+
+    @property
+    def context(self) -> Sequence[int]:
+        """The tokens before the next one to feed."""
+        return [*self.prompt, *self.generated][:-1]
 
     @property
     def token(self) -> int:
@@ -85,6 +95,7 @@ class Engine:
         self.device = model.get_input_embeddings().weight.device
         self._lock = lock
         self._routing = Routing()
+        self.rope = rope_scaling(model)
         self._attached: tuple[str, ...] | None = None
         self._forwards: list[tuple[Any, Any]] = []
         names = inspect.signature(model.forward).parameters
@@ -108,14 +119,19 @@ class Engine:
                 yield
 
     def prefill(self, rows: Sequence[DecodingRow]) -> Any:
-        """Keys and values of all tokens but the last of each row; every row needs at least two tokens."""
-        width = max(len(row.prompt) for row in rows) - 1
+        """Keys and values of all tokens before each row's next one, of which every row needs at least one.
+
+        Their rotary frequencies are those of the row with its next token.
+        """
+        contexts = [row.context for row in rows]
+        lengths = [len(context) for context in contexts]
+        width = max(lengths)
         # Any id serves as padding: causal attention does not see later tokens.
-        padded = [[*row.prompt[:-1], *[0] * (width + 1 - len(row.prompt))] for row in rows]
+        padded = [[*context, *[0] * (width - len(context))] for context in contexts]
         ids = torch.tensor(padded, device=self.device)
         cache = DynamicCache(config=self.model.config)
-        lengths = [len(row.prompt) - 1 for row in rows]
-        with self.running(segments_of(self.model, [row.adapter for row in rows], lengths)):
+        segments = segments_of(self.model, [row.adapter for row in rows], lengths)
+        with self.running(segments), row_lengths(self.model, [length + 1 for length in lengths]):
             # Only a single row, without padding, is ever split.
             for piece in torch.split(ids, PREFILL_TOKENS, dim=1):
                 self._backbone(input_ids=piece, use_cache=True, **{self.cache_name: cache}, **self._no_head)
@@ -172,9 +188,15 @@ class RunningBatch:
         self.rows += rows
         self._rows_changed = True
         self._cache.clear(slice(first, len(self.rows)))
+        self._prefill(range(first, len(self.rows)))
+
+    def _prefill(self, slots: Sequence[int]) -> None:
+        rows = [self.rows[slot] for slot in slots]
         for group in _groups(rows):
             group.sort(key=lambda at: rows[at].adapter or "")
-            self._cache.put([first + at for at in group], self._engine.prefill([rows[at] for at in group]))
+            self._cache.put([slots[at] for at in group], self._engine.prefill([rows[at] for at in group]))
+        for row in rows:
+            row.frequencies = self._engine.rope.key(row.position + 1)
 
     def remove(self, slots: Sequence[int]) -> None:
         """Remove rows; the last ones move into the free slots."""
@@ -189,11 +211,15 @@ class RunningBatch:
     def logits(self) -> torch.Tensor:
         """Feed each row's next token and return the logits that follow: (N, V)."""
         engine = self._engine
+        # Rows that have grown into other rotary frequencies: their cached keys are computed again.
+        outgrown = [slot for slot, row in enumerate(self.rows) if row.frequencies != engine.rope.key(row.position + 1)]
+        if outgrown:
+            self._prefill(outgrown)
         positions = torch.tensor([row.position for row in self.rows], device=engine.device)
         width = max(row.position for row in self.rows) + 1
         self._cache.step(positions, width)
         visible = torch.arange(width, device=engine.device)[None] <= positions[:, None]
-        with self._through():
+        with self._through(), row_lengths(engine.model, [row.position + 1 for row in self.rows]):
             out = engine.model(
                 input_ids=torch.tensor([[row.token] for row in self.rows], device=engine.device),
                 attention_mask=attention_mask(visible, engine.model),
@@ -233,8 +259,8 @@ def _groups(rows: Sequence[DecodingRow]) -> Iterator[list[int]]:
     """Indices of rows to prefill together; prompts of one token need no prefill."""
     group: list[int] = []
     longest = 0
-    for at in sorted(range(len(rows)), key=lambda at: -len(rows[at].prompt)):
-        tokens = len(rows[at].prompt) - 1
+    for at in sorted(range(len(rows)), key=lambda at: -rows[at].position):
+        tokens = rows[at].position
         if tokens == 0:
             break
         if group and (len(group) + 1) * longest > PREFILL_TOKENS:
@@ -294,42 +320,84 @@ def _incompatibility(engine: Engine) -> str | None:
     if attention not in {"sdpa", "eager"}:
         return f"its attention is {attention}"
     try:
-        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        if kinds != {DynamicLayer}:
-            return f"its layers keep {', '.join(sorted(kind.__name__ for kind in kinds))}"
-        difference = _logit_difference(engine)
+        layers = DynamicCache(config=model.config).layers
+        kinds = {type(layer).__name__ for layer in layers if not _keeps_everything(layer, model)}
+        if kinds:
+            return f"its layers keep {', '.join(sorted(kinds))}"
+        difference = _largest_difference(engine)
     except Exception as error:
         # Unknown models can fail in any way here. Running out of memory says nothing about the model.
         if is_out_of_memory(error):
             raise
         return f"the trial failed with {type(error).__name__}: {error}"
-    limit = _SAME.get(next(model.parameters()).dtype, _SAME_IN_16_BIT)
+    limit = _limit(model)
     return None if difference <= limit else f"logits differ by {difference:.3g} of the largest (limit {limit:g})"
 
 
+def _limit(model: Any) -> float:
+    return _SAME.get(next(model.parameters()).dtype, _SAME_IN_16_BIT)
+
+
+def _keeps_everything(layer: Any, model: Any) -> bool:
+    """Whether a layer's cache keeps all keys and values of any row: windows may be longer than every row."""
+    if type(layer) is DynamicLayer:
+        return True
+    positions, window = position_limit(model.config), getattr(layer, "sliding_window", None)
+    return isinstance(layer, DynamicLayer) and positions is not None and window is not None and window >= positions
+
+
+_LOWERED = 8
+
+
+def _largest_difference(engine: Engine) -> float:
+    """The largest difference over rows on both sides of every length limit in the model's configuration."""
+    model = engine.model
+    lengths = probe_lengths(model, length_limits(model.config))
+    worst = _logit_difference(engine, lengths)
+    if worst <= _limit(model) and any(limit + 3 > affordable_tokens(model) for limit in engine.rope.limits):
+        # Rows of that length would take too long; the scaling computes the same wherever its limit is.
+        with engine.rope.lowered(_LOWERED):
+            worst = max(worst, _logit_difference(engine, [4, _LOWERED - 1, _LOWERED + 3]))
+    return worst
+
+
 @torch.no_grad()
-def _logit_difference(engine: Engine) -> float:
-    """Largest relative difference from the logits of the model's own forward, for two prompts and two steps."""
+def _logit_difference(engine: Engine, lengths: Sequence[int], steps: int = 4) -> float:
+    """Largest relative difference from the logits of the model's own forward, for prompts of these lengths."""
     vocabulary = engine.model.get_input_embeddings().weight.shape[0]
-    tokens = (torch.arange(9) * 97 % vocabulary).tolist()
+    tokens = (torch.arange(max(lengths) + len(lengths) + steps) * 97 % vocabulary).tolist()
+    positions = position_limit(engine.model.config)
+    if positions is not None:
+        steps = max(1, min(steps, positions - max(lengths)))
     rows = [
-        DecodingRow(index=0, prompt=tokens[:7], adapter=None),
-        DecodingRow(index=1, prompt=tokens[3:7], adapter=None),
+        DecodingRow(index=index, prompt=tokens[index : index + length], adapter=None)
+        for index, length in enumerate(lengths)
     ]
-    running = RunningBatch(engine, slots=2, adapters=())
+    running = RunningBatch(engine, slots=len(rows), adapters=())
     running.admit(rows)
     ours = []
-    for token in tokens[7:]:
+    for token in tokens[-steps:]:
         ours.append(running.logits().float())
         for row in rows:
             row.generated.append(token)
     worst = 0.0
     for at, row in enumerate(rows):
-        whole = torch.tensor([[*row.prompt, *row.generated[:-1]]], device=engine.device)
-        with engine.running(()):
-            own = engine.model(input_ids=whole, use_cache=False).logits[0, -2:].float()
+        own = _own_logits(engine, row, steps)
         mine = torch.stack([step[at] for step in ours])
         far = float((own - mine).abs().max() / own.abs().max())
         # `max` alone keeps its first argument if one is NaN.
         worst = math.inf if math.isnan(far) else max(worst, far)
     return worst
+
+
+def _own_logits(engine: Engine, row: DecodingRow, steps: int) -> torch.Tensor:
+    """Logits of a row's last steps by the model's own forward, alone and without a cache: (steps, V)."""
+    whole = [*row.prompt, *row.generated][:-1]
+    # Where rotary frequencies change with the length, every step has a forward of its own.
+    ends = range(len(whole) - steps + 1, len(whole) + 1) if engine.rope.embeddings else [len(whole)]
+    logits = []
+    for end in ends:
+        with engine.running(()):
+            out = engine.model(input_ids=torch.tensor([whole[:end]], device=engine.device), use_cache=False).logits
+        logits.append(out[0, -steps:] if len(ends) == 1 else out[0, -1:])
+    return torch.cat(logits).float()

@@ -24,6 +24,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from rankwise.exceptions import ConfigError
+from rankwise.modeling.rope import position_limit, rope_scaling
 
 
 def row_generator(seed: int) -> torch.Generator:
@@ -161,6 +162,8 @@ def generate_batch(
 ) -> list[Generation]:
     """Continue every prompt with a model in evaluation mode; rows keep their order, so callers can route by position.
 
+    Where a row grows into other rotary frequencies (`modeling.rope`), all tokens are computed again at every step.
+
     Raises:
         ConfigError: A prompt is empty or exceeds the model's positions, or sampling lacks one seed per row.
     """
@@ -184,7 +187,9 @@ def generate_batch(
         num_beams=1,
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
-        use_cache=True,
+        use_cache=not any(
+            rope_scaling(model).changes(len(prompt), len(prompt) + decoding.max_new_tokens) for prompt in prompts
+        ),
     )
     processors = LogitsProcessorList()
     if decoding.temperature > 0:
@@ -209,7 +214,7 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, see
         if not len(prompt):
             raise ConfigError(f"row {index} has an empty prompt; a prompt needs at least one token")
     longest = max(len(prompt) for prompt in prompts)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = position_limit(model.config)
     if positions is not None and longest + decoding.max_new_tokens > positions:
         raise ConfigError(
             f"the longest prompt has {longest} tokens; with max_new_tokens={decoding.max_new_tokens} that is more than "

@@ -43,6 +43,7 @@ from rankwise.modeling.lora.packed import (
     replaced_forward,
     segments_of,
 )
+from rankwise.modeling.rope import position_limit
 from rankwise.reporter import SILENT, Reporter
 
 logger = logging.getLogger(__name__)
@@ -258,8 +259,8 @@ def prompt_problem(base: LoadedBase, prompt_tokens: int, max_new_tokens: int) ->
     """Return why a prompt of this many tokens cannot be continued, or None."""
     if prompt_tokens == 0:
         return "it has no tokens; give it at least one"
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and limit < prompt_tokens + max_new_tokens:
+    limit = position_limit(base.model.config)
+    if limit is not None and limit < prompt_tokens + max_new_tokens:
         return (
             f"its {prompt_tokens} tokens and max_new_tokens {max_new_tokens} exceed the {limit} positions of the base; "
             "shorten the prompt or lower max_new_tokens"
