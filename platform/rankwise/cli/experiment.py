@@ -112,6 +112,8 @@ def _with_estimates(made: Plan, config: Path) -> Plan:
     estimator = Estimator(config)
     for attention in {planned.arm.attn_implementation for planned in made.arms}:
         estimator.check_attention(attention)
+    for arm in [planned.arm for planned in made.arms]:
+        estimator.check_quantization(arm.quantization, arm.base_model)
     return made.with_estimates(
         {
             planned.arm.spec_hash: estimator.arm(planned.arm.lora, planned.arm.quantization).to_dict()

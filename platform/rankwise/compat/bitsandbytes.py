@@ -40,6 +40,19 @@ def disable_cpu_repacking(layer: Any) -> None:
     layer.support_avx512bf16_for_cpu = False
 
 
+def set_dtypes(model: Any, compute: torch.dtype, dequantized: torch.dtype) -> None:
+    """Set what all `Linear4bit` of a model compute in and are dequantized to, whatever their checkpoint has.
+
+    `compute_type_is_set` keeps the first forward from choosing the former by its input.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = compute, True
+            module.weight.quant_state.dtype = dequantized
+
+
 def repacks_on_cpu(layer: Any) -> bool:
     """Whether a `Linear4bit` may repack its weight in evaluation mode on this CPU."""
     return bool(layer.support_avx512bf16_for_cpu)

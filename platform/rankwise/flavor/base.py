@@ -38,7 +38,15 @@ from rankwise.modeling.adapter import (
     rows_needed,
 )
 from rankwise.modeling.adapter_config import read_adapter_config
-from rankwise.modeling.base import DTYPES, LoadedBase, base_attention, default_device, load_base, resolve_dtype
+from rankwise.modeling.base import (
+    DTYPES,
+    LoadedBase,
+    base_attention,
+    cast_modules,
+    default_device,
+    load_base,
+    resolve_dtype,
+)
 from rankwise.modeling.fingerprint import Fingerprint, differing_part, fingerprint_base
 from rankwise.settings import Settings
 from rankwise.tracking.connection import tracking_errors
@@ -359,7 +367,5 @@ def _cast_modules(base: LoadedBase, dtype: str) -> LoadedBase:
     wanted = DTYPES[dtype]
     if base.module_dtype == wanted:
         return base
-    for parameter in base.model.parameters():
-        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
-            parameter.data = parameter.data.to(wanted)
+    cast_modules(base.model, wanted)
     return replace(base, module_dtype=wanted)

@@ -163,13 +163,15 @@ def _sixteen_bit(loaded: LoadedAdapter) -> torch.dtype:
 def _merge(loaded: LoadedAdapter, into: Into, dtype: torch.dtype, settings: Settings) -> Any:
     base = loaded.base
     resolved = ResolvedBase(source=base.source, revision=base.revision, path=base.path, pinned=True)
-    plain = load_base(
-        resolved, QuantizationSpec(load_in_4bit=False), settings, device="cpu", module_dtype=_name(dtype)
-    ).model
-    if getattr(plain.config, "quantization_config", None):
+    if base.prequantized and into == "16bit":
         raise ConfigError(
-            f"the files of base {base.source} are quantized themselves, so there is no 16-bit base to merge into"
+            f"the files of base {base.source} are quantized themselves, so there is no 16-bit base to merge into; "
+            "merge into nf4-dequantized"
         )
+    quantization = base.quantization if base.prequantized else QuantizationSpec(load_in_4bit=False)
+    plain = load_base(resolved, quantization, settings, device="cpu", module_dtype=_name(dtype)).model
+    if base.prequantized:
+        plain = plain.dequantize()
     if into == "nf4-dequantized":
         take_dequantized(plain, base.model)
     config = loaded.model.peft_config[loaded.adapter_name]

@@ -22,10 +22,11 @@ from rankwise.assets.layout import read_json, weight_files
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.fetch import read_mlmodel
-from rankwise.flavor.metadata import FLAVOR_NAME, quantization_from
+from rankwise.flavor.metadata import FLAVOR_NAME
 from rankwise.modeling.adapter import WEIGHTS_NAME
 from rankwise.modeling.adapter_config import CONFIG_NAME, read_adapter_document
 from rankwise.modeling.base_copies import is_same_weight
+from rankwise.modeling.prequantized import quantization_from
 
 # peft puts it between the name of a targeted layer and `weight`; transformers does not know such names.
 _WRAPPED = ".base_layer."

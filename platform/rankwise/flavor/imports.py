@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from rankwise.assets.base import ResolvedBase, resolve_base
+from rankwise.assets.layout import read_json
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
 from rankwise.experiment.schema import NAMED_QUANTIZATIONS, QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
@@ -42,6 +43,7 @@ from rankwise.modeling.adapter_config import CONFIG_NAME
 from rankwise.modeling.base import LoadedBase, load_base, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
 from rankwise.modeling.module_patterns import shown
+from rankwise.modeling.prequantized import stored_quantization
 from rankwise.settings import Settings
 from rankwise.tracking.connection import tracking_errors
 
@@ -117,7 +119,7 @@ def import_adapter(
         else:
             text = f"nothing that was stored proves that {resolved.source} is the base that the adapter was trained on"
             findings.append(ImportFinding(code="base_not_proven", text=text))
-        spec, came_from = _quantization(foreign, quantization, findings)
+        spec, came_from = _quantization(foreign, quantization, resolved, findings)
         base = load_base(resolved, spec, chosen, device=device)
         adapter, loading = _attach(base, adapter)
         findings += loading
@@ -200,10 +202,12 @@ def _base(
 
 
 def _quantization(
-    foreign: Foreign, given: QuantizationSpec | None, findings: list[ImportFinding]
+    foreign: Foreign, given: QuantizationSpec | None, base: ResolvedBase, findings: list[ImportFinding]
 ) -> tuple[QuantizationSpec, str]:
     if given is not None:
         return given, "given"
+    if (stored := stored_quantization(read_json(base.path / "config.json"))) is not None:
+        return stored, "recorded"  # In the base's own files.
     if foreign.quantization is not None:
         return foreign.quantization, "recorded"
     spec = QuantizationSpec()

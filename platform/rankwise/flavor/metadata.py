@@ -26,7 +26,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from safetensors import safe_open
 
 from rankwise.assets.base import ResolvedBase, resolve_base
-from rankwise.assets.layout import weight_files
+from rankwise.assets.layout import read_json, weight_files
 from rankwise.compat.peft import base_name, plain_module
 from rankwise.compat.transformers import attention_of
 from rankwise.data.prompting import FIRST_READING, Reading
@@ -37,6 +37,7 @@ from rankwise.experiment.source import HubSource, parse_source
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.decoding.generation import Decoding
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
+from rankwise.modeling.prequantized import quantization_from
 from rankwise.settings import Settings
 
 FLAVOR_NAME = "qlora"
@@ -261,10 +262,19 @@ def load_dtype(model: Any) -> torch.dtype | None:
     return None
 
 
+def _loaded_in(model: Any, directory: Path) -> torch.dtype | None:
+    """The dtype that a base was loaded in; None if it is that of its modules.
+
+    Quantized weights know it, unless the files were quantized already: then they have the dtype of whoever did that,
+    and transformers loads the modules in the dtype of the files.
+    """
+    return None if read_json(directory / "config.json").get("quantization_config") else load_dtype(model)
+
+
 def first_difference(model: Any, directory: Path) -> str | None:
     """The name of the first compared tensor that differs from the directory's files, or None."""
     wanted = dict(_compared(model))
-    loaded = load_dtype(model)
+    loaded = _loaded_in(model, directory)
     for path in weight_files(directory):
         with safe_open(str(path), framework="pt", device="cpu") as file:
             names: list[str] = sorted(set(file.keys()) & set(wanted))
@@ -362,6 +372,8 @@ def describe_base(
     check_same(plain, resolved.path, resolved.source)
     quantization, compute = quantization_of(plain)
     module = plain_module(plain.get_input_embeddings()).weight
+    if compute is not None and module.dtype in (torch.float32, torch.bfloat16):
+        compute = module.dtype  # bitsandbytes' 4-bit layers compute in these when they get them.
     return (
         BaseFacts(
             source=resolved.source,
@@ -369,7 +381,7 @@ def describe_base(
             fingerprint=fingerprint_base(resolved.path, settings),
             quantization=quantization,
             compute_dtype=_name(compute or module.dtype),
-            load_dtype=_name(load_dtype(plain) or module.dtype),
+            load_dtype=_name(_loaded_in(plain, resolved.path) or module.dtype),
             module_dtype=_name(module.dtype),
             device_type=module.device.type,
             attn_implementation=attention_of(plain.config),
@@ -388,28 +400,6 @@ def quantization_of(model: Any) -> tuple[QuantizationSpec, torch.dtype | None]:
     if config is None:
         return QuantizationSpec(load_in_4bit=False), None
     return quantization_from(config if isinstance(config, dict) else config.to_dict())
-
-
-def quantization_from(values: Mapping[str, Any]) -> tuple[QuantizationSpec, torch.dtype | None]:
-    """The same from the content of a `quantization_config`.
-
-    Raises:
-        ConfigError: It is of another library than bitsandbytes.
-    """
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
-    if "bitsandbytes" not in method and not method.startswith("bnb"):
-        raise ConfigError(f"the base is quantized by {method}; the flavor records bitsandbytes' 4 and 8 bit, and none")
-    if values.get("load_in_8bit"):
-        return QuantizationSpec(load_in_4bit=False, load_in_8bit=True), None
-    compute = getattr(torch, str(values.get("bnb_4bit_compute_dtype")).removeprefix("torch."))
-    return (
-        QuantizationSpec(
-            bnb_4bit_quant_type=values["bnb_4bit_quant_type"],
-            bnb_4bit_use_double_quant=values["bnb_4bit_use_double_quant"],
-            bnb_4bit_compute_dtype=_name(compute),
-        ),
-        compute,
-    )
 
 
 def _resolve(

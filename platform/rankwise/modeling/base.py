@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from rankwise.assets.base import ResolvedBase
 from rankwise.assets.layout import read_json
-from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors
+from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors, set_dtypes
 from rankwise.compat.bitsandbytes import is_repacked as layer_is_repacked
 from rankwise.compat.peft import is_adapted_linear
 from rankwise.compat.transformers import experts_as_saved, is_conv1d, is_router, model_class_of, never_quantized
@@ -37,6 +37,7 @@ from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.attention import ResolvedAttention, resolve_attention
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
+from rankwise.modeling.prequantized import check_stored_quantization
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
 from rankwise.modeling.rope import per_row
 from rankwise.settings import Settings, compute_dtype
@@ -196,6 +197,7 @@ class LoadedBase:
         module_dtype: Dtype of the modules that are not quantized.
         attention: The attention implementation, and why it was chosen.
         from_cache: Whether the quantized weights came from the cache.
+        prequantized: Whether its files are quantized; they were loaded as they are.
     """
 
     model: Any
@@ -211,6 +213,7 @@ class LoadedBase:
     dtype_reason: str
     attention: ResolvedAttention
     from_cache: bool
+    prequantized: bool
 
     @property
     def memory_bytes(self) -> int:
@@ -234,19 +237,13 @@ def load_base(
 
     Raises:
         AssetError: The directory is not a complete base that transformers can load.
-        ConfigError: The base is already quantized, and `quantization` requests quantization; or the attention
+        ConfigError: The base's files are quantized in another way than `quantization` requests, or the attention
             implementation is not supported.
         StorageError: The cache cannot be written.
     """
     target = torch.device(device) if device is not None else default_device()
     config = read_json(resolved.path / "config.json")
-    quantized = quantization.bits is not None
-    if quantized and config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(
-            f"base {resolved.source} is already quantized (method {method}), but quantization requests "
-            f"{quantization.bits} bit; use the full-precision base, or set load_in_4bit: false"
-        )
+    prequantized = check_stored_quantization(config, quantization, resolved.source)
     dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype)
     loaded = dtype.dtype if module_dtype is None else DTYPES[module_dtype]
     attention = _attention(config, target, loaded, attn_implementation, resolved.path)
@@ -257,7 +254,11 @@ def load_base(
         log_casts_once()
     with quiet_transformers():
         tokenizer = load_tokenizer(resolved.path)
-        if quantized:
+        if prequantized:
+            model, from_cache = _load_model(resolved.path, loaded, target, attention.name, None), False
+            set_dtypes(model, dtype.dtype, loaded)
+            cast_modules(model, loaded)  # transformers leaves them in the dtype of the files.
+        elif quantization.bits is not None:
             key = make_key(
                 fingerprint,
                 quantization,
@@ -298,6 +299,7 @@ def load_base(
         dtype_reason=dtype.reason,
         attention=attention,
         from_cache=from_cache,
+        prequantized=prequantized,
     )
 
 
@@ -376,6 +378,13 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention:
             f"({len(missing)} and {len(mismatched)} in all); fetch it again"
         )
     return model
+
+
+def cast_modules(model: Any, dtype: torch.dtype) -> None:
+    """Cast what is not quantized, in place."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _load_cached(path: Path, dtype: torch.dtype, device: torch.device, attention: str) -> Any:

@@ -45,6 +45,7 @@ from rankwise.modeling.base import (
     skeleton,
 )
 from rankwise.modeling.lora.lean import is_lean
+from rankwise.modeling.prequantized import check_stored_quantization
 
 _FLOAT32, _BFLOAT16 = 4, 2
 # Weight, gradient and AdamW's two moments per adapter parameter, in float32.
@@ -136,7 +137,8 @@ class Estimator:
 
     def __init__(self, config: Any) -> None:
         """Build the model without weights."""
-        self._model = skeleton(read_config(config))
+        self._config = read_config(config)
+        self._model = skeleton(self._config)
         self.linear = linear_modules(self._model)
         self.with_head = {**self.linear, **_head(self._model)}
         self._parameters: int = sum(parameter.numel() for parameter in self._model.parameters())
@@ -150,6 +152,15 @@ class Estimator:
             ConfigError: It does not.
         """
         check_attention(type(self._model), requested)
+
+    def check_quantization(self, requested: QuantizationSpec, source: str) -> None:
+        """Check that a base whose files are quantized is requested as it is.
+
+        Raises:
+            ConfigError: It is not.
+        """
+        if isinstance(self._config, Mapping):
+            check_stored_quantization(self._config, requested, source)
 
     def arm(self, lora: LoraSpec, quantization: QuantizationSpec, *, module_dtype: str | None = None) -> Estimate:
         """Estimate one arm. `module_dtype` (of unquantized modules) defaults to what this machine would load.

@@ -204,6 +204,7 @@ def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSourc
         path, targets = sources.base.path, arm.lora.target_modules
         lookups[path, targets] = partial(match_targets, bases[path].linear, targets)
         lookups[path, arm.attn_implementation] = partial(bases[path].check_attention, arm.attn_implementation)
+        lookups[path, arm.quantization] = partial(bases[path].check_quantization, arm.quantization, arm.base_model)
         reading = canonical_json(arm.dataset.model_dump(mode="json"))
         for side, data in (("train", sources.train), ("eval", sources.eval)):
             lookups[reading, data, side] = partial(_check_columns, context, arm.dataset, data, side)

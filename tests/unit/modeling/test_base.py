@@ -7,7 +7,7 @@ import torch
 from helpers.bases import logits, resolved, settings_in
 from helpers.tiny import make_base
 
-from rankwise.exceptions import AssetError, ConfigError
+from rankwise.exceptions import AssetError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.base import load_base
 from rankwise.modeling.fingerprint import fingerprint_base
@@ -91,16 +91,6 @@ def test_no_network_is_asked(base, settings, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     load_base(resolved(base), QuantizationSpec(), settings, device="cpu")
-
-
-def test_a_base_that_is_quantized_already_is_refused(base, settings):
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ConfigError, match=r"org/tiny is already quantized \(method gptq\), but quantization requests 4"
-    ):
-        load_base(resolved(base), QuantizationSpec(), settings, device="cpu")
 
 
 def test_missing_tensors_are_not_made_up(base, settings):
