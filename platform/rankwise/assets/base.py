@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rankwise.assets.gguf_conversion import convert_gguf
-from rankwise.assets.hub import fetch_base, fetch_config, resolve_commit
+from rankwise.assets.hub import fetch_base, fetch_config, fetch_tokenizer, resolve_commit
 from rankwise.assets.input_checks import check_digest, confine, read_source
 from rankwise.assets.layout import base_files, check_base, missing_parts
 from rankwise.assets.wheel import fetch_member
@@ -126,6 +126,21 @@ def find_config(base_model: str, settings: Settings) -> Path:
     if isinstance(source, HubSource):
         return fetch_config(source.repo, resolve_commit(source.repo, None, settings), settings)
     return resolve_base(base_model, None, settings).path / "config.json"
+
+
+def find_tokenizer(base_model: str, revision: str | None, settings: Settings, progress: Reporter = SILENT) -> Path:
+    """A directory with the tokenizer and the configuration of a base. From the hub, the weights are not fetched.
+
+    A GGUF is converted as a whole. Raises as `resolve_base`.
+    """
+    source = read_source(base_model, revision, key=_KEY)
+    if isinstance(source, HubSource):
+        return fetch_tokenizer(source.repo, resolve_commit(source.repo, revision, settings), settings)
+    if isinstance(source, LocalSource):
+        path = confine(Path(source.path).expanduser().absolute(), settings, "base_model")
+        if path.is_dir():
+            return path
+    return resolve_base(base_model, revision, settings, progress).path
 
 
 _SNAPSHOT_FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")

@@ -113,6 +113,22 @@ def fetch_config(repo: str, commit: str, settings: Settings) -> Path:
             raise AssetError(f"{repo} has no config.json at {commit}, so it is not a base") from error
 
 
+def fetch_tokenizer(repo: str, commit: str, settings: Settings) -> Path:
+    """The directory of a base in Hugging Face's cache, with all its files but the weights. Raises as `fetch_base`."""
+    wanted = tuple(pattern for pattern in BASE_FILES if pattern != "*.safetensors")
+    cached = cached_snapshot(repo, commit, allow=wanted, ignore=NOT_BASE_FILES)
+    if cached is not None and (cached / "config.json").is_file():
+        return cached
+    if settings.offline:
+        raise hub_unreachable(repo, commit)
+    from huggingface_hub import constants, snapshot_download
+
+    with _hub_errors(repo, commit), storage_errors(Path(constants.HF_HUB_CACHE), f"downloading {repo}"), shared_files():
+        return Path(
+            snapshot_download(repo, revision=commit, allow_patterns=list(wanted), ignore_patterns=list(NOT_BASE_FILES))
+        )
+
+
 def check_reachable(repo: str, commit: str, repo_type: RepoType) -> None:
     """Request a commit from the hub, without retries. Raises `AssetError` if that fails."""
     from huggingface_hub import HfApi

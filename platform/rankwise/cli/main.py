@@ -31,6 +31,7 @@ BROKEN_PIPE = 141
 _COMMANDS = {
     "examples": ("rankwise.cli.examples:examples", "List the shipped experiment files, or write one of them."),
     "validate": ("rankwise.cli.experiment:validate", "Check an experiment file."),
+    "preview": ("rankwise.cli.preview:preview", "Show what an experiment's rows become, without training."),
     "plan": ("rankwise.cli.experiment:plan", "Show the arms of an experiment, their hashes and cost."),
     "schema": ("rankwise.cli.experiment:schema", "Print the JSON Schema of experiment files."),
     "run": ("rankwise.cli.run:run", "Train, register, evaluate and compare all arms of an experiment."),
