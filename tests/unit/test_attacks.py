@@ -152,6 +152,18 @@ ATTACKS = {
         "unit/evaluation/test_numbers.py",
         "test_no_answer_takes_long_to_read",
     ),
+    "a damaged outbox": (
+        "unit/tracking/test_damaged_outboxes.py",
+        "test_no_damage_stops_a_synchronization",
+    ),
+    "a damaged file of its own": (
+        "unit/test_damaged_files.py",
+        "test_a_damaged_file_gives_a_message_or_is_passed_over",
+    ),
+    "another user of the machine": (
+        "acceptance/test_run.py",
+        "test_other_users_can_read_neither_rows_nor_answers_nor_anything_in_the_home",
+    ),
     "a script in a page": (
         "unit/data/test_preview.py",
         "test_html_escapes_the_data",

@@ -129,8 +129,13 @@ def load_table(resolved: ResolvedData, settings: Settings, progress: Reporter | 
         shutil.rmtree(scratch, ignore_errors=True)
 
     ensure_entry(entry, settings, build, doing=f"reading {resolved.source}", private=True)
-    with _quiet_datasets():
-        return datasets.load_from_disk(str(entry / "table"))
+    try:
+        with _quiet_datasets():
+            return datasets.load_from_disk(str(entry / "table"))
+    except Exception as error:  # Of whatever library reads the damaged file.
+        raise AssetError(
+            f"the cache entry {entry} is damaged ({type(error).__name__}: {error}); remove it and run again"
+        ) from error
 
 
 def data_files(resolved: ResolvedData) -> list[Path]:

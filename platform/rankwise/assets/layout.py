@@ -204,7 +204,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `AssetError` if it is unreadable or something else."""
     try:
         content = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AssetError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise AssetError(f"{path} is not a JSON object")

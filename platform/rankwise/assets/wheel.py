@@ -81,7 +81,7 @@ def member_entry(source: PypiSource, settings: Settings) -> Path:
 def _check_undamaged(entry: Path, path: Path, actual: str) -> None:
     try:
         fetched = str(json.loads((entry / RECORD).read_bytes())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AssetError(f"the cache entry {entry} is damaged ({error!r}); remove it and run again") from error
     if fetched != actual:
         raise AssetError(

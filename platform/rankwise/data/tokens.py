@@ -398,7 +398,7 @@ def read(path: Path, key: str) -> EncodedSet:
         )
         digest = encoded.digest
         stored = metadata["rankwise.key"].decode(), metadata["rankwise.digest"].decode()
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise CorruptEntryError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if stored != (key, digest):
         raise CorruptEntryError(f"{path} has the digest {digest}, expected {stored[1]} for the key {stored[0]}")

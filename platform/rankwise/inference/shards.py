@@ -16,12 +16,13 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from rankwise.data.tables import TextFormat
 from rankwise.exceptions import ConfigError
@@ -29,10 +30,13 @@ from rankwise.files import make_directory, storage_errors, temporary_name, write
 from rankwise.inference.predictor import BATCH_SIZE, Answer
 from rankwise.inference.source import INPUT_TEXT, InputIndex, Survey
 from rankwise.modeling.decoding.generation import Decoding
+from rankwise.records import DamagedRecordError, parse_record
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+_OBJECT: TypeAdapter[Any] = TypeAdapter(dict[str, Any])
+_ANSWER = TypeAdapter(Answer)
 _MANIFEST = "manifest.json"
 _INDEX = "index.json"
 _DIGITS = 12
@@ -44,11 +48,6 @@ class QueuedJobs:
 
     whole: str
     spans: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """Read it from the manifest's file."""
-        return cls(whole=values["whole"], spans=tuple((first, end) for first, end in values["spans"]))
 
 
 class JobsStatus(StrEnum):
@@ -79,10 +78,9 @@ class Manifest:
         return {**asdict(self), "survey": self.survey.to_json()}
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        queued = None if values["queued"] is None else QueuedJobs.of(values["queued"])
-        return cls(**{**values, "survey": Survey.of(values["survey"]), "queued": queued})
+    def of(cls, values: Mapping[str, Any]) -> Manifest:
+        """The inverse of `to_json`. Raises `DamagedRecordError`."""
+        return parse_record(json.dumps(values).encode(), _RECORD)
 
     @property
     def rows(self) -> int:
@@ -97,6 +95,9 @@ class Manifest:
     def span(self, shard: int) -> range:
         """The rows of a shard."""
         return range(shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows))
+
+
+_RECORD, _QUEUED = TypeAdapter(Manifest), TypeAdapter(QueuedJobs)
 
 
 class Parts:
@@ -143,22 +144,37 @@ class Parts:
         version = document.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise ConfigError(
-                f"{self.directory} has format {version}, this release reads {FORMAT_VERSION}: finish it with the "
+                f"{self.directory} has format {version!r}, this release reads {FORMAT_VERSION}: finish it with the "
                 "release that started it, or start over with --restart"
             )
-        return Manifest.of(document)
+        try:
+            manifest = Manifest.of(document)
+        except DamagedRecordError as error:
+            raise self._damaged(_MANIFEST, str(error)) from error
+        if manifest.shard_rows < 1 or manifest.rows < 0:
+            problem = f"{manifest.rows} rows in shards of {manifest.shard_rows}"
+            raise self._damaged(_MANIFEST, problem)
+        return manifest
 
     def queued(self) -> QueuedJobs | None:
         """The queued jobs of the manifest, of any release; None if there are none."""
         values = (self._document() or {}).get("queued")
-        return None if values is None else QueuedJobs.of(values)
+        try:
+            return None if values is None else parse_record(json.dumps(values).encode(), _QUEUED)
+        except DamagedRecordError as error:
+            raise self._damaged(_MANIFEST, f"queued: {error}") from error
 
     def _document(self) -> dict[str, Any] | None:
         try:
-            document: dict[str, Any] = json.loads((self.directory / _MANIFEST).read_bytes())
+            document: dict[str, Any] = parse_record((self.directory / _MANIFEST).read_bytes(), _OBJECT)
+            return document
         except FileNotFoundError:
             return None
-        return document
+        except (DamagedRecordError, OSError) as error:
+            raise self._damaged(_MANIFEST, str(error)) from error
+
+    def _damaged(self, name: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.directory / name} is damaged: {problem}; start over with --restart")
 
     def begin(self, manifest: Manifest) -> None:
         """Write the manifest."""
@@ -168,10 +184,10 @@ class Parts:
     def index(self, manifest: Manifest) -> InputIndex | None:
         """The index of the manifest's input; None if it is missing or does not match."""
         try:
-            index = InputIndex.of(json.loads((self.directory / _INDEX).read_bytes()))
+            index = InputIndex.of(parse_record((self.directory / _INDEX).read_bytes(), _OBJECT))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             logger.warning("%s is damaged (%s) and will be rebuilt", self.directory / _INDEX, error)
             return None
         expected = (manifest.request["input"], manifest.shard_rows)
@@ -202,13 +218,11 @@ class Parts:
         Raises:
             ConfigError: A shard has the wrong number of answers.
         """
-        known = {entry.name for entry in fields(Answer)}
         for shard in range(manifest.shards):
             path = self._shard_file(shard) or self._path(shard, self._whole)
             try:
-                documents = [json.loads(line) for line in path.read_bytes().splitlines()]
-                answers = [Answer(**{key: document[key] for key in known & document.keys()}) for document in documents]
-            except (ValueError, AttributeError):
+                answers = [parse_record(line, _ANSWER) for line in path.read_bytes().splitlines()]
+            except (DamagedRecordError, OSError):
                 answers = []
             if len(answers) != len(manifest.span(shard)):
                 raise ConfigError(

@@ -144,11 +144,6 @@ class Survey:
             "numbers": dict(self.numbers),
         }
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        return cls(**{**values, "columns": {name: frozenset(kinds) for name, kinds in values["columns"].items()}})
-
     def typed(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
         """A row with its numeric texts as numbers."""
         if not self.numbers:

@@ -260,8 +260,10 @@ def check_manifest(directory: Path, *, digest: str | None = None, exclude: Colle
         elif entry.sha256 != expected.sha256:
             problems.append(f"{name}: sha256 {entry.sha256}, expected {expected.sha256}")
     if problems:
+        # A damaged manifest must not steer the terminal.
+        shown = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text) for text in problems)
         raise AdapterIntegrityError(
-            f"files of {directory} differ from its manifest:\n  " + "\n  ".join(problems) + "\nfetch the model again, "
+            f"files of {directory} differ from its manifest:\n  " + "\n  ".join(shown) + "\nfetch the model again, "
             "or use another version of it"
         )
     return actual
@@ -286,6 +288,10 @@ def _entry(path: Path) -> FileEntry:
         return FileEntry(bytes=file.tell(), sha256=sha256)
 
 
+# Of a path and of a digest: a damaged manifest must not fill the screen.
+_LONGEST = 1000
+
+
 def _parse(content: bytes, path: Path) -> dict[str, FileEntry]:
     try:
         document = json.loads(content)
@@ -295,10 +301,10 @@ def _parse(content: bytes, path: Path) -> dict[str, FileEntry]:
                 f"{_FORMAT!r} version {_VERSION}"
             )
         return {
-            str(name): FileEntry(bytes=int(entry["bytes"]), sha256=str(entry["sha256"]))
+            str(name)[:_LONGEST]: FileEntry(bytes=int(entry["bytes"]), sha256=str(entry["sha256"])[:_LONGEST])
             for name, entry in document["files"].items()
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, AdapterIntegrityError):
             raise
         raise AdapterIntegrityError(f"{path} is not a manifest: {error!r}; fetch the model again") from error

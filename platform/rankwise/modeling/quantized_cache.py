@@ -165,7 +165,7 @@ def list_entries(settings: Settings) -> list[CacheEntry]:
                     bytes=sum(int(file["bytes"]) for file in document["files"].values()),
                 )
             )
-        except (AssetError, KeyError, TypeError, ValueError) as error:
+        except (AssetError, KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning("%s is not a valid entry of the cache of quantized bases: %s", path, error)
     return entries
 
@@ -182,7 +182,7 @@ def _describe(temporary: Path, key: CacheKey, settings: Settings, *, source: str
 def _read_entry(directory: Path) -> dict[str, Any]:
     try:
         document = json.loads((directory / ENTRY_NAME).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AssetError(f"{ENTRY_NAME} cannot be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise AssetError(f"{ENTRY_NAME} does not have format {_FORMAT}")

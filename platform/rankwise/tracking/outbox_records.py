@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rankwise.exceptions import TrackingError
+from rankwise.records import describe_problem
 from rankwise.tracking.values import Context
 
 FORMAT = 2
@@ -159,7 +160,7 @@ def parse_record(line: bytes) -> tuple[Mapping[str, Any] | None, str | None]:
     try:
         _KINDS[kind].model_validate(record)
     except ValidationError as error:
-        return None, describe(error)
+        return None, describe_problem(error)
     return record, None
 
 
@@ -185,18 +186,9 @@ def parse_header(path: Path, line: bytes) -> Header:
     try:
         header = Header.model_validate(values)
     except ValidationError as error:
-        raise InvalidOutboxError(f"{path} is not an outbox file: its first line: {describe(error)}") from None
+        raise InvalidOutboxError(f"{path} is not an outbox file: its first line: {describe_problem(error)}") from None
     if header.rankwise_outbox not in READABLE:
         raise InvalidOutboxError(f"{path} is not an outbox file: there is no format {header.rankwise_outbox}")
     if path.name.partition(".")[0] != header.run_id:
         raise InvalidOutboxError(f"{path} is not an outbox file: its first line is for another run, {header.run_id}")
     return header
-
-
-def describe(error: ValidationError) -> str:
-    """The first problem that pydantic found, in one line: where, what, and which value."""
-    problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part)[:80] for part in problem["loc"])
-    value = repr(problem["input"])
-    value = value if len(value) <= 80 else value[:80] + "..."
-    return f"{place}: {problem['msg']}, got {value}" if place else f"{problem['msg']}, got {value}"

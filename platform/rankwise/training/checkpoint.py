@@ -28,11 +28,12 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from rankwise.exceptions import AdapterIntegrityError
@@ -40,6 +41,7 @@ from rankwise.files import complete_directory, make_directory, remove_directory,
 from rankwise.modeling.adapter import read_adapter, save_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.fingerprint import check_manifest, write_manifest
+from rankwise.records import DamagedRecordError, parse_record
 from rankwise.training.arm import ArmOutcome, BestState, TrainingArm
 from rankwise.training.step import Passes
 
@@ -91,6 +93,49 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 GENERATIONS = 2
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Versioned:
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BestRecord:
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StateRecord:
+    """What `state.json` holds for `restore`; `evaluated` is missing in checkpoints of the first releases."""
+
+    step: int
+    seconds: float
+    tokens: int
+    metrics: Mapping[str, float]
+    best: _BestRecord | None
+    evaluated: int = 0
+
+
+# Parts of paths, so no separators.
+_SpecHash = Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackRecord:
+    """What `pack.json` holds; `passes` is missing in checkpoints of the first releases."""
+
+    pack_step: int
+    living: tuple[_SpecHash, ...]
+    ended: Mapping[str, ArmOutcome]
+    passes: Passes = field(default_factory=Passes)
+
+
+_ANY: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+_VERSION, _PACK = TypeAdapter(_Versioned), TypeAdapter(_PackRecord)
+_STATE, _PASSES, _OUTCOME = TypeAdapter(_StateRecord), TypeAdapter(Passes), TypeAdapter(ArmOutcome)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,17 +147,19 @@ class ArmState:
 
     def restore(self, arm: TrainingArm) -> None:
         """Load this state into an arm."""
-        state = json.loads((self.directory / "state.json").read_text(encoding="utf-8"))
+        state = parse_record((self.directory / "state.json").read_bytes(), _STATE)
         adapter = read_adapter(self.directory / "adapter")
         arm.load(adapter.tensors, str(adapter.directory))
         arm.load_optimizer(load_file(self.directory / "optimizer.safetensors"))
-        arm.step = state["step"]
-        arm.seconds = state["seconds"]
-        arm.tokens = state["tokens"]
-        arm.metrics = dict(state["metrics"])
-        arm.evaluated = state.get("evaluated", 0)  # missing in checkpoints of the first releases
-        best = state["best"]
-        arm.best = None if best is None else BestState(directory=self.directory / "best", **best)
+        arm.step = state.step
+        arm.seconds = state.seconds
+        arm.tokens = state.tokens
+        arm.metrics = dict(state.metrics)
+        arm.evaluated = state.evaluated
+        best = state.best
+        arm.best = (
+            None if best is None else BestState(directory=self.directory / "best", step=best.step, value=best.value)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,16 +213,17 @@ class Checkpoints:
     def newest(self) -> CheckpointGeneration | None:
         """The newest intact generation of this composition; None if there is none."""
         for path in _steps(self.directory):
-            document = _verified_document(path)
-            if document is not None:
+            record = _verified(path, "pack.json", _PACK)
+            if record is None:
+                continue
+            states = {name: _arm_state(path / _arm_name(name)) for name in record.living}
+            known = {name: state for name, state in states.items() if state is not None}
+            if known.keys() == states.keys():
                 return CheckpointGeneration(
-                    pack_step=document["pack_step"],
-                    passes=Passes(**document.get("passes", {})),  # missing in checkpoints of the first releases
-                    states={name: _arm_state(path / _arm_name(name)) for name in document["living"]},
-                    ended={
-                        spec_hash: _outcome_from(value, self.directory)
-                        for spec_hash, value in document["ended"].items()
-                    },
+                    pack_step=record.pack_step,
+                    passes=record.passes,
+                    states=known,
+                    ended={name: _placed(outcome, self.directory) for name, outcome in record.ended.items()},
                 )
         return None
 
@@ -183,24 +231,29 @@ class Checkpoints:
         """The split of the first start of these arms, or `planned`: another split changes the last bits of results."""
         path = self.directory / "passes.json"
         if path.exists():
-            return Passes(**json.loads(path.read_text(encoding="utf-8")))
+            try:
+                return parse_record(path.read_bytes(), _PASSES)
+            except (DamagedRecordError, OSError) as error:
+                logger.warning("%s is damaged and is written anew: %s", path, error)
         write_atomically(path, json.dumps(asdict(planned)).encode())
         return planned
 
     def newest_state(self, spec_hash: str) -> ArmState | None:
         """The newest state of one arm in any composition; None if there is none."""
         name = _arm_name(spec_hash)
-        paths = [path for path in self._root.glob(f"*/step-*/{name}") if _verified_document(path.parent) is not None]
+        steps = self._root.glob(f"*/step-*/{name}")
+        paths = [path for path in steps if _verified(path.parent, "pack.json", _PACK) is not None]
         aside = self._root.glob(f"*/aside/{name}/step-*")
-        paths += [path for path in aside if _verified_document(path, "state.json") is not None]
-        return max(map(_arm_state, paths), key=lambda state: state.step, default=None)
+        paths += [path for path in aside if _verified(path, "state.json", _STATE) is not None]
+        states = [state for path in paths if (state := _arm_state(path)) is not None]
+        return max(states, key=lambda state: state.step, default=None)
 
     def save_aside(self, arm: TrainingArm) -> None:
         """Write the state of an arm that leaves the pack unfinished, and remove its earlier ones."""
         directory = self._aside(arm.spec_hash)
         path = directory / _step_name(arm.step)
         # An equal state is not replaced: between its removal and the rename there would be none.
-        if not path.exists() or _verified_document(path, "state.json") != _state_document(arm):
+        if not path.exists() or _verified(path, "state.json", _ANY) != _state_document(arm):
             with replace_directory(path) as temporary:
                 self._save_arm(arm, temporary)
         if arm.best is not None:
@@ -240,10 +293,9 @@ class Checkpoints:
         """Intact results of this composition on disk, by spec hash."""
         outcomes = {}
         for path in sorted(self._final.glob("arm-*")):
-            document = _verified_document(path, "outcome.json")
-            if document is not None:
-                outcome = _outcome_from(document, self.directory)
-                outcomes[outcome.spec_hash] = outcome
+            record = _verified(path, "outcome.json", _OUTCOME)
+            if record is not None:
+                outcomes[record.spec_hash] = _placed(record, self.directory)
         return outcomes
 
     def drop_generations(self) -> None:
@@ -301,23 +353,27 @@ def _steps(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-*"), reverse=True)
 
 
-def _verified_document(path: Path, name: str = "pack.json") -> dict[str, Any] | None:
-    """The JSON document of a directory; None, with a warning, if a file is damaged or the format is unknown."""
+def _verified(path: Path, name: str, kind: TypeAdapter[T]) -> T | None:
+    """The record of a directory; None, with a warning, if a file is damaged or the format is unknown."""
     try:
         check_manifest(path)
-        document: dict[str, Any] = json.loads((path / name).read_text(encoding="utf-8"))
-    except (AdapterIntegrityError, OSError, ValueError) as error:
+        content = (path / name).read_bytes()
+        version = parse_record(content, _VERSION).version
+        if version != FORMAT_VERSION:
+            logger.warning("skipping %s: format version %s, not %s", path, version, FORMAT_VERSION)
+            return None
+        return parse_record(content, kind)
+    except (AdapterIntegrityError, OSError, DamagedRecordError) as error:
         logger.warning("skipping %s: %s", path, error)
         return None
-    if document["version"] != FORMAT_VERSION:
-        logger.warning("skipping %s: format version %s, not %s", path, document["version"], FORMAT_VERSION)
+
+
+def _arm_state(directory: Path) -> ArmState | None:
+    try:
+        return ArmState(directory=directory, step=parse_record((directory / "state.json").read_bytes(), _STATE).step)
+    except (OSError, DamagedRecordError) as error:
+        logger.warning("skipping %s: %s", directory, error)
         return None
-    return document
-
-
-def _arm_state(directory: Path) -> ArmState:
-    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    return ArmState(directory=directory, step=int(state["step"]))
 
 
 def _state_document(arm: TrainingArm) -> dict[str, Any]:
@@ -343,10 +399,10 @@ def _outcome_json(outcome: ArmOutcome, directory: Path) -> dict[str, Any]:
     return document
 
 
-def _outcome_from(document: Mapping[str, Any], directory: Path) -> ArmOutcome:
-    values = {key: value for key, value in document.items() if key != "version"}
-    for key in ("adapter", "best"):
-        if values[key] is not None:
-            values[key] = directory / values[key]
-    values["example_ids"] = tuple(values["example_ids"])
-    return ArmOutcome(**values)
+def _placed(outcome: ArmOutcome, directory: Path) -> ArmOutcome:
+    """An outcome as it was stored, with its directories below `directory`."""
+    return replace(
+        outcome,
+        adapter=None if outcome.adapter is None else directory / outcome.adapter,
+        best=None if outcome.best is None else directory / outcome.best,
+    )

@@ -41,9 +41,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
 from rankwise.exceptions import JobError
 from rankwise.files import write_atomically
 from rankwise.jobs.job import Outcome
+from rankwise.records import DamagedRecordError, parse_record
 
 Message = dict[str, Any]
 
@@ -128,6 +131,14 @@ class Result:
     error: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ResultRecord(Result):
+    version: int
+
+
+_RECORD = TypeAdapter(_ResultRecord)
+
+
 class ResultFiles:
     """The result files in `HOME/results`. They outlive the child."""
 
@@ -145,17 +156,20 @@ class ResultFiles:
         return self.path(result.token)
 
     def read(self, token: str) -> Result | None:
-        """A stored result, None if there is none. Raises `JobError` if another version wrote the file."""
+        """A stored result, None if there is none. Raises `JobError` if it is damaged or of another version."""
+        path = self.path(token)
         try:
-            document = json.loads(self.path(token).read_text(encoding="utf-8"))
+            record = parse_record(path.read_bytes(), _RECORD)
         except FileNotFoundError:
             return None
-        if document.pop("version") != FORMAT_VERSION:
+        except (DamagedRecordError, OSError) as error:
+            raise JobError(f"{path} is damaged: {error}; remove it, and the job is done again") from error
+        if record.version != FORMAT_VERSION:
             raise JobError(
-                f"{self.path(token)} was written by another version of rankwise: finish the job with that "
-                "version, or remove the file"
+                f"{path} was written by another version of rankwise: finish the job with that version, or remove the "
+                "file"
             )
-        return Result(**{**document, "outcome": Outcome(document["outcome"])})
+        return Result(token=record.token, outcome=record.outcome, result=record.result, error=record.error)
 
     def remove_stale(self) -> None:
         """Remove files that dead workers left; other attempts have replaced them."""

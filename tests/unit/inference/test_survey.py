@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import TypeAdapter
 
 from rankwise.inference.source import Source, Survey
 from rankwise.reporter import SILENT
@@ -48,4 +49,4 @@ def test_rows_columns_and_models_are_counted(tmp_path):
     assert (found.rows, found.models, found.unnamed) == (4, {"m": 2}, 1)
     assert list(found.columns) == ["a", "model", "b"]
     assert found.columns["a"] == {"float", "int", "str"}
-    assert Survey.of(json.loads(json.dumps(found.to_json()))) == found
+    assert TypeAdapter(Survey).validate_json(json.dumps(found.to_json()), strict=True) == found
