@@ -216,7 +216,7 @@ class Parts:
         """The answers of all rows, in order.
 
         Raises:
-            ConfigError: A shard has the wrong number of answers.
+            ConfigError: A shard is missing, is damaged, or has the wrong number of answers.
         """
         for shard in range(manifest.shards):
             path = self._shard_file(shard) or self._path(shard, self._whole)
@@ -227,7 +227,7 @@ class Parts:
             if len(answers) != len(manifest.span(shard)):
                 raise ConfigError(
                     f"{path} has {len(answers)} answers for {len(manifest.span(shard))} rows; remove the "
-                    "file and run the same command again"
+                    "file, if it exists, and run the same command again"
                 )
             yield from answers
 

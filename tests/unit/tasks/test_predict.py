@@ -317,7 +317,7 @@ def test_local_work_and_jobs_do_not_mix_unasked(world, rows, local, tmp_path, mo
     output = tmp_path / "out.jsonl"
     write = Parts.write
     monkeypatch.setattr(Parts, "write", lambda self, shard, answers: shard < 2 and write(self, shard, answers))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="has 0 answers for 2 rows"):
         predict_file(REQUEST, rows, output, settings=world.settings, tracking_uri=world.settings.tracking_uri)
     monkeypatch.setattr(Parts, "write", write)
     submit(rows, output)
