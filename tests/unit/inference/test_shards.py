@@ -47,5 +47,7 @@ def test_a_shard_that_is_not_whole_is_named_and_what_to_do_is_said(tmp_path, con
     whole = SimpleNamespace(shards=1, span=lambda shard: range(2))
     assert [answer.text for answer in parts.answers(whole)] == ["a", "b"]
     (parts.directory / "shard-000000.jsonl").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"shard-000000.jsonl has 0 answers for 2 rows; remove the file, if it exists, and run"):
+    with pytest.raises(
+        ConfigError, match=r"shard-000000.jsonl has 0 answers for 2 rows; remove the file, if it exists"
+    ):
         list(parts.answers(whole))
