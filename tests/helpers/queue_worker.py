@@ -65,7 +65,7 @@ def patiently(ask, stopped):
         try:
             return ask()
         except JobStoreError as error:
-            if "database is locked" in str(error) or stopped:
+            if "locked" in str(error) or stopped:
                 raise
             time.sleep(0.2)
 

@@ -117,5 +117,5 @@ def test_a_locked_mlflow_store_names_the_stopped_process(database):
     error = sqlite3.OperationalError("database is locked")
     assert "another process has locked the database" in describe(error, database)
     with holding(WRITER, database) as process:
-        assert f"database is locked (process {process.pid} " in describe(error, database)
+        assert f"the store's database is locked (process {process.pid} " in describe(error, database)
     assert os.getpid() not in [holder.pid for holder in database_holders(database)]

@@ -95,7 +95,8 @@ def describe(error: BaseException, database: Path | None = None) -> str:
     elif isinstance(error, requests.RequestException) or "failed with exception" in lowered:
         advice = "check MLFLOW_TRACKING_URI and that the server is running; unset it to use the store in RANKWISE_HOME"
     elif "database is locked" in lowered:
-        advice = _lock_advice(database)
+        # Without the statement and its values, which hide the advice.
+        text, advice = "the store's database is locked", _lock_advice(database)
     else:
         return text
     return f"{text} ({advice})"
