@@ -177,11 +177,11 @@ class DatasetSpec(Section):
     na_values: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Texts that stand for a missing value, such as [NA, "-"]; an empty cell and null always do, nothing else."""
     prompt: Text | None = None
-    """The user's message: a template over columns, {column}."""
+    """The user's message: a template over columns, {column}; a part in [[ ]] is left out where a column is empty."""
     completion: Text | None = None
     """The assistant's answer, a template over columns; only its tokens are trained on."""
     messages: Text | None = None
-    """Column of chat messages, lists of {role, content}; instead of prompt and completion."""
+    """Column of chats, lists of {role, content} or {from, value}; instead of prompt and completion."""
     tools: Text | None = None
     """Column of the tools that a chat may call, lists of JSON Schemas; null: the column tools, if there is one."""
     system: str | None = None
@@ -238,7 +238,7 @@ class TrainingSpec(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Maximum gradient norm of the arm, by clipping; 0 turns clipping off."""
     max_length: Annotated[int, Field(ge=2)] = 1024
-    """Maximum tokens per row; longer rows are truncated and reported."""
+    """Maximum tokens per row; dataset.overlong says what becomes of longer ones."""
     save_steps: Count = 100
     """Steps between checkpoints."""
     eval_steps: Count | None = None

@@ -19,9 +19,10 @@ from rankwise.data.template import Renderer, is_template_file
 from rankwise.data.tokens import EncodedSet, encode
 from rankwise.data.training_table import open_table
 from rankwise.digests import canonical_json
-from rankwise.exceptions import ConfigError
+from rankwise.exceptions import ConfigError, DatasetError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
+from rankwise.experiment.metric_names import needs_generation
 from rankwise.experiment.schema import DatasetSpec
 from rankwise.modeling.estimate import Estimator, match_targets
 from rankwise.reporter import Reporter
@@ -137,6 +138,7 @@ class RowsCache:
             required=False,
         )
         examples = load_examples(arm.dataset, sources.train, sources.eval, renderer, self._settings, self._progress)
+        _check_metrics(arm, examples)
         train = self._encode(examples.train, renderer, arm, joined=True)
         evaluation = self._encode(examples.eval, renderer, arm, joined=False)
         sides = {"train": (sources.train, examples.train, train)}
@@ -165,6 +167,15 @@ class RowsCache:
             self._progress,
             supervise=arm.dataset.supervise,
             overlong="whole_answers" if arm.dataset.rendering == 1 else arm.dataset.overlong or "auto",
+        )
+
+
+def _check_metrics(arm: ArmSpec, examples: Examples) -> None:
+    needing = [metric for metric in arm.evaluation.metrics if needs_generation([metric])]
+    if needing and is_documents(examples.train or examples.eval):
+        raise DatasetError(
+            f"evaluation.metrics: {', '.join(needing)} cannot be used with rows of the format text, which have no "
+            "question to answer; allowed are metrics of the loss: loss, token_accuracy"
         )
 
 
