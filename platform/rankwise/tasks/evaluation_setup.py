@@ -119,4 +119,7 @@ def _arm(context: Context, experiment: Experiment, uri: str, *, recorded: bool) 
     if recorded and (job := context.queue.find(JobKind.TRAIN, [spec_hash]).get(spec_hash)):
         return ArmWork.of(job).arm
     arms = () if experiment.is_search else experiment.arms
+    if arms and experiment.spec.dataset.rendering is None:
+        # A file does not say which version an adapter was trained with; its hash does.
+        arms = (*arms, *experiment.with_pins(rendering=1).arms)
     return next((arm for arm in arms if arm.spec_hash == spec_hash), ArmSpec.of(experiment.spec))
