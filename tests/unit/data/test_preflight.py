@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from helpers.data_rows import ask, chat, make_example, make_renderer
 
@@ -182,3 +184,40 @@ def test_errors_stop_a_run_with_all_of_them():
 def test_a_finding_names_its_first_rows():
     assert str(PreflightFinding(code="x", message="odd", count=2, rows=("a", "b"))) == "odd (rows a, b)"
     assert str(PreflightFinding(code="x", message="odd", count=9, rows=("a", "b"))) == "odd (rows a, b, ...)"
+
+
+def test_losing_more_than_a_percent_names_the_length_that_covers_99_percent():
+    renderer = make_renderer()
+    long = [ask(renderer, "a" * 50, "b" * 50, "long"), ask(renderer, "a" * 300, "b", "longer")]
+    report = check([*rows(renderer, 98), *long], rows(renderer, 2, start=200), max_length=80)
+    found = {finding.code: str(finding) for finding in report.warnings}
+    covering = len(encode(long[:1], renderer, None)[0].input_ids)
+    assert found["too_long"].startswith("train: 1 of 100 rows are left out, because they are longer than")
+    assert "99 %" not in found["too_long"]
+    assert found["truncated"].startswith("train: 1 of 100 rows lose the end of their answer")
+    few = check([*rows(renderer, 48), *long], max_length=80)
+    texts = [str(finding) for finding in few.warnings if finding.code == "too_long"]
+    assert "training.max_length: " in texts[0]
+    assert "leaves 99 % of the rows whole" in texts[0]
+    assert (report.counts["train.truncated"], report.counts["eval.truncated"]) == (1, 0)
+    assert encode([*rows(renderer, 98), *long], renderer, 80).covering(0.99) == covering
+
+
+def test_tools_and_reasoning_that_the_template_does_not_write_are_a_warning():
+    renderer = make_renderer()
+    answer = {"role": "assistant", "content": "one", "reasoning_content": "because"}
+    row = replace(make_example(renderer, (*chat(("user", "a")), answer), "r"), tools=({"function": {"name": "f"}},))
+    assert codes(check([row]).warnings) == ["tools_not_written", "reasoning_not_written"]
+
+
+def test_evaluation_conversations_share_prompts_by_all_their_answers():
+    renderer = make_renderer()
+    opening = (("user", "hello"), ("assistant", "hi"))
+    train = [make_example(renderer, chat(*opening, ("user", "a"), ("assistant", "one")), "t")]
+    shared = make_example(renderer, chat(*opening, ("user", "b"), ("assistant", "two")), "s")
+    prefix = make_example(renderer, chat(*opening), "p")
+    report = check(train, [shared, prefix])
+    assert {finding.code: finding.rows for finding in report.warnings} == {
+        "shared_rows": ("p",),
+        "shared_prompts": ("s",),
+    }

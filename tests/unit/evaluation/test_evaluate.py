@@ -231,3 +231,35 @@ def test_a_user_column_reaches_the_observation(base, examples, encoded):
     tagged = [replace(example, columns={"carat": index}) for index, example in enumerate(examples)]
     observations = evaluate(base, [None], tagged, encoded, SPEC)[None].observations
     assert [observation.columns["carat"] for observation in observations] == list(range(len(examples)))
+
+
+def test_a_conversation_in_several_rows_is_one_measurement(base, examples, encoded):
+    first, second = encoded[0], encoded[1]
+    merged = [replace(second, id=first.id), *encoded[2:], first]
+    rest = [example for example in examples if example.id != second.id]
+    alone = evaluate(base, ["a"], examples, encoded, SPEC)["a"].observations
+    observations = evaluate(base, ["a"], rest, merged, SPEC)["a"].observations
+    assert len(observations) == len(rest)
+    assert observations[0].tokens == alone[0].tokens + alone[1].tokens
+    assert observations[0].loss_sum == pytest.approx(alone[0].loss_sum + alone[1].loss_sum, rel=1e-4)
+    assert observations[0].correct_tokens == alone[0].correct_tokens + alone[1].correct_tokens
+
+
+def test_metrics_compare_what_follows_a_thought(base, examples, encoded):
+    thoughtful = [replace(example, completion=f"<think>\n7\n</think>\n\n{example.completion}") for example in examples]
+
+    def think(token_ids, adapters):
+        texts = [f"\n</think>\n\n{example.completion}" for example in examples]
+        return [SimpleNamespace(text=text, finish_reason="stop") for text in texts]
+
+    spec = EvaluationSpec(metrics=("exact_match",))
+    result = evaluate(base, ["a"], thoughtful, encoded, spec, generate=think)["a"]
+    assert result.metrics["eval.exact_match"].value == 1.0
+    assert [each.reference for each in result.observations] == [example.completion for example in examples]
+
+
+def test_documents_are_measurements_of_their_own(base, examples, encoded):
+    documents = [Example(id=each.id, messages=(), prompt="", completion="x") for each in examples]
+    result = evaluate(base, ["a"], documents, encoded, SPEC)["a"]
+    assert len({each.cluster for each in result.observations}) == len(documents)
+    assert result.metrics["eval.loss"].stderr is not None
