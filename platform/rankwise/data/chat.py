@@ -69,6 +69,8 @@ class Chat:
     tools: Tools | None = None
     context: int = 0
     """The first messages, whose answers are read and not learned."""
+    raw: bool = False
+    """Whether the only message is the beginning of a document, which no chat template wraps."""
 
     @property
     def answers(self) -> tuple[int, ...]:

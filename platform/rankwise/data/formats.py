@@ -7,7 +7,7 @@
 | `messages` | `messages` (or `dataset.messages`): lists of `{role, content, ...}`; `tools` |
 | `sharegpt` | `conversations`: lists of `{from, value}`; `system`, `tools` |
 | `alpaca` | `instruction`, `output`; `input`, `system` |
-| `text` | `text`: documents, without a question and an answer |
+| `text` | `text`, or any through the template `dataset.completion`: documents, without question and answer |
 
 Without `dataset.format` the keys of the definition decide, then the names of the columns and the first rows.
 """
@@ -93,7 +93,7 @@ class RowMapping:
     messages: str | None = None
     prompt: RowTemplate | None = None
     completion: RowTemplate | None = None
-    document: str | None = None
+    document: RowTemplate | None = None
     tools: str | None = None
     system_column: str | None = None
     system: str | None = None
@@ -123,7 +123,7 @@ class RowMapping:
         values = Values.of(dataset)
         if dataset.messages is not None and (dataset.prompt is not None or dataset.completion is not None):
             raise DatasetError("dataset: give either messages, or prompt and completion, not both")
-        if (dataset.prompt is None) != (dataset.completion is None):
+        if (dataset.prompt is None) != (dataset.completion is None) and dataset.format != "text":
             raise DatasetError("dataset: give both prompt and completion (templates over columns), or neither")
         format = recognize(dataset, columns, rows)
         if dataset.tools is not None:
@@ -131,9 +131,8 @@ class RowMapping:
         tools = dataset.tools or ("tools" if "tools" in columns and values.version > 1 else None)
         system_column = "system" if "system" in columns and format in {"sharegpt", "alpaca"} else None
         if format == "text":
-            document = dataset.messages or ("text" if "text" in columns or len(columns) != 1 else columns[0])
-            _refuse(dataset, format, "prompt", "completion", "system", "tools")
-            check_column(document, columns, f"dataset.format: text{where}")
+            _refuse(dataset, format, "prompt", "messages", "system", "tools")
+            document = _template(dataset.completion or "{text}", f"dataset.completion{where}", columns, values)
             return cls(format=format, document=document, values=values)
         if format in {"messages", "sharegpt"}:
             _refuse(dataset, format, "prompt", "completion")
@@ -213,15 +212,8 @@ class RowMapping:
 
     def _document(self, row: Mapping[str, Any], row_id: str) -> Conversion:
         assert self.document is not None
-        cell = row[self.document]
-        if self.values.is_missing(cell) or cell == "":
-            return Conversion(left_out=MISSING)
-        if not isinstance(cell, str):
-            raise DatasetError(
-                f"dataset.format: text: row {row_id}, column {self.document!r}: expected a text, got "
-                f"{type(cell).__name__} {cell!r:.80}"
-            )
-        return Conversion(document=cell)
+        text = "" if self.document.missing(row) is not None else self.document.render(row, row_id)
+        return Conversion(document=text) if text else Conversion(left_out=MISSING)
 
     def _conversation(self, row: Mapping[str, Any], row_id: str) -> Conversion:
         assert self.messages is not None

@@ -9,7 +9,8 @@
    `tools`. The answer that a chat ends with is left out: it is what is asked for;
 4. the column `prompt`, with a text or a chat; or the column `text` if there is no other, as of a `.txt` file.
 
-A chat without a system message gets that of the definition, as in training.
+A chat without a system message gets that of the definition, as in training. A text for an adapter that was trained on
+documents (`format: text`) is the beginning of a document, which no chat template wraps.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class RowPrompts:
         """
         if not text:
             raise DatasetError("the prompt is empty")
-        chat = Chat(messages=({"role": "user", "content": text},))
+        chat = Chat(messages=({"role": "user", "content": text},), raw=self.reading.format == "text")
         return replace(self._mapping, system=self.system).with_system(chat)
 
     def conversation(self, messages: Any, tools: Any = None) -> Chat:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.capabilities import PROBLEMS, Capabilities, probe
-from rankwise.data.chat import Chat, Message, Tools
+from rankwise.data.chat import Chat, Message, Tools, text_of
 from rankwise.data.template_guard import TemplateRefused, guard
 from rankwise.digests import content_digest
 from rankwise.exceptions import DatasetError
@@ -337,10 +337,23 @@ class Renderer:
         return [self._text(messages, own, index, add_generation_prompt) for index, (messages, own) in enumerate(pairs)]
 
     def prompts(self, chats: Sequence[Chat]) -> list[str]:
-        """Render conversations up to where an answer to the last message begins; see `texts`."""
-        return self.texts(
-            [chat.messages for chat in chats], tools=[chat.tools for chat in chats], add_generation_prompt=True
-        )
+        """Render conversations up to where an answer to the last message begins; see `texts`.
+
+        Documents, and single texts for a base without a chat template, come as they are, after the tokenizer's first
+        token where the tokenizer itself begins a text with it.
+
+        Raises:
+            RenderError: The template refuses one of them, or there is none for a conversation.
+        """
+        return [self._prompt(chat, index) for index, chat in enumerate(chats)]
+
+    def _prompt(self, chat: Chat, index: int) -> str:
+        if self.template and not chat.raw:
+            return self._text(chat.messages, chat.tools, index, True)
+        if len(chat.messages) > 1 or chat.messages[0]["role"] != "user":
+            raise RenderError("the model has no chat template, so its prompts must be texts, not chats", index)
+        first = str(self.tokenizer.bos_token) if begins_with_bos(self.tokenizer) else ""
+        return first + text_of(chat.messages[0])
 
     def _text(self, messages: Conversation, tools: Tools | None, index: int, add_generation_prompt: bool) -> str:
         try:

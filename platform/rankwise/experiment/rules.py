@@ -240,7 +240,7 @@ def _rows_become_text(view: FieldView) -> Iterator[Problem]:
                 )
     elif prompt is not None and completion is None:
         yield _at("dataset.completion", "is missing; prompt needs it")
-    elif completion is not None and prompt is None:
+    elif completion is not None and prompt is None and view["dataset.format"] != "text":
         yield _at("dataset.prompt", "is missing; completion needs it")
 
 

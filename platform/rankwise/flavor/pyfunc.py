@@ -48,6 +48,7 @@ class QloraModel:
             adapter.tokenizer,
             base=adapter.base.path,
             chat_template_kwargs=adapter.metadata.reading.chat_template_kwargs,
+            required=False,
         )
         # Until this object is collected: MLflow never closes it. Not an attribute, because it cannot be pickled.
         kept = ExitStack()

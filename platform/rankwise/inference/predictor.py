@@ -129,6 +129,7 @@ class Predictor:
                 adapter.tokenizer,
                 base=self.base.path,
                 chat_template_kwargs=adapter.metadata.reading.chat_template_kwargs,
+                required=False,
             )
             for name, adapter in adapters.items()
         }

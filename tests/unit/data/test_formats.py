@@ -59,6 +59,7 @@ def test_columns_of_no_format_are_refused_with_what_there_is():
 
 def test_a_format_can_be_set_and_refuses_the_keys_of_others():
     assert one({"text": "a document", "url": "x"}, format="text").completion == "a document"
+    assert one({"title": "t", "body": "b"}, format="text", completion="{title}: {body}").completion == "t: b"
     with pytest.raises(DatasetError, match=r"dataset.prompt: cannot be combined with format: text"):
         build({"text": "x"}, format="text", prompt="{text}", completion="{text}")
     with pytest.raises(DatasetError, match=r"dataset.messages: unknown column 'messages'"):

@@ -1,7 +1,10 @@
 import pytest
+from helpers.data_rows import make_renderer
+from helpers.tiny import make_tokenizer
 
 from rankwise.data.formats import RowMapping
 from rankwise.data.prompting import FIRST_READING, Reading, RowPrompts
+from rankwise.data.template import Renderer, RenderError
 from rankwise.exceptions import DatasetError
 from rankwise.experiment.schema import DatasetSpec
 
@@ -161,3 +164,20 @@ def test_a_chat_is_asked_for_its_last_answer_with_its_tools():
     chat = reader.chat({"conversations": answered, "tools": '[{"name": "f"}]'})
     assert chat.messages == (USER,)
     assert chat.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+def test_a_text_for_an_adapter_of_documents_is_the_beginning_of_a_document():
+    chat = prompts(format="text").chat({"text": "Once upon"})
+    assert chat.raw
+    renderer = make_renderer()
+    assert renderer.prompts([chat]) == ["Once upon"]
+    assert renderer.prompts([prompts().chat({"text": "Once upon"})])[0].startswith("<|im_start|>user")
+
+
+def test_a_base_without_a_template_is_asked_with_texts():
+    bare = Renderer.create(make_tokenizer(None), required=False)
+    assert bare.prompts([prompts().chat({"prompt": "Once upon"})]) == ["Once upon"]
+    with pytest.raises(RenderError, match="no chat template, so its prompts must be texts"):
+        bare.prompts([prompts(system="be brief").chat({"prompt": "Once upon"})])
+    with pytest.raises(DatasetError, match=r"has no chat template; set dataset.chat_template"):
+        bare.texts([[USER]])
