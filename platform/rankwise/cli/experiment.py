@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rankwise.cli.output import Bars, note, print_foreign_json, print_json, print_table
+from rankwise.exceptions import ConfigError
 from rankwise.experiment.editor_schema import editor_schema, reference
 from rankwise.experiment.experiment import load_experiment
 from rankwise.experiment.plan import Plan, count_rows, make_plan
@@ -46,8 +47,17 @@ def command_line(file: Path | None, overrides: Sequence[str], source: str | None
 @click.command()
 @definition
 def validate(file: Path, overrides: tuple[str, ...]) -> None:
-    """Check the experiment FILE and summarize it; all problems are reported at once."""
+    """Check the experiment FILE and summarize it; all problems are reported at once.
+
+    Local data are opened, and their first 100 rows are read. Bases, hub data sets and wheels are not.
+    """
     experiment = load_experiment(file, overrides)
+    # Late: other commands of this module do not read data.
+    from rankwise.data.local_check import check_local_data
+
+    problems = check_local_data(experiment.spec, Settings.load())
+    if problems:
+        raise ConfigError("\n".join(problems), problems)
     spec, arms = experiment.spec, experiment.arms
     count = sum(experiment.planned_rounds) or len(arms)
     parts = len(experiment.planned_rounds)

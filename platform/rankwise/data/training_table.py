@@ -94,7 +94,7 @@ def open_table(
     if dataset.rendering == 1:
         return cast(Table, load_table(resolved, settings, progress))
     files = data_files(resolved)
-    if not files or any(_kind(file) not in TEXT_KINDS for file in files):
+    if not files or any(file_kind(file) not in TEXT_KINDS for file in files):
         return TypedTable(load_table(resolved, settings, progress))
     form = TextFormat(delimiter=dataset.delimiter, encoding=dataset.encoding)
     entry = settings.cache / "datasets" / _entry_name(resolved, files, form)
@@ -193,7 +193,8 @@ class TextTable:
         return json_object(row[_JSON]) if self._kind in {"lines", "json"} else dict(cells(row, self._kind))
 
 
-def _kind(path: Path) -> Kind | None:
+def file_kind(path: Path) -> Kind | None:
+    """The kind of a file by its suffix, which may be followed by that of a compression; None if it is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _OPEN:
         suffixes.pop()
@@ -207,7 +208,7 @@ def _size(files: Sequence[Path]) -> int | None:
 def _entry_name(resolved: ResolvedData, files: Sequence[Path], form: TextFormat) -> str:
     facts = {
         "revision": resolved.revision,
-        "kinds": [_kind(file) for file in files],
+        "kinds": [file_kind(file) for file in files],
         # A directory has one digest, and several splits.
         "files": [file.name for file in files],
         "form": asdict(form),
@@ -218,7 +219,7 @@ def _entry_name(resolved: ResolvedData, files: Sequence[Path], form: TextFormat)
 
 
 def _write(files: Sequence[Path], form: TextFormat, folder: Path, source: str, advance: Advance) -> None:
-    kind = _kind(files[0])
+    kind = file_kind(files[0])
     assert kind is not None
     columns: dict[str, None] = {}
     problems: list[str] = []
@@ -282,9 +283,22 @@ class _Stored:
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
 
 
+def text_file_rows(path: Path, form: TextFormat) -> Iterator[TableRow]:
+    """The rows of a text file, from the first on.
+
+    Raises:
+        DatasetError: Its bytes are not text of the encoding.
+        ConfigError: The header repeats a name, or another character separates the cells.
+        AssetError: It cannot be read.
+    """
+    with _reading(path, form):
+        for _, row in _rows(path, form, lambda _: None):
+            yield row
+
+
 def _rows(path: Path, form: TextFormat, advance: Advance) -> Iterator[tuple[str, TableRow]]:
     """The rows of a file, each with its text where it is JSON."""
-    kind = _kind(path)
+    kind = file_kind(path)
     if kind == "json":
         with _opened(path) as file, read_lines(file, form.encoding) as start:
             kind = "json" if is_json_list(start.read(_START)) else "lines"
