@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from rankwise.evaluation.contrasts import limits, of_rows
 from rankwise.evaluation.metrics import Sample
 
-_SKEWNESS_ERRORS = 1.0
+# The answer adds errors to the skewness, for 20 rows; promotion requires 100 examples, where they hardly matter.
+_SKEWNESS_ERRORS = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
