@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rankwise.evaluation.answer import LEAST_CLUSTERS, Decision, decide
 from rankwise.evaluation.answer_arms import NoAnswer, ReadInfluences, rank_table, sort_arms
 from rankwise.evaluation.answer_text import Answer, no_statement, statement, too_few_clusters
-from rankwise.evaluation.compare import RANK, ArmRecord, Comparison, Configuration
+from rankwise.evaluation.compare import RANK, SEED, ArmRecord, Comparison, Configuration
 from rankwise.evaluation.gather import Influences, read_influences
 from rankwise.evaluation.metrics import find_metrics
 from rankwise.exceptions import ConfigError, TrackingError
@@ -107,7 +107,8 @@ def find_answer(comparison: Comparison, read: ReadInfluences) -> Answer:
     """Test the ranks of a comparison as its plan says."""
     plan = comparison.plan
     several = len({arm.params.get(RANK) for arm in comparison.arms}) > 1
-    if plan is None or not several or not comparison.ranking:
+    seeds = {arm.params.get(SEED) for arm in comparison.arms}
+    if plan is None or not several or not comparison.ranking or len(seeds) < 2:
         return no_statement(comparison)
     try:
         return _test(comparison, plan, read)
@@ -119,8 +120,6 @@ def _test(comparison: Comparison, plan: AnswerPlan, read: ReadInfluences) -> Ans
     arms = sort_arms(comparison, plan)
     reference = arms.ranks[-1]
     first = plan.looks[0]
-    if all(sum(arms.state(rank, seed) != "absent" for seed in plan.seeds) < 2 for rank in arms.ranks):
-        return no_statement(comparison)
     if missing := arms.pending(arms.ranks, first, fixed=plan.fixed):
         planned = len(arms.ranks) * len(first)
         raise NoAnswer(f"{missing} of {planned} results are still to come")

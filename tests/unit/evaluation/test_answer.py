@@ -306,6 +306,13 @@ def test_only_the_chosen_values_need_the_fresh_seeds():
     assert find_answer(replace(comparison, arms=tuple(kept)), read).rank == 2
 
 
+def test_after_the_pilot_seeds_the_fresh_ones_are_still_to_come():
+    comparison, read = tuned()
+    pilot = tuple(each for each in comparison.arms if each.params["seed"] < 2)
+    found = find_answer(replace(comparison, arms=pilot), read)
+    assert found.text.startswith("No statement about ranks: 8 of 8 results are still to come.")
+
+
 def test_pilot_seeds_must_have_ended_and_there_must_be_some():
     comparison, read = tuned()
     fresh = tuple(each for each in comparison.arms if each.params["seed"] != 1)
