@@ -8,6 +8,7 @@ impossible, since a difference could come from them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ class Arms:
         greater_is_better: Its direction.
         ranks: Ascending; those that early stopping ended are left out.
         pruned: Ranks that early stopping ended.
+        stopped: At which rungs early stopping ended how many arms, such as `pruned at step 16`.
         chosen: By rank, the values of the tuned fields that pilot seeds chose.
         candidates: Among how many values.
         averaged: Other settings that results are averaged over, and their values.
@@ -51,6 +53,7 @@ class Arms:
     greater_is_better: bool
     ranks: tuple[float, ...]
     pruned: tuple[float, ...]
+    stopped: Mapping[str, int]
     chosen: Mapping[float, Settings]
     candidates: int
     averaged: Mapping[str, tuple[Param | None, ...]]
@@ -136,6 +139,7 @@ def sort_arms(comparison: Comparison, plan: AnswerPlan) -> Arms:
         greater_is_better=comparison.greater_is_better,
         ranks=ranks,
         pruned=pruned,
+        stopped=Counter((arm.reason or "").partition(":")[0] for arm in arms if arm.pruned),
         chosen=chosen,
         candidates=candidates,
         averaged={

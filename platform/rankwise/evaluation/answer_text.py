@@ -181,8 +181,12 @@ class _Words:
         else:
             by = f"at least {amount(self.key, -named.upper, up=False)} better than {largest}"
         text = f"r = {named.rank:g} is enough: {by} {basis}."
-        better = self._better_than(named)
-        return f"{text} {better}" if better else text
+        failed = [
+            f"{each.failed} of {each.failed + each.seeds} seeds of r = {each.rank:g} failed."
+            for each in (named, decision.reference)
+            if each.failed
+        ]
+        return " ".join(filter(None, [text, *failed, self._better_than(named)]))
 
     def _open(self) -> str:
         if not self.decision.undecided:
@@ -291,10 +295,12 @@ class _Words:
             notes.append(
                 f"With more than {100 * MAX_FAILED_SHARE:g} % failed seeds of {largest}, no rank is called not enough."
             )
-        if arms.pruned:
+        if arms.stopped:
+            at = ", ".join(f"{count} {rung}" for rung, count in arms.stopped.items())
+            whole = f" Nothing is said about {_ranks(arms.pruned)}." if arms.pruned else ""
             notes.append(
-                f"Early stopping ended {_ranks(arms.pruned)} before the end of training, by the evaluation at its "
-                "rungs; nothing is said about them."
+                f"Early stopping ended arms by their evaluation on the same rows ({at}); the answer is about arms that "
+                f"were trained to the end.{whole}"
             )
         if arms.left_out:
             notes.append(f"{arms.left_out} combinations of other settings are left out: not every rank has them.")

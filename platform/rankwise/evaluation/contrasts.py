@@ -140,7 +140,9 @@ def _pooled(values: Array, complete: NDArray[np.bool_]) -> tuple[Array, Array, N
     total = squares.sum(axis=-1)
     freedom = (ranks - 1) * np.maximum(seeds - 1, 1)
     largest = np.divide(squares.max(axis=-1), total, out=np.ones_like(total), where=total > 0)
-    limits = np.array([_largest_share(ranks, count) for count in range(values.shape[-1] + 1)])
+    limits = np.zeros(values.shape[-1] + 1)
+    for count in np.unique(seeds):
+        limits[count] = _largest_share(ranks, int(count))
     # Of two ranks, both have the same residuals: the paired variance is all there is.
     pool = (largest <= limits[seeds]) & (seeds > 1) & (ranks > 2)
     return total / freedom, freedom.astype(np.float64), pool

@@ -199,6 +199,7 @@ def test_a_rank_with_failed_seeds_is_not_called_enough_and_the_share_is_said():
     rare = answer({2: 0.0, 4: 0.0}, seeds=range(10), failed=[(2, 3)])
     assert rare.rank == 2
     assert rare.decision.outcomes[0].seeds == 9
+    assert rare.text.endswith("). 1 of 10 seeds of r = 2 failed.")
 
 
 def test_a_result_that_is_not_finite_and_a_silent_arm_are_failures():
@@ -234,7 +235,10 @@ def test_pruned_ranks_are_named_and_a_pruned_reference_allows_no_statement():
 
     middle = pruned(4)
     assert middle.rank == 2
-    assert any(note.startswith("Early stopping ended r = 4 before the end of training") for note in middle.notes)
+    assert (
+        "Early stopping ended arms by their evaluation on the same rows (5 pruned at step 16); the answer is about "
+        "arms that were trained to the end. Nothing is said about r = 4."
+    ) in middle.notes
     assert "early stopping ended r = 8, the largest rank, with which others are compared" in pruned(8).text
 
 
