@@ -133,8 +133,8 @@ def test_the_page_leads_with_the_answer_limits_margin_and_seeds():
     narrow = page.partition('<section id="seeds">')[2].partition("</section>")[0]
     assert narrow.count("<figure>") == 2
     assert "2 seeds: upper limit" in narrow
-    table = found.text.partition("upper limit failed seeds")[2]
-    assert re.search(r"2 not enough \+0\.\d+ \+0\.\d+ \+0\.\d+ - .* 4 enough .* 8 the largest - - - -", table)
+    table = found.text.partition("upper limit seeds failed seeds")[2]
+    assert re.search(r"2 not enough \+0\.\d+ \+0\.\d+ \+0\.\d+ 5 - .* 4 enough .* 8 the largest - - - 5 -", table)
 
 
 def test_without_an_answer_the_page_calls_nothing_worse():
