@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.packs import Recorder, distance, make_arm, make_rows, planned, read_weights
 
-from rankwise.modeling.lora.function import DropoutKey, keep_mask
+from rankwise.modeling.lora.draws import DropoutKey, keep_mask
 from rankwise.training.arm import ArmTask
 from rankwise.training.loop import train_pack
 

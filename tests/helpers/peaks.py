@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
 from rankwise.modeling.lora.packed import delete_adapter, install
-from rankwise.training.arm import TrainingArm
+from rankwise.training.arm import TrainingArm, join_arms, part_arms
 from rankwise.training.budget import typical_pass_tokens
 from rankwise.training.loop import training_mode
 from rankwise.training.step import PeakMemory, Stepper
@@ -24,15 +23,14 @@ def peak_of_step(base, tasks) -> int:
     ):
         arms = [TrainingArm(task, base.model) for task in tasks]
         try:
-            stepper = Stepper(base.model, install(base.model), 3, PeakMemory(base.device))
-            for arm in arms:
-                for parameter in arm.parameters.values():
-                    parameter.grad = torch.zeros_like(parameter)
+            optimizer = join_arms(base.model, arms, base.compute_dtype)
+            stepper = Stepper(base.model, install(base.model), optimizer, 3, PeakMemory(base.device))
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
                 stepper._gradients(arms)
         finally:
             for arm in arms:
                 delete_adapter(base.model, arm.name)
+            part_arms(base.model)
     events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda each: each.start_ns()):

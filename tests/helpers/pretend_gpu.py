@@ -89,6 +89,10 @@ class PretendTensor(torch.Tensor):
         return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrapped, out))
 
 
+class _Pinned(torch.Tensor):
+    """A tensor in pinned memory, from which copies to the GPU do not make the CPU wait."""
+
+
 _watchers: list[tuple[Callable[[Any, Any], None], Callable[[str], None]]] = []
 
 
@@ -141,8 +145,12 @@ class _Mode(TorchFunctionMode):
             return func(own.held, *args[1:], **kwargs)
         if name in {"cpu", "numpy"} and isinstance(own, PretendTensor):
             return _moved(own, "cpu") if name == "cpu" else func(own.held, *args[1:], **kwargs)
+        if name == "pin_memory" and own is not None:
+            return _Pinned(own.detach().clone())
         if name == "to" and own is not None:
             device = kwargs.pop("device", None)
+            if kwargs.pop("non_blocking", False) and isinstance(own, _Pinned):
+                return PretendTensor(own.as_subclass(torch.Tensor).clone())
             rest = list(args[1:])
             if rest and isinstance(rest[0], torch.Tensor):
                 device, rest[0] = rest[0].device, rest[0].dtype

@@ -20,9 +20,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 with compilation_refused():
     from bitsandbytes.cextension import lib
 
-OPTIMIZER_TABLES = ("qmap1", "qmap2")
-"""Keys of an 8-bit optimizer's state that hold the tables of 8-bit values: constants, one tensor for all parameters."""
-
 
 def native_library() -> str:
     """The class of the loaded native library, such as `CudaBNBNativeLibrary`; a mock where none could be loaded.
@@ -90,16 +87,6 @@ def dequantized_8bit(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     state = layer.state
     weight: torch.Tensor = state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
     return weight
-
-
-def create_optimizer_state(optimizer: Any) -> None:
-    """Create the states that an optimizer with a single group creates in its first step, before it.
-
-    `init_state` is undocumented. The public API creates states in `step` only, after the backward pass.
-    """
-    (group,) = optimizer.param_groups
-    for index, parameter in enumerate(group["params"]):
-        optimizer.init_state(group, parameter, 0, index)
 
 
 class _Once(logging.Filter):

@@ -34,16 +34,38 @@ def is_view(tensor: torch.Tensor) -> bool:
     return tensor._is_view()
 
 
-def create_adamw_state(optimizer: torch.optim.AdamW) -> None:
-    """Create the states that a fused AdamW creates in its first step, before it.
+def fused_adamw(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor],
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Make step `step`, counted from 1, of torch's fused AdamW on one contiguous tensor, in place.
 
-    The keys and shapes of the state are undocumented. The public API creates them in `step` only, after the backward
-    pass: an optimizer that runs out of memory there may have updated half of the parameters.
+    The function behind `torch.optim.AdamW` is in a module without documentation. The optimizer itself would own the
+    parameter and its moments, which here are rows of larger tensors that move when an arm leaves.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    from torch.optim.adamw import adamw
+
+    assert all(each.is_contiguous() for each in (values, gradient, *moments)), "fused AdamW is silently wrong on these"
+    adamw(
+        [values],
+        [gradient],
+        [moments[0]],
+        [moments[1]],
+        [],
+        [torch.tensor(float(step - 1))],
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )

@@ -135,3 +135,22 @@ def gguf_progress(wrap: Callable[[Any], Iterator[Any]]) -> Iterator[None]:
         yield
     finally:
         reader.tqdm = theirs
+
+
+@contextmanager
+def known_packing(sequences: Any) -> Iterator[None]:
+    """Say inside the block which tokens of a batch belong together, where a model gets no attention mask.
+
+    transformers finds it out from position ids, and makes the CPU wait for the GPU to see whether there is any packing.
+
+    Args:
+        sequences: (B, T) integers, equal for tokens of one sequence; None where each row is one.
+    """
+    from transformers import masking_utils
+
+    theirs = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: sequences
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = theirs

@@ -1,8 +1,6 @@
-"""One arm in training: its task, adapter, optimizer, learning rate schedule, counters and outcome.
+"""One arm in training: its task, adapter, learning rate schedule, counters and outcome.
 
-Schedules follow `transformers.optimization`. 8-bit moments are those of bitsandbytes (Dettmers et al. 2022, block-wise
-dynamic quantization); on CPUs its loops are slow. Optimizer states are allocated with the optimizer, not in its first
-step, so running out of memory cannot interrupt an update.
+Schedules follow `transformers.optimization`. The arms of a pack share an optimizer: `training.optimizer`.
 """
 
 from __future__ import annotations
@@ -14,85 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import bitsandbytes as bnb
 import torch
 from peft import LoraConfig
-from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from rankwise.compat.bitsandbytes import OPTIMIZER_TABLES, create_optimizer_state
-from rankwise.compat.torch import create_adamw_state
 from rankwise.data.batches import Sampler
 from rankwise.data.tokens import Encoded
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.schema import TrainingSpec
 from rankwise.modeling.adapter import PREFIX, read_adapter, scaling_of
-from rankwise.modeling.lora.function import DropoutKey
-from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, delete_adapter
-
-_BLOCK = 256
-_SMALL = 4096  # matrices with fewer elements keep their moments in fp32
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingSpec) -> torch.optim.Optimizer:
-    """Create an arm's optimizer and its states; a paged optimizer on a CPU is a `ConfigError`."""
-    options: dict[str, Any] = {
-        "lr": training.learning_rate,
-        "betas": (training.adam_beta1, training.adam_beta2),
-        "eps": training.adam_epsilon,
-        "weight_decay": training.weight_decay,
-    }
-    if training.optim == "adamw_torch_fused":
-        fused = torch.optim.AdamW(parameters, fused=True, **options)
-        create_adamw_state(fused)
-        return fused
-    paged = training.optim == "paged_adamw_8bit"
-    device = parameters[0].device.type
-    if paged and device != "cuda":
-        raise ConfigError(
-            "training.optim: paged_adamw_8bit needs a CUDA GPU, and this base is on "
-            f"{device}; set it to adamw_bnb_8bit or adamw_torch_fused"
-        )
-    in_8_bit: torch.optim.Optimizer = bnb.optim.AdamW(
-        parameters, optim_bits=8, min_8bit_size=_SMALL, is_paged=paged, **options
-    )
-    create_optimizer_state(in_8_bit)
-    return in_8_bit
-
-
-def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The optimizer's state, keyed by the matrices' names."""
-    return {
-        f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-        if key not in OPTIMIZER_TABLES
-    }
-
-
-@torch.no_grad()
-def load_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Load the output of `state_tensors`, which may be empty if it was stored before the first step."""
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        for key, value in state.items():
-            stored = tensors.get(f"{name}.{key}")
-            if stored is None:
-                assert key in OPTIMIZER_TABLES or not tensors, f"{key} of {name} is not in the stored state"
-            elif isinstance(value, torch.Tensor):
-                value.copy_(stored)
-            else:
-                state[key] = type(value)(stored.item())
-
-
-def state_bytes(matrices: Sequence[int], training: TrainingSpec) -> int:
-    """Bytes of matrices with these numbers of elements, their gradients in fp32, and their optimizer."""
-    if training.optim == "adamw_torch_fused":
-        return 16 * sum(matrices)
-    return sum(8 * size + (8 * size if size < _SMALL else 2 * size + 8 * -(-size // _BLOCK)) for size in matrices)
+from rankwise.modeling.lora.draws import DropoutKey
+from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, delete_adapter, install
+from rankwise.modeling.lora.stacks import Stacks
+from rankwise.training.optimizer import IN_8_BIT, PackOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,18 +153,18 @@ class BestState:
 
 
 class TrainingArm:
-    """One arm in a pack: everything except its matrices, which the model holds.
+    """One arm in a pack: everything except its matrices, which the model holds, and their optimizer's state.
 
     Attributes:
         name: The adapter's name.
+        optimizer: The pack's; set when all of its arms are there.
         parameters: The matrices, under their names in a PEFT file.
         step: Optimizer steps done.
         evaluated: The step of the last evaluation; 0 before the first.
     """
 
     def __init__(self, task: ArmTask, model: Any) -> None:
-        """Inject the adapter; a `ConfigError` if the base, `init_adapter` or the optimizer does not match."""
-        training = task.spec.training
+        """Inject the adapter; a `ConfigError` if the base or `init_adapter` does not match."""
         self.task = task
         self.name = create_adapter(model, task.spec)
         self.parameters = adapter_parameters(model, self.name)
@@ -242,10 +173,10 @@ class TrainingArm:
                 initial = read_adapter(task.init_adapter)
                 self.load(initial.tensors, str(task.init_adapter))
                 self._adopt_scaling(initial.config)
-            self.optimizer = make_optimizer(list(self.parameters.values()), training)
         except BaseException:
             delete_adapter(model, self.name)
             raise
+        self.optimizer: PackOptimizer | None = None
         self.step = 0
         self.total_steps = task.spec.optimizer_steps(len(task.train))
         self.seconds = 0.0
@@ -302,30 +233,6 @@ class TrainingArm:
             return None
         return DropoutKey(seed=self.task.spec.seed, step=self.step, micro_step=micro_step)
 
-    def grad_norm(self) -> torch.Tensor:
-        """Norm of the gradient: a scalar tensor on the arm's device."""
-        return get_total_norm([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
-
-    def update(self, grad_norm: torch.Tensor) -> None:
-        """Clip the gradient, make the optimizer step, and drop the gradient."""
-        limit = self.task.spec.training.max_grad_norm
-        if limit > 0:
-            clip_grads_with_norm_(self.parameters.values(), limit, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimizer.step()
-        self.clear_gradients()
-        self.step += 1
-
-    def is_finite(self) -> bool:
-        """Whether all matrices are finite: an update can overflow even if loss and gradient are finite."""
-        return bool(torch.isfinite(get_total_norm([parameter.detach() for parameter in self.parameters.values()])))
-
-    def clear_gradients(self) -> None:
-        """Drop the gradient."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         """Copy stored matrices into the adapter; other names or shapes are a `ConfigError`."""
@@ -352,14 +259,6 @@ class TrainingArm:
             if matrix == "B.weight":
                 parameter.mul_(scaling_of(config, module, rank=lora.r) / own)
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state, keyed by the matrices' names."""
-        return state_tensors(self.optimizer, self.parameters)
-
-    def load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load the output of `optimizer_tensors`."""
-        load_state(self.optimizer, self.parameters, tensors)
-
     @cached_property
     def _schedule(self) -> Schedule:
         training = self.task.spec.training
@@ -383,3 +282,27 @@ class TrainingArm:
             lengths,
             whole_epochs=self.task.spec.rendering > 1,
         )
+
+
+def join_arms(model: Any, arms: Sequence[TrainingArm], dtype: torch.dtype) -> PackOptimizer:
+    """Move the matrices of a pack's arms into flat storage, and give the arms their common optimizer.
+
+    Args:
+        model: The base's model.
+        arms: The arms, at least one.
+        dtype: That of the base's products.
+
+    Raises:
+        ConfigError: A paged optimizer on a CPU.
+    """
+    stacks = Stacks(model, {arm.name: arm.task.spec.training.optim in IN_8_BIT for arm in arms}, dtype)
+    optimizer = PackOptimizer(stacks, {arm.name: arm.task.spec.training for arm in arms})
+    install(model).stacks = stacks
+    for arm in arms:
+        arm.optimizer = optimizer
+    return optimizer
+
+
+def part_arms(model: Any) -> None:
+    """End what `join_arms` began, after the arms' adapters are deleted."""
+    install(model).stacks = None

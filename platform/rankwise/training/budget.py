@@ -23,7 +23,9 @@ from rankwise.files import format_size
 from rankwise.modeling.base import LoadedBase, linear_modules
 from rankwise.modeling.estimate import ActivationShape, AdapterShape, match_targets
 from rankwise.modeling.lora.lean import dequantized_bytes, free_memory, is_dequantized
-from rankwise.training.arm import ArmTask, state_bytes
+from rankwise.modeling.lora.stacks import rank_class
+from rankwise.training.arm import ArmTask
+from rankwise.training.optimizer import IN_8_BIT, state_bytes
 from rankwise.training.step import Passes, release_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -121,7 +123,9 @@ def plan_pack(
         base.model.config, linear, itemsize=base.compute_dtype.itemsize, cpu=base.device.type == "cpu"
     )
     max_tokens = default_token_budget(base) if token_budget is None else token_budget
-    shares = [_share(task, linear) for task in tasks]
+    ranks = _stored_ranks(tasks, linear, cpu=base.device.type == "cpu")
+    copies = 0 if base.device.type == "cpu" and base.compute_dtype == torch.float32 else base.compute_dtype.itemsize
+    shares = [_share(task, linear, rank, copies) for task, rank in zip(tasks, ranks, strict=True)]
     kept = dequantized_bytes(base.model, tokens=typical_pass_tokens(tasks, max_tokens))
     free = free_pack_memory(base, kept) if free_bytes is None else free_bytes
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
@@ -221,11 +225,24 @@ def default_token_budget(base: LoadedBase) -> int | None:
     return CPU_TOKENS if base.device.type == "cpu" else None
 
 
-def _share(task: ArmTask, linear: dict[str, tuple[int, int]]) -> _ArmMemory:
+def _stored_ranks(tasks: Sequence[ArmTask], linear: dict[str, tuple[int, int]], *, cpu: bool) -> list[int]:
+    """The ranks to which arms are padded: see `modeling.lora.stacks`."""
+    largest: dict[object, int] = {}
+    keys: list[object] = []
+    for task in tasks:
+        rank, exact = task.spec.lora.r, cpu or task.spec.training.optim in IN_8_BIT
+        targets = tuple(match_targets(linear, task.spec.lora.target_modules))
+        keys.append((targets, exact, rank if exact else rank_class(rank)))
+        largest[keys[-1]] = max(rank, largest.get(keys[-1], 0))
+    return [largest[key] for key in keys]
+
+
+def _share(task: ArmTask, linear: dict[str, tuple[int, int]], rank: int, copies: int) -> _ArmMemory:
+    """What an arm stored with a rank takes; `copies` are the bytes of a number's copy for products."""
     spec = task.spec
     targets = match_targets(linear, spec.lora.target_modules)
     rows, length = _rows_and_length(task)
-    matrices = [spec.lora.r * side for shape in targets.values() for side in shape]
+    numbers = rank * sum(side for shape in targets.values() for side in shape)
     return _ArmMemory(
         rows=rows,
         length=length,
@@ -235,7 +252,7 @@ def _share(task: ArmTask, linear: dict[str, tuple[int, int]]) -> _ArmMemory:
             r=spec.lora.r,
             dropout=spec.lora.lora_dropout > 0,
         ),
-        states=state_bytes(matrices, spec.training),
+        states=state_bytes(numbers, spec.training) + copies * numbers,
     )
 
 

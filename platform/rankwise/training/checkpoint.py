@@ -13,7 +13,7 @@ A composition is the set of arms that were started together. A generation has al
 published by one rename; two generations are kept. A pack of the same arms resumes from the newest generation that
 matches its manifest, with byte-equal results; on a GPU equal within rounding, because the backward pass of torch's
 fused attention sums in a nondeterministic order. A pack of other arms takes each arm's newest state from any
-composition, with results equal within rounding.
+composition, with results equal within rounding. States that another version of the engine wrote are not used.
 
 Tensors are safetensors, everything else is JSON. All packs of a home may share `DIRECTORY`.
 """
@@ -92,13 +92,19 @@ def _temporary_path(path: Path) -> Path:
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+ENGINE_VERSION = 2
+"""What changes the numbers of a training: dropout masks, products, the order of sums. A training that one engine began
+is not finished by another one: its arms start again. Results stay valid."""
 GENERATIONS = 2
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Versioned:
+    """`engine` is missing in checkpoints of the first releases."""
+
     version: int
+    engine: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +156,8 @@ class ArmState:
         state = parse_record((self.directory / "state.json").read_bytes(), _STATE)
         adapter = read_adapter(self.directory / "adapter")
         arm.load(adapter.tensors, str(adapter.directory))
-        arm.load_optimizer(load_file(self.directory / "optimizer.safetensors"))
+        assert arm.optimizer is not None
+        arm.optimizer.load(arm.name, load_file(self.directory / "optimizer.safetensors"))
         arm.step = state.step
         arm.seconds = state.seconds
         arm.tokens = state.tokens
@@ -195,6 +202,7 @@ class Checkpoints:
                 self._save_arm(arm, temporary / _arm_name(arm.spec_hash))
             document = {
                 "version": FORMAT_VERSION,
+                "engine": ENGINE_VERSION,
                 "pack_step": pack_step,
                 "passes": asdict(passes),
                 "living": [arm.spec_hash for arm in arms],
@@ -314,7 +322,8 @@ class Checkpoints:
 
     def _save_arm(self, arm: TrainingArm, directory: Path) -> None:
         self._save_adapter(arm, directory / "adapter")
-        save_file(arm.optimizer_tensors(), directory / "optimizer.safetensors")
+        assert arm.optimizer is not None
+        save_file(arm.optimizer.state(arm.name), directory / "optimizer.safetensors")
         if arm.best is not None:
             copy_directory(arm.best.directory, directory / "best")
         (directory / "state.json").write_text(json.dumps(_state_document(arm), indent=1), encoding="utf-8")
@@ -354,13 +363,21 @@ def _steps(directory: Path) -> list[Path]:
 
 
 def _verified(path: Path, name: str, kind: TypeAdapter[T]) -> T | None:
-    """The record of a directory; None, with a warning, if a file is damaged or the format is unknown."""
+    """The record of a directory; None, with a warning, if a file is damaged or of another format or engine."""
     try:
         check_manifest(path)
         content = (path / name).read_bytes()
-        version = parse_record(content, _VERSION).version
-        if version != FORMAT_VERSION:
-            logger.warning("skipping %s: format version %s, not %s", path, version, FORMAT_VERSION)
+        made_by = parse_record(content, _VERSION)
+        if made_by.version != FORMAT_VERSION:
+            logger.warning("skipping %s: format version %s, not %s", path, made_by.version, FORMAT_VERSION)
+            return None
+        if name != "outcome.json" and made_by.engine != ENGINE_VERSION:
+            logger.warning(
+                "skipping %s, so its arms start again: version %s of the engine began them, and this is version %s",
+                path,
+                made_by.engine,
+                ENGINE_VERSION,
+            )
             return None
         return parse_record(content, kind)
     except (AdapterIntegrityError, OSError, DamagedRecordError) as error:
@@ -379,6 +396,7 @@ def _arm_state(directory: Path) -> ArmState | None:
 def _state_document(arm: TrainingArm) -> dict[str, Any]:
     return {
         "version": FORMAT_VERSION,
+        "engine": ENGINE_VERSION,
         "spec_hash": arm.spec_hash,
         "step": arm.step,
         "micro_step": arm.micro_steps(arm.step).start,

@@ -26,10 +26,19 @@ from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
 from rankwise.modeling.lora.packed import delete_adapter, install
-from rankwise.training.arm import ArmOutcome, ArmTask, PackObserver, StepRecord, TrainingArm
+from rankwise.training.arm import (
+    ArmOutcome,
+    ArmTask,
+    PackObserver,
+    StepRecord,
+    TrainingArm,
+    join_arms,
+    part_arms,
+)
 from rankwise.training.budget import plan_pack, typical_pass_tokens
 from rankwise.training.checkpoint import Checkpoints
 from rankwise.training.evaluation import METRICS, TrainingEvaluator
+from rankwise.training.optimizer import PackOptimizer
 from rankwise.training.step import NonFiniteStep, Passes, PeakMemory, Stepper, release_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -56,6 +65,7 @@ class PackLoop:
         self._outcomes: dict[str, ArmOutcome] = {}
         self._pack_step = 0
         self._passes = passes
+        self._optimizer: PackOptimizer
         pad = base.tokenizer.pad_token_id
         # Any token can pad: padding is neither attended to nor supervised.
         self._pad_token_id = 0 if pad is None else int(pad)
@@ -75,18 +85,30 @@ class PackLoop:
         for arm in self._arms:
             delete_adapter(self._base.model, arm.name)
         self._arms = []
+        part_arms(self._base.model)
 
     def run(self, should_stop: Callable[[], bool], should_leave: Callable[[str], bool]) -> dict[str, ArmOutcome]:
         """Step until no arm is left or a stop is requested."""
-        stepper = Stepper(self._base.model, install(self._base.model), self._pad_token_id, self._memory, self._passes)
-        evaluator = TrainingEvaluator(self._base.model, install(self._base.model), stepper.logits, self._pad_token_id)
+        if self._arms and not self._step_all(should_stop, should_leave):
+            return self._outcomes
+        if any(outcome.status in UNFINISHED for outcome in self._outcomes.values()):
+            self._checkpoints.save(self._pack_step, [], self._outcomes, self._passes)
+        else:
+            self._checkpoints.drop_generations()
+        return self._outcomes
+
+    def _step_all(self, should_stop: Callable[[], bool], should_leave: Callable[[str], bool]) -> bool:
+        """Step until no arm is left; False if a stop was requested."""
+        model, routing = self._base.model, install(self._base.model)
+        stepper = Stepper(model, routing, self._optimizer, self._pad_token_id, self._memory, self._passes)
+        evaluator = TrainingEvaluator(model, routing, stepper.logits, self._pad_token_id)
         self._finish_done()
         self._pause(evaluator)
         while self._arms:
             leaving = [arm for arm in self._arms if should_leave(arm.spec_hash)]
             if should_stop() or len(leaving) == len(self._arms):
                 self._stop()
-                return self._outcomes
+                return False
             for arm in leaving:
                 if self._keep_if_finite(arm):
                     self._checkpoints.save_aside(arm)
@@ -104,11 +126,7 @@ class PackLoop:
             self._pause(evaluator)
             if self._arms and self._pack_step % min(arm.task.spec.training.save_steps for arm in self._arms) == 0:
                 self._save()
-        if any(outcome.status in UNFINISHED for outcome in self._outcomes.values()):
-            self._checkpoints.save(self._pack_step, [], self._outcomes, self._passes)
-        else:
-            self._checkpoints.drop_generations()
-        return self._outcomes
+        return True
 
     def _restore(self, tasks: Sequence[ArmTask]) -> None:
         generation = self._checkpoints.newest()
@@ -123,15 +141,18 @@ class PackLoop:
             spec_hash = task.spec.spec_hash
             if spec_hash in self._outcomes:
                 continue
-            arm = TrainingArm(task, self._base.model)
-            self._arms.append(arm)
+            self._arms.append(TrainingArm(task, self._base.model))
+        if self._arms:
+            self._optimizer = join_arms(self._base.model, self._arms, self._base.compute_dtype)
+        for arm in self._arms:
+            spec_hash, short = arm.spec_hash, arm.task.spec.short
             state = None if generation is None else generation.states.get(spec_hash)
             if generation is None or spec_hash in generation.ended:
                 state = self._checkpoints.newest_state(spec_hash)
             if state is not None:
                 state.restore(arm)
-                with bound(arm=task.spec.short):
-                    logger.info("arm %s resumes from step %d of %d", task.spec.short, arm.step, arm.total_steps)
+                with bound(arm=short):
+                    logger.info("arm %s resumes from step %d of %d", short, arm.step, arm.total_steps)
             self._observer.on_start(spec_hash, arm.step, arm.total_steps)
 
     def _save(self) -> None:
@@ -177,7 +198,7 @@ class PackLoop:
 
     def _keep_if_finite(self, arm: TrainingArm) -> bool:
         """Whether an arm's weights are finite; if not, the arm leaves before they are stored."""
-        if arm.is_finite():
+        if self._optimizer.is_finite(arm.name):
             return True
         ids = tuple(row.id for rows in arm.micro_batches(arm.step - 1) for row in rows)
         self._fail(arm, NonFiniteStep(quantity="weights", step=arm.step, number=math.nan, example_ids=ids))
@@ -195,6 +216,7 @@ class PackLoop:
 
     def _remove(self, arm: TrainingArm, outcome: ArmOutcome) -> None:
         self._arms.remove(arm)
+        self._optimizer.remove(arm.name)
         delete_adapter(self._base.model, arm.name)
         self._outcomes[arm.spec_hash] = outcome
         self._observer.on_end(outcome)

@@ -1,16 +1,18 @@
 """One optimizer step of every arm of a pack: split into forward passes, gradients, updates, peak memory.
 
-1. Micro-step i takes the i-th micro-batch of every arm that has one; rows are sorted by arm.
-2. `Passes` splits the arms of a micro-step into forward passes through the base. Rows of an architecture in which
-   they depend on their neighbours (`row_check`) go through passes of one arm and one length.
+1. Micro-step i takes the i-th micro-batch of every arm that has one; rows are sorted by arm. `Passes` splits the arms
+   of a micro-step into forward passes through the base. Rows of an architecture in which they depend on their
+   neighbours (`row_check`) go through passes of one arm and one length.
+2. All that the passes of the step need goes to the device in one copy, for which the CPU does not wait.
 3. An arm's loss is the sum over its supervised tokens, divided by their number in its whole accumulation (as
    transformers does with `num_items_in_batch`). The losses of a pass are added and backpropagated once. No row of
    another arm uses an arm's matrices, so each arm gets the gradient that it gets alone.
-4. Gradients are clipped and the optimizers step, per arm.
+4. Gradients are clipped and all arms updated. Losses and norms come back once, after that: nothing else in a step makes
+   the CPU wait for a GPU.
 
 Until 4, a step is a pure function of the arms' states: when memory runs out, gradients are dropped and the step is
-repeated with the pack split more finely. Optimizer states are allocated in advance, so 4 needs no memory;
-if it fails anyway, the pack fails and resumes from its checkpoint.
+repeated with the pack split more finely. Optimizer states are allocated in advance, so 4 needs no memory; if it fails
+anyway, the pack fails and resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from torch.nn import functional
 from rankwise.data.batches import collate
 from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError, is_out_of_memory
-from rankwise.modeling.lora.function import DropoutKey
+from rankwise.modeling.lora.draws import DropoutKey
 from rankwise.modeling.lora.logits import SupervisedLogits
-from rankwise.modeling.lora.packed import Routing, Segment
+from rankwise.modeling.lora.packed import Routing, Segment, dropout_words
 from rankwise.modeling.rope import row_lengths
 from rankwise.training.arm import StepRecord, TrainingArm
+from rankwise.training.optimizer import PackOptimizer, to_device
 from rankwise.training.row_check import rows_are_independent
 
 
@@ -176,14 +179,45 @@ class _Share:
     dropout: DropoutKey | None
 
 
+_INPUTS = ("input_ids", "attention_mask", "rows", "positions", "targets", "owners", "words")
+
+
+@dataclass(kw_only=True, eq=False)
+class _Pass:
+    """One forward and backward pass.
+
+    Attributes:
+        shares: Its arms and their rows.
+        segments: The same as segments of the batch.
+        counts: Supervised tokens of each arm.
+        places: The row of each supervised token, on the CPU.
+        inputs: Tensors of int64 under the names `_INPUTS`; on the device from `_send` on. (B, T): `input_ids`,
+            `attention_mask`, and, with dropout, `words`. For each supervised token: `rows`, `positions` (of the token
+            before it), `targets`, and `owners`, its arm's index among those of the step.
+    """
+
+    shares: list[_Share]
+    segments: list[Segment]
+    counts: list[int]
+    places: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+
+
 class Stepper:
     """Makes optimizer steps over one base. Its `passes` get finer when memory runs out."""
 
     def __init__(
-        self, model: Any, routing: Routing, pad_token_id: int, memory: PeakMemory, passes: Passes | None = None
+        self,
+        model: Any,
+        routing: Routing,
+        optimizer: PackOptimizer,
+        pad_token_id: int,
+        memory: PeakMemory,
+        passes: Passes | None = None,
     ) -> None:
         self._model = model
         self._routing = routing
+        self._optimizer = optimizer
         self.logits = SupervisedLogits(model)
         self._pad_token_id = pad_token_id
         self._device = next(model.parameters()).device
@@ -192,21 +226,25 @@ class Stepper:
         self.passes = passes or Passes()
 
     def step(self, arms: Sequence[TrainingArm]) -> dict[str, StepRecord | NonFiniteStep]:
-        """Make one optimizer step of each arm; by spec hash. A `NonFiniteStep` leaves its arm unchanged.
+        """Make one optimizer step of all arms of the optimizer; by spec hash.
+
+        An arm with a `NonFiniteStep` has made no step and its matrices are void: it has to leave.
 
         Raises:
             JobError: Out of memory with a single arm.
         """
+        order = {adapter: index for index, adapter in enumerate(self._optimizer.stacks.adapters)}
+        arms = sorted(arms, key=lambda arm: order[arm.name])
+        assert len(arms) == len(order), "an optimizer's arms step together"
         while True:
             began = time.perf_counter()
             try:
-                works = self._gradients(arms)
+                works, losses = self._gradients(arms)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                for arm in arms:
-                    arm.clear_gradients()
+                self._optimizer.clear_gradients()
                 if self.passes.parts >= len(arms):
                     raise JobError(
                         f"out of memory with one arm at a time on {self._device}: lower "
@@ -218,56 +256,28 @@ class Stepper:
             torch.cuda.empty_cache()
             self.passes = self.passes.finer(len(arms))
             logger.warning("out of memory: %d arms are trained in %d parts from now on", len(arms), self.passes.parts)
-        return self._update(works, began)
+        return self._update(works, losses, began)
 
-    def _gradients(self, arms: Sequence[TrainingArm]) -> list[_ArmStep]:
+    def _gradients(self, arms: Sequence[TrainingArm]) -> tuple[list[_ArmStep], torch.Tensor]:
+        """The arms' gradients in their stacks, and losses, on the device."""
         works = []
         for arm in arms:
             micro_batches = arm.micro_batches()
             supervised = sum(int(row.supervised.sum()) for rows in micro_batches for row in rows)
             works.append(_ArmStep(arm=arm, micro_batches=micro_batches, supervised=supervised, losses=[]))
+        index = {work.arm.name: number for number, work in enumerate(works)}
+        passes = []
         for micro_step in range(max(len(work.micro_batches) for work in works)):
             present = [work for work in works if micro_step < len(work.micro_batches)]
             for part in self.passes.split(present, partial(_ArmStep.size, micro_step=micro_step)):
-                self._pass(part, micro_step)
-        return works
-
-    def _update(self, works: Sequence[_ArmStep], began: float) -> dict[str, StepRecord | NonFiniteStep]:
-        losses = [
-            torch.stack([part.sum() for _, _, part in work.losses]).sum() / max(1, work.supervised) for work in works
-        ]
-        norms = [work.arm.grad_norm() for work in works]
-        # This waits for the GPU, so passes are timed together: their single times are unknown there.
-        numbers = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
-        passes = time.perf_counter() - began
-        padded = sum(work.padded for work in works)
-        began = time.perf_counter()
-        results: dict[str, StepRecord | NonFiniteStep] = {}
-        for work, loss, grad_norm, norm in zip(works, numbers[0], numbers[1], norms, strict=True):
-            arm = work.arm
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                arm.clear_gradients()
-                results[arm.spec_hash] = _nonfinite(work, loss, grad_norm)
-                continue
-            learning_rate = arm.learning_rate
-            arm.update(norm)
-            tokens = sum(len(row.input_ids) for rows in work.micro_batches for row in rows)
-            seconds = passes * work.padded / padded + (time.perf_counter() - began)
-            began = time.perf_counter()
-            arm.seconds += seconds
-            arm.tokens += tokens
-            arm.metrics["train.loss"] = loss
-            arm.metrics["train.tokens_per_second"] = arm.tokens / arm.seconds
-            results[arm.spec_hash] = StepRecord(
-                step=arm.step,
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                supervised_tokens=work.supervised,
-                seconds=seconds,
-            )
-        return results
+                for shares in self._shares(part, micro_step):
+                    passes.append(self._prepare(shares, [index[share.work.arm.name] for share in shares]))
+        weights = torch.tensor([1.0 / max(1, work.supervised) for work in works], dtype=torch.float64)
+        weights = self._send(passes, weights)
+        losses = torch.zeros_like(weights)
+        for each in passes:
+            losses += self._pass(each, weights)
+        return works, losses
 
     def _shares(self, works: Sequence[_ArmStep], micro_step: int) -> Iterator[list[_Share]]:
         """The arms' rows in a pass; one pass for each arm and length if rows depend on their neighbours."""
@@ -283,11 +293,7 @@ class Stepper:
                 own = None if key is None else replace(key, micro_step=key.micro_step + _PARTS * part)
                 yield [_Share(work, rows, own)]
 
-    def _pass(self, works: Sequence[_ArmStep], micro_step: int) -> None:
-        for shares in self._shares(works, micro_step):
-            self._run(shares)
-
-    def _run(self, shares: Sequence[_Share]) -> None:
+    def _prepare(self, shares: list[_Share], numbers: Sequence[int]) -> _Pass:
         rows: list[Encoded] = []
         segments: list[Segment] = []
         for share in shares:
@@ -304,31 +310,90 @@ class Stepper:
         batch = collate(rows, self._pad_token_id)
         assert not batch.supervised[:, 0].any(), "nothing predicts the first token of a row"
         row_of, token = batch.supervised.nonzero(as_tuple=True)
-        targets = batch.input_ids[row_of, token]
         counts = [int(batch.supervised[segment.start : segment.stop].sum()) for segment in segments]
-        lengths = [len(row.input_ids) for row in rows]
-        with self._routing.segments(segments), row_lengths(self._model, lengths):
+        inputs = {
+            "input_ids": batch.input_ids,
+            "rows": row_of,
+            "positions": token - 1,
+            "targets": batch.input_ids[row_of, token],
+            "owners": torch.tensor(numbers).repeat_interleave(torch.tensor(counts)),
+        }
+        if self.logits.masked:
+            inputs["attention_mask"] = batch.attention_mask
+        if (words := dropout_words(segments)) is not None:
+            inputs["words"] = words
+        return _Pass(shares=shares, segments=segments, counts=counts, places=row_of, inputs=inputs)
+
+    def _send(self, passes: Sequence[_Pass], weights: torch.Tensor) -> torch.Tensor:
+        """Copy what all passes of a step need to the device, in one go; returns the weights there."""
+        if self._device.type == "cpu":
+            return weights
+        tensors = [weights.view(torch.int64)]
+        tensors += [tensor for each in passes for tensor in each.inputs.values()]
+        buffer = to_device(torch.cat([tensor.flatten() for tensor in tensors]), self._device)
+        there, *rest = (
+            part.view(tensor.shape)
+            for part, tensor in zip(torch.split(buffer, [tensor.numel() for tensor in tensors]), tensors, strict=True)
+        )
+        arrived = iter(rest)
+        for each in passes:
+            each.inputs = {name: next(arrived) for name in each.inputs}
+        return there.view(torch.float64)
+
+    def _update(
+        self, works: Sequence[_ArmStep], losses: torch.Tensor, began: float
+    ) -> dict[str, StepRecord | NonFiniteStep]:
+        norms = self._optimizer.norms()
+        rates = {work.arm.name: work.arm.learning_rate for work in works}
+        self._optimizer.update(norms, rates, {work.arm.name: work.arm.step + 1 for work in works})
+        # This waits for the GPU: the single times of passes and updates are unknown there.
+        numbers = torch.stack([losses, norms.double()]).tolist()
+        seconds = time.perf_counter() - began
+        padded = sum(work.padded for work in works)
+        results: dict[str, StepRecord | NonFiniteStep] = {}
+        for work, loss, grad_norm in zip(works, *numbers, strict=True):
+            arm = work.arm
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                results[arm.spec_hash] = _nonfinite(work, loss, grad_norm)
+                continue
+            tokens = sum(len(row.input_ids) for rows in work.micro_batches for row in rows)
+            own = seconds * work.padded / padded
+            arm.step += 1
+            arm.seconds += own
+            arm.tokens += tokens
+            arm.metrics["train.loss"] = loss
+            arm.metrics["train.tokens_per_second"] = arm.tokens / arm.seconds
+            results[arm.spec_hash] = StepRecord(
+                step=arm.step,
+                loss=loss,
+                learning_rate=rates[arm.name],
+                grad_norm=grad_norm,
+                tokens=tokens,
+                supervised_tokens=work.supervised,
+                seconds=own,
+            )
+        return results
+
+    def _pass(self, each: _Pass, weights: torch.Tensor) -> torch.Tensor:
+        """Make one pass: gradients go to the stacks; returns what it adds to the losses of the step's arms."""
+        inputs = each.inputs
+        lengths = [len(row.input_ids) for share in each.shares for row in share.rows]
+        with self._routing.segments(each.segments, inputs.get("words")), row_lengths(self._model, lengths):
             # The logits get no name, so they are freed: the backward pass needs only their log-softmax.
             losses = functional.cross_entropy(
-                self.logits(
-                    batch.input_ids.to(self._device),
-                    batch.attention_mask.to(self._device),
-                    row_of.to(self._device),
-                    (token - 1).to(self._device),
-                ),
-                targets.to(self._device),
+                self.logits(inputs["input_ids"], inputs.get("attention_mask"), inputs["rows"], inputs["positions"]),
+                inputs["targets"],
                 reduction="none",
             )
-            parts = torch.split(losses, counts)
-            total = torch.stack(
-                [part.sum() / max(1, share.work.supervised) for share, part in zip(shares, parts, strict=True)]
-            ).sum()
+            weighted = losses * weights[inputs["owners"]]
             self._memory.sample()
-            total.backward()  # type: ignore[no-untyped-call]
+            weighted.sum().backward()  # type: ignore[no-untyped-call]
         self._memory.sample()
-        places = torch.split(row_of, counts)
-        for share, segment, part, place in zip(shares, segments, parts, places, strict=True):
-            share.work.losses.append((share.rows, place - segment.start, part.detach()))
+        parts = torch.split(losses.detach(), each.counts)
+        places = torch.split(each.places, each.counts)
+        for share, segment, part, place in zip(each.shares, each.segments, parts, places, strict=True):
+            share.work.losses.append((share.rows, place - segment.start, part))
+        return torch.zeros_like(weights).index_add_(0, inputs["owners"], weighted.detach())
 
 
 def _nonfinite(work: _ArmStep, loss: float, grad_norm: float) -> NonFiniteStep:

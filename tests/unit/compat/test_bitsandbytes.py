@@ -103,49 +103,6 @@ def test_the_gradient_through_an_8_bit_layer_is_by_the_dequantized_weight(traini
     assert compat.dequantized_8bit(layer, torch.float32).abs().sum() > 0
 
 
-def _stepped(prepare):
-    generator = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((64, 64), (8, 8))]
-    optimizer = bnb.optim.AdamW(parameters, lr=0.1, optim_bits=8, min_8bit_size=4096)
-    prepare(optimizer)
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step()
-    return parameters, optimizer
-
-
-def test_a_state_made_early_is_the_one_that_the_first_step_makes():
-    ours, early = _stepped(compat.create_optimizer_state)
-    theirs, late = _stepped(lambda optimizer: None)
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.equal(one, other)
-        mine, made = early.state[one], late.state[other]
-        assert mine.keys() == made.keys()
-        assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(made[key])) for key in made)
-
-
-def test_the_first_step_takes_the_state_that_is_there():
-    parameter = torch.nn.Parameter(torch.ones(64, 64))
-    optimizer = bnb.optim.AdamW([parameter], optim_bits=8, min_8bit_size=4096)
-    compat.create_optimizer_state(optimizer)
-    before = optimizer.state[parameter]["state1"].data_ptr()
-    parameter.grad = torch.ones(64, 64)
-    optimizer.step()
-    assert optimizer.state[parameter]["state1"].data_ptr() == before
-
-
-def test_the_tables_are_constants_that_all_parameters_share():
-    (large, small), optimizer = _stepped(compat.create_optimizer_state)
-    other = torch.nn.Parameter(torch.ones(64, 64))
-    optimizer.add_param_group({"params": [other]})
-    optimizer.init_state(optimizer.param_groups[1], other, 1, 0)
-    for table in compat.OPTIMIZER_TABLES:
-        assert optimizer.state[large][table] is optimizer.state[other][table]
-        assert table not in optimizer.state[small]
-    moments = set(optimizer.state[large]) - set(compat.OPTIMIZER_TABLES)
-    assert moments == {"step", "state1", "state2", "absmax1", "absmax2"}
-
-
 def test_casts_of_8_bit_layers_are_logged_once(caplog, monkeypatch):
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     monkeypatch.setattr(logger, "filters", [])

@@ -38,7 +38,7 @@ DOCUMENTED = {
 }
 # Undocumented attributes without an underscore that `compat/` reads or sets.
 UNDOCUMENTED = {
-    "support_avx512bf16_for_cpu", "packing_format_for_cpu", "SCB", "CB", "init_state",
+    "support_avx512bf16_for_cpu", "packing_format_for_cpu", "SCB", "CB",
     "lora_variant", "lora_bias", "original_module", "artifact_dir",
 }  # fmt: skip
 # Underscore names that are not defined in the module that uses them, and are not private to one of the libraries:

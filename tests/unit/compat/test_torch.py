@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rankwise.compat.torch import compilation_refused, create_adamw_state, is_view
+from rankwise.compat.torch import compilation_refused, fused_adamw, is_view
 
 
 def test_code_that_tries_to_compile_is_refused_and_afterwards_not():
@@ -37,38 +37,26 @@ def test_autograd_refuses_in_place_changes_of_views_that_a_function_made():
         made.add_(1)
 
 
-def _stepped(prepare):
-    """The parameters and state keys after two steps of a fused AdamW."""
+def test_a_row_is_updated_as_the_optimizer_does():
     generator = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 2), (5,))]
-    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1, fused=True)
-    prepare(optimizer)
-    for _ in range(2):
-        for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+    rows, gradients = (torch.randn(2, 50, generator=generator) for _ in range(2))
+    moments = torch.zeros(2, 50), torch.zeros(2, 50)
+    parameter = torch.nn.Parameter(rows[1].clone())
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
+    first = rows[0].clone()
+    for step in (1, 2):
+        parameter.grad = gradients[1] * step
         optimizer.step()
-    return parameters, optimizer
-
-
-def test_a_state_made_early_is_the_one_that_the_first_step_makes():
-    ours, early = _stepped(create_adamw_state)
-    theirs, late = _stepped(lambda optimizer: None)
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.equal(one, other)
-        mine, made = early.state[one], late.state[other]
-        assert list(mine) == list(made)
-        assert [(value.dtype, value.shape) for value in mine.values()] == [
-            (value.dtype, value.shape) for value in made.values()
-        ]
-        assert all(torch.equal(mine[key], made[key]) for key in made)
-
-
-def test_the_first_step_takes_the_state_that_is_there():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([parameter], fused=True)
-    create_adamw_state(optimizer)
-    before = {key: value.data_ptr() for key, value in optimizer.state[parameter].items()}
-    parameter.grad = torch.ones(2)
-    optimizer.step()
-    assert {key: value.data_ptr() for key, value in optimizer.state[parameter].items()} == before
-    assert optimizer.state[parameter]["step"] == 1
+        fused_adamw(
+            rows[1],
+            gradients[1] * step,
+            (moments[0][1], moments[1][1]),
+            step,
+            lr=0.1,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.1,
+        )
+    assert torch.equal(rows[1], parameter)
+    assert torch.equal(rows[0], first)
+    assert not moments[0][0].any()

@@ -14,6 +14,7 @@ from rankwise.compat.transformers import (
     checkpointable_layers,
     gguf_progress,
     is_conv1d,
+    known_packing,
     note_injected_adapter,
 )
 from rankwise.modeling.decoding.slot_cache import SlotCache
@@ -128,3 +129,21 @@ def test_the_bar_over_a_gguf_file_s_tensors_is_replaced(tmp_path, capfd):
         assert "Converting and de-quantizing" in capfd.readouterr().err
     finally:
         transformers_logging.enable_progress_bar()
+
+
+def test_which_tokens_belong_together_can_be_said():
+    """Told nothing, rows are whole sequences even where positions restart; told, they are taken apart."""
+    torch.manual_seed(0)
+    model = llama()
+    ids = torch.arange(4, 12)[None]
+    restarting = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        alone = model(input_ids=ids[:, 3:], use_cache=False).logits
+        found = model(input_ids=ids, position_ids=restarting, use_cache=False).logits
+        with known_packing(torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])):
+            said = model(input_ids=ids, position_ids=restarting, use_cache=False).logits
+        with known_packing(None):
+            whole = model(input_ids=ids, position_ids=restarting, use_cache=False).logits
+    assert torch.equal(found, said)
+    torch.testing.assert_close(said[:, 3:], alone, rtol=1e-4, atol=1e-5)
+    assert (whole[:, 3:] - alone).abs().max() > 1e-3

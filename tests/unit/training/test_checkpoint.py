@@ -256,19 +256,49 @@ def test_results_move_with_their_directory(base, tmp_path):
         assert outcome.steps == outcomes[spec_hash].steps
 
 
-def test_a_format_of_another_release_is_not_used(base, tmp_path, caplog):
+def rewrite(path, **changes):
+    """Change a JSON file of a checkpoint, and its manifest."""
     from rankwise.modeling.fingerprint import write_manifest
 
+    document = {key: value for key, value in json.loads(path.read_text()).items() if key not in changes}
+    document |= {key: value for key, value in changes.items() if value is not None}
+    path.write_text(json.dumps(document))
+    (path.parent / "manifest.json").unlink()
+    write_manifest(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 99}, "format version 99, not 1"),
+        ({"engine": None}, "so its arms start again: version 1 of the engine began them, and this is version 2"),
+        ({"engine": 3}, "so its arms start again: version 3 of the engine began them, and this is version 2"),
+    ],
+)
+def test_a_checkpoint_of_another_release_is_not_used(base, tmp_path, caplog, changes, message):
     with pytest.raises(Crash):
         train_pack(base, tasks(arms()), directory=tmp_path, observer=CrashAt(arms()[0].spec_hash, 3))
     (pack,) = tmp_path.rglob("pack.json")
-    pack.write_text(json.dumps({**json.loads(pack.read_text()), "version": 99}))
-    (pack.parent / "manifest.json").unlink()
-    write_manifest(pack.parent)
+    rewrite(pack, **changes)
     recorder = Recorder()
     train_pack(base, tasks(arms()), directory=tmp_path, observer=recorder)
-    assert "format version 99, not 1" in caplog.text
+    assert message in caplog.text
     assert recorder.started[arms()[0].spec_hash] == 0
+
+
+def test_an_arm_that_another_engine_saved_aside_starts_again_and_results_stay(base, undisturbed, tmp_path, caplog):
+    leaver = arms()[0]
+    outcomes = train_pack(base, tasks(arms()), directory=tmp_path, should_leave=lambda key: key == leaver.spec_hash)
+    assert outcomes[leaver.spec_hash].status == "stopped"
+    (state,) = tmp_path.rglob("aside/*/step-*/state.json")
+    rewrite(state, engine=1)
+    recorder = Recorder()
+    train_pack(base, tasks([leaver]), directory=tmp_path, observer=recorder)
+    assert recorder.started == {leaver.spec_hash: 0}
+    assert "version 1 of the engine began them" in caplog.text
+    again = Recorder()
+    assert train_pack(base, tasks([leaver]), directory=tmp_path, observer=again)[leaver.spec_hash].status == "finished"
+    assert not again.steps
 
 
 def test_the_optimizers_state_is_stored_without_pickle(base, tmp_path):
@@ -281,6 +311,5 @@ def test_the_optimizers_state_is_stored_without_pickle(base, tmp_path):
     (path,) = tmp_path.rglob(f"arm-{arms()[0].short}/optimizer.safetensors")
     state = load_file(path)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    assert state[f"{key}.step"] == 2
     assert state[f"{key}.exp_avg"].shape == (64, 4)
     assert state[f"{key}.exp_avg_sq"].dtype == torch.float32

@@ -153,11 +153,12 @@ def test_the_pack_in_parts_after_running_out_of_memory_gives_the_same(base, pack
     own = Stepper._pass
     passes = []
 
-    def short_of_memory(self, works, micro_step):
-        own(self, works, micro_step)
-        passes.append(len(works))
-        if len(passes) > 3 and len(works) > 2:
+    def short_of_memory(self, each, weights):
+        losses = own(self, each, weights)
+        passes.append(len(each.shares))
+        if len(passes) > 3 and len(each.shares) > 2:
             run_out_of_memory(how)
+        return losses
 
     monkeypatch.setattr(Stepper, "_pass", short_of_memory)
     result = train(base, different_arms(), tmp_path)
@@ -176,7 +177,7 @@ def test_the_split_is_kept_with_the_checkpoints(base, tmp_path, monkeypatch):
 
     seen = []
     own = Stepper._pass
-    monkeypatch.setattr(Stepper, "_pass", lambda self, works, at: (seen.append(len(works)), own(self, works, at))[1])
+    monkeypatch.setattr(Stepper, "_pass", lambda self, each, w: (seen.append(len(each.shares)), own(self, each, w))[1])
     arms = [make_arm(seed=seed, training={"max_steps": 4, "save_steps": 2}) for seed in range(4)]
     recorder = Recorder()
     tasks = [ArmTask(spec=arm, train=ROWS) for arm in arms]
@@ -201,7 +202,7 @@ def test_out_of_memory_with_one_arm_says_what_to_change(base, tmp_path, monkeypa
     from rankwise.exceptions import JobError
     from rankwise.training.step import Stepper
 
-    def no_memory(self, works, micro_step):
+    def no_memory(self, each, weights):
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(Stepper, "_pass", no_memory)

@@ -38,7 +38,11 @@ def test_a_dependence_is_seen_and_said_once(dependent, caplog):
     assert "separate passes, which is slower" in caplog.text
 
 
-def test_arms_of_such_a_model_train_as_if_alone(dependent, caplog):
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_arms_of_such_a_model_train_as_if_alone(dependent, caplog, dropout):
+    dependent.arms = [
+        arm.model_copy(update={"lora": arm.lora.model_copy(update={"lora_dropout": dropout})}) for arm in dependent.arms
+    ]
     with caplog.at_level(logging.WARNING):
         outcomes, recorder = dependent.train(dependent.base, [0, 1], dependent.root / "packed")
     assert "separate passes" in caplog.text

@@ -8,8 +8,10 @@ from helpers.packs import load_tiny, make_arm
 from torch import nn
 
 from rankwise.exceptions import ConfigError
-from rankwise.modeling.lora.function import DropoutKey, Slice
-from rankwise.modeling.lora.packed import Segment, create_adapter, delete_adapter, install
+from rankwise.modeling.lora.draws import DropoutKey
+from rankwise.modeling.lora.function import Group
+from rankwise.modeling.lora.packed import Segment, create_adapter, delete_adapter, dropout_words, install
+from rankwise.modeling.lora.stacks import Stacks
 from rankwise.training.loop import training_mode
 
 
@@ -44,27 +46,30 @@ def test_checkpointed_blocks_are_run_again_in_backward_and_not_without_gradients
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_masks_wait_for_the_backward_pass_without_checkpointing_only(base, monkeypatch, checkpointing):
     made = []
-    own = Slice.mask
+    own = Group.mask
 
-    def mask(part, x):
-        drawn = own(part, x)
+    def mask(group, x, module):
+        drawn = own(group, x, module)
         made.append(weakref.ref(drawn))
         return drawn
 
-    monkeypatch.setattr(Slice, "mask", mask)
+    monkeypatch.setattr(Group, "mask", mask)
     arm = make_arm(lora={"lora_dropout": 0.5})
     name = create_adapter(base.model, arm)
-    segment = Segment(adapter=name, start=0, stop=2, dropout=DropoutKey(seed=0, step=0, micro_step=0))
+    segment = Segment(adapter=name, start=0, stop=2, dropout=DropoutKey(seed=0, step=0, micro_step=0), length=8)
+    routing = install(base.model)
+    routing.stacks = Stacks(base.model, {name: False}, torch.float32)
     try:
         with (
             training_mode(base.model, gradient_checkpointing=checkpointing),
-            install(base.model).segments([segment]),
+            routing.segments([segment], dropout_words([segment])),
         ):
             loss = base.model(input_ids=torch.arange(4, 20).view(2, 8), use_cache=False).logits.sum()
             assert len(made) == 4
             assert sum(each() is not None for each in made) == (0 if checkpointing else 4)
             loss.backward()
     finally:
+        routing.stacks = None
         delete_adapter(base.model, name)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rankwise.compat.transformers import known_packing
 from rankwise.modeling.lora.packed import install
 
 logger = logging.getLogger(__name__)
@@ -48,13 +49,13 @@ class SupervisedLogits:
         self.masked = self._sees_padding()
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Run the model.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T): 1 on a row's tokens, 0 on its padding on the right.
+            attention_mask: (B, T): 1 on a row's tokens, 0 on its padding on the right. Needed where `masked`.
             rows: (S,) row of each chosen position.
             positions: (S,) position in that row; its logits are those of the token after it.
 
@@ -64,11 +65,12 @@ class SupervisedLogits:
         arguments = {"input_ids": input_ids, "use_cache": False}
         if self.masked:
             arguments["attention_mask"] = attention_mask
-        if self.direct:
-            hidden = self._backbone(**arguments).last_hidden_state
-            logits = self._head(hidden[rows, positions])
-        else:
-            logits = self._model(**arguments).logits[rows, positions]
+        with known_packing(None):
+            if self.direct:
+                hidden = self._backbone(**arguments).last_hidden_state
+                logits = self._head(hidden[rows, positions])
+            else:
+                logits = self._model(**arguments).logits[rows, positions]
         return logits.float()  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -2,8 +2,8 @@
 
 PEFT owns the parameters, the configuration and the files: `create_adapter` injects standard LoRA layers into the base.
 `install` replaces the forward of these layers and nothing else: rows of a batch are sorted by adapter, so that each
-adapter's rows are one contiguous slice; the base's linear layer runs once on all rows; each adapter's A, B, scaling and
-dropout run on its own slice. Which rows belong to whom is said by a `Routing`, a plain object that all layers hold:
+adapter's rows are one contiguous slice; the base's linear layer runs once on all rows; the LoRA of all adapters follows
+(`lora.function`). Which rows belong to whom is said by a `Routing`, a plain object that all layers hold:
 
     routing = install(model)
     with routing.segments([Segment(adapter="arm-1", start=0, stop=8), Segment(adapter=None, start=8, stop=12)]):
@@ -53,8 +53,10 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.schema import LoraSpec
 from rankwise.modeling.base import expected_warning
-from rankwise.modeling.lora.function import DropoutKey, Slice, add_lora, uniform
+from rankwise.modeling.lora.draws import DropoutKey, token_words, uniform
+from rankwise.modeling.lora.function import Group, Slice, add_lora, add_stacked
 from rankwise.modeling.lora.row_shape import BatchShape, RowForm, batch_shape
+from rankwise.modeling.lora.stacks import Stacks, lora_layers
 
 logger = logging.getLogger(__name__)
 
@@ -95,17 +97,25 @@ class Routing:
 
     Attributes:
         current: The segments of the current batch, in the order of rows; empty outside of `segments`.
+        groups: The same rows as groups of stacked arms; empty where an adapter is not stacked.
         trainable: Names of the adapters that ask for gradients.
+        stacks: The flat storage of adapters in training; None outside of training.
     """
 
     def __init__(self) -> None:
         """Start without rows and without trainable adapters."""
         self.current: tuple[Segment, ...] = ()
+        self.groups: tuple[Group, ...] = ()
         self.trainable: set[str] = set()
+        self.stacks: Stacks | None = None
 
     @contextmanager
-    def segments(self, segments: Sequence[Segment]) -> Iterator[None]:
+    def segments(self, segments: Sequence[Segment], words: torch.Tensor | None = None) -> Iterator[None]:
         """Route the rows of all forward and backward passes inside the block.
+
+        Args:
+            segments: Rows and adapters.
+            words: `dropout_words` of the segments on the model's device, where stacked adapters drop.
 
         Raises:
             ValueError: Segments overlap or are not in the order of rows.
@@ -113,15 +123,78 @@ class Routing:
         for before, after in pairwise(segments):
             if after.start < before.stop:
                 raise ValueError(f"segments overlap or are out of order: {before} and {after}")
-        previous, self.current = self.current, tuple(segments)
+        previous = self.current, self.groups
+        self.current, self.groups = tuple(segments), ()
+        if self.stacks is not None and all(each.adapter is None or each.adapter in self.stacks for each in segments):
+            self.groups = _groups(segments, self.stacks)
+        for group in self.groups:
+            group.prepare(words)
         try:
             yield
         finally:
-            self.current = previous
+            self.current, self.groups = previous
 
     def adapter(self, name: str | None, rows: int) -> Any:
         """A context in which all `rows` rows of a batch go through one adapter, without dropout."""
         return self.segments([Segment(adapter=name, start=0, stop=rows)])
+
+
+def dropout_words(segments: Sequence[Segment]) -> torch.Tensor | None:
+    """The words of all tokens of a batch whose segments have lengths, (B, T); None without dropout."""
+    if all(segment.dropout is None for segment in segments):
+        return None
+    words = torch.zeros(segments[-1].stop, max(segment.length or 0 for segment in segments), dtype=torch.int64)
+    for segment in segments:
+        if segment.dropout is not None:
+            assert segment.length is not None
+            own = token_words(segment.dropout, segment.stop - segment.start, segment.length)
+            words[segment.start : segment.stop, : segment.length] = torch.from_numpy(own)
+    return words
+
+
+_PADDING = 1.1
+"""On a CPU arms of different lengths share products while these have at most so many times the arms' tokens."""
+
+
+def _groups(segments: Sequence[Segment], stacks: Stacks) -> tuple[Group, ...]:
+    """The largest runs of arms that can share products."""
+    groups: list[Group] = []
+    tokens = 0
+    for segment in segments:
+        if segment.adapter is None:
+            continue
+        stack = stacks.of(segment.adapter)
+        index, rows, drops = stack.index(segment.adapter), segment.stop - segment.start, segment.dropout is not None
+        own = segment.length or 0
+        group = groups[-1] if groups else None
+        joins = (
+            group is not None
+            and (group.stack, group.last, group.stop, group.rows) == (stack, index, segment.start, rows)
+            and (group.length is None) == (segment.length is None or stack.device.type != "cpu")
+        )
+        if joins and group is not None and stack.device.type == "cpu":
+            longest = max(own, group.length or 0)
+            joins = group.drops == drops and longest * (group.arms + 1) <= _PADDING * (tokens + own)
+        if joins and group is not None:
+            group.last, group.stop = index + 1, segment.stop
+            group.drops |= drops
+            if group.length is not None:
+                group.length = max(own, group.length)
+            tokens += own
+            continue
+        groups.append(
+            Group(
+                stack=stack,
+                first=index,
+                last=index + 1,
+                start=segment.start,
+                stop=segment.stop,
+                length=segment.length if stack.device.type == "cpu" else None,
+                drops=drops,
+            )
+        )
+        tokens = own
+    return tuple(groups)
 
 
 class _PackedForward:
@@ -135,15 +208,25 @@ class _PackedForward:
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y: torch.Tensor = self.layer.base_layer(x, *args, **kwargs)
-        segments = [segment for segment in self.routing.current if segment.adapter in self.layer.lora_A]
-        if not segments:
+        groups = [group for group in self.routing.groups if self.module in group.stack.module_index]
+        stops = [each.stop for each in groups]
+        stops += [each.stop for each in self.routing.current if each.adapter in self.layer.lora_A]
+        if not stops:
             return y
         form = RowForm(x, self.batch, self.module)
-        assert form.rows >= segments[-1].stop, "segments are beyond the batch"
+        assert form.rows >= max(stops), "segments are beyond the batch"
         x, y = form.enter(x), form.enter(y)
+        if groups:
+            return form.leave(add_stacked(y, x, groups, self.module, form.inputs_per_token))
+        return form.leave(self._add_each(y, x, form.inputs_per_token))
+
+    def _add_each(self, y: torch.Tensor, x: torch.Tensor, inputs: int) -> torch.Tensor:
+        """Add adapters that are not stacked, where each token has `inputs` inputs."""
         slices: list[Slice] = []
         matrices: list[torch.Tensor] = []
-        for segment in segments:
+        for segment in self.routing.current:
+            if segment.adapter not in self.layer.lora_A:
+                continue
             name = str(segment.adapter)
             if not is_plain_lora(self.layer, name):
                 raise ConfigError(
@@ -155,15 +238,16 @@ class _PackedForward:
                 Slice(
                     start=segment.start,
                     stop=segment.stop,
-                    length=min(form.length(segment.length) if segment.length else x.shape[1], x.shape[1]),
+                    length=min(segment.length * inputs if segment.length else x.shape[1], x.shape[1]),
                     scaling=self.layer.scaling[name],
                     p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
                     key=segment.dropout,
                     module=self.module,
+                    inputs_per_token=inputs,
                 )
             )
             matrices += [self.layer.lora_A[name].weight, self.layer.lora_B[name].weight]
-        return form.leave(add_lora(y, x, slices, matrices))
+        return add_lora(y, x, slices, matrices)
 
 
 def install(model: Any) -> Routing:
@@ -194,7 +278,7 @@ def packed_forwards(model: Any, routing: Routing) -> list[tuple[Any, _PackedForw
     """
     forwards = []
     batch = batch_shape(_unwrap(model))
-    for name, layer in _lora_layers(_unwrap(model)):
+    for name, layer in lora_layers(_unwrap(model)):
         if is_parameter_wrapper(layer):
             raise ConfigError(
                 f"module {name} has an adapter on a parameter (target_parameters: the experts of a mixture), which "
@@ -212,7 +296,7 @@ def packed_forwards(model: Any, routing: Routing) -> list[tuple[Any, _PackedForw
 def uninstall(model: Any) -> None:
     """Give all LoRA layers peft's own forward back."""
     model = _unwrap(model)
-    for _, layer in _lora_layers(model):
+    for _, layer in lora_layers(model):
         layer.__dict__.pop("forward", None)
     model.__dict__.pop(_ROUTING, None)
 
@@ -253,7 +337,7 @@ def create_adapter(model: Any, arm: ArmSpec) -> str:
         except ValueError as error:
             raise ConfigError(f"adapter {name} does not fit the base: {error}") from error
     routing = install(model)
-    for module, layer in _lora_layers(model):
+    for module, layer in lora_layers(model):
         if name not in layer.lora_A:
             continue
         base_layer = layer.get_base_layer()
@@ -275,7 +359,7 @@ def delete_adapter(model: Any, name: str) -> None:
     """Take an adapter out of a model; the others keep their weights and their gradients' switches."""
     model = _unwrap(model)
     routing = install(model)
-    for _, layer in _lora_layers(model):
+    for _, layer in lora_layers(model):
         if name in layer.lora_A:
             # Which adapter is active has no meaning under a routing.
             deactivate_adapters(layer)
@@ -292,7 +376,7 @@ def adapter_parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
         `base_model.model.<module>.lora_A.weight` (R, I) and `....lora_B.weight` (O, R), in the order of modules.
     """
     parameters: dict[str, nn.Parameter] = {}
-    for module, layer in _lora_layers(_unwrap(model)):
+    for module, layer in lora_layers(_unwrap(model)):
         if name in layer.lora_A:
             parameters[f"base_model.model.{module}.lora_A.weight"] = layer.lora_A[name].weight
             parameters[f"base_model.model.{module}.lora_B.weight"] = layer.lora_B[name].weight
@@ -301,10 +385,6 @@ def adapter_parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
 
 def _unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _lora_layers(model: Any) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _settle_gradients(model: Any, routing: Routing) -> None:

@@ -42,7 +42,12 @@ def batch_shape(model: Any) -> BatchShape:
 
 
 class RowForm:
-    """How one input is brought into the form (B, T, I), and an output back."""
+    """How one input is brought into the form (B, T, I), and an output back.
+
+    Attributes:
+        rows: `B`.
+        inputs_per_token: How many columns of the entered form belong to each token, such as heads; mostly 1.
+    """
 
     def __init__(self, x: torch.Tensor, batch: BatchShape, module: str) -> None:
         """Find out the form of `x`; `batch` may not have seen a batch yet.
@@ -51,7 +56,7 @@ class RowForm:
             ConfigError: Which elements belong to which row cannot be told.
         """
         self._lead = lead = tuple(x.shape[:-1])
-        self._inputs_per_token = 1
+        self.inputs_per_token = 1
         self._heads_first = False
         self._plain = len(lead) == 2 and batch.rows in (0, lead[0])
         self.rows = lead[0] if self._plain else batch.rows
@@ -61,9 +66,9 @@ class RowForm:
         if known and lead in {(batch.rows * batch.tokens,), (1, batch.rows * batch.tokens)}:
             return
         if known and len(lead) == 3 and lead[:2] == (batch.rows, batch.tokens):
-            self._inputs_per_token = lead[2]
+            self.inputs_per_token = lead[2]
         elif known and len(lead) == 3 and (lead[0], lead[2]) == (batch.rows, batch.tokens):
-            self._inputs_per_token, self._heads_first = lead[1], True
+            self.inputs_per_token, self._heads_first = lead[1], True
         else:
             raise ConfigError(not_distinguished(module, x))
 
@@ -83,10 +88,6 @@ class RowForm:
             rows, heads, tokens = self._lead
             return y.view(rows, tokens, heads, y.shape[-1]).transpose(1, 2)
         return y.view(*self._lead, y.shape[-1])
-
-    def length(self, tokens: int) -> int:
-        """How many leading columns of the entered form the leading `tokens` tokens of a row take."""
-        return tokens * self._inputs_per_token
 
 
 def is_expert(module: str) -> bool:

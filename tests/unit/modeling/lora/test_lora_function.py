@@ -1,9 +1,10 @@
-"""The hand-written backward against autograd over the same formula."""
+"""Adapters one by one against the formula: see `test_stacks` for those of a pack."""
 
 import pytest
 import torch
 
-from rankwise.modeling.lora.function import DropoutKey, Slice, add_lora, keep_mask, keep_share
+from rankwise.modeling.lora.draws import DropoutKey, keep_mask, keep_share
+from rankwise.modeling.lora.function import Slice, add_lora
 
 ROWS, TOKENS, INPUT, OUTPUT = 5, 6, 7, 4
 
@@ -55,18 +56,11 @@ def test_values_and_all_gradients_are_those_of_the_formula(p):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck_in_double_precision():
-    y, x, matrices = make_tensors()
-    assert torch.autograd.gradcheck(
-        lambda y, x, *matrices: add_lora(y * 1.0, x, make_slices(0.4), list(matrices)), (y, x, *matrices)
-    )
-
-
 def test_without_gradients_the_values_are_the_same():
     y, x, matrices = make_tensors()
     with_gradient = add_lora(y * 1.0, x, make_slices(0.4), matrices).detach()
     with torch.no_grad():
-        assert torch.equal(add_lora(y * 1.0, x, make_slices(0.4), matrices), with_gradient)
+        assert torch.allclose(add_lora(y * 1.0, x, make_slices(0.4), matrices), with_gradient, rtol=1e-12)
 
 
 def test_rows_of_no_slice_and_padding_keep_the_bases_output():

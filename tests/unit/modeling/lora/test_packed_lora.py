@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from rankwise.compat.peft import SEVERAL_ADAPTERS
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.base import expected_warning
-from rankwise.modeling.lora.function import DropoutKey
+from rankwise.modeling.lora.draws import DropoutKey
 from rankwise.modeling.lora.packed import (
     Segment,
     adapter_parameters,

@@ -35,7 +35,7 @@ def test_every_form_becomes_rows_and_comes_back(form, row_first):
     assert torch.equal(entered, row_first(x))
     assert torch.equal(seen.leave(entered), x)
     assert seen.rows == 2
-    assert seen.length(2) == 2 * entered.shape[1] // 3
+    assert seen.inputs_per_token == entered.shape[1] // 3
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,25 @@ def test_flattened_and_four_dimensional_inputs_train_as_plain_peft_does(name, tm
     peft_loop(subject)
     alone(subject)
     predict(subject)
+
+
+@pytest.mark.parametrize("name", ["opt", "minicpm3"])
+def test_dropout_of_such_layers_is_the_same_alone_and_in_a_pack(name, tmp_path):
+    torch.set_num_threads(1)
+    subject = Subject(name, tmp_path)
+    plain = subject.packed[1].losses(subject.arms[0].spec_hash)
+    with_dropout = Subject(name, tmp_path / "dropout")
+    with_dropout.arms = [
+        arm.model_copy(
+            update={
+                "lora": arm.lora.model_copy(update={"lora_dropout": 0.1 * (1 + index)}),
+                "training": arm.training.model_copy(update={"gradient_checkpointing": name == "opt"}),
+            }
+        )
+        for index, arm in enumerate(subject.arms)
+    ]
+    alone(with_dropout)
+    assert with_dropout.packed[1].losses(with_dropout.arms[0].spec_hash)[-1] != pytest.approx(plain[-1], rel=1e-6)
 
 
 @pytest.mark.parametrize(("name", "shared"), [("qwen3_next", "shared_expert"), ("deepseek_v3", "shared_experts")])
