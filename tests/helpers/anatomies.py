@@ -40,6 +40,7 @@ def anatomy(targets, *, checks=(), with_base=True, beside=0, measured=True):
         bytes_bf16=2_000_000,
         bytes_quantized=700_000,
         bytes_loaded=900_000,
+        share_4bit=1.0,
     )
     memory = Memory(base=910_000, base_and_adapter=910_000 + 4 * parameters, measured=measured)
     return Anatomy(

@@ -83,7 +83,9 @@ def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool)
         if config is None:
             note(f"No estimates: the configuration of {spec.base_model} is not on this machine; set base_model_config.")
         else:
-            made = _with_estimates(made, config)
+            made, warning = _with_estimates(made, config)
+            if warning:
+                note(f"Warning: {warning}.")
     if as_json:
         print_json(made.to_json())
         return
@@ -115,7 +117,8 @@ def base_config(spec: ExperimentSpec) -> Path | None:
     return None
 
 
-def _with_estimates(made: Plan, config: Path) -> Plan:
+def _with_estimates(made: Plan, config: Path) -> tuple[Plan, str | None]:
+    """The plan with estimates, and a warning if a base in 4 bit is not really."""
     # Late: torch takes seconds to import.
     from rankwise.modeling.estimate import Estimator
 
@@ -124,12 +127,12 @@ def _with_estimates(made: Plan, config: Path) -> Plan:
         estimator.check_attention(attention)
     for arm in [planned.arm for planned in made.arms]:
         estimator.check_quantization(arm.quantization, arm.base_model)
-    return made.with_estimates(
-        {
-            planned.arm.spec_hash: estimator.arm(planned.arm.lora, planned.arm.quantization).to_dict()
-            for planned in made.arms
-        }
-    )
+    estimates = {
+        planned.arm.spec_hash: estimator.arm(planned.arm.lora, planned.arm.quantization).to_dict()
+        for planned in made.arms
+    }
+    in_4_bit = any(planned.arm.quantization.bits == 4 for planned in made.arms)
+    return made.with_estimates(estimates), estimator.share.warning if in_4_bit else None
 
 
 def _table(made: Plan) -> Table:
@@ -148,7 +151,10 @@ def _table(made: Plan) -> Table:
 
 
 def _captions(made: Plan) -> Iterator[str]:
-    """What is not known yet, and the expected effect of early stopping."""
+    """The share in 4 bit, what is not known yet, and the expected effect of early stopping."""
+    shares = sorted({planned.estimates["base_share_4bit"] for planned in made.arms if planned.estimates})
+    if shares and shares[-1]:
+        yield f"In 4 bit: {' to '.join(f'{share:.1%}' for share in shares)} of the weights besides embeddings and head."
     if (proposed := made.trials - len(made.arms)) > 0:
         yield f"The other {proposed:,} arms will be proposed from results ({made.method}, {len(made.rounds)} rounds)."
     stopping = made.stopping

@@ -320,12 +320,17 @@ _LONGEST = 100
 
 def render(anatomy: Anatomy, title: str, over: str, base_layer: str) -> RenderableType:
     """Draw an anatomy, disagreements first; `base_layer` is the class of adapted layers, such as `Linear4bit`."""
+    from rankwise.modeling.quantized_share import EXPECTED_SHARE
+
     parts: list[RenderableType] = []
     if anatomy.disagreements:
         parts += [Text(f"DISAGREE  {check.text}", style="bold red") for check in anatomy.disagreements] + [Text()]
     parts += [_tree(anatomy, title, over, base_layer), "", _sizes(anatomy)]
     if anatomy.base is not None:
         parts.append(Text("quantized: linear layers quantized, the rest in 16 bit; here: as loaded", style="dim"))
+        if anatomy.base.share_4bit:
+            share = f"in 4 bit: {anatomy.base.share_4bit:.1%} of the base's weights besides embeddings and head"
+            parts.append(Text(share, style="dim" if anatomy.base.share_4bit >= EXPECTED_SHARE else "yellow"))
     remarks = [*_flags(anatomy), *_rank_use(anatomy)]
     if remarks:
         parts += ["", *remarks]

@@ -20,6 +20,9 @@ DEPRECATED_CHECKPOINTING = (
 )
 """transformers 5.24 warns with this text because `get_peft_model` reads the property."""
 
+TRANSPOSED_WEIGHT = "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True."
+"""peft warns with this text for GPT-2's linear layers, and then does the right thing."""
+
 # The modules that peft puts around a base's module, by the names that they add to those of its parameters.
 _WRAPPERS = (".token_adapter", ".base_layer", ".original_module")
 

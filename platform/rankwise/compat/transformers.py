@@ -31,6 +31,28 @@ def never_quantized(config: Any) -> list[str] | None:
     return _NEVER_QUANTIZED.get(config.model_type)
 
 
+def quantizable_modules(model: Any, skipped: list[str] | None = None) -> list[tuple[str, Any]]:
+    """The linear layers of a model that transformers lets bitsandbytes quantize, by name.
+
+    Args:
+        model: A model, with or without weights.
+        skipped: The `llm_int8_skip_modules` of a quantized checkpoint.
+    """
+    from torch import nn
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    patterns = HfQuantizer.get_modules_to_not_convert(
+        model, skipped or never_quantized(model.config), model._keep_in_fp32_modules
+    )
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        # Subclasses, such as Falcon's, are not quantized.
+        if (type(module) is nn.Linear or is_conv1d(module)) and should_convert_module(name, patterns)
+    ]
+
+
 def model_class_of(config: Any) -> Any:
     """The class of causal language model that transformers would build for a configuration; None if there is none.
 

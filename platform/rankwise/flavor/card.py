@@ -32,7 +32,8 @@ def model_card(metadata: AdapterMetadata, *, metrics: Mapping[str, float] | None
     quantization = base.quantization
     if quantization.load_in_4bit:
         double = ", double quantization" if quantization.bnb_4bit_use_double_quant else ""
-        how = f"4 bit ({quantization.bnb_4bit_quant_type}{double})"
+        share = "" if base.share_4bit is None else f", {base.share_4bit:.1%} of the weights"
+        how = f"4 bit ({quantization.bnb_4bit_quant_type}{double}){share}"
     else:
         how = "8 bit" if quantization.load_in_8bit else "none"
     # The hub refuses a card whose base_model is not a hub id.

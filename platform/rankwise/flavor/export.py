@@ -143,6 +143,8 @@ def export_merged(
 def _choose(into: Into | None, loaded: LoadedAdapter) -> tuple[Into, str]:
     quantization = loaded.metadata.base.quantization
     if into is None:
+        if quantization.load_in_4bit and not loaded.base.share_4bit:
+            return "16bit", "by default: no layer of the base is in 4 bit"
         if quantization.load_in_4bit:
             return "nf4-dequantized", "by default: it is what the adapter was trained over"
         return "16bit", f"by default: the base is {describe_quantization(quantization)}"

@@ -38,6 +38,7 @@ from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.decoding.generation import Decoding
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.prequantized import quantization_from
+from rankwise.modeling.quantized_share import share_of_loaded
 from rankwise.settings import Settings
 
 FLAVOR_NAME = "qlora"
@@ -61,6 +62,7 @@ class BaseFacts:
         module_dtype: Of the modules that are not quantized: `load_dtype`, or what they were cast to
             (`prepare_model_for_kbit_training` of peft casts them to float32).
         device_type: `cpu`, `cuda`, ...
+        share_4bit: Share of its weights that are in 4 bit; None in models of releases that did not record it.
         attn_implementation: What its attention ran; None in models of releases that did not record it (`sdpa`).
     """
 
@@ -73,6 +75,7 @@ class BaseFacts:
     module_dtype: str
     device_type: str
     attn_implementation: str | None = None
+    share_4bit: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,7 @@ class AdapterMetadata:
                 "module_dtype": base.module_dtype,
                 "device_type": base.device_type,
                 **({} if base.attn_implementation is None else {"attn_implementation": base.attn_implementation}),
+                **({} if base.share_4bit is None else {"share_4bit": base.share_4bit}),
             },
             "adapter": {
                 "directory": ADAPTER_DIRECTORY,
@@ -160,6 +164,7 @@ class AdapterMetadata:
                     module_dtype=str(base["module_dtype"]),
                     device_type=str(base["device_type"]),
                     attn_implementation=base.get("attn_implementation"),
+                    share_4bit=base.get("share_4bit"),
                 ),
                 lora=dict(section["adapter"]["lora"]),
                 parameters=int(section["adapter"]["parameters"]),
@@ -348,6 +353,7 @@ def facts_of(base: LoadedBase) -> BaseFacts:
         module_dtype=_name(base.module_dtype),
         device_type=base.device.type,
         attn_implementation=base.attention.name,
+        share_4bit=base.share_4bit,
     )
 
 
@@ -385,6 +391,7 @@ def describe_base(
             module_dtype=_name(module.dtype),
             device_type=module.device.type,
             attn_implementation=attention_of(plain.config),
+            share_4bit=share_of_loaded(plain).share,
         ),
         resolved.path,
     )

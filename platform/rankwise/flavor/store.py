@@ -125,6 +125,7 @@ def _tags(package: Package, metrics: Mapping[str, float] | None) -> dict[str, st
         "base.revision": base.revision,
         "base.fingerprint": base.fingerprint.digest,
         "base.quantization": quantization,
+        **({} if base.share_4bit is None else {"base.share_4bit": repr(base.share_4bit)}),
         **({} if base.attn_implementation is None else {"base.attn_implementation": base.attn_implementation}),
         "adapter.parameters": str(package.metadata.parameters),
         "adapter.bytes": str(package.metadata.bytes),

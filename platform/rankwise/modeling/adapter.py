@@ -31,7 +31,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rankwise.assets.layout import read_json
-from rankwise.compat.peft import SEVERAL_ADAPTERS, base_name, by_pattern, plain_module, target_names
+from rankwise.compat.peft import (
+    SEVERAL_ADAPTERS,
+    TRANSPOSED_WEIGHT,
+    base_name,
+    by_pattern,
+    plain_module,
+    target_names,
+)
 from rankwise.compat.transformers import note_injected_adapter
 from rankwise.exceptions import (
     AdapterConfigError,
@@ -330,7 +337,7 @@ def _check_shapes(
     Returns peft's warnings about the configuration, which are logged.
     """
     try:
-        with _warnings_of_peft() as told, target_names(config):
+        with _warnings_of_peft() as told, target_names(config), expected_warning(TRANSPOSED_WEIGHT):
             inject_adapter_in_model(copy.deepcopy(config), empty, "default", low_cpu_mem_usage=True)
     except (TypeError, ValueError) as error:
         raise AdapterTargetError(
@@ -379,7 +386,7 @@ def _attach(model: Any, config: LoraConfig, adapter_name: str, told: Sequence[st
     # peft draws random initial values on the CPU; the caller's generator must not change. Forking the GPUs' generators
     # would create a context on each GPU.
     with torch.random.fork_rng(devices=[]), target_names(config), ExitStack() as expected:
-        for text in (SEVERAL_ADAPTERS, *told):
+        for text in (SEVERAL_ADAPTERS, TRANSPOSED_WEIGHT, *told):
             expected.enter_context(expected_warning(text))
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)

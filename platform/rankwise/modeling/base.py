@@ -39,6 +39,7 @@ from rankwise.modeling.attention import ResolvedAttention, resolve_attention
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.prequantized import check_stored_quantization
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
+from rankwise.modeling.quantized_share import share_of_loaded
 from rankwise.modeling.rope import per_row
 from rankwise.settings import Settings, compute_dtype
 
@@ -198,6 +199,7 @@ class LoadedBase:
         attention: The attention implementation, and why it was chosen.
         from_cache: Whether the quantized weights came from the cache.
         prequantized: Whether its files are quantized; they were loaded as they are.
+        share_4bit: Share of its weights that are in 4 bit (`modeling.quantized_share`).
     """
 
     model: Any
@@ -214,6 +216,7 @@ class LoadedBase:
     attention: ResolvedAttention
     from_cache: bool
     prequantized: bool
+    share_4bit: float
 
     @property
     def memory_bytes(self) -> int:
@@ -283,6 +286,9 @@ def load_base(
     model.eval()
     model.requires_grad_(False)
     hold_exact(model)
+    share = share_of_loaded(model)
+    if quantization.bits == 4 and share.warning:
+        logger.warning("base %s: %s", resolved.source, share.warning)
     if per_row(model):
         logger.info("base %s: rotary frequencies depend on length, and are chosen for each row", resolved.source)
     return LoadedBase(
@@ -300,6 +306,7 @@ def load_base(
         attention=attention,
         from_cache=from_cache,
         prequantized=prequantized,
+        share_4bit=share.share,
     )
 
 

@@ -46,6 +46,7 @@ from rankwise.modeling.base import (
 )
 from rankwise.modeling.lora.lean import is_lean
 from rankwise.modeling.prequantized import check_stored_quantization
+from rankwise.modeling.quantized_share import quantizable, share_of_skeleton
 
 _FLOAT32, _BFLOAT16 = 4, 2
 # Weight, gradient and AdamW's two moments per adapter parameter, in float32.
@@ -58,7 +59,8 @@ CPU_PROCESS_BYTES = 720 << 20
 class BaseEstimate:
     """Size of a base.
 
-    `bytes_quantized`: linear layers quantized, the rest in 16 bit; `bytes_loaded`: the rest in the dtype loaded here.
+    `bytes_quantized`: linear layers quantized, the rest in 16 bit; `bytes_loaded`: the rest in the dtype loaded here;
+    `share_4bit`: share of the weights that are in 4 bit (`modeling.quantized_share`), 0 for another quantization.
     """
 
     parameters: int
@@ -66,6 +68,7 @@ class BaseEstimate:
     bytes_bf16: int
     bytes_quantized: int
     bytes_loaded: int
+    share_4bit: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,8 @@ class Estimator:
         self._model = skeleton(self._config)
         self.linear = linear_modules(self._model)
         self.with_head = {**self.linear, **_head(self._model)}
+        self._quantizable = quantizable(self._model, self._config)
+        self.share = share_of_skeleton(self._model, self._config)
         self._parameters: int = sum(parameter.numel() for parameter in self._model.parameters())
         # Such as tables of rotary embeddings, in the architecture's dtype.
         self._buffers: int = sum(buffer.numel() * buffer.element_size() for buffer in self._model.buffers())
@@ -196,12 +201,13 @@ class Estimator:
             bytes_bf16=_BFLOAT16 * self._parameters,
             bytes_quantized=self._bytes(quantization, _BFLOAT16),
             bytes_loaded=self._bytes(quantization, DTYPES[dtype].itemsize) + self._buffers,
+            share_4bit=self.share.share if quantization.bits == 4 else 0.0,
         )
 
     def _bytes(self, quantization: QuantizationSpec, itemsize: int) -> int:
         if quantization.bits is None:
             return itemsize * self._parameters
-        quantized = self.linear.values()
+        quantized = [shape for _, shape in self._quantizable]
         rest: int = self._parameters - sum(inputs * outputs for inputs, outputs in quantized)
         return itemsize * rest + sum(
             quantized_linear_bytes(

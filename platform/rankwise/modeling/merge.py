@@ -19,7 +19,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from rankwise.compat.peft import DEPRECATED_CHECKPOINTING, base_name, plain_module, target_names
+from rankwise.compat.peft import (
+    DEPRECATED_CHECKPOINTING,
+    TRANSPOSED_WEIGHT,
+    base_name,
+    plain_module,
+    target_names,
+)
+from rankwise.compat.transformers import is_conv1d
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
 from rankwise.modeling.adapter import adapter_tensors, add_rows
 from rankwise.modeling.base import expected_warning
@@ -43,6 +50,8 @@ def take_dequantized(plain: Any, quantized: Any) -> int:
         target = plain.get_submodule(base_name(name))
         with torch.no_grad():
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            if is_conv1d(target):
+                weight = weight.t().contiguous()
         target.weight = torch.nn.Parameter(weight.to(target.weight.device), requires_grad=False)
         count += 1
     if not count:
@@ -63,7 +72,12 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
     add_rows(plain, config)
     own = copy.deepcopy(config)
     own.base_model_name_or_path = plain.name_or_path  # Otherwise peft warns.
-    with torch.random.fork_rng(devices=[]), expected_warning(DEPRECATED_CHECKPOINTING), target_names(own):
+    with (
+        torch.random.fork_rng(devices=[]),
+        expected_warning(DEPRECATED_CHECKPOINTING),
+        expected_warning(TRANSPOSED_WEIGHT),
+        target_names(own),
+    ):
         model = get_peft_model(plain, own, adapter_name=_NAME)
     _check_tied(plain)
     places = adapter_tensors(model, _NAME)

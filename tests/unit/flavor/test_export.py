@@ -118,3 +118,11 @@ def test_a_file_without_prompts_is_refused(tmp_path, name, content, message):
         read_prompts(tmp_path / name, 3)
     with pytest.raises(ConfigError, match=r"cannot read the prompts in .*: No such file"):
         read_prompts(tmp_path / "none", 3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon"])
+def test_linear_layers_of_other_kinds_are_merged(name, tmp_path):
+    """GPT-2's weights are transposed; Falcon's layers are not quantized by transformers."""
+    from helpers.matrix import Subject, export
+
+    export(Subject(name, tmp_path))

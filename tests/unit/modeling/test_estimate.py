@@ -114,8 +114,9 @@ def test_the_json_of_plan_has_flat_numbers(tmp_path):
     assert set(values) == {
         "adapter_parameters", "adapter_bytes_fp32", "adapter_parameters_per_layer", "base_parameters",
         "base_bytes_fp32", "base_bytes_bf16", "base_bytes_quantized", "base_bytes_loaded", "process_bytes",
-        "memory_bytes",
+        "memory_bytes", "base_share_4bit",
     }  # fmt: skip
+    assert values.pop("base_share_4bit") == 1.0
     assert all(isinstance(value, int) for value in values.values())
 
 

@@ -219,7 +219,8 @@ class Anatomy:
                 "targets": [target.to_dict() for target in self.targets],
             },
             "base": {
-                name: getattr(self.base, name) for name in ("parameters", "bytes_fp32", "bytes_bf16", "bytes_quantized")
+                name: getattr(self.base, name)
+                for name in ("parameters", "bytes_fp32", "bytes_bf16", "bytes_quantized", "share_4bit")
             }
             if self.base
             else None,

@@ -175,7 +175,7 @@ def test_the_json_has_the_form_that_others_build_on(adapter, base):
     assert (target["lora_A"], target["lora_B"]) == ([4, 64], [64, 4])
     assert "singular_values" not in target
     assert document["adapter"]["rank_use"]["r"] == 4
-    assert set(document["base"]) == {"parameters", "bytes_fp32", "bytes_bf16", "bytes_quantized"}
+    assert set(document["base"]) == {*("parameters", "bytes_fp32", "bytes_bf16", "bytes_quantized", "share_4bit")}
     assert {"base", "base_and_adapter"} <= set(document["memory"])
     assert set(document["checks"][0]) == {"name", "expected", "actual", "ok"}
     json.dumps(document, allow_nan=False)
