@@ -48,7 +48,7 @@ HASH_VERSION = 2
 _HASH_VERSIONS = {1: 1, 2: HASH_VERSION}
 _WITHOUT_EFFECT = {"save_steps", "logging_steps", "eval_steps"}
 # Fields added since HASH_VERSION are hashed only if they differ from their default, so that old hashes stay valid.
-_ADDED = ("optim", "train_sampling_strategy")
+_ADDED = ("optim", "train_sampling_strategy", "lr_scheduler_kwargs")
 # MLflow params with a shorter name than their field.
 _PARAM_NAMES = {"lora.lora_alpha": "lora.alpha", "lora.lora_dropout": "lora.dropout", "lora.use_rslora": "lora.rslora"}
 
@@ -186,7 +186,10 @@ class ArmSpec(Section):
         for name, value in self._reading().items():
             values[f"dataset.{name}"] = value if isinstance(value, int | str) else json.dumps(value, ensure_ascii=False)
         values |= {f"quantization.{key}": value for key, value in _quantization(self.quantization).items()}
-        values |= {f"training.{key}": value for key, value in self._training().items()}
+        training = self._training()
+        arguments = training.pop("lr_scheduler_kwargs", {})
+        values |= {f"training.{key}": value for key, value in training.items()}
+        values |= {f"training.lr_scheduler_kwargs.{key}": value for key, value in arguments.items()}
         if self.checkpoint == "best":
             values |= {"register.checkpoint": "best", "training.eval_steps": self.training.eval_steps}
         return {key: plain(value) for key, value in values.items() if value is not None}
@@ -205,7 +208,9 @@ class ArmSpec(Section):
 
     def _training(self) -> dict[str, Any]:
         values = self.training.model_dump(exclude=_WITHOUT_EFFECT)
+        values["lr_scheduler_kwargs"] = self.training.lr_scheduler_kwargs.given()
         defaults = {name: TrainingSpec.model_fields[name].default for name in _ADDED}
+        defaults["lr_scheduler_kwargs"] = {}
         return {key: value for key, value in values.items() if key not in _ADDED or value != defaults[key]}
 
     def _texts(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from rankwise.experiment.metric_names import (
 )
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
 from rankwise.experiment.paths import KeyPath, as_path
-from rankwise.experiment.schema import READING, DatasetSpec, EarlyStoppingSpec
+from rankwise.experiment.schema import READING, DatasetSpec, EarlyStoppingSpec, LrSchedulerSpec
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
 BUILT_IN_TEMPLATES = ("chatml", "plain")
@@ -116,6 +116,32 @@ def _warmup_within_steps(view: FieldView) -> Iterator[Problem]:
     if steps is not None and warmup > steps:
         text = f"must be at most max_steps ({show(steps)}), got {show(warmup)}; below 1 it is a share of all steps"
         yield _at("training.warmup_steps", text)
+
+
+_SCHEDULE_ARGUMENTS = {
+    "cosine": {"num_cycles"},
+    "cosine_with_min_lr": {"min_lr", "min_lr_rate", "num_cycles"},
+    "warmup_stable_decay": {
+        "num_decay_steps", "num_stable_steps", "min_lr_ratio", "warmup_type", "decay_type", "num_cycles",
+    },
+}  # fmt: skip
+
+
+@_rule
+def _schedule_arguments(view: FieldView) -> Iterator[Problem]:
+    kind, section = view["training.lr_scheduler_type"], "training.lr_scheduler_kwargs"
+    given = {name for name in LrSchedulerSpec.model_fields if view[f"{section}.{name}"] is not None}
+    allowed = _SCHEDULE_ARGUMENTS.get(kind, set())
+    for name in sorted(given - allowed):
+        what = f"has {', '.join(sorted(allowed))}" if allowed else "has no arguments"
+        yield _at(f"{section}.{name}", f"is no argument of lr_scheduler_type: {kind}, which {what}")
+    if kind == "cosine_with_min_lr" and len(given & {"min_lr", "min_lr_rate"}) != 1:
+        yield _at("training.lr_scheduler_type", f"is {kind}: give {section} either min_lr or min_lr_rate")
+    if kind == "warmup_stable_decay" and "num_decay_steps" not in given:
+        yield _at("training.lr_scheduler_type", f"is {kind}: give {section}.num_decay_steps")
+    peak, least = view["training.learning_rate"], view[f"{section}.min_lr"]
+    if least is not None and least > peak:
+        yield _at(f"{section}.min_lr", f"must be at most learning_rate ({show(peak)}), got {show(least)}")
 
 
 @_rule

@@ -210,6 +210,31 @@ class DatasetSpec(Section):
         return {name: value for name, (value, default) in values.items() if value != default}
 
 
+class LrSchedulerSpec(Section):
+    """Arguments of the learning rate schedule (transformers' lr_scheduler_kwargs)."""
+
+    min_lr: Annotated[float, Field(ge=0)] | None = None
+    """cosine_with_min_lr: the final learning rate."""
+    min_lr_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    """cosine_with_min_lr: the final learning rate as a share of the peak."""
+    num_cycles: Annotated[float, Field(gt=0)] | None = None
+    """Waves of the cosine; default: half a wave, from the peak down."""
+    num_decay_steps: Annotated[float, Field(gt=0), AfterValidator(_share_or_count)] | None = None
+    """warmup_stable_decay: steps of the decay at the end; a value below 1 is a share of all steps."""
+    num_stable_steps: Annotated[float, Field(gt=0), AfterValidator(_share_or_count)] | None = None
+    """warmup_stable_decay: steps at the peak; default: what warmup and decay leave. Below 1: a share of all steps."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """warmup_stable_decay: the final learning rate as a share of the peak."""
+    warmup_type: Literal["linear", "cosine", "1-sqrt"] | None = None
+    """warmup_stable_decay: form of the warmup; default: linear."""
+    decay_type: Literal["linear", "cosine", "1-sqrt"] | None = None
+    """warmup_stable_decay: form of the decay; default: cosine."""
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that are set."""
+        return self.model_dump(exclude_none=True)
+
+
 class TrainingSpec(Section):
     """The training of an arm (names of transformers' TrainingArguments). Needs max_steps or num_train_epochs."""
 
@@ -223,8 +248,12 @@ class TrainingSpec(Section):
     """Micro-batches per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate of AdamW."""
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    lr_scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr", "warmup_stable_decay"
+    ] = "cosine"
     """Learning rate schedule."""
+    lr_scheduler_kwargs: LrSchedulerSpec = LrSchedulerSpec()
+    """Arguments of the schedule."""
     warmup_steps: Annotated[float, Field(ge=0), AfterValidator(_share_or_count)] = 0
     """Steps of linear warmup; a value below 1 is a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -1,12 +1,12 @@
 """One arm in training: its task, adapter, learning rate schedule, counters and outcome.
 
-Schedules follow `transformers.optimization`. The arms of a pack share an optimizer: `training.optimizer`.
+The arms of a pack share an optimizer: `training.optimizer`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,32 +24,7 @@ from rankwise.modeling.lora.draws import DropoutKey
 from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, delete_adapter, install
 from rankwise.modeling.lora.stacks import Stacks
 from rankwise.training.optimizer import IN_8_BIT, PackOptimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The learning rate as a pure function of the step; `warmup` and `total` are numbers of optimizer steps."""
-
-    kind: Literal["constant", "constant_with_warmup", "linear", "cosine"]
-    peak: float
-    warmup: int
-    total: int
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of optimizer step `step`, counted from 0."""
-        return self.peak * self._factor(step)
-
-    def _factor(self, step: int) -> float:
-        if self.kind == "constant":
-            return 1.0
-        if step < self.warmup:
-            return step / max(1, self.warmup)
-        if self.kind == "constant_with_warmup":
-            return 1.0
-        rest = max(1, self.total - self.warmup)
-        if self.kind == "linear":
-            return max(0.0, (self.total - step) / rest)
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - self.warmup) / rest)))
+from rankwise.training.schedule import learning_rates
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -214,7 +189,7 @@ class TrainingArm:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next optimizer step."""
-        return self._schedule.learning_rate(self.step)
+        return self._learning_rates(self.step)
 
     def micro_batches(self, step: int | None = None) -> list[list[Encoded]]:
         """The rows of an optimizer step, counted from 0, by default the next one: a list for each micro-batch."""
@@ -260,14 +235,8 @@ class TrainingArm:
                 parameter.mul_(scaling_of(config, module, rank=lora.r) / own)
 
     @cached_property
-    def _schedule(self) -> Schedule:
-        training = self.task.spec.training
-        return Schedule(
-            kind=training.lr_scheduler_type,
-            peak=training.learning_rate,
-            warmup=training.warmup(self.total_steps),
-            total=self.total_steps,
-        )
+    def _learning_rates(self) -> Callable[[int], float]:
+        return learning_rates(self.task.spec.training, self.total_steps)
 
     @cached_property
     def _sampler(self) -> Sampler:

@@ -6,6 +6,7 @@ import pytest
 from helpers.definitions import parse
 
 from rankwise.experiment.rules import FieldView, find_problems
+from rankwise.experiment.schema import LrSchedulerSpec
 
 
 def data():
@@ -121,3 +122,26 @@ def test_the_files_of_a_definition_from_another_machine_need_not_be_here():
     # What is wrong anywhere is wrong here too.
     document["dataset"]["train"] = "/gone/model.gguf"
     assert [problem.path for problem in find_problems(FieldView(document, elsewhere=True))] == [("dataset", "train")]
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "give training.lr_scheduler_kwargs either min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "give training.lr_scheduler_kwargs.num_decay_steps"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-9}}, "is no argument of lr_scheduler_type: cosine, which has num_cycles"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 9.0}},
+            "must be at most learning_rate",
+        ),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycles": 1}}, "which has no arguments"),
+    ],
+)
+def test_a_schedule_takes_its_own_arguments(training, message):
+    document = data()
+    document["training"] |= training
+    document["training"]["lr_scheduler_kwargs"] = dict.fromkeys(LrSchedulerSpec.model_fields) | training.get(
+        "lr_scheduler_kwargs", {}
+    )
+    (found,) = messages(document)
+    assert message in found
