@@ -14,8 +14,8 @@ memory instead of ten. It gets whole rows and never views of single matrices: se
 tensor: one call an arm, since its settings are numbers and not tensors, and without the synchronization after each
 tensor that bitsandbytes' own optimizer makes. On CPUs its loops are slow.
 
-An arm whose loss or gradient is not finite is updated like the others, because the CPU does not know it yet. Rows do
-not affect each other, and such an arm leaves the pack before anything reads its weights.
+An arm whose loss or gradient is not finite keeps its weights, by a mask on the device, because the CPU does not know it
+yet. Its moments are void: such an arm leaves the pack. Rows do not affect each other.
 
 States are allocated with the optimizer, not in its first step, so running out of memory cannot interrupt an update.
 """
@@ -79,22 +79,29 @@ class PackOptimizer:
         return torch.cat(norms)
 
     @torch.no_grad()
-    def update(self, norms: torch.Tensor, rates: Mapping[str, float], steps: Mapping[str, int]) -> None:
+    def update(
+        self, norms: torch.Tensor, finite: torch.Tensor, rates: Mapping[str, float], steps: Mapping[str, int]
+    ) -> None:
         """Clip gradients, make a step of each arm, and set gradients to zero.
 
         Args:
             norms: From `norms`.
+            finite: Whether each arm's loss and norm are finite, in the same order; others keep their weights.
             rates: The learning rate of each adapter.
             steps: The number of each adapter's step, counted from 1.
         """
         first = 0
         for stack in self.stacks:
             settings = [self._training[member.adapter] for member in stack.members]
-            own = norms[first : first + len(stack)]
-            first += len(stack)
+            own = slice(first, first + len(stack))
+            first = own.stop
             adapters = [member.adapter for member in stack.members]
             self._states[stack].update(
-                own, settings, [rates[adapter] for adapter in adapters], [steps[adapter] for adapter in adapters]
+                norms[own],
+                finite[own],
+                settings,
+                [rates[adapter] for adapter in adapters],
+                [steps[adapter] for adapter in adapters],
             )
             stack.gradients.zero_()
             stack.changed()
@@ -166,18 +173,30 @@ class _Moments:
         self.exp_avg_sq = torch.zeros_like(stack.values)
 
     def update(
-        self, norms: torch.Tensor, settings: Sequence[TrainingSpec], rates: Sequence[float], steps: Sequence[int]
+        self,
+        norms: torch.Tensor,
+        finite: torch.Tensor,
+        settings: Sequence[TrainingSpec],
+        rates: Sequence[float],
+        steps: Sequence[int],
     ) -> None:
         if self._stack.device.type == "cpu":
-            self._update_rows(norms, settings, rates, steps)
+            self._update_rows(norms, finite, settings, rates, steps)
         else:
-            self._update_all(norms, settings, rates, steps)
+            self._update_all(norms, finite, settings, rates, steps)
 
     def _update_rows(
-        self, norms: torch.Tensor, settings: Sequence[TrainingSpec], rates: Sequence[float], steps: Sequence[int]
+        self,
+        norms: torch.Tensor,
+        finite: torch.Tensor,
+        settings: Sequence[TrainingSpec],
+        rates: Sequence[float],
+        steps: Sequence[int],
     ) -> None:
         values, gradients = self._stack.values, self._stack.gradients
         for row, (training, rate, step) in enumerate(zip(settings, rates, steps, strict=True)):
+            if not finite[row]:
+                continue
             if training.max_grad_norm > 0:
                 gradients[row].mul_(_clip(norms[row], torch.tensor(training.max_grad_norm)))
             fused_adamw(
@@ -192,18 +211,23 @@ class _Moments:
             )
 
     def _update_all(
-        self, norms: torch.Tensor, settings: Sequence[TrainingSpec], rates: Sequence[float], steps: Sequence[int]
+        self,
+        norms: torch.Tensor,
+        finite: torch.Tensor,
+        settings: Sequence[TrainingSpec],
+        rates: Sequence[float],
+        steps: Sequence[int],
     ) -> None:
         values, work = self._stack.values, self._stack.gradients
         columns = to_device(torch.tensor(_columns(settings, rates, steps)), values.device)
         limits, decay, one_minus_beta1, one_minus_beta2, correction, epsilon, rate = columns.unbind(1)
         work.mul_(_clip(norms, limits)[:, None])
-        values.mul_(decay[:, None])
+        values.mul_(decay.masked_fill(~finite, 1.0)[:, None])
         self.exp_avg.lerp_(work, one_minus_beta1[:, None])
         self.exp_avg_sq.lerp_(work.square_(), one_minus_beta2[:, None])
         # The gradient's memory serves for the quotient, so that an update needs none.
         torch.sqrt(self.exp_avg_sq, out=work).mul_(correction[:, None]).add_(epsilon[:, None])
-        torch.div(self.exp_avg, work, out=work)
+        torch.div(self.exp_avg, work, out=work).masked_fill_(~finite[:, None], 0.0)
         values.addcmul_(work, rate[:, None])
 
     def keep(self, before: Layout, rows: Sequence[int], after: Layout) -> None:
@@ -251,11 +275,17 @@ class _Moments8Bit:
         self._qmap2 = bnb.functional.create_dynamic_map(signed=False).to(device)
 
     def update(
-        self, norms: torch.Tensor, settings: Sequence[TrainingSpec], rates: Sequence[float], steps: Sequence[int]
+        self,
+        norms: torch.Tensor,
+        finite: torch.Tensor,
+        settings: Sequence[TrainingSpec],
+        rates: Sequence[float],
+        steps: Sequence[int],
     ) -> None:
         values, gradients = self._stack.values, self._stack.gradients
         limits = to_device(torch.tensor([limit(training) for training in settings]), values.device)
-        gradients.mul_(_clip(norms, limits)[:, None])
+        # bitsandbytes' kernel has no mask: such an arm still moves by its momentum, and stays finite.
+        gradients.mul_(_clip(norms, limits)[:, None]).masked_fill_(~finite[:, None], 0.0)
         for row, (training, rate, step, state) in enumerate(zip(settings, rates, steps, self._states, strict=True)):
             bnb.functional.optimizer_update_8bit_blockwise(
                 "adam",

@@ -1,8 +1,9 @@
 """One optimizer step of every arm of a pack: split into forward passes, gradients, updates, peak memory.
 
-1. Micro-step i takes the i-th micro-batch of every arm that has one; rows are sorted by arm. `Passes` splits the arms
-   of a micro-step into forward passes through the base. Rows of an architecture in which they depend on their
-   neighbours (`row_check`) go through passes of one arm and one length.
+1. Micro-step i takes the i-th micro-batch of every arm that has one. Its rows share sequences where that is cheaper
+   than padding (`training.streams`). `Passes` splits the arms of a micro-step into forward passes through the base.
+   Rows of an architecture in which they depend on their neighbours (`row_check`) are padded and go through passes of
+   one arm and one length.
 2. All that the passes of the step need goes to the device in one copy, for which the CPU does not wait.
 3. An arm's loss is the sum over its supervised tokens, divided by their number in its whole accumulation (as
    transformers does with `num_items_in_batch`). The losses of a pass are added and backpropagated once. No row of
@@ -30,18 +31,17 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
-from torch.nn import functional
 
-from rankwise.data.batches import collate
 from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError, is_out_of_memory
-from rankwise.modeling.lora.draws import DropoutKey
+from rankwise.modeling.lora.draws import DropoutKey, token_words
 from rankwise.modeling.lora.logits import SupervisedLogits
-from rankwise.modeling.lora.packed import Routing, Segment, dropout_words
+from rankwise.modeling.lora.packed import Routing, Segment
 from rankwise.modeling.rope import row_lengths
 from rankwise.training.arm import StepRecord, TrainingArm
 from rankwise.training.optimizer import PackOptimizer, to_device
 from rankwise.training.row_check import rows_are_independent
+from rankwise.training.streams import StreamCost, Streams, choose, lay_out, single
 
 
 def release_freed_memory() -> None:
@@ -153,16 +153,20 @@ class _ArmStep:
     arm: TrainingArm
     micro_batches: list[list[Encoded]]
     supervised: int
+    streams: list[Streams]
+    """Of each micro-batch."""
     losses: list[tuple[list[Encoded], torch.Tensor, torch.Tensor]]
     """For each micro-batch its rows, the row of each supervised token, and their losses."""
 
+    def lengths(self, micro_step: int) -> list[int]:
+        return [len(row.input_ids) for row in self.micro_batches[micro_step]]
+
     def size(self, micro_step: int) -> tuple[int, int]:
-        rows = self.micro_batches[micro_step]
-        return len(rows), max(len(row.input_ids) for row in rows)
+        return len(self.streams[micro_step].rows), self.streams[micro_step].length
 
     @property
     def padded(self) -> int:
-        """Tokens of all micro-batches, with the padding of the arm's own rows."""
+        """Tokens of all micro-batches, with the padding of the arm's own streams."""
         return sum(math.prod(self.size(micro_step)) for micro_step in range(len(self.micro_batches)))
 
 
@@ -172,14 +176,12 @@ _PARTS = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """Rows of one arm in one pass."""
+    """Rows of one arm in one pass, and their streams."""
 
     work: _ArmStep
     rows: list[Encoded]
+    streams: Streams
     dropout: DropoutKey | None
-
-
-_INPUTS = ("input_ids", "attention_mask", "rows", "positions", "targets", "owners", "words")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -188,12 +190,11 @@ class _Pass:
 
     Attributes:
         shares: Its arms and their rows.
-        segments: The same as segments of the batch.
+        segments: Their streams.
         counts: Supervised tokens of each arm.
-        places: The row of each supervised token, on the CPU.
-        inputs: Tensors of int64 under the names `_INPUTS`; on the device from `_send` on. (B, T): `input_ids`,
-            `attention_mask`, and, with dropout, `words`. For each supervised token: `rows`, `positions` (of the token
-            before it), `targets`, and `owners`, its arm's index among those of the step.
+        places: The row of each supervised token in its share, on the CPU.
+        inputs: Tensors of int64, on the device from `_send` on: those of `StreamBatch` that are needed, and `owners`,
+            the index of each supervised token's arm among those of the step.
     """
 
     shares: list[_Share]
@@ -218,17 +219,20 @@ class Stepper:
         self._model = model
         self._routing = routing
         self._optimizer = optimizer
-        self.logits = SupervisedLogits(model)
-        self._pad_token_id = pad_token_id
+        self.logits = SupervisedLogits.of(model)
+        dtype = model.get_input_embeddings().weight.dtype
         self._device = next(model.parameters()).device
-        self._memory = memory
         self._independent = rows_are_independent(model, self.logits)
+        packs = self.logits.packs and self._independent
+        self._cost = StreamCost.of(model, self._device, dtype) if packs else None
+        self._pad_token_id = pad_token_id
+        self._memory = memory
         self.passes = passes or Passes()
 
     def step(self, arms: Sequence[TrainingArm]) -> dict[str, StepRecord | NonFiniteStep]:
         """Make one optimizer step of all arms of the optimizer; by spec hash.
 
-        An arm with a `NonFiniteStep` has made no step and its matrices are void: it has to leave.
+        An arm with a `NonFiniteStep` has made no step and its optimizer's state is void: it has to leave.
 
         Raises:
             JobError: Out of memory with a single arm.
@@ -264,11 +268,12 @@ class Stepper:
         for arm in arms:
             micro_batches = arm.micro_batches()
             supervised = sum(int(row.supervised.sum()) for rows in micro_batches for row in rows)
-            works.append(_ArmStep(arm=arm, micro_batches=micro_batches, supervised=supervised, losses=[]))
+            works.append(_ArmStep(arm=arm, micro_batches=micro_batches, supervised=supervised, streams=[], losses=[]))
         index = {work.arm.name: number for number, work in enumerate(works)}
         passes = []
         for micro_step in range(max(len(work.micro_batches) for work in works)):
             present = [work for work in works if micro_step < len(work.micro_batches)]
+            self._choose_streams(present, micro_step)
             for part in self.passes.split(present, partial(_ArmStep.size, micro_step=micro_step)):
                 for shares in self._shares(part, micro_step):
                     passes.append(self._prepare(shares, [index[share.work.arm.name] for share in shares]))
@@ -279,50 +284,60 @@ class Stepper:
             losses += self._pass(each, weights)
         return works, losses
 
+    def _choose_streams(self, works: Sequence[_ArmStep], micro_step: int) -> None:
+        """Decide which rows share sequences: for all arms together on a GPU, where equal shapes share products."""
+        lengths = [work.lengths(micro_step) for work in works]
+        if self._cost is None:
+            streams = list(map(single, lengths))
+        elif self._device.type == "cpu":
+            streams = [choose([own], self._cost)[0] for own in lengths]
+        else:
+            streams = choose(lengths, self._cost)
+        for work, own in zip(works, streams, strict=True):
+            work.streams.append(own)
+
     def _shares(self, works: Sequence[_ArmStep], micro_step: int) -> Iterator[list[_Share]]:
         """The arms' rows in a pass; one pass for each arm and length if rows depend on their neighbours."""
         if self._independent:
-            yield [_Share(work, work.micro_batches[micro_step], work.arm.dropout(micro_step)) for work in works]
+            yield [
+                _Share(work, work.micro_batches[micro_step], work.streams[micro_step], work.arm.dropout(micro_step))
+                for work in works
+            ]
             return
         for work in works:
             by_length: dict[int, list[Encoded]] = {}
             for row in work.micro_batches[micro_step]:
                 by_length.setdefault(len(row.input_ids), []).append(row)
             key = work.arm.dropout(micro_step)
-            for part, rows in enumerate(by_length.values()):
+            for part, (length, rows) in enumerate(by_length.items()):
                 own = None if key is None else replace(key, micro_step=key.micro_step + _PARTS * part)
-                yield [_Share(work, rows, own)]
+                yield [_Share(work, rows, single([length] * len(rows)), own)]
 
     def _prepare(self, shares: list[_Share], numbers: Sequence[int]) -> _Pass:
-        rows: list[Encoded] = []
         segments: list[Segment] = []
+        words = []
+        start = 0
         for share in shares:
+            stop, key = start + len(share.streams.rows), share.dropout
             segments.append(
-                Segment(
-                    adapter=share.work.arm.name,
-                    start=len(rows),
-                    stop=len(rows) + len(share.rows),
-                    dropout=share.dropout,
-                    length=max(len(row.input_ids) for row in share.rows),
-                )
+                Segment(adapter=share.work.arm.name, start=start, stop=stop, dropout=key, length=share.streams.length)
             )
-            rows += share.rows
-        batch = collate(rows, self._pad_token_id)
-        assert not batch.supervised[:, 0].any(), "nothing predicts the first token of a row"
-        row_of, token = batch.supervised.nonzero(as_tuple=True)
-        counts = [int(batch.supervised[segment.start : segment.stop].sum()) for segment in segments]
-        inputs = {
-            "input_ids": batch.input_ids,
-            "rows": row_of,
-            "positions": token - 1,
-            "targets": batch.input_ids[row_of, token],
-            "owners": torch.tensor(numbers).repeat_interleave(torch.tensor(counts)),
-        }
-        if self.logits.masked:
-            inputs["attention_mask"] = batch.attention_mask
-        if (words := dropout_words(segments)) is not None:
-            inputs["words"] = words
-        return _Pass(shares=shares, segments=segments, counts=counts, places=row_of, inputs=inputs)
+            longest = max(len(row.input_ids) for row in share.rows)
+            words.append(None if key is None else token_words(key, len(share.rows), longest))
+            start = stop
+        batch = lay_out([(share.rows, share.streams) for share in shares], words, self._pad_token_id)
+        owners = torch.tensor(numbers).repeat_interleave(torch.tensor(batch.counts))
+        names = ["input_ids", "rows", "positions", "targets"]
+        names += ["attention_mask"] if self.logits.masked else []
+        names += ["position_ids", "sequences"] if batch.shared else []
+        names += ["words"] if any(each is not None for each in words) else []
+        return _Pass(
+            shares=shares,
+            segments=segments,
+            counts=batch.counts,
+            places=batch.places,
+            inputs={"owners": owners, **{name: getattr(batch, name) for name in names}},
+        )
 
     def _send(self, passes: Sequence[_Pass], weights: torch.Tensor) -> torch.Tensor:
         """Copy what all passes of a step need to the device, in one go; returns the weights there."""
@@ -345,7 +360,8 @@ class Stepper:
     ) -> dict[str, StepRecord | NonFiniteStep]:
         norms = self._optimizer.norms()
         rates = {work.arm.name: work.arm.learning_rate for work in works}
-        self._optimizer.update(norms, rates, {work.arm.name: work.arm.step + 1 for work in works})
+        finite = torch.isfinite(losses) & torch.isfinite(norms)
+        self._optimizer.update(norms, finite, rates, {work.arm.name: work.arm.step + 1 for work in works})
         # This waits for the GPU: the single times of passes and updates are unknown there.
         numbers = torch.stack([losses, norms.double()]).tolist()
         seconds = time.perf_counter() - began
@@ -354,6 +370,8 @@ class Stepper:
         for work, loss, grad_norm in zip(works, *numbers, strict=True):
             arm = work.arm
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                if not math.isfinite(loss) and any(streams.shared for streams in work.streams):
+                    self._separate_losses(work)
                 results[arm.spec_hash] = _nonfinite(work, loss, grad_norm)
                 continue
             tokens = sum(len(row.input_ids) for rows in work.micro_batches for row in rows)
@@ -377,13 +395,21 @@ class Stepper:
     def _pass(self, each: _Pass, weights: torch.Tensor) -> torch.Tensor:
         """Make one pass: gradients go to the stacks; returns what it adds to the losses of the step's arms."""
         inputs = each.inputs
-        lengths = [len(row.input_ids) for share in each.shares for row in share.rows]
+        # Those of streams with several rows, which no rotary embedding that needs lengths gets.
+        lengths = [
+            sum(len(share.rows[index].input_ids) for index in stream)
+            for share in each.shares
+            for stream in share.streams.rows
+        ]
         with self._routing.segments(each.segments, inputs.get("words")), row_lengths(self._model, lengths):
-            # The logits get no name, so they are freed: the backward pass needs only their log-softmax.
-            losses = functional.cross_entropy(
-                self.logits(inputs["input_ids"], inputs.get("attention_mask"), inputs["rows"], inputs["positions"]),
+            losses = self.logits.losses(
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                inputs["rows"],
+                inputs["positions"],
                 inputs["targets"],
-                reduction="none",
+                inputs.get("position_ids"),
+                inputs.get("sequences"),
             )
             weighted = losses * weights[inputs["owners"]]
             self._memory.sample()
@@ -391,9 +417,21 @@ class Stepper:
         self._memory.sample()
         parts = torch.split(losses.detach(), each.counts)
         places = torch.split(each.places, each.counts)
-        for share, segment, part, place in zip(each.shares, each.segments, parts, places, strict=True):
-            share.work.losses.append((share.rows, place - segment.start, part))
+        for share, part, place in zip(each.shares, parts, places, strict=True):
+            share.work.losses.append((share.rows, place, part))
         return torch.zeros_like(weights).index_add_(0, inputs["owners"], weighted.detach())
+
+    @torch.no_grad()
+    def _separate_losses(self, work: _ArmStep) -> None:
+        """Find an arm's losses again, row by row: in a shared sequence one row's NaN reaches the others."""
+        work.losses = []
+        for rows in work.micro_batches:
+            for row in rows:
+                batch = lay_out([([row], single([len(row.input_ids)]))], [None], self._pad_token_id)
+                names = ("input_ids", "attention_mask", "rows", "positions", "targets")
+                with self._routing.segments([Segment(adapter=work.arm.name, start=0, stop=1)]):
+                    losses = self.logits.losses(*(getattr(batch, name).to(self._device) for name in names))
+                work.losses.append(([row], batch.places, losses))
 
 
 def _nonfinite(work: _ArmStep, loss: float, grad_norm: float) -> NonFiniteStep:

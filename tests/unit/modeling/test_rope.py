@@ -15,6 +15,7 @@ from rankwise.modeling.base import load_base
 from rankwise.modeling.decoding.engine import engine_of
 from rankwise.modeling.decoding.generation import Decoding, generate_batch
 from rankwise.modeling.length_limits import length_limits, probe_lengths
+from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.rope import per_row, position_limit, rope_scaling, row_lengths
 
 SCALED = ["phi3_longrope", "llama_dynamic"]
@@ -186,3 +187,10 @@ def test_the_decoding_engine_is_tried_beyond_the_window_of_local_attention(tmp_p
     assert engine_of(subject.base.model) is None
     assert "is decoded by transformers' generate, which is slower, because logits differ" in caplog.text
     predict(subject)
+
+
+def test_rows_do_not_share_sequences_where_frequencies_depend_on_their_lengths(tmp_path, caplog):
+    model = Subject("phi3_longrope", tmp_path).base.model
+    with caplog.at_level(logging.INFO):
+        assert not SupervisedLogits(model).packs
+    assert "do not share sequences: rotary frequencies that depend on a row's length cannot keep" in caplog.text

@@ -15,7 +15,6 @@ from rankwise.data.batches import Sampler
 from rankwise.data.tokens import Encoded
 from rankwise.exceptions import ConfigError
 from rankwise.modeling.adapter import read_adapter
-from rankwise.modeling.lora.packed import Segment
 from rankwise.training import step
 from rankwise.training.arm import ArmTask
 from rankwise.training.loop import train_pack
@@ -330,20 +329,10 @@ def test_without_a_checkpoint_there_is_no_adapter_of_a_non_finite_arm(base, tmp_
 def test_a_gradient_that_is_not_finite_is_told_with_all_rows_of_the_step():
     losses = [(ROWS[:2], torch.tensor([0, 0, 1]), torch.ones(3)), (ROWS[2:3], torch.tensor([0]), torch.ones(1))]
     window = [ROWS[:2], ROWS[2:3]]
-    work = step._ArmStep(arm=SimpleNamespace(step=4), micro_batches=window, supervised=4, losses=losses)
+    work = step._ArmStep(arm=SimpleNamespace(step=4), micro_batches=window, supervised=4, streams=[], losses=losses)
     found = step._nonfinite(work, loss=1.0, grad_norm=math.inf)
     assert (found.quantity, found.step, found.number) == ("gradient", 5, math.inf)
     assert found.example_ids == tuple(row.id for row in ROWS[:3])
-
-
-def test_dropout_is_drawn_for_the_longest_row_of_the_arm(base, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(step, "Segment", lambda **values: made.append(values) or Segment(**values))
-    arm = make_arm(training={"max_steps": 1, "per_device_train_batch_size": 4}, lora={"lora_dropout": 0.5})
-    train(base, [arm], tmp_path)
-    lengths = [len(ROWS[index].input_ids) for index in Sampler(len(ROWS), 4, arm.seed).indices(0)]
-    assert min(lengths) < max(lengths)
-    assert [each["length"] for each in made] == [max(lengths)]
 
 
 @pytest.mark.parametrize(

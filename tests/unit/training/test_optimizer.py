@@ -56,7 +56,7 @@ class Pack:
                 gradient.copy_(PretendTensor(factor * value) if stack.device == GPU else factor * value)
         norms = self.optimizer.norms()
         rates = {arm.name: rate * arm.task.spec.training.learning_rate for arm in living}
-        self.optimizer.update(norms, rates, {arm.name: number for arm in living})
+        self.optimizer.update(norms, torch.isfinite(norms), rates, {arm.name: number for arm in living})
         return dict(zip(self.optimizer.stacks.adapters, norms.tolist(), strict=True))
 
 
@@ -131,6 +131,30 @@ def test_each_arm_gets_what_torchs_adamw_gives_it(pack):
         expected, expected_norms = reference(arm, before, STEPS, adamw)
         assert_close(values(arm), expected)
         assert [each[arm.name] for each in norms] == pytest.approx(expected_norms, rel=1e-5)
+
+
+def test_an_arm_whose_gradient_is_not_finite_keeps_its_weights_and_the_others_step(pack):
+    pack = pack()
+    pack.step(1)
+    start = [values(arm) for arm in pack.arms]
+    bad = pack.arms[1]
+    stack = pack.optimizer.stacks.of(bad.name)
+    own = stack.finish_gradients
+
+    def poisoned():
+        own()
+        stack.gradients[stack.index(bad.name), 3] = torch.nan
+
+    stack.finish_gradients = poisoned
+    norms = pack.step(2)
+    assert math.isnan(norms[bad.name])
+    for arm, before in zip(pack.arms, start, strict=True):
+        if arm is bad:
+            assert_close(values(arm), before, 0)
+        else:
+            assert math.isfinite(norms[arm.name])
+            assert pack.optimizer.is_finite(arm.name)
+            assert any(not torch.equal(value, before[name]) for name, value in values(arm).items())
 
 
 def test_a_rate_of_zero_changes_nothing(pack):

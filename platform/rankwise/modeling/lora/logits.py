@@ -9,9 +9,12 @@ import logging
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from rankwise.compat.transformers import known_packing
+from rankwise.modeling.lora.loss import head_losses, is_frozen_linear
 from rankwise.modeling.lora.packed import install
+from rankwise.modeling.rope import rope_scaling
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +22,20 @@ logger = logging.getLogger(__name__)
 # largest: other kernels round in another way, a layer that looks at padding differs by as much as the numbers do.
 _SAME = {torch.float32: 1e-4}
 _SAME_IN_16_BIT = 3e-2
+# Architectures whose layers keep rows of a shared sequence apart by position ids and mask: compared with separate rows,
+# in values and gradients, in `tests/unit/modeling/lora/test_supervised.py`.
+PACKING = {
+    "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
+}  # fmt: skip
 # Settings with which transformers' architectures change logits after the head (Cohere, Gemma, Granite, MiniCPM).
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 
 
+_ATTRIBUTE = "_rankwise_logits"
+
+
 class SupervisedLogits:
-    """Computes logits (S, V) for chosen positions of a batch.
+    """Computes logits (S, V), or losses (S,), for chosen positions of a batch.
 
     The head is applied to the hidden states of these positions alone, where that is what the model's own forward does.
     Some architectures scale or cap logits after the head; so the two ways are compared once, on the same hidden states
@@ -35,9 +46,14 @@ class SupervisedLogits:
     is left out, which saves a matrix of T by T numbers a row and layer, and lets attention run in its fastest kernels.
     That is compared once, too, and where padding does make a difference the mask is given.
 
+    Rows can share a sequence: positions restart and attention stays within a row. Architectures for which that is known
+    to work are listed, and it is compared once with separate rows: layers that carry a state from token to token
+    (linear attention, state-space models) would silently mix rows.
+
     Attributes:
         direct: Whether the head is applied to the chosen positions alone.
         masked: Whether padding has to be masked.
+        packs: Whether rows can share a sequence.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,6 +63,16 @@ class SupervisedLogits:
         self._head = model.get_output_embeddings()
         self.direct = self._is_direct()
         self.masked = self._sees_padding()
+        self.packs = self._takes_several_rows()
+
+    @classmethod
+    def of(cls, model: Any) -> SupervisedLogits:
+        """The one of a model: ways are compared once."""
+        known: SupervisedLogits | None = model.__dict__.get(_ATTRIBUTE)
+        if known is None:
+            known = cls(model)
+            model.__dict__[_ATTRIBUTE] = known
+        return known
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: torch.Tensor, positions: torch.Tensor
@@ -62,16 +88,58 @@ class SupervisedLogits:
         Returns:
             (S, V) in fp32.
         """
+        logits = self._run(input_ids, attention_mask, rows, positions)
+        return (self._head(logits) if self.direct else logits).float()
+
+    def losses(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        sequences: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the model for losses.
+
+        Args:
+            input_ids: As in a call.
+            attention_mask: As in a call.
+            rows: As in a call.
+            positions: As in a call.
+            targets: (S,) the token after each chosen position.
+            position_ids: (B, T) positions that restart with each row of a shared sequence; None with one row each.
+            sequences: (B, T) equal numbers for the tokens of one row; None with one row each.
+
+        Returns:
+            Negative log likelihoods (S,) in nats and fp32.
+        """
+        found = self._run(input_ids, attention_mask, rows, positions, position_ids, sequences)
+        if self.direct and is_frozen_linear(self._head):
+            return head_losses(found, self._head, targets)
+        logits = self._head(found) if self.direct else found
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        sequences: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of the chosen positions where `direct`, else their logits."""
         arguments = {"input_ids": input_ids, "use_cache": False}
         if self.masked:
             arguments["attention_mask"] = attention_mask
-        with known_packing(None):
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
+        with known_packing(sequences):
             if self.direct:
-                hidden = self._backbone(**arguments).last_hidden_state
-                logits = self._head(hidden[rows, positions])
-            else:
-                logits = self._model(**arguments).logits[rows, positions]
-        return logits.float()  # type: ignore[no-any-return]
+                return self._backbone(**arguments).last_hidden_state[rows, positions]  # type: ignore[no-any-return]
+            return self._model(**arguments).logits[rows, positions]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _is_direct(self) -> bool:
@@ -118,3 +186,37 @@ class SupervisedLogits:
             difference,
         )
         return True
+
+    @torch.no_grad()
+    def _takes_several_rows(self) -> bool:
+        kind = self._model.config.get_text_config().model_type
+        reason = f"{kind} is not among the architectures that are known to" if kind not in PACKING else ""
+        if not reason and self.masked:
+            reason = "where padding has to be masked, nothing is known to"
+        if not reason and rope_scaling(self._model).embeddings:
+            reason = "rotary frequencies that depend on a row's length cannot"
+        if not reason:
+            device = self._model.get_input_embeddings().weight.device
+            vocabulary = self._model.get_input_embeddings().weight.shape[0]
+            tokens = (torch.arange(20, device=device) * 83 % vocabulary)[None]
+            lengths = (9, 11)
+            restarting = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+            numbers = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None].to(
+                device
+            )
+            arguments = {"use_cache": False, "output_hidden_states": True}
+            with install(self._model).segments([]):
+                alone = [
+                    self._model(input_ids=part, **arguments).hidden_states[-1] for part in tokens.split(lengths, dim=1)
+                ]
+                with known_packing(numbers):
+                    packed = self._model(input_ids=tokens, position_ids=restarting, **arguments).hidden_states[-1]
+            apart = torch.cat(alone, dim=1)
+            difference = float((packed - apart).abs().max())
+            if difference > _SAME.get(apart.dtype, _SAME_IN_16_BIT) * float(apart.abs().max()):
+                reason = f"with a difference of up to {difference:.3g} on a test batch, it does not"
+        if reason:
+            logger.info(
+                "%s: rows are padded and do not share sequences: %s keep them apart", type(self._model).__name__, reason
+            )
+        return not reason

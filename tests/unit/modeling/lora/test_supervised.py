@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from helpers.packs import load_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankwise.modeling.lora.logits import SupervisedLogits
+from rankwise.modeling.lora.logits import PACKING, SupervisedLogits
 
 
 def chosen(model, logits):
@@ -89,3 +90,47 @@ def test_a_base_whose_tokens_see_padding_gets_its_mask(tmp_path, caplog):
     ids = torch.randint(4, 300, (1, 6))
     logits(ids, torch.ones_like(ids), torch.tensor([0]), torch.tensor([2]))
     assert "attention_mask" in seen[0]
+
+
+def configuration(kind):
+    """A tiny configuration of an architecture whose layers have windows where it knows them."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0}
+    if kind in {"gemma2", "gemma3_text"}:
+        sizes |= {"head_dim": 8, "sliding_window": 5}
+    elif kind in {"mistral", "phi3"}:
+        sizes |= {"sliding_window": 5}
+    elif kind in {"qwen3", "smollm3"}:
+        sizes |= {"head_dim": 8}
+    return AutoConfig.for_model(kind, **sizes)
+
+
+# Gemma 2 caps scores, for which transformers has eager attention only.
+WAYS = [(kind, way) for kind in sorted(PACKING) for way in ("sdpa", "eager") if (kind, way) != ("gemma2", "sdpa")]
+
+
+@pytest.mark.parametrize(("kind", "attention"), WAYS)
+def test_listed_architectures_keep_rows_of_a_shared_sequence_apart(kind, attention):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration(kind), attn_implementation=attention).eval()
+    model.requires_grad_(False)
+    logits = SupervisedLogits(model)
+    assert logits.packs
+    embedding = model.get_input_embeddings().weight.requires_grad_()
+    lengths = (9, 4, 11)
+    ids = torch.randint(1, 64, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    sequences = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None]
+    at = torch.tensor([3, 7, 9, 11, 13, 20, 22])
+    together = logits.losses(ids, None, torch.zeros_like(at), at, ids[0, at + 1], positions, sequences)
+    (mine,) = torch.autograd.grad(together.sum(), embedding)
+    alone, start = [], 0
+    for length in lengths:
+        own = at[(at >= start) & (at < start + length)] - start
+        row = ids[:, start : start + length]
+        alone.append(logits.losses(row, torch.ones_like(row), torch.zeros_like(own), own, row[0, own + 1]))
+        start += length
+    apart = torch.cat(alone)
+    (theirs,) = torch.autograd.grad(apart.sum(), embedding)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
