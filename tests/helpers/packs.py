@@ -138,8 +138,8 @@ ROWS = make_rows(12)
 def planned(**passes: int) -> Iterator[None]:
     """Let packs go through the base in passes of one's choice (`Passes`), whatever memory is free."""
 
-    def plan(base: LoadedBase, tasks: Sequence[ArmTask]) -> PackPlan:
-        own = plan_pack(base, tasks)
+    def plan(base: LoadedBase, tasks: Sequence[ArmTask], **found: bool) -> PackPlan:
+        own = plan_pack(base, tasks, **found)
         return replace(own, passes=replace(own.passes, **passes))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -19,8 +19,10 @@ Activations that one decoder layer keeps for the backward pass, for each token. 
 | x A^T of each adapter | R |
 
 With gradient checkpointing each layer keeps its input, and one layer at a time keeps everything. The temporary tensors
-of one layer's backward pass come on top. Logits count three times in fp32 (logits, log-softmax, gradient), and in 16
-bit twice more (the head's output and its gradient). The benchmarks page compares the estimates with measured peaks.
+of one layer's backward pass come on top. Logits are there for a chunk of tokens, twice in fp32 (`modeling.lora.loss`).
+Where an architecture changes them after its head, those of all tokens are there with their gradient, and those of
+supervised tokens three times in fp32 (logits, log-softmax, gradient), in 16 bit twice more. The benchmarks page
+compares the estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rankwise.assets.layout import read_json
 from rankwise.exceptions import AssetError, ConfigError
@@ -45,6 +49,8 @@ from rankwise.modeling.base import (
     skeleton,
 )
 from rankwise.modeling.lora.lean import is_lean
+from rankwise.modeling.lora.loss import BYTES as LOGIT_BYTES
+from rankwise.modeling.lora.loss import chunk_rows
 from rankwise.modeling.prequantized import check_stored_quantization
 from rankwise.modeling.quantized_share import quantizable, share_of_skeleton
 
@@ -287,7 +293,8 @@ class ActivationShape:
         fused: Whether one layer computes queries, keys and values.
         intermediate: `F`, times the experts per token.
         lean: Whether the lean feed-forward saves one tensor of it.
-        keeps_masks: Whether dropout masks are kept (CPU) or redrawn (CUDA).
+        keeps_masks: Whether dropout masks are kept (CPU) or looked up again (CUDA).
+        direct: Whether the head is applied to supervised positions alone.
     """
 
     layers: int
@@ -302,10 +309,23 @@ class ActivationShape:
     vocabulary: int
     itemsize: int
     keeps_masks: bool
+    direct: bool
 
     @classmethod
-    def of(cls, config: Any, linear: Mapping[str, tuple[int, int]], *, itemsize: int, cpu: bool) -> ActivationShape:
-        """Derive the sizes from a transformers configuration and its linear layers (which show a gate)."""
+    def of(
+        cls,
+        config: Any,
+        linear: Mapping[str, tuple[int, int]],
+        *,
+        itemsize: int,
+        cpu: bool,
+        lean: bool | None = None,
+        direct: bool = True,
+    ) -> ActivationShape:
+        """Derive the sizes from a transformers configuration and its linear layers (which show a gate).
+
+        `lean` and `direct` are what was found of the loaded model, where that is known.
+        """
         text = config.get_text_config()
         hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
         head = int(getattr(text, "head_dim", None) or hidden // heads)
@@ -324,10 +344,11 @@ class ActivationShape:
             fused=heads * head + 2 * keys in others,
             intermediate=experts * intermediate,
             gated=sum(widths) >= 2 * intermediate or experts > 1,
-            lean=experts == 1 and is_lean(linear),
+            lean=experts == 1 and is_lean(linear) if lean is None else lean,
             vocabulary=int(text.vocab_size),
             itemsize=itemsize,
             keeps_masks=cpu,
+            direct=direct,
         )
 
     def peak(
@@ -358,13 +379,13 @@ class ActivationShape:
         if gradient_checkpointing:
             kept = self.layers * tokens * self.itemsize * self.hidden
             backward += layer + adapters // self.layers
-        logits = self.logits(positions)
+        logits = self.logits(positions, tokens)
         return kept + max(0, backward - logits), logits
 
-    def logits(self, positions: int) -> int:
-        """Peak bytes of the logits of so many positions."""
-        return (
-            positions
-            * self.vocabulary
-            * (3 * _FLOAT32_BYTES + (0 if self.itemsize == _FLOAT32_BYTES else 2 * self.itemsize))
-        )
+    def logits(self, positions: int, tokens: int) -> int:
+        """Peak bytes of the logits of so many positions among so many tokens, with hidden states' gradients."""
+        if self.direct:
+            chunk = min(positions, chunk_rows(self.vocabulary, torch.device("cpu" if self.keeps_masks else "cuda")))
+            return chunk * self.vocabulary * LOGIT_BYTES + 2 * positions * self.hidden * self.itemsize
+        own = 0 if self.itemsize == _FLOAT32_BYTES else 2 * self.itemsize
+        return self.vocabulary * (2 * tokens * self.itemsize + positions * (3 * _FLOAT32_BYTES + own))

@@ -25,6 +25,7 @@ from rankwise.experiment.metric_names import GREATER_IS_BETTER
 from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
+from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import delete_adapter, install
 from rankwise.training.arm import (
     ArmOutcome,
@@ -338,22 +339,22 @@ def train_pack(
         for outcome in known.values():
             observer.on_end(outcome)
         return known
-    plan = plan_pack(base, tasks)
-    logger.info("%s", plan.estimate.text())
     checkpointing = any(task.spec.training.gradient_checkpointing for task in tasks)
     release_freed_memory()
     with (
         training_mode(base.model, gradient_checkpointing=checkpointing),
-        keep_dequantized(base.model, tokens=typical_pass_tokens(tasks, plan.passes.max_tokens)),
         lean_8_bit_layers(base.model),
-        lean_feed_forwards(base.model),
+        lean_feed_forwards(base.model) as lean,
     ):
-        pack = PackLoop(base, tasks, checkpoints, observer, plan.passes)
-        try:
-            return pack.run(should_stop, should_leave)
-        finally:
-            pack.close()
-            release_freed_memory()
+        plan = plan_pack(base, tasks, lean=lean > 0, direct=SupervisedLogits.of(base.model).direct)
+        logger.info("%s", plan.estimate.text())
+        with keep_dequantized(base.model, tokens=typical_pass_tokens(tasks, plan.passes.max_tokens)):
+            pack = PackLoop(base, tasks, checkpoints, observer, plan.passes)
+            try:
+                return pack.run(should_stop, should_leave)
+            finally:
+                pack.close()
+                release_freed_memory()
 
 
 def _validate(tasks: Sequence[ArmTask]) -> None:

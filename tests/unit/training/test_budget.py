@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.packs import load_tiny, make_arm, make_rows
@@ -129,3 +130,28 @@ def test_the_estimate_of_a_step_is_its_measured_peak(tmp_path, architecture, bit
     ratio = (estimate.activations + estimate.logits) / peak
     print(f"{architecture}, {bits} bit, checkpointing {checkpointing}: estimate / peak = {ratio:.2f}")
     assert 0.9 < ratio < 1.35
+
+
+def test_a_base_that_changes_its_logits_needs_those_of_all_tokens_and_is_warned_of(base, caplog):
+    usual = plan_pack(base, some(2)).estimate
+    assert not caplog.records
+    changing = plan_pack(base, some(2), direct=False, lean=False).estimate
+    assert changing.logits > usual.logits
+    assert changing.activations + changing.logits > usual.activations + usual.logits
+    assert "changes logits after its head, so those of all 52 tokens of a pass are computed" in caplog.text
+    assert "feed-forwards keep one more tensor a layer" in caplog.text
+
+
+def test_what_was_found_of_the_model_is_what_training_plans_with(tmp_path, caplog):
+    base = load_tiny(tmp_path)
+    base.model.config.final_logit_softcapping = 30.0
+    train_pack(base, some(1, training={"max_steps": 1}), directory=tmp_path / "out")
+    assert "changes logits after its head" in caplog.text
+
+
+def test_the_logits_of_many_tokens_take_the_memory_of_a_chunk(base):
+    rows = [
+        replace(row, supervised=np.arange(len(row.input_ids)) > 0) for row in make_rows(4, shortest=900, longest=900)
+    ]
+    plain = plan_pack(base, tasks(make_arm(training={"per_device_train_batch_size": 100}), rows=rows))
+    assert plain.estimate.logits < 1.5 * (1 << 24) * 8
