@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 
 from rankwise.data.batches import Sampler, collate
 from rankwise.modeling.lora.packed import adapter_parameters, create_adapter, delete_adapter
+from rankwise.training import step
 from rankwise.training.arm import ArmTask
 from rankwise.training.loop import train_pack
+from rankwise.training.optimizer import PackOptimizer
+from rankwise.training.streams import share
 
 ROWS = make_rows(40, shortest=6, longest=20)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -55,7 +59,7 @@ def peft_model(base, tmp_path, arm):
     config = LoraConfig(
         r=arm.lora.r,
         lora_alpha=arm.lora.lora_alpha,
-        target_modules=list(arm.lora.target_modules),
+        target_modules=ALL if arm.lora.target_modules == "all-linear" else list(arm.lora.target_modules),
         use_rslora=arm.lora.use_rslora,
         task_type="CAUSAL_LM",
     )
@@ -75,7 +79,9 @@ def peft_weights(model):
 
 
 def batches(arm):
-    sampler = Sampler(len(ROWS), arm.training.per_device_train_batch_size, arm.seed)
+    grouped = arm.training.train_sampling_strategy == "group_by_length"
+    lengths = tuple(len(row.input_ids) for row in ROWS) if grouped else None
+    sampler = Sampler(len(ROWS), arm.training.per_device_train_batch_size, arm.seed, lengths)
     for micro_step in range(arm.training.max_steps * arm.training.gradient_accumulation_steps):
         batch = collate([ROWS[index] for index in sampler.indices(micro_step)], pad_token_id=3)
         yield batch, batch.input_ids.masked_fill(~batch.supervised, -100)
@@ -116,6 +122,55 @@ def test_the_engine_agrees_with_a_plain_peft_loop(base, tmp_path, scheduler, rsl
     assert recorder.losses(arm.spec_hash) == pytest.approx(losses, rel=1e-5)
     assert [record.grad_norm for record in recorder.steps[arm.spec_hash]] == pytest.approx(norms, rel=1e-4)
     assert distance(read_weights(outcomes[arm.spec_hash].adapter), peft_weights(model)) < 1e-4
+
+
+@pytest.mark.parametrize("streams", [None, 1], ids=["as it chooses", "one stream"])
+def test_gradients_of_eight_unequal_arms_are_those_of_plain_peft(base, tmp_path, monkeypatch, streams):
+    """Losses and gradients of a pack's first step, against one arm after the other by peft and padded rows."""
+    arms = [each for each in different_arms() if not each.lora.lora_dropout]
+    arms += [undropped(each) for each in different_arms() if each.lora.lora_dropout]
+    if streams:
+        monkeypatch.setattr(step, "choose", lambda lengths, cost: [share(each, streams) for each in lengths])
+    packed, own = {}, PackOptimizer.norms
+
+    def keep(optimizer):
+        norms = own(optimizer)
+        for stack in optimizer.stacks:
+            for member in stack.members:
+                matrices = stack.matrices(stack.gradients, member.adapter)
+                packed[member.adapter] = {name: value.clone() for name, value in matrices}
+        return norms
+
+    monkeypatch.setattr(PackOptimizer, "norms", keep)
+    one_step = [replaced(arm, max_steps=1) for arm in arms]
+    recorder = Recorder()
+    tasks = [ArmTask(spec=arm, train=ROWS) for arm in one_step]
+    train_pack(base, tasks, directory=tmp_path / "pack", observer=recorder)
+    for index, arm in enumerate(one_step):
+        model = peft_model(base, tmp_path / str(index), arm).train()
+        stream = list(islice(batches(arm), arm.training.gradient_accumulation_steps))
+        count = sum(batch.supervised_tokens for batch, _ in stream)
+        total = 0.0
+        for batch, labels in stream:
+            ids, mask = batch.input_ids, batch.attention_mask
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(count)).loss
+            loss.backward()
+            total += loss.item()
+        assert recorder.losses(arm.spec_hash) == [pytest.approx(total, rel=1e-5)]
+        theirs = {
+            name.replace(".default", ""): parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        assert distance(packed[arm.adapter_name], theirs) < 1e-5
+
+
+def replaced(arm, **training):
+    return arm.model_copy(update={"training": arm.training.model_copy(update=training)})
+
+
+def undropped(arm):
+    return arm.model_copy(update={"lora": arm.lora.model_copy(update={"lora_dropout": 0.0})})
 
 
 class Losses(TrainerCallback):

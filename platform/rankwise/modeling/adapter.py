@@ -17,7 +17,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -209,10 +209,29 @@ def save_adapter(
     config = _configs(model)[adapter_name]
     if base_path is not None:
         check_rows(model, config, base_path)
-    content = save(
-        {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
-        metadata={"format": "pt"},
+    write_adapter(
+        {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
+        config,
+        directory,
+        base_source=base_source,
+        base_revision=base_revision,
     )
+
+
+def write_adapter(
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    directory: Path,
+    *,
+    base_source: str | None,
+    base_revision: str | None,
+) -> None:
+    """Write a PEFT directory from tensors of the CPU under their names in the file, and a configuration.
+
+    Raises:
+        StorageError: The directory cannot be written.
+    """
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     write_atomically(directory / WEIGHTS_NAME, content)
     write_adapter_config(config, directory, base_source=base_source, base_revision=base_revision)
 

@@ -15,11 +15,14 @@ matches its manifest, with byte-equal results; on a GPU equal within rounding, b
 fused attention sums in a nondeterministic order. A pack of other arms takes each arm's newest state from any
 composition, with results equal within rounding. States that another version of the engine wrote are not used.
 
+A generation is written, hashed and published by a thread of its own, from copies, while training continues.
+
 Tensors are safetensors, everything else is JSON. All packs of a home may share `DIRECTORY`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -27,22 +30,25 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
+from peft import LoraConfig
 from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from rankwise.exceptions import AdapterIntegrityError
+from rankwise.exceptions import AdapterIntegrityError, StorageError
 from rankwise.files import complete_directory, make_directory, remove_directory, storage_errors, write_atomically
-from rankwise.modeling.adapter import read_adapter, save_adapter
+from rankwise.modeling.adapter import read_adapter, save_adapter, write_adapter
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.fingerprint import check_manifest, write_manifest
 from rankwise.records import DamagedRecordError, parse_record
 from rankwise.training.arm import ArmOutcome, BestState, TrainingArm
+from rankwise.training.optimizer import ArmTensors
 from rankwise.training.step import Passes
 
 _TEMPORARY = ".tmp-"
@@ -169,6 +175,26 @@ class ArmState:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Snapshot:
+    """A state of an arm that is about to be written; `best` is the directory of its best state."""
+
+    tensors: ArmTensors
+    config: LoraConfig
+    best: Path | None
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Pending:
+    """A generation that is being written."""
+
+    pack_step: int
+    path: Path
+    arms: list[TrainingArm]
+    future: Future[None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointGeneration:
     """The states of all arms in the pack at one pack step, their split into passes, and outcomes of arms that left."""
@@ -191,32 +217,84 @@ class Checkpoints:
         remove_temporary(self._final)
         for spec_hash in spec_hashes:
             remove_temporary(self._aside(spec_hash))
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._published: list[tuple[int, Path]] = []
+
+    def begin(
+        self, pack_step: int, arms: Sequence[TrainingArm], ended: Mapping[str, ArmOutcome], passes: Passes
+    ) -> None:
+        """Copy the states of all arms, and write them as a generation in the background; see `published`.
+
+        Whatever changes files here waits for that first. The last two generations are kept.
+
+        Raises:
+            StorageError: The generation before could not be written.
+        """
+        self.wait()
+        document = {
+            "version": FORMAT_VERSION,
+            "engine": ENGINE_VERSION,
+            "pack_step": pack_step,
+            "passes": asdict(passes),
+            "living": [arm.spec_hash for arm in arms],
+            "ended": {
+                spec_hash: _outcome_json(outcome, self.directory) for spec_hash, outcome in sorted(ended.items())
+            },
+        }
+        path = self.directory / _step_name(pack_step)
+        snapshots = self._snapshots(arms)
+        future = self._writer.submit(self._write, path, document, snapshots)
+        self._pending = _Pending(pack_step=pack_step, path=path, arms=list(arms), future=future)
 
     def save(
         self, pack_step: int, arms: Sequence[TrainingArm], ended: Mapping[str, ArmOutcome], passes: Passes
-    ) -> Path:
-        """Write a generation, and keep the last two; a full disk is a `StorageError`."""
-        path = self.directory / _step_name(pack_step)
-        with replace_directory(path) as temporary:
-            for arm in arms:
-                self._save_arm(arm, temporary / _arm_name(arm.spec_hash))
-            document = {
-                "version": FORMAT_VERSION,
-                "engine": ENGINE_VERSION,
-                "pack_step": pack_step,
-                "passes": asdict(passes),
-                "living": [arm.spec_hash for arm in arms],
-                "ended": {
-                    spec_hash: _outcome_json(outcome, self.directory) for spec_hash, outcome in sorted(ended.items())
-                },
-            }
-            (temporary / "pack.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        for arm in arms:
+    ) -> None:
+        """Write a generation, and wait until it is published; a full disk is a `StorageError`."""
+        self.begin(pack_step, arms, ended, passes)
+        self.wait()
+
+    def published(self) -> list[tuple[int, Path]]:
+        """Pack steps and directories of the generations that were published since the last call.
+
+        Raises:
+            StorageError: A generation could not be written.
+        """
+        if self._pending is not None and self._pending.future.done():
+            self.wait()
+        published, self._published = self._published, []
+        return published
+
+    def wait(self) -> None:
+        """Wait until the generation that is being written is published.
+
+        Raises:
+            StorageError: It could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        pending.future.result()
+        for arm in pending.arms:
             if arm.best is not None:
-                arm.best = replace(arm.best, directory=path / _arm_name(arm.spec_hash) / "best")
+                arm.best = replace(arm.best, directory=pending.path / _arm_name(arm.spec_hash) / "best")
         for old in _steps(self.directory)[GENERATIONS:]:
             remove(old)
-        return path
+        self._published.append((pending.pack_step, pending.path))
+
+    def close(self) -> None:
+        """Wait for the writer, and end it. What it could not write is logged: an earlier error is on its way."""
+        try:
+            self.wait()
+        except StorageError as error:
+            logger.warning("the last checkpoint is missing: %s", error)
+        self._writer.shutdown()
+
+    def _write(self, path: Path, document: Mapping[str, Any], snapshots: Mapping[str, _Snapshot]) -> None:
+        with replace_directory(path) as temporary:
+            for spec_hash, snapshot in snapshots.items():
+                self._write_arm(snapshot, temporary / _arm_name(spec_hash))
+            (temporary / "pack.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
     def newest(self) -> CheckpointGeneration | None:
         """The newest intact generation of this composition; None if there is none."""
@@ -258,12 +336,13 @@ class Checkpoints:
 
     def save_aside(self, arm: TrainingArm) -> None:
         """Write the state of an arm that leaves the pack unfinished, and remove its earlier ones."""
+        self.wait()
         directory = self._aside(arm.spec_hash)
         path = directory / _step_name(arm.step)
         # An equal state is not replaced: between its removal and the rename there would be none.
         if not path.exists() or _verified(path, "state.json", _ANY) != _state_document(arm):
             with replace_directory(path) as temporary:
-                self._save_arm(arm, temporary)
+                self._write_arm(self._snapshots([arm])[arm.spec_hash], temporary)
         if arm.best is not None:
             arm.best = replace(arm.best, directory=path / "best")
         for old in _steps(directory):
@@ -272,6 +351,7 @@ class Checkpoints:
 
     def save_best(self, arm: TrainingArm, value: float) -> None:
         """Write an arm's adapter as its best so far; the next generation copies it."""
+        self.wait()
         path = self.directory / "best" / _arm_name(arm.spec_hash)
         with replace_directory(path) as temporary:
             self._save_adapter(arm, temporary)
@@ -279,6 +359,7 @@ class Checkpoints:
 
     def finish(self, arm: TrainingArm, outcome: ArmOutcome) -> ArmOutcome:
         """Write the result of an arm (non-finite: from its last checkpoint); returns the outcome with directories."""
+        self.wait()
         path = self._final / _arm_name(arm.spec_hash)
         with replace_directory(path) as temporary:
             good = outcome.status == "finished"
@@ -308,6 +389,7 @@ class Checkpoints:
 
     def drop_generations(self) -> None:
         """Remove everything except results and arms saved aside."""
+        self.wait()
         for path in _steps(self.directory):
             remove(path)
         if (self.directory / "best").exists():
@@ -320,13 +402,34 @@ class Checkpoints:
         generation = self.newest()
         return None if generation is None else generation.states.get(spec_hash)
 
-    def _save_arm(self, arm: TrainingArm, directory: Path) -> None:
-        self._save_adapter(arm, directory / "adapter")
-        assert arm.optimizer is not None
-        save_file(arm.optimizer.state(arm.name), directory / "optimizer.safetensors")
-        if arm.best is not None:
-            copy_directory(arm.best.directory, directory / "best")
-        (directory / "state.json").write_text(json.dumps(_state_document(arm), indent=1), encoding="utf-8")
+    def _snapshots(self, arms: Sequence[TrainingArm]) -> dict[str, _Snapshot]:
+        if not arms:
+            return {}
+        assert arms[0].optimizer is not None
+        tensors = arms[0].optimizer.snapshot()
+        return {
+            arm.spec_hash: _Snapshot(
+                tensors=tensors[arm.name],
+                config=copy.deepcopy(self._base.model.peft_config[arm.name]),
+                best=None if arm.best is None else arm.best.directory,
+                state=_state_document(arm),
+            )
+            for arm in arms
+        }
+
+    def _write_arm(self, snapshot: _Snapshot, directory: Path) -> None:
+        write_adapter(
+            snapshot.tensors.weights,
+            snapshot.config,
+            directory / "adapter",
+            base_source=self._base.source,
+            base_revision=self._base.revision,
+        )
+        moments = {name: tensor.contiguous() for name, tensor in snapshot.tensors.moments.items()}
+        save_file(moments, directory / "optimizer.safetensors")
+        if snapshot.best is not None:
+            copy_directory(snapshot.best, directory / "best")
+        (directory / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
 
     def _save_adapter(self, arm: TrainingArm, directory: Path) -> None:
         save_adapter(
@@ -402,7 +505,7 @@ def _state_document(arm: TrainingArm) -> dict[str, Any]:
         "micro_step": arm.micro_steps(arm.step).start,
         "seconds": arm.seconds,
         "tokens": arm.tokens,
-        "metrics": arm.metrics,
+        "metrics": dict(arm.metrics),
         "evaluated": arm.evaluated,
         "best": None if arm.best is None else {"step": arm.best.step, "value": arm.best.value},
         "torch": torch.__version__,

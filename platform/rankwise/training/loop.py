@@ -87,11 +87,14 @@ class PackLoop:
             delete_adapter(self._base.model, arm.name)
         self._arms = []
         part_arms(self._base.model)
+        self._checkpoints.close()
 
     def run(self, should_stop: Callable[[], bool], should_leave: Callable[[str], bool]) -> dict[str, ArmOutcome]:
         """Step until no arm is left or a stop is requested."""
         if self._arms and not self._step_all(should_stop, should_leave):
             return self._outcomes
+        self._checkpoints.wait()
+        self._report_checkpoints()
         if any(outcome.status in UNFINISHED for outcome in self._outcomes.values()):
             self._checkpoints.save(self._pack_step, [], self._outcomes, self._passes)
         else:
@@ -114,6 +117,7 @@ class PackLoop:
                 if self._keep_if_finite(arm):
                     self._checkpoints.save_aside(arm)
                     self._remove(arm, self._stopped_outcome(arm))
+            self._report_checkpoints()
             self._pack_step += 1
             results = stepper.step(self._arms)
             self._passes = stepper.passes
@@ -159,11 +163,17 @@ class PackLoop:
     def _save(self) -> None:
         for arm in list(self._arms):
             self._keep_if_finite(arm)
-        directory = self._checkpoints.save(self._pack_step, self._arms, self._outcomes, self._passes)
-        self._observer.on_checkpoint(self._pack_step, directory)
+        self._checkpoints.begin(self._pack_step, self._arms, self._outcomes, self._passes)
+        self._report_checkpoints()
+
+    def _report_checkpoints(self) -> None:
+        for step, directory in self._checkpoints.published():
+            self._observer.on_checkpoint(step, directory)
 
     def _stop(self) -> None:
         self._save()
+        self._checkpoints.wait()
+        self._report_checkpoints()
         for arm in list(self._arms):
             self._remove(arm, self._stopped_outcome(arm))
 

@@ -22,7 +22,8 @@ States are allocated with the optimizer, not in its first step, so running out o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import bitsandbytes as bnb
 import torch
@@ -43,6 +44,19 @@ def state_bytes(numbers: int, training: TrainingSpec) -> int:
     if training.optim in IN_8_BIT:
         return 8 * numbers + 2 * numbers + 8 * -(-numbers // _BLOCK)
     return 16 * numbers
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ArmTensors:
+    """What is stored of an arm, on the CPU.
+
+    Attributes:
+        weights: The matrices under their names in a PEFT file; they may be views.
+        moments: The optimizer's: by the matrices' names, or in 8 bit as they are stored; they may be views.
+    """
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
 
 
 class PackOptimizer:
@@ -129,12 +143,19 @@ class PackOptimizer:
         stack = self.stacks.of(adapter)
         return bool(torch.isfinite(torch.linalg.vector_norm(stack.values[stack.index(adapter)])))
 
-    def state(self, adapter: str) -> dict[str, torch.Tensor]:
-        """An arm's moments on the CPU: by the matrices' names, or in 8 bit as they are stored."""
-        return self._states[self.stacks.of(adapter)].state(adapter)
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, ArmTensors]:
+        """Copies of all arms' matrices and moments on the CPU, by adapter: one copy a tensor of the storage."""
+        copies: dict[str, ArmTensors] = {}
+        for stack in self.stacks:
+            values, state = stack.values.to("cpu", copy=True), self._states[stack].snapshot()
+            for member in stack.members:
+                weights = dict(stack.matrices(values, member.adapter))
+                copies[member.adapter] = ArmTensors(weights=weights, moments=state(member.adapter))
+        return copies
 
     def load(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load the output of `state`."""
+        """Load moments of a snapshot, as they were stored."""
         self._states[self.stacks.of(adapter)].load(adapter, tensors)
 
 
@@ -234,12 +255,17 @@ class _Moments:
         self.exp_avg = before.convert(self.exp_avg, rows, after)
         self.exp_avg_sq = before.convert(self.exp_avg_sq, rows, after)
 
-    def state(self, adapter: str) -> dict[str, torch.Tensor]:
-        return {
-            f"{name}.{key}": matrix.detach().to("cpu", copy=True).contiguous()
-            for key in _FP32
-            for name, matrix in self._stack.matrices(getattr(self, key), adapter)
-        }
+    def snapshot(self) -> Callable[[str], dict[str, torch.Tensor]]:
+        copies = {key: getattr(self, key).to("cpu", copy=True) for key in _FP32}
+
+        def moments(adapter: str) -> dict[str, torch.Tensor]:
+            return {
+                f"{name}.{key}": matrix
+                for key, copy in copies.items()
+                for name, matrix in self._stack.matrices(copy, adapter)
+            }
+
+        return moments
 
     @torch.no_grad()
     def load(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -310,9 +336,9 @@ class _Moments8Bit:
     def keep(self, before: Layout, rows: Sequence[int], after: Layout) -> None:
         self._states = [self._states[row] for row in rows]
 
-    def state(self, adapter: str) -> dict[str, torch.Tensor]:
-        state = self._states[self._stack.index(adapter)]
-        return {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
+    def snapshot(self) -> Callable[[str], dict[str, torch.Tensor]]:
+        copies = [{key: tensor.to("cpu", copy=True) for key, tensor in state.items()} for state in self._states]
+        return lambda adapter: copies[self._stack.index(adapter)]
 
     @torch.no_grad()
     def load(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,13 +1,18 @@
 """Stopping, crashing and resuming."""
 
+import errno
 import json
 import re
 import shutil
+import threading
 
 import pytest
 import torch
 from helpers.packs import Recorder, distance, make_arm, make_rows, read_weights
+from safetensors.torch import save_file
 
+from rankwise.exceptions import StorageError
+from rankwise.training import checkpoint
 from rankwise.training.arm import ArmTask
 from rankwise.training.loop import train_pack
 
@@ -313,3 +318,60 @@ def test_the_optimizers_state_is_stored_without_pickle(base, tmp_path):
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     assert state[f"{key}.exp_avg"].shape == (64, 4)
     assert state[f"{key}.exp_avg_sq"].dtype == torch.float32
+
+
+def test_training_continues_while_a_checkpoint_is_written(base, undisturbed, tmp_path, monkeypatch):
+    """What is written is the state at its step, whatever the arms have learned since."""
+    two_steps_on = threading.Event()
+    waited = []
+
+    class Steps(Recorder):
+        def on_step(self, spec_hash, record):
+            super().on_step(spec_hash, record)
+            if record.step == 4:
+                two_steps_on.set()
+
+    def late(*arguments):
+        waited.append(two_steps_on.wait(60))
+        return save_file(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", late)
+    observer = Steps()
+    arm = arms()[0]
+    outcome = train_pack(base, tasks([arm]), directory=tmp_path / "late", observer=observer)[arm.spec_hash]
+    assert all(waited)
+    assert [step for step, _ in observer.checkpoints] == [2, 4, 6]
+    monkeypatch.undo()
+    two_steps_on.clear()
+    monkeypatch.setattr(checkpoint, "save_file", late)
+    with pytest.raises(Crash):
+        train_pack(base, tasks([arm]), directory=tmp_path / "crash", observer=CrashLate(arm.spec_hash, two_steps_on))
+    (pack,) = (tmp_path / "crash").rglob("pack.json")
+    assert json.loads(pack.read_text())["pack_step"] == 2
+    again = Recorder()
+    resumed = train_pack(base, tasks([arm]), directory=tmp_path / "crash", observer=again)[arm.spec_hash]
+    assert again.started[arm.spec_hash] == 2
+    assert files(resumed.adapter) == files(outcome.adapter)
+
+
+class CrashLate(Recorder):
+    """Crashes in step 4, after it has let the writer of step 2 begin."""
+
+    def __init__(self, spec_hash, event):
+        super().__init__()
+        self.spec_hash, self.event = spec_hash, event
+
+    def on_step(self, spec_hash, record):
+        if record.step == 4:
+            self.event.set()
+            raise Crash
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_pack(base, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(StorageError, match="step-00000002"):
+        train_pack(base, tasks(arms()[:1]), directory=tmp_path)
+    assert not list(tmp_path.rglob("step-*"))
