@@ -105,7 +105,7 @@ def test_an_8_bit_base_is_trained_and_time_is_shared(load, tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
 def test_adamw_with_8_bit_moments_learns_and_resumes(load, gpu, tmp_path, optim):
     base = load()
-    wide = {"r": 64, "lora_alpha": 64}  # matrices below 4,096 numbers keep their moments in fp32
+    wide = {"r": 64, "lora_alpha": 64}  # 131,072 numbers: moments are paged from 100,000 on
     full, eight = arm(1, lora=wide), arm(1, lora=wide, optim=optim, save_steps=2)
     expected, _ = train(base, [full], tmp_path / "full")
     losses, weights = train(base, [eight], tmp_path / "eight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.profiler import ProfilerActivity, profile
 
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
+from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import delete_adapter, install
 from rankwise.training.arm import TrainingArm, join_arms, part_arms
 from rankwise.training.budget import typical_pass_tokens
@@ -24,7 +25,8 @@ def peak_of_step(base, tasks) -> int:
         arms = [TrainingArm(task, base.model) for task in tasks]
         try:
             optimizer = join_arms(base.model, arms, base.compute_dtype)
-            stepper = Stepper(base.model, install(base.model), optimizer, 3, PeakMemory(base.device))
+            logits = SupervisedLogits(base.model)
+            stepper = Stepper(base.model, install(base.model), optimizer, logits, 3, PeakMemory(base.device))
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
                 stepper._gradients(arms)
         finally:

@@ -54,11 +54,13 @@ class PackLoop:
         self,
         base: LoadedBase,
         tasks: Sequence[ArmTask],
+        logits: SupervisedLogits,
         checkpoints: Checkpoints,
         observer: PackObserver,
         passes: Passes,
     ) -> None:
         self._base = base
+        self._logits = logits
         self._checkpoints = checkpoints
         self._observer = observer
         self._memory = PeakMemory(base.device)
@@ -104,8 +106,8 @@ class PackLoop:
     def _step_all(self, should_stop: Callable[[], bool], should_leave: Callable[[str], bool]) -> bool:
         """Step until no arm is left; False if a stop was requested."""
         model, routing = self._base.model, install(self._base.model)
-        stepper = Stepper(model, routing, self._optimizer, self._pad_token_id, self._memory, self._passes)
-        evaluator = TrainingEvaluator(model, routing, stepper.logits, self._pad_token_id)
+        stepper = Stepper(model, routing, self._optimizer, self._logits, self._pad_token_id, self._memory, self._passes)
+        evaluator = TrainingEvaluator(model, routing, self._logits, self._pad_token_id)
         self._finish_done()
         self._pause(evaluator)
         while self._arms:
@@ -356,10 +358,11 @@ def train_pack(
         lean_8_bit_layers(base.model),
         lean_feed_forwards(base.model) as lean,
     ):
-        plan = plan_pack(base, tasks, lean=lean > 0, direct=SupervisedLogits.of(base.model).direct)
+        logits = SupervisedLogits(base.model)
+        plan = plan_pack(base, tasks, lean=lean > 0, direct=logits.direct)
         logger.info("%s", plan.estimate.text())
         with keep_dequantized(base.model, tokens=typical_pass_tokens(tasks, plan.passes.max_tokens)):
-            pack = PackLoop(base, tasks, checkpoints, observer, plan.passes)
+            pack = PackLoop(base, tasks, logits, checkpoints, observer, plan.passes)
             try:
                 return pack.run(should_stop, should_leave)
             finally:

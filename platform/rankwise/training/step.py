@@ -212,6 +212,7 @@ class Stepper:
         model: Any,
         routing: Routing,
         optimizer: PackOptimizer,
+        logits: SupervisedLogits,
         pad_token_id: int,
         memory: PeakMemory,
         passes: Passes | None = None,
@@ -219,7 +220,7 @@ class Stepper:
         self._model = model
         self._routing = routing
         self._optimizer = optimizer
-        self.logits = SupervisedLogits.of(model)
+        self.logits = logits
         dtype = model.get_input_embeddings().weight.dtype
         self._device = next(model.parameters()).device
         self._independent = rows_are_independent(model, self.logits)

@@ -129,7 +129,10 @@ def test_the_files_of_a_definition_from_another_machine_need_not_be_here():
     [
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "give training.lr_scheduler_kwargs either min_lr or min_lr_rate"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "give training.lr_scheduler_kwargs.num_decay_steps"),
-        ({"lr_scheduler_kwargs": {"min_lr": 1e-9}}, "is no argument of lr_scheduler_type: cosine, which has num_cycles"),
+        (
+            {"lr_scheduler_kwargs": {"min_lr": 1e-9}},
+            "is no argument of lr_scheduler_type: cosine, which has num_cycles",
+        ),
         (
             {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 9.0}},
             "must be at most learning_rate",

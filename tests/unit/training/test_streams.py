@@ -86,7 +86,7 @@ def train_both_ways(base, arms, directory, monkeypatch, rows):
         step, "lay_out", lambda arms, *rest: (shared.append(all(s.shared for _, s in arms)), own(arms, *rest))[1]
     )
     for packs in (False, True):
-        monkeypatch.setattr(SupervisedLogits.of(base.model), "packs", packs)
+        monkeypatch.setattr(SupervisedLogits, "packs", packs)
         monkeypatch.setattr(step, "choose", lambda lengths, cost: [share(each, 1) for each in lengths])
         results.append(train(base, arms, directory / str(packs), rows))
     assert set(shared) == {False, True}
@@ -160,8 +160,7 @@ def test_a_model_that_mixes_rows_keeps_padding(tmp_path, caplog):
         own = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, _own=own, **kwargs: _own(*args, **{**kwargs, "attention_mask": None})
     with caplog.at_level("INFO"):
-        logits = SupervisedLogits(model)
-    assert not logits.packs
+        assert not SupervisedLogits(model).packs
     assert "rows are padded and do not share sequences: with a difference of up to" in caplog.text
 
 

@@ -6,6 +6,7 @@ Letters: `B` rows, `T` tokens, `D` model, `S` chosen positions over all rows, `V
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,9 +32,6 @@ PACKING = {
 _CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
 
 
-_ATTRIBUTE = "_rankwise_logits"
-
-
 class SupervisedLogits:
     """Computes logits (S, V), or losses (S,), for chosen positions of a batch.
 
@@ -53,7 +51,6 @@ class SupervisedLogits:
     Attributes:
         direct: Whether the head is applied to the chosen positions alone.
         masked: Whether padding has to be masked.
-        packs: Whether rows can share a sequence.
     """
 
     def __init__(self, model: Any) -> None:
@@ -63,16 +60,16 @@ class SupervisedLogits:
         self._head = model.get_output_embeddings()
         self.direct = self._is_direct()
         self.masked = self._sees_padding()
-        self.packs = self._takes_several_rows()
 
-    @classmethod
-    def of(cls, model: Any) -> SupervisedLogits:
-        """The one of a model: ways are compared once."""
-        known: SupervisedLogits | None = model.__dict__.get(_ATTRIBUTE)
-        if known is None:
-            known = cls(model)
-            model.__dict__[_ATTRIBUTE] = known
-        return known
+    @cached_property
+    def packs(self) -> bool:
+        """Whether rows can share a sequence; the first use compares."""
+        reason = self._misses_packing()
+        if reason is not None:
+            logger.info(
+                "%s: rows are padded and do not share sequences: %s keep them apart", type(self._model).__name__, reason
+            )
+        return reason is None
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: torch.Tensor, positions: torch.Tensor
@@ -188,35 +185,29 @@ class SupervisedLogits:
         return True
 
     @torch.no_grad()
-    def _takes_several_rows(self) -> bool:
+    def _misses_packing(self) -> str | None:
+        """Why rows cannot share a sequence; None if they can."""
         kind = self._model.config.get_text_config().model_type
-        reason = f"{kind} is not among the architectures that are known to" if kind not in PACKING else ""
-        if not reason and self.masked:
-            reason = "where padding has to be masked, nothing is known to"
-        if not reason and rope_scaling(self._model).embeddings:
-            reason = "rotary frequencies that depend on a row's length cannot"
-        if not reason:
-            device = self._model.get_input_embeddings().weight.device
-            vocabulary = self._model.get_input_embeddings().weight.shape[0]
-            tokens = (torch.arange(20, device=device) * 83 % vocabulary)[None]
-            lengths = (9, 11)
-            restarting = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-            numbers = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None].to(
-                device
-            )
-            arguments = {"use_cache": False, "output_hidden_states": True}
-            with install(self._model).segments([]):
-                alone = [
-                    self._model(input_ids=part, **arguments).hidden_states[-1] for part in tokens.split(lengths, dim=1)
-                ]
-                with known_packing(numbers):
-                    packed = self._model(input_ids=tokens, position_ids=restarting, **arguments).hidden_states[-1]
-            apart = torch.cat(alone, dim=1)
-            difference = float((packed - apart).abs().max())
-            if difference > _SAME.get(apart.dtype, _SAME_IN_16_BIT) * float(apart.abs().max()):
-                reason = f"with a difference of up to {difference:.3g} on a test batch, it does not"
-        if reason:
-            logger.info(
-                "%s: rows are padded and do not share sequences: %s keep them apart", type(self._model).__name__, reason
-            )
-        return not reason
+        if kind not in PACKING:
+            return f"{kind} is not among the architectures that are known to"
+        if self.masked:
+            return "where padding has to be masked, nothing is known to"
+        if rope_scaling(self._model).embeddings:
+            return "rotary frequencies that depend on a row's length cannot"
+        embedding = self._model.get_input_embeddings().weight
+        tokens = (torch.arange(20, device=embedding.device) * 83 % embedding.shape[0])[None]
+        lengths = (9, 11)
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(embedding.device)
+        sequences = torch.tensor([0] * lengths[0] + [1] * lengths[1])[None].to(embedding.device)
+        arguments = {"use_cache": False, "output_hidden_states": True}
+        with install(self._model).segments([]):
+            alone = [
+                self._model(input_ids=part, **arguments).hidden_states[-1] for part in tokens.split(lengths, dim=1)
+            ]
+            with known_packing(sequences):
+                packed = self._model(input_ids=tokens, position_ids=positions, **arguments).hidden_states[-1]
+        apart = torch.cat(alone, dim=1)
+        difference = float((packed - apart).abs().max())
+        if difference <= _SAME.get(apart.dtype, _SAME_IN_16_BIT) * float(apart.abs().max()):
+            return None
+        return f"with a difference of up to {difference:.3g} on a test batch, it does not"
