@@ -19,7 +19,7 @@ from rankwise.settings import Settings
 from rankwise.tracking.query import read_json
 from rankwise.tracking.store import Store
 
-POOL, ROWS, SWEEPS, SEEDS, DRAWN = 40, 200, 200, 5, 60
+POOL, ROWS, SWEEPS, SEEDS, DRAWN = 40, 200, 4000, 5, 60
 
 
 @pytest.fixture(scope="module")
