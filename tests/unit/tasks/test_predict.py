@@ -53,7 +53,7 @@ def _environment(world, monkeypatch, tmp_path):
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = [{"prompt": f"carat {at}, cut Ideal", "model": f"models:/one/{1 + at % 2}"} for at in range(ROWS)]
-    lines[4] = {"prompt": 7}
+    lines[4] = {"prompt": {}}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
