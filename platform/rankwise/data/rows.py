@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.data.chat import CALL_ROLES, KNOWN_ROLES, ROLES, Chat, Message, Tools, UnknownRoleError, key_before
 from rankwise.data.formats import RowMapping
 from rankwise.data.masks import Supervise, reference
+from rankwise.data.spilled import Spilled
 from rankwise.data.template import Renderer, RenderError
 from rankwise.data.training_table import open_table
 from rankwise.exceptions import DatasetError
@@ -93,6 +95,8 @@ def _rank(seed: int, kind: Hashable, text: str) -> bytes:
 
 READ_ROWS = 1000
 """Rows read from a table at a time."""
+SPILLED_ROWS = 100_000
+"""The examples of more rows than these lie on the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +127,8 @@ class Example:
 class Examples:
     """Rows to train on and rows to evaluate on."""
 
-    train: list[Example]
-    eval: list[Example]
+    train: Sequence[Example]
+    eval: Sequence[Example]
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out, by `SIDE: reason`."""
     notes: tuple[str, ...] = ()
@@ -153,6 +157,7 @@ def load_examples(
         None if eval is None else open_table(dataset, eval, settings, progress),
         renderer,
         progress,
+        scratch=settings.cache / "scratch",
     )
 
 
@@ -162,6 +167,8 @@ def build_examples(
     eval_table: Any | None,
     renderer: Renderer,
     progress: Reporter | None = None,
+    *,
+    scratch: Path | None = None,
 ) -> Examples:
     """Make examples of tables (`datasets.Dataset`).
 
@@ -175,6 +182,7 @@ def build_examples(
         eval_table: Rows to evaluate on; None where there are none, or where they are a split of the others.
         renderer: Makes texts of conversations.
         progress: Reports finished rows.
+        scratch: Directory of the examples of long tables, which are not kept in memory (`SPILLED_ROWS`).
 
     Raises:
         DatasetError: The rows do not fit the definition, or the chat template refuses one.
@@ -202,8 +210,8 @@ def build_examples(
         eval_rows = _limited(eval_source, eval_rows, limit.eval, seed, "eval", notes)
     with shown.task("rendering prompts", len(train_rows) + len(eval_rows), "rows") as advance:
         return Examples(
-            train=[] if train is None else train.examples(train_rows, renderer, advance),
-            eval=[] if eval_source is None else eval_source.examples(eval_rows, renderer, advance),
+            train=[] if train is None else train.examples(train_rows, renderer, advance, scratch),
+            eval=[] if eval_source is None else eval_source.examples(eval_rows, renderer, advance, scratch),
             dropped=dropped,
             notes=tuple(notes),
             mapping=None if (table := train or eval_source) is None else table.mapping,
@@ -270,15 +278,22 @@ class _Table:
             raise DatasetError(f"dataset.{side}: none of {len(row_ids):,} rows can be used: {why}")
         return cls(table=table, mapping=mapping, positions=positions, ids=ids, groups=groups.names())
 
-    def examples(self, rows: Sequence[int], renderer: Renderer, advance: Advance) -> list[Example]:
+    def examples(
+        self, rows: Sequence[int], renderer: Renderer, advance: Advance, scratch: Path | None
+    ) -> Sequence[Example]:
         examples: list[Example] = []
+        spilled: Spilled[Example] | None = Spilled(scratch) if len(rows) > SPILLED_ROWS else None
         for first in range(0, len(rows), READ_ROWS):
             block = rows[first : first + READ_ROWS]
             picked = self.table.select([self.positions[row] for row in block])
             cells = [row for _, row in _iterate(picked)]
-            examples += self._examples([self.ids[row] for row in block], cells, renderer)
+            made = self._examples([self.ids[row] for row in block], cells, renderer)
+            if spilled is None:
+                examples += made
+            else:
+                spilled.append(made)
             advance(len(block))
-        return examples
+        return examples if spilled is None else spilled
 
     def _examples(self, ids: list[str], cells: list[dict[str, Any]], renderer: Renderer) -> list[Example]:
         conversions = [self.mapping.convert(row, row_id) for row, row_id in zip(cells, ids, strict=True)]

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rankwise.data.masks import SHOWN_ROWS, Break, Masked, Overlong, Supervise, answer_texts, explain, fit, mask
+from rankwise.data.spilled import Spilled
 from rankwise.data.template import Renderer
 from rankwise.exceptions import DatasetError
 from rankwise.files import file_lock, make_directory, storage_errors, write_atomically
@@ -192,9 +193,11 @@ def encode(
     )
 
 
-def kept(examples: Sequence[Example], encoded: EncodedSet) -> list[Example]:
+def kept(examples: Sequence[Example], encoded: EncodedSet) -> Sequence[Example]:
     """The examples that are in `encoded`, in its order: those that the length limit did not drop."""
     ids = set(encoded.ids)
+    if isinstance(examples, Spilled):
+        return examples if len(ids) == len(examples) else examples.where(lambda example: example.id in ids)
     return [example for example in examples if example.id in ids]
 
 

@@ -253,7 +253,7 @@ class Evaluator:
         self._bases = bases or BaseHolder(context.settings, context.reporter)
         self._rows = rows or RowsCache(context.settings, context.reporter)
 
-    def training_rows(self, setting: EvaluationSetup) -> list[Example]:
+    def training_rows(self, setting: EvaluationSetup) -> Sequence[Example]:
         """The training rows of a setup's arm.
 
         Raises:
