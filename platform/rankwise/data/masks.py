@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonpath
 from typing import Literal
 
 import numpy as np
@@ -182,10 +181,16 @@ def _unwritten(chat: Chat, place: int, prompt: str, text: str, renderer: Rendere
     if calls and not able.calls and _same(chat, place + 1, place, renderer, text, calls=True):
         return f"the chat template does not write tool_calls, so an empty answer would be learned; {advice}"
     content = _INLINE.sub("", text_of(answer), count=1).strip()
-    written = text[len(commonpath([prompt, text])) :]
+    written = text[len(prompt) if text.startswith(prompt) else _common(prompt, text) :]
     if content and content not in written and _same(chat, place + 1, place, renderer, text):
         return f"the chat template does not write the answer; {advice}"
     return None
+
+
+def _common(one: str, other: str) -> int:
+    """The number of characters at the beginning that two texts have in common."""
+    shorter = min(len(one), len(other))
+    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
 
 def _same(
@@ -326,10 +331,7 @@ def explain(breaks: Sequence[Break], count: int, renderer: Renderer) -> str:
     head = f"The loss mask cannot be computed for {len(breaks):,} of {count:,} rows (rows {rows}): "
     if first.reason is not None:
         return head + first.reason
-    same = next(
-        (place for place, (a, b) in enumerate(zip(first.prompt, first.full, strict=False)) if a != b),
-        min(len(first.prompt), len(first.full)),
-    )
+    same = _common(first.prompt, first.full)
     shown = f"in row {first.id} they differ after {first.prompt[max(0, same - 40) : same]!r}"
     if not first.full.startswith(first.prompt):
         return (

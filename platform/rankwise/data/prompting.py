@@ -143,6 +143,11 @@ class RowPrompts:
         given = {name for name in (PROMPT, MESSAGES) if not is_null(columns.get(name))}
         return given <= set(template.columns)
 
+    def reads(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row has what training made the prompt of: the columns of the template, or the column of chats."""
+        chats = self.reading.messages
+        return self.fits(columns) or (chats is not None and not is_null(columns.get(chats)))
+
     def chat(self, columns: Mapping[str, Any]) -> Chat:
         """The conversation of one row, up to what is asked.
 

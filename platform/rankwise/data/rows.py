@@ -14,7 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.data.chat import CALL_ROLES, KNOWN_ROLES, ROLES, Chat, Message, Tools, UnknownRoleError, key_before
+from rankwise.data.chat import (
+    CALL_ROLES,
+    KNOWN_ROLES,
+    ROLES,
+    Chat,
+    Message,
+    Tools,
+    UnknownRoleError,
+    key_before,
+    text_of,
+)
 from rankwise.data.formats import RowMapping
 from rankwise.data.masks import Supervise, reference
 from rankwise.data.spilled import Spilled
@@ -109,7 +119,7 @@ class Example:
     prompt: str
     """Rendered text up to where the last answer begins, with the generation prompt."""
     completion: str
-    """What generation has to produce after the prompt: the assistant's last answer. Of a document: its text."""
+    """The assistant's last answer; of an evaluation row as generation writes it. Of a document: its text."""
     tools: Tools | None = None
     """What the conversation may call."""
     context: int = 0
@@ -210,8 +220,12 @@ def build_examples(
         eval_rows = _limited(eval_source, eval_rows, limit.eval, seed, "eval", notes)
     with shown.task("rendering prompts", len(train_rows) + len(eval_rows), "rows") as advance:
         return Examples(
-            train=[] if train is None else train.examples(train_rows, renderer, advance, scratch),
-            eval=[] if eval_source is None else eval_source.examples(eval_rows, renderer, advance, scratch),
+            train=[] if train is None else train.examples(train_rows, renderer, advance, scratch, generated=False),
+            eval=(
+                []
+                if eval_source is None
+                else eval_source.examples(eval_rows, renderer, advance, scratch, generated=True)
+            ),
             dropped=dropped,
             notes=tuple(notes),
             mapping=None if (table := train or eval_source) is None else table.mapping,
@@ -279,15 +293,16 @@ class _Table:
         return cls(table=table, mapping=mapping, positions=positions, ids=ids, groups=groups.names())
 
     def examples(
-        self, rows: Sequence[int], renderer: Renderer, advance: Advance, scratch: Path | None
+        self, rows: Sequence[int], renderer: Renderer, advance: Advance, scratch: Path | None, *, generated: bool
     ) -> Sequence[Example]:
+        """The examples of rows; `generated`: their completions are what generation writes, thoughts and calls too."""
         examples: list[Example] = []
         spilled: Spilled[Example] | None = Spilled(scratch) if len(rows) > SPILLED_ROWS else None
         for first in range(0, len(rows), READ_ROWS):
             block = rows[first : first + READ_ROWS]
             picked = self.table.select([self.positions[row] for row in block])
             cells = [row for _, row in _iterate(picked)]
-            made = self._examples([self.ids[row] for row in block], cells, renderer)
+            made = self._examples([self.ids[row] for row in block], cells, renderer, generated)
             if spilled is None:
                 examples += made
             else:
@@ -295,7 +310,9 @@ class _Table:
             advance(len(block))
         return examples if spilled is None else spilled
 
-    def _examples(self, ids: list[str], cells: list[dict[str, Any]], renderer: Renderer) -> list[Example]:
+    def _examples(
+        self, ids: list[str], cells: list[dict[str, Any]], renderer: Renderer, generated: bool
+    ) -> list[Example]:
         conversions = [self.mapping.convert(row, row_id) for row, row_id in zip(cells, ids, strict=True)]
         if self.mapping.document is not None:
             return [
@@ -316,7 +333,7 @@ class _Table:
                 id=row_id,
                 messages=chat.messages,
                 prompt=prompt,
-                completion=reference(chat, row_id, renderer, prompt),
+                completion=reference(chat, row_id, renderer, prompt) if generated else text_of(chat.messages[-1]),
                 tools=chat.tools,
                 context=chat.context,
                 columns=row,

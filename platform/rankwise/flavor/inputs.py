@@ -96,9 +96,9 @@ def rows_of_table(data: Any) -> Any:
 
 
 def _template_rows(data: Any, prompts: RowPrompts) -> list[Mapping[str, Any]] | None:
-    """The rows of an input that the template of training fits; None if there are none."""
+    """The rows of an input with the columns that training made prompts of; None if there are none."""
     data = rows_of_table(data)
-    if isinstance(data, Mapping) and prompts.fits(data):
+    if isinstance(data, Mapping) and "messages" not in data and prompts.reads(data):
         cells = [
             list(value) if isinstance(value, list | tuple | np.ndarray | pd.Series) else None for value in data.values()
         ]
@@ -111,7 +111,7 @@ def _template_rows(data: Any, prompts: RowPrompts) -> list[Mapping[str, Any]] | 
     if isinstance(data, np.ndarray) and data.ndim == 1 and data.dtype == object:
         data = list(data)
     rows = isinstance(data, list | tuple) and data and all(isinstance(row, Mapping) for row in data)
-    return list(data) if rows and prompts.fits(data[0]) else None
+    return list(data) if rows and prompts.reads(data[0]) else None
 
 
 def _column(table: pd.DataFrame) -> list[Any]:

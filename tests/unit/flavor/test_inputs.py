@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from rankwise.data.prompting import Reading
+from rankwise.data.formats import RowMapping
+from rankwise.data.prompting import Reading, RowPrompts
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.schema import DatasetSpec
 from rankwise.flavor.inputs import read_input
 
 A = [{"role": "user", "content": "a"}]
@@ -120,3 +124,39 @@ def test_an_answer_that_ends_a_chat_is_asked_for():
 def test_anything_else_is_refused_with_the_row_and_what_it_is(data, message):
     with pytest.raises(ConfigError, match=message):
         read_input(data)
+
+
+CHAT = [*A, {"role": "assistant", "content": "b"}]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+FORMATS = {
+    "templates": ({"prompt": "{x} is", "completion": "{y}"}, {"x": "01", "y": "b", "id": "7"}),
+    "optional": ({"prompt": "{x}[[ ({z})]]", "completion": "{y}"}, {"x": "01", "y": "b", "z": ""}),
+    "conversational": ({}, {"prompt": A, "completion": CHAT[1:]}),
+    "messages": ({"system": "be brief"}, {"messages": CHAT, "tools": TOOLS}),
+    "named": ({"messages": "talk", "tools": "functions"}, {"talk": CHAT, "functions": TOOLS, "id": "7"}),
+    "called": ({}, {"messages": [*CALLED, {"role": "tool", "content": "1"}, CHAT[1]], "tools": TOOLS}),
+    "sharegpt": ({}, {"conversations": SHAREGPT, "system": "be brief"}),
+    "alpaca": ({}, {"instruction": "a", "input": "c", "output": "b"}),
+    "alpaca without input": ({}, {"instruction": "a", "input": "", "output": "b", "system": "be brief"}),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_of_every_format_is_asked_as_it_was_trained(name):
+    section, row = FORMATS[name]
+    dataset = DatasetSpec.model_validate({"train": "x", **section})
+    mapping = RowMapping.of(dataset, list(row), "train", [row])
+    trained = mapping.with_system(mapping.convert(row, "0").chat)
+    reading = Reading.from_section(Reading.of(dataset, mapping).to_section())
+    expected = trained.messages[: trained.answers[-1]]
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+    forms = [[row], pd.DataFrame([row]), np.array([row], dtype=object)]
+    if name != "conversational":
+        forms.append([texts])
+    for form in forms:
+        (chat,) = read_input(form, dataset.system, reading)
+        assert (chat.messages, chat.tools) == (expected, trained.tools), form
+    prompts = RowPrompts(reading=reading, system=dataset.system)
+    without = {key: value for key, value in row.items() if key not in {"y", "completion", "output"}}
+    assert prompts.chat(without) == prompts.chat(row)
+    assert prompts.chat(row).messages == expected
