@@ -235,6 +235,14 @@ def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData | 
         RowMapping.of(dataset, table.column_names, side, first_rows(table))
 
 
+def _counted(encoded: EncodedSet, examples: Sequence[Example]) -> str:
+    if is_documents(examples):
+        return f"{len(encoded):,} windows of {len(examples):,} documents"
+    conversations = len(set(encoded.ids))
+    of = f" of {conversations:,} conversations" if conversations < len(encoded) else ""
+    return f"{len(encoded):,} rows{of}"
+
+
 def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows, *, show: bool) -> tuple[Report, str]:
     """Run the preflight, report its warnings, and render the preview; returns the report and the preview as HTML.
 
@@ -255,7 +263,7 @@ def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows,
     report.raise_for_errors()
     first = [rows.train[index] for index in range(min(_PREVIEWED, len(rows.train)))]
     if show:
-        counts = f"{len(rows.train):,} rows to train on, {len(rows.eval):,} to evaluate on"
+        counts = f"{_counted(rows.train, rows.examples.train)} to train on, {len(rows.eval):,} to evaluate on"
         reporter.say(f"rows: {counts}; the first ones, supervised tokens marked:")
         reporter.show(render_terminal(first, rows.renderer.tokenizer))
     return report, render_html(first, rows.renderer.tokenizer)
