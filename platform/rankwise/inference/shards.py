@@ -319,7 +319,11 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """All options, for a job's spec."""
-        return asdict(self)
+        values = asdict(self)
+        for name in ("delimiter", "encoding"):  # Workers of earlier releases do not know these.
+            if values[name] is None:
+                del values[name]
+        return values
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
