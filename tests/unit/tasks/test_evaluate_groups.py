@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.definitions import parse
 
+from rankwise.data.prompting import Reading
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.tasks import evaluate as base_groups
@@ -46,10 +47,13 @@ def grouped(monkeypatch):
     context = SimpleNamespace(settings=SimpleNamespace(tracking_uri=""), reporter=None)
 
     def group(templates, attention=None):
-        recorded = {uri: SimpleNamespace(**vars(facts)) for uri in templates}
-        for uri, name in (attention or {}).items():
-            recorded[uri].attn_implementation = name
-        metadata = {uri: SimpleNamespace(base=recorded[uri], chat_template=name) for uri, name in templates.items()}
+        metadata = {}
+        for uri, name in templates.items():
+            template, _, switch = name.partition(" ")
+            reading = Reading(chat_template_kwargs={switch: False} if switch else {})
+            base = SimpleNamespace(**vars(facts))
+            base.attn_implementation = (attention or {}).get(uri, facts.attn_implementation)
+            metadata[uri] = SimpleNamespace(base=base, chat_template=template, reading=reading)
         return group_by_base(context, EvaluationSetup(spec=spec, arm=arm), list(templates), None, metadata)
 
     return group
@@ -75,3 +79,8 @@ def test_an_adapter_trained_with_another_attention_is_evaluated_with_it(grouped)
     first, second = grouped({"models:/m/1": OWN, "models:/m/2": OWN}, attention={"models:/m/2": "eager"})
     assert (first.models, first.arm.attn_implementation) == (["models:/m/1", "base"], "auto")
     assert (second.models, second.arm.attn_implementation) == (["models:/m/2", "base of models:/m/2"], "eager")
+
+
+def test_other_arguments_of_the_template_are_another_group(grouped):
+    first, second = grouped({"models:/m/1": OWN, "models:/m/2": f"{OWN} enable_thinking"})
+    assert (first.models, second.models) == (["models:/m/1", "base"], ["models:/m/2", "base of models:/m/2"])
