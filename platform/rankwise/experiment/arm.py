@@ -13,8 +13,9 @@ The spec hash covers what influences the trained adapter and nothing else:
 | seed, init_from | yes |
 | name, description, sweep, evaluation, register, tracking, base_model_config, attn_implementation | no |
 
-With `register.checkpoint: best`, evaluations during training choose the result. Then `eval_steps`, the primary metric,
-the evaluation rows and their limit are in the hash too, and `max_new_tokens` if the primary metric needs generation.
+With `register.checkpoint: best` or `training.early_stopping_patience`, evaluations during training influence the
+result. Then `eval_steps`, the primary metric, the evaluation rows and their limit are in the hash too, and
+`max_new_tokens` if the primary metric needs generation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ HASH_VERSION = 2
 _HASH_VERSIONS = {1: 1, 2: HASH_VERSION}
 _WITHOUT_EFFECT = {"save_steps", "logging_steps", "eval_steps"}
 # Fields added since HASH_VERSION are hashed only if they differ from their default, so that old hashes stay valid.
-_ADDED = ("optim", "train_sampling_strategy", "lr_scheduler_kwargs")
+_ADDED = (
+    "optim", "train_sampling_strategy", "lr_scheduler_kwargs", "early_stopping_patience", "early_stopping_threshold",
+)  # fmt: skip
 # MLflow params with a shorter name than their field.
 _PARAM_NAMES = {"lora.lora_alpha": "lora.alpha", "lora.lora_dropout": "lora.dropout", "lora.use_rslora": "lora.rslora"}
 
@@ -153,7 +156,7 @@ class ArmSpec(Section):
     def provisional(self) -> bool:
         """Whether the spec hash can still change because a source or `init_from` is not pinned."""
         pins = [(self.base_model, self.base_model_revision), (self.dataset.train, self.dataset.train_revision)]
-        if self.checkpoint == "best" and isinstance(self.dataset.eval, str):
+        if self._evaluations_decide and isinstance(self.dataset.eval, str):
             pins.append((self.dataset.eval, self.dataset.eval_revision))
         floating = self.init_from is not None and "@" in self.init_from
         return floating or not all(is_pinned(parse_source(source), revision) for source, revision in pins)
@@ -190,8 +193,10 @@ class ArmSpec(Section):
         arguments = training.pop("lr_scheduler_kwargs", {})
         values |= {f"training.{key}": value for key, value in training.items()}
         values |= {f"training.lr_scheduler_kwargs.{key}": value for key, value in arguments.items()}
+        if self._evaluations_decide:
+            values |= {"training.eval_steps": self.training.eval_steps}
         if self.checkpoint == "best":
-            values |= {"register.checkpoint": "best", "training.eval_steps": self.training.eval_steps}
+            values |= {"register.checkpoint": "best"}
         return {key: plain(value) for key, value in values.items() if value is not None}
 
     def eval_hash(self) -> str:
@@ -202,6 +207,11 @@ class ArmSpec(Section):
         """Hash of the same evaluation of the base alone: equal for arms with the same rows and quantization."""
         base = {"base": self._base(), "quantization": _quantization(self.quantization)}
         return digest({"evaluated": base, **self._evaluation()})
+
+    @property
+    def _evaluations_decide(self) -> bool:
+        """Whether evaluations during training influence the adapter."""
+        return self.checkpoint == "best" or self.training.early_stopping_patience is not None
 
     def _base(self) -> dict[str, Any]:
         return identity(parse_source(self.base_model), self.base_model_revision)
@@ -261,7 +271,7 @@ class ArmSpec(Section):
             "seed": self.seed,
             "init_from": self.init_from,
         }
-        if self.checkpoint == "best":
+        if self._evaluations_decide:
             key = self.evaluation.primary_metric
             generated = any(
                 key in keys_of([metric]) and needs_generation([metric]) for metric in self.evaluation.metrics

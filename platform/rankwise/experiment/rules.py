@@ -148,18 +148,32 @@ def _schedule_arguments(view: FieldView) -> Iterator[Problem]:
 def _best_needs_evaluations(view: FieldView) -> Iterator[Problem]:
     if not view.given("register") or view["register.checkpoint"] != "best":
         return
+    yield from _needs_evaluations(view, "register.checkpoint", "is best", "or last")
+
+
+@_rule
+def _patience_needs_evaluations(view: FieldView) -> Iterator[Problem]:
+    if view["training.early_stopping_patience"] is not None:
+        yield from _needs_evaluations(view, "training.early_stopping_patience", "is set", "or null")
+    elif view["training.early_stopping_threshold"] > 0:
+        text = "has no effect without training.early_stopping_patience; give that too, or remove it"
+        yield _at("training.early_stopping_threshold", text)
+
+
+def _needs_evaluations(view: FieldView, path: str, given: str, otherwise: str) -> Iterator[Problem]:
+    """The problems of a setting that uses evaluations during training."""
     every, steps = view["training.eval_steps"], view["training.max_steps"]
     if not view.given("dataset.eval"):
-        yield _at("register.checkpoint", "is best, which needs evaluation rows: give dataset.eval")
+        yield _at(path, f"{given}, which needs evaluation rows: give dataset.eval")
     primary = view["evaluation.primary_metric"]
     if primary in keys_of(_usable_metrics(view)) and primary not in TOKENIZER_DEPENDENT:
         yield _at(
-            "register.checkpoint",
-            f"is best, but during training only {', '.join(sorted(TOKENIZER_DEPENDENT))} are measured, not {primary}: "
-            "use one of these as evaluation.primary_metric, or last",
+            path,
+            f"{given}, but during training only {', '.join(sorted(TOKENIZER_DEPENDENT))} are measured, not {primary}: "
+            f"use one of these as evaluation.primary_metric, {otherwise}",
         )
     if every is None:
-        yield _at("register.checkpoint", "is best, which needs evaluations during training: give training.eval_steps")
+        yield _at(path, f"{given}, which needs evaluations during training: give training.eval_steps")
     elif steps is not None and every > steps:
         yield _at("training.eval_steps", f"must be at most max_steps ({show(steps)}), got {show(every)}")
 

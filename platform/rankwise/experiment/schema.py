@@ -272,6 +272,10 @@ class TrainingSpec(Section):
     """Steps between checkpoints."""
     eval_steps: Count | None = None
     """Steps between evaluations during training; null: evaluate only at the end."""
+    early_stopping_patience: Count | None = None
+    """Stop an arm after this many evaluations in a row without a better evaluation.primary_metric; needs eval_steps."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """How much better the metric must be to count."""
     logging_steps: Count = 1
     """Steps between logged points of the training curves."""
     gradient_checkpointing: bool = False

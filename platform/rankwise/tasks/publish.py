@@ -42,6 +42,8 @@ def finish_arm(session: Session, base: LoadedBase, arm: ClaimedArm, run: Run, ou
         run.end("FAILED", outcome.reason)
         session.report(arm.job, Outcome.FATAL, error=outcome.reason)
     else:
+        if outcome.reason is not None and outcome.status == "finished":
+            run.tags({"rankwise.reason": outcome.reason})
         _publish_or_wait(session, base, arm, run, outcome, adapter)
 
 

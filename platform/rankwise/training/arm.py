@@ -77,7 +77,7 @@ class ArmOutcome:
         status: `finished`: all steps done. `nonfinite`: a loss, gradient or weight was not finite. `paused`: reached
             `stop_at`. `stopped`: on request. A paused or stopped arm has a checkpoint to resume from.
         adapter: PEFT directory: the last state of a finished arm, the last good checkpoint of a non-finite one.
-        reason: Why the arm is not finished.
+        reason: Why the arm is not finished, or has stopped early.
         metrics: The last `train.*`, and `eval.*` of the last evaluation.
         seconds: The steps' shares of wall time, summed over all attempts.
         peak_memory_bytes: While the arm was in the pack: allocated on the GPU, or resident on a CPU.
@@ -136,6 +136,7 @@ class TrainingArm:
         parameters: The matrices, under their names in a PEFT file.
         step: Optimizer steps done.
         evaluated: The step of the last evaluation; 0 before the first.
+        without_improvement: Evaluations in a row that did not improve the primary metric by more than the threshold.
     """
 
     def __init__(self, task: ArmTask, model: Any) -> None:
@@ -159,6 +160,7 @@ class TrainingArm:
         self.metrics: dict[str, float] = {}
         self.evaluated = 0
         self.best: BestState | None = None
+        self.without_improvement = 0
 
     @property
     def spec_hash(self) -> str:
@@ -172,8 +174,14 @@ class TrainingArm:
 
     @property
     def done(self) -> bool:
-        """Whether all optimizer steps are done."""
-        return self.step >= self.total_steps
+        """Whether all optimizer steps are done, or the arm has stopped early."""
+        return self.step >= self.total_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether as many evaluations in a row brought no improvement as `early_stopping_patience` allows."""
+        patience = self.task.spec.training.early_stopping_patience
+        return patience is not None and self.without_improvement >= patience
 
     @property
     def should_pause(self) -> bool:

@@ -129,6 +129,7 @@ class _StateRecord:
     metrics: Mapping[str, float]
     best: _BestRecord | None
     evaluated: int = 0
+    without_improvement: int = 0
 
 
 # Parts of paths, so no separators.
@@ -169,6 +170,7 @@ class ArmState:
         arm.tokens = state.tokens
         arm.metrics = dict(state.metrics)
         arm.evaluated = state.evaluated
+        arm.without_improvement = state.without_improvement
         best = state.best
         arm.best = (
             None if best is None else BestState(directory=self.directory / "best", step=best.step, value=best.value)
@@ -507,6 +509,7 @@ def _state_document(arm: TrainingArm) -> dict[str, Any]:
         "tokens": arm.tokens,
         "metrics": dict(arm.metrics),
         "evaluated": arm.evaluated,
+        "without_improvement": arm.without_improvement,
         "best": None if arm.best is None else {"step": arm.best.step, "value": arm.best.value},
         "torch": torch.__version__,
     }

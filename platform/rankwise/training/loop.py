@@ -200,14 +200,20 @@ class PackLoop:
             arm.metrics.update(metrics)
             arm.evaluated = arm.step
             self._observer.on_evaluation(arm.spec_hash, arm.step, metrics)
-            primary = arm.task.spec.evaluation.primary_metric
-            if primary in metrics and _is_better(metrics[primary], arm, primary):
+            training, primary = arm.task.spec.training, arm.task.spec.evaluation.primary_metric
+            if primary not in metrics:
+                continue
+            # A rung between two evaluations does not count.
+            if training.eval_steps is not None and arm.step % training.eval_steps == 0:
+                improved = _is_better(metrics[primary], arm, primary, by_more_than=training.early_stopping_threshold)
+                arm.without_improvement = 0 if improved else arm.without_improvement + 1
+            if _is_better(metrics[primary], arm, primary):
                 self._checkpoints.save_best(arm, metrics[primary])
 
     def _finish_done(self) -> None:
         for arm in [arm for arm in self._arms if arm.done]:
             if self._keep_if_finite(arm):
-                self._finish(arm, self._outcome(arm, "finished", None))
+                self._finish(arm, self._outcome(arm, "finished", _why_early(arm)))
 
     def _keep_if_finite(self, arm: TrainingArm) -> bool:
         """Whether an arm's weights are finite; if not, the arm leaves before they are stored."""
@@ -254,12 +260,26 @@ class PackLoop:
         )
 
 
-def _is_better(value: float, arm: TrainingArm, primary: str) -> bool:
+def _is_better(value: float, arm: TrainingArm, primary: str, *, by_more_than: float = 0.0) -> bool:
+    """Whether a value is better than the best one so far, as transformers' EarlyStoppingCallback compares."""
     if value != value:
         return False
     if arm.best is None:
         return True
-    return value > arm.best.value if primary in GREATER_IS_BETTER else value < arm.best.value
+    gain = value - arm.best.value if primary in GREATER_IS_BETTER else arm.best.value - value
+    return gain > by_more_than
+
+
+def _why_early(arm: TrainingArm) -> str | None:
+    if not arm.stopped_early or arm.step >= arm.total_steps:
+        return None
+    reason = (
+        f"stopped early after step {arm.step} of {arm.total_steps}: {arm.task.spec.evaluation.primary_metric} did not "
+        f"improve in {arm.without_improvement} evaluations"
+    )
+    with bound(arm=arm.task.spec.short):
+        logger.info("arm %s %s", arm.task.spec.short, reason)
+    return reason
 
 
 @contextmanager

@@ -287,3 +287,12 @@ def test_the_order_of_modules_never_changes_a_hash(modules):
 def test_the_hash_of_a_known_arm_stays_what_it_was():
     """A change here means that every stored result is trained again: raise HASH_VERSION on purpose, not by accident."""
     assert arm().spec_hash == "21f6728f4c2665dbd077186cf37d224510b58e8bd6db975a6ef9c30df252bc8f"
+
+
+def test_evaluations_that_stop_an_arm_are_in_its_hash():
+    patience = (EVERY_5[0], f"{EVERY_5[1]}\n  early_stopping_patience: 2")
+    one = arm(patience)
+    other = arm((EVERY_5[0], "  warmup_steps: 5\n  eval_steps: 4\n  early_stopping_patience: 2"))
+    assert len({one.spec_hash, other.spec_hash, arm(EVERY_5).spec_hash}) == 3
+    assert one.params["training.early_stopping_patience"] == 2
+    assert one.params["training.eval_steps"] == 5

@@ -148,3 +148,18 @@ def test_a_schedule_takes_its_own_arguments(training, message):
     )
     (found,) = messages(document)
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("training", "path", "message"),
+    [
+        ({"early_stopping_patience": 2}, "training.early_stopping_patience", "needs evaluations during training"),
+        ({"early_stopping_threshold": 0.1}, "training.early_stopping_threshold", "has no effect without"),
+    ],
+)
+def test_patience_needs_evaluations(training, path, message):
+    document = data()
+    document["training"] |= training
+    (found,) = messages(document)
+    assert found.startswith(f"{path}: ")
+    assert message in found

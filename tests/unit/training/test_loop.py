@@ -366,6 +366,34 @@ def test_evaluation_during_training_finds_the_best_state(base, tmp_path):
     assert distance(read_weights(outcome.best), read_weights(reference[short.spec_hash].adapter)) == 0
 
 
+def test_patience_stops_an_arm_and_leaves_the_others(base, tmp_path):
+    # No improvement exceeds the threshold, so that the second evaluation without one is the third evaluation.
+    patient = {"eval_steps": 1, "early_stopping_patience": 2, "early_stopping_threshold": 100.0}
+    stopping = make_arm(training={"max_steps": 6, **patient})
+    going_on = make_arm(seed=2, training={"max_steps": 6, "eval_steps": 1, "early_stopping_patience": 6})
+    outcomes, recorder = train(base, [stopping, going_on], tmp_path)
+    outcome = outcomes[stopping.spec_hash]
+    assert (outcome.status, outcome.steps) == ("finished", 3)
+    assert outcome.reason == "stopped early after step 3 of 6: eval.loss did not improve in 2 evaluations"
+    assert [step for step, _ in recorder.evaluations[stopping.spec_hash]] == [1, 2, 3]
+    other = outcomes[going_on.spec_hash]
+    assert (other.status, other.steps, other.reason) == ("finished", 6, None)
+    # The result is the state after the third step, as of a training of three steps.
+    short = make_arm(training={"max_steps": 3})
+    reference, _ = train(base, [short], tmp_path / "short")
+    assert distance(read_weights(outcome.adapter), read_weights(reference[short.spec_hash].adapter)) < 1e-5
+
+
+def test_patience_survives_a_pause(base, tmp_path):
+    patient = {"eval_steps": 1, "early_stopping_patience": 2, "early_stopping_threshold": 100.0}
+    arm = make_arm(training={"max_steps": 6, **patient})
+    task = ArmTask(spec=arm, train=ROWS, evaluation=ROWS)
+    paused = train_pack(base, [replace(task, stop_at=2)], directory=tmp_path)[arm.spec_hash]
+    assert (paused.status, paused.steps) == ("paused", 2)
+    outcome = train_pack(base, [task], directory=tmp_path)[arm.spec_hash]
+    assert (outcome.status, outcome.steps) == ("finished", 3)
+
+
 def test_a_greater_metric_can_be_the_better_one(base, tmp_path):
     arm = make_arm(training={"max_steps": 4, "eval_steps": 1}, evaluation={"primary_metric": "eval.token_accuracy"})
     outcomes, recorder = train(base, [arm], tmp_path)
