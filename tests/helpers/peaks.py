@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.profiler import ProfilerActivity, profile
 
+from rankwise.compat.transformers import attention_by_rows
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import delete_adapter, install
@@ -21,6 +22,7 @@ def peak_of_step(base, tasks) -> int:
         keep_dequantized(base.model, tokens=typical_pass_tokens(tasks, None)),
         lean_8_bit_layers(base.model),
         lean_feed_forwards(base.model),
+        attention_by_rows(lambda: install(base.model).spans),
     ):
         arms = [TrainingArm(task, base.model) for task in tasks]
         try:

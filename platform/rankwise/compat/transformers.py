@@ -5,9 +5,12 @@ transformers is imported by the functions that need it: this module costs nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def attention_of(config: Any) -> str | None:
@@ -164,15 +167,76 @@ def known_packing(sequences: Any) -> Iterator[None]:
     """Say inside the block which tokens of a batch belong together, where a model gets no attention mask.
 
     transformers finds it out from position ids, and makes the CPU wait for the GPU to see whether there is any packing.
+    It also makes masks of bools, which torch's attention turns into numbers in each layer, and keeps each for the
+    backward pass. Here they are numbers from the start, so that all layers share one.
 
     Args:
         sequences: (B, T) integers, equal for tokens of one sequence; None where each row is one.
     """
+    import torch
     from transformers import masking_utils
 
-    theirs = masking_utils.find_packed_sequence_indices
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    theirs, make = masking_utils.find_packed_sequence_indices, masks["sdpa"]
+
+    def numbers(*args: Any, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor | None:
+        mask: torch.Tensor | None = make(*args, dtype=dtype, **kwargs)
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
     masking_utils.find_packed_sequence_indices = lambda position_ids: sequences
+    if sequences is not None:
+        masks["sdpa"] = numbers
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = theirs
+        if sequences is not None:
+            del masks["sdpa"]
+
+
+@contextmanager
+def attention_by_rows(spans: Callable[[], Sequence[Sequence[int]] | None]) -> Iterator[None]:
+    """Run attention of the kind `sdpa` inside the block for each row of shared sequences by itself, without a mask.
+
+    The registry of attention functions is documented, but not the way to have another one for a while.
+
+    Args:
+        spans: Gives the lengths of the rows in each sequence of the current batch, which add up to all of its tokens;
+            None where sequences are not shared.
+    """
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    theirs = functions["sdpa"]
+
+    def own(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        lengths = spans()
+        if lengths is None:
+            return theirs(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+        outputs = []
+        for number, rows in enumerate(lengths):
+            pieces, start = [], 0
+            for length in rows:
+                place = slice(start, start + length)
+                parts = (each[number : number + 1, :, place] for each in (query, key, value))
+                # A mask of the whole sequence holds a sliding window.
+                part = None if mask is None else mask[min(number, len(mask) - 1)][None, :, place, place]
+                pieces.append(theirs(module, *parts, part, **kwargs)[0])
+                start = place.stop
+            outputs.append(torch.cat(pieces, dim=1))
+        return torch.cat(outputs), None
+
+    functions["sdpa"] = own
+    try:
+        yield
+    finally:
+        del functions["sdpa"]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rankwise.compat.transformers import checkpointable_layers
+from rankwise.compat.transformers import attention_by_rows, checkpointable_layers
 from rankwise.exceptions import ConfigError, JobError, is_out_of_memory
 from rankwise.experiment.metric_names import GREATER_IS_BETTER
 from rankwise.logs import bound
@@ -377,6 +377,7 @@ def train_pack(
         training_mode(base.model, gradient_checkpointing=checkpointing),
         lean_8_bit_layers(base.model),
         lean_feed_forwards(base.model) as lean,
+        attention_by_rows(lambda: install(base.model).spans),
     ):
         logits = SupervisedLogits(base.model)
         plan = plan_pack(base, tasks, lean=lean > 0, direct=logits.direct)

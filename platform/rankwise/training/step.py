@@ -41,7 +41,7 @@ from rankwise.modeling.rope import row_lengths
 from rankwise.training.arm import StepRecord, TrainingArm
 from rankwise.training.optimizer import PackOptimizer, to_device
 from rankwise.training.row_check import rows_are_independent
-from rankwise.training.streams import StreamCost, Streams, choose, lay_out, single
+from rankwise.training.streams import StreamCost, Streams, attends_by_rows, choose, lay_out, single, spread
 
 
 def release_freed_memory() -> None:
@@ -193,6 +193,7 @@ class _Pass:
         segments: Their streams.
         counts: Supervised tokens of each arm.
         places: The row of each supervised token in its share, on the CPU.
+        spans: The lengths of the rows in each stream, where attention runs by rows.
         inputs: Tensors of int64, on the device from `_send` on: those of `StreamBatch` that are needed, and `owners`,
             the index of each supervised token's arm among those of the step.
     """
@@ -201,6 +202,7 @@ class _Pass:
     segments: list[Segment]
     counts: list[int]
     places: torch.Tensor
+    spans: list[list[int]] | None
     inputs: dict[str, torch.Tensor]
 
 
@@ -226,6 +228,7 @@ class Stepper:
         self._independent = rows_are_independent(model, self.logits)
         packs = self.logits.packs and self._independent
         self._cost = StreamCost.of(model, self._device, dtype) if packs else None
+        self._by_rows = attends_by_rows(model, self._device)
         self._pad_token_id = pad_token_id
         self._memory = memory
         self.passes = passes or Passes()
@@ -290,6 +293,8 @@ class Stepper:
         lengths = [work.lengths(micro_step) for work in works]
         if self._cost is None:
             streams = list(map(single, lengths))
+        elif self._by_rows:
+            streams = [spread(own, 1) for own in lengths]
         elif self._device.type == "cpu":
             streams = [choose([own], self._cost)[0] for own in lengths]
         else:
@@ -330,13 +335,15 @@ class Stepper:
         owners = torch.tensor(numbers).repeat_interleave(torch.tensor(batch.counts))
         names = ["input_ids", "rows", "positions", "targets"]
         names += ["attention_mask"] if self.logits.masked else []
-        names += ["position_ids", "sequences"] if batch.shared else []
+        names += ["position_ids"] if batch.shared else []
+        names += ["sequences"] if batch.shared and not self._by_rows else []
         names += ["words"] if any(each is not None for each in words) else []
         return _Pass(
             shares=shares,
             segments=segments,
             counts=batch.counts,
             places=batch.places,
+            spans=batch.spans if batch.shared and self._by_rows else None,
             inputs={"owners": owners, **{name: getattr(batch, name) for name in names}},
         )
 
@@ -402,7 +409,8 @@ class Stepper:
             for share in each.shares
             for stream in share.streams.rows
         ]
-        with self._routing.segments(each.segments, inputs.get("words")), row_lengths(self._model, lengths):
+        segments = self._routing.segments(each.segments, inputs.get("words"), each.spans)
+        with segments, row_lengths(self._model, lengths):
             losses = self.logits.losses(
                 inputs["input_ids"],
                 inputs.get("attention_mask"),

@@ -12,6 +12,9 @@ all pairs. Measured on one core with AVX512 for 9 heads of 64 at 330 to 1,280 to
 without; in bf16, where linear layers are four times as fast, 9 and 8. For a GPU they are reckoned, and not measured:
 its causal kernels skip half of the pairs. Flash attention takes streams without a mask, so one stream is best.
 
+On a CPU, where calls cost nothing, attention runs for each row of a stream by itself: no mask, no pair too many, and
+one stream without any padding.
+
 Which rows an optimizer step covers is not touched, and neither are dropout masks, which belong to a row and a position.
 """
 
@@ -94,12 +97,17 @@ class StreamCost:
         return sum(len(each.rows) for each in streams) * length * (self.linear + weight * length * self.pair)
 
 
+def attends_by_rows(model: Any, device: torch.device) -> bool:
+    """Whether attention can run for each row of a stream by itself (`attention_by_rows`)."""
+    return device.type == "cpu" and attention_of(model.config) == "sdpa"
+
+
 def single(lengths: Sequence[int]) -> Streams:
     """A stream for each row."""
     return Streams(rows=tuple((index,) for index in range(len(lengths))), length=max(lengths))
 
 
-def share(lengths: Sequence[int], count: int) -> Streams:
+def spread(lengths: Sequence[int], count: int) -> Streams:
     """`count` streams of about equal length: the longest row first, each into the shortest stream so far."""
     if count >= len(lengths):
         return single(lengths)
@@ -115,7 +123,7 @@ def share(lengths: Sequence[int], count: int) -> Streams:
 def choose(micro_batches: Sequence[Sequence[int]], cost: StreamCost) -> list[Streams]:
     """The cheapest streams for the lengths of the rows of some arms that share a pass, as many for each arm."""
     most = max(map(len, micro_batches))
-    ways = [[share(lengths, count) for lengths in micro_batches] for count in range(1, most + 1)]
+    ways = [[spread(lengths, count) for lengths in micro_batches] for count in range(1, most + 1)]
     return min(ways, key=cost)
 
 
@@ -134,6 +142,7 @@ class StreamBatch:
         targets: The supervised tokens, (S,).
         places: Row of each supervised token in its arm's micro-batch, (S,).
         counts: Supervised tokens of each arm.
+        spans: The lengths of the rows in each stream, and of its padding.
         words: Dropout words, (B, T); zeros without dropout.
     """
 
@@ -147,6 +156,7 @@ class StreamBatch:
     targets: torch.Tensor
     places: torch.Tensor
     counts: list[int]
+    spans: list[list[int]]
     words: torch.Tensor
 
 
@@ -165,7 +175,7 @@ def lay_out(
     position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
     sequences, mask, words_of = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     supervised: list[tuple[int, int, np.ndarray, np.ndarray]] = []
-    counts = []
+    counts, spans = [], []
     number = 0
     for (rows, streams), own_words in zip(arms, words, strict=True):
         count = 0
@@ -185,6 +195,9 @@ def lay_out(
                 supervised.append((number, index, tokens + start, row.input_ids[tokens]))
                 count += len(tokens)
                 start = place.stop
+            spans.append([len(rows[index].input_ids) for index in stream])
+            if start < shape[1]:
+                spans[-1].append(shape[1] - start)
             sequences[number, start:] = len(stream)
             position_ids[number, start:] = np.arange(shape[1] - start)
             number += 1
@@ -204,5 +217,6 @@ def lay_out(
         targets=joined([targets for *_, targets in supervised]),
         places=joined([np.full(len(tokens), index) for _, index, tokens, _ in supervised]),
         counts=counts,
+        spans=spans,
         words=torch.from_numpy(words_of),
     )

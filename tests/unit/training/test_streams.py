@@ -10,16 +10,16 @@ from helpers.packs import distance, load_tiny, make_arm, make_rows, read_weights
 from rankwise.modeling.lora.draws import DropoutKey, token_words
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.training import step
-from rankwise.training.streams import StreamCost, Streams, choose, lay_out, share, single
+from rankwise.training.streams import StreamCost, Streams, choose, lay_out, single, spread
 
 COST = StreamCost(linear=1e6, pair=1e3, masked=2.0, causal=0.8)
 
 
 def test_rows_are_spread_evenly_and_each_is_there_once():
-    streams = share([400, 150, 100, 50, 60], 2)
+    streams = spread([400, 150, 100, 50, 60], 2)
     assert streams == Streams(rows=((0,), (1, 2, 3, 4)), length=400)
-    assert share([10, 20, 30], 1) == Streams(rows=((0, 1, 2),), length=60)
-    assert share([10, 20], 2) == share([10, 20], 5) == single([10, 20]) == Streams(rows=((0,), (1,)), length=20)
+    assert spread([10, 20, 30], 1) == Streams(rows=((0, 1, 2),), length=60)
+    assert spread([10, 20], 2) == spread([10, 20], 5) == single([10, 20]) == Streams(rows=((0,), (1,)), length=20)
     assert not single([3, 4]).shared
 
 
@@ -54,11 +54,11 @@ def test_tokens_of_a_row_keep_positions_targets_and_dropout_words():
     lengths = [len(row.input_ids) for row in rows]
     other = make_rows(1, seed=4, shortest=8, longest=8)
     words = token_words(DropoutKey(seed=1, step=2, micro_step=3), 4, max(lengths))
-    batch = lay_out([(rows, share(lengths, 2)), (other, single([8]))], [words, None], pad_token_id=7)
+    batch = lay_out([(rows, spread(lengths, 2)), (other, single([8]))], [words, None], pad_token_id=7)
     assert batch.shared
-    assert batch.input_ids.shape == batch.words.shape == (3, max(share(lengths, 2).length, 8))
+    assert batch.input_ids.shape == batch.words.shape == (3, max(spread(lengths, 2).length, 8))
     found = []
-    for number, stream in enumerate(share(lengths, 2).rows):
+    for number, stream in enumerate(spread(lengths, 2).rows):
         start = 0
         for sequence, index in enumerate(stream):
             place = (number, slice(start, start + lengths[index]))
@@ -69,6 +69,10 @@ def test_tokens_of_a_row_keep_positions_targets_and_dropout_words():
             found += [(number, start + int(at) - 1, index) for at in rows[index].supervised.nonzero()[0]]
             start += lengths[index]
         assert batch.attention_mask[number].sum() == start
+        own = [lengths[index] for index in stream]
+        assert batch.spans[number] == own + (
+            [batch.input_ids.shape[1] - start] if start < batch.input_ids.shape[1] else []
+        )
         assert (batch.input_ids[number, start:] == 7).all()
         assert set(batch.sequences[number, start:].tolist()) <= {len(stream)}
     count = batch.counts[0]
@@ -78,7 +82,7 @@ def test_tokens_of_a_row_keep_positions_targets_and_dropout_words():
     assert not batch.words[2].any()
 
 
-def train_both_ways(base, arms, directory, monkeypatch, rows):
+def train_both_ways(base, arms, directory, monkeypatch, rows, by_rows):
     """With rows of their own, and in one stream for each micro-batch."""
     results, shared = [], []
     own = step.lay_out
@@ -87,7 +91,8 @@ def train_both_ways(base, arms, directory, monkeypatch, rows):
     )
     for packs in (False, True):
         monkeypatch.setattr(SupervisedLogits, "packs", packs)
-        monkeypatch.setattr(step, "choose", lambda lengths, cost: [share(each, 1) for each in lengths])
+        monkeypatch.setattr(step, "attends_by_rows", lambda model, device: by_rows)
+        monkeypatch.setattr(step, "choose", lambda lengths, cost: [spread(each, 1) for each in lengths])
         results.append(train(base, arms, directory / str(packs), rows))
     assert set(shared) == {False, True}
     return results
@@ -96,8 +101,12 @@ def train_both_ways(base, arms, directory, monkeypatch, rows):
 ROWS = make_rows(24, shortest=4, longest=40)
 
 
+BY_ROWS = pytest.mark.parametrize("by_rows", [True, False], ids=["attention by rows", "masked attention"])
+
+
+@BY_ROWS
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_rows_that_share_a_sequence_train_like_rows_alone(base, tmp_path, monkeypatch, checkpointing):
+def test_rows_that_share_a_sequence_train_like_rows_alone(base, tmp_path, monkeypatch, checkpointing, by_rows):
     arms = [
         make_arm(
             seed=seed,
@@ -111,7 +120,7 @@ def test_rows_that_share_a_sequence_train_like_rows_alone(base, tmp_path, monkey
         )
         for seed in (0, 1, 2)
     ]
-    (padded, first), (packed, second) = train_both_ways(base, arms, tmp_path, monkeypatch, ROWS)
+    (padded, first), (packed, second) = train_both_ways(base, arms, tmp_path, monkeypatch, ROWS, by_rows)
     for arm in arms:
         assert second.losses(arm.spec_hash) == pytest.approx(first.losses(arm.spec_hash), rel=1e-5)
         mine, theirs = (read_weights(each[arm.spec_hash].adapter) for each in (packed, padded))
@@ -122,7 +131,8 @@ def test_rows_that_share_a_sequence_train_like_rows_alone(base, tmp_path, monkey
 def test_a_row_whose_loss_is_not_finite_is_named_wherever_it_is(base, tmp_path, monkeypatch):
     embedding = base.model.get_input_embeddings().weight
     kept = embedding[310].clone()
-    monkeypatch.setattr(step, "choose", lambda lengths, cost: [share(each, 1) for each in lengths])
+    monkeypatch.setattr(step, "attends_by_rows", lambda model, device: False)
+    monkeypatch.setattr(step, "choose", lambda lengths, cost: [spread(each, 1) for each in lengths])
     rows = [replace_token(row) if row.id == "row-5" else row for row in ROWS[:8]]
     arm = make_arm(training={"per_device_train_batch_size": 8, "max_steps": 2})
     embedding.data[310] = torch.inf
@@ -139,8 +149,9 @@ def replace_token(row):
     return replace(row, input_ids=tokens)
 
 
+@BY_ROWS
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt_neox"])
-def test_other_architectures_train_alike_or_keep_padding(tmp_path, monkeypatch, architecture, caplog):
+def test_other_architectures_train_alike_or_keep_padding(tmp_path, monkeypatch, architecture, caplog, by_rows):
     base = load_tiny(tmp_path / "base", architecture)
     with caplog.at_level("INFO"):
         packs = SupervisedLogits(base.model).packs
@@ -149,7 +160,7 @@ def test_other_architectures_train_alike_or_keep_padding(tmp_path, monkeypatch, 
         assert "rows are padded and do not share sequences: gpt_neox is not among the architectures" in caplog.text
         return
     arm = make_arm(lora={"target_modules": "all-linear"}, training={"per_device_train_batch_size": 4})
-    (_, first), (_, second) = train_both_ways(base, [arm], tmp_path, monkeypatch, ROWS)
+    (_, first), (_, second) = train_both_ways(base, [arm], tmp_path, monkeypatch, ROWS, by_rows)
     assert second.losses(arm.spec_hash) == pytest.approx(first.losses(arm.spec_hash), rel=1e-5)
 
 

@@ -98,6 +98,7 @@ class Routing:
     Attributes:
         current: The segments of the current batch, in the order of rows; empty outside of `segments`.
         groups: The same rows as groups of stacked arms; empty where an adapter is not stacked.
+        spans: The lengths of the rows that share each sequence of the batch; None where each row has its own.
         trainable: Names of the adapters that ask for gradients.
         stacks: The flat storage of adapters in training; None outside of training.
     """
@@ -106,16 +107,23 @@ class Routing:
         """Start without rows and without trainable adapters."""
         self.current: tuple[Segment, ...] = ()
         self.groups: tuple[Group, ...] = ()
+        self.spans: Sequence[Sequence[int]] | None = None
         self.trainable: set[str] = set()
         self.stacks: Stacks | None = None
 
     @contextmanager
-    def segments(self, segments: Sequence[Segment], words: torch.Tensor | None = None) -> Iterator[None]:
+    def segments(
+        self,
+        segments: Sequence[Segment],
+        words: torch.Tensor | None = None,
+        spans: Sequence[Sequence[int]] | None = None,
+    ) -> Iterator[None]:
         """Route the rows of all forward and backward passes inside the block.
 
         Args:
             segments: Rows and adapters.
             words: `dropout_words` of the segments on the model's device, where stacked adapters drop.
+            spans: See the attribute.
 
         Raises:
             ValueError: Segments overlap or are not in the order of rows.
@@ -123,8 +131,8 @@ class Routing:
         for before, after in pairwise(segments):
             if after.start < before.stop:
                 raise ValueError(f"segments overlap or are out of order: {before} and {after}")
-        previous = self.current, self.groups
-        self.current, self.groups = tuple(segments), ()
+        previous = self.current, self.groups, self.spans
+        self.current, self.groups, self.spans = tuple(segments), (), spans
         if self.stacks is not None and all(each.adapter is None or each.adapter in self.stacks for each in segments):
             self.groups = _groups(segments, self.stacks)
         for group in self.groups:
@@ -132,7 +140,7 @@ class Routing:
         try:
             yield
         finally:
-            self.current, self.groups = previous
+            self.current, self.groups, self.spans = previous
 
     def adapter(self, name: str | None, rows: int) -> Any:
         """A context in which all `rows` rows of a batch go through one adapter, without dropout."""

@@ -7,6 +7,7 @@ import torch
 from helpers.packs import load_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rankwise.compat.transformers import attention_by_rows
 from rankwise.modeling.lora.logits import PACKING, SupervisedLogits
 
 
@@ -109,9 +110,11 @@ def configuration(kind):
 WAYS = [(kind, way) for kind in sorted(PACKING) for way in ("sdpa", "eager") if (kind, way) != ("gemma2", "sdpa")]
 
 
-@pytest.mark.parametrize(("kind", "attention"), WAYS)
+@pytest.mark.parametrize(("kind", "attention"), [*WAYS, *((kind, "rows") for kind, way in WAYS if way == "sdpa")])
 def test_listed_architectures_keep_rows_of_a_shared_sequence_apart(kind, attention):
     torch.manual_seed(0)
+    by_rows = attention == "rows"
+    attention = "sdpa" if by_rows else attention
     model = AutoModelForCausalLM.from_config(configuration(kind), attn_implementation=attention).eval()
     model.requires_grad_(False)
     logits = SupervisedLogits(model)
@@ -122,8 +125,10 @@ def test_listed_architectures_keep_rows_of_a_shared_sequence_apart(kind, attenti
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     sequences = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None]
     at = torch.tensor([3, 7, 9, 11, 13, 20, 22])
-    together = logits.losses(ids, None, torch.zeros_like(at), at, ids[0, at + 1], positions, sequences)
-    (mine,) = torch.autograd.grad(together.sum(), embedding)
+    arguments = (ids, None, torch.zeros_like(at), at, ids[0, at + 1], positions)
+    with attention_by_rows(lambda: [lengths] if by_rows else None):
+        together = logits.losses(*arguments, None if by_rows else sequences)
+        (mine,) = torch.autograd.grad(together.sum(), embedding)
     alone, start = [], 0
     for length in lengths:
         own = at[(at >= start) & (at < start + length)] - start
