@@ -110,8 +110,10 @@ class _SecondStep(PackObserver):
             self._counting.__exit__(None, None, None)
 
 
-def count_step(arms: int, layers: int, *, dropout: bool, checkpointing: bool, rows: int = 1) -> Count:
-    """What the second step of a pack dispatches; every arm has `rows` rows of 12 tokens."""
+def count_step(
+    arms: int, layers: int, *, dropout: bool, checkpointing: bool, rows: int = 1, shortest: int = 12
+) -> Count:
+    """What the second step of a pack dispatches; every arm has `rows` rows of `shortest` to 12 tokens."""
     count = Count()
     specs = [
         make_arm(
@@ -126,7 +128,7 @@ def count_step(arms: int, layers: int, *, dropout: bool, checkpointing: bool, ro
         )
         for seed in range(arms)
     ]
-    tasks = [ArmTask(spec=spec, train=make_rows(40, shortest=12, longest=12)) for spec in specs]
+    tasks = [ArmTask(spec=spec, train=make_rows(40, shortest=shortest, longest=12)) for spec in specs]
     base = _base(layers)
     with tempfile.TemporaryDirectory() as directory, pretended.pretend_gpu():
         train_pack(base, tasks, directory=Path(directory), observer=_SecondStep(count))

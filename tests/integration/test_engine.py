@@ -20,7 +20,7 @@ from rankwise.training import step
 from rankwise.training.arm import ArmTask
 from rankwise.training.loop import train_pack
 from rankwise.training.optimizer import PackOptimizer
-from rankwise.training.streams import share
+from rankwise.training.streams import spread
 
 ROWS = make_rows(40, shortest=6, longest=20)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -131,7 +131,7 @@ def test_gradients_of_eight_unequal_arms_are_those_of_plain_peft(base, tmp_path,
     arms += [undropped(each) for each in different_arms() if each.lora.lora_dropout]
     if streams:
         monkeypatch.setattr(step, "attends_by_rows", lambda model, device: False)
-        monkeypatch.setattr(step, "choose", lambda lengths, cost: [share(each, streams) for each in lengths])
+        monkeypatch.setattr(step, "choose", lambda lengths, cost: [spread(each, streams) for each in lengths])
     packed, own = {}, PackOptimizer.norms
 
     def keep(optimizer):

@@ -25,8 +25,9 @@ def test_operations_of_a_layer_do_not_depend_on_the_number_of_arms(dropout, chec
     assert eight == pytest.approx(two, rel=0.1)
 
 
-def test_a_step_waits_for_the_gpu_only_where_it_is_allowed():
-    count = launches.count_step(3, 2, dropout=True, checkpointing=False, rows=2)
+@pytest.mark.parametrize("shortest", [12, 2], ids=["rows of their own", "shared sequences"])
+def test_a_step_waits_for_the_gpu_only_where_it_is_allowed(shortest):
+    count = launches.count_step(3, 2, dropout=True, checkpointing=False, rows=4, shortest=shortest)
     found = {(name, place.partition(":")[0]): times for (name, place), times in count.synchronizations.items()}
     assert found == dict.fromkeys(ALLOWED, 1)
 

@@ -29,7 +29,7 @@ draws apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,21 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, slices: list[Slice], matrices: li
     return y
 
 
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class _Views:
+    """Of a group in one module: A (k, R, I) and B transposed (k, R, O), their gradients, and what products lack."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    grad_a: torch.Tensor
+    grad_b: torch.Tensor
+    factors: torch.Tensor | None
+
+    def scale(self, inner: torch.Tensor) -> torch.Tensor:
+        """Scale inner products in place, as far as B is not."""
+        return inner if self.factors is None else inner.mul_(self.factors.to(inner.dtype))
+
+
 @dataclass(eq=False, kw_only=True)
 class Group:
     """A run of arms of one stack whose rows follow one another in a batch, each arm as many as the others.
@@ -132,6 +147,7 @@ class Group:
     drops: bool
     patterns: torch.Tensor | None = None
     inputs_per_token: int = 1
+    _views: dict[str, _Views] = field(default_factory=dict)
 
     def prepare(self, words: torch.Tensor | None) -> None:
         """Choose the dropout patterns of all modules from the words of the batch's tokens, (B, T), and make weights."""
@@ -176,24 +192,25 @@ class Group:
         table = pattern_table(self.stack.ps, x.device)
         return gather_masks(table, patterns.reshape(self.arms, -1), x.shape[-1])
 
-    def a(self, flat: torch.Tensor, module: str) -> torch.Tensor:
-        """A of the group's arms, (k, R, I), out of a tensor of the stack's."""
-        return self.stack.layout.a(flat, module)[self.first : self.last]
-
-    def b(self, flat: torch.Tensor, module: str) -> torch.Tensor:
-        """B of the group's arms, transposed, (k, R, O), out of a tensor of the stack's."""
-        return self.stack.layout.b(flat, module)[self.first : self.last]
-
-    def scale(self, inner: torch.Tensor, module: str) -> torch.Tensor:
-        """Scale inner products in place, as far as the stack's weights are not."""
-        stack, arms = self.stack, slice(self.first, self.last)
-        if not stack.folded:
-            index = stack.module_index[module]
-            factors = stack.factors[arms, index]
-            inner.mul_((factors if self.drops else factors * stack.shares[arms]).view(-1, 1, 1))
-        elif not self.drops and stack.drops:
-            inner.mul_(stack.shares[arms].view(-1, 1, 1).to(inner.dtype))
-        return inner
+    def views(self, module: str) -> _Views:
+        """The group's part of the stack's matrices, made once a pass."""
+        found = self._views.get(module)
+        if found is None:
+            stack, arms = self.stack, slice(self.first, self.last)
+            weights, index = stack.weights(), stack.module_index[module]
+            factors = None
+            if not stack.folded:
+                factors = stack.factors[arms, index] if self.drops else stack.factors[arms, index] * stack.shares[arms]
+            elif stack.drops and not self.drops:
+                factors = stack.shares[arms]
+            found = self._views[module] = _Views(
+                a=stack.layout.a(weights, module)[arms],
+                b=stack.layout.b(weights, module)[arms],
+                grad_a=stack.layout.a(stack.gradients, module)[arms],
+                grad_b=stack.layout.b(stack.gradients, module)[arms],
+                factors=None if factors is None else factors.view(-1, 1, 1),
+            )
+        return found
 
     def tokens(self, tensor: torch.Tensor) -> int:
         """Leading columns of (B, T, F) that the group uses."""
@@ -234,16 +251,16 @@ def add_stacked(
 
 def _forward(y: torch.Tensor, x: torch.Tensor, group: Group, module: str, mask: torch.Tensor | None) -> torch.Tensor:
     """Add to y, and return the scaled inner products, (k, N, R)."""
-    weights = group.stack.weights()
+    views = group.views(module)
     own = group.take(x)
     if mask is not None:
         own = own * mask
-    inner = group.scale(torch.bmm(own, group.a(weights, module).to(x.dtype).transpose(1, 2)), module)
+    inner = views.scale(torch.bmm(own, views.a.to(x.dtype).transpose(1, 2)))
     if group.covers(y):
-        group.take(y).baddbmm_(inner.to(y.dtype), group.b(weights, module).to(y.dtype))
+        group.take(y).baddbmm_(inner.to(y.dtype), views.b.to(y.dtype))
     else:
         part = y[group.start : group.stop, : group.tokens(y)]
-        part.add_(torch.bmm(inner.to(y.dtype), group.b(weights, module).to(y.dtype)).view(part.shape))
+        part.add_(torch.bmm(inner.to(y.dtype), views.b.to(y.dtype)).view(part.shape))
     return inner
 
 
@@ -272,17 +289,17 @@ class _AddStacked(torch.autograd.Function):
         grad_x = _grad_like(x, groups) if ctx.needs_input_grad[1] else None
         for index, group in enumerate(groups):
             mask = masks[index] if ctx.keeps_masks else group.mask(x, module)
-            weights, gradients = group.stack.weights(), group.stack.gradients
+            views = group.views(module)
             own, grad_y, inner = group.take(x), group.take(grad), inners[index]
             if mask is not None:
                 own = own * mask
             # Products with the rank as their rows: on a CPU they are faster than with the rank as their columns.
-            grad_inner = torch.bmm(group.b(weights, module).to(grad.dtype), grad_y.transpose(1, 2))
-            grad_inner = group.scale(grad_inner, module).to(x.dtype)  # (k, R, N)
-            _add_product(group.a(gradients, module), grad_inner, own)
-            _add_product(group.b(gradients, module), inner.to(grad.dtype).transpose(1, 2), grad_y)
+            grad_inner = torch.bmm(views.b.to(grad.dtype), grad_y.transpose(1, 2))
+            grad_inner = views.scale(grad_inner).to(x.dtype)  # (k, R, N)
+            _add_product(views.grad_a, grad_inner, own)
+            _add_product(views.grad_b, inner.to(grad.dtype).transpose(1, 2), grad_y)
             if grad_x is not None:
-                _put(grad_x, group, grad_inner.transpose(1, 2), group.a(weights, module).to(x.dtype), mask)
+                _put(grad_x, group, grad_inner.transpose(1, 2), views.a.to(x.dtype), mask)
         return grad, grad_x, None, None, None
 
 
