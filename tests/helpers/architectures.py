@@ -172,24 +172,87 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "xglm": _of("xglm", ("q_proj", "v_proj", "fc1", "fc2"), d_model=64, num_layers=2, attention_heads=4, ffn_dim=128),
 }  # fmt: skip
 
+_TEXT = {key: value for key, value in COMMON.items() if key != "head_dim"}
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+def _wrapper(model_type: str, text: Mapping[str, Any], vision: Mapping[str, Any], **settings: Any) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        drop=tuple(COMMON),
+        settings={"text_config": dict(text), "vision_config": dict(vision), **settings},
+    )
+
+
+WRAPPERS: Mapping[str, Architecture] = {
+    "gemma3": _wrapper("gemma3", {**COMMON, "sliding_window": 8}, _VISION, mm_tokens_per_image=4),
+    "mistral3": _wrapper("mistral3", {**COMMON, "model_type": "mistral"}, {**_VISION, "model_type": "pixtral"}),
+    "qwen2_5_vl": _wrapper(
+        "qwen2_5_vl",
+        {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+        {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 64,
+         "patch_size": 14, "fullatt_block_indexes": [1]},
+    ),
+    "llama4": _wrapper(
+        "llama4",
+        {**COMMON, **LOCAL_EXPERTS, "intermediate_size_mlp": 128, "attention_chunk_size": 32},
+        {**_VISION, "projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+    ),
+    "gemma3n": _wrapper(
+        "gemma3n",
+        {**COMMON, "sliding_window": 8, "num_hidden_layers": 4, "num_kv_shared_layers": 0, "laurel_rank": 4,
+         "altup_num_inputs": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320,
+         "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+         "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [128] * 4},
+        {"hidden_size": 32},
+    ),
+}  # fmt: skip
+"""Multimodal wrappers."""
+
 
 def make_architecture(path: Path, name: str, *, seed: int = 0, architecture: Architecture | None = None) -> Path:
     """Write a random base of an architecture (float32 safetensors and a tokenizer), and return its path."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from rankwise.modeling.base import quiet_transformers
 
-    config = (architecture or ARCHITECTURES[name]).config()
+    wanted = architecture or ARCHITECTURES.get(name) or WRAPPERS[name]
+    config = wanted.config()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        if name not in WRAPPERS:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        elif name == "gemma3n":
+            # The towers need timm.
+            model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation="eager")
+        else:
+            model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
         _spread(model)
     path.mkdir(parents=True, exist_ok=True)
+    if name == "gemma3n":
+        _save_as_part(model, config, path)
+        return path
     with quiet_transformers():
         model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
+
+
+def _save_as_part(model: Any, config: Any, path: Path) -> None:
+    """Save a text model under the names that it has in its wrapper."""
+    from safetensors.torch import save_file
+
+    tied = {"lm_head.weight"} if config.text_config.tie_word_embeddings else set()
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
 
 
 def _spread(model: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from helpers.architectures import ARCHITECTURES, Architecture, make_architecture
+from helpers.architectures import ARCHITECTURES, WRAPPERS, Architecture, make_architecture
 from helpers.packs import Recorder, distance, make_arm, make_rows, read_weights
 from rankwise.assets.base import ResolvedBase
 from rankwise.compat.peft import linear_targets_only
@@ -41,7 +41,7 @@ class Subject:
     def __init__(self, name: str, root: Path, architecture: Architecture | None = None, **quantization: Any) -> None:
         self.name = name
         self.root = root
-        self.architecture = architecture or ARCHITECTURES[name]
+        self.architecture = architecture or ARCHITECTURES.get(name) or WRAPPERS[name]
         self.settings = Settings.load({"RANKWISE_HOME": str(root / "home"), "RANKWISE_CACHE": str(root / "cache")})
         self.quantization = {"bnb_4bit_compute_dtype": "float32", **quantization}
         self.path = make_architecture(root / "base", name, architecture=architecture)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.architectures import ARCHITECTURES
+from helpers.architectures import ARCHITECTURES, WRAPPERS
 from helpers.matrix import CHECKS, Subject, shortened
 
 pytestmark = pytest.mark.proof
@@ -24,7 +24,7 @@ def collected():
         Path(path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *WRAPPERS])
 def test_architecture(name, tmp_path, collected):
     torch.set_num_threads(1)
     subject = Subject(name, tmp_path)

@@ -122,7 +122,7 @@ def _with_estimates(made: Plan, config: Path) -> tuple[Plan, str | None]:
     # Late: torch takes seconds to import.
     from rankwise.modeling.estimate import Estimator
 
-    estimator = Estimator(config)
+    estimator = Estimator(config, towers=any(planned.arm.towers for planned in made.arms))
     for attention in {planned.arm.attn_implementation for planned in made.arms}:
         estimator.check_attention(attention)
     for arm in [planned.arm for planned in made.arms]:

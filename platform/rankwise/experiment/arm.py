@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 
 from rankwise.experiment.hashing import digest, plain
 from rankwise.experiment.metric_names import keys_of, metric_facts, needs_generation
+from rankwise.experiment.module_names import in_tower
 from rankwise.experiment.schema import (
     RENDERING,
     Attention,
@@ -150,7 +151,15 @@ class ArmSpec(Section):
         # The default is left out, so that the keys of queued jobs stay valid.
         if self.attn_implementation != "auto":
             key["attn_implementation"] = self.attn_implementation
+        if self.towers:
+            key["towers"] = True
         return digest(key)
+
+    @property
+    def towers(self) -> bool:
+        """Whether target modules name a vision or audio tower of a multimodal base, which is not loaded otherwise."""
+        targets = self.lora.target_modules
+        return not isinstance(targets, str) and any(map(in_tower, targets))
 
     @cached_property
     def provisional(self) -> bool:

@@ -21,6 +21,20 @@ NOT_TARGETS = frozenset(
         "tok_embeddings", "output", "score", "shared",
     }
 )  # fmt: skip
+TOWERS = frozenset(
+    {
+        "vision_tower", "vision_model", "visual", "vision_encoder", "audio_tower", "audio_model", "embed_vision",
+        "embed_audio", "multi_modal_projector", "mm_projector", "connector", "image_newline",
+    }
+)  # fmt: skip
+"""Modules of multimodal wrappers beside the text model."""
+
+
+def in_tower(name: str) -> bool:
+    """Whether a module, or a target that names a path, is in a vision or audio tower."""
+    return not TOWERS.isdisjoint(name.split("."))
+
+
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NEOX = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 _GPT2 = ("c_attn", "c_proj", "c_fc")

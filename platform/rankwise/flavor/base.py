@@ -356,6 +356,7 @@ def _load_as_recorded(
         device=options.device,
         module_dtype=None if plain else facts.load_dtype,
         attn_implementation=attention,
+        towers=facts.towers,
     )
     if plain:
         return base

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rankwise import __version__
 from rankwise.assets.base import ResolvedBase
-from rankwise.assets.layout import tensors
+from rankwise.assets.layout import read_json, tensors
 from rankwise.exceptions import ConfigError, StorageError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.flavor.base import describe_quantization
@@ -27,7 +27,7 @@ from rankwise.flavor.inputs import BUILT_IN, tokens_of
 from rankwise.flavor.load import LoadedAdapter, load_model
 from rankwise.flavor.package import check_target, placed
 from rankwise.modeling.adapter import adapter_tensors
-from rankwise.modeling.base import DTYPES, load_base, quiet_transformers
+from rankwise.modeling.base import DTYPES, config_from, load_base, quiet_transformers
 from rankwise.modeling.merge import (
     Agreement,
     Reference,
@@ -37,6 +37,7 @@ from rankwise.modeling.merge import (
     take_dequantized,
 )
 from rankwise.modeling.rope import per_row
+from rankwise.modeling.wrappers import loading_of
 from rankwise.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,9 @@ def _merge(loaded: LoadedAdapter, into: Into, dtype: torch.dtype, settings: Sett
             "merge into nf4-dequantized"
         )
     quantization = base.quantization if base.prequantized else QuantizationSpec(load_in_4bit=False)
-    plain = load_base(resolved, quantization, settings, device="cpu", module_dtype=_name(dtype)).model
+    # With the towers of a multimodal wrapper, so that the result is a whole model.
+    towers = base.model.config.get_text_config() is not base.model.config
+    plain = load_base(resolved, quantization, settings, device="cpu", module_dtype=_name(dtype), towers=towers).model
     if base.prequantized:
         plain = plain.dequantize()
     if into == "nf4-dequantized":
@@ -185,14 +188,16 @@ def _measure(
 ) -> Agreement:
     """Load the written model as a user would, and compare it along the registered model's answers."""
     with quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = config_from(read_json(directory / "config.json"))
+        model_class = loading_of(config, towers=True).model_class or AutoModelForCausalLM
+        model, info = model_class.from_pretrained(
             str(directory),
             dtype=dtype,
             attn_implementation=attention,
             local_files_only=True,
-            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **({} if model_class is not AutoModelForCausalLM else {"trust_remote_code": False}),
         )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
     if wrong:

@@ -39,6 +39,7 @@ from rankwise.modeling.decoding.generation import Decoding
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.prequantized import quantization_from
 from rankwise.modeling.quantized_share import share_of_loaded
+from rankwise.modeling.wrappers import has_towers
 from rankwise.settings import Settings
 
 FLAVOR_NAME = "qlora"
@@ -62,6 +63,7 @@ class BaseFacts:
         module_dtype: Of the modules that are not quantized: `load_dtype`, or what they were cast to
             (`prepare_model_for_kbit_training` of peft casts them to float32).
         device_type: `cpu`, `cuda`, ...
+        towers: Whether the towers of a multimodal wrapper were loaded with its text model.
         share_4bit: Share of its weights that are in 4 bit; None in models of releases that did not record it.
         attn_implementation: What its attention ran; None in models of releases that did not record it (`sdpa`).
     """
@@ -76,6 +78,7 @@ class BaseFacts:
     device_type: str
     attn_implementation: str | None = None
     share_4bit: float | None = None
+    towers: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,7 @@ class AdapterMetadata:
                 "module_dtype": base.module_dtype,
                 "device_type": base.device_type,
                 **({} if base.attn_implementation is None else {"attn_implementation": base.attn_implementation}),
+                **({"towers": True} if base.towers else {}),
                 **({} if base.share_4bit is None else {"share_4bit": base.share_4bit}),
             },
             "adapter": {
@@ -165,6 +169,7 @@ class AdapterMetadata:
                     device_type=str(base["device_type"]),
                     attn_implementation=base.get("attn_implementation"),
                     share_4bit=base.get("share_4bit"),
+                    towers=bool(base.get("towers", False)),
                 ),
                 lora=dict(section["adapter"]["lora"]),
                 parameters=int(section["adapter"]["parameters"]),
@@ -354,6 +359,7 @@ def facts_of(base: LoadedBase) -> BaseFacts:
         device_type=base.device.type,
         attn_implementation=base.attention.name,
         share_4bit=base.share_4bit,
+        towers=base.towers,
     )
 
 
@@ -392,6 +398,7 @@ def describe_base(
             device_type=module.device.type,
             attn_implementation=attention_of(plain.config),
             share_4bit=share_of_loaded(plain).share,
+            towers=has_towers(plain),
         ),
         resolved.path,
     )

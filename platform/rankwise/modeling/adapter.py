@@ -53,6 +53,7 @@ from rankwise.modeling.adapter_targets import resolve_patterns, resolve_targets
 from rankwise.modeling.base import expected_warning, skeleton
 from rankwise.modeling.base_copies import check_base_copies, is_base_copy
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
+from rankwise.modeling.wrappers import has_towers
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +327,7 @@ def load_adapter(model: Any, adapter: Path | StoredAdapter, adapter_name: str) -
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_indices(base, config)
     check_base_copies(base, stored.base_copies, str(stored.weights))
-    empty = skeleton(base.config)
+    empty = skeleton(base.config, towers=has_towers(base))
     modules = [name for name, _ in empty.named_modules() if name]
     config = resolve_targets(config, modules, str(directory / CONFIG_NAME))
     told = _check_shapes(base, empty, config, stored.tensors, directory)

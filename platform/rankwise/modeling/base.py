@@ -32,7 +32,7 @@ from rankwise.assets.layout import read_json
 from rankwise.compat.bitsandbytes import disable_cpu_repacking, log_casts_once, quantization_tensors, set_dtypes
 from rankwise.compat.bitsandbytes import is_repacked as layer_is_repacked
 from rankwise.compat.peft import is_adapted_linear
-from rankwise.compat.transformers import experts_as_saved, is_conv1d, is_router, model_class_of, never_quantized
+from rankwise.compat.transformers import experts_as_saved, is_conv1d, is_router, never_quantized
 from rankwise.exceptions import AssetError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.modeling.attention import ResolvedAttention, resolve_attention
@@ -41,6 +41,7 @@ from rankwise.modeling.prequantized import check_stored_quantization
 from rankwise.modeling.quantized_cache import load_or_quantize, make_key
 from rankwise.modeling.quantized_share import share_of_loaded
 from rankwise.modeling.rope import per_row
+from rankwise.modeling.wrappers import build, loading_of
 from rankwise.settings import Settings, compute_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -199,6 +200,7 @@ class LoadedBase:
         attention: The attention implementation, and why it was chosen.
         from_cache: Whether the quantized weights came from the cache.
         prequantized: Whether its files are quantized; they were loaded as they are.
+        towers: Whether the vision and audio towers of a multimodal wrapper were loaded too.
         share_4bit: Share of its weights that are in 4 bit (`modeling.quantized_share`).
     """
 
@@ -216,6 +218,7 @@ class LoadedBase:
     attention: ResolvedAttention
     from_cache: bool
     prequantized: bool
+    towers: bool
     share_4bit: float
 
     @property
@@ -232,11 +235,13 @@ def load_base(
     device: str | None = None,
     module_dtype: str | None = None,
     attn_implementation: str = "auto",
+    towers: bool = False,
 ) -> LoadedBase:
     """Load a base and its tokenizer. Never uses a network, code from the base, or pickles.
 
     `device` (`cpu`, `cuda:1`, ...) defaults to the first GPU, or the CPU; `module_dtype`, that of modules that are not
-    quantized, to the compute dtype. `attn_implementation` is `auto`, or a name of `modeling.attention`.
+    quantized, to the compute dtype. `attn_implementation` is `auto`, or a name of `modeling.attention`. Of a multimodal
+    wrapper, only the text model is loaded, unless `towers` is set.
 
     Raises:
         AssetError: The directory is not a complete base that transformers can load.
@@ -249,7 +254,7 @@ def load_base(
     prequantized = check_stored_quantization(config, quantization, resolved.source)
     dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype)
     loaded = dtype.dtype if module_dtype is None else DTYPES[module_dtype]
-    attention = _attention(config, target, loaded, attn_implementation, resolved.path)
+    attention = _attention(config, target, loaded, attn_implementation, resolved.path, towers)
     logger.info("base %s on %s computes in %s", resolved.source, target, dtype.reason)
     logger.info("base %s runs attention %s", resolved.source, attention.reason)
     fingerprint = fingerprint_base(resolved.path, settings)
@@ -258,7 +263,7 @@ def load_base(
     with quiet_transformers():
         tokenizer = load_tokenizer(resolved.path)
         if prequantized:
-            model, from_cache = _load_model(resolved.path, loaded, target, attention.name, None), False
+            model, from_cache = _load_model(resolved.path, loaded, target, attention.name, None, towers), False
             set_dtypes(model, dtype.dtype, loaded)
             cast_modules(model, loaded)  # transformers leaves them in the dtype of the files.
         elif quantization.bits is not None:
@@ -268,6 +273,7 @@ def load_base(
                 compute_dtype=dtype.name,
                 module_dtype=str(loaded).removeprefix("torch."),
                 device_type=target.type,
+                towers=towers,
             )
             model, from_cache = load_or_quantize(
                 key,
@@ -275,12 +281,12 @@ def load_base(
                 source=resolved.source,
                 revision=resolved.revision,
                 quantize=lambda: _load_model(
-                    resolved.path, loaded, target, attention.name, bnb_config(quantization, dtype.dtype, config)
+                    resolved.path, loaded, target, attention.name, bnb_config(quantization, dtype.dtype, config), towers
                 ),
-                load=lambda path: _load_cached(path, loaded, target, attention.name),
+                load=lambda path: _load_cached(path, loaded, target, attention.name, towers),
             )
         else:
-            model, from_cache = _load_model(resolved.path, loaded, target, attention.name, None), False
+            model, from_cache = _load_model(resolved.path, loaded, target, attention.name, None, towers), False
     # peft and transformers read the base's name from here; it must not be the path of the cache entry.
     model.config.name_or_path = model.name_or_path = str(resolved.path)
     model.eval()
@@ -306,6 +312,7 @@ def load_base(
         attention=attention,
         from_cache=from_cache,
         prequantized=prequantized,
+        towers=towers,
         share_4bit=share.share,
     )
 
@@ -321,12 +328,14 @@ def base_attention(
     """
     target = torch.device(device) if device is not None else default_device()
     dtype = resolve_dtype(target, quantization.bnb_4bit_compute_dtype).dtype
-    return _attention(read_json(resolved.path / "config.json"), target, dtype, requested, resolved.path)
+    return _attention(read_json(resolved.path / "config.json"), target, dtype, requested, resolved.path, False)
 
 
-def _attention(config: Any, device: torch.device, dtype: torch.dtype, requested: str, path: Path) -> ResolvedAttention:
+def _attention(
+    config: Any, device: torch.device, dtype: torch.dtype, requested: str, path: Path, towers: bool
+) -> ResolvedAttention:
     try:
-        model_class = model_class_of(config_from(config))
+        model_class = loading_of(config_from(config), towers=towers).wrapped
     except ConfigError as error:
         raise AssetError(f"base {path} cannot be loaded: {error}") from error
     if model_class is None:
@@ -360,19 +369,22 @@ def load_tokenizer(path: Path) -> Any:
         raise AssetError(f"the tokenizer of {path} cannot be loaded: {error}") from error
 
 
-def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str, config: Any) -> Any:
+def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str, config: Any, towers: bool) -> Any:
     arguments: dict[str, Any] = {} if config is None else {"quantization_config": config}
     index = device.index if device.index is not None else 0
+    loading = loading_of(config_from(read_json(path / "config.json")), towers=towers)
+    if loading.config is not None:
+        arguments |= {"config": loading.config, "key_mapping": loading.key_mapping}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = (loading.model_class or AutoModelForCausalLM).from_pretrained(
             str(path),
             dtype=dtype,
             device_map={"": "cpu" if device.type == "cpu" else index},
             attn_implementation=attention,
             local_files_only=True,
-            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **({} if loading.model_class else {"trust_remote_code": False}),
             **arguments,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -394,9 +406,9 @@ def cast_modules(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _load_cached(path: Path, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
+def _load_cached(path: Path, dtype: torch.dtype, device: torch.device, attention: str, towers: bool) -> Any:
     with experts_as_saved():
-        return _load_model(path, dtype, device, attention, None)
+        return _load_model(path, dtype, device, attention, None, towers)
 
 
 def config_from(source: Any) -> Any:
@@ -433,8 +445,10 @@ def _with_infinities(value: Any) -> Any:
     return [_with_infinities(entry) for entry in value] if isinstance(value, list) else value
 
 
-def skeleton(config: Any) -> Any:
+def skeleton(config: Any, *, towers: bool = False) -> Any:
     """Build an unquantized causal language model without weights from a configuration (or a `config.json`'s content).
+
+    It has the towers of a multimodal wrapper only with `towers`.
 
     Raises:
         ConfigError: No causal language model exists for it.
@@ -445,8 +459,8 @@ def skeleton(config: Any) -> Any:
         del config.quantization_config
     try:
         with torch.device("meta"), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
-    except ValueError as error:
+            model = build(config, towers=towers)
+    except (ValueError, ImportError) as error:
         raise ConfigError(f"there is no causal language model of type {config.model_type!r}: {error}") from error
     model.tie_weights()
     return model.eval()

@@ -37,7 +37,7 @@ import torch
 
 from rankwise.assets.layout import read_json
 from rankwise.exceptions import AssetError, ConfigError
-from rankwise.experiment.module_names import layer_of, layer_sums
+from rankwise.experiment.module_names import in_tower, layer_of, layer_sums
 from rankwise.experiment.schema import LoraSpec, QuantizationSpec
 from rankwise.modeling.attention import check_attention
 from rankwise.modeling.base import (
@@ -144,10 +144,10 @@ class Estimator:
         ConfigError: The architecture is unknown or not a causal language model.
     """
 
-    def __init__(self, config: Any) -> None:
-        """Build the model without weights."""
+    def __init__(self, config: Any, *, towers: bool = False) -> None:
+        """Build the model without weights; with `towers`, all of a multimodal wrapper."""
         self._config = read_config(config)
-        self._model = skeleton(self._config)
+        self._model = skeleton(self._config, towers=towers)
         self.linear = linear_modules(self._model)
         self.with_head = {**self.linear, **_head(self._model)}
         self._quantizable = quantizable(self._model, self._config)
@@ -250,7 +250,7 @@ def match_targets(linear: Mapping[str, tuple[int, int]], targets: Iterable[str] 
         ConfigError: A name matches no linear layer.
     """
     if targets == "all-linear":
-        return dict(linear)
+        return {module: shape for module, shape in linear.items() if not in_tower(module)}
     names = [targets] if isinstance(targets, str) else list(targets)
     unknown = [name for name in names if not any(_means(name, module) for module in linear)]
     if unknown:
@@ -268,6 +268,8 @@ def match_targets(linear: Mapping[str, tuple[int, int]], targets: Iterable[str] 
 
 
 def _means(target: str, module: str) -> bool:
+    if in_tower(module) and not in_tower(target):
+        return False
     return module == target or module.endswith("." + target)
 
 
@@ -329,7 +331,8 @@ class ActivationShape:
         text = config.get_text_config()
         hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
         head = int(getattr(text, "head_dim", None) or hidden // heads)
-        intermediate = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
+        width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+        intermediate = max(width) if isinstance(width, list | tuple) else int(width)  # Gemma 3n has one for each layer.
         experts = int(getattr(text, "num_experts_per_tok", None) or 1)
         keys = int(getattr(text, "num_key_value_heads", None) or heads) * head
         first = {name: outputs for name, (_, outputs) in linear.items() if layer_of(name) == 0}

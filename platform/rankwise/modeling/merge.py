@@ -28,9 +28,10 @@ from rankwise.compat.peft import (
 )
 from rankwise.compat.transformers import is_conv1d
 from rankwise.exceptions import AdapterIntegrityError, ConfigError
-from rankwise.modeling.adapter import adapter_tensors, add_rows
+from rankwise.modeling.adapter import PREFIX, adapter_tensors, add_rows
 from rankwise.modeling.base import expected_warning
 from rankwise.modeling.decoding.generation import Decoding, generate_batch, length_batches
+from rankwise.modeling.wrappers import has_towers
 
 _NAME = "merged"
 
@@ -72,6 +73,9 @@ def merge_adapter(plain: Any, config: LoraConfig, tensors: dict[str, torch.Tenso
     add_rows(plain, config)
     own = copy.deepcopy(config)
     own.base_model_name_or_path = plain.name_or_path  # Otherwise peft warns.
+    if has_towers(plain):
+        # Names that were meant for the text model match in the towers, too.
+        own.target_modules = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors if ".lora_" in name}
     with (
         torch.random.fork_rng(devices=[]),
         expected_warning(DEPRECATED_CHECKPOINTING),

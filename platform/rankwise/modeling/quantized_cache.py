@@ -76,12 +76,16 @@ def make_key(
     compute_dtype: str,
     module_dtype: str,
     device_type: str,
+    towers: bool = False,
 ) -> CacheKey:
-    """The key of a base quantized with these settings, for a kind of device and the installed libraries."""
+    """The key of a base quantized with these settings, for a kind of device and the installed libraries.
+
+    `towers`: whether the base is a multimodal wrapper with its towers.
+    """
     return CacheKey(
         weights=fingerprint.weights,
         config=fingerprint.config,
-        quantization=quantization.effective(),
+        quantization={**quantization.effective(), **({"towers": True} if towers else {})},
         compute_dtype=compute_dtype,
         module_dtype=module_dtype,
         device_type=device_type,

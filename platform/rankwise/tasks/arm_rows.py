@@ -209,10 +209,13 @@ def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSourc
     Raises:
         ConfigError: Lists every name that the base or a table lacks.
     """
-    bases = {path: Estimator(path) for path in {sources.base.path for _, sources in sourced_arms}}
+    bases = {
+        (path, towers): Estimator(path, towers=towers)
+        for path, towers in {(sources.base.path, arm.towers) for arm, sources in sourced_arms}
+    }
     lookups: dict[object, Callable[[], object]] = {}
     for arm, sources in sourced_arms:
-        path, targets = sources.base.path, arm.lora.target_modules
+        path, targets = (sources.base.path, arm.towers), arm.lora.target_modules
         lookups[path, targets] = partial(match_targets, bases[path].linear, targets)
         lookups[path, arm.attn_implementation] = partial(bases[path].check_attention, arm.attn_implementation)
         lookups[path, arm.quantization] = partial(bases[path].check_quantization, arm.quantization, arm.base_model)

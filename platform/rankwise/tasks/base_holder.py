@@ -76,17 +76,25 @@ class BaseHolder:
         self._reporter = reporter
         self._held: _Held | None = None
 
-    def get(self, resolved: ResolvedBase, quantization: QuantizationSpec, attn_implementation: str) -> LoadedBase:
-        """The loaded base, loaded again if it is another one or was changed.
+    def get(
+        self,
+        resolved: ResolvedBase,
+        quantization: QuantizationSpec,
+        attn_implementation: str,
+        towers: bool = False,
+    ) -> LoadedBase:
+        """The loaded base, loaded again if it is another one or was changed; the arguments are those of `load_base`.
 
         Raises:
             ConfigError: The base cannot be quantized this way, or does not support the attention implementation.
         """
         attention = base_attention(resolved, quantization, attn_implementation)
-        key = (str(resolved.path), resolved.revision, quantization, attention.name)
+        key = (str(resolved.path), resolved.revision, quantization, attention.name, towers)
 
         def load() -> LoadedBase:
-            return load_base(resolved, quantization, self._settings, attn_implementation=attn_implementation)
+            return load_base(
+                resolved, quantization, self._settings, attn_implementation=attn_implementation, towers=towers
+            )
 
         return self._hold(key, resolved.source, load)
 
@@ -106,7 +114,7 @@ class BaseHolder:
         )
         if loads_plainly(first, resolved):
             attention = options.attn_implementation or recorded_attention(facts, resolved, facts.quantization)
-            return self.get(resolved, facts.quantization, attention)
+            return self.get(resolved, facts.quantization, attention, facts.towers)
         key = (str(resolved.path), resolved.revision, facts, rows_of(first, resolved), options.attn_implementation)
         return self._hold(key, resolved.source, lambda: load_recorded_base(first, options))
 

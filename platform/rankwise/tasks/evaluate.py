@@ -96,7 +96,8 @@ class BaseIdentity:
 class BaseGroup:
     """Models over one base (`bare` is its own name) whose rows are rendered the same way.
 
-    `other`: the base is quantized differently than when the adapters were trained.
+    `other`: the base is quantized differently than when the adapters were trained. `towers`: it has the towers of a
+    multimodal wrapper.
     """
 
     experiment: str
@@ -104,6 +105,7 @@ class BaseGroup:
     arm: ArmSpec
     bare: str
     other: bool = False
+    towers: bool = False
     models: list[str] = field(default_factory=list)
 
 
@@ -137,10 +139,11 @@ def group_by_base(
         arm=arm.model_copy(update={"quantization": chosen}),
         bare=BARE,
         other=describe_quantization(chosen) != describe_quantization(arm.quantization),
+        towers=arm.towers,
     )
     fingerprint = fingerprint_base(resolved.path, context.settings)
     own_attention = base_attention(resolved, chosen, arm.attn_implementation).name
-    own_base = (fingerprint.digest, describe_quantization(arm.quantization), own_attention)
+    own_base = (fingerprint.digest, describe_quantization(arm.quantization), own_attention, arm.towers)
     own_template = _template_of(arm, resolved) if metadata else _NO_TEMPLATE
     groups = {(*own_base, own_template): own}
     for uri in uris:
@@ -151,7 +154,7 @@ def group_by_base(
         located = resolved if facts.fingerprint == fingerprint else find_base(facts, uri, context.settings)
         used = quantization or facts.quantization
         attention = base_attention(located, used, recorded_attention(facts, located, used)).name
-        base = (facts.fingerprint.digest, describe_quantization(facts.quantization), attention)
+        base = (facts.fingerprint.digest, describe_quantization(facts.quantization), attention, facts.towers)
         if base == own_base and template != own_template and _recorded_template(context, uri) is None:
             template = own_template  # No template is recorded for the adapter; the setup's definition decides.
         key = (*base, template)
@@ -162,6 +165,7 @@ def group_by_base(
                 arm=_over(context, arm, uri, located, used, attention),
                 bare=f"{BARE} of {uri}",
                 other=describe_quantization(used) != describe_quantization(facts.quantization),
+                towers=facts.towers,
             )
         groups[key].models.append(uri)
     for group in groups.values():
@@ -261,7 +265,7 @@ class Evaluator:
         """
         sources = find_sources(setting.arm, self._context.settings, self._context.reporter)
         arm = setting.arm
-        base = self._bases.get(sources.base, arm.quantization, arm.attn_implementation)
+        base = self._bases.get(sources.base, arm.quantization, arm.attn_implementation, arm.towers)
         return self._rows.get(setting.arm, sources, base.tokenizer).examples.train
 
     def evaluate(
@@ -330,7 +334,7 @@ class Evaluator:
     ) -> tuple[int, dict[str, ModelEvaluation]]:
         context, arm = self._context, group.arm
         sources = find_sources(arm, context.settings, context.reporter, base=group.base, training=False)
-        base = self._bases.get(group.base, arm.quantization, arm.attn_implementation)
+        base = self._bases.get(group.base, arm.quantization, arm.attn_implementation, group.towers)
         table = self._rows.get(arm, sources, base.tokenizer)
         examples, _ = table.evaluated
         if not examples:
@@ -446,7 +450,7 @@ def evaluate_claimed(session: Session, jobs: Sequence[Job]) -> None:
     subjects = [_evaluate_job(context, job, token_of(job)) for job in jobs]
     arm = subjects[0].work.arm
     sources = find_sources(arm, context.settings, context.reporter)
-    base = session.bases.get(sources.base, arm.quantization, arm.attn_implementation)
+    base = session.bases.get(sources.base, arm.quantization, arm.attn_implementation, arm.towers)
     session.phase("tokenize")
     table = session.rows.get(arm, sources, base.tokenizer)
     session.phase("evaluate")

@@ -390,7 +390,7 @@ def _check(
     check_names(context, sourced_arms)
     for arm, sources in sourced_arms:
         if bases is not None:
-            base = bases.get(sources.base, arm.quantization, arm.attn_implementation)
+            base = bases.get(sources.base, arm.quantization, arm.attn_implementation, arm.towers)
             tokenizer, vocab_size = base.tokenizer, embedding_rows(base.model)
         else:
             path = str(sources.base.path)

@@ -70,7 +70,9 @@ def load_claimed(session: Session, jobs: Sequence[Job]) -> tuple[LoadedBase, lis
     works = [ArmWork.of(job) for job in jobs]
     assert len({work.arm.pack_key for work in works}) == 1, "they share one base, which is loaded once"
     sources = [find_sources(work.arm, session.settings, session.reporter) for work in works]
-    base = session.bases.get(sources[0].base, works[0].arm.quantization, works[0].arm.attn_implementation)
+    base = session.bases.get(
+        sources[0].base, works[0].arm.quantization, works[0].arm.attn_implementation, works[0].arm.towers
+    )
     session.phase("tokenize")
     arms = [_claimed(session, base, *claimed) for claimed in zip(jobs, works, sources, strict=True)]
     return base, arms

@@ -24,7 +24,11 @@ def world(monkeypatch):
     def group_by_base(context, setting, names, quantization, metadata):
         log.grouped = metadata
         arm = SimpleNamespace(quantization=None, attn_implementation="auto", evaluation=None)
-        return [SimpleNamespace(arm=arm, base=None, bare="base", other=False, models=[*names, "base"], experiment="x")]
+        return [
+            SimpleNamespace(
+                arm=arm, base=None, bare="base", other=False, towers=False, models=[*names, "base"], experiment="x"
+            )
+        ]
 
     def load_model(stored, *, base, settings, allow_base_mismatch):
         log.loaded.append((stored.uri, stored.uri in log.open))

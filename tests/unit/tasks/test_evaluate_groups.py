@@ -30,6 +30,7 @@ def grouped(monkeypatch):
         source=found.source,
         revision=found.revision,
         attn_implementation="auto",
+        towers=False,
     )
     other = arm.model_copy(update={"dataset": arm.dataset.model_copy(update={"chat_template": "plain"})})
     monkeypatch.setattr(base_groups, "find_base", lambda facts, uri, settings: found)

@@ -19,7 +19,7 @@ from rankwise.modeling.rope import rope_scaling
 
 logger = logging.getLogger(__name__)
 
-# How much hidden states may differ between a batch with a mask for its padding and one without, relative to the
+# How much logits may differ between a batch with a mask for its padding and one without, relative to the
 # largest: other kernels round in another way, a layer that looks at padding differs by as much as the numbers do.
 _SAME = {torch.float32: 1e-4}
 _SAME_IN_16_BIT = 3e-2
@@ -169,10 +169,10 @@ class SupervisedLogits:
         tokens = (torch.arange(24, device=device) * 89 % vocabulary).view(2, 12)
         mask = torch.ones_like(tokens)
         mask[0, 7:] = 0
-        arguments = {"input_ids": tokens, "use_cache": False, "output_hidden_states": True}
+        arguments = {"input_ids": tokens, "use_cache": False}
         with install(self._model).segments([]):
             given, left_out = (
-                self._model(**arguments, attention_mask=each).hidden_states[-1][mask.bool()] for each in (mask, None)
+                self._model(**arguments, attention_mask=each).logits[mask.bool()] for each in (mask, None)
             )
         difference, largest = float((given - left_out).abs().max()), float(given.abs().max())
         if difference <= _SAME.get(given.dtype, _SAME_IN_16_BIT) * largest:

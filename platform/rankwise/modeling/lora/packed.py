@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ from rankwise.compat.peft import (
 from rankwise.compat.transformers import is_conv1d, is_router
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.module_names import in_tower
 from rankwise.experiment.schema import LoraSpec
 from rankwise.modeling.base import expected_warning
 from rankwise.modeling.lora.draws import DropoutKey, token_words, uniform
@@ -407,24 +409,34 @@ def _settle_gradients(model: Any, routing: Routing) -> None:
     assert asking == wanted, "a living arm's parameter is not in the model, or is there twice"
 
 
-def _targets(model: Any, lora: LoraSpec) -> list[str]:
+def _targets(model: Any, lora: LoraSpec) -> list[str] | str:
     """Suffixes of the modules to adapt, sorted; checked against the base.
+
+    For a multimodal wrapper it is a regular expression that matches in the text model only (and the towers' modules
+    that are named), so that the adapter also fits the wrapper with its towers.
 
     `all-linear` means what it means in peft: every linear layer but the output head.
     """
     linear = {name for name, module in model.named_modules() if _is_linear(module) and not _inside_lora(name)}
+    # Names that do not say so are not meant for the towers of a multimodal wrapper.
+    towers = {name for name in linear if in_tower(name)}
     head = model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is head}
     if lora.target_modules == "all-linear":
+        if within := _within_text(model, linear - heads - towers):
+            return within
         suffixes = {name.rpartition(".")[2] for name in linear - heads}
         others = {name for name, _ in model.named_modules() if not _inside_lora(name)} - linear
         # Heads, and modules of other kinds with the name of a linear layer, such as routers of mixtures.
-        if suffixes & {name.rpartition(".")[2] for name in heads | others}:
-            return sorted(linear - heads)
+        if towers or suffixes & {name.rpartition(".")[2] for name in heads | others}:
+            return sorted(linear - heads - towers)
         return sorted(suffixes)
     problems = []
+    matching: set[str] = set()
     for target in lora.target_modules:
-        matches = {name for name in linear if name == target or name.endswith(f".{target}")}
+        meant = linear if in_tower(target) else linear - towers
+        matches = {name for name in meant if name == target or name.endswith(f".{target}")}
+        matching |= matches
         if not matches:
             problems.append(f"{target}: no linear layer has that name")
         elif matches & heads:
@@ -432,7 +444,18 @@ def _targets(model: Any, lora: LoraSpec) -> list[str]:
     if problems:
         known = sorted({name.rpartition(".")[2] for name in linear - heads})
         raise ConfigError(f"lora.target_modules do not fit the base: {'; '.join(problems)}; it has {', '.join(known)}")
-    return sorted(lora.target_modules)
+    return _within_text(model, matching) or sorted(matching if towers else lora.target_modules)
+
+
+def _within_text(model: Any, names: Set[str]) -> str | None:
+    """A regular expression for these modules of a multimodal wrapper; None for other models."""
+    part = next((part for part in ("language_model", "text_model") if any(part in n.split(".") for n in names)), None)
+    if part is None or model.config.get_text_config() is model.config:
+        return None
+    inside = {name for name in names if part in name.split(".")}
+    suffixes = "|".join(sorted({name.rpartition(".")[2] for name in inside}))
+    alternatives = [rf"(?:.*\.)?{part}\.(?:.*\.)?(?:{suffixes})", *map(re.escape, sorted(names - inside))]
+    return "|".join(alternatives)
 
 
 def _is_linear(module: Any) -> bool:
