@@ -357,6 +357,7 @@ def _load_as_recorded(
         module_dtype=None if plain else facts.load_dtype,
         attn_implementation=attention,
         towers=facts.towers,
+        kernels=options.kernels,
     )
     if plain:
         return base

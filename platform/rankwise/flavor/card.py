@@ -47,6 +47,7 @@ def model_card(metadata: AdapterMetadata, *, metrics: Mapping[str, float] | None
         ("quantization", how),
         ("computed in", f"{base.compute_dtype} ({base.device_type}), other modules {base.module_dtype}"),
         ("attention", base.attn_implementation or "not recorded"),
+        ("kernels of the logged model", base.kernels),
         ("r", lora.get("r")),
         ("lora_alpha", lora.get("lora_alpha")),
         ("lora_dropout", lora.get("lora_dropout")),

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -27,6 +28,7 @@ from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
 
 from rankwise.assets.input_checks import read_yaml
+from rankwise.assets.layout import read_json
 from rankwise.compat.mlflow import artifact_repository
 from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
 from rankwise.flavor.metadata import (
@@ -40,11 +42,14 @@ from rankwise.flavor.metadata import (
 from rankwise.flavor.package import check_target, check_tokenizer_files, placed
 from rankwise.flavor.signing import SIGNATURE_NAME, Signer, Statement, check_signature
 from rankwise.modeling.adapter import read_adapter
-from rankwise.modeling.fingerprint import WRITTEN_BY_MLFLOW, check_manifest
+from rankwise.modeling.fingerprint import MANIFEST_NAME, WRITTEN_BY_MLFLOW, check_manifest
 from rankwise.redact import redact
 from rankwise.tracking.connection import tracking_errors
 
 logger = logging.getLogger(__name__)
+
+RECORD_NAME = "rankwise.json"
+"""In a downloaded PEFT directory: what was recorded about the adapter, as in `MLmodel`."""
 
 _VERSION = re.compile(r"models:/(?P<name>[^/@]+)/(?P<version>\d+)")
 _ALIAS = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
@@ -310,8 +315,9 @@ def read_metadata(uri: str | Path, *, tracking_uri: str | None = None) -> Adapte
 def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | None = None) -> Path:
     """Download a stored adapter as a plain PEFT directory, checked, complete or not at all; return `directory`.
 
-    The files are those of peft, the tokenizer, the card, and a manifest of them. `adapter_config.json` has the base's
-    source and revision. An earlier, unchanged download in the directory is replaced.
+    The files are those of peft, the tokenizer, the card, what was recorded (`rankwise.json`), and a manifest of them.
+    `adapter_config.json` has the base's source and revision. An earlier, unchanged download in the directory is
+    replaced.
 
     Raises:
         AdapterIntegrityError: A file is not what was stored.
@@ -324,4 +330,19 @@ def download_adapter(uri: str | Path, directory: Path, *, tracking_uri: str | No
         read_adapter(fetched.adapter)
         with placed(target, f"storing {fetched.origin.uri}") as temporary:
             shutil.copytree(fetched.adapter, temporary, dirs_exist_ok=True)
+            section = json.dumps(fetched.metadata.to_section(), indent=1, sort_keys=True) + "\n"
+            (temporary / RECORD_NAME).write_text(section, encoding="utf-8")
     return target
+
+
+def read_record(directory: Path) -> AdapterMetadata | None:
+    """What was recorded about an adapter that `download_adapter` stored, after checking its manifest; None without it.
+
+    Raises:
+        AdapterIntegrityError: A file is not what was stored.
+    """
+    path = directory / RECORD_NAME
+    if not path.is_file() or not (directory / MANIFEST_NAME).is_file():
+        return None
+    check_manifest(directory)
+    return AdapterMetadata.from_section(read_json(path), str(directory))

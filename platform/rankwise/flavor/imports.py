@@ -23,13 +23,14 @@ from transformers import AutoTokenizer
 
 from rankwise.assets.base import ResolvedBase, resolve_base
 from rankwise.assets.layout import read_json
-from rankwise.exceptions import AdapterIntegrityError, AssetError, ConfigError
+from rankwise.exceptions import AdapterIntegrityError, AssetError, BaseMismatchError, ConfigError
+from rankwise.experiment.module_names import in_tower
 from rankwise.experiment.schema import NAMED_QUANTIZATIONS, QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
 from rankwise.flavor.base import describe_quantization
-from rankwise.flavor.fetch import Origin, local_path, obtain, resolve_uri
+from rankwise.flavor.fetch import Origin, local_path, obtain, read_record, resolve_uri
 from rankwise.flavor.foreign import Foreign, ImportFinding, compare_saved_base, read_foreign
-from rankwise.flavor.metadata import FLAVOR_NAME
+from rankwise.flavor.metadata import FLAVOR_NAME, AdapterMetadata
 from rankwise.flavor.package import check_tokenizer_files
 from rankwise.flavor.store import log_adapter
 from rankwise.modeling.adapter import (
@@ -41,7 +42,7 @@ from rankwise.modeling.adapter import (
 )
 from rankwise.modeling.adapter_config import CONFIG_NAME
 from rankwise.modeling.base import LoadedBase, load_base, quiet_transformers
-from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest
+from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest, fingerprint_base
 from rankwise.modeling.module_patterns import shown
 from rankwise.modeling.prequantized import stored_quantization
 from rankwise.settings import Settings
@@ -112,15 +113,19 @@ def import_adapter(
         foreign = read_foreign(directory, str(uri))
         adapter = _copy(foreign, Path(scratch))
         resolved, findings = _base(foreign, base_model, base_revision, chosen)
-        if foreign.saved_base is not None:
+        record = read_record(foreign.adapter)
+        if record is not None:
+            findings.append(_proven(record, resolved, chosen))
+        elif foreign.saved_base is not None:
             count = compare_saved_base(foreign.saved_base, resolved.path, resolved.source)
             text = f"{count} tensors of the base's copy that was saved with the adapter are those of {resolved.source}"
             findings.append(ImportFinding(code="base_compared", text=text))
         else:
             text = f"nothing that was stored proves that {resolved.source} is the base that the adapter was trained on"
             findings.append(ImportFinding(code="base_not_proven", text=text))
-        spec, came_from = _quantization(foreign, quantization, resolved, findings)
-        base = load_base(resolved, spec, chosen, device=device)
+        spec, came_from = _quantization(foreign, quantization, resolved, record, findings)
+        towers = any(map(in_tower, adapter.tensors))
+        base = load_base(resolved, spec, chosen, device=device, towers=towers)
         adapter, loading = _attach(base, adapter)
         findings += loading
         tokenizer = _tokenizer(foreign.tokenizer) if foreign.tokenizer is not None else base.tokenizer
@@ -129,7 +134,7 @@ def import_adapter(
             base,
             tokenizer,
             registered_model_name=name,
-            system=system,
+            system=system if system is not None or record is None else record.system,
             tags=_tags(origin, foreign, came_from, findings),
             description=f"Imported from {uri} ({foreign.kind}).\n\n" + "\n".join(f"- {one.text}" for one in findings),
             tracking_uri=tracking_uri,
@@ -201,11 +206,34 @@ def _base(
     return resolve_base(named, revision, settings), findings
 
 
+def _proven(record: AdapterMetadata, base: ResolvedBase, settings: Settings) -> ImportFinding:
+    """Compare a base with the one that rankwise recorded for an adapter that `rankwise pull` stored.
+
+    Raises:
+        BaseMismatchError: It is another base.
+    """
+    recorded, found = record.base.fingerprint, fingerprint_base(base.path, settings)
+    if recorded != found:
+        raise BaseMismatchError(
+            f"base {base.source} is not the one that the adapter was trained on: "
+            f"{'; '.join(found.differences(recorded))}. It was trained on {record.base.source} at "
+            f"{record.base.revision} (--base)"
+        )
+    text = f"the base's fingerprint that was recorded with the adapter is that of {base.source}"
+    return ImportFinding(code="base_compared", text=text)
+
+
 def _quantization(
-    foreign: Foreign, given: QuantizationSpec | None, base: ResolvedBase, findings: list[ImportFinding]
+    foreign: Foreign,
+    given: QuantizationSpec | None,
+    base: ResolvedBase,
+    record: AdapterMetadata | None,
+    findings: list[ImportFinding],
 ) -> tuple[QuantizationSpec, str]:
     if given is not None:
         return given, "given"
+    if record is not None:
+        return record.base.quantization, "recorded"
     if (stored := stored_quantization(read_json(base.path / "config.json"))) is not None:
         return stored, "recorded"  # In the base's own files.
     if foreign.quantization is not None:

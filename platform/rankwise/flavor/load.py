@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer
@@ -28,7 +28,7 @@ from rankwise.flavor.package import LoadOptions
 from rankwise.modeling.adapter import (
     load_adapter,
 )
-from rankwise.modeling.base import LoadedBase, quiet_transformers
+from rankwise.modeling.base import Kernels, LoadedBase, quiet_transformers
 from rankwise.modeling.lora.packed import uninstall
 from rankwise.settings import Settings
 
@@ -66,6 +66,7 @@ def load_model(
     settings: Settings | None = None,
     *,
     attn_implementation: str | None = None,
+    kernels: Kernels = "exact",
     base: LoadedBase | None = None,
     tracking_uri: str | None = None,
 ) -> LoadedAdapter:
@@ -85,6 +86,8 @@ def load_model(
         attn_implementation: By default what training used, where that runs on this device, and the fastest supported
             one elsewhere; or `auto`, `sdpa`, `eager`, `flash_attention_2`, `flex_attention`.
         settings: Where caches and bases are; by default from the environment.
+        kernels: `exact` computes what rankwise trains and evaluates with. `library` lets bitsandbytes choose: on CPUs
+            with AVX512-BF16 it repacks 4-bit weights, and the logits are those of a plain peft model there.
         base: A base in memory to use.
         tracking_uri: By default MLflow's current store.
 
@@ -103,6 +106,7 @@ def load_model(
         device=device,
         settings=settings,
         attn_implementation=attn_implementation,
+        kernels=kernels,
         base=base,
         tracking_uri=tracking_uri,
     )[0]
@@ -117,6 +121,7 @@ def load_models(
     settings: Settings | None = None,
     *,
     attn_implementation: str | None = None,
+    kernels: Kernels = "exact",
     base: LoadedBase | None = None,
     find: Callable[[Fetched, LoadOptions], LoadedBase] | None = None,
     tracking_uri: str | None = None,
@@ -131,6 +136,10 @@ def load_models(
     """
     if not uris:
         raise ConfigError("load_models needs at least one model")
+    if kernels not in get_args(Kernels):
+        raise ConfigError(f"kernels must be exact or library, got {kernels!r}")
+    if base is not None and kernels != base.kernels:
+        raise ConfigError(f"base is a base in memory with {base.kernels} kernels, got kernels={kernels!r}")
     if base is not None and any(given is not None for given in (base_model, quantization, device, attn_implementation)):
         raise ConfigError(
             "base is a base in memory: leave out base_model, quantization, device and attn_implementation"
@@ -142,6 +151,7 @@ def load_models(
         allow_base_mismatch=allow_base_mismatch,
         device=device,
         attn_implementation=attn_implementation,
+        kernels=kernels,
     )
     with ExitStack() as stack:
         fetched = [uri if isinstance(uri, Fetched) else stack.enter_context(fetch(uri, tracking_uri)) for uri in uris]

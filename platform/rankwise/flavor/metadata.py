@@ -34,7 +34,7 @@ from rankwise.digests import canonical_json, content_digest
 from rankwise.exceptions import AdapterIntegrityError, BaseMismatchError, ConfigError
 from rankwise.experiment.schema import QuantizationSpec
 from rankwise.experiment.source import HubSource, parse_source
-from rankwise.modeling.base import LoadedBase
+from rankwise.modeling.base import LoadedBase, is_repacked
 from rankwise.modeling.decoding.generation import Decoding
 from rankwise.modeling.fingerprint import Fingerprint, fingerprint_base
 from rankwise.modeling.prequantized import quantization_from
@@ -63,6 +63,8 @@ class BaseFacts:
         module_dtype: Of the modules that are not quantized: `load_dtype`, or what they were cast to
             (`prepare_model_for_kbit_training` of peft casts them to float32).
         device_type: `cpu`, `cuda`, ...
+        kernels: What the model that was logged computed with: `exact`, or `library` if bitsandbytes had repacked its
+            4-bit weights. Numbers that were measured with it belong to that.
         towers: Whether the towers of a multimodal wrapper were loaded with its text model.
         share_4bit: Share of its weights that are in 4 bit; None in models of releases that did not record it.
         attn_implementation: What its attention ran; None in models of releases that did not record it (`sdpa`).
@@ -79,6 +81,7 @@ class BaseFacts:
     attn_implementation: str | None = None
     share_4bit: float | None = None
     towers: bool = False
+    kernels: str = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,7 @@ class AdapterMetadata:
                 "device_type": base.device_type,
                 **({} if base.attn_implementation is None else {"attn_implementation": base.attn_implementation}),
                 **({"towers": True} if base.towers else {}),
+                **({} if base.quantization.bits != 4 else {"kernels": base.kernels}),
                 **({} if base.share_4bit is None else {"share_4bit": base.share_4bit}),
             },
             "adapter": {
@@ -170,6 +174,7 @@ class AdapterMetadata:
                     attn_implementation=base.get("attn_implementation"),
                     share_4bit=base.get("share_4bit"),
                     towers=bool(base.get("towers", False)),
+                    kernels=str(base.get("kernels", "exact")),
                 ),
                 lora=dict(section["adapter"]["lora"]),
                 parameters=int(section["adapter"]["parameters"]),
@@ -360,6 +365,7 @@ def facts_of(base: LoadedBase) -> BaseFacts:
         attn_implementation=base.attention.name,
         share_4bit=base.share_4bit,
         towers=base.towers,
+        kernels=base.kernels,
     )
 
 
@@ -399,6 +405,7 @@ def describe_base(
             attn_implementation=attention_of(plain.config),
             share_4bit=share_of_loaded(plain).share,
             towers=has_towers(plain),
+            kernels="library" if is_repacked(plain) else "exact",
         ),
         resolved.path,
     )

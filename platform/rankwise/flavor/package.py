@@ -50,7 +50,7 @@ from rankwise.flavor.metadata import (
 from rankwise.flavor.signing import Statement, sign
 from rankwise.modeling.adapter import WEIGHTS_NAME, StoredAdapter
 from rankwise.modeling.adapter_config import write_adapter_config
-from rankwise.modeling.base import expected_warning, quiet_transformers
+from rankwise.modeling.base import Kernels, expected_warning, quiet_transformers
 from rankwise.modeling.fingerprint import MANIFEST_NAME, check_manifest, write_manifest
 from rankwise.settings import Settings
 
@@ -110,6 +110,7 @@ class LoadOptions:
     allow_base_mismatch: bool = False
     device: str | None = None
     attn_implementation: str | None = None
+    kernels: Kernels = "exact"
 
 
 with expected_warning(PYFUNC_IMPORT_WARNING):
@@ -121,6 +122,7 @@ MODEL_CONFIG: dict[str, Any] = {
     "device": None,
     "allow_base_mismatch": False,
     "attn_implementation": None,
+    "kernels": "exact",
 }
 _LORA_KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora", "bias",

@@ -1,7 +1,8 @@
 """The stored adapter as MLflow's Python function: any form of prompt in, a list of texts out.
 
 `mlflow.pyfunc.load_model(uri)`, `mlflow models serve` and `mlflow.models.evaluate` call `_load_pyfunc`. At load, they
-accept `model_config={"base_model": ..., "device": ..., "allow_base_mismatch": True, "attn_implementation": ...}`.
+accept `model_config={"base_model": ..., "device": ..., "allow_base_mismatch": True, "attn_implementation": ...,
+"kernels": "library"}`.
 
 Over HTTP, send chats of different lengths as `{"inputs": [{"messages": [...]}, ...]}` or as a table: MLflow's server
 converts a bare list of them to an array, and refuses it.
@@ -110,6 +111,7 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Qlora
             device=values["device"],
             allow_base_mismatch=bool(values["allow_base_mismatch"]),
             attn_implementation=values["attn_implementation"],
+            kernels=values["kernels"],
         ),
     )
     return QloraModel(adapter)

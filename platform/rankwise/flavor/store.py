@@ -250,10 +250,11 @@ def _write_live(
 ) -> BaseFacts:
     """Write the adapter of a live model as a PEFT directory, and return the facts of its base."""
     name = _adapter_name(model, adapter_name)
-    # A load uses the base as its files have it, so this model has to give the same answers from here on.
-    hold_exact(model)
     if is_repacked(model):
         logger.warning(REPACKED)
+    elif not (isinstance(base, LoadedBase) and base.kernels == "library"):
+        # A load uses the base as its files have it, so this model has to give the same answers from here on.
+        hold_exact(model)
     facts, path = describe_base(model, name, base, base_revision, settings)
     save_adapter(model, name, directory, base_source=facts.source, base_revision=facts.revision, base_path=path)
     return facts

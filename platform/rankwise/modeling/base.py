@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -44,6 +44,7 @@ from rankwise.modeling.rope import per_row
 from rankwise.modeling.wrappers import build, loading_of
 from rankwise.settings import Settings, compute_dtype
 
+Kernels = Literal["exact", "library"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,8 +106,9 @@ def _fast_bfloat16_on_cpu() -> str | None:
 
 REPACKED = (
     "bitsandbytes has repacked the 4-bit weights of this model for AVX512-BF16, which rounds their scales and computes "
-    "in bfloat16. A stored adapter is loaded over the base without that rounding, so its results differ slightly from "
-    "this model's. To prevent this, call rankwise.modeling.base.hold_exact(model) right after loading a base"
+    "in bfloat16. By default a stored adapter is loaded over the base without that rounding, so its results differ "
+    "slightly from this model's; load_model(..., kernels='library') gives this model's. To prevent it, call "
+    "rankwise.modeling.base.hold_exact(model) right after loading a base"
 )
 
 
@@ -201,6 +203,7 @@ class LoadedBase:
         from_cache: Whether the quantized weights came from the cache.
         prequantized: Whether its files are quantized; they were loaded as they are.
         towers: Whether the vision and audio towers of a multimodal wrapper were loaded too.
+        kernels: Whether 4-bit layers compute exactly, or as bitsandbytes chooses (see the module).
         share_4bit: Share of its weights that are in 4 bit (`modeling.quantized_share`).
     """
 
@@ -219,6 +222,7 @@ class LoadedBase:
     from_cache: bool
     prequantized: bool
     towers: bool
+    kernels: Kernels
     share_4bit: float
 
     @property
@@ -236,12 +240,14 @@ def load_base(
     module_dtype: str | None = None,
     attn_implementation: str = "auto",
     towers: bool = False,
+    kernels: Kernels = "exact",
 ) -> LoadedBase:
     """Load a base and its tokenizer. Never uses a network, code from the base, or pickles.
 
     `device` (`cpu`, `cuda:1`, ...) defaults to the first GPU, or the CPU; `module_dtype`, that of modules that are not
     quantized, to the compute dtype. `attn_implementation` is `auto`, or a name of `modeling.attention`. Of a multimodal
-    wrapper, only the text model is loaded, unless `towers` is set.
+    wrapper, only the text model is loaded, unless `towers` is set. `kernels` is `exact`, or `library`: what a plain
+    peft model computes on CPUs with AVX512-BF16.
 
     Raises:
         AssetError: The directory is not a complete base that transformers can load.
@@ -291,7 +297,8 @@ def load_base(
     model.config.name_or_path = model.name_or_path = str(resolved.path)
     model.eval()
     model.requires_grad_(False)
-    hold_exact(model)
+    if kernels == "exact":
+        hold_exact(model)
     share = share_of_loaded(model)
     if quantization.bits == 4 and share.warning:
         logger.warning("base %s: %s", resolved.source, share.warning)
@@ -313,6 +320,7 @@ def load_base(
         from_cache=from_cache,
         prequantized=prequantized,
         towers=towers,
+        kernels=kernels,
         share_4bit=share.share,
     )
 

@@ -112,10 +112,11 @@ class BaseHolder:
             base_model=options.base_model,
             allow_base_mismatch=options.allow_base_mismatch,
         )
-        if loads_plainly(first, resolved):
+        if loads_plainly(first, resolved) and options.kernels == "exact":
             attention = options.attn_implementation or recorded_attention(facts, resolved, facts.quantization)
             return self.get(resolved, facts.quantization, attention, facts.towers)
-        key = (str(resolved.path), resolved.revision, facts, rows_of(first, resolved), options.attn_implementation)
+        asked = (options.attn_implementation, options.kernels)
+        key = (str(resolved.path), resolved.revision, facts, rows_of(first, resolved), asked)
         return self._hold(key, resolved.source, lambda: load_recorded_base(first, options))
 
     def _hold(self, key: tuple[object, ...], source: str, load: Callable[[], LoadedBase]) -> LoadedBase:

@@ -167,3 +167,19 @@ def test_a_head_that_was_trained_itself_is_refused_with_that_reason(world, store
     save_file(tensors, tmp_path / "a" / WEIGHTS_NAME)
     with pytest.raises(BaseMismatchError, match=r"its own copy of lm_head\.weight, shape .* which is not the base's"):
         import_adapter(tmp_path / "a", "heads", base_model=world.base_path, settings=world.settings)
+
+
+def test_what_rankwise_pulled_is_imported_with_its_proof(world, store, tmp_path):
+    pulled = flavor.download_adapter(world.saved, tmp_path / "pulled")
+    done = import_adapter(pulled, "returned", base_model=world.base_path, settings=world.settings)
+    assert codes(done) == ["base_compared"]
+    assert done.quantization_from == "recorded"
+    loaded = flavor.load_model(done.uri, settings=world.settings)
+    assert torch.equal(logits(loaded.model), world.logits)
+    other = make_base(tmp_path / "other", seed=9)
+    with pytest.raises(BaseMismatchError, match=r"is not the one that the adapter was trained on: weights: sha256"):
+        import_adapter(pulled, "returned", base_model=other, settings=world.settings)
+    changed = shutil.copytree(pulled, tmp_path / "changed")
+    (changed / "rankwise.json").write_text((changed / "rankwise.json").read_text().replace("nf4", "fp4"))
+    with pytest.raises(AdapterIntegrityError, match=r"rankwise\.json"):
+        import_adapter(changed, "returned", base_model=world.base_path, settings=world.settings)
