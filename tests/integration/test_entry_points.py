@@ -135,7 +135,7 @@ def trained(world, renderer, path, side):
     """Prompts in training, or of `evaluate --data` and `promote --data`; rows without a value are left out."""
     dataset = DatasetSpec(train=str(path), **DATASET)
     data = resolve_data(str(path), None, world.settings)
-    sources = (data, None) if side == "train" else (None, data)
+    sources = ([data], None) if side == "train" else (None, [data])
     examples = load_examples(replace_eval(dataset, path), *sources, renderer, world.settings)
     return [example.prompt for example in getattr(examples, side)]
 

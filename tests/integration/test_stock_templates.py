@@ -107,7 +107,7 @@ def encode(path, kind, renderer):
     row = {"messages": KINDS[kind]} | ({"tools": TOOLS} if kind == "tools" else {})
     # As JSON texts, so that Arrow does not give every message all keys.
     table = datasets.Dataset.from_list([{name: json.dumps(cell) for name, cell in row.items()}])
-    (example,) = build_examples(DatasetSpec(train="x"), table, None, renderer).train
+    (example,) = build_examples(DatasetSpec(train="x"), [table], None, renderer).train
     return example, mask_examples([example], renderer, None)
 
 

@@ -112,13 +112,13 @@ def _document(assessments: dict[str, Assessment], runs: dict[str, dict[str, str]
     rows = []
     for quantization, assessment in assessments.items():
         for name, model in assessment.models.items():
-            record = model.rows.inputs[-1]
+            records = [{"source": record.source, "digest": record.digest} for record in model.rows.evaluation_inputs]
             rows.append(
                 {
                     "model": model.uri or name,
                     "quantization": quantization or None,
                     "run_id": runs.get(quantization, {}).get(name),
-                    "data": {"source": record.source, "digest": record.digest},
+                    "data": records[0] if len(records) == 1 else records,
                     "base": asdict(model.base),
                     "metrics": {key: value.to_json() for key, value in model.evaluation.metrics.items()},
                 }

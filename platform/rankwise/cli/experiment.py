@@ -77,7 +77,7 @@ def plan(file: Path, overrides: tuple[str, ...], estimates: bool, as_json: bool)
     """Show the arms of the experiment FILE, their hashes, and their estimated cost."""
     experiment = load_experiment(file, overrides)
     spec = experiment.spec
-    made = make_plan(experiment, count_rows(spec.dataset.train))
+    made = make_plan(experiment, count_rows(train) if isinstance(train := spec.dataset.train, str) else None)
     if estimates:
         config = base_config(spec)
         if config is None:

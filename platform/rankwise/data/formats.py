@@ -164,6 +164,17 @@ class RowMapping:
             values=values,
         )
 
+    def reads_like(self, other: RowMapping) -> bool:
+        """Whether both make the same of a row. Templates are compared without the key that they came from."""
+
+        def unnamed(template: RowTemplate | None) -> RowTemplate | None:
+            return None if template is None else replace(template, key="")
+
+        def facts(mapping: RowMapping) -> RowMapping:
+            return replace(mapping, prompt=unnamed(mapping.prompt), completion=unnamed(mapping.completion))
+
+        return facts(self) == facts(other)
+
     def convert(self, row: Mapping[str, Any], row_id: str) -> Conversion:
         """Make the conversation of one row, without the definition's system message (see `with_system`).
 

@@ -353,7 +353,7 @@ def _overlap_warnings(
 
 def _pairs(row: Example, supervise: Supervise) -> list[tuple[str, str]]:
     """The key of what comes before each answer of a row, and the answer."""
-    keys = row_keys(row, None, supervise)
+    keys = row_keys(row, (), supervise)
     if not row.messages:
         return [(keys[0], "")]
     places = row.chat.answers[-len(keys) :]

@@ -1,18 +1,14 @@
-"""Table rows to examples: the train/eval split, limits, and what was left out.
-
-Split and limits order rows by a SHA-256 of the seed and of the row, not by a random generator, so the choice is the
-same on every machine and changes little when the table gains rows.
-"""
+"""Table rows to examples: of one or several sources, within splits and limits, and what was left out."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.data.chat import (
     CALL_ROLES,
@@ -27,80 +23,18 @@ from rankwise.data.chat import (
 )
 from rankwise.data.formats import RowMapping
 from rankwise.data.masks import Supervise, reference
+from rankwise.data.selection import Pick, Split, choose, mix, split_groups, split_sources
 from rankwise.data.spilled import Spilled
 from rankwise.data.template import Renderer, RenderError
 from rankwise.data.training_table import open_table
 from rankwise.exceptions import DatasetError
+from rankwise.experiment.schema import EvalSplit
 from rankwise.reporter import SILENT, Advance, Reporter
 
 if TYPE_CHECKING:
     from rankwise.assets.dataset import ResolvedData
     from rankwise.experiment.schema import DatasetSpec
     from rankwise.settings import Settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Positions of rows on either side, in the table's order."""
-
-    train: list[int]
-    eval: list[int]
-    left_out: list[int]
-    """Rows of the last evaluation group beyond the wanted number: they belong to neither side."""
-
-
-def split_groups(groups: Sequence[str], rows: int, seed: int) -> Split:
-    """Choose `rows` evaluation rows so that no group lies on both sides.
-
-    Groups are taken for evaluation in the order of `sha256(seed, group)` until they have at least `rows` rows. Of the
-    last group only as many rows stay as are wanted, the first of the table; its others are left out. New rows elsewhere
-    in the table change a group's side only where they come before it in that order.
-
-    Args:
-        groups: For each row of the table what must not lie on both sides, for example the prompt.
-        rows: Number of evaluation rows.
-        seed: Another seed gives another split.
-
-    Raises:
-        DatasetError: Nothing would be left to train on.
-    """
-    members: dict[str, list[int]] = {}
-    for position, group in enumerate(groups):
-        members.setdefault(group, []).append(position)
-    taken: list[int] = []
-    left_out: list[int] = []
-    order = sorted(members, key=lambda group: _rank(seed, "group", group))
-    used = 0
-    while len(taken) < rows and used < len(order):
-        block = members[order[used]]
-        room = rows - len(taken)
-        taken += block[:room]
-        left_out += block[room:]
-        used += 1
-    if len(taken) < rows or used == len(order):
-        raise DatasetError(
-            f"dataset.eval: rows is {rows:,}, but the table has {len(groups):,} rows with {len(members):,} different "
-            "prompts. Equal prompts must be on one side, so no rows would be left to train on; reduce rows, or provide "
-            "a separate evaluation set"
-        )
-    outside = {*taken, *left_out}
-    train = [position for position in range(len(groups)) if position not in outside]
-    return Split(train=train, eval=sorted(taken), left_out=sorted(left_out))
-
-
-def choose(ids: Sequence[str], limit: int | None, seed: int, side: str) -> list[int]:
-    """Positions of at most `limit` rows, in the order given: those whose `sha256(seed, side, id)` is smallest.
-
-    A larger limit keeps the rows of a smaller one.
-    """
-    if limit is None or limit >= len(ids):
-        return list(range(len(ids)))
-    ranked = sorted(range(len(ids)), key=lambda position: _rank(seed, side, ids[position]))
-    return sorted(ranked[:limit])
-
-
-def _rank(seed: int, kind: Hashable, text: str) -> bytes:
-    return hashlib.sha256(f"{seed}\x00{kind}\x00{text}".encode()).digest()
 
 
 READ_ROWS = 1000
@@ -114,7 +48,8 @@ class Example:
     """One row as a conversation that ends with an answer, or as a document (no messages, an empty prompt)."""
 
     id: str
-    """The row's `id` column, or its number in the source (from 0)."""
+    """The row's `id` column, or its number in the source (from 0); of several sources `LABEL/ID`, and `#2` at its
+    second copy."""
     messages: tuple[Message, ...]
     prompt: str
     """Rendered text up to where the last answer begins, with the generation prompt."""
@@ -126,6 +61,8 @@ class Example:
     """The first messages, whose answers are read and not learned."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The row as it was, for metrics."""
+    source: str = ""
+    """The label of the row's source; empty where there is only one."""
 
     @property
     def chat(self) -> Chat:
@@ -143,53 +80,77 @@ class Examples:
     """Rows left out, by `SIDE: reason`."""
     notes: tuple[str, ...] = ()
     """Remarks on how the rows were read; preflight shows them as warnings."""
-    mapping: RowMapping | None = None
-    """How the training rows were read (or the evaluation rows, where these are all)."""
+    mappings: tuple[RowMapping, ...] = ()
+    """How the training rows of each source were read (or the evaluation rows, where these are all)."""
+
+    @property
+    def mapping(self) -> RowMapping | None:
+        """How the rows were read, where all sources are read alike."""
+        if not self.mappings or not all(self.mappings[0].reads_like(other) for other in self.mappings[1:]):
+            return None
+        return self.mappings[0]
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats of the sources."""
+        return tuple(dict.fromkeys(mapping.format for mapping in self.mappings))
 
 
 def load_examples(
     dataset: DatasetSpec,
-    train: ResolvedData | None,
-    eval: ResolvedData | None,
+    train: Sequence[ResolvedData] | None,
+    eval: Sequence[ResolvedData] | None,
     renderer: Renderer,
     settings: Settings,
     progress: Reporter | None = None,
 ) -> Examples:
-    """Read the definition's tables and make examples of their rows; see `build_examples`.
+    """Read the tables of a definition's sources and make examples of their rows; see `build_examples`.
 
     Raises:
         AssetError: A table cannot be read.
         DatasetError: The rows do not fit the definition.
     """
-    return build_examples(
-        dataset,
-        None if train is None else open_table(dataset, train, settings, progress),
-        None if eval is None else open_table(dataset, eval, settings, progress),
-        renderer,
-        progress,
-        scratch=settings.cache / "scratch",
-    )
+
+    def tables(side: Side, resolved: Sequence[ResolvedData] | None) -> list[Any] | None:
+        if resolved is None:
+            return None
+        parts = single_sources(dataset, side)
+        return [open_table(part, data, settings, progress) for (_, part), data in zip(parts, resolved, strict=True)]
+
+    scratch = settings.cache / "scratch"
+    return build_examples(dataset, tables("train", train), tables("eval", eval), renderer, progress, scratch=scratch)
+
+
+Side = Literal["train", "eval"]
+
+
+def single_sources(dataset: DatasetSpec, side: Side) -> list[tuple[str, DatasetSpec]]:
+    """The label of each source of a side, empty where the definition has one, and the section for it alone."""
+    given = dataset.train if side == "train" else dataset.eval
+    if not isinstance(given, tuple):
+        return [("", dataset)]
+    return [(source.named, dataset.single(source, side)) for source in given]
 
 
 def build_examples(
     dataset: DatasetSpec,
-    train_table: Any | None,
-    eval_table: Any | None,
+    train_tables: Sequence[Any] | None,
+    eval_tables: Sequence[Any] | None,
     renderer: Renderer,
     progress: Reporter | None = None,
     *,
     scratch: Path | None = None,
 ) -> Examples:
-    """Make examples of tables (`datasets.Dataset`).
+    """Make examples of tables (`training_table.Table`), one for each source.
 
-    With `dataset.eval` a split, `split_groups` takes the evaluation rows out of the training table. Then
-    `dataset.limit` chooses on each side (`choose`, with the split's seed, or 0). Only what was chosen is rendered.
-    Rows with an empty cell in a column that the templates use, and chats without an answer, are left out and counted.
+    With `dataset.eval` a split, `selection` takes the evaluation rows out of the training tables. Then `dataset.limit`
+    and the weights of sources choose on each side, with the split's seed, or 0. Only what was chosen is rendered. Rows
+    with an empty cell in a column that the templates use, and chats without an answer, are left out and counted.
 
     Args:
         dataset: The definition's section.
-        train_table: Rows to train on; None to make examples of `eval_table` alone, where only these are needed.
-        eval_table: Rows to evaluate on; None where there are none, or where they are a split of the others.
+        train_tables: Rows to train on; None to make examples of `eval_tables` alone, where only these are needed.
+        eval_tables: Rows to evaluate on; None where there are none, or where they are a split of the others.
         renderer: Makes texts of conversations.
         progress: Reports finished rows.
         scratch: Directory of the examples of long tables, which are not kept in memory (`SPILLED_ROWS`).
@@ -200,42 +161,119 @@ def build_examples(
     notes: list[str] = []
     dropped: dict[str, int] = {}
     shown = progress or SILENT
-    with shown.task("reading rows", len(train_table or ()) + len(eval_table or ()), "rows") as advance:
-        train = None if train_table is None else _Table.scan(train_table, dataset, "train", notes, dropped, advance)
-        evaluation = None if eval_table is None else _Table.scan(eval_table, dataset, "eval", notes, dropped, advance)
-    seed = 0
-    train_rows = [] if train is None else list(range(len(train.ids)))
-    eval_source, eval_rows = evaluation, [] if evaluation is None else list(range(len(evaluation.ids)))
-    if dataset.eval is not None and not isinstance(dataset.eval, str) and evaluation is None:
-        assert train is not None, "a split needs the table that it is taken from"
-        seed = dataset.eval.seed
-        split = split_groups(train.groups, dataset.eval.rows, seed)
-        train_rows, eval_source, eval_rows = split.train, train, split.eval
-        if split.left_out:
-            dropped["split: shares a prompt with evaluation rows"] = len(split.left_out)
-    limit = dataset.limit
-    if train is not None:
-        train_rows = _limited(train, train_rows, limit.train, seed, "train", notes)
-    if eval_source is not None:
-        eval_rows = _limited(eval_source, eval_rows, limit.eval, seed, "eval", notes)
-    with shown.task("rendering prompts", len(train_rows) + len(eval_rows), "rows") as advance:
+    count = sum(len(table) for table in (*(train_tables or ()), *(eval_tables or ())))
+    with shown.task("reading rows", count, "rows") as advance:
+
+        def scan(side: Side, tables: Sequence[Any] | None) -> list[_Table]:
+            groups = _Groups()
+            parts = [] if tables is None else zip(single_sources(dataset, side), tables, strict=True)
+            return [
+                _Table.scan(table, part, side, label, groups, notes, dropped, advance) for (label, part), table in parts
+            ]
+
+        train, evaluation = scan("train", train_tables), scan("eval", eval_tables)
+    _check_kinds([*train, *evaluation])
+    seed = dataset.eval.seed if isinstance(dataset.eval, EvalSplit) and eval_tables is None else 0
+    train_rows = [list(range(len(table.ids))) for table in train]
+    if isinstance(dataset.eval, EvalSplit) and eval_tables is None:
+        assert train, "a split needs the tables that it is taken from"
+        splits = _split(train, dataset.eval.rows, seed)
+        if lost := sum(len(split.left_out) for split in splits):
+            dropped["split: shares a prompt with evaluation rows"] = lost
+        train_rows = [split.train for split in splits]
+        eval_picks = [Pick(place, row) for place, split in enumerate(splits) for row in split.eval]
+        eval_source = train
+    else:
+        eval_picks = _evaluated(dataset, evaluation)
+        eval_source = evaluation
+    train_picks = _mixed(dataset, train, train_rows, seed, notes)
+    eval_picks = _limited(eval_source, eval_picks, dataset.limit.eval, seed, "eval", notes)
+    with shown.task("rendering prompts", len(train_picks) + len(eval_picks), "rows") as advance:
         return Examples(
-            train=[] if train is None else train.examples(train_rows, renderer, advance, scratch, generated=False),
-            eval=(
-                []
-                if eval_source is None
-                else eval_source.examples(eval_rows, renderer, advance, scratch, generated=True)
-            ),
+            train=_examples(train, train_picks, renderer, advance, scratch, generated=False),
+            eval=_examples(eval_source, eval_picks, renderer, advance, scratch, generated=True),
             dropped=dropped,
             notes=tuple(notes),
-            mapping=None if (table := train or eval_source) is None else table.mapping,
+            mappings=tuple(table.mapping for table in train or eval_source),
         )
 
 
-def _limited(table: _Table, rows: list[int], limit: int | None, seed: int, side: str, notes: list[str]) -> list[int]:
-    if limit is not None and limit > len(rows):
-        notes.append(f"dataset.limit.{side} is {limit:,}, but there are only {len(rows):,} rows")
-    return [rows[place] for place in choose([table.ids[row] for row in rows], limit, seed, side)]
+def _check_kinds(tables: Sequence[_Table]) -> None:
+    kinds = {table.mapping.document is None for table in tables}
+    if len(kinds) > 1:
+        formats = ", ".join(f"{table.label or 'data'}: {table.mapping.format}" for table in tables)
+        raise DatasetError(
+            f"dataset: documents (format: text) cannot be mixed with questions and answers ({formats}); train on them "
+            "one after the other, with init_from"
+        )
+
+
+def _split(tables: Sequence[_Table], rows: int, seed: int) -> list[Split]:
+    groups = [table.groups for table in tables]
+    if len(tables) == 1:
+        return [split_groups(groups[0], rows, seed)]
+    return split_sources(groups, rows, seed, [table.label for table in tables])
+
+
+def _mixed(
+    dataset: DatasetSpec, tables: Sequence[_Table], rows: Sequence[Sequence[int]], seed: int, notes: list[str]
+) -> list[Pick]:
+    """The rows to train on; `rows` are those of each table that are not for evaluation."""
+    limit = dataset.limit.train
+    if isinstance(dataset.train, str) or not tables:
+        picks = [Pick(place, row) for place, own in enumerate(rows) for row in own]
+        return _limited(tables, picks, limit, seed, "train", notes)
+    ids = [[table.ids[row] for row in own] for table, own in zip(tables, rows, strict=True)]
+    picks = [replace(pick, position=rows[pick.source][pick.position]) for pick in mix(dataset.train, ids, limit, seed)]
+    if limit is not None and limit > len(picks):
+        notes.append(f"dataset.limit.train is {limit:,}, but there are only {len(picks):,} rows")
+    counts = Counter(pick.source for pick in picks)
+    for place, own in enumerate(rows):
+        if (used := counts[place]) < len(own) and dataset.train[place].rows is None:
+            notes.append(f"train: {tables[place].label}: {used:,} of {len(own):,} rows are in an epoch")
+    return picks
+
+
+def _evaluated(dataset: DatasetSpec, tables: Sequence[_Table]) -> list[Pick]:
+    picks = []
+    for place, (table, source) in enumerate(zip(tables, dataset.eval_sources, strict=True)):
+        picks += [Pick(place, row) for row in choose(table.ids, source.rows, 0, "eval")]
+    return picks
+
+
+def _limited(
+    tables: Sequence[_Table], picks: list[Pick], limit: int | None, seed: int, side: str, notes: list[str]
+) -> list[Pick]:
+    if limit is not None and limit > len(picks):
+        notes.append(f"dataset.limit.{side} is {limit:,}, but there are only {len(picks):,} rows")
+    several = len(tables) > 1
+    names = [f"{pick.source}\x00" * several + tables[pick.source].ids[pick.position] for pick in picks]
+    return [picks[place] for place in choose(names, limit, seed, side)]
+
+
+def _examples(
+    tables: Sequence[_Table],
+    picks: Sequence[Pick],
+    renderer: Renderer,
+    advance: Advance,
+    scratch: Path | None,
+    *,
+    generated: bool,
+) -> Sequence[Example]:
+    """The examples of rows in the order of `picks`; copies of a row are rendered once."""
+    if len(tables) == 1 and all(pick.copy == 1 for pick in picks):
+        return tables[0].examples([pick.position for pick in picks], renderer, advance, scratch, generated=generated)
+    examples: list[Example] = []
+    for place, table in enumerate(tables):
+        own = [pick for pick in picks if pick.source == place]
+        rows = sorted({pick.position for pick in own})
+        found = table.examples(rows, renderer, advance, scratch, generated=generated)
+        made = dict(zip(rows, found, strict=True))
+        for pick in own:
+            example = made[pick.position]
+            examples.append(example if pick.copy == 1 else replace(example, id=f"{example.id}#{pick.copy}"))
+        advance(len(own) - len(rows))
+    return examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,19 +281,41 @@ class _Table:
     """The usable rows of a table: where each lies, its id and its group. The rows themselves are read when chosen."""
 
     table: Any
+    label: str
     mapping: RowMapping
     positions: list[int]
     ids: list[str]
-    groups: list[str]
+    keys: list[str]
+    all_groups: _Groups
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each row. It is known once all sources of the side are scanned."""
+        return self.all_groups.names(self.keys)
+
+    def named(self, row: int) -> str:
+        """The id of a row among those of all sources."""
+        return f"{self.label}/{self.ids[row]}" if self.label else self.ids[row]
 
     @classmethod
     def scan(
-        cls, table: Any, dataset: DatasetSpec, side: str, notes: list[str], dropped: dict[str, int], advance: Advance
+        cls,
+        table: Any,
+        dataset: DatasetSpec,
+        side: Side,
+        label: str,
+        groups: _Groups,
+        notes: list[str],
+        dropped: dict[str, int],
+        advance: Advance,
     ) -> _Table:
-        mapping = RowMapping.of(dataset, table.column_names, side, first_rows(table))
-        row_ids = _row_ids(table, side, notes)
-        positions, ids = [], []
-        groups = _Groups()
+        where = f"{side}: {label}" if label else side
+        mapping = RowMapping.of(dataset, table.column_names, f"{side} {label}" if label else side, first_rows(table))
+        row_ids = _row_ids(table, where, notes)
+        prefix = f"{label}/" if label else ""
+        positions: list[int] = []
+        ids: list[str] = []
+        keys: list[str] = []
         reasons: Counter[str] = Counter()
         unused: Counter[str] = Counter()
         unknown = _UnknownRoles()
@@ -264,9 +324,9 @@ class _Table:
             if position % READ_ROWS == 0:
                 advance(min(READ_ROWS, len(table) - position))
             try:
-                conversion = mapping.convert(row, row_ids[position])
+                conversion = mapping.convert(row, prefix + row_ids[position])
             except UnknownRoleError as error:
-                unknown.add(error, row_ids[position])
+                unknown.add(error, prefix + row_ids[position])
                 continue
             unused.update(conversion.unused_keys)
             tails += conversion.unanswered_tail
@@ -275,22 +335,23 @@ class _Table:
                 continue
             positions.append(position)
             ids.append(row_ids[position])
-            if conversion.chat is None:
-                groups.add([document_key(conversion.document or "")])
-            else:
-                groups.add(
-                    answer_keys(conversion.chat, "last_answer" if mapping.values.version == 1 else dataset.supervise)
-                )
-        unknown.check(f"dataset.{side}", mapping.messages)
-        dropped.update({f"{side}: {reason}": count for reason, count in reasons.items()})
+            supervise: Supervise = "last_answer" if mapping.values.version == 1 else dataset.supervise
+            chat = conversion.chat
+            own = [document_key(conversion.document or "")] if chat is None else answer_keys(chat, supervise)
+            groups.add(own)
+            keys.append(own[0])
+        unknown.check(f"dataset.{where}", mapping.messages)
+        dropped.update({f"{where}: {reason}": count for reason, count in reasons.items()})
         for key, count in unused.items():
-            notes.append(f"{side}: messages of {count:,} rows have a key {key!r}, which is not used")
+            notes.append(f"{where}: messages of {count:,} rows have a key {key!r}, which is not used")
         if tails:
-            notes.append(f"{side}: {tails:,} rows have turns after the assistant's last one; these turns are not used")
+            notes.append(f"{where}: {tails:,} rows have turns after the assistant's last one; these turns are not used")
         if not positions:
             why = ", ".join(f"{count:,} with {reason}" for reason, count in reasons.items()) or "the table is empty"
-            raise DatasetError(f"dataset.{side}: none of {len(row_ids):,} rows can be used: {why}")
-        return cls(table=table, mapping=mapping, positions=positions, ids=ids, groups=groups.names())
+            raise DatasetError(f"dataset.{where}: none of {len(row_ids):,} rows can be used: {why}")
+        return cls(
+            table=table, label=label, mapping=mapping, positions=positions, ids=ids, keys=keys, all_groups=groups
+        )
 
     def examples(
         self, rows: Sequence[int], renderer: Renderer, advance: Advance, scratch: Path | None, *, generated: bool
@@ -302,7 +363,7 @@ class _Table:
             block = rows[first : first + READ_ROWS]
             picked = self.table.select([self.positions[row] for row in block])
             cells = [row for _, row in _iterate(picked)]
-            made = self._examples([self.ids[row] for row in block], cells, renderer, generated)
+            made = self._examples([self.named(row) for row in block], cells, renderer, generated)
             if spilled is None:
                 examples += made
             else:
@@ -316,7 +377,14 @@ class _Table:
         conversions = [self.mapping.convert(row, row_id) for row, row_id in zip(cells, ids, strict=True)]
         if self.mapping.document is not None:
             return [
-                Example(id=row_id, messages=(), prompt="", completion=conversion.document or "", columns=row)
+                Example(
+                    id=row_id,
+                    messages=(),
+                    prompt="",
+                    completion=conversion.document or "",
+                    columns=row,
+                    source=self.label,
+                )
                 for row_id, row, conversion in zip(ids, cells, conversions, strict=True)
             ]
         chats = [self.mapping.with_system(conversion.chat) for conversion in conversions if conversion.chat is not None]
@@ -337,6 +405,7 @@ class _Table:
                 tools=chat.tools,
                 context=chat.context,
                 columns=row,
+                source=self.label,
             )
             for row_id, row, chat, prompt in zip(ids, cells, chats, prompts, strict=True)
         ]
@@ -353,12 +422,12 @@ def document_key(text: str) -> str:
     return hashlib.sha256(("document\x00" + " ".join(text.split())).encode()).hexdigest()
 
 
-def row_keys(example: Example, system: str | None, supervise: Supervise = "answers") -> list[str]:
-    """The keys of an example's answers; `system` is the definition's own system message, which does not count."""
+def row_keys(example: Example, systems: Collection[str] = (), supervise: Supervise = "answers") -> list[str]:
+    """The keys of an example's answers; `systems` are the definition's own system messages, which do not count."""
     if not example.messages:
         return [document_key(example.completion)]
     chat = example.chat
-    if chat.messages[0]["role"] == "system" and chat.messages[0]["content"] == system:
+    if chat.messages[0]["role"] == "system" and chat.messages[0]["content"] in systems:
         chat = replace(chat, messages=chat.messages[1:], context=max(0, chat.context - 1))
     return answer_keys(chat, supervise)
 
@@ -368,17 +437,16 @@ class _Groups:
 
     def __init__(self) -> None:
         self._parents: dict[str, str] = {}
-        self._rows: list[str] = []
 
     def add(self, keys: Sequence[str]) -> None:
         roots = {self._root(key) for key in keys}
         # The smallest key names a group, whatever the order of the rows.
         first = min(roots)
         self._parents.update(dict.fromkeys(roots, first))
-        self._rows.append(keys[0])
 
-    def names(self) -> list[str]:
-        return [self._root(key) for key in self._rows]
+    def names(self, keys: Sequence[str]) -> list[str]:
+        """The group of each key."""
+        return [self._root(key) for key in keys]
 
     def _root(self, key: str) -> str:
         path = []

@@ -26,7 +26,7 @@ from rankwise.data.batches import collate
 from rankwise.data.masks import CLOSE
 from rankwise.data.rows import Example
 from rankwise.data.tokens import Encoded
-from rankwise.evaluation.metrics import MetricValue, Observation, compute, find_metrics, scores
+from rankwise.evaluation.metrics import MetricValue, Observation, compute, find_metrics, metrics_of, scores
 from rankwise.evaluation.paired import paired_difference
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.schema import NAMED_QUANTIZATIONS, EvaluationSpec, QuantizationSpec
@@ -156,7 +156,9 @@ def evaluate(
             for row in [_EvaluatedRow(example=index, adapter=adapter)]
         )
         evaluations[adapter] = Evaluation(
-            adapter=adapter, metrics=compute(metrics, observations), observations=observations
+            adapter=adapter,
+            metrics=compute(metrics_of(spec.metrics, observations), observations),
+            observations=observations,
         )
     return evaluations
 
@@ -173,6 +175,7 @@ def _observation(example: Example, tokens: _Tokens, answer: GeneratedAnswer | No
         prompt=example.prompt,
         reference=without_thought(example.completion),
         columns=example.columns,
+        source=example.source,
         loss_sum=tokens.loss_sum,
         tokens=tokens.tokens,
         correct_tokens=tokens.correct,
@@ -307,7 +310,7 @@ def compare_quantizations(
                 if a.prediction is not None
             ]
             equal = sum(a == b for a, b in texts) / len(texts) if texts else None
-            for metric in find_metrics(metrics):
+            for metric in metrics_of(metrics, before):
                 for key in metric.keys:
                     found = paired_difference(
                         [metric(each)[key] for each in evaluation.observations],
@@ -344,7 +347,7 @@ def prediction_rows(
         metric_names: The metrics that it was evaluated with.
         log_examples: False leaves every text of the data and of the model out (`tracking.log_examples`).
     """
-    metrics = find_metrics(metric_names)
+    metrics = metrics_of(metric_names, evaluation.observations)
     rows: list[dict[str, object]] = []
     groups: dict[str, str] = {}
     for observation in evaluation.observations:

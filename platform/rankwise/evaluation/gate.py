@@ -32,10 +32,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.evaluation.metrics import Metric, Observation, Sample, find_metrics
+from rankwise.evaluation.metrics import Metric, Observation, Sample, metrics_of
 from rankwise.evaluation.paired import Difference, paired_difference
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.metric_names import TOKENIZER_DEPENDENT
+from rankwise.experiment.metric_names import depends_on_tokenizer
 from rankwise.experiment.schema import PromotionSpec
 
 
@@ -274,7 +274,7 @@ def decide(
         ConfigError: A key of the limits is none of the metrics'.
     """
     key = spec.metric or primary_metric
-    functions = _by_key(metrics)
+    functions = _by_key(metrics, candidate)
     if spec.metric is None and key not in functions:
         # Perplexity is no mean over examples; it moves with the loss that it is the exponential of.
         key = next((each.derived[key].source for each in functions.values() if key in each.derived), key)
@@ -291,7 +291,7 @@ def decide(
     if attempt > 1:
         checks.append(attempts(attempt, alias, spec, confidence))
     if champion is not None and not same_tokens:
-        checks += [not_comparable(each) for each in (key, *spec.max_regression) if each in TOKENIZER_DEPENDENT]
+        checks += [not_comparable(each) for each in (key, *spec.max_regression) if depends_on_tokenizer(each)]
     for name, observations in [("champion", champion), ("base", base)]:
         if observations is None:
             continue
@@ -308,5 +308,5 @@ def decide(
     return GateDecision(checks=tuple(checks))
 
 
-def _by_key(names: Sequence[str]) -> Mapping[str, Metric]:
-    return {key: metric for metric in find_metrics(names) for key in metric.keys}
+def _by_key(names: Sequence[str], observations: Sequence[Observation]) -> Mapping[str, Metric]:
+    return {key: metric for metric in metrics_of(names, observations) for key in metric.keys}

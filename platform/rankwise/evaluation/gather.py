@@ -46,7 +46,10 @@ EARLIER_PLANS = "rankwise.answer_before"
 DEFAULT_PRIMARY_METRIC = "eval.loss"
 
 # Params that are texts even where all their characters are digits (a commit, a column).
-_TEXTS = re.compile(r"(base_model|init_from|dataset\.(train|train_revision|chat_template)$|lora\.target_modules)")
+_TEXTS = re.compile(
+    r"(base_model|init_from|dataset\.(train|train_revision|chat_template)$|"
+    r"dataset\.train\.\d+\.(?!weight$|rows$)|lora\.target_modules)"
+)
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 

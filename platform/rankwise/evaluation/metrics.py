@@ -31,12 +31,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.metric_names import load_metric, metric_facts
+from rankwise.experiment.metric_names import SOURCE_PREFIX, load_metric, metric_facts
 
 # Commas only group thousands ("1,234" is 1234; in "3,5" the number ends before the comma). A minus sign counts where no
 # digit or letter stands before it ("10-20" starts with 10). ASCII digits only.
@@ -81,6 +81,7 @@ class Observation:
         tokens: Number of supervised tokens.
         correct_tokens: Supervised tokens whose most likely prediction (the reference before it given) is right.
         prediction: Greedy generation from the prompt; None where no metric asked for one.
+        source: The label of the row's source where there are several, else empty.
         finish_reason: `stop` (an end token came) or `length`; None without a generation.
     """
 
@@ -93,6 +94,7 @@ class Observation:
     prediction: str | None = None
     finish_reason: str | None = None
     columns: Mapping[str, object] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def cluster(self) -> str:
@@ -212,6 +214,27 @@ def find_metrics(names: Iterable[str]) -> list[Metric]:
         ConfigError: A name is not known, or an entry point does not hold a metric of its name.
     """
     return [_find(name) for name in names]
+
+
+def metrics_of(names: Iterable[str], observations: Iterable[Observation]) -> list[Metric]:
+    """The metrics of these names; `loss` also gives the mean of each source (`eval.loss.LABEL`), if there are several.
+
+    Raises:
+        ConfigError: As `find_metrics`.
+    """
+    labels = [label for label in dict.fromkeys(each.source for each in observations) if label]
+    return [_by_source(each, labels) if each is loss and labels else each for each in find_metrics(names)]
+
+
+def _by_source(whole: Metric, labels: Sequence[str]) -> Metric:
+    keys = {label: SOURCE_PREFIX + label for label in labels}
+
+    def function(observation: Observation) -> dict[str, Sample]:
+        samples = whole(observation)
+        own = samples[whole.keys[0]]
+        return {**samples, **{key: own if observation.source == label else NOT_COUNTED for label, key in keys.items()}}
+
+    return replace(whole, function=function, keys=(*whole.keys, *keys.values()))
 
 
 def _find(name: str) -> Metric:

@@ -5,6 +5,7 @@ The spec hash covers what influences the trained adapter and nothing else:
 | part | in the hash |
 |---|---|
 | base, data | digest of a file or directory, wherever it is; repository and commit on the hub |
+| several sources | identity and mapping of each, ratio of the weights, numbers of rows; labels for evaluations only |
 | evaluation rows | rows and seed of a split, which takes rows from training; not a source of its own |
 | how rows are read and rendered | version and settings; settings at their default are left out |
 | quantization | data type and double quantization only with 4-bit |
@@ -21,6 +22,7 @@ result. Then `eval_steps`, the primary metric, the evaluation rows and their lim
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -164,9 +166,9 @@ class ArmSpec(Section):
     @cached_property
     def provisional(self) -> bool:
         """Whether the spec hash can still change because a source or `init_from` is not pinned."""
-        pins = [(self.base_model, self.base_model_revision), (self.dataset.train, self.dataset.train_revision)]
-        if self._evaluations_decide and isinstance(self.dataset.eval, str):
-            pins.append((self.dataset.eval, self.dataset.eval_revision))
+        pins = [(self.base_model, self.base_model_revision)]
+        sources = [*self.dataset.train_sources, *(self.dataset.eval_sources if self._evaluations_decide else ())]
+        pins += [(source.source, source.revision) for source in sources]
         floating = self.init_from is not None and "@" in self.init_from
         return floating or not all(is_pinned(parse_source(source), revision) for source, revision in pins)
 
@@ -188,8 +190,7 @@ class ArmSpec(Section):
             param_name("lora.lora_dropout"): lora.lora_dropout,
             "lora.target_modules": modules if isinstance(modules, str) else ",".join(modules),
             param_name("lora.use_rslora"): lora.use_rslora,
-            "dataset.train": self.dataset.train,
-            "dataset.train_revision": self.dataset.train_revision,
+            **_source_params(self.dataset),
             "dataset.limit.train": self.dataset.limit.train,
             "dataset.chat_template": self.dataset.chat_template,
         }
@@ -254,17 +255,38 @@ class ArmSpec(Section):
     def _train_rows(self) -> dict[str, Any]:
         data = self.dataset
         split = data.eval if isinstance(data.eval, EvalSplit) else None
+        held_out = split.model_dump() if split else None
+        if not isinstance(data.train, str):
+            return {"sources": _listed(data, "train"), "held_out": held_out}
         return {
             **identity(parse_source(data.train), data.train_revision),
             "split": data.train_split,
             "name": data.name,
-            "held_out": split.model_dump() if split else None,
+            "held_out": held_out,
+        }
+
+    def _mixture(self) -> dict[str, Any]:
+        """How many rows each source gives. Only the ratio of weights counts."""
+        if isinstance(self.dataset.train, str):
+            return {}
+        whole = sum(source.weight or 0 for source in self.dataset.train)
+        return {
+            "mixture": [
+                {"share": None if source.weight is None else source.weight / whole, "rows": source.rows}
+                for source in self.dataset.train
+            ]
         }
 
     def _eval_rows(self) -> dict[str, Any]:
         data = self.dataset
+        if data.eval is not None and not isinstance(data.eval, str | EvalSplit):
+            labels = {"labels": list(data.eval_labels)}
+            return {"sources": _listed(data, "eval"), **labels, "limit": data.limit.eval}
         if not isinstance(data.eval, str):
-            return {"of": self._train_rows(), "limit": data.limit.eval}
+            rows = self._train_rows()
+            # The rows that are split off do not depend on how the others are mixed.
+            named = {"labels": list(data.eval_labels)} if data.eval_labels else {}
+            return {"of": {**rows, **named}, "limit": data.limit.eval}
         source = identity(parse_source(data.eval), data.eval_revision)
         return {**source, "split": data.eval_split, "name": data.name, "limit": data.limit.eval}
 
@@ -274,7 +296,7 @@ class ArmSpec(Section):
             "base": self._base(),
             "quantization": _quantization(self.quantization),
             "lora": self.lora.model_dump(),
-            "rows": {**self._train_rows(), "limit": self.dataset.limit.train},
+            "rows": {**self._train_rows(), **self._mixture(), "limit": self.dataset.limit.train},
             "texts": self._texts(),
             "training": self._training(),
             "seed": self.seed,
@@ -309,7 +331,32 @@ class ArmSpec(Section):
 
 def param_name(path: str) -> str:
     """The name of a field among an arm's MLflow params."""
-    return _PARAM_NAMES.get(path, path)
+    return _PARAM_NAMES.get(path) or re.sub(r"\[(\d+)\]", r".\1", path)
+
+
+def _source_params(dataset: DatasetSpec) -> dict[str, Any]:
+    """The training data as params; of the sources of a list as `dataset.train.PLACE.FIELD`."""
+    if isinstance(dataset.train, str):
+        return {"dataset.train": dataset.train, "dataset.train_revision": dataset.train_revision}
+    values: dict[str, Any] = {}
+    for place, source in enumerate(dataset.train):
+        for name, value in source.model_dump(exclude_none=True).items():
+            text = value if isinstance(value, int | float | str) else json.dumps(value, ensure_ascii=False)
+            values[f"dataset.train.{place}.{name}"] = text
+    return values
+
+
+def _listed(dataset: DatasetSpec, side: Literal["train", "eval"]) -> list[dict[str, Any]]:
+    """What identifies the rows of the sources of a list, and how they are read."""
+    sources = dataset.train_sources if side == "train" else dataset.eval_sources
+    rows = []
+    for source in sources:
+        single = dataset.single(source, side)
+        # A number of evaluation rows chooses them; one of training rows is part of the mixture.
+        count = {"rows": source.rows} if side == "eval" else {}
+        own = {"split": single.train_split, "name": single.name, "reading": source.mapping(), **count}
+        rows.append({**identity(parse_source(source.source), source.revision), **own})
+    return rows
 
 
 def _quantization(spec: QuantizationSpec) -> dict[str, Any]:

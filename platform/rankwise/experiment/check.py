@@ -72,7 +72,38 @@ def check(document: Document) -> CheckedDefinition:
 
 def read_sweep(data: Mapping[str, Any]) -> SweepPoints:
     """Read the points of a definition's sweep."""
-    return read_points(data.get("sweep"), data.get("seed", 0))
+    sweep, problems = _without_missing_sources(data)
+    points = read_points(sweep, data.get("seed", 0))
+    return replace(points, problems=(*problems, *points.problems)) if problems else points
+
+
+def _without_missing_sources(data: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    """The sweep without axes over sources that are not in the list, and a problem for each of these."""
+    sweep = data.get("sweep")
+    if not isinstance(sweep, dict):
+        return sweep, []
+    problems: list[Problem] = []
+
+    def known(values: Any, place: KeyPath) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for path, value in values.items():
+            key = as_path(path) if isinstance(path, str) else ()
+            if any(isinstance(part, int) for part in key) and not isinstance(follow(data, key[:-1])[1], dict):
+                listed = follow(data, ("dataset", "train"))[1]
+                count = f"has {len(listed)} sources" if isinstance(listed, list) else "is not a list of sources"
+                problems.append(Problem(path=(*place, path), text=f"does not exist: dataset.train {count}"))
+                continue
+            kept[path] = value
+        return kept
+
+    changed = {**sweep}
+    if "parameters" in sweep:
+        changed["parameters"] = known(sweep["parameters"], ("sweep", "parameters"))
+    if isinstance(sweep.get("arms"), list):
+        changed["arms"] = [known(arm, ("sweep", "arms", index)) for index, arm in enumerate(sweep["arms"])]
+    return changed, problems
 
 
 def _with_first_point(data: dict[str, Any], first: SweepPoint) -> dict[str, Any]:

@@ -10,7 +10,20 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rankwise.experiment.fields import Node, allowed, keys, node_at, numbers, options, schema, sweepable
+from rankwise.experiment.fields import (
+    SOURCE_AXES,
+    Node,
+    allowed,
+    is_sweepable,
+    keys,
+    node_at,
+    number_kind,
+    numbers,
+    options,
+    schema,
+    source_axis,
+    sweepable,
+)
 from rankwise.experiment.paths import KeyPath, as_path, dotted
 
 _EXPRESSION: Node = {
@@ -30,16 +43,29 @@ def editor_schema() -> Node:
     fields = {path: _field(path) for path in sweepable()}
     sweep["parameters"] |= {
         "properties": {path: _axis(path, node) for path, node in fields.items()},
+        "patternProperties": {source_axis(name): _axis(path, node) for name, path, node in _of_sources()},
         "additionalProperties": False,
     }
-    sweep["arms"]["items"] = {"type": "object", "properties": fields, "additionalProperties": False}
+    sweep["arms"]["items"] = {
+        "type": "object",
+        "properties": fields,
+        "patternProperties": {source_axis(name): node for name, _, node in _of_sources()},
+        "additionalProperties": False,
+    }
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "rankwise experiment", **root}
+
+
+def _of_sources() -> Iterator[tuple[str, str, Node]]:
+    """The fields of a source that may be swept: name, a path, and node."""
+    for name in SOURCE_AXES:
+        path = f"dataset.train[0].{name}"
+        yield name, path, _field(path)
 
 
 def _axis(path: str, field: Node) -> Node:
     values = {"type": "array", "minItems": 1, "items": field}
     forms = [values, _range("choice", values)]
-    if kind := numbers().get(path):
+    if kind := number_kind(path):
         forms.append(_range("int", _ends("integer"), log={"type": "boolean", "default": False}))
         if kind == "number":
             forms += [_range("uniform", _ends("number")), _range("log_uniform", _ends("number"))]
@@ -118,12 +144,16 @@ def _sections(node: Node, path: KeyPath, title: str) -> Iterator[str]:
     for key, child in keys(node).items():
         if keys(child):
             yield from _sections(child, (*path, key), f"`{dotted((*path, key))}`")
+        if (path, key) == (("dataset",), "train"):
+            item = node_at((0,), child)
+            assert item is not None
+            yield from _sections(item, (*path, key, 0), "A source in a list (`dataset.train[N]`, `dataset.eval[N]`)")
 
 
 def _row(path: KeyPath, node: Node) -> str:
     text = " ".join(str(node.get("description", "")).split())
     name = dotted(path)
-    marks = {"*e*": name in numbers() and name != "version", "*s*": name in sweepable()}
+    marks = {"*e*": name in numbers() and name != "version", "*s*": is_sweepable(name)}
     only_section = keys(node) and not any(option.get("type") == "string" for option in options(node))
     values = f"see `{name}` below" if only_section else allowed(path)
     cells = [

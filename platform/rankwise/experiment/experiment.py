@@ -25,13 +25,13 @@ from rankwise.experiment.document import (
     secrets_in,
     to_yaml,
 )
-from rankwise.experiment.fields import show
+from rankwise.experiment.fields import is_source, show
 from rankwise.experiment.hashing import plain
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.paths import KeyPath, as_path, dotted, follow, put
 from rankwise.experiment.points import ArmCandidate, CandidateBuilder, SweepPoints, overlay
 from rankwise.experiment.rules import BUILT_IN_TEMPLATES, file_pin
-from rankwise.experiment.schema import ExperimentSpec
+from rankwise.experiment.schema import DatasetSpec, ExperimentSpec, Revisions
 from rankwise.experiment.search import Trial, TrialState
 from rankwise.experiment.source import LocalSource, parse_source
 
@@ -177,10 +177,11 @@ class Experiment:
         base_model_revision: str | None = None,
         train_revision: str | None = None,
         eval_revision: str | None = None,
+        revisions: Revisions | None = None,
         init_from: str | None = None,
         rendering: int | None = None,
     ) -> Experiment:
-        """A copy with the given pins, which all arms share; None leaves a pin unchanged."""
+        """A copy with the given pins; None leaves a pin unchanged. `revisions` has those of data, in lists too."""
         given = {"base_model_revision": base_model_revision, "init_from": init_from}
         pins = {key: value for key, value in given.items() if value is not None}
         settled: dict[str, str | int | None] = {
@@ -189,11 +190,15 @@ class Experiment:
             "rendering": rendering,
         }
         data = {key: value for key, value in settled.items() if value is not None}
+
+        def pinned(dataset: DatasetSpec) -> DatasetSpec:
+            return dataset.model_copy(update=data).with_revisions(revisions or {})
+
         return replace(
             self,
-            spec=self.spec.model_copy(update={**pins, "dataset": self.spec.dataset.model_copy(update=data)}),
+            spec=self.spec.model_copy(update={**pins, "dataset": pinned(self.spec.dataset)}),
             labelled_arms=tuple(
-                (label, arm.model_copy(update={**pins, "dataset": arm.dataset.model_copy(update=data)}))
+                (label, arm.model_copy(update={**pins, "dataset": pinned(arm.dataset)}))
                 for label, arm in self.labelled_arms
             ),
         )
@@ -328,6 +333,8 @@ def _override_path(key: str) -> KeyPath:
 
 def _set(document: Document, path: KeyPath, value: Any) -> None:
     reached, section = follow(document.data, path[:-1])
+    if any(isinstance(part, int) for part in path[reached:]):
+        raise ValueError(f"cannot be set: there is no {dotted(path[:-1])}")
     if section is not None and not isinstance(section, dict):
         raise ValueError(f"cannot be set: {dotted(path[:reached])} is {show(section)}, not a mapping")
     for depth in range(reached if section is None else reached + 1, len(path)):
@@ -336,7 +343,7 @@ def _set(document: Document, path: KeyPath, value: Any) -> None:
 
 
 def _make_paths_absolute(document: Document, directory: Path) -> None:
-    for path in _PATHS:
+    for path in [*_PATHS, *_places_of_sources(document.data)]:
         reached, text = follow(document.data, path)
         if reached < len(path) or not isinstance(text, str) or not text:
             continue
@@ -350,6 +357,43 @@ def _make_paths_absolute(document: Document, directory: Path) -> None:
             # The spec hash covers the template's content. A rule reports an unreadable file.
             with suppress(OSError):
                 document.data["dataset"].setdefault("chat_template_revision", file_pin(text))
+
+
+def _places_of_sources(data: Any) -> list[KeyPath]:
+    """The key paths of sources in lists, and of those in a sweep."""
+    places: list[KeyPath] = []
+
+    def of_value(path: KeyPath) -> None:
+        value = follow(data, path)[1]
+        if isinstance(value, list):
+            places.extend((*path, place, "source") for place in range(len(value)))
+        else:
+            places.append(path)
+
+    def of_axes(path: KeyPath, *, values: bool) -> None:
+        axes = follow(data, path)[1]
+        for name in axes if isinstance(axes, dict) else ():
+            if not isinstance(name, str) or not (name == "dataset.train" or is_source(name)):
+                continue
+            listed = axes[name]
+            if not values:
+                of_value((*path, name))
+            elif isinstance(listed, list):
+                for place in range(len(listed)):
+                    of_value((*path, name, place))
+            elif isinstance(listed, dict) and isinstance(listed.get("choice"), list):
+                for place in range(len(listed["choice"])):
+                    of_value((*path, name, "choice", place))
+
+    for side in ("train", "eval"):
+        if isinstance(follow(data, ("dataset", side))[1], list):
+            of_value(("dataset", side))
+    of_axes(("sweep", "parameters"), values=True)
+    arms = follow(data, ("sweep", "arms"))
+    if arms[0] == 2 and isinstance(arms[1], list):
+        for place in range(len(arms[1])):
+            of_axes(("sweep", "arms", place), values=False)
+    return places
 
 
 def _is_path(text: str, home: Path) -> bool:

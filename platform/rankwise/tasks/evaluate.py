@@ -44,6 +44,7 @@ from rankwise.tracking.notes import base_note
 from rankwise.tracking.provenance import collect
 from rankwise.tracking.registry import link_metrics
 from rankwise.tracking.run import Run
+from rankwise.tracking.values import DatasetRecord
 
 BARE = "base"
 """Name of the setup's bare base among the models; other bases are named `base of URI`."""
@@ -360,6 +361,12 @@ class Evaluator:
         return loaded.adapter_name, loaded.origin.uri
 
 
+def single_record(rows: ArmRows) -> DatasetRecord | None:
+    """The record of the evaluation rows; None for several sources, since a metric can be linked to one only."""
+    records = rows.evaluation_inputs
+    return records[0] if len(records) == 1 else None
+
+
 def record_evaluation(
     context: Context,
     run: Run,
@@ -380,7 +387,7 @@ def record_evaluation(
     run.table(prediction_rows(evaluation, list(spec.metrics), log_examples=log_examples), "predictions.json")
     run.flush()
     if model_id is not None:
-        link_metrics(context.store.client, run.run_id, model_id, list(values), step, dataset=rows.inputs[-1])
+        link_metrics(context.store.client, run.run_id, model_id, list(values), step, dataset=single_record(rows))
     return values
 
 
@@ -390,13 +397,13 @@ def publish_assessment(context: Context, assessment: Assessment, *, note: str = 
     experiment_id = context.store.experiment(spec.name, spec)
     runs: dict[str, str] = {}
     for name, model in assessment.models.items():
-        uri, record = model.uri, model.rows.inputs[-1]
+        uri, records = model.uri, model.rows.evaluation_inputs
         run = context.store.start_run(
             experiment_id,
             f"evaluation of {uri or name}{note}",
             params={
                 "model": uri or name,
-                "data": record.source,
+                "data": ", ".join(record.source for record in records),
                 "base_model": model.base.source,
                 "base_model_revision": model.base.revision,
                 "quantization": model.base.quantization,
@@ -410,7 +417,8 @@ def publish_assessment(context: Context, assessment: Assessment, *, note: str = 
             kind="evaluate",
             system_metrics=False,
         )
-        run.input(record)
+        for record in records:
+            run.input(record)
         record_evaluation(
             context,
             run,
@@ -518,7 +526,8 @@ def _publish(session: Session, subject: _EvaluateJob, table: ArmRows, evaluation
             system_metrics=False,
         )
         context.queue.set_run(subject.token, run.run_id)
-        run.input(table.inputs[-1])
+        for record in table.evaluation_inputs:
+            run.input(record)
     values = record_evaluation(
         context,
         run,

@@ -116,10 +116,8 @@ def make_preview(arm: ArmSpec, settings: Settings, reporter: Reporter, *, rows: 
     sides = {"train": _side("train", read)}
     if read.examples.eval:
         sides["eval"] = _side("eval", read)
-    mapping = read.examples.mapping
-    assert mapping is not None, "a table was read"
     return Preview(
-        format=mapping.format,
+        format=", ".join(read.examples.formats),
         rows=_shown(read, rows),
         sides=sides,
         report=report,

@@ -62,7 +62,7 @@ RowFilter = Callable[[Example], bool]
 
 def row_digests_of(arm: ArmSpec, examples: Sequence[Example]) -> bytes:
     """Content of an arm's `ROW_DIGESTS_FILE`; equal arms and rows give equal bytes."""
-    keys = (row_keys(example, arm.dataset.system, arm.dataset.supervise) for example in examples)
+    keys = (row_keys(example, arm.dataset.systems, arm.dataset.supervise) for example in examples)
     return RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from).to_bytes()
 
 
@@ -76,7 +76,7 @@ def training_row_filter(
     Raises:
         GateError: The training rows are unknown; the message says what to do.
     """
-    system = setting.arm.dataset.system
+    systems = setting.arm.dataset.systems
     known: list[RowDigests] = []
     version: ModelVersion | None = candidate
     while version is not None:
@@ -93,7 +93,7 @@ def training_row_filter(
         version = None if init_from is None else context.store.registry.resolve(init_from).version
 
     def is_training_row(example: Example) -> bool:
-        keys = row_keys(example, system, setting.arm.dataset.supervise)
+        keys = row_keys(example, systems, setting.arm.dataset.supervise)
         return any(key in digests for digests in known for key in keys)
 
     return is_training_row
@@ -132,7 +132,7 @@ def _from_data(candidate: ModelVersion, setting: EvaluationSetup, evaluator: Eva
             f"data cannot be read here ({error}). {_WAYS_OUT}"
         ) from error
     arm = setting.arm
-    keys = (row_keys(example, arm.dataset.system, arm.dataset.supervise) for example in examples)
+    keys = (row_keys(example, arm.dataset.systems, arm.dataset.supervise) for example in examples)
     return RowDigests.of(keys, name=arm.spec_hash, init_from=arm.init_from)
 
 
@@ -289,11 +289,7 @@ def _comparison_key(
     `excluding` says whether training rows are known, and thus left out.
     """
     sources = find_sources(used.arm, context.settings, context.reporter, training=False)
-    pins = {
-        "train_revision": None if sources.train is None else sources.train.revision,
-        "eval_revision": None if sources.eval is None else sources.eval.revision,
-    }
-    dataset = used.arm.dataset.model_copy(update={name: pin for name, pin in pins.items() if pin is not None})
+    dataset = used.arm.dataset.with_revisions(sources.revisions(used.arm.dataset))
     return digest(
         {
             "candidate": candidate.uri,
@@ -374,7 +370,7 @@ def _compared(assessment: Assessment, candidate: ModelVersion, champion: ModelVe
         key
         for example in candidate_result.rows.examples.eval
         if example.id in paired
-        for key in row_keys(example, dataset.system, dataset.supervise)
+        for key in row_keys(example, dataset.systems, dataset.supervise)
     )
     return _Compared(
         candidate=observations(candidate_result.evaluation),
@@ -442,7 +438,8 @@ def _write_evidence(
         system_metrics=False,
     )
     candidate_result = assessment.models[candidate.uri]
-    run.input(candidate_result.rows.inputs[-1])
+    for record in candidate_result.rows.evaluation_inputs:
+        run.input(record)
     run.metrics(to_tracking(candidate_result.evaluation.metrics), 0)
     bases = {name: asdict(model.base) for name, model in assessment.models.items()}
     run.json({**decision.to_json(), "bases": bases}, "gate.json")

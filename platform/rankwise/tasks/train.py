@@ -94,6 +94,7 @@ def _task(session: Session, arm: ClaimedArm) -> ArmTask:
         spec=arm.work.arm,
         train=arm.rows.train,
         evaluation=arm.rows.eval if len(arm.rows.eval) else None,
+        sources={example.id: example.source for example in arm.rows.examples.eval if example.source},
         init_adapter=_initial_adapter(session, arm.work.arm),
         stop_at=arm.work.stop_after(arm.done_steps),
     )

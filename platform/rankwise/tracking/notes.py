@@ -88,7 +88,7 @@ def _setup_text(arm: ArmSpec) -> str:
     else:
         how = "8-bit" if quantization.load_in_8bit else "not quantized"
     revision = f" at `{arm.base_model_revision}`" if arm.base_model_revision else ""
-    return f"Base `{arm.base_model}`{revision}, {how}. Data `{arm.dataset.train}`."
+    return f"Base `{arm.base_model}`{revision}, {how}. Data `{arm.dataset.train_text}`."
 
 
 def _text(value: object) -> str:

@@ -33,6 +33,7 @@ class ArmTask:
 
     Attributes:
         evaluation: Rows for evaluation; required by `training.eval_steps` and `stop_at`.
+        sources: The label of the source of each of them, by its id; empty where there is only one source.
         init_adapter: A PEFT directory to start from, with the arm's rank and modules. Its scaling may differ.
         stop_at: Optimizer steps after which the arm is evaluated, saved and leaves as `paused`. A later pack with a
             larger `stop_at` or None resumes it. The learning rate schedule always spans all steps.
@@ -41,6 +42,7 @@ class ArmTask:
     spec: ArmSpec
     train: Sequence[Encoded]
     evaluation: Sequence[Encoded] | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
     init_adapter: Path | None = None
     stop_at: int | None = None
 

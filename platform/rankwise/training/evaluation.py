@@ -14,6 +14,7 @@ from torch.nn import functional
 from rankwise.data.batches import collate
 from rankwise.data.tokens import Encoded
 from rankwise.exceptions import JobError, is_out_of_memory
+from rankwise.experiment.metric_names import SOURCE_PREFIX
 from rankwise.modeling.lora.logits import SupervisedLogits
 from rankwise.modeling.lora.packed import Routing, Segment
 from rankwise.modeling.rope import row_lengths
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingEvaluator:
-    """Computes `METRICS` for the arms of a pack, in batches with rows of several arms."""
+    """Computes `METRICS`, and the loss of each source, for the arms of a pack, in batches with rows of several arms."""
 
     def __init__(self, model: Any, routing: Routing, logits: SupervisedLogits, pad_token_id: int) -> None:
         self._model = model
@@ -67,19 +68,23 @@ class TrainingEvaluator:
         longest = max(int(row.supervised.sum()) for _, row in work)
         size = max(1, min(size, self._max_rows, MAX_LOGITS // (self._vocabulary * max(1, longest))))
         self._rows = size
-        sums: list[list[float]] = [[0.0, 0.0, 0.0] for _ in arms]
+        # Loss, correct tokens and tokens of all rows (""), and of each source where there are several.
+        sums: list[dict[str, list[float]]] = [{"": [0.0, 0.0, 0.0]} for _ in arms]
         for batch in self._batches(work, size):
-            for index, loss, correct, tokens in self._pass(arms, sorted(batch, key=lambda item: item[0])):
-                sums[index][0] += loss
-                sums[index][1] += correct
-                sums[index][2] += tokens
+            for index, label, *found in self._pass(arms, sorted(batch, key=lambda item: item[0])):
+                for name in dict.fromkeys(("", label)):
+                    own = sums[index].setdefault(name, [0.0, 0.0, 0.0])
+                    for place, value in enumerate(found):
+                        own[place] += value
         metrics = {}
-        for arm, (total, right, count) in zip(arms, sums, strict=True):
+        for arm, by_source in zip(arms, sums, strict=True):
+            total, right, count = by_source.pop("")
             mean = total / max(1.0, count)
             metrics[arm.spec_hash] = {
                 "eval.loss": mean,
                 "eval.perplexity": math.exp(mean) if mean < 700 else math.inf,
                 "eval.token_accuracy": right / max(1.0, count),
+                **{SOURCE_PREFIX + label: own[0] / max(1.0, own[2]) for label, own in sorted(by_source.items())},
             }
         return metrics
 
@@ -93,7 +98,8 @@ class TrainingEvaluator:
 
     def _pass(
         self, arms: Sequence[TrainingArm], work: Sequence[tuple[int, Encoded]]
-    ) -> list[tuple[int, float, int, int]]:
+    ) -> list[tuple[int, str, float, int, int]]:
+        """For each arm and source: loss, correct tokens and tokens."""
         batch = collate([row for _, row in work], self._pad_token_id)
         owners = torch.tensor([index for index, _ in work])
         segments = []
@@ -112,13 +118,15 @@ class TrainingEvaluator:
             )
         losses = functional.cross_entropy(logits, targets, reduction="none").double().cpu()
         correct = (logits.argmax(dim=-1) == targets).cpu()
-        owner_of = owners[row_of]
+        group_of_row = [(index, arms[index].task.sources.get(row.id, "")) for index, row in work]
+        groups = sorted(set(group_of_row))
+        group_of = torch.tensor([groups.index(group) for group in group_of_row])[row_of]
         return [
             (
-                int(index),
-                float(losses[owner_of == index].sum()),
-                int(correct[owner_of == index].sum()),
-                int((owner_of == index).sum()),
+                *group,
+                float(losses[group_of == place].sum()),
+                int(correct[group_of == place].sum()),
+                int((group_of == place).sum()),
             )
-            for index in sorted(set(owners.tolist()))
+            for place, group in enumerate(groups)
         ]

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rankwise.compat.transformers import attention_by_rows, checkpointable_layers
 from rankwise.exceptions import ConfigError, JobError, is_out_of_memory
-from rankwise.experiment.metric_names import GREATER_IS_BETTER
+from rankwise.experiment.metric_names import GREATER_IS_BETTER, SOURCE_PREFIX
 from rankwise.logs import bound
 from rankwise.modeling.base import LoadedBase
 from rankwise.modeling.lora.lean import keep_dequantized, lean_8_bit_layers, lean_feed_forwards
@@ -408,10 +408,11 @@ def _validate(tasks: Sequence[ArmTask]) -> None:
         if task.stop_at is not None and not task.evaluation:
             problems.append(f"arm {spec.short}: stop_at is {task.stop_at}, but there are no evaluation rows")
         primary = spec.evaluation.primary_metric
-        if spec.checkpoint == "best" and primary not in METRICS:
+        measured = {*METRICS, *(SOURCE_PREFIX + label for label in task.sources.values())}
+        if spec.checkpoint == "best" and primary not in measured:
             problems.append(
                 f"arm {spec.short}: choosing the best checkpoint by {primary} needs generation; without it, the "
-                f"primary metric must be one of {', '.join(METRICS)}"
+                f"primary metric must be one of {', '.join(sorted(measured))}"
             )
     if problems:
         raise ConfigError("\n".join(problems), tuple(problems))

@@ -17,7 +17,7 @@ TEXTS = ["carat 0.23, cut Ideal", "How much is this diamond?", "Price is $326", 
 
 def documents(texts):
     rows = table([{"text": text} for text in texts])
-    return build_examples(DatasetSpec(train="x"), rows, None, RENDERER).train
+    return build_examples(DatasetSpec(train="x"), [rows], None, RENDERER).train
 
 
 def stream(texts):
@@ -74,6 +74,6 @@ def test_a_tokenizer_without_an_end_token_is_refused():
 
 def test_empty_documents_are_left_out_and_counted():
     rows = table([{"text": text} for text in ("x", "", None)])
-    examples = build_examples(DatasetSpec(train="x"), rows, None, RENDERER)
+    examples = build_examples(DatasetSpec(train="x"), [rows], None, RENDERER)
     assert len(examples.train) == 1
     assert examples.dropped == {"train: empty cell": 2}

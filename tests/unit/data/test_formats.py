@@ -20,7 +20,7 @@ def spec(**keys):
 
 
 def build(*rows, **keys):
-    return build_examples(spec(**keys), table(list(rows)), None, RENDERER)
+    return build_examples(spec(**keys), [table(list(rows))], None, RENDERER)
 
 
 def one(*rows, **keys):
@@ -143,7 +143,7 @@ def test_tools_of_a_column_reach_the_template_and_the_prompt():
     for keys in ({"tools": "functions"}, {}):
         name = "functions" if keys else "tools"
         rows = table([{"messages": row["messages"], name: row["functions"]}])
-        (example,) = build_examples(spec(**keys), rows, None, renderer).train
+        (example,) = build_examples(spec(**keys), [rows], None, renderer).train
         assert example.tools == (TOOL,)
         assert '"find"' in example.prompt
     with pytest.raises(DatasetError, match=r"dataset.tools: unknown column 'function'; did you mean 'functions'"):

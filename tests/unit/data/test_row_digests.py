@@ -15,8 +15,8 @@ def of(keys, **options):
     return RowDigests.of([[key] for key in keys], **options)
 
 
-def row_key(example, system):
-    (key,) = row_keys(example, system)
+def row_key(example, *systems):
+    (key,) = row_keys(example, systems)
     return key
 
 
@@ -56,19 +56,19 @@ def test_no_prompt_can_be_read_and_a_row_costs_16_bytes():
 
 
 def test_the_key_of_a_row_is_its_prompt_without_template_answer_and_the_definition_s_system_message():
-    plain = row_key(example("How much?"), None)
-    assert row_key(example(" How   much? "), None) == plain
+    plain = row_key(example("How much?"))
+    assert row_key(example(" How   much? ")) == plain
     assert row_key(example("How much?", ("system", "Be brief.")), "Be brief.") == plain
     # A row's own system message is a part of its prompt.
     assert row_key(example("How much?", ("system", "Be brief.")), "Be kind.") != plain
-    assert row_key(example("How many?"), None) != plain
+    assert row_key(example("How many?")) != plain
 
 
 def test_a_conversation_has_a_key_for_each_answer_that_is_learned():
     row = example("And now?", ("system", "Be brief."), ("user", "How much?"), ("assistant", "7"))
-    first, last = row_keys(row, "Be brief.")
-    assert first == row_key(example("How much?"), None)
-    assert row_keys(row, "Be brief.", "last_answer") == [last]
+    first, last = row_keys(row, ["Be brief."])
+    assert first == row_key(example("How much?"))
+    assert row_keys(row, ["Be brief."], "last_answer") == [last]
     digests = RowDigests.of([[first, last]], name="a")
     assert (digests.rows, len(digests.digests)) == (1, 2)
     assert first in digests

@@ -15,8 +15,8 @@ SPLIT = {"split_from": "train", "rows": 20, "seed": 0}
 
 
 def build(rows, evaluation=None, renderer=None, **changes):
-    eval_table = None if evaluation is None else table(evaluation)
-    return build_examples(definition(**changes), table(rows), eval_table, renderer or make_renderer())
+    eval_tables = None if evaluation is None else [table(evaluation)]
+    return build_examples(definition(**changes), [table(rows)], eval_tables, renderer or make_renderer())
 
 
 def test_a_row_becomes_prompt_completion_and_keeps_its_columns():
@@ -147,5 +147,5 @@ def test_tables_are_read_from_their_sources(tmp_path):
     settings = Settings.load({"RANKWISE_HOME": str(tmp_path / "home"), "RANKWISE_CACHE": str(tmp_path / "cache")})
     dataset = definition(train=str(tmp_path / "rows.csv"), eval=SPLIT)
     data = resolve_data(dataset.train, None, settings)
-    examples = load_examples(dataset, data, None, make_renderer(), settings)
+    examples = load_examples(dataset, [data], None, make_renderer(), settings)
     assert (len(examples.train), len(examples.eval)) == (20, 20)

@@ -3,7 +3,7 @@ from helpers.data_rows import QUICK
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.rows import choose, split_groups
+from rankwise.data.selection import choose, split_groups
 from rankwise.exceptions import DatasetError
 
 groups_of_rows = st.lists(st.sampled_from("abcdefghijklmnop"), min_size=20, max_size=80)

@@ -7,6 +7,7 @@ from rankwise.experiment.fields import (
     did_you_mean,
     get,
     inlined,
+    is_sweepable,
     leaves,
     node_at,
     numbers,
@@ -58,8 +59,19 @@ def test_only_what_changes_an_arm_s_learning_can_be_swept():
     assert {"lora.r", "lora.target_modules", "training.learning_rate", "seed", "quantization.load_in_4bit"} <= set(
         fields
     )
-    others = {"name", "base_model", "dataset.train", "dataset.eval.seed", "training.save_steps", "evaluation.metrics"}
+    others = {
+        "name",
+        "base_model",
+        "dataset.train_split",
+        "dataset.eval.seed",
+        "training.save_steps",
+        "evaluation.metrics",
+    }
     assert others.isdisjoint(fields)
+    assert all(is_sweepable(path) for path in ("dataset.train", "dataset.train[0].weight", "dataset.train[12].source"))
+    assert not any(
+        is_sweepable(path) for path in ("dataset.train[0].format", "dataset.eval[0].rows", "dataset.train[]")
+    )
 
 
 def test_values_are_found_by_path_or_by_default():

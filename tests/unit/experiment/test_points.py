@@ -49,7 +49,10 @@ def test_every_value_knows_where_it_stands():
     assert arm.places == {"seed": ("sweep", "arms", 0, "seed")}
 
 
-ALLOWED = "allowed: lora.*, training.*, quantization.*, dataset.limit.train, seed"
+ALLOWED = (
+    "allowed: lora.*, training.*, quantization.*, dataset.limit.train, dataset.train, dataset.train[N].weight, "
+    "dataset.train[N].rows, dataset.train[N].source, seed"
+)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def refusal(monkeypatch, artifacts, candidate, before=None, training_rows=None):
     registry = SimpleNamespace(resolve=lambda uri: SimpleNamespace(version=before))
     context = SimpleNamespace(store=SimpleNamespace(registry=registry))
     arm = SimpleNamespace(
-        dataset=SimpleNamespace(system=None), spec_hash="a" * 64, init_from=None if before is None else before.uri
+        dataset=SimpleNamespace(systems=()), spec_hash="a" * 64, init_from=None if before is None else before.uri
     )
     assessor = SimpleNamespace(training_rows=training_rows or (lambda setting: []))
     with pytest.raises(GateError) as caught:
