@@ -22,7 +22,9 @@ _BAR = 40
 
 @click.command()
 @definition
-@click.option("--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Training rows to show.")
+@click.option(
+    "--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Training rows of each source to show."
+)
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write the shown rows as a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def preview(file: Path, overrides: tuple[str, ...], rows: int, html: Path | None, as_json: bool) -> int:
@@ -66,6 +68,11 @@ def _print_side(name: str, side: Side, made: Preview) -> None:
     click.echo(
         f"{name}: {side.used:,} rows used, {sum(side.dropped.values()):,} left out, {side.truncated:,} truncated"
     )
+    for label, source in side.sources.items():
+        click.echo(
+            f"  {label} ({source.format}): {source.used:,} used, {source.dropped:,} left out, "
+            f"{source.truncated:,} truncated"
+        )
     for reason, count in side.dropped.items():
         click.echo(f"  left out: {count:,} {reason}")
     if not len(side.lengths):

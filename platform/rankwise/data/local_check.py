@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from rankwise.assets.input_checks import confine
 from rankwise.data.chat import text_of
 from rankwise.data.formats import Conversion, RowMapping
+from rankwise.data.rows import Side, single_sources
 from rankwise.data.tables import TableRow, TextFormat, arrow_batches, batch_rows, cells
 from rankwise.data.training_table import TEXT_KINDS, file_kind, text_file_rows
 from rankwise.exceptions import AssetError, RankwiseError
@@ -40,10 +41,13 @@ def check_local_data(spec: ExperimentSpec, settings: Settings) -> tuple[str, ...
     dataset = spec.dataset
     problems: list[str] = []
     limit = _LengthLimit.of(spec)
-    for side, source in (("train", dataset.train), ("eval", dataset.eval)):
-        path = _local_file(source)
-        if path is not None:
-            problems += _check(confine(path, settings, "dataset"), dataset, side, limit)
+    sides: tuple[Side, ...] = ("train", "eval")
+    for side in sides:
+        for label, part in single_sources(dataset, side):
+            # Of a list, each source is the `train` of its part, on both sides.
+            path = _local_file(part.train if side == "train" or label else part.eval)
+            if path is not None:
+                problems += _check(confine(path, settings, "dataset"), part, side, limit)
     return tuple(dict.fromkeys(problems))
 
 
@@ -55,7 +59,7 @@ def _local_file(source: object) -> Path | None:
     return path if path.is_file() else None
 
 
-def _check(path: Path, dataset: DatasetSpec, side: str, limit: _LengthLimit | None) -> Iterator[str]:
+def _check(path: Path, dataset: DatasetSpec, side: Side, limit: _LengthLimit | None) -> Iterator[str]:
     try:
         rows = list(islice(_rows(path, dataset), ROWS))
         unreadable = [f"{path}: {row.error}" for row in rows if row.error is not None]

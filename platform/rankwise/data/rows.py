@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -70,6 +70,9 @@ class Example:
         return Chat(messages=self.messages, tools=self.tools, context=self.context)
 
 
+Side = Literal["train", "eval"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """Rows to train on and rows to evaluate on."""
@@ -80,20 +83,27 @@ class Examples:
     """Rows left out, by `SIDE: reason`."""
     notes: tuple[str, ...] = ()
     """Remarks on how the rows were read; preflight shows them as warnings."""
-    mappings: tuple[RowMapping, ...] = ()
-    """How the training rows of each source were read (or the evaluation rows, where these are all)."""
+    mappings: Mapping[Side, Mapping[str, RowMapping]] = field(default_factory=dict)
+    """How the rows of each side were read, by the label of the source; empty where there is only one."""
 
     @property
     def mapping(self) -> RowMapping | None:
-        """How the rows were read, where all sources are read alike."""
-        if not self.mappings or not all(self.mappings[0].reads_like(other) for other in self.mappings[1:]):
-            return None
-        return self.mappings[0]
+        """How the training rows were read (or the evaluation rows, where these are all); None if sources differ."""
+        first, *others = self._read
+        return first if all(first.reads_like(other) for other in others) else None
 
     @property
     def formats(self) -> tuple[str, ...]:
         """The formats of the sources."""
-        return tuple(dict.fromkeys(mapping.format for mapping in self.mappings))
+        return tuple(dict.fromkeys(mapping.format for mapping in self._read))
+
+    @property
+    def _read(self) -> list[RowMapping]:
+        return list((self.mappings["train"] or self.mappings["eval"]).values())
+
+    def sources(self, side: Side) -> Mapping[str, RowMapping]:
+        """How the rows of each of several sources were read, by their labels."""
+        return {label: mapping for label, mapping in self.mappings[side].items() if label}
 
 
 def load_examples(
@@ -119,9 +129,6 @@ def load_examples(
 
     scratch = settings.cache / "scratch"
     return build_examples(dataset, tables("train", train), tables("eval", eval), renderer, progress, scratch=scratch)
-
-
-Side = Literal["train", "eval"]
 
 
 def single_sources(dataset: DatasetSpec, side: Side) -> list[tuple[str, DatasetSpec]]:
@@ -194,7 +201,10 @@ def build_examples(
             eval=_examples(eval_source, eval_picks, renderer, advance, scratch, generated=True),
             dropped=dropped,
             notes=tuple(notes),
-            mappings=tuple(table.mapping for table in train or eval_source),
+            mappings={
+                "train": {table.label: table.mapping for table in train},
+                "eval": {table.label: table.mapping for table in eval_source},
+            },
         )
 
 

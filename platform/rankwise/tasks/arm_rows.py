@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from rankwise.data.formats import RowMapping
 from rankwise.data.preflight import Report, is_documents, preflight, render_html, render_terminal
 from rankwise.data.rows import Example, Examples, Side, first_rows, load_examples, single_sources
 from rankwise.data.template import Renderer, is_template_file
-from rankwise.data.tokens import EncodedSet, encode
+from rankwise.data.tokens import Encoded, EncodedSet, encode
 from rankwise.data.training_table import open_table
 from rankwise.digests import canonical_json
 from rankwise.exceptions import ConfigError, DatasetError
@@ -128,6 +129,19 @@ class ArmRows:
     def evaluation_inputs(self) -> tuple[DatasetRecord, ...]:
         """The records of the evaluation rows, one for each source."""
         return tuple(record for record in self.inputs if record.context == "eval")
+
+    def first_rows(self, count: int) -> list[Encoded]:
+        """The first `count` training rows of each source."""
+        source_of = {example.id: example.source for example in self.examples.train}
+        left = dict.fromkeys(source_of.values(), count)
+        shown = []
+        for row in self.train:
+            if not any(left.values()):
+                break
+            if left[source_of[row.id]]:
+                left[source_of[row.id]] -= 1
+                shown.append(row)
+        return shown
 
     def without(self, ids: Collection[str]) -> ArmRows:
         """A copy without these evaluation rows; `inputs` still describes the whole data set."""
@@ -323,9 +337,12 @@ def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows,
     for finding in report.warnings:
         reporter.warn(str(finding))
     report.raise_for_errors()
-    first = [rows.train[index] for index in range(min(_PREVIEWED, len(rows.train)))]
+    first = rows.first_rows(_PREVIEWED)
     if show:
-        counts = f"{_counted(rows.train, rows.examples.train)} to train on, {len(rows.eval):,} to evaluate on"
+        sources = Counter(example.source for example in rows.examples.train if example.source)
+        shares = f" ({', '.join(f'{label} {count:,}' for label, count in sources.items())})" if sources else ""
+        trained = f"{_counted(rows.train, rows.examples.train)} to train on{shares}"
+        counts = f"{trained}, {len(rows.eval):,} to evaluate on"
         reporter.say(f"rows: {counts}; the first ones, supervised tokens marked:")
         reporter.show(render_terminal(first, rows.renderer.tokenizer))
     return report, render_html(first, rows.renderer.tokenizer)

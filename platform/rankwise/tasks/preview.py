@@ -6,9 +6,10 @@ Everything is made by the code that trains. The tokens go to the same cache, so 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,20 +29,32 @@ _TOO_LONG = "longer than training.max_length"
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceRows:
+    """The rows of one of several sources: how they are read, and how many are used, left out and truncated."""
+
+    format: str
+    used: int
+    dropped: int
+    truncated: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """Training or evaluation rows.
 
     Attributes:
         used: Rows that are used.
-        dropped: Rows that are left out, by reason.
+        dropped: Rows that are left out, by reason; with several sources by `LABEL: reason`.
         truncated: Rows that lost tokens, and conversations that lost answers, to the length limit.
         lengths: (M,): tokens of each row before the length limit.
+        sources: The rows of each source by its label; empty where there is only one.
     """
 
     used: int
     dropped: dict[str, int]
     truncated: int
     lengths: npt.NDArray[np.int32]
+    sources: dict[str, SourceRows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +62,8 @@ class Preview:
     """The rows of one arm.
 
     Attributes:
-        format: How rows are read; see `dataset.format`.
-        rows: The first training rows, with their examples.
+        format: How rows are read; see `dataset.format`. Several, if sources differ, are separated by commas.
+        rows: The first training rows of each source, with their examples.
         sides: `train`, and `eval` where there are rows to evaluate on.
         report: The errors and warnings of the preflight.
         max_length: The length limit, in tokens.
@@ -94,7 +107,7 @@ def make_preview(arm: ArmSpec, settings: Settings, reporter: Reporter, *, rows: 
         arm: The arm; only its base, `dataset` and `training.max_length` are used.
         settings: Where data and caches are.
         reporter: Reports progress.
-        rows: How many training rows are shown.
+        rows: How many training rows of each source are shown.
 
     Raises:
         AssetError: The base's tokenizer or the data cannot be fetched or read.
@@ -128,24 +141,36 @@ def make_preview(arm: ArmSpec, settings: Settings, reporter: Reporter, *, rows: 
 
 def _shown(read: ArmRows, count: int) -> tuple[tuple[Example, Encoded], ...]:
     examples = {example.id: example for example in read.examples.train}
-    return tuple((examples[row.id], row) for row in read.train[:count])
+    return tuple((examples[row.id], row) for row in read.first_rows(count))
 
 
-def _side(side: str, read: ArmRows) -> Side:
-    encoded = read.train if side == "train" else read.eval
+def _side(side: Literal["train", "eval"], read: ArmRows) -> Side:
+    encoded, examples = (read.train, read.examples.train) if side == "train" else (read.eval, read.examples.eval)
     prefix = f"{side}: "
     dropped = {
         reason.removeprefix(prefix): count
         for reason, count in read.examples.dropped.items()
         if reason.startswith(prefix)
     }
-    if encoded.dropped:
-        dropped[_TOO_LONG] = len(encoded.dropped)
+    source_of = {example.id: example.source for example in examples}
+    for label, count in Counter(source_of[row] for row in encoded.dropped).items():
+        dropped[f"{label}: {_TOO_LONG}" if label else _TOO_LONG] = count
+    used = Counter(source_of[row] for row in set(encoded.ids))
+    truncated = Counter(source_of[row] for row in (*encoded.truncated, *encoded.cut))
     return Side(
-        used=len(set(encoded.ids)),
+        used=used.total(),
         dropped=dropped,
-        truncated=len(encoded.truncated) + len(encoded.cut),
+        truncated=truncated.total(),
         lengths=encoded.whole_lengths,
+        sources={
+            label: SourceRows(
+                format=mapping.format,
+                used=used[label],
+                dropped=sum(count for reason, count in dropped.items() if reason.startswith(f"{label}: ")),
+                truncated=truncated[label],
+            )
+            for label, mapping in read.examples.sources(side).items()
+        },
     )
 
 
@@ -155,6 +180,7 @@ def _counts(side: Side) -> dict[str, Any]:
         "dropped": sum(side.dropped.values()),
         "dropped_by_reason": side.dropped,
         "truncated": side.truncated,
+        "sources": {label: asdict(source) for label, source in side.sources.items()},
         "lengths": summary(side.lengths),
     }
 
