@@ -309,7 +309,7 @@ def test_with_fail_fast_the_others_are_cancelled(world, rows, tmp_path):
     states = [job.state for job in jobs(joins=False)]
     assert states == [*[JobState.SUCCEEDED] * 2, JobState.FAILED, *[JobState.CANCELLED] * 3]
     failed, join = jobs()[2], jobs()[-1]
-    assert "--fail-fast: row 4: prompt must be a string, got int 7" in failed.error
+    assert "--fail-fast: row 4: column 'prompt' holds a mapping" in failed.error
     assert (failed.attempts, join.error) == (1, f"{failed.title} failed")
 
 
