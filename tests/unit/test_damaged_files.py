@@ -22,7 +22,7 @@ from rankwise.modeling.fingerprint import check_manifest, write_manifest
 from rankwise.modeling.quantized_cache import ENTRY_NAME, cache_root, list_entries
 from rankwise.settings import Settings
 from rankwise.training.arm import ArmOutcome
-from rankwise.training.checkpoint import Checkpoints
+from rankwise.training.checkpoint import ENGINE_VERSION, Checkpoints
 from rankwise.training.step import Passes
 from rankwise.worker.protocol import Result, ResultFiles
 
@@ -132,13 +132,14 @@ def generation(tmp_path):
     stored = checkpoints(tmp_path)
     arm = stored.directory / "step-00000002" / f"arm-{'a' * 12}"
     arm.mkdir(parents=True)
-    state = {"version": 1, "step": 2, "seconds": 1.0, "tokens": 3, "metrics": {"train.loss": 1.0}, "best": None}
+    made_by = {"version": 1, "engine": ENGINE_VERSION}
+    state = {**made_by, "step": 2, "seconds": 1.0, "tokens": 3, "metrics": {"train.loss": 1.0}, "best": None}
     (arm / "state.json").write_text(json.dumps(state))
     outcome = {
         **{"spec_hash": "b" * 64, "status": "finished", "steps": 2, "adapter": "final/x", "reason": None},
         **{"metrics": {}, "seconds": 1.0, "peak_memory_bytes": 3, "best": None, "example_ids": []},
     }
-    pack = {"version": 1, "pack_step": 2, "passes": {"parts": 1, "max_tokens": None}, "living": ["a" * 64]}
+    pack = {**made_by, "pack_step": 2, "passes": {"parts": 1, "max_tokens": None}, "living": ["a" * 64]}
     (arm.parent / "pack.json").write_text(json.dumps({**pack, "ended": {"b" * 64: outcome}}))
     write_manifest(arm.parent)
     assert stored.newest().pack_step == 2

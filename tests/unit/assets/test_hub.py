@@ -146,7 +146,7 @@ def test_a_disk_that_refuses_a_download_is_explained(snapshot, offline, monkeypa
 def test_a_shared_cache_that_is_read_only_still_serves_a_branch(snapshot, offline, monkeypatch, caplog):
     import huggingface_hub
 
-    def refuse(path, content):
+    def refuse(path, content, *, shared):
         raise StorageError(f"cannot write {path}")
 
     monkeypatch.setattr(hub, "write_atomically", refuse)

@@ -106,12 +106,14 @@ def test_the_printed_schema_is_the_shipped_file():
 
 @pytest.mark.parametrize("command", [["validate"], ["plan", "--no-estimates"]])
 def test_answers_come_at_once_and_without_the_machine_learning_libraries(command, file):
+    # validate opens local data, for which it needs pyarrow and numpy.
+    heavy = [name for name in HEAVY if command != ["validate"] or name != "numpy"]
     code = (
         "import sys\n"
         "from rankwise.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "except SystemExit as end:\n    assert not end.code\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(

@@ -90,6 +90,10 @@ def own_names(tree):
             yield node.target.id
 
 
+# Attributes of rankwise's own classes with the name of an undocumented one.
+OWN = {("serving/vllm_options.py", "lora_bias")}
+
+
 def misuses(source):
     """What a module uses that belongs into `compat/`, as texts."""
     tree = ast.parse(source)
@@ -129,7 +133,8 @@ def test_no_other_module_uses_a_private_name():
     paths = modules(compat=False)
     assert len(paths) > 100
     found = [f"{path.relative_to(SOURCES)}:{one}" for path in paths for one in misuses(path.read_text())]
-    assert found == []
+    own = {f"{path}: {name}" for path, name in OWN}
+    assert [one for one in found if re.sub(r":\d+: attribute:", ":", one) not in own] == []
 
 
 def test_no_name_of_rankwise_s_own_hides_one_of_a_library():

@@ -29,8 +29,7 @@ def test_the_tested_set_is_that_of_the_constraints():
 
 
 def test_the_tested_set_is_what_the_project_needs(project):
-    # transformers' tokens depend on tokenizers, which is no dependency of ours.
-    needed = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]} | {"tokenizers"}
+    needed = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     assert {canonicalize_name(name) for name in machine.tested()["libraries"]} == needed
 
 

@@ -4,6 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from rankwise.evaluation.gate import GateDecision, overlap
+from rankwise.experiment.schema import PromotionSpec
+from rankwise.jobs.store import JobStore
 from rankwise.tasks import promote as module
 from rankwise.tasks import promote as promotion
 from rankwise.tasks.promote import count_candidates
@@ -61,7 +64,7 @@ def test_what_no_sweep_has_made_was_chosen_among_none(store):
 
 
 @pytest.mark.parametrize(("data", "among"), [(None, 5), ("fresh.jsonl", 1)])
-def test_only_rows_that_took_part_in_the_choice_count_its_arms(store, monkeypatch, data, among):
+def test_only_rows_that_took_part_in_the_choice_count_its_arms(store, monkeypatch, tmp_path, data, among):
     dataset = SimpleNamespace(eval={"split_from": "train"}, eval_split="test")
 
     def changed(data=None, limit=None):
@@ -78,10 +81,14 @@ def test_only_rows_that_took_part_in_the_choice_count_its_arms(store, monkeypatc
     monkeypatch.setattr(promotion, "_write_evidence", lambda *_: "run")
 
     def weigh(*arguments):
-        told["among"] = arguments[-1]
-        return SimpleNamespace(passed=False)
+        told["among"] = arguments[-3]
+        return GateDecision(checks=(overlap(None, 1, PromotionSpec()),))
 
     monkeypatch.setattr(promotion, "_decide", weigh)
-    context = SimpleNamespace(store=store)
+    monkeypatch.setattr(promotion, "_comparison_key", lambda *_, **__: "k" * 64)
+    monkeypatch.setattr(promotion, "_compared", lambda *_: SimpleNamespace(prompts=frozenset({"p"})))
+    queue = JobStore(f"sqlite:///{tmp_path / 'queue.db'}", lock=tmp_path / "lock")
+    context = SimpleNamespace(store=store, queue=queue)
     done = promotion.promote(context, setting, version("arm-1"), alias="champion", data=data)
     assert (told["among"], done.moved) == (among, False)
+    queue.close()
