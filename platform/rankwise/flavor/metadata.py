@@ -390,8 +390,6 @@ def describe_base(
     check_same(plain, resolved.path, resolved.source)
     quantization, compute = quantization_of(plain)
     module = plain_module(plain.get_input_embeddings()).weight
-    if compute is not None and module.dtype in (torch.float32, torch.bfloat16):
-        compute = module.dtype  # bitsandbytes' 4-bit layers compute in these when they get them.
     return (
         BaseFacts(
             source=resolved.source,
