@@ -82,8 +82,9 @@ class MigrationContract:
             # An arm of that time has the first version of rendering.
             work = arm_work()
             dataset = work.arm.dataset.model_copy(update={"rendering": 1})
-            assert ArmWork.of(job) == replace(work, arm=work.arm.model_copy(update={"dataset": dataset}))
-            (again,) = store.submit([arm_work().train_job()], again=True)
+            work = replace(work, arm=work.arm.model_copy(update={"dataset": dataset}))
+            assert ArmWork.of(job) == work
+            (again,) = store.submit([work.train_job()], again=True)
             assert again == job
             assert store.claim(WORKER, lease=60, among=[job.id])[0].spec == job.spec
         store.close()
