@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from rankwise.data.chat import (
     key_before,
     text_of,
 )
-from rankwise.data.formats import RowMapping
+from rankwise.data.formats import Conversion, RowMapping
 from rankwise.data.masks import Supervise, reference
 from rankwise.data.selection import Pick, Split, choose, mix, split_groups, split_sources
 from rankwise.data.spilled import Spilled
@@ -165,6 +166,7 @@ def build_examples(
     Raises:
         DatasetError: The rows do not fit the definition, or the chat template refuses one.
     """
+    split = dataset.eval if isinstance(dataset.eval, EvalSplit) and eval_tables is None else None
     notes: list[str] = []
     dropped: dict[str, int] = {}
     shown = progress or SILENT
@@ -172,7 +174,8 @@ def build_examples(
     with shown.task("reading rows", count, "rows") as advance:
 
         def scan(side: Side, tables: Sequence[Any] | None) -> list[_Table]:
-            groups = _Groups()
+            # A group for every row takes memory: not without need.
+            groups = _Groups() if side == "train" and split is not None else None
             parts = [] if tables is None else zip(single_sources(dataset, side), tables, strict=True)
             return [
                 _Table.scan(table, part, side, label, groups, notes, dropped, advance) for (label, part), table in parts
@@ -180,21 +183,22 @@ def build_examples(
 
         train, evaluation = scan("train", train_tables), scan("eval", eval_tables)
     _check_kinds([*train, *evaluation])
-    seed = dataset.eval.seed if isinstance(dataset.eval, EvalSplit) and eval_tables is None else 0
-    train_rows = [list(range(len(table.ids))) for table in train]
-    if isinstance(dataset.eval, EvalSplit) and eval_tables is None:
+    seed = 0 if split is None else split.seed
+    train_rows: list[Sequence[int]] = [range(len(table.ids)) for table in train]
+    eval_rows: list[Sequence[int]]
+    if split is not None:
         assert train, "a split needs the tables that it is taken from"
-        splits = _split(train, dataset.eval.rows, seed)
-        if lost := sum(len(split.left_out) for split in splits):
+        sides = _split(train, split.rows, seed)
+        if lost := sum(len(side.left_out) for side in sides):
             dropped["split: shares a prompt with evaluation rows"] = lost
-        train_rows = [split.train for split in splits]
-        eval_picks = [Pick(place, row) for place, split in enumerate(splits) for row in split.eval]
+        train_rows, eval_rows = [side.train for side in sides], [side.eval for side in sides]
         eval_source = train
     else:
-        eval_picks = _evaluated(dataset, evaluation)
+        sources = zip(evaluation, dataset.eval_sources if evaluation else (), strict=True)
+        eval_rows = [choose(table.ids, source.rows, seed, "eval") for table, source in sources]
         eval_source = evaluation
     train_picks = _mixed(dataset, train, train_rows, seed, notes)
-    eval_picks = _limited(eval_source, eval_picks, dataset.limit.eval, seed, "eval", notes)
+    eval_picks = _limited(eval_source, eval_rows, dataset.limit.eval, seed, "eval", notes)
     with shown.task("rendering prompts", len(train_picks) + len(eval_picks), "rows") as advance:
         return Examples(
             train=_examples(train, train_picks, renderer, advance, scratch, generated=False),
@@ -231,8 +235,7 @@ def _mixed(
     """The rows to train on; `rows` are those of each table that are not for evaluation."""
     limit = dataset.limit.train
     if isinstance(dataset.train, str) or not tables:
-        picks = [Pick(place, row) for place, own in enumerate(rows) for row in own]
-        return _limited(tables, picks, limit, seed, "train", notes)
+        return _limited(tables, rows, limit, seed, "train", notes)
     ids = [[table.ids[row] for row in own] for table, own in zip(tables, rows, strict=True)]
     picks = [replace(pick, position=rows[pick.source][pick.position]) for pick in mix(dataset.train, ids, limit, seed)]
     if limit is not None and limit > len(picks):
@@ -244,20 +247,23 @@ def _mixed(
     return picks
 
 
-def _evaluated(dataset: DatasetSpec, tables: Sequence[_Table]) -> list[Pick]:
-    picks = []
-    for place, (table, source) in enumerate(zip(tables, dataset.eval_sources, strict=True)):
-        picks += [Pick(place, row) for row in choose(table.ids, source.rows, 0, "eval")]
-    return picks
-
-
 def _limited(
-    tables: Sequence[_Table], picks: list[Pick], limit: int | None, seed: int, side: str, notes: list[str]
+    tables: Sequence[_Table],
+    rows: Sequence[Sequence[int]],
+    limit: int | None,
+    seed: int,
+    side: str,
+    notes: list[str],
 ) -> list[Pick]:
-    if limit is not None and limit > len(picks):
-        notes.append(f"dataset.limit.{side} is {limit:,}, but there are only {len(picks):,} rows")
-    several = len(tables) > 1
-    names = [f"{pick.source}\x00" * several + tables[pick.source].ids[pick.position] for pick in picks]
+    """At most `limit` of the rows of all tables."""
+    count = sum(map(len, rows))
+    if tables and limit is not None and limit > count:
+        notes.append(f"dataset.limit.{side} is {limit:,}, but there are only {count:,} rows")
+    if len(tables) == 1:
+        (table,), (own,) = tables, rows
+        return [Pick(0, own[place]) for place in choose([table.ids[row] for row in own], limit, seed, side)]
+    picks = [Pick(place, row) for place, own in enumerate(rows) for row in own]
+    names = [f"{pick.source}\x00{tables[pick.source].ids[pick.position]}" for pick in picks]
     return [picks[place] for place in choose(names, limit, seed, side)]
 
 
@@ -293,14 +299,15 @@ class _Table:
     table: Any
     label: str
     mapping: RowMapping
-    positions: list[int]
+    positions: Sequence[int]
     ids: list[str]
     keys: list[str]
-    all_groups: _Groups
+    all_groups: _Groups | None
 
     @property
     def groups(self) -> list[str]:
-        """The group of each row. It is known once all sources of the side are scanned."""
+        """The group of each row, with a split. It is known once all sources of the side are scanned."""
+        assert self.all_groups is not None
         return self.all_groups.names(self.keys)
 
     def named(self, row: int) -> str:
@@ -314,7 +321,7 @@ class _Table:
         dataset: DatasetSpec,
         side: Side,
         label: str,
-        groups: _Groups,
+        groups: _Groups | None,
         notes: list[str],
         dropped: dict[str, int],
         advance: Advance,
@@ -323,7 +330,7 @@ class _Table:
         mapping = RowMapping.of(dataset, table.column_names, f"{side} {label}" if label else side, first_rows(table))
         row_ids = _row_ids(table, where, notes)
         prefix = f"{label}/" if label else ""
-        positions: list[int] = []
+        positions = array("q")
         ids: list[str] = []
         keys: list[str] = []
         reasons: Counter[str] = Counter()
@@ -345,11 +352,10 @@ class _Table:
                 continue
             positions.append(position)
             ids.append(row_ids[position])
-            supervise: Supervise = "last_answer" if mapping.values.version == 1 else dataset.supervise
-            chat = conversion.chat
-            own = [document_key(conversion.document or "")] if chat is None else answer_keys(chat, supervise)
-            groups.add(own)
-            keys.append(own[0])
+            if groups is not None:
+                own = _keys(conversion, dataset.supervise if mapping.values.version > 1 else "last_answer")
+                groups.add(own)
+                keys.append(own[0])
         unknown.check(f"dataset.{where}", mapping.messages)
         dropped.update({f"{where}: {reason}": count for reason, count in reasons.items()})
         for key, count in unused.items():
@@ -419,6 +425,12 @@ class _Table:
             )
             for row_id, row, chat, prompt in zip(ids, cells, chats, prompts, strict=True)
         ]
+
+
+def _keys(conversion: Conversion, supervise: Supervise) -> list[str]:
+    if conversion.chat is None:
+        return [document_key(conversion.document or "")]
+    return answer_keys(conversion.chat, supervise)
 
 
 def answer_keys(chat: Chat, supervise: Supervise) -> list[str]:

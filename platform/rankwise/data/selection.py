@@ -10,6 +10,7 @@ A source that gives more rows than it has gives all of them as often as that is 
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -74,8 +75,7 @@ def choose(ids: Sequence[str], limit: int | None, seed: int, side: str) -> list[
     """
     if limit is None or limit >= len(ids):
         return list(range(len(ids)))
-    ranked = sorted(range(len(ids)), key=lambda position: _rank(seed, side, ids[position]))
-    return sorted(ranked[:limit])
+    return sorted(heapq.nsmallest(limit, range(len(ids)), key=lambda position: _rank(seed, side, ids[position])))
 
 
 def _rank(seed: int, kind: Hashable, text: str) -> bytes:
@@ -126,7 +126,7 @@ def split_sources(groups: Sequence[Sequence[str]], rows: int, seed: int, labels:
     return splits
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Pick:
     """One row of an epoch: the number of its source, its position there, and which copy of it this is (from 1)."""
 
