@@ -187,9 +187,18 @@ def _cells(steps: int | None, tokens: int | None, estimates: Any) -> Iterator[st
     "--after", multiple=True, type=int, metavar="JOB", help="Start only after this job has succeeded; repeatable."
 )
 @click.option("--preflight/--no-preflight", default=True, help="Check the rows before queueing.")
+@click.option(
+    "--no-more-seeds", is_flag=True, help="Train no more seeds after the first look, even if a rank is undecided."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the jobs as JSON.")
 def submit(
-    file: Path, overrides: tuple[str, ...], priority: int, after: tuple[int, ...], preflight: bool, as_json: bool
+    file: Path,
+    overrides: tuple[str, ...],
+    priority: int,
+    after: tuple[int, ...],
+    preflight: bool,
+    no_more_seeds: bool,
+    as_json: bool,
 ) -> None:
     """Queue all jobs of the experiment FILE that have not been done yet.
 
@@ -207,7 +216,9 @@ def submit(
         from rankwise.tasks.submit import submit as submit_prepared
 
         with open_context(settings, bars) as context:
-            prepared = prepare(context, experiment, RowsCache(settings, bars), preflight=preflight)
+            prepared = prepare(
+                context, experiment, RowsCache(settings, bars), preflight=preflight, more_seeds=not no_more_seeds
+            )
             # Also if all jobs are done: completes an interrupted submission.
             command = command_line(file, overrides)
             submitted = submit_prepared(context, prepared, command=command, priority=priority, after=after)

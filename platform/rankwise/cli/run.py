@@ -39,9 +39,19 @@ _GRACE_S = 600.0
     type=click.IntRange(min=1),
     help="Maximum number of arms trained together over one base. Default: as many as fit in memory.",
 )
+@click.option(
+    "--no-more-seeds", is_flag=True, help="Train no more seeds after the first look, even if a rank is undecided."
+)
 @click.option("--from", "source", metavar="RUN_OR_MODEL_URI", help="Use the definition recorded with a run or model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, source: str | None, as_json: bool) -> int:
+def run(
+    file: Path | None,
+    overrides: tuple[str, ...],
+    max_arms: int | None,
+    no_more_seeds: bool,
+    source: str | None,
+    as_json: bool,
+) -> int:
     """Train, register, evaluate and compare all arms of the experiment FILE.
 
     Finished work is not repeated; interrupted work resumes from its last checkpoint. Ctrl-C stops after the current
@@ -60,6 +70,7 @@ def run(file: Path | None, overrides: tuple[str, ...], max_arms: int | None, sou
         "source": source,
         "overrides": list(overrides),
         "command": command_line(file, overrides, source),
+        "more_seeds": not no_more_seeds,
     }
     stop = Stop(lambda: console.print("stopping after this step ... (repeat to stop at once)"))
     places = visible_gpus(child_environment({}))

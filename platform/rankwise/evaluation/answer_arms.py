@@ -46,6 +46,7 @@ class Arms:
         averaged: Other settings that results are averaged over, and their values.
         left_out: Other settings that not every rank has.
         cells: By rank and seed, the arms of one result.
+        pilots: Arms of the pilot seeds at the chosen values.
         width: How many arms one result has: one for each combination of the settings in `averaged`.
     """
 
@@ -59,6 +60,7 @@ class Arms:
     averaged: Mapping[str, tuple[Param | None, ...]]
     left_out: int
     cells: Mapping[tuple[float, int], tuple[ArmRecord, ...]]
+    pilots: tuple[ArmRecord, ...] = ()
     width: int = 1
 
     def state(self, rank: float, seed: int) -> str:
@@ -153,6 +155,12 @@ def sort_arms(comparison: Comparison, plan: AnswerPlan) -> Arms:
             for (rank, values, seed), cell in by_cell.items()
             if values == chosen[rank] and seed not in plan.pilot
         },
+        pilots=tuple(
+            arm
+            for (rank, values, seed), cell in by_cell.items()
+            if values == chosen[rank] and seed in plan.pilot
+            for arm in cell
+        ),
         width=len(shared),
     )
 

@@ -132,11 +132,25 @@ def add_section() -> str:
     return f"To test which rank is enough, add `answer: {{margin: {PROPOSED_MARGIN}}}` to the definition."
 
 
-def statement(comparison: Comparison, plan: AnswerPlan, arms: Arms, decision: Decision, rows: int, n: float) -> Answer:
-    """The answer of a decision; `n` is the effective number of clusters of the rows."""
+def statement(
+    comparison: Comparison,
+    plan: AnswerPlan,
+    arms: Arms,
+    decision: Decision,
+    rows: int,
+    n: float,
+    *,
+    coming: int = 0,
+) -> Answer:
+    """The answer of a decision.
+
+    `n` is the effective number of clusters of the rows, `coming` how many results of the next look are being trained.
+    """
     named = decision.named
     seeds = min((each.seeds for each in decision.outcomes if each.seeds), default=0)
-    words = _Words(key=comparison.primary_metric, plan=plan, arms=arms, decision=decision, seeds=seeds, rows=rows)
+    words = _Words(
+        key=comparison.primary_metric, plan=plan, arms=arms, decision=decision, seeds=seeds, rows=rows, coming=coming
+    )
     return Answer(
         status="undecided" if named is None else "enough",
         text=words.headline(named),
@@ -154,6 +168,17 @@ def statement(comparison: Comparison, plan: AnswerPlan, arms: Arms, decision: De
     )
 
 
+def outlook(plan: AnswerPlan, decision: Decision) -> list[str]:
+    """The margin in units of the noise over seeds, and what the planned seeds will probably not decide."""
+    if decision.seed_sd == 0:
+        return []
+    ratio = f"{plan.margin / decision.seed_sd:.2g}"
+    found = [f"The margin is {ratio} times the standard deviation of a difference over seeds."]
+    if decision.beyond_most and decision.look < decision.looks:
+        found.append(f"{len(plan.seeds)} seeds will probably not decide {_ranks(decision.beyond_most)}.")
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Words:
     key: str
@@ -162,6 +187,7 @@ class _Words:
     decision: Decision
     seeds: int
     rows: int
+    coming: int
 
     def headline(self, named: RankOutcome | None) -> str:
         decision, margin = self.decision, amount(self.key, self.plan.margin)
@@ -241,24 +267,17 @@ class _Words:
             else:
                 parts.append(f"r = {each.rank:g}: about {each.more_seeds} seeds would decide.")
         if self.decision.undecided:
-            parts += self.outlook()
-            if self.decision.look < self.decision.looks:
+            parts += outlook(plan, self.decision)
+            if self.coming:
+                parts.append(f"{self.coming} results of the last look, at {len(plan.seeds)} seeds, are still to come.")
+            elif self.decision.look < self.decision.looks:
                 parts.append(f"`rankwise run` trains up to {len(plan.seeds)} seeds.")
             else:
                 new = "other values of sweep.parameters.seed" if plan.fixed else f"seed: {max(plan.seeds) + 1}"
                 parts.append(f"This was the last planned look; a new test needs new seeds ({new}).")
+        elif self.decision.look < self.decision.looks:
+            parts += outlook(plan, self.decision)
         return parts
-
-    def outlook(self) -> list[str]:
-        """The margin in units of the noise over seeds, and what the planned seeds will probably not decide."""
-        plan, decision = self.plan, self.decision
-        if decision.seed_sd == 0:
-            return []
-        ratio = f"{plan.margin / decision.seed_sd:.2g}"
-        found = [f"The margin is {ratio} times the standard deviation of a difference over seeds."]
-        if decision.beyond_most and decision.look < decision.looks:
-            found.append(f"{len(plan.seeds)} seeds will probably not decide {_ranks(decision.beyond_most)}.")
-        return found
 
     def notes(self) -> list[str]:
         plan, decision, arms = self.plan, self.decision, self.arms
@@ -276,7 +295,7 @@ class _Words:
             f"Noise over seeds: differences are paired by seed{variance}. Noise over rows: differences are taken row "
             "by row, and rows with equal prompts count once.",
         ]
-        notes += self.outlook()
+        notes += outlook(plan, self.decision)
         if arms.candidates > 1:
             chosen = "; ".join(
                 f"r = {rank:g}: " + ", ".join(f"{_name(name)} {_rate(value)}" for name, value in values)

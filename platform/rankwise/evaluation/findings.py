@@ -134,11 +134,14 @@ def _test(comparison: Comparison, plan: AnswerPlan, read: ReadInfluences) -> Ans
         return decide(table, looks[:number], margin=plan.margin, confidence=plan.confidence, planned=len(looks))
 
     decision = look(1)
+    coming = 0
     if len(plan.looks) > 1 and decision.undecided:
-        open_ranks = [each.rank for each in decision.undecided]
-        if not arms.pending([*open_ranks, reference], plan.seeds, fixed=plan.fixed):
+        # Decided ranks count, too: the variance that is pooled over ranks is that of the seeds that all of them have.
+        if arms.pending(arms.ranks, plan.seeds, fixed=plan.fixed):
+            coming = arms.pending(arms.ranks, plan.seeds, fixed=True)
+        else:
             decision = look(2)
-    return statement(comparison, plan, arms, decision, rows, table.clusters)
+    return statement(comparison, plan, arms, decision, rows, table.clusters, coming=coming)
 
 
 def source_of(key: str) -> str:

@@ -43,6 +43,8 @@ ANSWER_PLAN = "rankwise.answer"
 """On a sweep's run: the plan of its answer as JSON (`AnswerPlan`); empty without one."""
 EARLIER_PLANS = "rankwise.answer_before"
 """On a sweep's run: a JSON list of the plans that later submissions replaced; null where there was none."""
+MORE_SEEDS = "rankwise.more_seeds"
+"""On the run of a sweep that trains seeds on demand: `true`, or `false` if it stops after the first look."""
 DEFAULT_PRIMARY_METRIC = "eval.loss"
 
 # Params that are texts even where all their characters are digits (a commit, a column).

@@ -5,11 +5,13 @@ The sweep's run in MLflow records the plan, so that `compare` tests what was pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.experiment.experiment import Experiment
+from rankwise.experiment.arm import ArmSpec
+from rankwise.experiment.experiment import Experiment, Labelled
+from rankwise.experiment.schema import AnswerSeeds
 from rankwise.experiment.search import SEARCHES
 
 PROPOSED_MARGIN = 0.02
@@ -26,7 +28,7 @@ class AnswerPlan:
         tune: Swept fields at whose own best value each rank is compared.
         pilot: Seeds that choose the values of `tune`, and take no part in the answer.
         looks: The seeds of each look at the results, cumulative; one or two.
-        fixed: Whether the seeds are those of the definition, so that none are added.
+        fixed: Whether the seeds are those of the definition, so that none are added (`adds_seeds`).
     """
 
     margin: float
@@ -67,25 +69,21 @@ class AnswerPlan:
 def answer_plan(experiment: Experiment) -> AnswerPlan | None:
     """The plan of an experiment; None without an `answer` section.
 
-    A seed axis is the set of seeds. Searches and early stopping add none, so without an axis they have one.
+    A seed axis is the set of seeds. Searches and early stopping add none, so without an axis they have one, and so does
+    a sweep of a single rank, which has nothing to compare.
     """
     spec = experiment.spec
     answer = spec.answer
     if answer is None:
         return None
-    sweep = spec.sweep
-    swept = {*sweep.parameters, *(path for arm in sweep.arms for path in arm)}
     looks: tuple[tuple[int, ...], ...]
-    fixed = "seed" in swept or sweep.method in SEARCHES or sweep.early_stopping is not None
+    fixed = not adds_seeds(experiment)
     if fixed:
         seeds = tuple(dict.fromkeys(arm.seed for arm in experiment.arms))
         pilots = min(answer.seeds.pilot, max(0, len(seeds) - 2)) if answer.tune else 0
         pilot, looks = seeds[:pilots], (seeds[pilots:],)
     else:
-        start = spec.seed + (answer.seeds.pilot if answer.tune else 0)
-        pilot = tuple(range(spec.seed, start))
-        sizes = sorted({answer.seeds.first, answer.seeds.most})
-        looks = tuple(tuple(range(start, start + size)) for size in sizes)
+        pilot, looks = _planned_seeds(answer.seeds, spec.seed, tuned=bool(answer.tune))
     return AnswerPlan(
         margin=answer.margin,
         confidence=answer.confidence,
@@ -94,3 +92,44 @@ def answer_plan(experiment: Experiment) -> AnswerPlan | None:
         looks=looks,
         fixed=fixed,
     )
+
+
+def _planned_seeds(
+    seeds: AnswerSeeds, start: int, *, tuned: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The pilot seeds, and the seeds of each look."""
+    first = start + (seeds.pilot if tuned else 0)
+    sizes = sorted({seeds.first, seeds.most})
+    return tuple(range(start, first)), tuple(tuple(range(first, first + size)) for size in sizes)
+
+
+def adds_seeds(experiment: Experiment) -> bool:
+    """Whether seeds are trained on demand: there is an `answer` section, several ranks, and nothing else sets seeds."""
+    spec = experiment.spec
+    sweep = spec.sweep
+    swept = {*sweep.parameters, *(path for arm in sweep.arms for path in arm)}
+    return (
+        spec.answer is not None
+        and "seed" not in swept
+        and sweep.method not in SEARCHES
+        and sweep.early_stopping is None
+        and len({arm.lora.r for arm in experiment.arms}) > 1
+    )
+
+
+def with_seeds(arms: Iterable[Labelled], seeds: Iterable[int]) -> tuple[Labelled, ...]:
+    """Arms with each of these seeds, labelled like those of a seed axis."""
+    seeds = tuple(seeds)
+    return tuple(
+        (f"{label}, seed={seed}" if label else f"seed={seed}", arm.model_copy(update={"seed": seed}))
+        for label, arm in arms
+        for seed in seeds
+    )
+
+
+def all_seeds(experiment: Experiment) -> tuple[ArmSpec, ...]:
+    """Every arm that seeds on demand may train; () where they are not."""
+    plan = answer_plan(experiment)
+    if plan is None or plan.fixed:
+        return ()
+    return tuple(arm for _, arm in with_seeds(experiment.labelled_arms, (*plan.pilot, *plan.seeds)))

@@ -1,8 +1,9 @@
 """Adaptive sweeps: rounds of a search and early stopping (successive halving), both derived from the queue's rows.
 
-Nothing else is stored. Any worker that sees the last arm of a round end submits the next round, and any worker that
-sees the last arm of a group pause decides who continues. Concurrent workers derive the same arms and the same decision;
-the queue keeps one of each. A decision lost in a crash is made again by the next worker.
+Seeds on demand (`answer_seeds`) are queued in the same way. Nothing else is stored. Any worker that sees the last arm
+of a round end submits the next round, and any worker that sees the last arm of a group pause decides who continues.
+Concurrent workers derive the same arms and the same decision; the queue keeps one of each. A decision lost in a crash
+is made again by the next worker.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rankwise.experiment.search import TrialState
 from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.jobs.store import every_job
 from rankwise.report.history import History, HistoryTrial, history_page
+from rankwise.tasks.answer_seeds import stages_so_far
 from rankwise.tasks.context import ArmWork, Context
 from rankwise.tracking.run import Run
 
@@ -167,11 +169,20 @@ class SweepArm:
     settled: bool = False
 
 
-def arms_so_far(context: Context, experiment: Experiment) -> list[SweepArm]:
-    """The arms of an experiment; for a search, those of ended rounds and of the next one."""
+def arms_so_far(context: Context, experiment: Experiment, *, more_seeds: bool = True) -> list[SweepArm]:
+    """The arms of an experiment; for a search, those of ended rounds and of the next one.
+
+    With seeds on demand, those of ended stages and of the next one; the last stage only if `more_seeds`.
+
+    Raises:
+        TrackingError: Seeds on demand depend on results that cannot be read.
+    """
     spec = experiment.spec
+    stages = stages_so_far(context, experiment, more_seeds=more_seeds)
     if experiment.is_search:
         parts = [part.arms for part in rounds_so_far(context, experiment)]
+    elif stages is not None:
+        parts = [stage.arms for stage in stages]
     else:
         parts = [experiment.labelled_arms]
     sweep_arms: list[SweepArm] = []

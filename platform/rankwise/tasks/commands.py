@@ -106,7 +106,9 @@ def _submit(session: Session, command: Message) -> Value:
         experiment = parse_experiment(text, command["source"], command["overrides"], recorded=True)
     else:
         experiment = Experiment.from_json(command["experiment"])
-    prepared = prepare(context, experiment, session.rows, bases=session.bases)
+    prepared = prepare(
+        context, experiment, session.rows, bases=session.bases, more_seeds=command.get("more_seeds", True)
+    )
     context.experiments.add(prepared.experiment)
     if prepared.complete:
         make_current(context, prepared)
@@ -131,7 +133,7 @@ def _finish(session: Session, command: Message) -> Value:
     finish_sweep(
         context,
         experiment,
-        arms_of_sweep(experiment, jobs),
+        arms_of_sweep(context, experiment, jobs),
         command["parent_run_id"],
         failed=len(failed),
         command=command["command"],

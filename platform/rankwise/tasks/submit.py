@@ -21,11 +21,12 @@ from rankwise.evaluation.gather import (
     EARLIER_PLANS,
     EVAL_HASH,
     LINKED,
+    MORE_SEEDS,
     PRIMARY_METRIC,
 )
 from rankwise.evaluation.metrics import MetricValue, to_tracking
 from rankwise.exceptions import JobError
-from rankwise.experiment.answer_plan import PROPOSED_MARGIN, answer_plan
+from rankwise.experiment.answer_plan import PROPOSED_MARGIN, AnswerPlan, adds_seeds, answer_plan
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.hashing import digest
@@ -35,14 +36,17 @@ from rankwise.jobs.job import Job, JobKind, JobState
 from rankwise.modeling.adapter import embedding_rows
 from rankwise.modeling.base import load_tokenizer
 from rankwise.tasks.adaptive_sweep import SweepArm, arms_so_far, is_pruned
+from rankwise.tasks.answer_seeds import describe_stage, seed_cost, stages_so_far
 from rankwise.tasks.arm_rows import ArmSources, RowsCache, check_names, check_rows, find_sources, pin
 from rankwise.tasks.base_holder import BaseHolder
 from rankwise.tasks.context import ArmWork, Context
+from rankwise.tasks.evaluation_setup import DEFINITION
 from rankwise.tracking.notes import arm_note, base_note, sweep_note
 from rankwise.tracking.provenance import collect
-from rankwise.tracking.query import RunRecord, get_run, search_runs, sweep_tags
+from rankwise.tracking.query import RunRecord, get_run, member_tags, search_runs, sweep_tags
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.run import SPEC_HASH, Run
+from rankwise.worker.loop import MAX_ARMS
 
 
 def reuse_finished(context: Context, pairs: Sequence[tuple[ArmWork, Job]], evaluations: Iterable[Job]) -> None:
@@ -241,6 +245,7 @@ class PreparedSweep:
         parent_run_id: Run of an earlier submission of the same sweep.
         previous_plan: That run's plan of the answer, as JSON; empty if it had none.
         earlier_plans: The plans before that one.
+        more_seeds: Whether seeds may be added after the first look, where they are trained on demand.
         reports: Preflight report and preview by name of the rows.
     """
 
@@ -251,6 +256,7 @@ class PreparedSweep:
     parent_run_id: str | None
     previous_plan: str
     earlier_plans: Sequence[Any]
+    more_seeds: bool
     complete: bool
     reports: dict[str, tuple[Report, str]]
 
@@ -276,10 +282,12 @@ def prepare(
     *,
     preflight: bool = True,
     bases: BaseHolder | None = None,
+    more_seeds: bool = True,
 ) -> PreparedSweep:
     """Resolve pins and check the rows, before anything is queued.
 
-    `bases` loads the base, for a process that trains next; without it only the tokenizer is read.
+    `bases` loads the base, for a process that trains next; without it only the tokenizer is read. Without `more_seeds`,
+    seeds on demand end with the first look.
 
     Raises:
         ConfigError: The definition does not fit the base.
@@ -287,7 +295,7 @@ def prepare(
     """
     pinned = pin(experiment, context.settings, context.reporter, context.store.registry)
     pinned = _with_rendering(context, pinned)
-    sweep_arms = arms_so_far(context, pinned)
+    sweep_arms = arms_so_far(context, pinned, more_seeds=more_seeds)
     arms = [sweep_arm.arm for sweep_arm in sweep_arms]
     sweep = _identity(pinned)
     experiment_id = context.store.experiment(pinned.spec.name, pinned.spec)
@@ -303,6 +311,7 @@ def prepare(
         parent_run_id=previous[-1].run_id if previous else None,
         previous_plan=previous[-1].tags.get(ANSWER_PLAN, "") if previous else "",
         earlier_plans=json.loads(previous[-1].tags.get(EARLIER_PLANS, "[]")) if previous else [],
+        more_seeds=more_seeds,
         complete=complete,
         reports=_check(context, arms, rows, bases) if preflight and not complete else {},
     )
@@ -347,7 +356,7 @@ def submit(
     spec = prepared.experiment.spec
     for job_id in after:
         context.queue.get(job_id)
-    _announce(context, prepared.experiment)
+    _announce(context, prepared)
     parent_run_id = prepared.parent_run_id or _create_parent(context, prepared, command)
     _store_reports(context, prepared, parent_run_id)
     first = ArmWork(
@@ -362,6 +371,16 @@ def submit(
         command=command,
     )
     jobs = queue_arms(context, first, prepared.sweep_arms, priority=priority, after=after)
+    known = {sweep_arm.arm.spec_hash for sweep_arm in prepared.sweep_arms}
+    while adds_seeds(prepared.experiment) and all(job.ended for job in jobs):
+        # Other sweeps had trained all arms of a stage, and no job of this one would end and lead to the next stage.
+        sweep_arms = arms_so_far(context, prepared.experiment, more_seeds=prepared.more_seeds)
+        if known.issuperset(sweep_arm.arm.spec_hash for sweep_arm in sweep_arms):
+            break
+        context.reporter.say(next_seeds_message(context, prepared.experiment, more_seeds=prepared.more_seeds))
+        known |= {sweep_arm.arm.spec_hash for sweep_arm in sweep_arms}
+        add_members(context, parent_run_id, [sweep_arm.arm for sweep_arm in sweep_arms])
+        jobs = queue_arms(context, first, sweep_arms, priority=priority, after=after)
     return SubmittedSweep(experiment=spec.name, parent_run_id=parent_run_id, jobs=tuple(jobs))
 
 
@@ -427,7 +446,7 @@ def _create_parent(context: Context, prepared: PreparedSweep, command: str) -> s
         kind="sweep",
         status="SCHEDULED",
     )
-    run.text(prepared.experiment.text, "experiment.yaml")
+    run.text(prepared.experiment.text, DEFINITION)
     run.json(provenance.to_dict(), "provenance.json")
     if provenance.git.diff:
         run.text(provenance.git.diff, "uncommitted.diff")
@@ -441,12 +460,32 @@ def make_current(context: Context, prepared: PreparedSweep) -> None:
     _resume_current(context, prepared, prepared.parent_run_id).leave()
 
 
+def add_members(context: Context, parent_run_id: str, arms: Sequence[ArmSpec]) -> None:
+    """Record all arms of a sweep in its run, also those that other sweeps have trained."""
+    run = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
+    run.tags(member_tags([arm.spec_hash for arm in arms]))
+    run.leave()
+
+
+def next_seeds_message(context: Context, experiment: Experiment, *, more_seeds: bool) -> str:
+    """What the next stage of seeds on demand trains, why, and what it costs."""
+    plan, stages = answer_plan(experiment), stages_so_far(context, experiment, more_seeds=more_seeds)
+    assert plan is not None
+    assert stages, "an experiment with seeds on demand"
+    trained = context.queue.find(JobKind.TRAIN, [arm.spec_hash for stage in stages for _, arm in stage.arms])
+    counts = [int((job.result or {}).get("steps", 0)) for job in trained.values()]
+    steps = max(counts, default=0) or stages[-1].arms[0][1].training.max_steps
+    return f"{experiment.spec.name}: {describe_stage(plan, stages[-1], steps, MAX_ARMS)}"
+
+
 def _resume_current(context: Context, prepared: PreparedSweep, parent_run_id: str) -> Run:
     run = context.store.resume_run(parent_run_id, system_metrics=False, restart=False)
     # `compare` shows the sweep that was submitted last.
     bases = sorted({arm.base_eval_hash() for arm in prepared.arms})
     tags = sweep_tags([arm.spec_hash for arm in prepared.arms])
     run.tags({**tags, BASE_EVALUATIONS: ",".join(bases), **_plan_tags(prepared)})
+    if prepared.parent_run_id is not None:
+        run.text(prepared.experiment.text, DEFINITION)
     return run
 
 
@@ -455,20 +494,29 @@ def _plan_tags(prepared: PreparedSweep) -> dict[str, str]:
     plan = answer_plan(prepared.experiment)
     new = "" if plan is None else json.dumps(plan.to_json())
     old = prepared.previous_plan
+    tags = {ANSWER_PLAN: new}
+    if adds_seeds(prepared.experiment):
+        tags[MORE_SEEDS] = json.dumps(prepared.more_seeds)
     if prepared.parent_run_id is None or old == new:
-        return {ANSWER_PLAN: new}
+        return tags
     earlier = [*prepared.earlier_plans, json.loads(old) if old else None]
-    return {ANSWER_PLAN: new, EARLIER_PLANS: json.dumps(earlier[-_MOST_EARLIER:])}
+    return {**tags, EARLIER_PLANS: json.dumps(earlier[-_MOST_EARLIER:])}
 
 
 _MOST_EARLIER = 10  # an MLflow tag holds 8,000 characters
 
 
-def _announce(context: Context, experiment: Experiment) -> None:
-    """Say before training that a sweep will give no answer, and what to add."""
-    if len({arm.lora.r for arm in experiment.arms}) < 2 and not experiment.is_search:
-        return
+def _announce(context: Context, prepared: PreparedSweep) -> None:
+    """Say before training how many seeds an answer takes, or that there will be none and what to add."""
+    experiment = prepared.experiment
     plan = answer_plan(experiment)
+    if len({arm.lora.r for arm in experiment.arms}) < 2 and not experiment.is_search:
+        if plan is not None:
+            context.reporter.warn("one rank, so there will be no statement about ranks: give lora.r several values")
+        return
+    if plan is not None and not plan.fixed:
+        context.reporter.say(_plan_of_seeds(prepared, plan))
+        return
     one_seed = len({arm.seed for arm in experiment.arms}) == 1
     if plan is None:
         why = "one seed each" if one_seed else "no margin is set"
@@ -480,6 +528,21 @@ def _announce(context: Context, experiment: Experiment) -> None:
         context.reporter.warn(
             "one seed each, so there will be no statement about ranks: give sweep.parameters.seed at least two values"
         )
+
+
+def _plan_of_seeds(prepared: PreparedSweep, plan: AnswerPlan) -> str:
+    """How many seeds there are at each stage, and what those to come cost."""
+    spec = prepared.experiment.spec
+    rows = [report.counts["train.rows"] for report, _ in prepared.reports.values()]
+    arm = max(prepared.arms, key=lambda arm: arm.training.max_steps or 0)
+    steps = arm.optimizer_steps(max(rows)) if rows else arm.training.max_steps
+    count = len(prepared.arms)
+    pilots = "1 pilot seed that chooses" if len(plan.pilot) == 1 else f"{len(plan.pilot)} pilot seeds that choose"
+    parts = [f"{pilots} {', '.join(plan.tune)}"] if plan.pilot else []
+    parts.append(f"{len(plan.looks[0])} seeds of each rank")
+    if len(plan.looks) > 1 and prepared.more_seeds:
+        parts.append(f"up to {len(plan.seeds)} if one is undecided (--no-more-seeds: never)")
+    return f"{spec.name}: {', '.join(parts)}; now {count} arms{seed_cost(count, steps, MAX_ARMS)}"
 
 
 def _store_reports(context: Context, prepared: PreparedSweep, parent_run_id: str) -> None:

@@ -12,6 +12,7 @@ from rankwise.evaluation.compare import SECONDARY, ArmRecord, Comparison, compar
 from rankwise.evaluation.findings import Findings, findings
 from rankwise.evaluation.gather import gather, typed_params
 from rankwise.exceptions import ConfigError
+from rankwise.experiment.answer_plan import all_seeds
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.schema import ExperimentSpec
@@ -24,8 +25,9 @@ from rankwise.report.history import History
 from rankwise.report.page import report_page
 from rankwise.report.tables import model_route, run_route
 from rankwise.tasks.adaptive_sweep import arms_so_far, end_pruned_runs, history, publish_history
+from rankwise.tasks.answer_seeds import last_submission
 from rankwise.tasks.context import ArmWork, Context
-from rankwise.tasks.submit import queue_arms
+from rankwise.tasks.submit import add_members, next_seeds_message, queue_arms
 from rankwise.tracking.cleanup import open_sweeps
 from rankwise.tracking.notes import arm_note, sweep_note, table
 from rankwise.tracking.query import current_sweep, membership
@@ -215,7 +217,7 @@ def finish_sweeps_of(context: Context, jobs: Collection[Job]) -> list[str]:
         own = jobs_of_sweep(context.queue, work.experiment, parent_run_id)
         experiment = context.experiment_of(work)
         failed = sum(job.state is JobState.FAILED for job in own)
-        arms = arms_of_sweep(experiment, own)
+        arms = arms_of_sweep(context, experiment, own)
         finish_sweep(context, experiment, arms, parent_run_id, failed=failed, command=work.command)
         context.reporter.done(
             f"{work.experiment}: all jobs of the sweep have ended; rankwise compare {work.experiment}"
@@ -233,17 +235,23 @@ def finish_open_sweeps(context: Context, *, watched: str | None = None) -> tuple
     for run_id, experiment in open_sweeps(context.store.client).items():
         if run_id == watched or context.store.is_open(run_id):
             continue
-        own = islice(_of_sweep(context.queue, experiment, run_id), 1)
+        own = list(islice(_of_sweep(context.queue, experiment, run_id), 1))
         try:
-            finished += finish_sweeps_of(context, list(own))
+            submit_next_rounds(context, own)
+            finished += finish_sweeps_of(context, own)
         except ConfigError as error:  # Its definition is no longer valid; still finish the others.
             context.reporter.warn(f"the sweep of {experiment} cannot be finished: {error}")
     return tuple(finished)
 
 
-def arms_of_sweep(experiment: Experiment, jobs: Collection[Job]) -> list[ArmSpec]:
-    """The arms of a sweep: those of its definition and those proposed by a search."""
+def arms_of_sweep(context: Context, experiment: Experiment, jobs: Collection[Job]) -> list[ArmSpec]:
+    """The arms of a sweep: those of its definition, those proposed by a search, and seeds on demand.
+
+    Other sweeps may have trained some of these.
+    """
     arms = {arm.spec_hash: arm for arm in experiment.arms}
+    seeds = {arm.spec_hash: arm for arm in all_seeds(experiment)}
+    arms |= {spec_hash: seeds[spec_hash] for spec_hash in context.queue.find(JobKind.TRAIN, list(seeds))}
     for job in jobs:
         if job.kind is JobKind.TRAIN:
             arm = ArmWork.of(job).arm
@@ -266,29 +274,56 @@ def _of_sweep(
 
 
 def submit_next_rounds(context: Context, jobs: Collection[Job]) -> list[Job]:
-    """Queue the next round of each search of these jobs whose previous round has ended; returns the searches' jobs."""
-    jobs_of_searches: list[Job] = []
+    """Queue what follows in the sweeps of these jobs: the next round of a search, or seeds on demand.
+
+    Returns all jobs of these sweeps.
+
+    Raises:
+        TrackingError: Seeds on demand depend on results that cannot be read.
+    """
+    jobs_of_sweeps: list[Job] = []
     for work, priority in _sweeps(jobs):
-        experiment = context.experiment_of(work)
+        experiment, more_seeds = context.experiment_of(work), True
         if not experiment.is_search:
-            continue
-        arms = arms_so_far(context, experiment)
-        trains = context.queue.find(JobKind.TRAIN, [sweep_arm.arm.spec_hash for sweep_arm in arms])
-        evaluations = context.queue.find(JobKind.EVALUATE, [sweep_arm.arm.eval_hash() for sweep_arm in arms])
-        new_arms = [
-            sweep_arm
-            for sweep_arm in arms
-            # An arm without its evaluation was submitted by a process that died in between.
-            if not sweep_arm.settled
-            and (sweep_arm.arm.spec_hash not in trains or sweep_arm.arm.eval_hash() not in evaluations)
-        ]
-        if new_arms:
-            context.reporter.say(
-                _round_message(history(context, experiment), len(experiment.planned_rounds), len(new_arms))
-            )
-            jobs_of_searches += queue_arms(context, work, new_arms, priority=priority)
-        jobs_of_searches += [*trains.values(), *evaluations.values()]
-    return jobs_of_searches
+            # Until then nothing follows, and the tracking server may be unavailable.
+            if any(_of_sweep(context.queue, work.experiment, work.parent_run_id, _UNFINISHED)):
+                continue
+            last = last_submission(context, work)
+            if last is None:
+                continue
+            experiment, more_seeds = last.experiment, last.more_seeds
+            spec = experiment.spec
+            name = None if spec.register is None else spec.register.name
+            text, examples = experiment.text, spec.tracking.log_examples
+            work = replace(work, definition=text, register_as=name, log_examples=examples)
+        jobs_of_sweeps += _submit_missing(context, work, experiment, priority=priority, more_seeds=more_seeds)
+    return jobs_of_sweeps
+
+
+def _submit_missing(
+    context: Context, work: ArmWork, experiment: Experiment, *, priority: int, more_seeds: bool
+) -> list[Job]:
+    """Queue the arms of the next round or stage that have no jobs; returns the jobs of all rounds."""
+    arms = arms_so_far(context, experiment, more_seeds=more_seeds)
+    trains = context.queue.find(JobKind.TRAIN, [sweep_arm.arm.spec_hash for sweep_arm in arms])
+    evaluations = context.queue.find(JobKind.EVALUATE, [sweep_arm.arm.eval_hash() for sweep_arm in arms])
+    new_arms = [
+        sweep_arm
+        for sweep_arm in arms
+        # An arm without its evaluation was submitted by a process that died in between.
+        if not sweep_arm.settled
+        and (sweep_arm.arm.spec_hash not in trains or sweep_arm.arm.eval_hash() not in evaluations)
+    ]
+    submitted: list[Job] = []
+    if new_arms:
+        if experiment.is_search:
+            message = _round_message(history(context, experiment), len(experiment.planned_rounds), len(new_arms))
+        else:
+            message = next_seeds_message(context, experiment, more_seeds=more_seeds)
+        context.reporter.say(message)
+        add_members(context, work.parent_run_id, [sweep_arm.arm for sweep_arm in arms])
+        submitted = queue_arms(context, work, new_arms, priority=priority)
+    return [*submitted, *trains.values(), *evaluations.values()]
 
 
 def _round_message(record: History, rounds: int, new: int) -> str:

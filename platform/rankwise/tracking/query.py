@@ -195,11 +195,15 @@ _PER_TAG = 600
 
 
 def sweep_tags(spec_hashes: Collection[str]) -> dict[str, str]:
-    """Return the tags of a sweep's run for all of its arms, to be set on every submission and search round."""
+    """Return the tags of a sweep's run for all of its arms, to be set on every submission."""
+    return {**member_tags(spec_hashes), SUBMITTED: str(time.time_ns() // 1_000_000)}
+
+
+def member_tags(spec_hashes: Collection[str]) -> dict[str, str]:
+    """Return those of `sweep_tags` that list the arms, to be set when a round or a stage adds some."""
     shorts = sorted({spec_hash[:_SHORT] for spec_hash in spec_hashes})
     parts = [shorts[start : start + _PER_TAG] for start in range(0, len(shorts), _PER_TAG)]
-    tags = {ARMS if number == 0 else f"{ARMS}.{number}": ",".join(part) for number, part in enumerate(parts)}
-    return {**tags, SUBMITTED: str(time.time_ns() // 1_000_000)}
+    return {ARMS if number == 0 else f"{ARMS}.{number}": ",".join(part) for number, part in enumerate(parts)}
 
 
 def current_sweep(sweeps: Sequence[RunRecord]) -> RunRecord | None:
