@@ -16,11 +16,12 @@ from rankwise.cli.output import Bars, note, print_foreign_json, print_json, prin
 from rankwise.exceptions import ConfigError
 from rankwise.experiment.editor_schema import editor_schema, reference
 from rankwise.experiment.experiment import load_experiment
-from rankwise.experiment.plan import Plan, count_rows, make_plan
+from rankwise.experiment.plan import Plan, PlannedSeeds, count_rows, make_plan
 from rankwise.experiment.rules import rung_advice
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.source import LocalSource, parse_source
 from rankwise.files import format_size
+from rankwise.jobs.job import MAX_ARMS
 from rankwise.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -62,6 +63,9 @@ def validate(file: Path, overrides: tuple[str, ...]) -> None:
     count = sum(experiment.planned_rounds) or len(arms)
     parts = len(experiment.planned_rounds)
     rounds = f" in {parts} {'round' if parts == 1 else 'rounds'} ({spec.sweep.method})" if experiment.is_search else ""
+    if stages := make_plan(experiment).stages:
+        first, *later = [stage.arms for stage in stages]
+        count, rounds = first, f", and up to {sum(later)} with more seeds" if later else ""
     click.echo(f"{file}: valid: {spec.name}, {count} {'arm' if count == 1 else 'arms'}{rounds}")
     for advice in rung_advice(spec.sweep.early_stopping, arms):
         note(advice)
@@ -157,6 +161,7 @@ def _captions(made: Plan) -> Iterator[str]:
         yield f"In 4 bit: {' to '.join(f'{share:.1%}' for share in shares)} of the weights besides embeddings and head."
     if (proposed := made.trials - len(made.arms)) > 0:
         yield f"The other {proposed:,} arms will be proposed from results ({made.method}, {len(made.rounds)} rounds)."
+    yield from map(_stage, made.stages)
     stopping = made.stopping
     if stopping is None:
         return
@@ -168,6 +173,19 @@ def _captions(made: Plan) -> Iterator[str]:
     )
     steps = f"{stopping.budget.expected:,} steps expected, {stopping.budget.upper:,} without it"
     yield f"Successive halving by {stopping.metric}: {rungs}; {steps}."
+
+
+_STAGES = {
+    "pilot": "Pilot seeds, which choose tuned values",
+    "first": "First look at the ranks",
+    "most": "If that leaves a rank undecided",
+}
+
+
+def _stage(stage: PlannedSeeds) -> str:
+    seeds = f"seed {stage.seeds[0]}" if len(stage.seeds) == 1 else f"seeds {stage.seeds[0]} to {stage.seeds[-1]}"
+    steps = "" if stage.steps is None else f", {stage.steps:,} steps, of which up to {MAX_ARMS} arms share one"
+    return f"{_STAGES[stage.name]}: {seeds}, {stage.arms:,} arms{steps}."
 
 
 def _cells(steps: int | None, tokens: int | None, estimates: Any) -> Iterator[str]:

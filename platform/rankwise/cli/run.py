@@ -21,11 +21,12 @@ from rankwise.cli.experiment import command_line
 from rankwise.cli.output import Bars, on_terminal, print_json
 from rankwise.exceptions import RankwiseError
 from rankwise.experiment.experiment import load_experiment
+from rankwise.jobs.job import MAX_ARMS
 from rankwise.settings import Settings, child_environment
 from rankwise.tasks.local_worker import local_worker
 from rankwise.worker.heartbeat import Stop, Timing
 from rankwise.worker.local_placer import LocalPlacer, visible_gpus
-from rankwise.worker.loop import MAX_ARMS, LoopOptions, WorkerLoop
+from rankwise.worker.loop import LoopOptions, WorkerLoop
 
 _GRACE_S = 600.0
 """Long, since a user can press Ctrl-C again."""

@@ -100,7 +100,8 @@ def worker(
         timing = Timing.of_lease(lease, grace=grace, patience=patience)
         # Without --gpus and a tool that lists GPUs, torch finds them itself.
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(places)} if places or gpus is not None else {}
-        from rankwise.worker.loop import MAX_ARMS, LoopOptions
+        from rankwise.jobs.job import MAX_ARMS
+        from rankwise.worker.loop import LoopOptions
 
         plan = LoopOptions(drain=drain, experiment=experiment, watched=watched, max_arms=max_arms or MAX_ARMS)
         _work(settings, visible, stop, bars, timing, plan, max_arms)

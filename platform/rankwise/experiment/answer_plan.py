@@ -12,7 +12,6 @@ from typing import Any
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment, Labelled
 from rankwise.experiment.schema import AnswerSeeds
-from rankwise.experiment.search import SEARCHES
 
 PROPOSED_MARGIN = 0.02
 """For a loss, 2 % of perplexity; a start for metrics between 0 and 1, too."""
@@ -28,7 +27,7 @@ class AnswerPlan:
         tune: Swept fields at whose own best value each rank is compared.
         pilot: Seeds that choose the values of `tune`, and take no part in the answer.
         looks: The seeds of each look at the results, cumulative; one or two.
-        fixed: Whether the seeds are those of the definition, so that none are added (`adds_seeds`).
+        fixed: Whether the seeds are those of the definition, so that none are added.
     """
 
     margin: float
@@ -77,7 +76,7 @@ def answer_plan(experiment: Experiment) -> AnswerPlan | None:
     if answer is None:
         return None
     looks: tuple[tuple[int, ...], ...]
-    fixed = not adds_seeds(experiment)
+    fixed = not experiment.adds_seeds
     if fixed:
         seeds = tuple(dict.fromkeys(arm.seed for arm in experiment.arms))
         pilots = min(answer.seeds.pilot, max(0, len(seeds) - 2)) if answer.tune else 0
@@ -101,20 +100,6 @@ def _planned_seeds(
     first = start + (seeds.pilot if tuned else 0)
     sizes = sorted({seeds.first, seeds.most})
     return tuple(range(start, first)), tuple(tuple(range(first, first + size)) for size in sizes)
-
-
-def adds_seeds(experiment: Experiment) -> bool:
-    """Whether seeds are trained on demand: there is an `answer` section, several ranks, and nothing else sets seeds."""
-    spec = experiment.spec
-    sweep = spec.sweep
-    swept = {*sweep.parameters, *(path for arm in sweep.arms for path in arm)}
-    return (
-        spec.answer is not None
-        and "seed" not in swept
-        and sweep.method not in SEARCHES
-        and sweep.early_stopping is None
-        and len({arm.lora.r for arm in experiment.arms}) > 1
-    )
 
 
 def with_seeds(arms: Iterable[Labelled], seeds: Iterable[int]) -> tuple[Labelled, ...]:

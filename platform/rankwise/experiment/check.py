@@ -13,7 +13,7 @@ from typing import Any
 
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.document import Document, Problem
-from rankwise.experiment.expressions import resolve
+from rankwise.experiment.expressions import Expression, Resolution, resolve
 from rankwise.experiment.fields import show
 from rankwise.experiment.hashing import plain
 from rankwise.experiment.paths import KeyPath, as_path, dotted, follow
@@ -27,7 +27,7 @@ from rankwise.experiment.points import (
     read_points,
     validate,
 )
-from rankwise.experiment.rules import FieldView, find_problems, rung_problems, sweep_problems
+from rankwise.experiment.rules import FieldView, adds_seeds, find_problems, rung_problems, sweep_problems
 from rankwise.experiment.schema import ExperimentSpec
 from rankwise.experiment.search import MAX_REJECTED, SearchSpace, SweepPoint
 
@@ -67,6 +67,7 @@ def check(document: Document) -> CheckedDefinition:
     checked.spec = spec
     checked.expressions = resolution.expressions
     checked.problems.extend(rung_problems(spec.sweep.early_stopping, checked.arms))
+    checked.problems.extend(_seed_problems(spec, checked.arms, resolution, sweep.where))
     return checked
 
 
@@ -138,6 +139,27 @@ def _check_values(data: dict[str, Any], points: Iterable[SweepPoint], wrong: lis
 def _can_overlay(data: Any, path: str) -> bool:
     """Whether everything above a field is a mapping, so that a value can be set there."""
     return isinstance(follow(data, as_path(path)[:-1])[1], dict)
+
+
+def _seed_problems(
+    spec: ExperimentSpec, arms: Sequence[ArmSpec], resolution: Resolution, where: Expression | None
+) -> list[Problem]:
+    """Problems of seeds on demand: too many arms, and what differs between seeds in more than the seed."""
+    if not adds_seeds(spec, arms):
+        return []
+    assert spec.answer is not None
+    advice = "give sweep.parameters.seed a list of seeds, which are evaluated one by one"
+    dependent = [as_path(path) for path, fields in resolution.dependencies.items() if "seed" in fields]
+    dependent += [("sweep", "where")] if where is not None and "seed" in where.names else []
+    problems = [Problem(path=path, text=f"depends on seed, and answer adds seeds; {advice}") for path in dependent]
+    if "seed" in resolution.expressions:
+        problems.append(Problem(path=("seed",), text=f"must be a number, since answer adds seeds from it on; {advice}"))
+    seeds = spec.answer.seeds
+    most = len(arms) * (max(seeds.most, seeds.pilot) if spec.answer.tune else seeds.most)
+    if most > MAX_ARMS:
+        text = f"gives up to {most:,} arms, {len(arms):,} for each seed; at most {MAX_ARMS:,} are allowed"
+        problems.append(Problem(path=("answer", "seeds", "most"), text=text))
+    return problems
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,7 @@ from rankwise.experiment.hashing import plain
 from rankwise.experiment.metric_names import greater_is_better
 from rankwise.experiment.paths import KeyPath, as_path, dotted, follow, put
 from rankwise.experiment.points import ArmCandidate, CandidateBuilder, SweepPoints, overlay
-from rankwise.experiment.rules import BUILT_IN_TEMPLATES, file_pin
+from rankwise.experiment.rules import BUILT_IN_TEMPLATES, adds_seeds, file_pin
 from rankwise.experiment.schema import DatasetSpec, ExperimentSpec, Revisions
 from rankwise.experiment.search import Trial, TrialState
 from rankwise.experiment.source import LocalSource, parse_source
@@ -97,6 +97,11 @@ class Experiment:
     def is_search(self) -> bool:
         """Whether later arms depend on the results of earlier ones."""
         return self.spec.sweep.method == "tpe"
+
+    @property
+    def adds_seeds(self) -> bool:
+        """Whether seeds are trained on demand."""
+        return adds_seeds(self.spec, self.arms)
 
     @property
     def planned_rounds(self) -> tuple[int, ...]:

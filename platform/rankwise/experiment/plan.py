@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.arm import ArmSpec
-from rankwise.experiment.experiment import Experiment
+from rankwise.experiment.answer_plan import AnswerPlan, answer_plan, with_seeds
+from rankwise.experiment.arm import ArmSpec, param_name
+from rankwise.experiment.experiment import Experiment, Labelled
 from rankwise.experiment.halving import Budget, PlannedRung, budget
 from rankwise.experiment.mixture import epoch_rows, evaluation_rows
 from rankwise.experiment.schema import DataSource, EarlyStoppingSpec, EvalSplit
@@ -72,11 +73,28 @@ class PlannedStopping:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedSeeds:
+    """A stage of seeds on demand.
+
+    Attributes:
+        name: `pilot`; `first` look; or `most`, the last look, which follows if the first leaves a rank undecided.
+        seeds: The seeds that this stage adds.
+        arms: The number of arms that it adds.
+        steps: Their optimizer steps, together and at most; None if they depend on an unknown number of rows.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    arms: int
+    steps: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The plan of an experiment, given by name.
 
-    `arms` are those known now: in a search with rounds, those of the first. `rounds` holds the number of arms of each
-    round; empty for a grid or list.
+    `arms` are those known now: in a search with rounds, those of the first; with seeds on demand, those of the first of
+    its `stages`. `rounds` holds the number of arms of each round; empty for a grid or list.
     """
 
     experiment: str
@@ -84,6 +102,7 @@ class Plan:
     method: str = "grid"
     rounds: tuple[int, ...] = ()
     stopping: PlannedStopping | None = None
+    stages: tuple[PlannedSeeds, ...] = ()
 
     @property
     def trials(self) -> int:
@@ -111,6 +130,8 @@ class Plan:
             data["search"] = {"method": self.method, "trials": self.trials, "rounds": list(self.rounds)}
         if self.stopping is not None:
             data["early_stopping"] = self.stopping.to_json()
+        if self.stages:
+            data["seeds"] = [asdict(stage) for stage in self.stages]
         return data
 
 
@@ -126,7 +147,11 @@ def make_plan(experiment: Experiment, rows: int | None = None) -> Plan:
     known: dict[str | tuple[DataSource, ...], tuple[int, ...] | None] = {}
     if isinstance(spec.dataset.train, str):
         known[spec.dataset.train] = None if rows is None else (rows,)
-    arms = tuple(_plan_arm(label, arm, _counts(arm, known)) for label, arm in experiment.labelled_arms)
+    answer = answer_plan(experiment)
+    labelled = experiment.labelled_arms
+    if answer is not None and not answer.fixed:
+        labelled = with_seeds(labelled, answer.pilot or answer.looks[0])
+    arms = tuple(_plan_arm(label, arm, _counts(arm, known)) for label, arm in labelled)
     rounds = experiment.planned_rounds
     stopping = spec.sweep.early_stopping
     return Plan(
@@ -135,6 +160,31 @@ def make_plan(experiment: Experiment, rows: int | None = None) -> Plan:
         method=spec.sweep.method,
         rounds=rounds,
         stopping=None if stopping is None else _plan_stopping(stopping, arms, rounds or (len(arms),)),
+        stages=() if answer is None or answer.fixed else _plan_seeds(answer, experiment.labelled_arms, arms),
+    )
+
+
+def _plan_seeds(
+    answer: AnswerPlan, labelled: tuple[Labelled, ...], arms: tuple[PlannedArm, ...]
+) -> tuple[PlannedSeeds, ...]:
+    """Plan the stages; of arms that differ in tuned fields only, one is trained with fresh seeds."""
+    tuned = {param_name(path) for path in answer.tune}
+    settings = [tuple(item for item in arm.params.items() if item[0] not in tuned) for _, arm in labelled]
+    compared = len(dict.fromkeys(settings))
+    steps = [arm.steps for arm in arms]
+    longest = None if None in steps else max(count for count in steps if count is not None)
+    first, *later = answer.looks
+    stages = [("pilot", answer.pilot, len(labelled)), ("first", first, compared)]
+    stages += [("most", tuple(seed for seed in look if seed not in first), compared) for look in later]
+    return tuple(
+        PlannedSeeds(
+            name=name,
+            seeds=seeds,
+            arms=configurations * len(seeds),
+            steps=None if longest is None else configurations * len(seeds) * longest,
+        )
+        for name, seeds, configurations in stages
+        if seeds
     )
 
 

@@ -31,7 +31,15 @@ from rankwise.experiment.metric_names import (
 )
 from rankwise.experiment.module_names import NOT_TARGETS, known_modules, read_config
 from rankwise.experiment.paths import KeyPath, as_path
-from rankwise.experiment.schema import READING, DatasetSpec, DataSource, EarlyStoppingSpec, LrSchedulerSpec
+from rankwise.experiment.schema import (
+    READING,
+    DatasetSpec,
+    DataSource,
+    EarlyStoppingSpec,
+    ExperimentSpec,
+    LrSchedulerSpec,
+)
+from rankwise.experiment.search import SEARCHES
 from rankwise.experiment.source import HubSource, LocalSource, PypiSource, Source, check_revision, parse_source
 
 BUILT_IN_TEMPLATES = ("chatml", "plain")
@@ -684,3 +692,16 @@ def _warmup(arm: ArmSpec) -> int | None:
     if training.max_steps is None and training.warmup_steps < 1:
         return None
     return training.warmup(training.max_steps or 0)
+
+
+def adds_seeds(spec: ExperimentSpec, arms: Sequence[ArmSpec]) -> bool:
+    """Whether seeds are trained on demand: there is an `answer` section, several ranks, and nothing else sets seeds."""
+    sweep = spec.sweep
+    swept = {*sweep.parameters, *(path for arm in sweep.arms for path in arm)}
+    return (
+        spec.answer is not None
+        and "seed" not in swept
+        and sweep.method not in SEARCHES
+        and sweep.early_stopping is None
+        and len({arm.lora.r for arm in arms}) > 1
+    )

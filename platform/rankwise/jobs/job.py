@@ -12,6 +12,9 @@ from typing import Any
 
 from rankwise.backoff import delay_after
 
+MAX_ARMS = 16
+"""Default of the most arms that a worker claims together; memory decides how many of them start."""
+
 
 class JobKind(StrEnum):
     """What a job does."""

@@ -23,7 +23,7 @@ from rankwise.evaluation.compare import ArmRecord, Comparison, compare
 from rankwise.evaluation.findings import find_answer
 from rankwise.evaluation.gather import MORE_SEEDS, Influences, gather, read_influences, typed_params
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.answer_plan import AnswerPlan, adds_seeds, answer_plan, with_seeds
+from rankwise.experiment.answer_plan import AnswerPlan, answer_plan, with_seeds
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment, Labelled
 from rankwise.experiment.metric_names import greater_is_better
@@ -202,7 +202,7 @@ def last_submission(context: Context, work: ArmWork) -> Submission | None:
     if text is None:
         return None
     experiment = context.experiments.get(text.decode(), f"the definition of {work.experiment}")
-    if not adds_seeds(experiment):
+    if not experiment.adds_seeds:
         return None
     return Submission(experiment=experiment, more_seeds=json.loads(tags[MORE_SEEDS]))
 
@@ -227,7 +227,10 @@ def describe_stage(plan: AnswerPlan, stage: SeedStage, steps: int | None, togeth
             return f"first look at the ranks: {what}"
     assert stage.answer is not None, "the last look follows from the first one"
     assert stage.answer.decision is not None, "an answer that leaves a rank undecided"
-    return " ".join(["first look:", stage.answer.text, *outlook(plan, stage.answer.decision), f"Next: {what}"])
+    named = stage.answer.rank is not None
+    undecided = [f"r = {each.rank:g} is undecided." for each in stage.answer.decision.undecided if named]
+    parts = [stage.answer.text, *undecided, *outlook(plan, stage.answer.decision), f"Next: {what}"]
+    return f"first look: {' '.join(parts)}"
 
 
 def _range(seeds: Sequence[int]) -> str:

@@ -26,13 +26,13 @@ from rankwise.evaluation.gather import (
 )
 from rankwise.evaluation.metrics import MetricValue, to_tracking
 from rankwise.exceptions import JobError
-from rankwise.experiment.answer_plan import PROPOSED_MARGIN, AnswerPlan, adds_seeds, answer_plan
+from rankwise.experiment.answer_plan import PROPOSED_MARGIN, AnswerPlan, answer_plan
 from rankwise.experiment.arm import ArmSpec
 from rankwise.experiment.experiment import Experiment
 from rankwise.experiment.hashing import digest
 from rankwise.experiment.rules import rung_advice
 from rankwise.experiment.schema import RENDERING
-from rankwise.jobs.job import Job, JobKind, JobState
+from rankwise.jobs.job import MAX_ARMS, Job, JobKind, JobState
 from rankwise.modeling.adapter import embedding_rows
 from rankwise.modeling.base import load_tokenizer
 from rankwise.tasks.adaptive_sweep import SweepArm, arms_so_far, is_pruned
@@ -46,7 +46,6 @@ from rankwise.tracking.provenance import collect
 from rankwise.tracking.query import RunRecord, get_run, member_tags, search_runs, sweep_tags
 from rankwise.tracking.registry import JOB
 from rankwise.tracking.run import SPEC_HASH, Run
-from rankwise.worker.loop import MAX_ARMS
 
 
 def reuse_finished(context: Context, pairs: Sequence[tuple[ArmWork, Job]], evaluations: Iterable[Job]) -> None:
@@ -372,7 +371,7 @@ def submit(
     )
     jobs = queue_arms(context, first, prepared.sweep_arms, priority=priority, after=after)
     known = {sweep_arm.arm.spec_hash for sweep_arm in prepared.sweep_arms}
-    while adds_seeds(prepared.experiment) and all(job.ended for job in jobs):
+    while prepared.experiment.adds_seeds and all(job.ended for job in jobs):
         # Other sweeps had trained all arms of a stage, and no job of this one would end and lead to the next stage.
         sweep_arms = arms_so_far(context, prepared.experiment, more_seeds=prepared.more_seeds)
         if known.issuperset(sweep_arm.arm.spec_hash for sweep_arm in sweep_arms):
@@ -495,7 +494,7 @@ def _plan_tags(prepared: PreparedSweep) -> dict[str, str]:
     new = "" if plan is None else json.dumps(plan.to_json())
     old = prepared.previous_plan
     tags = {ANSWER_PLAN: new}
-    if adds_seeds(prepared.experiment):
+    if prepared.experiment.adds_seeds:
         tags[MORE_SEEDS] = json.dumps(prepared.more_seeds)
     if prepared.parent_run_id is None or old == new:
         return tags

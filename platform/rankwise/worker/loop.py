@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from rankwise.exceptions import JobStoreError, TrackingError
-from rankwise.jobs.job import Job, JobState, Outcome, Worker
+from rankwise.jobs.job import MAX_ARMS, Job, JobState, Outcome, Worker
 from rankwise.jobs.store import JobStore
 from rankwise.lock_holders import start_of
 from rankwise.reporter import Reporter
@@ -29,8 +29,6 @@ from rankwise.worker.job_runner import JobRunner, Note, OutageBackoff, PendingFo
 from rankwise.worker.lock_watch import ANNOUNCES, CHILD, CHILD_STARTED, STARTED
 from rankwise.worker.protocol import Message, Result, ResultFiles
 
-MAX_ARMS = 16
-"""Default of the most arms claimed together; memory decides how many of them start."""
 _MISSED_ANNOUNCEMENTS = 3
 """A worker that has missed so many announcements gets no share of the work."""
 _MAX_HELD_JOBS = 1000

@@ -6,7 +6,8 @@ import pytest
 from helpers.definitions import parse
 
 from rankwise.exceptions import ConfigError
-from rankwise.experiment.answer_plan import AnswerPlan, answer_plan
+from rankwise.experiment.answer_plan import AnswerPlan, answer_plan, with_seeds
+from rankwise.experiment.plan import make_plan
 
 MARGIN = ("evaluation:", "answer: {margin: 0.05}\nevaluation:")
 
@@ -92,3 +93,55 @@ def test_a_field_is_tuned_once_and_a_misspelt_one_is_corrected():
         parse(MARGIN, overrides=(axis, "answer.tune=[training.learning_rte]"))
     with pytest.raises(ConfigError, match=r"is listed twice; remove one"):
         parse(MARGIN, overrides=(axis, "answer.tune=[training.learning_rate, training.learning_rate]"))
+
+
+# Seeds on demand.
+
+
+def test_a_single_rank_has_nothing_to_compare_and_gets_no_seeds():
+    assert answer_plan(parse(MARGIN, overrides=("sweep.parameters.lora.r=[4]",))).looks == ((0,),)
+
+
+def test_added_seeds_give_the_arms_of_a_seed_axis():
+    axis = parse(overrides=("sweep.parameters.seed=[3, 4]",))
+    assert with_seeds(parse().labelled_arms, (3, 4)) == axis.labelled_arms
+    assert [label for label, _ in axis.labelled_arms][:2] == ["lora.r=4, seed=3", "lora.r=4, seed=4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("training.warmup_steps=5 + seed",),
+            "training.warmup_steps: depends on seed, and answer adds seeds; give sweep.parameters.seed a list of seeds",
+        ),
+        (("sweep.where=seed < 9",), "sweep.where: depends on seed, and answer adds seeds"),
+        (("seed=r",), "seed: must be a number, since answer adds seeds from it on"),
+        (
+            ("answer.seeds.most=600",),
+            "answer.seeds.most: gives up to 1,200 arms, 2 for each seed; at most 1,000 are allowed",
+        ),
+    ],
+)
+def test_what_would_differ_between_added_seeds_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=r".") as error:
+        parse(MARGIN, overrides=overrides)
+    assert message in str(error.value)
+    if "most" not in message:
+        parse(MARGIN, overrides=(*overrides, "answer=null"))
+
+
+def test_the_plan_has_the_stages_and_the_arms_of_the_first():
+    made = make_plan(parse(MARGIN, overrides=("answer.seeds={first: 2, most: 5}",)))
+    assert [arm.label for arm in made.arms] == [f"lora.r={r}, seed={seed}" for r in (4, 8) for seed in (0, 1)]
+    assert made.to_json()["seeds"] == [
+        {"name": "first", "seeds": (0, 1), "arms": 4, "steps": 80},
+        {"name": "most", "seeds": (2, 3, 4), "arms": 6, "steps": 120},
+    ]
+    rates = "sweep.parameters.training.learning_rate=[1e-3, 2e-3, 4e-3]"
+    tuned = make_plan(parse(MARGIN, overrides=(rates, "answer.tune=[training.learning_rate]")))
+    assert [(stage.name, stage.seeds, stage.arms) for stage in tuned.stages] == [
+        ("pilot", (0, 1), 12), ("first", (2, 3, 4, 5, 6), 10), ("most", (7, 8, 9, 10, 11), 10),
+    ]  # fmt: skip
+    assert len(tuned.arms) == 12
+    assert make_plan(parse()).stages == ()
