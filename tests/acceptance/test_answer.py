@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,59 @@ def test_without_the_section_a_notice_comes_before_training_and_no_statement_aft
     table = project.succeed("compare", "plain").splitlines()
     assert table[0] == answer["text"]
     assert "add `answer: {margin: 0.02}` to the definition" in table[1]
+
+
+DEMAND = [*SETTINGS[:-2], "--set", "sweep.parameters={lora.r: [1, 4]}", "--set", "name=demand",
+          "--set", "answer={margin: 1e-7, seeds: {first: 2, most: 4}}"]  # fmt: skip
+
+
+def test_a_sweep_that_is_killed_after_its_first_look_resumes_and_trains_nothing_twice(project):
+    arguments = ["run", "tiny.yaml", *DEMAND, "--set", "training.max_steps=40", "--set", "training.save_steps=4"]
+    process = subprocess.Popen(
+        project.command(*arguments), cwd=project.directory, env=project.environment(), stderr=subprocess.PIPE, text=True
+    )
+    told = ""
+    for line in process.stderr:
+        told += line
+        if "first look:" in line:
+            process.kill()
+            break
+    process.communicate()
+    assert "up to 4 if one is undecided (--no-more-seeds: never); now 4 arms of 40 steps; up to 16 share" in told
+    assert "first look: Undecided: it is open whether r = 1 is enough" in told
+    done = project.run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["answer"]
+    assert (answer["look"], answer["looks"], answer["seeds"]) == (2, 2, 4)
+    jobs = json.loads(project.succeed("jobs", "list", "--experiment", "demand", "--kind", "train", "--json"))["jobs"]
+    assert len(jobs) == 8
+    assert {job["state"] for job in jobs} == {"succeeded"}
+    assert [job["attempts"] for job in jobs[:4]] == [1, 1, 1, 1], "those of the first look"
+    assert sum(job["failures"] for job in jobs) == 0
+    assert "nothing to do: all 8 arms" in project.run(*arguments).stderr
+
+
+def test_submit_and_a_worker_stop_after_the_first_look_on_request(project):
+    arguments = ["tiny.yaml", *DEMAND, "--set", "name=queued", "--set", "seed=7"]
+    project.succeed("submit", *arguments, "--no-more-seeds")
+    project.succeed("worker", "--drain")
+    shown = project.succeed("compare", "queued").splitlines()
+    assert shown[0].startswith("Undecided: it is open whether r = 1 is enough")
+    assert "`rankwise run` trains up to 4 seeds." in " ".join(shown[1:3])
+    assert len(json.loads(project.succeed("compare", "queued", "--json"))["arms"]) == 4
+    project.succeed("submit", *arguments)
+    waiting = json.loads(project.succeed("compare", "queued", "--json"))
+    assert "4 results of the last look, at 4 seeds, are still to come." in waiting["answer"]["hint"]
+    project.succeed("worker", "--drain")
+    assert json.loads(project.succeed("compare", "queued", "--json"))["answer"]["look"] == 2
+
+
+def test_plan_and_validate_show_the_seeds(project):
+    shown = project.succeed("plan", "tiny.yaml", *DEMAND, "--no-estimates")
+    assert "tiny" not in shown
+    assert "demand: 4 arms" in shown
+    assert "First look at the ranks: seeds 0 to 1, 4 arms, 16 steps, of which up to 16 arms share one." in shown
+    assert "If that leaves a rank undecided: seeds 2 to 3, 4 arms, 16 steps, of which up to 16 arms share one." in shown
+    assert project.succeed("validate", "tiny.yaml", *DEMAND).endswith(
+        ": valid: demand, 4 arms, and up to 4 with more seeds\n"
+    )
