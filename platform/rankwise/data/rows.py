@@ -25,7 +25,7 @@ from rankwise.data.chat import (
 from rankwise.data.formats import Conversion, RowMapping
 from rankwise.data.masks import Supervise, reference
 from rankwise.data.selection import Pick, Split, choose, mix, split_groups, split_sources
-from rankwise.data.spilled import Spilled
+from rankwise.data.spilled import Spilled, Texts
 from rankwise.data.template import Renderer, RenderError
 from rankwise.data.training_table import open_table
 from rankwise.exceptions import DatasetError
@@ -374,36 +374,36 @@ class _Table:
     ) -> Sequence[Example]:
         """The examples of rows; `generated`: their completions are what generation writes, thoughts and calls too."""
         examples: list[Example] = []
-        spilled: Spilled[Example] | None = Spilled(scratch) if len(rows) > SPILLED_ROWS else None
+        spilled: Spilled[Example] | None = None
+        if len(rows) > SPILLED_ROWS:
+            spilled = Spilled(lambda first, texts: self._examples(rows[first : first + len(texts)], texts), scratch)
         for first in range(0, len(rows), READ_ROWS):
             block = rows[first : first + READ_ROWS]
-            picked = self.table.select([self.positions[row] for row in block])
-            cells = [row for _, row in _iterate(picked)]
-            made = self._examples([self.named(row) for row in block], cells, renderer, generated)
+            texts = self._texts(block, renderer, generated)
             if spilled is None:
-                examples += made
+                examples += self._examples(block, texts)
             else:
-                spilled.append(made)
+                spilled.append(texts)
             advance(len(block))
         return examples if spilled is None else spilled
 
-    def _examples(
-        self, ids: list[str], cells: list[dict[str, Any]], renderer: Renderer, generated: bool
-    ) -> list[Example]:
-        conversions = [self.mapping.convert(row, row_id) for row, row_id in zip(cells, ids, strict=True)]
+    def _read(self, rows: Sequence[int]) -> list[tuple[str, dict[str, Any], Conversion]]:
+        """The id of each row, its cells, and what they become."""
+        picked = self.table.select([self.positions[row] for row in rows])
+        cells = [cells for _, cells in _iterate(picked)]
+        ids = [self.named(row) for row in rows]
+        return [(row_id, row, self.mapping.convert(row, row_id)) for row_id, row in zip(ids, cells, strict=True)]
+
+    def _chat(self, conversion: Conversion) -> Chat:
+        assert conversion.chat is not None, "rows without one are left out"
+        return self.mapping.with_system(conversion.chat)
+
+    def _texts(self, rows: Sequence[int], renderer: Renderer, generated: bool) -> Texts:
+        """The prompt and the completion of each row."""
+        read = self._read(rows)
         if self.mapping.document is not None:
-            return [
-                Example(
-                    id=row_id,
-                    messages=(),
-                    prompt="",
-                    completion=conversion.document or "",
-                    columns=row,
-                    source=self.label,
-                )
-                for row_id, row, conversion in zip(ids, cells, conversions, strict=True)
-            ]
-        chats = [self.mapping.with_system(conversion.chat) for conversion in conversions if conversion.chat is not None]
+            return [["", conversion.document or ""] for _, _, conversion in read]
+        chats = [self._chat(conversion) for _, _, conversion in read]
         try:
             prompts = renderer.texts(
                 [chat.messages[: chat.answers[-1]] for chat in chats],
@@ -411,20 +411,29 @@ class _Table:
                 add_generation_prompt=True,
             )
         except RenderError as error:
-            raise DatasetError(f"Row {ids[error.index]}: {error}") from error
+            raise DatasetError(f"Row {read[error.index][0]}: {error}") from error
         return [
-            Example(
-                id=row_id,
-                messages=chat.messages,
-                prompt=prompt,
-                completion=reference(chat, row_id, renderer, prompt) if generated else text_of(chat.messages[-1]),
-                tools=chat.tools,
-                context=chat.context,
-                columns=row,
-                source=self.label,
-            )
-            for row_id, row, chat, prompt in zip(ids, cells, chats, prompts, strict=True)
+            [prompt, reference(chat, row_id, renderer, prompt) if generated else text_of(chat.messages[-1])]
+            for (row_id, _, _), chat, prompt in zip(read, chats, prompts, strict=True)
         ]
+
+    def _examples(self, rows: Sequence[int], texts: Texts) -> list[Example]:
+        examples = []
+        for (row_id, row, conversion), (prompt, completion) in zip(self._read(rows), texts, strict=True):
+            chat = None if self.mapping.document is not None else self._chat(conversion)
+            examples.append(
+                Example(
+                    id=row_id,
+                    messages=() if chat is None else chat.messages,
+                    prompt=prompt,
+                    completion=completion,
+                    tools=None if chat is None else chat.tools,
+                    context=0 if chat is None else chat.context,
+                    columns=row,
+                    source=self.label,
+                )
+            )
+        return examples
 
 
 def _keys(conversion: Conversion, supervise: Supervise) -> list[str]:

@@ -1,29 +1,36 @@
-"""Long sequences of objects that lie on the disk, in blocks, with one block in memory at a time."""
+"""Long sequences of which only one block is in memory: texts lie on the disk, the rest is read again.
+
+What takes long to make of a row are its rendered texts. They are written as JSON to a file without a name, which goes
+away with the sequence. Everything else is made from the table's row when a block is needed.
+"""
 
 from __future__ import annotations
 
-import pickle
+import json
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar, overload
 
 T = TypeVar("T")
+Texts = list[list[str]]
+"""The texts of each item of a block."""
 
 
 class Spilled(Sequence[T], Generic[T]):
-    """A sequence in a file without a name, which goes away with it.
+    """A sequence in blocks. All blocks but the last have the same size."""
 
-    All blocks but the last have the same size.
-    """
+    def __init__(self, make: Callable[[int, Texts], list[T]], directory: Path | None = None) -> None:
+        """Start empty.
 
-    def __init__(self, directory: Path | None = None) -> None:
-        """Open the file in `directory`, by default that of the system for temporary files."""
+        Args:
+            make: The items of a block, from the place of its first item and their texts.
+            directory: Of the file; by default that of the system for temporary files.
+        """
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
-        # Only this object can read it, so that unpickling is safe.
+        self._make = make
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed with this object
         weakref.finalize(self, self._file.close)
         self._places: list[int] = []
@@ -31,17 +38,17 @@ class Spilled(Sequence[T], Generic[T]):
         self._count = 0
         self._loaded: tuple[int, list[T]] = (-1, [])
 
-    def append(self, block: list[T]) -> None:
+    def append(self, texts: Texts) -> None:
         """Add a block; every one but the last has as many items as the first."""
         assert self._count == len(self._places) * self._size, "only the last block may be smaller"
-        self._size = self._size or len(block)
+        self._size = self._size or len(texts)
         self._places.append(self._file.seek(0, 2))
-        pickle.dump(block, self._file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._count += len(block)
+        self._file.write(json.dumps(texts).encode() + b"\n")
+        self._count += len(texts)
 
-    def where(self, condition: Callable[[T], bool]) -> Spilled[T]:
+    def where(self, condition: Callable[[T], bool]) -> Sequence[T]:
         """The items that meet a condition."""
-        return spill((item for item in self if condition(item)), self._size, self._directory)
+        return _Chosen(self, [place for place, item in enumerate(self) if condition(item)])
 
     def __len__(self) -> int:
         return self._count
@@ -66,19 +73,25 @@ class Spilled(Sequence[T], Generic[T]):
     def _block(self, number: int) -> list[T]:
         if self._loaded[0] != number:
             self._file.seek(self._places[number])
-            self._loaded = (number, pickle.load(self._file))
+            self._loaded = (number, self._make(number * self._size, json.loads(self._file.readline())))
         return self._loaded[1]
 
 
-def spill(items: Iterable[T], size: int, directory: Path | None = None) -> Spilled[T]:
-    """Write items to the disk in blocks of `size`."""
-    spilled: Spilled[T] = Spilled(directory)
-    block: list[T] = []
-    for item in items:
-        block.append(item)
-        if len(block) == max(1, size):
-            spilled.append(block)
-            block = []
-    if block:
-        spilled.append(block)
-    return spilled
+class _Chosen(Sequence[T], Generic[T]):
+    """Some items of a spilled sequence, in its order."""
+
+    def __init__(self, whole: Spilled[T], places: Sequence[int]) -> None:
+        self._whole = whole
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._whole[place] for place in self._places[index]]
+        return self._whole[self._places[index]]

@@ -6,29 +6,40 @@ from hypothesis import strategies as st
 
 from rankwise.data import rows as rows_module
 from rankwise.data.rows import build_examples
-from rankwise.data.spilled import Spilled, spill
+from rankwise.data.spilled import Spilled
 from rankwise.data.template import Renderer
 from rankwise.data.tokens import encode, kept
 from rankwise.experiment.schema import DatasetSpec
 
 
+def spill(items, size, directory=None):
+    """Items of which a text and the place are made again."""
+    spilled = Spilled(lambda first, texts: [(first + at, text) for at, (text,) in enumerate(texts)], directory)
+    for first in range(0, len(items), size):
+        spilled.append([[text] for text in items[first : first + size]])
+    return spilled
+
+
 @given(st.lists(st.text(max_size=4), max_size=30), st.integers(1, 7))
 def test_it_is_the_sequence_that_was_written(items, size):
     spilled = spill(items, size)
+    items = list(enumerate(items))
     assert list(spilled) == items
     assert len(spilled) == len(items)
     assert [spilled[place] for place in reversed(range(len(items)))] == items[::-1]
     assert spilled[2:9] == items[2:9]
     assert spilled[-3:] == items[-3:]
-    assert list(spilled.where(str.isalpha)) == [item for item in items if item.isalpha()]
+    chosen = spilled.where(lambda item: item[1].isalpha())
+    assert list(chosen) == [item for item in items if item[1].isalpha()]
+    assert chosen[:2] == list(chosen)[:2]
     with pytest.raises(IndexError):
         spilled[len(items)]
 
 
 def test_its_file_has_no_name_and_goes_away_with_it(tmp_path):
-    spilled = spill(range(10), 3, tmp_path / "scratch")
+    spilled = spill(list("abcdefghij"), 3, tmp_path / "scratch")
     assert list((tmp_path / "scratch").iterdir()) == []
-    assert sum(spilled) == 45
+    assert "".join(text for _, text in spilled) == "abcdefghij"
 
 
 def test_examples_of_long_tables_lie_on_the_disk_and_are_the_same(monkeypatch, tmp_path):
@@ -41,7 +52,7 @@ def test_examples_of_long_tables_lie_on_the_disk_and_are_the_same(monkeypatch, t
     dataset = DatasetSpec(train="rows", prompt=PROMPT, completion=COMPLETION)
 
     def made():
-        examples = build_examples(dataset, table, None, renderer, scratch=tmp_path).train
+        examples = build_examples(dataset, [table], None, renderer, scratch=tmp_path).train
         encoded = encode(examples, renderer, 40)
         return examples, encoded, [example.id for example in kept(examples, encoded)]
 
