@@ -28,6 +28,7 @@ INTERNAL = {"RANKWISE_WORK", "RANKWISE_UMASK"}
 # The data files that the examples name.
 DATA = {
     "orders.csv": "customer,article,quantity,price,total\nAnn,plums,2,3,6\n",
+    "sums.csv": "a;b;sum\n1;2;3\n",
     "chats.jsonl": '{"messages": [{"role": "user", "content": "4 at 9?"}, {"role": "assistant", "content": "36"}]}\n',
 }
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
