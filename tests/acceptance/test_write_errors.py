@@ -20,6 +20,7 @@ COMPOSE = Path(__file__).parents[2] / "compose.yaml"
 TABLE = {
     "examples": (["examples", "diamonds-rank", "--out", "OUT/x.yaml"], False),
     "validate": (["validate", "tiny.yaml"], False),
+    "preview": (["preview", "tiny.yaml", "--html", "OUT/p.html"], False),
     "plan": (["plan", "tiny.yaml"], False),
     "schema": (["schema"], False),
     "run": (["run", "tiny.yaml"], True),
@@ -51,6 +52,7 @@ TABLE = {
     "sync": (["sync"], True),
     "gc": (["gc"], True),
     "doctor": (["doctor"], False),
+    "home": (["home", "relocate"], True),
     "ui": (["ui", "--port", "0"], True),
     "init-team": (["init-team", "--dir", "OUT"], False),
 }
@@ -93,9 +95,10 @@ def test_a_home_that_cannot_be_made(project, tmp_path, home):
         output.mkdir()
         shutil.copy(COMPOSE, output)
         done = project.run(*arguments_of(name, project, output), env={"RANKWISE_HOME": place})
-        # The doctor reports the problem; a cluster is looked for before the queue is opened.
-        check(done, {"doctor": {1}}.get(name, {3} if needs_home else {0}), name)
-        if needs_home and name not in {"cluster", "db check"}:
+        # The doctor reports the problem; a cluster is looked for before the queue is opened; a home that is not there
+        # cannot have moved.
+        check(done, {"doctor": {1}, "home": {2}}.get(name, {3} if needs_home else {0}), name)
+        if needs_home and name not in {"cluster", "db check", "home"}:
             assert f"cannot write {place.removesuffix('/below')}: " in done.stderr, name
 
 

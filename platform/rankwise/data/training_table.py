@@ -103,7 +103,7 @@ def open_table(
         with (progress or SILENT).task(f"reading {resolved.source}", _size(files), "bytes") as advance:
             _write(files, form, folder, resolved.source, advance)
 
-    ensure_entry(entry, settings, build, doing=f"reading {resolved.source}")
+    ensure_entry(entry, settings, build, doing=f"reading {resolved.source}", private=True)
     table = TextTable.open(entry)
     chosen = slice_of(resolved.split, len(table))
     return table if chosen is None else table.select(chosen)

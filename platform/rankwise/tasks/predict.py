@@ -401,6 +401,9 @@ def _check_still_own(session: Session, job: Job, parts: Parts) -> None:
     if not session.may_publish(job):
         raise KeyboardInterrupt
     if not parts.own:
+        # Who submits with --restart cancels the job first; this worker may not have been told yet.
+        if session.context.queue.get(job.id).cancel_requested:
+            raise KeyboardInterrupt
         raise ConfigError(
             f"{parts.directory} was removed, or taken by another prediction, while this job was running; "
             "submit again with --restart if you still need the output"

@@ -161,7 +161,7 @@ def test_what_peft_loads_is_imported_with_names_instead_of_patterns(world, targe
     written(target, config_with(world, **changes))
     code, uri = outcome(import_, target, "--name", "adopted", "--quantization", "none")
     assert code == 0, uri
-    loaded = flavor.load_model(uri.strip(), settings=world.settings)
+    loaded = flavor.load_model(uri.strip(), settings=world.settings, tracking_uri=world.settings.tracking_uri)
     wanted = PeftModel.from_pretrained(world.load_base(load_in_4bit=False).model, target).eval()
     assert torch.equal(logits(loaded.model), logits(wanted))
     stored = loaded.model.peft_config[loaded.adapter_name]

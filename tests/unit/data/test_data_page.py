@@ -49,7 +49,7 @@ def shown(name, source, definition, folder, monkeypatch):
     dataset = DatasetSpec.model_validate(yaml.safe_load(definition)["dataset"])
     renderer = make_renderer(TEMPLATE)
     data = resolve_data(dataset.train, None, settings)
-    rows = load_examples(dataset, data, None, renderer, settings).train
+    rows = load_examples(dataset, [data], None, renderer, settings).train
     if is_documents(rows):
         encoded = windows(rows, renderer, MAX_LENGTH, joined=True)
     else:
