@@ -101,7 +101,8 @@ def test_the_estimate_is_the_peak_of_a_step_over_smollm2(tmp_path):
             outcomes = train_pack(base, tasks, directory=tmp_path / "checkpoints")
             resident = max(outcome.peak_memory_bytes for outcome in outcomes.values()) - before
             dequantized = estimate.base - base.memory_bytes
-            of_process = (estimate.total - base.memory_bytes) / resident
+            # What the process has besides the base was there before, too.
+            of_process = (estimate.total - estimate.process - base.memory_bytes) / resident
             print(
                 f"resident: {resident >> 20} MiB, estimate / resident {of_process:.2f}, weights {dequantized >> 20} MiB"
             )
