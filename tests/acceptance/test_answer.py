@@ -95,6 +95,7 @@ DEMAND = [*SETTINGS[:-2], "--set", "sweep.parameters={lora.r: [1, 4]}", "--set",
           "--set", "answer={margin: 1e-7, seeds: {first: 2, most: 4}}"]  # fmt: skip
 
 
+@pytest.mark.faults
 def test_a_sweep_that_is_killed_after_its_first_look_resumes_and_trains_nothing_twice(project):
     arguments = ["run", "tiny.yaml", *DEMAND, "--set", "training.max_steps=40", "--set", "training.save_steps=4"]
     process = subprocess.Popen(

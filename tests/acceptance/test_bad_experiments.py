@@ -155,7 +155,7 @@ WRONG: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "an alias without a name": (
         ("  name: pricer\n", ""),
-        "26: register.name: is missing; must be text without '/' and ':' (at most 256)",
+        "26: register.name: is missing; must be text without '/', ':' and quotes (at most 256)",
     ),
     "an alias of MLflow's own": (
         ("alias: best", "alias: v2"),

@@ -22,7 +22,7 @@ Node = dict[str, Any]
 _WORDS = {
     "name": "text of letters, digits, spaces, '.', '_' and '-' (at most 120)",
     "init_from": "models:/NAME/VERSION or models:/NAME@ALIAS",
-    "register.name": "text without '/' and ':' (at most 256)",
+    "register.name": "text without '/', ':' and quotes (at most 256)",
     "register.alias": "text of letters, digits, '_' and '-' (at most 255)",
     "dataset.chat_template_revision": "'sha256:' and 64 hex digits",
     "dataset.rendering": "1, 2 or null",

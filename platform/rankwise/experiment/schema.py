@@ -531,8 +531,9 @@ class AnswerSpec(Section):
 class RegisterSpec(Section):
     """Where adapters are registered. Without this section, no model version is created."""
 
-    name: Annotated[str, Field(pattern=r"^[^/:\s]([^/:]*[^/:\s])?$", max_length=256)]
-    """Name of the registered model, without '/' and ':', which MLflow reserves."""
+    name: Annotated[str, Field(pattern=r"^[^/:'\"`\s]([^/:'\"`]*[^/:'\"`\s])?$", max_length=256)]
+    """Name of the registered model, without '/' and ':', which MLflow reserves, and without quotes, which break its
+    searches."""
     alias: Annotated[str, Field(pattern=r"^[\w-]+$", max_length=255)] | None = None
     """Alias for the best arm of the sweep that finished last."""
     checkpoint: Literal["last", "best"] = "last"
