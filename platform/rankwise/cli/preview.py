@@ -38,7 +38,7 @@ def preview(file: Path, overrides: tuple[str, ...], rows: int, html: Path | None
     with Bars(Console(stderr=True, highlight=False)) as bars:
         bars.say("starting ...")
         # Late: transformers takes seconds to import.
-        from rankwise.data.preflight import render_html, render_terminal
+        from rankwise.data.token_preview import render_html, render_terminal
         from rankwise.experiment.arm import ArmSpec
         from rankwise.tasks.preview import make_preview
 

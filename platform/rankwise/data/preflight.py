@@ -1,42 +1,23 @@
-"""Checks of the data before training, a preview of the supervised tokens, and digests of the prompts trained on.
+"""Checks of the data before training.
 
 Errors stop a run, because training would fail or learn nothing. Warnings do not.
-
-The preview shows untrusted text: it is escaped for HTML, and control characters are shown, not sent to the terminal.
-
-`RowDigests` records which prompts an adapter was trained on without storing them, so that promotion needs no training
-data. A digest is the first 16 bytes of SHA-256 over a salt and a prompt's key (`rows.row_keys`: everything before an
-answer, white space folded, without the definition's system message; a document has one key). A conversation has one
-digest for each answer that was learned. Any two of a billion prompts collide with a probability of 2**-69. The salt
-prevents looking up the digests of common prompts, and comparing the files of two adapters. It is stored in the file and
-derived from the arm, so a retry writes the same bytes. Anyone who can read the file can still test a guessed prompt:
-that is its purpose.
-
-The file: a line of JSON (`{"format", "salt", "rows", "digests", "init_from"}`), then the sorted digests, 16 bytes each.
-Files of format 1 have one digest for each row, of the prompt of its last answer; they are read alike.
 """
 
 from __future__ import annotations
 
-import hashlib
-import html
 import json
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Group
-from rich.text import Text
 
 from rankwise.data.chat import REASONING, Message, text_of
 from rankwise.data.masks import OPEN, Supervise
 from rankwise.data.rows import row_keys
-from rankwise.data.tokens import Encoded, EncodedSet, kept
-from rankwise.exceptions import AssetError, DatasetError
+from rankwise.data.tokens import EncodedSet, kept
+from rankwise.exceptions import DatasetError
 
 if TYPE_CHECKING:
     from rankwise.data.rows import Example, Examples
@@ -362,182 +343,3 @@ def _pairs(row: Example, supervise: Supervise) -> list[tuple[str, str]]:
 
 def _answer(message: Message) -> str:
     return json.dumps([text_of(message), message.get("tool_calls")], default=str)
-
-
-PENDING = "\N{REPLACEMENT CHARACTER}"
-"""How a tokenizer decodes bytes that are not yet a whole character."""
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --soft: #656d76; --line: #d0d7de; --on: #1a7f37;
-  --fill: #dafbe1; --gap: #eaeef2 }
-@media (prefers-color-scheme: dark) { :root { --page: #0d1117; --ink: #e6edf3; --soft: #8d96a0; --line: #30363d;
-  --on: #3fb950; --fill: #12361f; --gap: #21262d } }
-body { background: var(--page); color: var(--ink); font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 60rem; padding: 0 1rem }
-h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 1.5rem 0 .4rem } .note { color: var(--soft) }
-.row { border: 1px solid var(--line); border-radius: 6px; font: 13px/1.9 ui-monospace, monospace; padding: .6rem .8rem;
-  white-space: pre-wrap; overflow-wrap: anywhere }
-.t { border-radius: 3px; box-shadow: inset 0 0 0 1px var(--gap); color: var(--soft) }
-.on { background: var(--fill); border-bottom: 2px solid var(--on); color: var(--ink) }
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A text of one token; of several where only together they are whole characters."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    supervised: bool
-
-
-def pieces(row: Encoded, tokenizer: Any) -> list[Piece]:
-    """Cut a row's text at its tokens."""
-    cut: list[Piece] = []
-    tokens = [int(token) for token in row.input_ids]
-    start = context = 0
-    for stop in range(1, len(tokens) + 1):
-        # Decoded with the piece before, as some tokenizers drop the space that begins a text.
-        before = _decode(tokenizer, tokens[context:start])
-        text = _decode(tokenizer, tokens[context:stop])[len(before) :]
-        more = stop < len(tokens) and row.supervised[stop] == row.supervised[start]
-        if text.endswith(PENDING) and more and stop - start < 4:  # a character has at most 4 bytes
-            continue
-        cut.append(Piece(text=text, token_ids=tuple(tokens[start:stop]), supervised=bool(row.supervised[start])))
-        context, start = start, stop
-    return cut
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    if not tokens:
-        return ""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def visible(text: str) -> str:
-    """The text with control characters as their escapes, line feeds as a sign and a line feed."""
-    out = []
-    for char in text:
-        if char == "\n":
-            out.append("↵\n")
-        elif char == "\t":
-            out.append("⇥")
-        elif unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"}:
-            out.append(char.encode("unicode_escape").decode())
-        else:
-            out.append(char)
-    return "".join(out)
-
-
-def _title(row: Encoded) -> str:
-    return f"row {visible(row.id)}: {len(row.input_ids):,} tokens, {int(row.supervised.sum()):,} supervised"
-
-
-def render_terminal(rows: Sequence[Encoded], tokenizer: Any) -> Group:
-    """The rows for a rich console: supervised text in green between brackets, so that it shows without colours too."""
-    texts = []
-    for row in rows:
-        text = Text(_title(row) + "\n", style="bold")
-        for supervised, run in groupby(pieces(row, tokenizer), key=lambda piece: piece.supervised):
-            shown = visible("".join(piece.text for piece in run))
-            text.append(f"⟦{shown}⟧" if supervised else shown, style="not bold green" if supervised else "not bold dim")
-        texts.append(text)
-    return Group(*texts)
-
-
-def render_html(rows: Sequence[Encoded], tokenizer: Any, title: str = "Supervised tokens") -> str:
-    """The rows as one HTML page that needs nothing else: every token in its box, its number on hover."""
-    body = []
-    for row in rows:
-        spans = "".join(
-            f'<span class="t{" on" if piece.supervised else ""}" title="{" ".join(map(str, piece.token_ids))}">'
-            f"{html.escape(visible(piece.text))}</span>"
-            for piece in pieces(row, tokenizer)
-        )
-        body.append(f'<h2>{html.escape(_title(row))}</h2>\n<div class="row">{spans}</div>')
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
-        '<p class="note">Each box is a token. <span class="t on">Underlined on green</span>: the loss counts it. '
-        '<span class="t">Grey</span>: read, not learned.</p>\n' + "\n".join(body) + "\n</body></html>\n"
-    )
-
-
-FORMAT = 2
-DIGEST_BYTES = 16
-MANY_ROWS = 1_000_000
-"""From this many rows on, the file's size is reported."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowDigests:
-    """The prompts of one training.
-
-    Attributes:
-        salt: Of the digests.
-        rows: Rows that there were, equal prompts counted each.
-        digests: Of the prompts of all answers.
-        init_from: The registered adapter that training started from, whose prompts count too; None for none.
-    """
-
-    salt: bytes
-    rows: int
-    digests: frozenset[bytes]
-    init_from: str | None = None
-
-    @classmethod
-    def of(cls, keys: Iterable[Sequence[str]], *, name: str, init_from: str | None = None) -> RowDigests:
-        """Digest the keys of prompts.
-
-        Args:
-            keys: Of each row's prompts, as `rows.row_keys` gives them.
-            name: Of the arm; it decides the salt.
-            init_from: The registered adapter that training starts from.
-        """
-        salt = hashlib.sha256(b"rankwise training rows\x00" + name.encode()).digest()[:DIGEST_BYTES]
-        rows = list(keys)
-        digests = frozenset(_digest(salt, key) for row in rows for key in row)
-        return cls(salt=salt, rows=len(rows), digests=digests, init_from=init_from)
-
-    def __contains__(self, key: str) -> bool:
-        """Whether a prompt of this key was trained on."""
-        return _digest(self.salt, key) in self.digests
-
-    def to_bytes(self) -> bytes:
-        """The file; equal prompts and an equal name give equal bytes."""
-        header = {
-            "format": FORMAT,
-            "salt": self.salt.hex(),
-            "rows": self.rows,
-            "digests": len(self.digests),
-            "init_from": self.init_from,
-        }
-        return json.dumps(header, sort_keys=True).encode() + b"\n" + b"".join(sorted(self.digests))
-
-    @classmethod
-    def from_bytes(cls, content: bytes, where: str) -> RowDigests:
-        """The inverse of `to_bytes`. `where` names the file in messages.
-
-        Raises:
-            AssetError: It is not such a file, cut short, or of a newer format.
-        """
-        head, _, body = content.partition(b"\n")
-        try:
-            header = json.loads(head)
-            if header["format"] > FORMAT:
-                raise AssetError(f"{where} has format {header['format']}; this release reads up to {FORMAT}: upgrade")
-            salt, rows, count = bytes.fromhex(header["salt"]), int(header["rows"]), int(header["digests"])
-            init_from = header["init_from"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise AssetError(f"{where} is not a file of row digests: {error!r}") from error
-        if len(body) != count * DIGEST_BYTES:
-            raise AssetError(
-                f"{where} has {len(body):,} bytes of digests, expected {count * DIGEST_BYTES:,}: the file is truncated"
-            )
-        digests = frozenset(body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES))
-        return cls(salt=salt, rows=rows, digests=digests, init_from=init_from)
-
-
-def _digest(salt: bytes, key: str) -> bytes:
-    return hashlib.sha256(salt + key.encode()).digest()[:DIGEST_BYTES]

@@ -14,9 +14,10 @@ from rankwise.assets.dataset import ResolvedData, resolve_data
 from rankwise.assets.input_checks import confine
 from rankwise.data.documents import windows
 from rankwise.data.formats import RowMapping
-from rankwise.data.preflight import Report, is_documents, preflight, render_html, render_terminal
+from rankwise.data.preflight import Report, is_documents, preflight
 from rankwise.data.rows import Example, Examples, Side, first_rows, load_examples, single_sources
 from rankwise.data.template import Renderer, is_template_file
+from rankwise.data.token_preview import render_html, render_terminal
 from rankwise.data.tokens import Encoded, EncodedSet, encode
 from rankwise.data.training_table import open_table
 from rankwise.digests import canonical_json

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.preflight import MANY_ROWS
+from rankwise.data.row_digests import MANY_ROWS
 from rankwise.exceptions import JobError
 from rankwise.experiment.arm import ArmSpec
 from rankwise.files import format_size

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.data.preflight import RowDigests
+from rankwise.data.row_digests import RowDigests
 from rankwise.data.rows import Example, row_keys
 from rankwise.digests import content_digest
 from rankwise.evaluation.evaluate import Evaluation, prediction_rows
@@ -53,7 +53,7 @@ def count_candidates(store: Store, version: ModelVersion) -> int:
 
 
 ROW_DIGESTS_FILE = "row_digests.bin"
-"""Artifact of the training run; see `rankwise.data.preflight.RowDigests` for the format."""
+"""Artifact of the training run; see `rankwise.data.row_digests.RowDigests` for the format."""
 ROW_DIGESTS_TAG = "rankwise.row_digests"
 """SHA-256 of the artifact; a tag of the LoggedModel and of the version."""
 

@@ -9,9 +9,10 @@ from helpers.data_rows import make_renderer
 
 from rankwise.assets.dataset import resolve_data
 from rankwise.data.documents import windows
-from rankwise.data.preflight import is_documents, pieces
+from rankwise.data.preflight import is_documents
 from rankwise.data.rows import load_examples
 from rankwise.data.tables import KINDS
+from rankwise.data.token_preview import pieces
 from rankwise.data.tokens import encode
 from rankwise.experiment.schema import DatasetSpec
 from rankwise.settings import Settings

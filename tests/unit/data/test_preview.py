@@ -5,7 +5,7 @@ from helpers.data_rows import QUICK, ask, make_renderer, words
 from hypothesis import given
 from rich.console import Console
 
-from rankwise.data.preflight import pieces, render_html, render_terminal, visible
+from rankwise.data.token_preview import pieces, render_html, render_terminal, visible
 from rankwise.data.tokens import encode
 
 RENDERER = make_renderer()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.preflight import RowDigests
+from rankwise.data.row_digests import RowDigests
 from rankwise.data.rows import Example, row_keys
 from rankwise.exceptions import AssetError
 
