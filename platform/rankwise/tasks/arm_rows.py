@@ -320,13 +320,9 @@ def _counted(encoded: EncodedSet, examples: Sequence[Example]) -> str:
     return f"{len(encoded):,} rows{of}"
 
 
-def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows, *, show: bool) -> tuple[Report, str]:
-    """Run the preflight, report its warnings, and render the preview; returns the report and the preview as HTML.
-
-    Raises:
-        DatasetError: Lists every error.
-    """
-    report = preflight(
+def preflight_rows(arm: ArmSpec, rows: ArmRows, vocab_size: int | None = None) -> Report:
+    """The preflight of an arm's rows; `vocab_size` None leaves out the checks against the base's embedding."""
+    return preflight(
         rows.examples,
         rows.train,
         rows.eval if rows.examples.eval else None,
@@ -335,6 +331,15 @@ def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows,
         vocab_size=vocab_size,
         supervise=arm.dataset.supervise,
     )
+
+
+def check_rows(reporter: Reporter, arm: ArmSpec, vocab_size: int, rows: ArmRows, *, show: bool) -> tuple[Report, str]:
+    """Run the preflight, report its warnings, and render the preview; returns the report and the preview as HTML.
+
+    Raises:
+        DatasetError: Lists every error.
+    """
+    report = preflight_rows(arm, rows, vocab_size)
     for finding in report.warnings:
         reporter.warn(str(finding))
     report.raise_for_errors()

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rankwise.assets.base import ResolvedBase, find_tokenizer
-from rankwise.data.preflight import PreflightFinding, Report, preflight
+from rankwise.data.preflight import PreflightFinding, Report
 from rankwise.data.rows import Example
 from rankwise.data.tokens import Encoded
 from rankwise.experiment.arm import ArmSpec
 from rankwise.modeling.base import load_tokenizer
 from rankwise.reporter import Reporter
 from rankwise.settings import Settings
-from rankwise.tasks.arm_rows import ArmRows, ArmSources, RowsCache, find_data
+from rankwise.tasks.arm_rows import ArmRows, ArmSources, RowsCache, find_data, preflight_rows
 
 _BARS = 8
 _TOO_LONG = "longer than training.max_length"
@@ -118,14 +118,7 @@ def make_preview(arm: ArmSpec, settings: Settings, reporter: Reporter, *, rows: 
     base = ResolvedBase(source=arm.base_model, revision=arm.base_model_revision or "", path=directory, pinned=False)
     sources = ArmSources(base=base, train=train, eval=evaluation)
     read = RowsCache(settings, reporter).get(arm, sources, load_tokenizer(directory))
-    report = preflight(
-        read.examples,
-        read.train,
-        read.eval if read.examples.eval else None,
-        read.renderer,
-        max_length=arm.training.max_length,
-        supervise=arm.dataset.supervise,
-    )
+    report = preflight_rows(arm, read)
     sides = {"train": _side("train", read)}
     if read.examples.eval:
         sides["eval"] = _side("eval", read)
@@ -140,8 +133,11 @@ def make_preview(arm: ArmSpec, settings: Settings, reporter: Reporter, *, rows: 
 
 
 def _shown(read: ArmRows, count: int) -> tuple[tuple[Example, Encoded], ...]:
-    examples = {example.id: example for example in read.examples.train}
-    return tuple((examples[row.id], row) for row in read.first_rows(count))
+    first = read.first_rows(count)
+    wanted = {row.id for row in first}
+    # Only these: the examples of a long table are not held in memory.
+    examples = {example.id: example for example in read.examples.train if example.id in wanted}
+    return tuple((examples[row.id], row) for row in first)
 
 
 def _side(side: Literal["train", "eval"], read: ArmRows) -> Side:
